@@ -1,0 +1,7 @@
+"""The embedded default: a small causal language model and its text, so that everything runs with no download."""
+
+from .language_model import embedded_lm_path, load_embedded_lm
+from .text import embedded_text
+
+
+__all__ = ["embedded_lm_path", "embedded_text", "load_embedded_lm"]

@@ -1,0 +1,59 @@
+"""The SAEs as transformers models."""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_sae import (
+    CONFIGS,
+    BatchTopKSAEConfig,
+    GatedSAEConfig,
+    JumpReLUSAEConfig,
+    MatryoshkaSAEConfig,
+    ReluSAEConfig,
+    SAEConfig,
+    TopKSAEConfig,
+)
+from .modeling_sae import (
+    MODELS,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReluSAE,
+    SAEModel,
+    SAEOutput,
+    TopKSAE,
+)
+from .sparse_ops import SparseLatents
+
+
+for _config, _model in MODELS.items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+
+
+def build_sae(config: SAEConfig) -> SAEModel:
+    """A freshly initialised SAE of the class that `config` belongs to."""
+    return MODELS[type(config)](config)
+
+
+__all__ = [
+    "CONFIGS",
+    "MODELS",
+    "BatchTopKSAE",
+    "BatchTopKSAEConfig",
+    "GatedSAE",
+    "GatedSAEConfig",
+    "JumpReLUSAE",
+    "JumpReLUSAEConfig",
+    "MatryoshkaSAE",
+    "MatryoshkaSAEConfig",
+    "ReluSAE",
+    "ReluSAEConfig",
+    "SAEConfig",
+    "SAEModel",
+    "SAEOutput",
+    "SparseLatents",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "build_sae",
+]

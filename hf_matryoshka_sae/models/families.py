@@ -1,0 +1,103 @@
+"""What tells the families apart: which (token, latent) pairs are selected, and what their values are.
+
+Each family is stateless; its tensors belong to the model. `select` sees pre-activations without gradient, `values`
+gives the selected pairs their differentiable activations.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .sparse_ops import jumprelu, select_above, select_batch_topk, select_topk
+
+
+class Relu:
+    """`a = relu(pre)`."""
+
+    @staticmethod
+    def tensors(model: nn.Module, num_latents: int) -> None:
+        """Create the tensors that only this family has."""
+
+    @staticmethod
+    def initial(model: nn.Module) -> dict[str, float]:
+        """Initial value of each of these tensors."""
+        return {}
+
+    @staticmethod
+    def select(model: nn.Module, pre: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """Tokens and latents of the pairs that take part, for `pre` of shape `(N, width)`."""
+        return select_above(pre, 0.0)
+
+    @staticmethod
+    def values(model: nn.Module, pre: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Activations of the pairs, and the gate a penalty acts on where that is something else."""
+        return pre, None
+
+
+class TopK(Relu):
+    """The k largest of a token, if positive (Gao et al. 2024)."""
+
+    @staticmethod
+    def select(model, pre, group):
+        return select_topk(pre, int(model.k))
+
+
+class BatchTopK(Relu):
+    """In training the k*N largest of the batch; at inference all above `threshold` (Bussmann et al. 2024)."""
+
+    @staticmethod
+    def tensors(model, num_latents):
+        model.register_buffer("threshold", torch.empty(num_latents, dtype=torch.float32))
+
+    @staticmethod
+    def initial(model):
+        return {"threshold": 0.0}
+
+    @staticmethod
+    def select(model, pre, group):
+        if model.training:
+            return select_batch_topk(pre, model.k, group)
+        return select_above(pre, model.threshold[: pre.shape[1]].clamp(min=0))
+
+
+class JumpReLU(Relu):
+    """`a = pre * 1[pre > threshold]` with learnt thresholds (Rajamanoharan et al. 2024)."""
+
+    @staticmethod
+    def tensors(model, num_latents):
+        model.threshold = nn.Parameter(torch.empty(num_latents, dtype=torch.float32))
+
+    @staticmethod
+    def initial(model):
+        return {"threshold": float(model.config.initial_threshold)}
+
+    @staticmethod
+    def select(model, pre, group):
+        threshold = model.threshold[: pre.shape[1]].detach()
+        # In training the kernel's window reaches below the threshold: silent latents there move it too.
+        return select_above(pre, threshold - model.config.bandwidth / 2 if model.training else threshold)
+
+    @staticmethod
+    def values(model, pre, cols):
+        return jumprelu(pre, model.threshold[cols].to(pre.dtype), float(model.config.bandwidth))
+
+
+class Gated(Relu):
+    """A gate says whether, a magnitude says how much (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 3-7)."""
+
+    @staticmethod
+    def tensors(model, num_latents):
+        model.r_mag = nn.Parameter(torch.empty(num_latents))
+        model.b_mag = nn.Parameter(torch.empty(num_latents))
+
+    @staticmethod
+    def initial(model):
+        return {"r_mag": 0.0, "b_mag": 0.0}
+
+    @staticmethod
+    def values(model, pre, cols):
+        projection = pre - model.b_enc[cols]
+        return torch.relu(model.r_mag[cols].exp() * projection + model.b_mag[cols]), pre
+
+
+FAMILIES = {"relu": Relu, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated}

@@ -1,0 +1,397 @@
+"""Sparse autoencoders as transformers models.
+
+    pre  = W_enc (x - b_dec) + b_enc          (b_dec only where `apply_b_dec_to_input`)
+    a    = what the family keeps of pre       (families.py)
+    x^_p = W_dec[:p]^T a[:p] + b_dec          for every prefix width p
+
+Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are latent-major, so that the first n
+latents are a contiguous run of bytes in the file.
+"""
+
+import copy
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_sae import (
+    BatchTopKSAEConfig,
+    GatedSAEConfig,
+    JumpReLUSAEConfig,
+    MatryoshkaSAEConfig,
+    ReluSAEConfig,
+    SAEConfig,
+    TopKSAEConfig,
+)
+from .families import FAMILIES
+from .partial_loading import read_prefix
+from .sparse_ops import LatentPairs, SparseLatents, decode_prefixes, encode_pairs, pairs_from_slots, preactivations
+
+
+@dataclass
+class SAEOutput(ModelOutput):
+    """What an SAE returns.
+
+    Args:
+        loss (`Tensor`): Weighted mean over prefixes of the squared error, summed over D and averaged over tokens.
+        reconstruction (`Tensor` of shape `(..., D)`): Of the widest prefix.
+        latents ([`SparseLatents`]): Values and indices, `(..., K)` each.
+        losses (`dict[str, Tensor]`): `"sse"` of shape `(P,)`, the squared error of each prefix.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    latents: SparseLatents | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class SAEModel(PreTrainedModel):
+    """What every family shares. Use one of its subclasses, or `AutoModel.from_pretrained`."""
+
+    config_class = SAEConfig
+    base_model_prefix = "sae"
+    main_input_name = "hidden_states"
+    model_tags = ["hf_matryoshka_sae", "sparse-autoencoder", "mechanistic-interpretability"]
+    _no_split_modules = []
+    # A threshold rounded to bf16 moves L0 by several per cent.
+    _keep_in_fp32_modules_strict = {"threshold"}
+
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        num_latents, d_in = config.num_latents, config.d_in
+        self.W_enc = nn.Parameter(torch.empty(num_latents, d_in))
+        self.W_dec = nn.Parameter(torch.empty(num_latents, d_in))
+        self.b_enc = nn.Parameter(torch.empty(num_latents))
+        self.b_dec = nn.Parameter(torch.empty(d_in))
+        self.register_buffer("latent_ids", torch.empty(num_latents, dtype=torch.int64))
+        self.family = FAMILIES[config.activation_name]
+        self.family.tensors(self, num_latents)
+        self.k = getattr(config, "k", None)  # annealed by training; the config keeps the final value
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is not self:
+            return
+        init.normal_(self.W_dec)
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(self.W_dec.dtype).tiny)
+        init.copy_(self.W_dec, self.W_dec / norms)
+        init.copy_(self.W_enc, self.W_dec)
+        init.zeros_(self.b_enc)
+        init.zeros_(self.b_dec)
+        init.copy_(self.latent_ids, torch.arange(len(self.latent_ids)))
+        for name, value in self.family.initial(self).items():
+            init.constant_(getattr(self, name), value)
+
+    def get_input_embeddings(self) -> None:
+        """An SAE has none; FSDP2 asks."""
+        return None
+
+    @property
+    def prefix_widths(self) -> list[int]:
+        """Widths at which the first latents are an SAE of their own; a plain SAE has `[F]`."""
+        return self.config.widths
+
+    # Encoding
+
+    def encode_pairs(
+        self,
+        x: Tensor,
+        width: int | None = None,
+        selection: str = "restrict",
+        group: dist.ProcessGroup | None = None,
+    ) -> LatentPairs:
+        """The latents of `(N, D)` hidden states as pairs; what training and [`encode`] are built on.
+
+        Args:
+            x (`Tensor` of shape `(N, D)`): Hidden states.
+            width (`int`, *optional*): Only the first `width` latents.
+            selection (`str`, *optional*, defaults to `"restrict"`):
+                `"restrict"`: latents past `width` are never computed, so places are competed for inside the prefix;
+                `"mask"`: all latents compete, then those past `width` are dropped.
+            group (`ProcessGroup`, *optional*): Processes that share one batch in BatchTopK training.
+        """
+        if selection not in ("restrict", "mask"):
+            raise ValueError(f"`selection` must be 'restrict' or 'mask', got {selection!r}.")
+        width = self._checked_width(width)
+        encoded = width if selection == "restrict" else self.config.num_latents
+        W_enc, b_enc = self._encoder(encoded)
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        with torch.no_grad():
+            pre = preactivations(x, W_enc, b_enc, b_dec)
+            rows, cols = self.family.select(self, pre, group)
+            if encoded > width:
+                inside = cols < width
+                rows, cols = rows[inside], cols[inside]
+        selected = encode_pairs(x, W_enc, b_enc, b_dec, pre, rows, cols).to(W_enc.dtype)
+        values, gate = self.family.values(self, selected, cols)
+        return LatentPairs(rows, cols, values, len(x), self.config.num_latents, gate)
+
+    def _encoder(self, width: int) -> tuple[Tensor, Tensor]:
+        W_enc, b_enc = self.W_enc[:width], self.b_enc[:width]
+        if self.config.scale_by_decoder_norm:
+            norms = self.W_dec[:width].norm(dim=1)
+            W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
+        return W_enc, b_enc
+
+    def decoder(self) -> Tensor:
+        """The directions that latents are multiplied with, shape `(F, D)`."""
+        if self.config.scale_by_decoder_norm:
+            return self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+        return self.W_dec
+
+    def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
+        """Latents of hidden states.
+
+        Args:
+            hidden_states (`Tensor` of shape `(..., D)`): Raw hidden states; the normalisation is in the weights.
+            width (`int`, *optional*): Only the first `width` latents.
+            selection (`str`, *optional*, defaults to `"restrict"`): See [`encode_pairs`].
+
+        Returns:
+            [`SparseLatents`] with values and indices of shape `(..., K)`.
+
+        Raises:
+            `ValueError`: if the last dimension is not D, or the width is not between 1 and F.
+        """
+        flat = self._flattened(hidden_states)
+        slots = self.encode_pairs(flat, width, selection).to_slots()
+        shape = (*hidden_states.shape[:-1], -1)
+        if not flat.numel():  # -1 cannot be inferred for an empty batch
+            shape = (*hidden_states.shape[:-1], 0)
+        return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
+
+    # Decoding
+
+    def decode(self, latents: SparseLatents, width: int | None = None) -> Tensor:
+        """The reconstruction `(..., D)` from the latents below `width`."""
+        width = self._checked_width(width)
+        return self._decode(latents, [width])[0]
+
+    def decode_prefixes(self, latents: SparseLatents) -> Tensor:
+        """The reconstruction of every prefix in one pass, shape `(P, ..., D)`."""
+        return self._decode(latents, self.prefix_widths)
+
+    def _decode(self, latents: SparseLatents, widths: list[int]) -> Tensor:
+        leading = latents.values.shape[:-1]
+        slots = latents.values.shape[-1]
+        pairs = pairs_from_slots(
+            latents.values.reshape(-1, slots), latents.indices.reshape(-1, slots), self.config.num_latents
+        )
+        return self.decode_pairs(pairs, widths).reshape(len(widths), *leading, self.config.d_in)
+
+    def decode_pairs(self, pairs: LatentPairs, widths: list[int]) -> Tensor:
+        """The reconstruction at each of `widths` (increasing) from pairs, shape `(P, N, D)`."""
+        if widths[-1] < self.config.num_latents:
+            pairs = pairs.keep(pairs.cols < widths[-1])
+        return decode_prefixes(pairs, self.decoder(), widths) + self.b_dec
+
+    # The whole
+
+    def forward(
+        self, hidden_states: Tensor, width: int | None = None, return_dict: bool | None = None
+    ) -> SAEOutput | tuple:
+        """Encode, decode every prefix up to `width`, and measure the reconstruction.
+
+        Args:
+            hidden_states (`Tensor` of shape `(..., D)`): Raw hidden states.
+            width (`int`, *optional*): Use only the first `width` latents (restricted).
+            return_dict (`bool`, *optional*, defaults to `True`): `False` gives a tuple.
+
+        Returns:
+            [`SAEOutput`]. The penalties of training are added by the trainer, which alone knows their schedules.
+        """
+        config = self.config
+        fields = config.truncated(self._checked_width(width))
+        widths = fields.get("prefix_widths", [fields["num_latents"]])
+        weights = fields.get("prefix_weights", getattr(config, "prefix_weights", None)) or [1 / len(widths)] * len(
+            widths
+        )
+        flat = self._flattened(hidden_states)
+        pairs = self.encode_pairs(flat, width)
+        prefixes = self.decode_pairs(pairs, widths)
+        sse = (prefixes - flat).square().sum(-1).mean(-1)
+        slots = pairs.to_slots()
+        shape = hidden_states.shape[:-1]
+        output = SAEOutput(
+            loss=(sse * sse.new_tensor(weights)).sum(),
+            reconstruction=prefixes[-1].view(*shape, config.d_in),
+            latents=SparseLatents(
+                slots.values.view(*shape, slots.values.shape[-1]),
+                slots.indices.view(*shape, slots.values.shape[-1]),
+                slots.num_latents,
+            ),
+            losses={"sse": sse},
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _checked_width(self, width: int | None) -> int:
+        if width is None:
+            return self.config.num_latents
+        if not 1 <= width <= self.config.num_latents:
+            raise ValueError(f"`width` must lie between 1 and num_latents ({self.config.num_latents}), got {width}.")
+        return width
+
+    def _flattened(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.shape[-1] != self.config.d_in:
+            raise ValueError(
+                f"This SAE takes hidden states of width d_in = {self.config.d_in}, got {tuple(hidden_states.shape)}. "
+                f"It was trained on {self.config.base_model or 'an unnamed model'} at "
+                f"{self.config.hookpoint or 'an unnamed hookpoint'}."
+            )
+        return hidden_states.reshape(-1, self.config.d_in).to(self.W_enc.dtype)
+
+    # Reshaping the dictionary
+
+    @torch.no_grad()
+    def truncate(self, width: int) -> "SAEModel":
+        """A new SAE of the same class with the first `width` latents."""
+        config = copy.deepcopy(self.config)
+        for name, value in config.truncated(width).items():
+            setattr(config, name, value)
+        smaller = type(self)(config).to(device=self.W_enc.device, dtype=self.W_enc.dtype).train(self.training)
+        for name, tensor in smaller.state_dict().items():
+            source = self.state_dict()[name]
+            tensor.copy_(source if name == "b_dec" else source[:width])
+        return smaller
+
+    @torch.no_grad()
+    def permute_(self, order: Tensor) -> None:
+        """Put the latents into a new order; `latent_ids` go with them."""
+        for name, tensor in self.state_dict().items():
+            if name != "b_dec":
+                tensor.copy_(tensor[order])
+
+    @torch.no_grad()
+    def fold_normalization_(self, mean: Tensor, scale: float) -> None:
+        """Make an SAE for `(x - mean) / scale` take raw `x`, and give raw reconstructions (exact, in place).
+
+        Latents come out multiplied by `scale`. `fold_normalization_(-mean / scale, 1 / scale)` undoes it.
+        """
+        mean = mean.to(self.b_dec)
+        shift = 0 if self.config.apply_b_dec_to_input else self.W_enc @ mean
+        if self.config.activation_name == "gated":
+            self.b_mag.copy_(self.b_mag * scale - self.r_mag.exp() * shift)
+        self.b_enc.copy_(self.b_enc * scale - shift)
+        self.b_dec.copy_(self.b_dec * scale + mean)
+        if hasattr(self, "threshold"):
+            self.threshold.mul_(scale)
+        if hasattr(self.config, "bandwidth"):
+            self.config.bandwidth = float(self.config.bandwidth * scale)
+
+    @torch.no_grad()
+    def fold_decoder_norm_(self) -> None:
+        """Give the decoder unit rows and the encoder their norms (in place; exact for what the config selects by)."""
+        norms = self.W_dec.norm(dim=1).clamp(min=torch.finfo(self.W_dec.dtype).tiny)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+        if self.config.activation_name == "gated":
+            self.b_mag.mul_(norms)
+        # Where latents are scaled by the norm, thresholds already are in those units.
+        if hasattr(self, "threshold") and not self.config.scale_by_decoder_norm:
+            self.threshold.mul_(norms)
+        self.config.scale_by_decoder_norm = False
+
+    # Files
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in transformers, but every file is complete before it takes its name; the config comes last."""
+        if kwargs.get("push_to_hub"):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        try:
+            super().save_pretrained(staging, **kwargs)
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":
+        """Load an SAE from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
+            width (`int`, *optional*): Load only the first `width` latents; the others are not read.
+            subfolder (`str`, *optional*), revision (`str`, *optional*), dtype (`torch.dtype`, *optional*), ...:
+                As for any transformers model.
+
+        Raises:
+            `ValueError`: if the file is damaged, lacks a tensor, or holds other shapes than the config says.
+        """
+        source = pretrained_model_name_or_path
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            if source is not None and width is not None:
+                config, state = read_prefix(cls.config_class, source, width, kwargs)
+                kwargs |= {"config": config, "state_dict": state}
+                pretrained_model_name_or_path = None
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "
+                "save or download it again."
+            ) from error
+        broken = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
+        if broken:
+            raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
+        return (model, info) if wants_info else model
+
+
+class ReluSAE(SAEModel):
+    """A ReLU SAE (Bricken et al. 2023; decoder-norm-weighted L1 after Anthropic's April 2024 update)."""
+
+    config_class = ReluSAEConfig
+
+
+class TopKSAE(SAEModel):
+    """A TopK SAE (Gao et al. 2024, arXiv 2406.04093)."""
+
+    config_class = TopKSAEConfig
+
+
+class BatchTopKSAE(SAEModel):
+    """A BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+    config_class = BatchTopKSAEConfig
+
+
+class JumpReLUSAE(SAEModel):
+    """A JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+
+    config_class = JumpReLUSAEConfig
+
+
+class GatedSAE(SAEModel):
+    """A Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+    config_class = GatedSAEConfig
+
+
+class MatryoshkaSAE(SAEModel):
+    """A Matryoshka SAE over any of relu, topk, batch_topk and jumprelu (Bussmann et al. 2025, arXiv 2503.17547)."""
+
+    config_class = MatryoshkaSAEConfig
+
+
+MODELS = {
+    model.config_class: model for model in (ReluSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE, GatedSAE, MatryoshkaSAE)
+}
+"""The model class of each config class."""
+
+__all__ = ["SAEModel", "SAEOutput", *(model.__name__ for model in MODELS.values())]
