@@ -165,9 +165,8 @@ class SAEModel(PreTrainedModel):
         """
         flat = self._flattened(hidden_states)
         slots = self.encode_pairs(flat, width, selection).to_slots()
-        shape = (*hidden_states.shape[:-1], -1)
-        if not flat.numel():  # -1 cannot be inferred for an empty batch
-            shape = (*hidden_states.shape[:-1], 0)
+        # No -1: it cannot be inferred where no token, or no latent, takes part.
+        shape = (*hidden_states.shape[:-1], slots.values.shape[-1])
         return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
 
     # Decoding
@@ -183,10 +182,8 @@ class SAEModel(PreTrainedModel):
 
     def _decode(self, latents: SparseLatents, widths: list[int]) -> Tensor:
         leading = latents.values.shape[:-1]
-        slots = latents.values.shape[-1]
-        pairs = pairs_from_slots(
-            latents.values.reshape(-1, slots), latents.indices.reshape(-1, slots), self.config.num_latents
-        )
+        flat = (leading.numel(), latents.values.shape[-1])
+        pairs = pairs_from_slots(latents.values.reshape(flat), latents.indices.reshape(flat), self.config.num_latents)
         return self.decode_pairs(pairs, widths).reshape(len(widths), *leading, self.config.d_in)
 
     def decode_pairs(self, pairs: LatentPairs, widths: list[int]) -> Tensor:

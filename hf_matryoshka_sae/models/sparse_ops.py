@@ -136,6 +136,8 @@ def select_batch_topk(pre: Tensor, k: float, group: dist.ProcessGroup | None = N
 
 def _largest(flat: Tensor, count: int) -> Tensor:
     """Positions, ascending, of the `count` largest positive entries; of equal ones the first win."""
+    if count == 0:
+        return flat.new_empty(0, dtype=torch.int64)
     floor = _quantile_floor(flat, count)
     candidates = (flat > floor).nonzero().squeeze(1)
     if len(candidates) < count and floor > 0:
@@ -244,7 +246,7 @@ class _DecodePrefixes(torch.autograd.Function):
         edges = torch.tensor(widths, device=cols.device)
         bags = rows * len(widths) + torch.bucketize(cols, edges, right=True)
         counts = torch.bincount(bags, minlength=num_rows * len(widths))
-        out = _gather_sum(values, W_dec, cols, counts).view(num_rows, len(widths), -1)
+        out = _gather_sum(values, W_dec, cols, counts).view(num_rows, len(widths), W_dec.shape[1])
         ctx.save_for_backward(values, W_dec, bags, cols)
         ctx.shape = out.shape
         return out.cumsum(1).transpose(0, 1)
