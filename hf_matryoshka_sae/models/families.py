@@ -79,7 +79,7 @@ class JumpReLU(Relu):
 
     @staticmethod
     def values(model, pre, cols):
-        return jumprelu(pre, model.threshold[cols].to(pre.dtype), float(model.config.bandwidth))
+        return jumprelu(pre, model.threshold[cols], float(model.config.bandwidth))
 
 
 class Gated(Relu):

@@ -256,6 +256,8 @@ class SAEModel(PreTrainedModel):
         for name, value in config.truncated(width).items():
             setattr(config, name, value)
         smaller = type(self)(config).to(device=self.W_enc.device, dtype=self.W_enc.dtype).train(self.training)
+        if hasattr(self, "threshold"):  # kept in fp32 where the weights are not
+            smaller.threshold.data = smaller.threshold.data.to(self.threshold.dtype)
         for name, tensor in smaller.state_dict().items():
             source = self.state_dict()[name]
             tensor.copy_(source if name == "b_dec" else source[:width])

@@ -306,7 +306,8 @@ def decode_prefixes(pairs: LatentPairs, W_dec: Tensor, widths: list[int]) -> Ten
 class _JumpReLU(torch.autograd.Function):
     """`z * H(z - theta)` and `H(z - theta)`, with rectangle-kernel gradients to theta (arXiv 2407.14435, eq. 11-12).
 
-    The kernel sees the pre-activation z, so that thresholds feel latents on both sides of the jump.
+    The kernel sees the pre-activation z, so that thresholds feel latents on both sides of the jump. `theta` may be of
+    higher precision than `z`: rounded to bf16 it would move past pre-activations.
     """
 
     @staticmethod
@@ -320,7 +321,7 @@ class _JumpReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_value, grad_gate):
         z, theta, gate = ctx.saved_tensors
-        window = ((z - theta).abs() < ctx.bandwidth / 2).to(z.dtype) / ctx.bandwidth
+        window = ((z - theta).abs() < ctx.bandwidth / 2).to(theta.dtype) / ctx.bandwidth
         return grad_value * gate, -window * (theta * grad_value + grad_gate), None
 
 
