@@ -96,8 +96,11 @@ class Gated(Relu):
 
     @staticmethod
     def values(model, pre, cols):
-        projection = pre - model.b_enc[cols]
-        return torch.relu(model.r_mag[cols].exp() * projection + model.b_mag[cols]), pre
+        b_enc, b_mag = model.b_enc, model.b_mag
+        if model.config.scale_by_decoder_norm:  # `pre` is, so both biases are
+            norms = model.decoder_norms()
+            b_enc, b_mag = b_enc * norms, b_mag * norms
+        return torch.relu(model.r_mag[cols].exp() * (pre - b_enc[cols]) + b_mag[cols]), pre
 
 
 FAMILIES = {"relu": Relu, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated}

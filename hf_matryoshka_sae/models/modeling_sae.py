@@ -139,15 +139,19 @@ class SAEModel(PreTrainedModel):
     def _encoder(self, width: int) -> tuple[Tensor, Tensor]:
         W_enc, b_enc = self.W_enc[:width], self.b_enc[:width]
         if self.config.scale_by_decoder_norm:
-            norms = self.W_dec[:width].norm(dim=1)
+            norms = self.decoder_norms()[:width]
             W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
         return W_enc, b_enc
 
     def decoder(self) -> Tensor:
         """The directions that latents are multiplied with, shape `(F, D)`."""
         if self.config.scale_by_decoder_norm:
-            return self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+            return self.W_dec / self.decoder_norms()[:, None]
         return self.W_dec
+
+    def decoder_norms(self) -> Tensor:
+        """Lengths of the decoder's rows, shape `(F,)`; never 0, so that a row of zeros stays one."""
+        return self.W_dec.norm(dim=1).clamp(min=torch.finfo(self.W_dec.dtype).tiny)
 
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
@@ -290,7 +294,7 @@ class SAEModel(PreTrainedModel):
     @torch.no_grad()
     def fold_decoder_norm_(self) -> None:
         """Give the decoder unit rows and the encoder their norms (in place; exact for what the config selects by)."""
-        norms = self.W_dec.norm(dim=1).clamp(min=torch.finfo(self.W_dec.dtype).tiny)
+        norms = self.decoder_norms()
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms[:, None])
         self.b_enc.mul_(norms)
