@@ -10,6 +10,7 @@ latents are a contiguous run of bytes in the file.
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from .configuration_sae import (
 from .families import FAMILIES
 from .partial_loading import read_prefix
 from .sparse_ops import LatentPairs, SparseLatents, decode_prefixes, encode_pairs, pairs_from_slots, preactivations
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass
@@ -317,8 +321,14 @@ class SAEModel(PreTrainedModel):
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             super().save_pretrained(staging, **kwargs)
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, target / file.name)
+            written = {file.name for file in staging.iterdir()}
+            for name in written - {"config.json"}:
+                os.replace(staging / name, target / name)
+            # Weights of an earlier save in other shards; `model.safetensors` would be read before a new index.
+            for file in [] if kwargs.get("variant") else list(target.iterdir()):
+                if _WEIGHTS.fullmatch(file.name) and file.name not in written:
+                    file.unlink()
+            os.replace(staging / "config.json", target / "config.json")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -342,9 +352,9 @@ class SAEModel(PreTrainedModel):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
                 pretrained_model_name_or_path = None
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            # Mismatches are reported below: transformers raises a RuntimeError that names no tensor.
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "

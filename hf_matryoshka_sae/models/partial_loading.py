@@ -2,10 +2,12 @@
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
@@ -30,7 +32,12 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
     """
     where = {key: kwargs[key] for key in _FILE_KEYS if key in kwargs}
     config = kwargs.pop("config", None)
-    config = copy.deepcopy(config) if config is not None else config_class.from_pretrained(source, **where)
+    if config is None:
+        own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+        overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
+        config = config_class.from_pretrained(source, **where, **overrides)
+    else:
+        config = copy.deepcopy(config)
     state = {}
     for path, names in _weight_files(source, where):
         with safe_open(path, framework="pt") as file:
