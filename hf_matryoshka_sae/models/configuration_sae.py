@@ -138,6 +138,13 @@ def _validate_k(config: "SAEConfig", whole: bool) -> None:
         raise ValueError(f"`k` must be a whole number where each token keeps k latents, got {k}.")
 
 
+def _validate_thresholds(config: "SAEConfig") -> None:
+    if not (math.isfinite(config.bandwidth) and config.bandwidth > 0):
+        raise ValueError(f"`bandwidth` must be above 0, got {config.bandwidth}.")
+    if not (math.isfinite(config.initial_threshold) and config.initial_threshold >= 0):
+        raise ValueError(f"`initial_threshold` must be at least 0, got {config.initial_threshold}.")
+
+
 @strict
 class ReluSAEConfig(SAEConfig):
     """A ReLU SAE: `a = relu(W_enc (x - b_dec) + b_enc)` (methods: Bricken et al. 2023)."""
@@ -151,13 +158,13 @@ class TopKSAEConfig(SAEConfig):
     """A TopK SAE (Gao et al. 2024, arXiv 2406.04093, eq. 3).
 
     Args:
-        k (`int`, *optional*, defaults to 32): Latents kept per token; those below zero become zero.
+        k (`int`, *optional*, defaults to 32): Latents kept per token, a whole number; those below zero become zero.
     """
 
     model_type = "topk_sae"
     activation_name = "topk"
 
-    k: int = 32
+    k: int | float = 32
 
     def validate_fields(self):
         """Check what types alone do not say. Raises `ValueError`."""
@@ -200,6 +207,11 @@ class JumpReLUSAEConfig(SAEConfig):
 
     bandwidth: int | float = 0.05
     initial_threshold: int | float = 0.01
+
+    def validate_fields(self):
+        """Check what types alone do not say. Raises `ValueError`."""
+        super().validate_fields()
+        _validate_thresholds(self)
 
 
 @strict
@@ -246,6 +258,7 @@ class MatryoshkaSAEConfig(SAEConfig):
             raise ValueError(f"Unknown activation {self.activation!r}.{nearest(self.activation, PREFIX_ACTIVATIONS)}")
         if self.activation in ("topk", "batch_topk"):
             _validate_k(self, whole=self.activation == "topk")
+        _validate_thresholds(self)
         self._validate_prefixes()
 
     def _validate_prefixes(self):
@@ -256,7 +269,9 @@ class MatryoshkaSAEConfig(SAEConfig):
                 f"`prefix_widths` must be positive, strictly increase and end at num_latents ({self.num_latents}), "
                 f"got {widths}."
             )
-        if weights is not None and (len(weights) != len(widths) or min(weights) < 0 or max(weights) == 0):
+        if weights is not None and not (
+            len(weights) == len(widths) and all(0 <= weight < math.inf for weight in weights) and any(weights)
+        ):
             raise ValueError(
                 f"`prefix_weights` needs one weight of at least 0 for each of the {len(widths)} prefixes, not all 0; "
                 f"got {list(weights)}."
@@ -279,7 +294,8 @@ class MatryoshkaSAEConfig(SAEConfig):
         changed["prefix_widths"] = [self.prefix_widths[i] for i in inner] + [width]
         if self.prefix_weights is not None:
             # The cut prefix takes the weight of the first prefix that holds it.
-            changed["prefix_weights"] = [self.prefix_weights[i] for i in [*inner, len(inner)]]
+            weights = [self.prefix_weights[i] for i in [*inner, len(inner)]]
+            changed["prefix_weights"] = weights if any(weights) else None
         return changed
 
 
