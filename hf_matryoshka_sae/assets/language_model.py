@@ -1,4 +1,4 @@
-"""The language model that ships with the package; `examples/train_embedded_lm.py` trains it, `lm/README.md` describes it."""
+"""The language model that ships here; `examples/train_embedded_lm.py` trained it, `lm/README.md` describes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def embedded_lm_path() -> Path:
     """
     The folder of the embedded language model, in transformers' format, for `from_pretrained`.
 
-    Its tensors are stored in float16 to stay small; its config asks for float32, which is what `AutoModelForCausalLM` returns.
+    Its tensors are stored in float16 to stay small; its config asks for float32, and that is what
+    `AutoModelForCausalLM.from_pretrained` returns.
 
     Returns:
         `Path`: The folder with the config, the weights and the tokenizer.
@@ -25,8 +26,8 @@ def embedded_lm_path() -> Path:
     folder = Path(__file__).parent / "lm"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"Expected the embedded language model in {folder}, found no model.safetensors there. Reinstall the package, or "
-            "train the model again from a checkout with `python examples/train_embedded_lm.py`."
+            f"Expected the embedded language model in {folder}, found no model.safetensors there. Reinstall the "
+            "package, or train the model again from a checkout with `python examples/train_embedded_lm.py`."
         )
     return folder
 
@@ -35,11 +36,11 @@ def load_embedded_lm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load the embedded language model and its tokenizer, with no network.
 
-    The model was trained on windows of 256 tokens that each begin with the tokenizer's `bos_token`, which also separates
-    documents. The tokenizer does not add it: put it first, as in the example.
+    The model was trained on windows of 256 tokens that each begin with the tokenizer's `bos_token`, which also
+    separates documents. The tokenizer does not add it: put it first, as in the example.
 
     Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model, in float32 and evaluation mode, and its tokenizer.
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model in float32 and evaluation mode, the tokenizer.
 
     Example:
 

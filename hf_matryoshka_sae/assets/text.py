@@ -6,15 +6,16 @@ Three sources, read at run time, none copied into this package:
 - the docstrings of the standard library, parsed out of its source files, which are never imported;
 - the docstrings of the builtins, which have no source file.
 
-One document is one topic, one module docstring, one function, or one class with its documented methods. The text differs a
-little between Python versions, so a document is held out by a hash of its *name*: what was held out under one version stays
-held out under the next.
+One document is one topic, one module docstring, one function, or one class with its documented methods. The text
+differs a little between Python versions, so a document is held out by a hash of its *name*: what was held out under
+one version stays held out under the next.
 """
 
 import ast
 import builtins
 import hashlib
 import inspect
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -49,7 +50,7 @@ def embedded_text(split: Literal["train", "heldout"] = "train") -> list[str]:
 
     Raises:
         `ValueError`: If `split` is neither of the two.
-        `RuntimeError`: If this Python carries no documentation at all (stripped sources under `-OO`).
+        `RuntimeError`: If this Python carries no documentation at all.
 
     Example:
 
@@ -71,7 +72,7 @@ def _documents() -> tuple[_Named, ...]:
     if not documents:
         raise RuntimeError(
             f"This Python carries no documentation: expected docstrings in the .py files of {root}, or the module "
-            "`pydoc_data.topics`, and found neither. Install the full standard library, run without `-OO`, or pass your own text."
+            "`pydoc_data.topics`, and found neither. Install the full standard library, or pass your own text."
         )
     return documents
 
@@ -82,7 +83,7 @@ def _is_heldout(name: str) -> bool:
 
 
 def _without_copies(documents: Iterable[_Named]) -> Iterator[_Named]:
-    """Drop every long paragraph an earlier document has, so that no held-out document is in `train` under another name."""
+    """Drop each long paragraph an earlier document has, lest `train` hold a held-out text under another name."""
     seen: set[str] = set()
     for name, text in documents:
         kept = []
@@ -108,10 +109,15 @@ def _topics() -> list[_Named]:
 
 
 def _stdlib_documents(root: Path) -> Iterator[_Named]:
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            yield from _module_documents(path, _module_name(relative))
+    for path in sorted(_source_files(root)):
+        yield from _module_documents(path, _module_name(path.relative_to(root)))
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        # Removed in place, so that installed packages are not even listed.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def _module_name(relative: Path) -> str:
@@ -140,7 +146,7 @@ def _definitions(parent: ast.AST) -> Iterator[_Definition]:
 
 
 def _described(node: _Definition, scope: str) -> Iterator[str]:
-    """The paragraphs of one definition, as `help` would show it: a heading, the docstring, then each documented method."""
+    """One definition as `help` would show it: a heading, the docstring, then each documented method."""
     is_class = isinstance(node, ast.ClassDef)
     name = f"{scope}.{node.name}"
     if docstring := ast.get_docstring(node):
