@@ -1,0 +1,58 @@
+"""The language model whose hidden states are read, with whichever head its checkpoint has."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+
+EMBEDDED = "embedded"
+
+
+def load_language_model(
+    name: str, revision: str | None = None, dtype: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, object]:
+    """A frozen model in evaluation mode and its tokenizer.
+
+    Args:
+        name (`str`): Hub id, folder, or `"embedded"` for the model that ships with the package.
+        revision (`str`, *optional*): Branch, tag or commit.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default the checkpoint's.
+        device (`torch.device`, *optional*): Where the model runs.
+
+    Returns:
+        The model (causal, masked or plain encoder, as its checkpoint says) and the tokenizer.
+
+    Raises:
+        `ValueError`: if the model cannot be found or read, or the type is unknown.
+    """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"The model's type must be float32, bfloat16 or float16, got {dtype!r}.")
+    if name == EMBEDDED:
+        from ..assets import load_embedded_lm
+
+        model, tokenizer = load_embedded_lm()
+        model = model.to(getattr(torch, dtype or "float32"))
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            model = _model_class(config).from_pretrained(name, revision=revision, dtype=dtype or "auto")
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"The language model {name!r} cannot be loaded: {error} Check the id or folder and the network, or "
+                f"take `{EMBEDDED}`, the model that ships with the package."
+            ) from error
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def _model_class(config):
+    architecture = (config.architectures or [""])[0]
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return AutoModelForCausalLM
+    if architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return AutoModelForMaskedLM
+    return AutoModel

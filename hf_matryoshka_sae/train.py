@@ -1,0 +1,58 @@
+"""Train SAEs on the hidden states of a language model.
+
+    python -m hf_matryoshka_sae.train --config run.yaml
+    accelerate launch -m hf_matryoshka_sae.train --config run.yaml --batch_size 4096 --saes.0.k 64
+
+Every field of the YAML file is a flag too; a dot reaches into nested fields, a number into a list.
+"""
+
+import logging
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a training from command-line arguments; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(_help())
+        return 0
+    from .training import Interrupted, load_run_config, train
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
+    try:
+        train(load_run_config(*_config_and_flags(arguments)))
+    except Interrupted as stopped:
+        sys.stderr.write(f"\n{stopped}\n")
+        return 130
+    except ValueError as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    return 0
+
+
+def _config_and_flags(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def _help() -> str:
+    from dataclasses import fields
+
+    from .training import RunConfig, SAESpec
+
+    def names(cls: type) -> str:
+        return ", ".join(field.name for field in fields(cls))
+
+    return (
+        f"{__doc__}\nFields of a run: {names(RunConfig)}.\n\nFields of an entry of saes: {names(SAESpec)}.\n\n"
+        "What each means is said in hf_matryoshka_sae/training/config.py; examples/ has files to start from.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

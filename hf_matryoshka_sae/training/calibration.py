@@ -1,0 +1,76 @@
+"""The inference threshold of BatchTopK.
+
+A single threshold is solved for on data: the value above which k latents fire per token on average. A running mean of
+each batch's smallest kept value, as several libraries use it, depends on the batch size and lets more than k through.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..models import SAEModel
+from .losses import all_sum
+
+
+# More values than this per token cannot be above a sensible threshold; keeps memory at a few k per token.
+_MARGIN = 1.5
+
+
+@torch.no_grad()
+def calibrate_threshold(
+    sae: SAEModel, batches: Iterable[Tensor], k: float, group: dist.ProcessGroup | None = None
+) -> float:
+    """Set `sae.threshold` so that `k` latents of the full width fire per token, and return it.
+
+    Every prefix gets the same threshold, so that restricting to a prefix equals masking.
+
+    Args:
+        sae ([`SAEModel`]): With `activation_name` `"batch_topk"`; in the units of `batches`.
+        batches (`Iterable[Tensor]`): `(N, D)` hidden states, at least a few batches; rows that are not finite are
+            left out.
+        k (`float`): Latents per token to aim at.
+        group (`ProcessGroup`, *optional*): Processes that share the calibration.
+
+    Raises:
+        `ValueError`: if there is no finite hidden state.
+    """
+    kept, tokens = [], 0
+    training, sae.k = sae.training, min(_MARGIN * k, sae.config.num_latents)
+    sae.train()
+    try:
+        for x in batches:
+            x = x[x.isfinite().all(-1)]
+            if len(x):
+                kept.append(sae.encode_pairs(x.to(sae.W_enc)).values)
+                tokens += len(x)
+    finally:
+        sae.train(training)
+        sae.k = k
+    device = sae.W_enc.device
+    values = torch.cat(kept).sort().values if kept else torch.zeros(0, device=device)
+    total = int(all_sum(torch.tensor(tokens, dtype=torch.int64, device=device), group))
+    if not total:
+        raise ValueError("No finite hidden states to calibrate the threshold on. Raise `calibration_tokens`.")
+    threshold = _value_with_count_above(values, k * total, group)
+    sae.threshold.fill_(threshold)
+    return threshold
+
+
+def _value_with_count_above(values: Tensor, wanted: float, group: dist.ProcessGroup | None) -> float:
+    """The number that `wanted` of all processes' sorted positive values exceed, by bisection."""
+    largest = values[-1:].max().item() if len(values) else 0.0
+    if group is not None:
+        peak = torch.tensor(largest, device=values.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+        largest = peak.item()
+    low, high = 0.0, largest
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = len(values) - torch.searchsorted(values, torch.tensor(middle, dtype=values.dtype), right=True)
+        if int(all_sum(above.to(values.device), group)) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high

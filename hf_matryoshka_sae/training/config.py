@@ -1,0 +1,290 @@
+"""A run is one YAML file; the same fields are these dataclasses, and every command-line flag overrides one of them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..activations import DatasetConfig
+from ..models import CONFIGS, SAEConfig
+from ..models.configuration_sae import nearest
+from .fields import from_dict, override
+from .presets import PRESETS, TYPE_DEFAULTS
+
+
+@dataclass
+class SAESpec:
+    """One dictionary of a run (an entry of `saes:`); it is trained at each of the run's hookpoints.
+
+    A field left out takes the value of `preset`, if one is named, or else the default of its family.
+    """
+
+    type: str = "matryoshka"
+    """`relu`, `topk`, `batch_topk`, `jumprelu`, `gated` or `matryoshka`."""
+    name: str | None = None
+    """Folder of the results; made from family, size and k where it is left out."""
+    preset: str | None = None
+    """A published objective: `paper`, `dictionary_learning`, `saebench`, `saelens`, `bussmann`, `nabeshima`, `balance`."""
+    hookpoints: list[str] | None = None
+    """Train this one only at these of the run's hookpoints (paths or globs)."""
+    init_from: str | None = None
+    """Folder or repository of a trained SAE to continue from; a run's folder works too."""
+
+    # The dictionary
+    num_latents: int | None = None
+    k: int | float | None = None
+    activation: str | None = None
+    prefix_widths: list[int] | None = None
+    prefix_fractions: list[float] | None = None
+    """Group sizes as shares of the dictionary; used where `prefix_widths` is not given."""
+    apply_b_dec_to_input: bool | None = None
+    scale_by_decoder_norm: bool | None = None
+    bandwidth: float | None = None
+    initial_threshold: float | None = None
+
+    # The objective
+    level_weights: str | list[float] = "mean"
+    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), or a list."""
+    balance: float = 1.0
+    """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
+    bias_level: bool = False
+    """Add `b_dec` alone as the smallest prefix."""
+    error_unit: Literal["sum", "mean", "fvu"] = "sum"
+    """Squared error summed over D, averaged over D, or divided by the batch's variance."""
+    random_prefixes: int = 0
+    """Draw this many prefixes anew each step, the whole dictionary among them (0: the fixed `prefix_widths`)."""
+    prefix_power: float = 0.5
+    min_prefix: int = 1
+    sparsity_coefficient: float | None = None
+    sparsity_warmup_steps: int | None = None
+    sparsity_penalty: Literal["l1", "log"] = "l1"
+    target_l0: float | None = None
+    """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2."""
+    controller_rate: float = 0.01
+    """Relative change of the coefficient per step towards `target_l0`."""
+    multi_topk: bool = False
+    """TopK: add the loss at 4k latents, weighted 1/8."""
+    auxk_coefficient: float = 1 / 32
+    auxk_k: int | None = None
+    """Dead latents that fit a token's residual; half of d_in by default."""
+    auxk_normalize: bool = True
+    auxk_detach_residual: bool = True
+    auxk_rectify: bool = True
+    auxk_scale_by_dead: bool = False
+    dead_tokens: int = 10_000_000
+    """A latent that has not fired on this many tokens is dead."""
+
+    # The optimisation
+    lr: float | None = None
+    """By default `lr_base / sqrt(num_latents / 16384)`."""
+    lr_base: float = 2e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    adam_eps: float = 1e-8
+    lr_warmup_steps: int | None = None
+    lr_decay_fraction: float = 0.2
+    """Share of the steps at the end over which the rate falls to `lr_end`."""
+    lr_end: float = 0.0
+    grad_clip: float | None = 1.0
+    k_start: float | None = None
+    """BatchTopK and TopK: begin with this k."""
+    k_anneal_steps: int | None = None
+    """Reach `k` after so many steps; a tenth of the run by default."""
+    ema_decay: float | None = None
+    unit_norm_decoder: bool = True
+    train_b_enc: bool = True
+    sort_every: int = 0
+    """Sort latents by importance every so many steps (0: never)."""
+    input_scaling: Literal["center", "rms", "norm", "none"] = "center"
+    """(x - mean) / c with E||x||^2 = d; x / c with E||x||^2 = 1; x / c with mean ||x|| = sqrt(d); raw x."""
+    encoder_init: Literal["decoder", "normal"] = "decoder"
+    encoder_init_scale: float = 1.0
+    decoder_init_norm: float = 1.0
+    b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
+
+    def __post_init__(self):
+        if self.type not in CONFIGS:
+            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, CONFIGS)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        if not 0 <= self.lr_decay_fraction <= 1:
+            raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
+        if self.random_prefixes and self.type != "matryoshka":
+            raise ValueError("`random_prefixes` needs `type: matryoshka`.")
+
+    @classmethod
+    def from_dict(cls, data: dict, where: str) -> "SAESpec":
+        """A spec with the preset's, then the family's, values where `data` gives none."""
+        if not isinstance(data, dict):
+            raise ValueError(f"`{where.rstrip('.')}` must hold fields such as {{type: matryoshka}}, got {data!r}.")
+        preset = data.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"Unknown `{where}preset: {preset}`.{nearest(str(preset), PRESETS)}")
+        filled = {**PRESETS.get(preset, {}), **data}
+        kind = filled.get("activation") if filled.get("type", "matryoshka") == "matryoshka" else filled["type"]
+        defaults = TYPE_DEFAULTS.get(kind or "batch_topk", {}) if preset is None else {}
+        return from_dict(cls, {**defaults, **filled}, where)
+
+    def sae_config(self, d_in: int, base_model: str, hookpoint: str) -> SAEConfig:
+        """The model's config at a hookpoint of width `d_in`.
+
+        Raises:
+            `ValueError`: if a field does not belong to the family, or its value does not fit.
+        """
+        cls = CONFIGS[self.type]
+        given = {
+            name: getattr(self, name)
+            for name in (
+                "num_latents",
+                "k",
+                "activation",
+                "prefix_widths",
+                "apply_b_dec_to_input",
+                "scale_by_decoder_norm",
+                "bandwidth",
+                "initial_threshold",
+            )
+            if getattr(self, name) is not None
+        }
+        given.setdefault("num_latents", 16 * d_in)
+        if self.prefix_fractions is not None and self.prefix_widths is None:
+            given["prefix_widths"] = _widths(self.prefix_fractions, given["num_latents"])
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        for name in given:
+            if name not in known:
+                hint = " Use `target_l0`." if name == "k" else ""
+                raise ValueError(f"`{name}` is no field of an SAE of `type: {self.type}`.{hint}")
+        if isinstance(given.get("k"), float) and given["k"] == int(given["k"]):
+            given["k"] = int(given["k"])
+        return cls(d_in=d_in, base_model=base_model, hookpoint=hookpoint, **given)
+
+    def folder(self, num_latents: int) -> str:
+        """Name of the folder of the results."""
+        if self.name:
+            return self.name
+        kind = f"{self.type}-{self.activation}" if self.activation and self.type == "matryoshka" else self.type
+        sparsity = f"-k{self.k:g}" if self.k else f"-l0_{self.target_l0:g}" if self.target_l0 else ""
+        return f"{kind}-{num_latents}{sparsity}" + (f"-{self.preset}" if self.preset else "")
+
+
+def _widths(fractions: list[float], num_latents: int) -> list[int]:
+    if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
+        raise ValueError(f"`prefix_fractions` must be positive and add up to 1, got {fractions}.")
+    ends = [round(sum(fractions[: i + 1]) * num_latents) for i in range(len(fractions))]
+    return [*ends[:-1], num_latents]
+
+
+@dataclass
+class RunConfig:
+    """A training run. See `examples/` for files that hold these fields."""
+
+    model: str
+    """Any transformers causal LM, masked LM or encoder: Hub id or folder; `embedded` for the shipped one."""
+    dataset: DatasetConfig
+    hookpoints: list[str]
+    """Module paths, globs allowed; `module.path:input` for an input."""
+    saes: list[SAESpec]
+    output_dir: str
+    tokens: int = 50_000_000
+    batch_size: int = 2048
+    """Tokens per optimizer step, over all processes."""
+    context_length: int = 128
+    model_revision: str | None = None
+    model_dtype: str | None = None
+    """`float32`, `bfloat16` or `float16` for the language model; by default what its checkpoint has."""
+    init_from: str | None = None
+    """Continue every SAE from this folder or repository."""
+
+    pack: bool = True
+    """Fill windows with consecutive documents; otherwise one document a row."""
+    exclude: Literal["special", "first", "none"] = "special"
+    """Positions left out of training: special tokens, only the first of each window, or none (padding always is)."""
+    max_norm_factor: float | None = None
+    """Leave out hidden states whose norm exceeds this many times the median."""
+    shuffle: bool = True
+    """Shuffle documents before they are read; tokens are always shuffled across windows."""
+    shuffle_tokens: int = 131_072
+    """Hidden states in the shuffle buffer of each process."""
+    lm_batch_size: int = 32
+    """Windows per forward pass of the language model."""
+    activation_cache: str | None = None
+    """Folder in which hidden states are kept, to be shared by several runs."""
+    normalization_tokens: int = 65_536
+
+    eval_dataset: DatasetConfig | None = None
+    """Held-out text; by default one document in a hundred of `dataset`, which training then leaves out."""
+    eval_tokens: int = 60_000
+    calibration_tokens: int = 200_000
+
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """By default what `accelerate config` says."""
+    gradient_accumulation_steps: int = 1
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints (0: only when interrupted)."""
+    keep_checkpoints: int = 2
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `output_dir`."""
+    log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
+    """Accelerate trackers, for example `[tensorboard]`."""
+
+    def __post_init__(self):
+        for name in ("tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.saes:
+            raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
+        if not self.hookpoints:
+            raise ValueError("`hookpoints` is empty: name at least one module, for example [model.layers.3].")
+        if self.tokens < self.batch_size:
+            raise ValueError(f"`tokens` ({self.tokens}) is less than one batch (`batch_size` {self.batch_size}).")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.tokens // self.batch_size
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "RunConfig":
+        """A checked config from nested dicts. Raises `ValueError` for whatever does not fit."""
+        if not isinstance(data, dict):
+            raise ValueError(f"A run's config must hold fields such as `model:`, got {data!r}.")
+        data = dict(data)
+        if isinstance(data.get("dataset"), str):
+            data["dataset"] = {"path": data["dataset"]}
+        if isinstance(data.get("eval_dataset"), str):
+            data["eval_dataset"] = {"path": data["eval_dataset"]}
+        if isinstance(data.get("hookpoints"), str):
+            data["hookpoints"] = [data["hookpoints"]]
+        if isinstance(data.get("saes"), list):
+            data["saes"] = [SAESpec.from_dict(entry, f"saes.{i}.") for i, entry in enumerate(data["saes"])]
+        return from_dict(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same fields as nested dicts, every default filled in."""
+        return dataclasses.asdict(self)
+
+
+def load_run_config(path: str | Path | None, flags: list[str] | None = None) -> RunConfig:
+    """The run that a YAML file and command-line flags describe.
+
+    Args:
+        path (`str` or `Path` or `None`): The YAML file; `None` where the flags say everything.
+        flags (`list[str]`, *optional*): For example `["--batch_size", "4096", "--saes.0.k", "64"]`.
+
+    Raises:
+        `ValueError`: for a file that is missing or no YAML, and whatever [`RunConfig.from_dict`] raises.
+    """
+    data: Any = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no config file {path}.") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
+    return RunConfig.from_dict(override(data, flags or []))

@@ -1,0 +1,268 @@
+"""One dictionary in training: its weights, its optimizer, and everything that is counted about it."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..models import SAEModel
+from .config import SAESpec
+from .losses import Objective, all_sum, level_weights
+from .schedules import annealed_k, learning_rate, random_prefix_widths, sparsity_warmup
+
+
+@dataclass
+class StepStatistics:
+    """What a step tells about a dictionary, averaged over processes and micro-batches.
+
+    Args:
+        loss (`float`), fvu (`list[float]`): The objective, and the fraction of variance unexplained at each prefix.
+        l0 (`float`): Latents that fired per token.
+        dead (`float`): Share of latents that have not fired on `dead_tokens` tokens.
+        auxk (`float`), sparsity (`float`), lr (`float`), grad_norm (`float`): As named.
+    """
+
+    loss: float
+    fvu: list[float]
+    l0: float
+    dead: float
+    auxk: float
+    sparsity: float
+    lr: float
+    grad_norm: float
+
+
+class Learner:
+    """Trains one SAE at one hookpoint.
+
+    Args:
+        name (`str`): Folder of the results, `<sae name>/<hookpoint>`.
+        sae ([`SAEModel`]): Initialised, in normalised units.
+        spec ([`SAESpec`]): Objective and optimiser.
+        mean (`Tensor` of shape `(D,)`), scale (`float`): The normalisation.
+        accelerator (`Accelerator`): Owns devices and processes.
+        steps (`int`), batch_size (`int`): Optimizer steps of the run; tokens in each, over all processes.
+        seed (`int`): Of the random prefixes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hookpoint: str,
+        sae: SAEModel,
+        spec: SAESpec,
+        mean: Tensor,
+        scale: float,
+        accelerator: Accelerator,
+        steps: int,
+        batch_size: int,
+        seed: int = 0,
+    ):
+        device = accelerator.device
+        self.name, self.hookpoint, self.spec = name, hookpoint, spec
+        self.accelerator, self.steps, self.batch_size, self.seed = accelerator, steps, batch_size, seed
+        self.group = dist.group.WORLD if accelerator.num_processes > 1 else None
+        self.mean, self.scale = mean.to(device), scale
+        self.sae = sae.to(device).train()
+        self.sae.b_enc.requires_grad_(spec.train_b_enc)
+        parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
+        self.objective, self.optimizer = accelerator.prepare(Objective(self.sae, spec, self.group), optimizer)
+
+        num_latents = sae.config.num_latents
+        self.k = getattr(sae.config, "k", None)
+        self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
+        self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
+        self.sparsity = spec.sparsity_coefficient if spec.sparsity_coefficient is not None else 0.0
+        if spec.sparsity_coefficient is None and spec.target_l0 is not None:
+            self.sparsity = 1.0  # in units where E||x||^2 = d; the controller moves it from there
+        self.average = copy.deepcopy(dict(self._parameters())) if spec.ema_decay is not None else None
+        if self.average is not None:
+            for tensor in self.average.values():
+                tensor.requires_grad_(False).zero_()
+        self.updates = 0
+        self._micro: list[dict[str, Tensor]] = []
+        self._project_decoder()
+
+    def _parameters(self):
+        return self.sae.named_parameters()
+
+    # One step
+
+    def accumulate(self, x: Tensor, step: int) -> None:
+        """Add the gradients of one micro-batch of raw hidden states `(n, D)`."""
+        spec, sae = self.spec, self.sae
+        if self.k is not None:
+            sae.k = annealed_k(spec, self.k, step, self.steps)
+        widths = sae.prefix_widths
+        if spec.random_prefixes:
+            widths = random_prefix_widths(spec, sae.config.num_latents, self.seed, step)
+        x = (x.to(device=self.mean.device, dtype=torch.float32) - self.mean) / self.scale
+        dead = self.tokens_since_fired >= spec.dead_tokens
+        sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps)
+        loss, statistics = self.objective(x, dead, widths, level_weights(spec, len(widths)), sparsity)
+        self.accelerator.backward(loss)
+        self._micro.append({**statistics, "loss": loss.detach().float()})
+
+    def step(self, step: int) -> bool:
+        """Apply the accumulated gradients and update every counter.
+
+        Returns:
+            `bool`: Whether the weights changed; they do not where a gradient is not finite.
+        """
+        spec = self.spec
+        self._project_gradient()
+        limit = spec.grad_clip if spec.grad_clip is not None else float("inf")
+        self.grad_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+        finite = bool(torch.isfinite(self.grad_norm))
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(spec, self.sae.config.num_latents, step, self.steps)
+            self.optimizer.step()
+            self._project_decoder()
+            self._average()
+            self._count(step)
+        else:
+            self._micro.clear()
+        self.optimizer.zero_grad()
+        return finite
+
+    def skip(self) -> None:
+        """Forget the accumulated gradients."""
+        self._micro.clear()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _project_gradient(self) -> None:
+        """Take the part of the decoder's gradient along each row away: a unit row only turns."""
+        gradient = self.sae.W_dec.grad
+        if self.spec.unit_norm_decoder and gradient is not None:
+            along = torch.linalg.vecdot(gradient, self.sae.W_dec)
+            gradient.addcmul_(along[:, None], self.sae.W_dec, value=-1)
+
+    @torch.no_grad()
+    def _project_decoder(self) -> None:
+        if self.spec.unit_norm_decoder:
+            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        if self.sae.config.activation_name == "jumprelu":
+            self.sae.threshold.clamp_(min=0)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.updates += 1
+        if self.average is not None:
+            for name, parameter in self._parameters():
+                self.average[name].lerp_(parameter, 1 - self.spec.ema_decay)
+
+    @torch.no_grad()
+    def _count(self, step: int) -> None:
+        """Counters that need all processes: which latents fired, how many, how strongly."""
+        micro = len(self._micro)
+        keys = [key for key in self._micro[0]]
+        summed = {key: torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys}
+        packed = torch.cat([summed[key].flatten() for key in keys])
+        packed = all_sum(packed, self.group)
+        parts = packed.split([summed[key].numel() for key in keys])
+        world = self.accelerator.num_processes
+        self.last = {key: part.view(summed[key].shape) / (micro * world) for key, part in zip(keys, parts, strict=True)}
+        fired = self.last["fired"] > 0
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + self.batch_size)
+        self._micro.clear()
+        self._control_sparsity(step)
+        if self.energy is not None:
+            self.energy.mul_(0.95).add_(self.last["energy"], alpha=0.05)
+            if (step + 1) % self.spec.sort_every == 0:
+                self._sort()
+
+    def _control_sparsity(self, step: int) -> None:
+        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do (Nabeshima 2024)."""
+        spec = self.spec
+        controlled = spec.target_l0 is not None and self.sae.config.activation_name in ("relu", "gated")
+        if controlled and sparsity_warmup(spec, step, self.steps) >= 1:
+            too_many = bool(self.last["l0"] >= spec.target_l0)
+            self.sparsity *= 1 + spec.controller_rate if too_many else 1 - spec.controller_rate
+
+    @torch.no_grad()
+    def _sort(self) -> None:
+        """Put latents in order of energy; weights, moments, averages and counters move together."""
+        order = self.energy.argsort(descending=True, stable=True)
+        tensors = [parameter for name, parameter in self._parameters() if name != "b_dec"]
+        if self.sae.config.activation_name == "batch_topk":
+            tensors.append(self.sae.threshold)
+        for parameter in list(tensors):
+            state = self.optimizer.state.get(parameter, {})
+            tensors += [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+        if self.average is not None:
+            tensors += [tensor for name, tensor in self.average.items() if name != "b_dec"]
+        for tensor in [*tensors, self.energy, self.tokens_since_fired]:
+            tensor.copy_(tensor[order])
+
+    def statistics(self, step: int) -> StepStatistics:
+        """What the last step told; moves numbers to the host."""
+        variance = max(self.last["variance"].item(), 1e-30)
+        return StepStatistics(
+            loss=self.last["loss"].item(),
+            fvu=[sse / variance for sse in self.last["sse"].tolist()],
+            l0=self.last["l0"].item(),
+            dead=(self.tokens_since_fired >= self.spec.dead_tokens).float().mean().item(),
+            auxk=self.last["auxk"].item(),
+            sparsity=self.sparsity,
+            lr=learning_rate(self.spec, self.sae.config.num_latents, step, self.steps),
+            grad_norm=float(self.grad_norm),
+        )
+
+    # The end, and checkpoints
+
+    @torch.no_grad()
+    def finished(self) -> SAEModel:
+        """A copy of the SAE as it is saved, still in normalised units: averaged weights, unit rows, final k."""
+        sae = copy.deepcopy(self.sae).eval()
+        sae.k = self.k
+        if self.average is not None and self.updates:
+            correction = 1 - self.spec.ema_decay**self.updates
+            for name, parameter in sae.named_parameters():
+                parameter.copy_(self.average[name] / correction)
+            if self.spec.unit_norm_decoder:
+                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        if not self.spec.unit_norm_decoder:
+            sae.fold_decoder_norm_()
+        for parameter in sae.parameters():
+            parameter.requires_grad_(True)
+        return sae
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        moments = self.optimizer.state_dict()
+        return {
+            "weights": {name: tensor for name, tensor in self.sae.state_dict().items()},
+            "optimizer": {str(index): dict(state) for index, state in moments["state"].items()},
+            "average": self.average,
+            "energy": self.energy,
+            "tokens_since_fired": self.tokens_since_fired,
+            "mean": self.mean,
+            "scale": self.scale,
+            "bandwidth": getattr(self.sae.config, "bandwidth", None),
+            "sparsity": self.sparsity,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        self.sae.load_state_dict(state["weights"])
+        moments = self.optimizer.state_dict()
+        moments["state"] = {int(index): entry for index, entry in state["optimizer"].items()}
+        self.optimizer.load_state_dict(moments)
+        device = self.mean.device
+        if self.average is not None:
+            self.average = {name: tensor.to(device) for name, tensor in state["average"].items()}
+        if self.energy is not None:
+            self.energy = state["energy"].to(device)
+        self.tokens_since_fired = state["tokens_since_fired"].to(device)
+        self.mean, self.scale = state["mean"].to(device), state["scale"]
+        if state["bandwidth"] is not None:
+            self.sae.config.bandwidth = state["bandwidth"]
+        self.sparsity, self.updates = state["sparsity"], state["updates"]

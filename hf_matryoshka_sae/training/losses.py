@@ -1,0 +1,238 @@
+"""The objectives of the families.
+
+    L = sum_p w_p * error_p  +  sparsity penalty (relu, jumprelu, gated)  +  AuxK (latents that died)
+
+error_p is the squared error of prefix p, summed over D and averaged over tokens unless the spec says otherwise. Every
+quantity that is not linear in the batch (BatchTopK's cut, variances, L0 against a target) is taken over the joined
+batch of all processes, so that averaged gradients equal those of one process.
+
+Shapes: N tokens of this process, D `d_in`, F `num_latents`, P prefixes.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..models import SAEModel
+from ..models.sparse_ops import LatentPairs, decode_prefixes, encode_pairs
+from .config import SAESpec
+
+
+def level_weights(spec: SAESpec, num_prefixes: int) -> list[float]:
+    """Weight of each prefix's error; with `bias_level` that of `b_dec` alone stands first.
+
+    Args:
+        spec ([`SAESpec`]): Its `level_weights`, `balance` and `bias_level` are read.
+        num_prefixes (`int`): P, without the bias level.
+
+    Raises:
+        `ValueError`: for an unknown scheme or a list of another length.
+    """
+    count = num_prefixes + spec.bias_level
+    scheme = spec.level_weights
+    if isinstance(scheme, list):
+        if len(scheme) != count:
+            raise ValueError(f"`level_weights` needs {count} numbers, one for each level; got {scheme}.")
+        return [float(weight) for weight in scheme]
+    if scheme == "mean":
+        return [1 / count] * count
+    if scheme == "sum":
+        return [1.0] * count
+    if scheme == "mean_squared":
+        return [1 / count**2] * count
+    if scheme == "balance":
+        weights = [spec.balance ** (count - level) for level in range(1, count + 1)]
+        return [weight / count for weight in weights] if spec.balance > 1 else weights
+    raise ValueError(f"`level_weights` must be a list, mean, sum, mean_squared or balance; got {scheme!r}.")
+
+
+def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the processes of `group` (no gradient)."""
+    value = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if group is not None else 1
+
+
+def variance(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`mean over tokens of ||x - mean||^2` over the joined batch, for `(N, D)` rows; no gradient."""
+    x = x.detach().float()
+    # One reduction: the sum of rows, the sum of squares, the count.
+    packed = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
+    *total, squares, count = all_sum(packed, group).split([x.shape[1], 1, 1])
+    return ((squares - total[0].square().sum() / count) / count).clamp(min=0).squeeze()
+
+
+class Objective(nn.Module):
+    """The SAE and its loss as one module, so that data-parallel wrappers see one forward pass.
+
+    Args:
+        sae ([`SAEModel`]): Trained in normalised units.
+        spec ([`SAESpec`]): Which objective.
+        group (`ProcessGroup`, *optional*): Processes that share one batch.
+    """
+
+    def __init__(self, sae: SAEModel, spec: SAESpec, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        self.sae, self.spec, self.group = sae, spec, group
+
+    def forward(
+        self, x: Tensor, dead: Tensor, widths: list[int], weights: list[float], sparsity: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch.
+
+        Args:
+            x (`Tensor` of shape `(N, D)`): Normalised hidden states.
+            dead (`Tensor` of shape `(F,)`): Which latents are dead.
+            widths (`list[int]`): Prefix widths of this step.
+            weights (`list[float]`): What [`level_weights`] gives for them.
+            sparsity (`float`): Coefficient of the sparsity penalty.
+
+        Returns:
+            The loss, and detached statistics of this process: `sse` (P,), `variance`, `l0`, `fired` (F,),
+            `energy` (F,): the mean of `(a * ||d||)^2`, `auxk`.
+        """
+        pairs, losses = self._reconstruct(x, widths, weights)
+        prefixes = losses.pop("prefixes")
+        loss = losses["reconstruction"]
+        if sparsity:
+            loss = loss + sparsity * self._penalty(pairs, widths, weights)
+        if self.sae.config.activation_name == "gated":
+            loss = loss + self._gate_error(x, pairs)
+        auxk = loss.new_zeros(())
+        if self.spec.auxk_coefficient and bool(dead.any()):
+            auxk = self._auxk(x, x - prefixes[-1], dead)
+            loss = loss + self.spec.auxk_coefficient * auxk
+        return loss, self._statistics(pairs, losses["sse"], x, auxk)
+
+    def _reconstruct(self, x: Tensor, widths: list[int], weights: list[float]) -> tuple[LatentPairs, dict]:
+        spec = self.spec
+        if spec.multi_topk:
+            with _annealed(self.sae, min(4 * self.sae.k, widths[-1])):
+                wide = self.sae.encode_pairs(x, group=self.group)
+            pairs = wide.keep(_best(wide, int(self.sae.k)))
+        else:
+            pairs = self.sae.encode_pairs(x, group=self.group)
+        prefixes = self.sae.decode_pairs(pairs, widths)
+        sse = _sse(prefixes, x)
+        error = self._weighted(sse, x, weights)
+        if spec.multi_topk:
+            error = error + self._weighted(_sse(self.sae.decode_pairs(wide, widths), x), x, weights) / 8
+        return pairs, {"reconstruction": error, "sse": sse.detach(), "prefixes": prefixes}
+
+    def _weighted(self, sse: Tensor, x: Tensor, weights: list[float]) -> Tensor:
+        if self.spec.bias_level:
+            sse = torch.cat([(self.sae.b_dec - x).square().sum(-1).mean()[None], sse])
+        error = (sse * sse.new_tensor(weights)).sum()
+        if self.spec.error_unit == "mean":
+            return error / x.shape[1]
+        return error / variance(x, self.group) if self.spec.error_unit == "fvu" else error
+
+    def _penalty(self, pairs: LatentPairs, widths: list[int], weights: list[float]) -> Tensor:
+        name, num_rows = self.sae.config.activation_name, pairs.num_rows
+        if name == "jumprelu":
+            l0 = pairs.gate.sum() / num_rows
+            if self.spec.target_l0 is None:
+                return l0
+            # The value of the joined batch with the gradient of this process's share.
+            l0 = l0 + all_sum(l0, self.group) / _world(self.group) - l0.detach()
+            return (l0 / self.spec.target_l0 - 1).square()
+        strength = torch.relu(pairs.gate) if name == "gated" else pairs.values
+        strength = strength * self.sae.W_dec.norm(dim=1)[pairs.cols]
+        if self.spec.sparsity_penalty == "log":
+            strength = torch.log1p(strength / 0.1)
+        # A latent pays in every prefix that holds it.
+        levels = strength.new_tensor(weights[-len(widths) :])
+        held = levels.flip(0).cumsum(0).flip(0) / levels.sum()
+        group = torch.bucketize(pairs.cols, torch.tensor(widths, device=pairs.cols.device), right=True)
+        return (strength * held[group]).sum() / num_rows
+
+    def _gate_error(self, x: Tensor, pairs: LatentPairs) -> Tensor:
+        """`||x - (relu(gate) W_dec + b_dec)||^2` with a frozen decoder (arXiv 2404.16014, eq. 8)."""
+        gate = LatentPairs(pairs.rows, pairs.cols, torch.relu(pairs.gate), pairs.num_rows, pairs.num_latents)
+        decoded = decode_prefixes(gate, self.sae.decoder().detach(), [pairs.num_latents])[0] + self.sae.b_dec.detach()
+        return (x - decoded).square().sum(-1).mean()
+
+    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """What the dead latents that come nearest to firing leave of the residual (arXiv 2406.04093, section A.2).
+
+        `residual` is x - reconstruction: b_dec is taken off once, and what is decoded here adds none.
+        """
+        spec, sae = self.spec, self.sae
+        ids = dead.nonzero().squeeze(1)
+        wanted = spec.auxk_k or max(1, x.shape[1] // 2)
+        if spec.auxk_detach_residual:
+            residual = residual.detach()
+        W_enc, b_enc, W_dec = _rows_of_dead(sae, ids)
+        b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
+        with torch.no_grad():
+            pre = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+            cols = pre.topk(min(wanted, len(ids)), dim=-1).indices.sort(-1).values
+        rows = torch.arange(len(x), device=x.device).repeat_interleave(cols.shape[1])
+        values = encode_pairs(x, W_enc, b_enc, b_dec, pre, rows, cols.flatten()).to(W_dec.dtype)
+        if spec.auxk_rectify:
+            values = torch.relu(values)
+        pairs = LatentPairs(rows, cols.flatten(), values, len(x), len(ids))
+        error = _sse(decode_prefixes(pairs, W_dec, [len(ids)]), residual)[0]
+        if spec.error_unit == "mean":
+            error = error / x.shape[1]
+        if spec.auxk_normalize:
+            spread = variance(residual, self.group)
+            spread = spread / x.shape[1] if spec.error_unit == "mean" else spread
+            error = torch.where(spread > 0, error / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
+        return error * min(len(ids) / wanted, 1.0) if spec.auxk_scale_by_dead else error
+
+    @torch.no_grad()
+    def _statistics(self, pairs: LatentPairs, sse: Tensor, x: Tensor, auxk: Tensor) -> dict[str, Tensor]:
+        active = pairs.values > 0
+        fired = torch.zeros(pairs.num_latents, device=x.device)
+        fired.index_add_(0, pairs.cols, active.float())
+        statistics = {
+            "sse": sse.float(),
+            "variance": (x - x.mean(0)).square().sum(-1).mean().float(),
+            "l0": active.sum().float() / pairs.num_rows,
+            "fired": fired,
+            "auxk": auxk.detach().float(),
+        }
+        if self.spec.sort_every:
+            contribution = (pairs.values.float() * self.sae.W_dec.norm(dim=1)[pairs.cols]).square()
+            energy = torch.zeros_like(fired).index_add_(0, pairs.cols, contribution)
+            statistics["energy"] = energy / pairs.num_rows
+        return statistics
+
+
+def _sse(prefixes: Tensor, x: Tensor) -> Tensor:
+    return (prefixes - x).square().sum(-1).mean(-1)
+
+
+def _rows_of_dead(sae: SAEModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    W_enc, b_enc, W_dec = sae.W_enc[ids], sae.b_enc[ids], sae.W_dec[ids]
+    if sae.config.scale_by_decoder_norm:
+        norms = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
+    return W_enc, b_enc, W_dec
+
+
+@contextmanager
+def _annealed(sae: SAEModel, k: float):
+    before, sae.k = sae.k, k
+    try:
+        yield
+    finally:
+        sae.k = before
+
+
+def _best(pairs: LatentPairs, k: int) -> Tensor:
+    """Mask of each token's k largest pairs."""
+    slots = pairs.to_slots().values.detach()
+    rank = slots.argsort(-1, descending=True, stable=True).argsort(-1)
+    counts = torch.bincount(pairs.rows, minlength=pairs.num_rows)
+    slot = torch.arange(len(pairs.rows), device=pairs.rows.device) - (counts.cumsum(0) - counts)[pairs.rows]
+    return rank[pairs.rows, slot] < k

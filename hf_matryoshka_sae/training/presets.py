@@ -1,0 +1,139 @@
+"""Published objectives by name, and what each family takes where a run says nothing.
+
+A preset reproduces the objective of a paper or library: its level weights, units, auxiliary loss, normalisation,
+initialisation and optimiser. Fields that a run gives itself win over the preset's.
+"""
+
+from typing import Any
+
+
+_FIVE_GROUPS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Bussmann et al. 2025, arXiv 2503.17547, section 3: the sum over levels, AuxK after Gao et al.
+    "paper": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=_FIVE_GROUPS,
+        level_weights="sum",
+        auxk_k=512,
+        lr=3e-4,
+        lr_warmup_steps=1000,
+        lr_decay_fraction=0.2,
+        input_scaling="rms",
+    ),
+    # saprmarks/dictionary_learning, matryoshka_batch_top_k.py: weights 1/P, then the mean over levels.
+    "dictionary_learning": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=_FIVE_GROUPS,
+        level_weights="mean_squared",
+        lr_base=2e-4,
+        lr_warmup_steps=1000,
+        lr_decay_fraction=0.0,
+        input_scaling="none",
+        b_dec_init="geometric_median",
+    ),
+    # SAEBench's suite, the same trainer with its own optimiser settings.
+    "saebench": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=_FIVE_GROUPS,
+        level_weights="mean_squared",
+        lr=3e-4,
+        lr_warmup_steps=1000,
+        lr_decay_fraction=0.2,
+        input_scaling="rms",
+        b_dec_init="geometric_median",
+    ),
+    # SAELens 6.54, matryoshka_batchtopk: the sum over levels, selection by contribution, AuxK not normalised.
+    "saelens": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=_FIVE_GROUPS,
+        level_weights="sum",
+        scale_by_decoder_norm=True,
+        unit_norm_decoder=False,
+        decoder_init_norm=0.1,
+        auxk_coefficient=1.0,
+        auxk_normalize=False,
+        auxk_rectify=False,
+        auxk_scale_by_dead=True,
+        dead_tokens=1000 * 4096,
+        lr=3e-4,
+        lr_warmup_steps=0,
+        lr_decay_fraction=0.0,
+        input_scaling="none",
+        b_dec_init="zero",
+    ),
+    # bartbussmann/matryoshka_sae: the mean over P + 1 levels, b_dec alone among them, and over D; b_enc unused; AuxK
+    # lets its gradient into the residual.
+    "bussmann": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=[1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
+        level_weights="mean",
+        bias_level=True,
+        error_unit="mean",
+        train_b_enc=False,
+        auxk_k=512,
+        auxk_normalize=False,
+        auxk_detach_residual=False,
+        dead_tokens=20 * 4096,
+        lr=3e-4,
+        betas=[0.9, 0.99],
+        lr_warmup_steps=0,
+        lr_decay_fraction=0.0,
+        grad_clip=1e5,
+        input_scaling="none",
+        b_dec_init="zero",
+    ),
+    # noanabeshima/matryoshka-saes: prefixes drawn each step, decoder-norm-weighted L1, latents kept sorted.
+    "nabeshima": dict(
+        type="matryoshka",
+        activation="relu",
+        apply_b_dec_to_input=False,
+        random_prefixes=10,
+        prefix_power=0.5,
+        level_weights="mean",
+        sparsity_penalty="l1",
+        sparsity_coefficient=1.2,
+        target_l0=32.0,
+        controller_rate=3e-4,
+        sort_every=1,
+        auxk_coefficient=0.0,
+        unit_norm_decoder=False,
+        encoder_init="normal",
+        decoder_init_norm=0.1,
+        lr=3e-2,
+        betas=[0.5, 0.9375],
+        lr_warmup_steps=100,
+        lr_decay_fraction=0.2,
+        lr_end=0.1,
+        input_scaling="norm",
+        b_dec_init="zero",
+    ),
+    # Chanin et al. 2025, arXiv 2505.11756: inner level i weighs balance^(P-i).
+    "balance": dict(
+        type="matryoshka",
+        activation="batch_topk",
+        prefix_fractions=_FIVE_GROUPS,
+        level_weights="balance",
+        balance=0.75,
+        lr=1e-4,
+        lr_warmup_steps=0,
+        lr_decay_fraction=0.0,
+        input_scaling="none",
+    ),
+}
+
+# What measures best for the families as this package trains them.
+_TOPK = dict(k=32)
+_L1 = dict(target_l0=32.0, unit_norm_decoder=False, decoder_init_norm=0.1, auxk_coefficient=0.0)
+TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "relu": dict(_L1, apply_b_dec_to_input=False),
+    "topk": _TOPK,
+    "batch_topk": _TOPK,
+    "jumprelu": dict(target_l0=32.0, sparsity_coefficient=1.0, auxk_coefficient=0.0),
+    "gated": dict(target_l0=32.0, auxk_coefficient=0.0),
+}
