@@ -63,7 +63,7 @@ def _world(group: dist.ProcessGroup | None) -> int:
 
 def variance(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`mean over tokens of ||x - mean||^2` over the joined batch, for `(N, D)` rows; no gradient."""
-    x = x.detach().float()
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     # One reduction: the sum of rows, the sum of squares, the count.
     packed = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
     *total, squares, count = all_sum(packed, group).split([x.shape[1], 1, 1])
@@ -202,7 +202,7 @@ class Objective(nn.Module):
             "auxk": auxk.detach().float(),
         }
         if self.spec.sort_every:
-            contribution = (pairs.values.float() * self.sae.W_dec.norm(dim=1)[pairs.cols]).square()
+            contribution = (pairs.values * self.sae.W_dec.norm(dim=1)[pairs.cols]).square().float()
             energy = torch.zeros_like(fired).index_add_(0, pairs.cols, contribution)
             statistics["energy"] = energy / pairs.num_rows
         return statistics
@@ -232,7 +232,7 @@ def _annealed(sae: SAEModel, k: float):
 def _best(pairs: LatentPairs, k: int) -> Tensor:
     """Mask of each token's k largest pairs."""
     slots = pairs.to_slots().values.detach()
-    rank = slots.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = slots.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     counts = torch.bincount(pairs.rows, minlength=pairs.num_rows)
     slot = torch.arange(len(pairs.rows), device=pairs.rows.device) - (counts.cumsum(0) - counts)[pairs.rows]
     return rank[pairs.rows, slot] < k
