@@ -6,6 +6,7 @@ folder is renamed last. Reading verifies the checksums, so a file damaged later 
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,12 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _TENSOR = "__tensor__"
 _MANIFEST = "manifest.json"
@@ -126,7 +126,8 @@ class Checkpoints:
                 self._verify(path)
                 return step, load_tree(path / "shared"), load_tree(path / f"process-{self.rank}")
             except (OSError, ValueError, KeyError) as error:
-                logger.warning(f"Checkpoint {path} is broken ({error}); trying the one before.", main_process_only=True)
+                if self.rank == 0:
+                    logger.warning(f"Checkpoint {path} is broken ({error}); trying the one before.")
         return None
 
     def _verify(self, path: Path) -> None:
