@@ -78,7 +78,7 @@ class LatentPairs:
 
 def pairs_from_slots(values: Tensor, indices: Tensor, num_latents: int) -> LatentPairs:
     """The pairs of `(N, K)` slots; slots of value 0 are dropped, the order of a token's slots does not matter."""
-    order = indices.argsort(-1, stable=True)
+    order = indices.argsort(dim=-1, stable=True)
     values, indices = values.gather(-1, order), indices.gather(-1, order)
     rows, slots = (values != 0).nonzero(as_tuple=True)
     return LatentPairs(rows, indices[rows, slots], values[rows, slots], len(values), num_latents)
