@@ -1,0 +1,210 @@
+"""One dictionary in training: counters, sorting, projection, accumulation, averages, resuming."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_matryoshka_sae.models import build_sae
+from hf_matryoshka_sae.training.config import SAESpec
+from hf_matryoshka_sae.training.initialization import geometric_median, initialize
+from hf_matryoshka_sae.training.learner import Learner
+
+
+D, F, K, N, STEPS = 8, 64, 4, 128, 40
+
+
+def learner(accumulation=1, steps=STEPS, d_in=D, **fields):
+    spec = SAESpec.from_dict({"num_latents": F, "k": K, "lr": 1e-2, **fields}, "")
+    if fields.get("k", K) is None:
+        spec.k = None
+    sae = build_sae(spec.sae_config(d_in, "lm", "layer"))
+    initialize(sae, spec, torch.randn(64, d_in), torch.zeros(d_in), seed=0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    mean, scale = (torch.full((D,), 0.5), 2.0) if d_in == D else (torch.zeros(d_in), 1.0)
+    return Learner("sae", "layer", sae, spec, mean, scale, accelerator, steps, N)
+
+
+def batches(count=STEPS, size=N):
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(24, D, generator=generator)
+    for _ in range(count):
+        chosen = (torch.rand(size, 24, generator=generator) < 0.15).float()
+        yield chosen @ directions * 2 + 0.5
+
+
+def train(one, count=STEPS, start=0):
+    for step, x in enumerate(batches(count)):
+        if step < start:
+            continue
+        with one.accelerator.accumulate(one.objective):
+            one.accumulate(x, step)
+        assert one.step(step)
+    return one
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "relu", "k": None, "target_l0": 4.0},
+        {"type": "topk"},
+        {"type": "topk", "multi_topk": True},
+        {"type": "batch_topk"},
+        {"type": "jumprelu", "k": None, "target_l0": 4.0},
+        {"type": "gated", "k": None, "target_l0": 4.0},
+        {"type": "matryoshka"},
+        {"type": "matryoshka", "random_prefixes": 4},
+        {"type": "matryoshka", "activation": "topk"},
+        {"type": "matryoshka", "activation": "jumprelu", "k": None, "target_l0": 4.0},
+        {"preset": "saelens"},
+        {"preset": "nabeshima", "k": None, "target_l0": 4.0, "lr": 1e-2},
+    ],
+    ids=str,
+)
+def test_every_family_learns(fields):
+    one = learner(steps=150, **fields)
+    train(one, 1)
+    before = one.statistics(0).fvu[-1]
+    train(one, 150)
+    after = one.statistics(149)
+    assert after.fvu[-1] < 0.7 * before
+    assert 0 < after.l0 < F
+
+
+def test_the_controller_reaches_the_target_l0():
+    one = learner(steps=400, type="relu", k=None, target_l0=4.0, controller_rate=0.03)
+    train(one, 400)
+    assert one.statistics(399).l0 == pytest.approx(4.0, rel=0.3)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_sorting_changes_nothing_but_the_order(ema):
+    """With one prefix; needs the moments, averages and counters to move with the weights."""
+    fields = {"type": "batch_topk", "ema_decay": ema, "dead_tokens": 5 * N, "auxk_coefficient": 1.0}
+    plain, sorting = train(learner(**fields)), train(learner(**fields, sort_every=3))
+    a, b = plain.finished(), sorting.finished()
+    order = torch.cdist(b.W_dec, a.W_dec).argmin(1)
+    assert len(order.unique()) == F
+    assert not torch.equal(order, torch.arange(F))
+    assert torch.allclose(b.W_dec, a.W_dec[order], atol=1e-3)
+    assert torch.allclose(b.W_enc, a.W_enc[order], atol=1e-3)
+    assert torch.equal(sorting.tokens_since_fired, plain.tokens_since_fired[order])
+
+
+def test_sorting_orders_by_energy():
+    one = train(learner(type="batch_topk", sort_every=1))
+    assert (one.energy.diff() <= 0).all()
+    assert one.energy[0] > 0
+
+
+def test_decoder_rows_stay_unit_and_the_gradient_has_no_part_along_them():
+    one = train(learner(type="matryoshka"), 5)
+    assert torch.allclose(one.sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
+    one.accumulate(next(batches(1)), 5)
+    one._project_gradient()
+    along = (one.sae.W_dec.grad * one.sae.W_dec).sum(1)
+    assert along.abs().max() < 1e-6
+    one.skip()
+
+
+def test_accumulation_of_two_halves_is_one_step_where_tokens_do_not_compete():
+    x = next(batches(1))
+    whole = learner(type="topk", auxk_coefficient=0.0)
+    whole.accumulate(x, 0)
+    torch.manual_seed(0)
+    halves = learner(2, type="topk", auxk_coefficient=0.0)  # Accelerators share their gradient state: made after
+    for half in x.split(N // 2):
+        with halves.accelerator.accumulate(halves.objective):
+            halves.accumulate(half, 0)
+    for a, b in zip(whole.sae.parameters(), halves.sae.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+    whole.step(0), halves.step(0)
+    assert whole.last["l0"] == pytest.approx(halves.last["l0"])
+    assert torch.allclose(whole.last["sse"], halves.last["sse"], rtol=1e-5)
+
+
+def test_dead_latents_are_those_silent_for_a_number_of_tokens():
+    one = learner(type="batch_topk", dead_tokens=3 * N, auxk_coefficient=0.0)
+    with torch.no_grad():
+        one.sae.b_enc[7] = -1e4
+    for step in range(4):
+        one.accumulate(next(batches(1)), step)
+        one.step(step)
+        assert one.tokens_since_fired[7] == (step + 1) * N
+        assert (one.tokens_since_fired[7] >= one.spec.dead_tokens) == (step >= 2)
+
+
+def test_auxk_brings_dead_latents_back():
+    """Half of the latents start out of reach, on data with more features than latents."""
+    shares = []
+    for coefficient in (0.0, 1.0):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        directions = torch.randn(300, 32, generator=generator)
+        odds = 1 / torch.arange(1, 301)
+        odds = 4 * odds / odds.sum()
+        one = learner(
+            type="batch_topk", d_in=32, num_latents=256, dead_tokens=10 * N, auxk_coefficient=coefficient, steps=300
+        )
+        with torch.no_grad():
+            one.sae.b_enc[:128] = -1.0
+        for step in range(300):
+            active = (torch.rand(N, 300, generator=generator) < odds).float()
+            one.accumulate((active * torch.rand(N, 300, generator=generator)) @ directions, step)
+            one.step(step)
+        shares.append(one.statistics(299).dead)
+    assert shares[0] > 0.5
+    assert shares[1] < 0.75 * shares[0]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights():
+    one = train(learner(type="matryoshka"), 3)
+    before = [parameter.clone() for parameter in one.sae.parameters()]
+    one.accumulate(torch.full((N, D), torch.nan), 3)
+    assert not one.step(3)
+    assert all(torch.equal(a, b) for a, b in zip(before, one.sae.parameters(), strict=True))
+    train(one, 4, start=3)
+
+
+def test_the_average_is_the_bias_corrected_running_mean_of_the_weights():
+    one = learner(type="topk", ema_decay=0.8, unit_norm_decoder=False)
+    seen = []
+    for step, x in enumerate(batches(6)):
+        one.accumulate(x, step)
+        one.step(step)
+        seen.append(one.sae.b_dec.detach().double().clone())
+    weights = torch.tensor([0.2 * 0.8**age for age in range(6)][::-1], dtype=torch.float64)
+    expected = (weights[:, None] * torch.stack(seen)).sum(0) / weights.sum()
+    assert torch.allclose(one.finished().b_dec.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9}, {"type": "jumprelu", "k": None}])
+def test_a_resumed_learner_goes_on_bit_for_bit(fields):
+    whole = train(learner(**fields), 12)
+    part = train(learner(**fields), 7)
+    resumed = learner(**fields)
+    resumed.load_state_dict(part.state_dict())
+    train(resumed, 12, start=7)
+    for (name, a), (_, b) in zip(whole.finished().named_parameters(), resumed.finished().named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_input_is_normalised_and_folding_gives_it_back():
+    one = train(learner(type="topk"), 10)
+    sae, x = one.finished(), next(batches(1))
+    with torch.no_grad():
+        inside = sae((x - one.mean) / one.scale).reconstruction * one.scale + one.mean
+        sae.fold_normalization_(one.mean, one.scale)
+        assert torch.allclose(sae(x).reconstruction, inside, atol=1e-4)
+
+
+def test_geometric_median_survives_a_guess_on_a_data_point():
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert torch.allclose(geometric_median(points), torch.zeros(2), atol=1e-6)
+
+
+def test_geometric_median_is_the_point_of_least_total_distance():
+    points = torch.cat([torch.randn(200, 3), torch.full((20, 3), 50.0)])
+    found = geometric_median(points)
+    total = (points - found).norm(dim=1).sum()
+    for _ in range(50):
+        assert total <= (points - found - 0.05 * torch.randn(3)).norm(dim=1).sum() + 1e-3
