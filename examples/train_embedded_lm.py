@@ -231,7 +231,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-license: psf-2.0
+license: apache-2.0
 tags: [hf_matryoshka_sae]
 ---
 
