@@ -41,10 +41,11 @@ def calibrate_threshold(
     sae.train()
     try:
         for x in batches:
-            x = x[x.isfinite().all(-1)]
-            if len(x):
-                kept.append(sae.encode_pairs(x.to(sae.W_enc)).values)
-                tokens += len(x)
+            finite = x.isfinite().all(-1)
+            x = torch.where(finite[:, None], x, 0.0).to(sae.W_enc)  # all processes keep as many rows
+            pairs = sae.encode_pairs(x, group=group)
+            kept.append(pairs.values[finite[pairs.rows]])
+            tokens += int(finite.sum())
     finally:
         sae.train(training)
         sae.k = k

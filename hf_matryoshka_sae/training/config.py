@@ -126,8 +126,10 @@ class SAESpec:
         defaults = TYPE_DEFAULTS.get(kind or "batch_topk", {}) if preset is None else {}
         return from_dict(cls, {**defaults, **filled}, where)
 
-    def sae_config(self, d_in: int, base_model: str, hookpoint: str) -> SAEConfig:
-        """The model's config at a hookpoint of width `d_in`.
+    def sae_config(
+        self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None
+    ) -> SAEConfig:
+        """The model's config at a hookpoint of width `d_in`; fields that are not given are those of `like`.
 
         Raises:
             `ValueError`: if a field does not belong to the family, or its value does not fit.
@@ -135,18 +137,13 @@ class SAESpec:
         cls = CONFIGS[self.type]
         given = {
             name: getattr(self, name)
-            for name in (
-                "num_latents",
-                "k",
-                "activation",
-                "prefix_widths",
-                "apply_b_dec_to_input",
-                "scale_by_decoder_norm",
-                "bandwidth",
-                "initial_threshold",
-            )
+            for name in _MODEL_FIELDS
             if getattr(self, name) is not None
         }
+        if like is not None:
+            given = {name: getattr(like, name) for name in _MODEL_FIELDS if hasattr(like, name)} | given
+            if given["num_latents"] != like.num_latents:
+                raise ValueError(f"`num_latents` is {given['num_latents']}, the SAE to go on from has {like.num_latents}.")
         given.setdefault("num_latents", 16 * d_in)
         if self.prefix_fractions is not None and self.prefix_widths is None:
             given["prefix_widths"] = _widths(self.prefix_fractions, given["num_latents"])
@@ -159,13 +156,26 @@ class SAESpec:
             given["k"] = int(given["k"])
         return cls(d_in=d_in, base_model=base_model, hookpoint=hookpoint, **given)
 
-    def folder(self, num_latents: int) -> str:
+    def folder(self, config: SAEConfig) -> str:
         """Name of the folder of the results."""
         if self.name:
             return self.name
-        kind = f"{self.type}-{self.activation}" if self.activation and self.type == "matryoshka" else self.type
-        sparsity = f"-k{self.k:g}" if self.k else f"-l0_{self.target_l0:g}" if self.target_l0 else ""
-        return f"{kind}-{num_latents}{sparsity}" + (f"-{self.preset}" if self.preset else "")
+        kind = f"{self.type}-{config.activation_name}" if self.type == "matryoshka" else self.type
+        competing = config.activation_name in ("topk", "batch_topk")
+        sparsity = f"-k{config.k:g}" if competing else f"-l0_{self.target_l0:g}" if self.target_l0 else ""
+        return f"{kind}-{config.num_latents}{sparsity}" + (f"-{self.preset}" if self.preset else "")
+
+
+_MODEL_FIELDS = (
+    "num_latents",
+    "k",
+    "activation",
+    "prefix_widths",
+    "apply_b_dec_to_input",
+    "scale_by_decoder_norm",
+    "bandwidth",
+    "initial_threshold",
+)
 
 
 def _widths(fractions: list[float], num_latents: int) -> list[int]:
@@ -213,7 +223,9 @@ class RunConfig:
     normalization_tokens: int = 65_536
 
     eval_dataset: DatasetConfig | None = None
-    """Held-out text; by default one document in a hundred of `dataset`, which training then leaves out."""
+    """Held-out text; by default a share of `dataset`'s documents, which training then leaves out."""
+    eval_fraction: float = 0.01
+    """That share."""
     eval_tokens: int = 60_000
     calibration_tokens: int = 200_000
 
@@ -240,6 +252,9 @@ class RunConfig:
             raise ValueError("`hookpoints` is empty: name at least one module, for example [model.layers.3].")
         if self.tokens < self.batch_size:
             raise ValueError(f"`tokens` ({self.tokens}) is less than one batch (`batch_size` {self.batch_size}).")
+        for spec in self.saes:
+            if spec.num_latents is not None and not (spec.init_from or self.init_from):
+                spec.sae_config(1, self.model, "")  # what does not fit is said before anything is loaded
 
     @property
     def steps(self) -> int:

@@ -10,12 +10,13 @@ from ..models import SAEModel
 from .config import SAESpec
 
 
-def input_scaling(spec: SAESpec, statistics: ActivationStatistics) -> tuple[Tensor, float]:
+def input_scaling(spec: SAESpec, statistics: ActivationStatistics, sample: Tensor) -> tuple[Tensor, float]:
     """The mean and the scale with which `x' = (x - mean) / scale` is formed; folded into the weights at the end.
 
     Args:
         spec ([`SAESpec`]): Its `input_scaling` is read.
         statistics ([`ActivationStatistics`]): Of the hookpoint.
+        sample (`Tensor` of shape `(N, D)`): Some of its hidden states, for the mean norm.
 
     Returns:
         The mean `(D,)` and the scale.
@@ -23,13 +24,13 @@ def input_scaling(spec: SAESpec, statistics: ActivationStatistics) -> tuple[Tens
     mean = statistics.mean.float()
     zero = torch.zeros_like(mean)
     square_norm = statistics.scale**2 * len(mean) + mean.double().square().sum().item()
-    mean_and_scale = {
+    norms = sample[sample.isfinite().all(-1)].norm(dim=1)
+    return {
         "center": (mean, statistics.scale),
         "rms": (zero, math.sqrt(square_norm)),
-        "norm": (zero, statistics.mean_norm / math.sqrt(len(mean))),
+        "norm": (zero, norms.mean().item() / math.sqrt(len(mean))),
         "none": (zero, 1.0),
     }[spec.input_scaling]
-    return mean_and_scale
 
 
 @torch.no_grad()

@@ -128,12 +128,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What measures best for the families as this package trains them.
-_TOPK = dict(k=32)
 _L1 = dict(target_l0=32.0, unit_norm_decoder=False, decoder_init_norm=0.1, auxk_coefficient=0.0)
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "relu": dict(_L1, apply_b_dec_to_input=False),
-    "topk": _TOPK,
-    "batch_topk": _TOPK,
     "jumprelu": dict(target_l0=32.0, sparsity_coefficient=1.0, auxk_coefficient=0.0),
     "gated": dict(target_l0=32.0, auxk_coefficient=0.0),
 }

@@ -1,25 +1,28 @@
-"""From a run's fields to its parts: language model, streams of hidden states, dictionaries."""
+"""From a run's fields to its parts: language model, stream of hidden states, dictionaries."""
 
 import fnmatch
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import AutoModel
 
 from ..activations import (
     ActivationStatistics,
+    ActivationStream,
     DatasetConfig,
+    Split,
     TokenBatch,
+    TokenStream,
     estimate_statistics,
     heldout_batches,
+    load_documents,
     load_language_model,
-    open_activations,
     resolve_hookpoints,
 )
 from ..models import SAEModel, build_sae
@@ -28,7 +31,9 @@ from .initialization import initialize, input_scaling
 from .learner import Learner
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 8192  # hidden states that initialisation looks at
 
 
 @dataclass
@@ -38,15 +43,188 @@ class Harvest:
     Args:
         model (`nn.Module`): The language model.
         hookpoints (`list[str]`): Resolved.
-        stream (`ActivationStream`): Endless shuffled batches of hidden states, with a state.
+        stream ([`ActivationStream`]): Endless shuffled batches of hidden states, with a state.
         statistics (`dict[str, ActivationStatistics]`): Of each hookpoint.
-        sample (`dict[str, Tensor]`): Some hidden states of each hookpoint.
-        heldout (`Callable`): Gives the held-out token batches.
+        sample (`dict[str, Tensor]`): Some hidden states of each hookpoint, equal in all processes.
+        heldout (`list[TokenBatch]`): Held-out tokens (empty in all but the main process).
     """
 
     model: nn.Module
     hookpoints: list[str]
     stream: Any
     statistics: dict[str, ActivationStatistics]
-    sample: dict[str, torch.Tensor]
-    heldout: Callable[[], list[TokenBatch]]
+    sample: dict[str, Tensor]
+    heldout: list[TokenBatch]
+
+
+def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -> Harvest:
+    """Load the language model, open the data and estimate each hookpoint's statistics.
+
+    Everything that can be wrong with model, data or hookpoints is found here, before anything is trained.
+    """
+    model, tokenizer = load_language_model(
+        config.model, config.model_revision, config.model_dtype, accelerator.device
+    )
+    hookpoints = resolve_hookpoints(model, config.hookpoints)
+    heldout = _heldout(config, tokenizer) if accelerator.is_main_process else []
+    stream = ActivationStream(
+        model,
+        _token_stream(config, tokenizer, accelerator),
+        hookpoints,
+        batch_size,
+        max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length),
+        dtype=torch.float32 if accelerator.device.type == "cpu" else None,
+        seed=config.seed + accelerator.process_index,
+        max_norm_factor=config.max_norm_factor,
+    )
+    statistics = estimate_statistics(stream, -(-config.normalization_tokens // accelerator.num_processes))
+    sample = {name: [] for name in hookpoints}
+    for rows in stream.peek(_SAMPLE):
+        for name, states in rows.items():
+            sample[name].append(states.float())
+    sample = broadcast({name: torch.cat(parts) for name, parts in sample.items()})
+    for name, found in statistics.items():
+        logger.info(
+            f"{name}: d_in {len(found.mean)}, scale {found.scale:.4g}, largest |mean|/std of a dimension "
+            f"{found.outlier_ratio:.3g}"
+        )
+    return Harvest(model, hookpoints, stream, statistics, sample, heldout)
+
+
+def _documents(config: RunConfig, tokenizer, held_out: bool, **options):
+    documents = load_documents(config.dataset, tokenizer, **options)
+    splits = config.eval_dataset is None and config.dataset.path != "embedded"
+    return Split(documents, config.eval_fraction, held_out) if splits else documents
+
+
+def _token_stream(config: RunConfig, tokenizer, accelerator: Accelerator) -> TokenStream:
+    documents = _documents(
+        config,
+        tokenizer,
+        held_out=False,
+        shuffle=config.shuffle,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    return TokenStream(
+        documents,
+        tokenizer,
+        config.context_length,
+        config.lm_batch_size,
+        pack=config.pack,
+        exclude=config.exclude,
+    )
+
+
+def _heldout(config: RunConfig, tokenizer) -> list[TokenBatch]:
+    dataset: Any = config.eval_dataset
+    if dataset is None and config.dataset.path == "embedded":
+        dataset = DatasetConfig("embedded", split="heldout")
+    if dataset is None:
+        dataset = _documents(config, tokenizer, held_out=True)
+    try:
+        return heldout_batches(
+            dataset,
+            tokenizer,
+            config.context_length,
+            config.eval_tokens,
+            config.lm_batch_size,
+            pack=config.pack,
+            exclude=config.exclude,
+        )
+    except ValueError as error:
+        if config.eval_dataset is not None:
+            raise
+        raise ValueError(
+            f"No held-out text: {error} Name an `eval_dataset`, or raise `eval_fraction` ({config.eval_fraction:g})."
+        ) from error
+
+
+def build_learners(config: RunConfig, accelerator: Accelerator, harvest: Harvest) -> list[Learner]:
+    """Every dictionary of the run at each of its hookpoints.
+
+    Raises:
+        `ValueError`: if a spec does not fit its hookpoint, two dictionaries share a folder, or `init_from` holds none.
+    """
+    learners: list[Learner] = []
+    for index, spec in enumerate(config.saes):
+        for hookpoint in _hookpoints_of(spec, harvest.hookpoints):
+            learner = _build(config, accelerator, harvest, spec, hookpoint, config.seed + index)
+            if any((other.name, other.hookpoint) == (learner.name, hookpoint) for other in learners):
+                raise ValueError(f"Two entries of `saes` are both called {learner.name!r}. Give each a `name`.")
+            learners.append(learner)
+    return learners
+
+
+def _hookpoints_of(spec: SAESpec, hookpoints: list[str]) -> list[str]:
+    if spec.hookpoints is None:
+        return hookpoints
+    chosen = [name for name in hookpoints if any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.hookpoints)]
+    if not chosen:
+        raise ValueError(f"`hookpoints` {spec.hookpoints} of an SAE are none of the run's: {', '.join(hookpoints)}.")
+    return chosen
+
+
+def _build(
+    config: RunConfig, accelerator: Accelerator, harvest: Harvest, spec: SAESpec, hookpoint: str, seed: int
+) -> Learner:
+    statistics, sample = harvest.statistics[hookpoint], harvest.sample[hookpoint]
+    mean, scale = input_scaling(spec, statistics, sample)
+    mean = mean.to(sample)
+    d_in = len(mean)
+    source = spec.init_from or config.init_from
+    start = load_start(source, spec, hookpoint, d_in) if source else None
+    sae = build_sae(spec.sae_config(d_in, config.model, hookpoint, like=start.config if start else None))
+    if start is None:
+        initialize(sae, spec, (sample - mean) / scale, (statistics.mean.to(sample) - mean) / scale, seed)
+    else:
+        _take_over(sae, start, mean, scale, spec)
+    name = spec.folder(sae.config)
+    return Learner(name, hookpoint, sae, spec, mean, scale, accelerator, config.steps, config.batch_size, seed)
+
+
+def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int) -> SAEModel:
+    """The trained SAE that a run goes on from.
+
+    Args:
+        source (`str`): A folder with an SAE, a run's folder, or a repository.
+        spec ([`SAESpec`]): Its type must be the SAE's.
+        hookpoint (`str`): Looked for as a subfolder first.
+        d_in (`int`): Width of the hidden states now.
+
+    Raises:
+        `ValueError`: if there is none, or it does not fit.
+    """
+    place = hookpoint.replace(":", "-")
+    root = Path(source)
+    folders = [root / place, *sorted(root.glob(f"*/{place}")), root]
+    named = [folder for folder in folders if (folder / "config.json").is_file()]
+    if root.is_dir() and not named:
+        raise ValueError(f"`init_from: {source}` holds no SAE: looked for config.json there and in {place}/.")
+    if spec.name and (root / spec.name / place) in named:
+        named = [root / spec.name / place]
+    try:
+        sae = AutoModel.from_pretrained(named[0]) if named else AutoModel.from_pretrained(source, subfolder=place)
+    except OSError as error:
+        raise ValueError(f"`init_from: {source}` cannot be loaded: {error}") from error
+    if not isinstance(sae, SAEModel):
+        raise ValueError(f"`init_from: {source}` is a {type(sae).__name__}, not an SAE.")
+    kind = sae.config.model_type.removesuffix("_sae")
+    if kind != spec.type:
+        raise ValueError(f"`init_from: {source}` holds an SAE of type {kind}, but the run asks for {spec.type}.")
+    if sae.config.d_in != d_in:
+        raise ValueError(
+            f"`init_from: {source}` reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}."
+        )
+    return sae
+
+
+def _take_over(sae: SAEModel, start: SAEModel, mean: Tensor, scale: float, spec: SAESpec) -> None:
+    """Give `sae` the weights of `start`, in the units of this run."""
+    if spec.unit_norm_decoder:
+        start.fold_decoder_norm_()
+    start.fold_normalization_(-mean / scale, 1 / scale)
+    sae.load_state_dict(start.state_dict())
+    if hasattr(sae.config, "bandwidth"):
+        sae.config.bandwidth = start.config.bandwidth

@@ -234,8 +234,7 @@ class Trainer:
                     learner.name: self._load_sae(learner) for learner in self.learners if learner.hookpoint == hookpoint
                 }
                 if saes:
-                    batches = self.harvest.heldout()
-                    results.append(evaluate(self.harvest.model, batches, hookpoint, saes))
+                    results.append(evaluate(self.harvest.model, self.harvest.heldout, hookpoint, saes))
             write_report(results, self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()
         return results
