@@ -1,0 +1,35 @@
+"""Hidden states of any transformers model: text, token batches, an early-exit forward pass, shuffled activations."""
+
+from .buffer import ShuffleBuffer
+from .holdout import Split
+from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
+from .language_model import load_language_model
+from .splice import has_lm_loss, spliced_losses
+from .statistics import ActivationStatistics, estimate_statistics
+from .stream import ActivationStream, harvest_rows
+from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
+from .tokens import TokenBatch, TokenStream, heldout_batches
+
+
+__all__ = [
+    "ActivationStatistics",
+    "ActivationStream",
+    "DatasetConfig",
+    "Documents",
+    "IndexedDocuments",
+    "ShuffleBuffer",
+    "Split",
+    "StreamedDocuments",
+    "TokenBatch",
+    "TokenStream",
+    "estimate_statistics",
+    "harvest",
+    "harvest_rows",
+    "has_lm_loss",
+    "heldout_batches",
+    "hookpoint_widths",
+    "load_documents",
+    "load_language_model",
+    "resolve_hookpoints",
+    "spliced_losses",
+]

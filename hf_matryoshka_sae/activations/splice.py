@@ -1,0 +1,108 @@
+"""What the language model loses when hidden states are replaced: spliced cross-entropy.
+
+Hidden states at the kept positions of a token batch are exchanged for something else (a reconstruction, zero, the
+mean), the others stay, and the loss is counted where they were exchanged: for causal models the prediction made at
+each kept position whose next token exists, for masked models the kept positions that were masked.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from .hookpoints import first_tensor, hooked, run_model
+from .tokens import TokenBatch
+
+
+_MASKED_SHARE = 0.15
+_ROWS_AT_ONCE = 1024  # predictions scored together: their float32 copy is rows x vocabulary
+
+
+def has_lm_loss(model: nn.Module) -> bool:
+    """Whether the model predicts tokens: true with a causal or masked language-model head."""
+    return model.get_output_embeddings() is not None
+
+
+def spliced_losses(
+    model: nn.Module,
+    batch: TokenBatch,
+    hookpoint: str,
+    replace: Callable[[Tensor], Tensor] | None,
+    *,
+    mask_token_id: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of one token batch with hidden states replaced.
+
+    Args:
+        model (`nn.Module`): a causal or masked language model in `eval` mode.
+        batch ([`TokenBatch`]): tokens, on any device.
+        hookpoint (`str`): where hidden states are replaced.
+        replace (`Callable`, *optional*): maps hidden states at the kept positions, `[M, D]`, to what replaces them,
+            `[M, D]`; `None` leaves the model as it is.
+        mask_token_id (`int`, *optional*): the tokenizer's, needed for masked language models.
+        seed (`int`, *optional*, defaults to `0`): chooses the 15% of kept tokens a masked model has to guess, the
+            same ones for every `replace`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: sum over predictions of the cross-entropy in nats (float64 scalar), and how many
+        predictions there were (int64 scalar).
+
+    Raises:
+        `ValueError`: the model has no language-model head, `mask_token_id` is missing, or `replace` changed the shape.
+    """
+    if not has_lm_loss(model):
+        raise ValueError(f"{type(model).__name__} has no language-model head, so there is no loss to measure.")
+    batch = batch.to(next(model.parameters()).device)
+    input_ids, scored, targets = _task(model, batch, mask_token_id, seed)
+    hooks = [] if replace is None else [(hookpoint, _Splice(batch.keep, replace))]
+    with hooked(model, hooks), torch.no_grad():
+        logits = run_model(model, input_ids, batch.attention_mask if batch.padded else None).logits
+    return _cross_entropy(logits[scored], targets), scored.sum()
+
+
+class _Splice:
+    """Puts new hidden states at the kept positions, the first time the module runs."""
+
+    def __init__(self, keep: Tensor, replace: Callable[[Tensor], Tensor]):
+        self.keep, self.replace, self.done = keep, replace, False
+
+    def __call__(self, hookpoint: str, value) -> Tensor | None:
+        if self.done:
+            return None
+        self.done = True
+        states = first_tensor(value)
+        if states is None or states.ndim != 3 or states.shape[:2] != self.keep.shape:
+            raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
+        keep = self.keep.to(states.device)
+        old = states[keep]
+        new = self.replace(old)
+        if new.shape != old.shape:
+            raise ValueError(f"`replace` must keep the shape {list(old.shape)}, it gave {list(new.shape)}.")
+        states = states.clone()  # what was there may be somebody else's residual stream too
+        states[keep] = new.to(states)
+        return states
+
+
+def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens the model reads, positions `[B, S]` at which it is scored, and the right answers `[M]`."""
+    if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        scored = batch.keep.clone()
+        scored[:, -1] = False
+        scored[:, :-1] &= batch.attention_mask[:, 1:].bool()
+        return batch.input_ids, scored, batch.input_ids.roll(-1, 1)[scored]
+    if mask_token_id is None:
+        raise ValueError(f"{type(model).__name__} is a masked language model: pass the tokenizer's `mask_token_id`.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
+    scored = batch.keep & drawn.to(batch.keep.device)
+    return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids[scored]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows, answers in zip(logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True):
+        total += F.cross_entropy(rows.float(), answers, reduction="none").double().sum()
+    return total

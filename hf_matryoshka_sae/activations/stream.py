@@ -1,0 +1,159 @@
+"""Shuffled activations: token batches through the language model, as far as the last hookpoint, into a buffer.
+
+    for rows in ActivationStream(model, tokens, ["model.layers.1"], batch_size=2048, buffer_tokens=2**17):
+        rows["model.layers.1"]  # [2048, D], tokens from many sequences
+
+Shapes: B windows of S tokens, N rows in a batch, D width of a hookpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .buffer import ShuffleBuffer
+from .hookpoints import harvest
+from .tokens import TokenBatch, TokenStream
+
+
+class ActivationStream:
+    """Iterator over batches of hidden states, shuffled across sequences, resumable bit for bit.
+
+    Args:
+        model (`nn.Module`): a transformers model; it is put in `eval` mode.
+        token_stream ([`TokenStream`]): its tokens. How many sequences one forward pass takes is set there.
+        hookpoints (`list[str]`): as [`resolve_hookpoints`] returns them.
+        batch_size (`int`): rows in a batch, in this process.
+        buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
+        device (`torch.device`, *optional*): where the rows lie; by default where the model is.
+        dtype (`torch.dtype`, *optional*): their type; by default the model's.
+        seed (`int`, *optional*, defaults to `0`): seed of the shuffle.
+        max_norm_factor (`float`, *optional*): leave out tokens whose norm at some hookpoint exceeds this many times
+            the median norm of their token batch. Rows that are not finite always pass: they are for the trainer to
+            see.
+
+    Attributes:
+        tokens_seen (`int`): rows given out by this process.
+        num_outliers (`int`): rows left out by `max_norm_factor`.
+
+    Raises:
+        `ValueError`: the buffer cannot hold a batch beside one forward pass, or the windows are longer than the model
+            can read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        token_stream: TokenStream,
+        hookpoints: Sequence[str],
+        batch_size: int,
+        buffer_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        max_norm_factor: float | None = None,
+    ):
+        _check_context_length(model, token_stream.context_length)
+        self._tokens_per_forward = token_stream.batch_size_sequences * token_stream.context_length
+        if buffer_tokens < batch_size + self._tokens_per_forward:
+            raise ValueError(
+                f"`buffer_tokens` must be at least batch_size + tokens of a forward pass = {batch_size} +"
+                f" {self._tokens_per_forward}, got {buffer_tokens}. Several times as much shuffles well."
+            )
+        self.model, self.token_stream = model.eval(), token_stream
+        self.hookpoints, self.batch_size = list(hookpoints), batch_size
+        self._device, self._dtype, self._max_norm_factor = device, dtype, max_norm_factor
+        self._buffer = ShuffleBuffer(buffer_tokens, seed)
+        self._exhausted = False
+        self.tokens_seen = 0
+        self.num_outliers = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if len(self._buffer) < max(self._buffer.capacity // 2, self.batch_size):
+            self.fill()
+        if len(self._buffer) == 0:
+            raise StopIteration
+        rows = self._buffer.draw(self.batch_size)
+        self.tokens_seen += len(rows[self.hookpoints[0]])
+        return rows
+
+    def fill(self) -> None:
+        """Harvests until the buffer is full or the tokens end."""
+        while not self._exhausted and self._buffer.room >= self._tokens_per_forward:
+            batch = next(self.token_stream, None)
+            if batch is None:
+                self._exhausted = True
+            else:
+                self._buffer.add(self._harvest(batch))
+
+    def peek(self, count: int, chunk_size: int = 8192) -> Iterator[dict[str, Tensor]]:
+        """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up."""
+        if len(self._buffer) < min(count, max(self._buffer.capacity // 2, self.batch_size)):
+            self.fill()
+        return self._buffer.peek(count, chunk_size)
+
+    def _harvest(self, batch: TokenBatch) -> dict[str, Tensor]:
+        rows = harvest_rows(self.model, batch, self.hookpoints)
+        if self._max_norm_factor is not None:
+            rows = self._without_outliers(rows)
+        return {name: values.to(self._device or values.device, self._dtype) for name, values in rows.items()}
+
+    def _without_outliers(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        outlier = torch.stack([_is_outlier(values, self._max_norm_factor) for values in rows.values()]).any(0)
+        kept = (~outlier).nonzero()[:, 0]
+        self.num_outliers += len(outlier) - len(kept)
+        return {name: values.index_select(0, kept) for name, values in rows.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
+        return {
+            "token_stream": self.token_stream.state_dict(),
+            "buffer": self._buffer.state_dict(),
+            "exhausted": self._exhausted,
+            "tokens_seen": self.tokens_seen,
+            "num_outliers": self.num_outliers,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, given the same model, data and options."""
+        self.token_stream.load_state_dict(state["token_stream"])
+        device = self._device or next(self.model.parameters()).device
+        rows = {name: values.to(device) for name, values in state["buffer"]["rows"].items()}
+        self._buffer.load_state_dict({**state["buffer"], "rows": rows})
+        self._exhausted = state["exhausted"]
+        self.tokens_seen, self.num_outliers = state["tokens_seen"], state["num_outliers"]
+
+
+def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str]) -> dict[str, Tensor]:
+    """Hidden states at the kept positions of a token batch.
+
+    Args:
+        model (`nn.Module`): the language model.
+        batch ([`TokenBatch`]): tokens, on any device.
+        hookpoints (`list[str]`): where to read.
+
+    Returns:
+        `dict[str, Tensor]`: `[N, D]` for each hookpoint, in reading order, on the model's device.
+    """
+    device = next(model.parameters()).device
+    kept = batch.keep.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # on the CPU: no wait for the device
+    attention_mask = batch.attention_mask.to(device, non_blocking=True) if batch.padded else None
+    states = harvest(model, batch.input_ids.to(device, non_blocking=True), attention_mask, hookpoints)
+    return {name: values.flatten(0, 1).index_select(0, kept.to(values.device)) for name, values in states.items()}
+
+
+def _is_outlier(rows: Tensor, factor: float) -> Tensor:
+    norms = torch.linalg.vector_norm(rows.float(), dim=1)
+    finite = norms.isfinite()
+    return finite & (norms > factor * norms.where(finite, torch.nan).nanmedian())
+
+
+def _check_context_length(model: nn.Module, context_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise ValueError(f"`context_length` is {context_length}, but the model reads at most {limit} tokens.")
