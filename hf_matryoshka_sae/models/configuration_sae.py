@@ -115,6 +115,16 @@ class SAEConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "SAEConfig":
+        """As in transformers, but a config of another family raises `ValueError` instead of taking its defaults."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"This config holds a {kind}, not a {cls.model_type}. Load it with AutoModel or AutoConfig."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def widths(self) -> list[int]:
         """Prefix widths; a plain SAE has one, the whole dictionary."""

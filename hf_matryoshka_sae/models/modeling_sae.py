@@ -9,6 +9,7 @@ latents are a contiguous run of bytes in the file.
 """
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -355,7 +356,7 @@ class SAEModel(PreTrainedModel):
             # Mismatches are reported below: transformers raises a RuntimeError that names no tensor.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "
                 "save or download it again."
