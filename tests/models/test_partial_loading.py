@@ -1,0 +1,195 @@
+"""The first latents of a checkpoint: the same SAE as a truncated one, and nothing else is read."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_matryoshka_sae.models import partial_loading
+
+from .reference import VARIANTS, D, F, hidden_states, make_sae
+from .test_saving import assert_same_tensors
+
+
+SHARDING = {"one file": "5GB", "shards": 400}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+@pytest.mark.parametrize("width", [1, 2, 6, F])
+def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, shard_size):
+    sae = make_sae(variant, torch.float32)
+    sae.permute_(torch.randperm(F))
+    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (shard_size == "5GB")
+    loaded, small = type(sae).from_pretrained(tmp_path, width=width), sae.truncate(width)
+    assert_same_tensors(loaded, small)
+    assert loaded.config.truncated(width) == small.config.truncated(width) and not loaded.training
+    assert getattr(loaded, "k", None) == getattr(small, "k", None)
+    x = hidden_states(9, dtype=torch.float32)
+    assert torch.equal(loaded(x).reconstruction, small(x).reconstruction)
+    assert torch.equal(loaded(x).loss, small(x).loss)
+
+
+@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+def test_auto_model_subfolder_and_dtype_work_with_a_width(tmp_path, shard_size):
+    sae = make_sae("matryoshka-topk", torch.float32)
+    sae.save_pretrained(tmp_path / "layers.3", max_shard_size=shard_size)
+    loaded = AutoModel.from_pretrained(tmp_path, subfolder="layers.3", width=6, dtype=torch.bfloat16)
+    assert_same_tensors(loaded, sae.truncate(6).to(torch.bfloat16))
+    by_class = MatryoshkaSAE.from_pretrained(str(tmp_path), subfolder="layers.3", width=6)
+    assert_same_tensors(by_class, sae.truncate(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_checkpoints_type_is_kept_unless_another_is_asked_for(tmp_path, dtype):
+    make_sae("relu", dtype).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, width=4).dtype == dtype
+    assert AutoModel.from_pretrained(tmp_path, width=4, dtype="auto").dtype == dtype
+    assert AutoModel.from_pretrained(tmp_path, width=4, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_partly_loaded_sae_can_be_saved_trained_and_cut_again(tmp_path):
+    sae = make_sae("matryoshka-relu", torch.float32)
+    sae.save_pretrained(tmp_path / "whole")
+    part = AutoModel.from_pretrained(tmp_path / "whole", width=6)
+    part.save_pretrained(tmp_path / "part")
+    assert_same_tensors(AutoModel.from_pretrained(tmp_path / "part", width=2), sae.truncate(2))
+    part.train()(hidden_states(5, dtype=torch.float32)).loss.backward()
+    assert all(parameter.grad is not None for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE], ids=["AutoModel", "class"])
+def test_config_fields_can_be_overridden_together_with_a_width(tmp_path, load):
+    make_sae("matryoshka-topk").save_pretrained(tmp_path)
+    assert load.from_pretrained(tmp_path, width=6, k=2).k == 2
+    assert load.from_pretrained(tmp_path, width=6).k == 3
+
+
+def test_a_given_config_is_used_and_left_alone(tmp_path):
+    make_sae("matryoshka-topk").save_pretrained(tmp_path)
+    config = MatryoshkaSAEConfig.from_pretrained(tmp_path)
+    assert MatryoshkaSAE.from_pretrained(tmp_path, width=6, config=config).config.num_latents == 6
+    assert config.num_latents == F and config.prefix_widths[-1] == F
+
+
+@pytest.mark.parametrize("width", [0, -1, F + 1])
+@pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE], ids=["AutoModel", "class"])
+def test_widths_outside_the_dictionary_are_refused(tmp_path, load, width):
+    make_sae("matryoshka-relu").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"`width` must lie between 1 and num_latents \({F}\), got {width}"):
+        load.from_pretrained(tmp_path, width=width)
+
+
+def test_a_folder_without_weights_says_what_is_missing(tmp_path):
+    make_sae("relu").config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModel.from_pretrained(tmp_path, width=4)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+def test_later_rows_have_no_influence(tmp_path, shard_size):
+    sae = make_sae("matryoshka-jumprelu", torch.float32)
+    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
+    for path in tmp_path.glob("*.safetensors"):
+        state = load_file(path)
+        for name, tensor in state.items():
+            if name != "b_dec":
+                tensor[6:] = float("nan") if tensor.is_floating_point() else -1
+        save_file(state, path, metadata={"format": "pt"})
+    assert_same_tensors(AutoModel.from_pretrained(tmp_path, width=6), sae.truncate(6))
+
+
+class CountingFile:
+    """A safetensors file that notes how many elements of each tensor are taken out."""
+
+    taken: dict[str, int] = {}
+
+    def __init__(self, *args, **kwargs):
+        self.file = _safe_open(*args, **kwargs)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_tensor(self, name):
+        tensor = self.file.get_tensor(name)
+        self.taken[name] = tensor.numel()
+        return tensor
+
+    def get_slice(self, name):
+        return CountingSlice(self, name, self.file.get_slice(name))
+
+
+class CountingSlice:
+    def __init__(self, file, name, rows):
+        self.file, self.name, self.rows = file, name, rows
+
+    def get_shape(self):
+        return self.rows.get_shape()
+
+    def __getitem__(self, index):
+        tensor = self.rows[index]
+        self.file.taken[self.name] = tensor.numel()
+        return tensor
+
+
+_safe_open = partial_loading.safe_open
+
+
+@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+@pytest.mark.parametrize("variant", ["relu", "gated", "matryoshka-jumprelu"])
+def test_only_the_asked_rows_are_taken_from_the_file(tmp_path, monkeypatch, variant, shard_size):
+    sae = make_sae(variant)
+    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
+    monkeypatch.setattr(partial_loading, "safe_open", CountingFile)
+    monkeypatch.setattr(CountingFile, "taken", {})
+    AutoModel.from_pretrained(tmp_path, width=4)
+    expected = {name: tensor[:4].numel() for name, tensor in sae.state_dict().items()} | {"b_dec": D}
+    assert CountingFile.taken == expected
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_a_few_latents_of_a_huge_dictionary_need_little_memory(tmp_path):
+    # A file of zeros with a hole in it: 2 GB by its header, a few bytes on the disk.
+    num_latents, d_in = 2**19, 512
+    shapes = {"W_enc": ("F32", [num_latents, d_in]), "W_dec": ("F32", [num_latents, d_in])}
+    shapes |= {"b_enc": ("F32", [num_latents]), "b_dec": ("F32", [d_in]), "latent_ids": ("I64", [num_latents])}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (kind, shape) in shapes.items():
+        size = torch.Size(shape).numel() * (8 if kind == "I64" else 4)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    MatryoshkaSAEConfig(d_in=d_in, num_latents=num_latents, activation="relu").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    if path.stat().st_blocks * 512 > offset // 2:
+        pytest.skip("this file system stores holes")
+    try:
+        before = _resident_bytes()
+    except OSError:
+        pytest.skip("needs /proc")
+    sae = AutoModel.from_pretrained(tmp_path, width=64)
+    assert sae.W_enc.shape == (64, d_in) and sae.prefix_widths == [64]
+    assert _resident_bytes() - before < 100 * 2**20
