@@ -16,8 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(_help())
         return 0
+    from transformers.utils import logging as transformers_logging
+
     from .training import Interrupted, load_run_config, train
 
+    transformers_logging.disable_progress_bar()  # ours is the one to watch
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
     try:

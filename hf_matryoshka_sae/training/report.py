@@ -24,7 +24,12 @@ ABOUT = (
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Sequence[TokenBatch], hookpoint: str, saes: dict[str, SAEModel], show: bool = True
+    model: nn.Module,
+    batches: Sequence[TokenBatch],
+    hookpoint: str,
+    saes: dict[str, SAEModel],
+    mask_token_id: int | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Reconstruction and recaptured language-model loss of SAEs at one hookpoint.
 
@@ -33,6 +38,7 @@ def evaluate(
         batches (`Sequence[TokenBatch]`): Held-out tokens.
         hookpoint (`str`): Where the SAEs read.
         saes (`dict[str, SAEModel]`): By name; in `eval()` mode, taking raw hidden states.
+        mask_token_id (`int`, *optional*): The tokenizer's, for a masked language model.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
@@ -58,8 +64,9 @@ def evaluate(
     mean = total / tokens
     variance = square / tokens - mean.square().sum().item()
     result: dict[str, Any] = {"hookpoint": hookpoint, "tokens": tokens, "variance": variance}
-    losses = _Losses(model, batches, hookpoint, show and has_lm_loss(model), 3 + sum(len(s.widths) for s in sums.values()))
-    result["clean_ce"] = losses(lambda x: x)
+    losses = _Losses(model, batches, hookpoint, mask_token_id)
+    losses.open_bar(3 + sum(len(entry.widths) for entry in sums.values()), show)
+    result["clean_ce"] = losses(None)
     result["zero_ce"] = losses(torch.zeros_like)
     result["mean_ce"] = losses(lambda x: mean.to(x).expand_as(x))
     result["saes"] = {}
@@ -105,16 +112,21 @@ class _Sums:
 class _Losses:
     """Mean token cross-entropy of the model with its hidden states replaced; counts passes on a progress bar."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[TokenBatch], hookpoint: str, show: bool, passes: int):
-        self.model, self.batches, self.hookpoint = model, batches, hookpoint
-        self.bar = tqdm(total=passes, desc="language-model loss", disable=not show, leave=False)
+    def __init__(self, model: nn.Module, batches: Sequence[TokenBatch], hookpoint: str, mask_token_id: int | None):
+        self.model, self.batches, self.hookpoint, self.mask_token_id = model, batches, hookpoint, mask_token_id
+        self.known = has_lm_loss(model)
 
-    def __call__(self, replace: Callable[[Tensor], Tensor]) -> float | None:
-        if not has_lm_loss(self.model):
+    def open_bar(self, passes: int, show: bool) -> None:
+        self.bar = tqdm(total=passes, desc="language-model loss", disable=not (show and self.known), leave=False)
+
+    def __call__(self, replace: Callable[[Tensor], Tensor] | None) -> float | None:
+        if not self.known:
             return None
         total, count = 0.0, 0
         for batch in self.batches:
-            loss, tokens = spliced_losses(self.model, batch, self.hookpoint, replace)
+            loss, tokens = spliced_losses(
+                self.model, batch, self.hookpoint, replace, mask_token_id=self.mask_token_id
+            )
             total, count = total + float(loss), count + int(tokens)
         self.bar.update()
         return total / max(1, count)

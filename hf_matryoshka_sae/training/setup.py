@@ -47,6 +47,7 @@ class Harvest:
         statistics (`dict[str, ActivationStatistics]`): Of each hookpoint.
         sample (`dict[str, Tensor]`): Some hidden states of each hookpoint, equal in all processes.
         heldout (`list[TokenBatch]`): Held-out tokens (empty in all but the main process).
+        mask_token_id (`int`, *optional*): Of a masked language model's tokenizer.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Harvest:
     statistics: dict[str, ActivationStatistics]
     sample: dict[str, Tensor]
     heldout: list[TokenBatch]
+    mask_token_id: int | None = None
 
 
 def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -> Harvest:
@@ -88,7 +90,7 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
             f"{name}: d_in {len(found.mean)}, scale {found.scale:.4g}, largest |mean|/std of a dimension "
             f"{found.outlier_ratio:.3g}"
         )
-    return Harvest(model, hookpoints, stream, statistics, sample, heldout)
+    return Harvest(model, hookpoints, stream, statistics, sample, heldout, tokenizer.mask_token_id)
 
 
 def _documents(config: RunConfig, tokenizer, held_out: bool, **options):

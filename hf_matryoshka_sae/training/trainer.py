@@ -234,7 +234,11 @@ class Trainer:
                     learner.name: self._load_sae(learner) for learner in self.learners if learner.hookpoint == hookpoint
                 }
                 if saes:
-                    results.append(evaluate(self.harvest.model, self.harvest.heldout, hookpoint, saes))
+                    results.append(
+                        evaluate(
+                            self.harvest.model, self.harvest.heldout, hookpoint, saes, self.harvest.mask_token_id
+                        )
+                    )
             write_report(results, self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()
         return results

@@ -1,0 +1,273 @@
+"""Whole runs on the embedded language model: files, tables, resuming, mistakes."""
+
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from hf_matryoshka_sae import MatryoshkaSAE
+from hf_matryoshka_sae.training import Interrupted, RunConfig, train
+from hf_matryoshka_sae.training import trainer as trainer_module
+
+
+RUN = {
+    "model": "embedded",
+    "dataset": {"path": "embedded"},
+    "hookpoints": ["model.layers.1"],
+    "context_length": 64,
+    "tokens": 20 * 256,
+    "batch_size": 256,
+    "lm_batch_size": 8,
+    "shuffle_tokens": 4096,
+    "normalization_tokens": 2048,
+    "eval_tokens": 2000,
+    "calibration_tokens": 4000,
+    "checkpoint_every": 5,
+    "saes": [{"type": "matryoshka", "name": "nested", "num_latents": 128, "k": 8}],
+}
+
+
+def config(folder, **fields):
+    return RunConfig.from_dict({**RUN, "output_dir": str(folder), **fields})
+
+
+def weights(folder, name="nested"):
+    return load_file(folder / name / "model.layers.1" / "model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train(config(folder))
+
+
+def test_a_run_leaves_its_files_and_loads_with_auto_model(finished):
+    folder, results = finished
+    sae = AutoModel.from_pretrained(folder / "nested" / "model.layers.1")
+    assert type(sae) is MatryoshkaSAE
+    assert (sae.config.base_model, sae.config.hookpoint) == ("embedded", "model.layers.1")
+    assert sae.threshold.min() > 0
+    assert torch.equal(sae.latent_ids, torch.arange(128))
+    assert yaml.safe_load((folder / "run.yaml").read_text())["batch_size"] == 256
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    rows = results[0]["saes"]["nested"]
+    assert [row["width"] for row in rows] == sae.prefix_widths
+    assert json.loads((folder / "results.json").read_text())["results"] == results
+    assert all(a["fvu"] > b["fvu"] for a, b in zip(rows, rows[1:], strict=False))
+    assert results[0]["clean_ce"] < rows[-1]["ce"] < results[0]["zero_ce"]
+
+
+def test_metrics_are_logged_line_by_line(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20]
+    entry = lines[-1]["saes"]["nested"]
+    assert set(entry) >= {"loss", "fvu", "l0", "dead", "lr"}
+    assert entry["l0"] == pytest.approx(8, abs=0.1)
+    assert lines[-1]["tokens_per_second"] > 0
+
+
+def test_the_same_command_again_gives_the_same_weights(finished, tmp_path):
+    train(config(tmp_path))
+    assert equal(weights(finished[0]), weights(tmp_path))
+
+
+def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_the_same(finished, tmp_path, monkeypatch):
+    steps = []
+
+    def counted(self, stream, step, before=trainer_module.Trainer._step):
+        steps.append(step)
+        if len(steps) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return before(self, stream, step)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    with pytest.raises(Interrupted, match=r"after step 8 of 20.*same command"):
+        train(config(tmp_path))
+    train(config(tmp_path))
+    assert steps == list(range(20))
+    assert equal(weights(finished[0]), weights(tmp_path))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(finished, tmp_path, caplog):
+    train(config(tmp_path, keep_checkpoints=3))
+    newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
+    (newest / "shared.safetensors").write_bytes(b"broken")
+    with caplog.at_level("WARNING"):
+        train(config(tmp_path, keep_checkpoints=3))
+    assert "is broken" in caplog.text
+    assert equal(weights(finished[0]), weights(tmp_path))
+
+
+def test_another_run_in_the_same_folder_is_refused(finished):
+    with pytest.raises(ValueError, match=r"differs in batch_size.*--resume false"):
+        train(config(finished[0], batch_size=512))
+
+
+def test_several_saes_learn_from_one_forward_pass(tmp_path):
+    saes = [
+        {"type": kind, "num_latents": 64, "auxk_coefficient": 0.0, **fields}
+        for kind, fields in {
+            "relu": {},
+            "topk": {"k": 4},
+            "batch_topk": {"k": 4},
+            "jumprelu": {},
+            "gated": {},
+            "matryoshka": {"activation": "topk", "k": 4, "hookpoints": ["*.2:input"]},
+        }.items()
+    ]
+    results = train(config(tmp_path, saes=saes, hookpoints=["model.layers.1", "model.layers.2:input"], tokens=4 * 256))
+    assert [result["hookpoint"] for result in results] == ["model.layers.1", "model.layers.2:input"]
+    assert [len(result["saes"]) for result in results] == [5, 6]
+    folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*/model.safetensors")}
+    assert len(folders) == 11
+    assert "relu-64-l0_32/model.layers.2-input" in folders
+
+
+def test_training_goes_on_from_a_saved_sae(finished, tmp_path):
+    before = finished[1][0]["saes"]["nested"][-1]["fvu"]
+    saes = [{"type": "matryoshka", "name": "more", "lr": 1e-5}]
+    for source in (finished[0], finished[0] / "nested" / "model.layers.1"):
+        results = train(config(tmp_path / source.name, saes=saes, init_from=str(source), tokens=512, seed=5))
+        # The folded SAE is unfolded into the new run's units: it starts where it ended.
+        assert results[0]["saes"]["more"][-1]["fvu"] == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "topk"}, "of type matryoshka"),
+        ({"num_latents": 64}, "has 128"),
+    ],
+)
+def test_an_sae_that_does_not_fit_cannot_be_gone_on_from(finished, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path, saes=[{"type": "matryoshka", **fields}], init_from=str(finished[0])))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hookpoints": ["model.layer.1"]}, "model.layers.1"),
+        ({"dataset": {"path": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"model": "./nowhere"}, "nowhere"),
+        ({"saes": [{"num_latents": 16, "k": 17}]}, "`k`"),
+        ({"saes": [{"num_latents": 16, "k": 2, "prefix_widths": [8, 4, 16]}]}, "prefix_widths"),
+        ({"batch_size": 255, "gradient_accumulation_steps": 2}, "multiple"),
+        ({"context_length": 4096}, "context_length"),
+        ({"init_from": "."}, "no SAE"),
+        ({"saes": [{"num_latents": 16, "k": 2}] * 2}, "Two entries"),
+        ({"saes": [{"num_latents": 16, "k": 2, "hookpoints": ["other"]}]}, "none of the run's"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_trained(tmp_path, fields, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path / "run", **fields))
+
+
+def test_a_missing_column_and_empty_text_are_said(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"body": "some text"}\n' * 3)
+    with pytest.raises(ValueError, match="text.*body"):
+        train(config(tmp_path / "run", dataset={"path": str(path)}))
+    path.write_text('{"text": " "}\n' * 3)
+    with pytest.raises(ValueError, match="empty|no text|no token"):
+        train(config(tmp_path / "run", dataset={"path": str(path)}))
+
+
+def spoil(monkeypatch, when):
+    def spoiled(self, stream, step, before=trainer_module.Trainer._step):
+        def batches():
+            for batch in stream:
+                if when(step):
+                    batch = {name: states.clone() for name, states in batch.items()}
+                    for states in batch.values():
+                        states[3, 1] = torch.nan
+                yield batch
+
+        return before(self, batches(), step)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", spoiled)
+
+
+def test_a_batch_with_nan_is_skipped_and_counted(tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda step: step in (3, 4))
+    train(config(tmp_path))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_nan_without_end_stops_the_run_with_a_message(tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda step: step >= 6)
+    with pytest.raises(ValueError, match="20 steps in a row.*model.layers.1"):
+        train(config(tmp_path, tokens=60 * 256))
+    newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "shared.safetensors").values())
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer_module.SAEModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config(tmp_path))
+    monkeypatch.undo()
+    train(config(tmp_path))
+    assert equal(weights(finished[0]), weights(tmp_path))
+
+
+def command(folder, *flags):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**RUN, "output_dir": str(folder / "run"), "tokens": 60 * 256}))
+    return [sys.executable, "-m", "hf_matryoshka_sae.train", "--config", str(path), *flags]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    subprocess.run(command(whole), check=True, capture_output=True)
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (killed / "run" / "metrics.jsonl").exists():
+            time.sleep(0.05)  # a kill before the first step would show nothing
+        time.sleep(random.uniform(0, 2.0))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command(killed), check=True, capture_output=True)
+    assert kills >= 1
+    assert equal(weights(whole / "run"), weights(killed / "run"))
+    assert (whole / "run" / "results.json").read_text() == (killed / "run" / "results.json").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_end_within_noise_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fvus = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        arguments = command(folder)
+        subprocess.run([arguments[0], *launch, *arguments[1:]], check=True, capture_output=True)
+        results = json.loads((folder / "run" / "results.json").read_text())["results"]
+        fvus.append([row["fvu"] for row in results[0]["saes"]["nested"]])
+    assert fvus[1] == pytest.approx(fvus[0], rel=0.05)
