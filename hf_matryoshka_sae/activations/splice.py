@@ -17,7 +17,7 @@ from .tokens import TokenBatch
 
 
 _MASKED_SHARE = 0.15
-_ROWS_AT_ONCE = 1024  # predictions scored together: their float32 copy is rows x vocabulary
+_POSITIONS_AT_ONCE = 1024  # scored together: their float32 copy is positions x vocabulary
 
 
 def has_lm_loss(model: nn.Module) -> bool:
@@ -60,7 +60,7 @@ def spliced_losses(
     hooks = [] if replace is None else [(hookpoint, _Splice(batch.keep, replace))]
     with hooked(model, hooks), torch.no_grad():
         logits = run_model(model, input_ids, batch.attention_mask if batch.padded else None).logits
-    return _cross_entropy(logits[scored], targets), scored.sum()
+    return _cross_entropy(logits.flatten(0, 1), scored.flatten(), targets.flatten()), scored.sum()
 
 
 class _Splice:
@@ -87,22 +87,23 @@ class _Splice:
 
 
 def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens the model reads, positions `[B, S]` at which it is scored, and the right answers `[M]`."""
+    """Tokens the model reads, positions at which it is scored, and the right answers, all `[B, S]`."""
     if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         scored = batch.keep.clone()
         scored[:, -1] = False
         scored[:, :-1] &= batch.attention_mask[:, 1:].bool()
-        return batch.input_ids, scored, batch.input_ids.roll(-1, 1)[scored]
+        return batch.input_ids, scored, batch.input_ids.roll(-1, 1)
     if mask_token_id is None:
         raise ValueError(f"{type(model).__name__} is a masked language model: pass the tokenizer's `mask_token_id`.")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
     scored = batch.keep & drawn.to(batch.keep.device)
-    return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids[scored]
+    return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for rows, answers in zip(logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True):
-        total += F.cross_entropy(rows.float(), answers, reduction="none").double().sum()
+    for positions in scored.nonzero()[:, 0].split(_POSITIONS_AT_ONCE):
+        rows = logits.index_select(0, positions.to(logits.device)).float()
+        total += F.cross_entropy(rows, targets[positions].to(logits.device), reduction="none").double().sum()
     return total

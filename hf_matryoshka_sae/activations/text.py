@@ -240,7 +240,14 @@ def _open(config: DatasetConfig):
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"The data set '{config.path}' is empty: its files have no content.")
     names = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=bool(config.streaming), **options)
+    try:
+        return datasets.load_dataset(
+            kind, data_files=names, split="train", streaming=bool(config.streaming), **options
+        )
+    except Exception as error:  # datasets raises many kinds; the cause is the one that says what is wrong
+        raise ValueError(
+            f"The data set '{config.path}' is empty or cannot be read as {kind}: {error.__cause__ or error}"
+        ) from error
 
 
 def _open_hub(config: DatasetConfig):
