@@ -171,6 +171,16 @@ def test_bf16_follows_the_float64_reference_and_keeps_its_type(variant):
     assert abs(output.loss.item() / loss.item() - 1) < 0.05
 
 
+@pytest.mark.parametrize("variant", ["jumprelu", "batch_topk", "matryoshka-jumprelu", "matryoshka-batch_topk"])
+def test_bf16_latents_just_above_an_fp32_threshold_fire(variant):
+    sae, x = make_sae(variant, torch.bfloat16), hidden_states(1, dtype=torch.bfloat16)
+    pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+    # Rounded to bf16 each threshold would equal its pre-activation.
+    sae.threshold.data = (pre[0].float() * (1 - 1e-4)).clamp(min=0).detach()
+    assert (pre > 0).any() and torch.equal(sae.threshold.bfloat16(), pre[0].clamp(min=0))
+    assert torch.equal(sae.encode(x).to_dense(), pre.clamp(min=0))
+
+
 def test_inputs_of_another_type_are_converted():
     sae = make_sae("topk", torch.float32)
     assert sae(hidden_states(3)).reconstruction.dtype == torch.float32
