@@ -73,20 +73,21 @@ class SAESpec:
     auxk_detach_residual: bool = True
     auxk_rectify: bool = True
     auxk_scale_by_dead: bool = False
-    dead_tokens: int = 10_000_000
-    """A latent that has not fired on this many tokens is dead."""
+    dead_tokens: int | None = None
+    """A latent that has not fired on this many tokens is dead; by default 1/150 of the run, at most 10 million."""
 
     # The optimisation
     lr: float | None = None
     """By default `lr_base / sqrt(num_latents / 16384)`."""
-    lr_base: float = 2e-4
+    lr_base: float | None = None
+    """By default `0.085 / sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_eps: float = 1e-8
     lr_warmup_steps: int | None = None
-    lr_decay_fraction: float = 0.2
+    lr_decay_fraction: float = 1.0
     """Share of the steps at the end over which the rate falls to `lr_end`."""
     lr_end: float = 0.0
-    grad_clip: float | None = 1.0
+    grad_clip: float | None = None
     k_start: float | None = None
     """BatchTopK and TopK: begin with this k."""
     k_anneal_steps: int | None = None
@@ -97,7 +98,7 @@ class SAESpec:
     sort_every: int = 0
     """Sort latents by importance every so many steps (0: never)."""
     input_scaling: Literal["center", "rms", "norm", "none"] = "center"
-    """(x - mean) / c with E||x||^2 = d; x / c with E||x||^2 = 1; x / c with mean ||x|| = sqrt(d); raw x."""
+    """(x - mean) / c or x / c with E||x||^2 = 1 (so that squared errors are FVUs); x / c with mean ||x|| = sqrt(d); x."""
     encoder_init: Literal["decoder", "normal"] = "decoder"
     encoder_init_scale: float = 1.0
     decoder_init_norm: float = 1.0
@@ -126,24 +127,20 @@ class SAESpec:
         defaults = TYPE_DEFAULTS.get(kind or "batch_topk", {}) if preset is None else {}
         return from_dict(cls, {**defaults, **filled}, where)
 
-    def sae_config(
-        self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None
-    ) -> SAEConfig:
+    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None) -> SAEConfig:
         """The model's config at a hookpoint of width `d_in`; fields that are not given are those of `like`.
 
         Raises:
             `ValueError`: if a field does not belong to the family, or its value does not fit.
         """
         cls = CONFIGS[self.type]
-        given = {
-            name: getattr(self, name)
-            for name in _MODEL_FIELDS
-            if getattr(self, name) is not None
-        }
+        given = {name: getattr(self, name) for name in _MODEL_FIELDS if getattr(self, name) is not None}
         if like is not None:
             given = {name: getattr(like, name) for name in _MODEL_FIELDS if hasattr(like, name)} | given
             if given["num_latents"] != like.num_latents:
-                raise ValueError(f"`num_latents` is {given['num_latents']}, the SAE to go on from has {like.num_latents}.")
+                raise ValueError(
+                    f"`num_latents` is {given['num_latents']}, the SAE to go on from has {like.num_latents}."
+                )
         given.setdefault("num_latents", 16 * d_in)
         if self.prefix_fractions is not None and self.prefix_widths is None:
             given["prefix_widths"] = _widths(self.prefix_fractions, given["num_latents"])

@@ -39,7 +39,9 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
         and field.name not in data
     ]
     if missing:
-        raise ValueError(f"Missing field{'s' * (len(missing) > 1)}: {', '.join(f'`{where}{name}`' for name in missing)}.")
+        raise ValueError(
+            f"Missing field{'s' * (len(missing) > 1)}: {', '.join(f'`{where}{name}`' for name in missing)}."
+        )
     return cls(**{name: _value(hints[name], value, where + name) for name, value in data.items()})
 
 

@@ -26,7 +26,7 @@ def input_scaling(spec: SAESpec, statistics: ActivationStatistics, sample: Tenso
     square_norm = statistics.scale**2 * len(mean) + mean.double().square().sum().item()
     norms = sample[sample.isfinite().all(-1)].norm(dim=1)
     return {
-        "center": (mean, statistics.scale),
+        "center": (mean, statistics.scale * math.sqrt(len(mean))),
         "rms": (zero, math.sqrt(square_norm)),
         "norm": (zero, norms.mean().item() / math.sqrt(len(mean))),
         "none": (zero, 1.0),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models import SAEModel
 from .config import SAESpec
 from .losses import Objective, all_sum, level_weights
-from .schedules import annealed_k, learning_rate, random_prefix_widths, sparsity_warmup
+from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 
 
 @dataclass
@@ -75,11 +75,12 @@ class Learner:
 
         num_latents = sae.config.num_latents
         self.k = getattr(sae.config, "k", None)
+        self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
         self.sparsity = spec.sparsity_coefficient if spec.sparsity_coefficient is not None else 0.0
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            self.sparsity = 1.0  # in units where E||x||^2 = d; the controller moves it from there
+            self.sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
         self.average = copy.deepcopy(dict(self._parameters())) if spec.ema_decay is not None else None
         if self.average is not None:
             for tensor in self.average.values():
@@ -102,7 +103,7 @@ class Learner:
         if spec.random_prefixes:
             widths = random_prefix_widths(spec, sae.config.num_latents, self.seed, step)
         x = (x.to(device=self.mean.device, dtype=torch.float32) - self.mean) / self.scale
-        dead = self.tokens_since_fired >= spec.dead_tokens
+        dead = self.tokens_since_fired >= self.dead_tokens
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps)
         loss, statistics = self.objective(x, dead, widths, level_weights(spec, len(widths)), sparsity)
         self.accelerator.backward(loss)
@@ -121,7 +122,7 @@ class Learner:
         finite = bool(torch.isfinite(self.grad_norm))
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(spec, self.sae.config.num_latents, step, self.steps)
+                group["lr"] = learning_rate(spec, self.sae.config, step, self.steps)
             self.optimizer.step()
             self._project_decoder()
             self._average()
@@ -168,7 +169,9 @@ class Learner:
         packed = all_sum(packed, self.group)
         parts = packed.split([summed[key].numel() for key in keys])
         world = self.accelerator.num_processes
-        self.last = {key: part.view(summed[key].shape) / (micro * world) for key, part in zip(keys, parts, strict=True)}
+        self.last = {
+            key: part.view(summed[key].shape) / (micro * world) for key, part in zip(keys, parts, strict=True)
+        }
         fired = self.last["fired"] > 0
         self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + self.batch_size)
         self._micro.clear()
@@ -208,10 +211,10 @@ class Learner:
             loss=self.last["loss"].item(),
             fvu=[sse / variance for sse in self.last["sse"].tolist()],
             l0=self.last["l0"].item(),
-            dead=(self.tokens_since_fired >= self.spec.dead_tokens).float().mean().item(),
+            dead=(self.tokens_since_fired >= self.dead_tokens).float().mean().item(),
             auxk=self.last["auxk"].item(),
             sparsity=self.sparsity,
-            lr=learning_rate(self.spec, self.sae.config.num_latents, step, self.steps),
+            lr=learning_rate(self.spec, self.sae.config, step, self.steps),
             grad_norm=float(self.grad_norm),
         )
 

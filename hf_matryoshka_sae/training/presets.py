@@ -12,6 +12,8 @@ _FIVE_GROUPS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
 PRESETS: dict[str, dict[str, Any]] = {
     # Bussmann et al. 2025, arXiv 2503.17547, section 3: the sum over levels, AuxK after Gao et al.
     "paper": dict(
+        dead_tokens=10_000_000,
+        grad_clip=1.0,
         type="matryoshka",
         activation="batch_topk",
         prefix_fractions=_FIVE_GROUPS,
@@ -24,6 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # saprmarks/dictionary_learning, matryoshka_batch_top_k.py: weights 1/P, then the mean over levels.
     "dictionary_learning": dict(
+        dead_tokens=10_000_000,
+        grad_clip=1.0,
         type="matryoshka",
         activation="batch_topk",
         prefix_fractions=_FIVE_GROUPS,
@@ -36,6 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # SAEBench's suite, the same trainer with its own optimiser settings.
     "saebench": dict(
+        dead_tokens=10_000_000,
+        grad_clip=1.0,
         type="matryoshka",
         activation="batch_topk",
         prefix_fractions=_FIVE_GROUPS,
@@ -48,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # SAELens 6.54, matryoshka_batchtopk: the sum over levels, selection by contribution, AuxK not normalised.
     "saelens": dict(
+        grad_clip=1.0,
         type="matryoshka",
         activation="batch_topk",
         prefix_fractions=_FIVE_GROUPS,
@@ -90,6 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # noanabeshima/matryoshka-saes: prefixes drawn each step, decoder-norm-weighted L1, latents kept sorted.
     "nabeshima": dict(
+        grad_clip=1.0,
         type="matryoshka",
         activation="relu",
         apply_b_dec_to_input=False,
@@ -115,6 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # Chanin et al. 2025, arXiv 2505.11756: inner level i weighs balance^(P-i).
     "balance": dict(
+        dead_tokens=10_000_000,
         type="matryoshka",
         activation="batch_topk",
         prefix_fractions=_FIVE_GROUPS,

@@ -15,10 +15,11 @@ from .checkpoints import write_json
 
 
 ABOUT = (
-    "fvu: squared error over the variance about the held-out mean. recaptured: (ablated - spliced) / (ablated - clean) "
-    "cross-entropy, with the hidden states replaced by zero (zero) or by their mean (mean) as the ablation. dead: share "
-    "of the prefix's latents that never fire on the held-out tokens. selection mask: all latents compete for places, "
-    "those past the width are dropped; the same as encoding the prefix alone wherever a threshold decides."
+    "fvu: squared error over the variance about the held-out mean. recaptured: (ablated - spliced) / "
+    "(ablated - clean) cross-entropy, with the hidden states replaced by zero (zero) or by their mean (mean) as the "
+    "ablation. dead: share of the prefix's latents that never fire on the held-out tokens. selection mask: all "
+    "latents compete for places, those past the width are dropped; the same as encoding the prefix alone wherever a "
+    "threshold decides."
 )
 
 
@@ -124,9 +125,7 @@ class _Losses:
             return None
         total, count = 0.0, 0
         for batch in self.batches:
-            loss, tokens = spliced_losses(
-                self.model, batch, self.hookpoint, replace, mask_token_id=self.mask_token_id
-            )
+            loss, tokens = spliced_losses(self.model, batch, self.hookpoint, replace, mask_token_id=self.mask_token_id)
             total, count = total + float(loss), count + int(tokens)
         self.bar.update()
         return total / max(1, count)

@@ -4,20 +4,30 @@ import math
 
 import torch
 
+from ..models import SAEConfig
 from .config import SAESpec
 
 
-def learning_rate(spec: SAESpec, num_latents: int, step: int, steps: int) -> float:
+def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> float:
     """Learning rate of a step counted from 0: linear warm-up, constant, linear decay to `lr_end`.
 
-    The peak is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3).
+    The peak is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3). Adam moves
+    each coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it.
     """
-    peak = spec.lr if spec.lr is not None else spec.lr_base / math.sqrt(num_latents / 16384)
+    base = spec.lr_base if spec.lr_base is not None else 0.085 / math.sqrt(config.d_in)
+    peak = spec.lr if spec.lr is not None else base / math.sqrt(config.num_latents / 16384)
     warmup = warmup_steps(spec.lr_warmup_steps, steps)
     rate = min(1.0, (step + 1) / (warmup + 1))
     decay = spec.lr_decay_fraction * steps
     left = (steps - step) / decay if decay else math.inf
     return peak * rate * (spec.lr_end + (1 - spec.lr_end) * min(1.0, left))
+
+
+def dead_window(spec: SAESpec, tokens: int, batch_size: int) -> int:
+    """Tokens of silence after which a latent counts as dead."""
+    if spec.dead_tokens is not None:
+        return spec.dead_tokens
+    return min(10_000_000, max(tokens // 150, 10 * batch_size))
 
 
 def warmup_steps(given: int | None, steps: int) -> int:

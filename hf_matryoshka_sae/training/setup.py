@@ -64,9 +64,7 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
 
     Everything that can be wrong with model, data or hookpoints is found here, before anything is trained.
     """
-    model, tokenizer = load_language_model(
-        config.model, config.model_revision, config.model_dtype, accelerator.device
-    )
+    model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, accelerator.device)
     hookpoints = resolve_hookpoints(model, config.hookpoints)
     heldout = _heldout(config, tokenizer) if accelerator.is_main_process else []
     stream = ActivationStream(

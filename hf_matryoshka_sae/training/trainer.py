@@ -231,13 +231,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             for hookpoint in self.harvest.hookpoints:
                 saes = {
-                    learner.name: self._load_sae(learner) for learner in self.learners if learner.hookpoint == hookpoint
+                    learner.name: self._load_sae(learner)
+                    for learner in self.learners
+                    if learner.hookpoint == hookpoint
                 }
                 if saes:
                     results.append(
-                        evaluate(
-                            self.harvest.model, self.harvest.heldout, hookpoint, saes, self.harvest.mask_token_id
-                        )
+                        evaluate(self.harvest.model, self.harvest.heldout, hookpoint, saes, self.harvest.mask_token_id)
                     )
             write_report(results, self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ D, F, K, N, STEPS = 8, 64, 4, 128, 40
 
 
 def learner(accumulation=1, steps=STEPS, d_in=D, **fields):
-    spec = SAESpec.from_dict({"num_latents": F, "k": K, "lr": 1e-2, **fields}, "")
+    spec = SAESpec.from_dict({"num_latents": F, "k": K, "lr": 1e-2, "lr_decay_fraction": 0.2, **fields}, "")
     if fields.get("k", K) is None:
         spec.k = None
     sae = build_sae(spec.sae_config(d_in, "lm", "layer"))
@@ -177,14 +177,18 @@ def test_the_average_is_the_bias_corrected_running_mean_of_the_weights():
     assert torch.allclose(one.finished().b_dec.double(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9}, {"type": "jumprelu", "k": None}])
+@pytest.mark.parametrize(
+    "fields", [{"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9}, {"type": "jumprelu", "k": None}]
+)
 def test_a_resumed_learner_goes_on_bit_for_bit(fields):
     whole = train(learner(**fields), 12)
     part = train(learner(**fields), 7)
     resumed = learner(**fields)
     resumed.load_state_dict(part.state_dict())
     train(resumed, 12, start=7)
-    for (name, a), (_, b) in zip(whole.finished().named_parameters(), resumed.finished().named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        whole.finished().named_parameters(), resumed.finished().named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 

@@ -4,23 +4,48 @@ import math
 
 import pytest
 
+from hf_matryoshka_sae import TopKSAEConfig
 from hf_matryoshka_sae.training.config import SAESpec
-from hf_matryoshka_sae.training.schedules import annealed_k, learning_rate, random_prefix_widths, sparsity_warmup
+from hf_matryoshka_sae.training.schedules import (
+    annealed_k,
+    dead_window,
+    learning_rate,
+    random_prefix_widths,
+    sparsity_warmup,
+)
 
 
 def spec(**fields):
     return SAESpec.from_dict({"preset": "paper", **fields}, "")
 
 
+def sizes(num_latents, d_in=64):
+    return TopKSAEConfig(d_in=d_in, num_latents=num_latents)
+
+
+def test_default_learning_rate_turns_rows_by_the_same_angle_at_every_width():
+    one = spec(lr=None, lr_base=None, lr_warmup_steps=0)
+    rates = [learning_rate(one, sizes(64, d_in), 0, 100) for d_in in (64, 256)]
+    assert rates[1] == pytest.approx(rates[0] / 2)
+
+
+def test_dead_window_is_a_share_of_the_run_and_bounded():
+    one = spec(dead_tokens=None)
+    assert dead_window(one, 3_000_000, 2048) == 20_480
+    assert dead_window(one, 300_000_000, 2048) == 2_000_000
+    assert dead_window(one, 10**11, 2048) == 10_000_000
+    assert dead_window(spec(dead_tokens=5), 10**11, 2048) == 5
+
+
 def test_learning_rate_follows_one_over_root_of_latents():
     one = spec(lr=None, lr_base=2e-4, lr_warmup_steps=0, lr_decay_fraction=0.0)
-    assert learning_rate(one, 16384, 5, 100) == pytest.approx(2e-4)
-    assert learning_rate(one, 4 * 16384, 5, 100) == pytest.approx(1e-4)
+    assert learning_rate(one, sizes(16384), 5, 100) == pytest.approx(2e-4)
+    assert learning_rate(one, sizes(4 * 16384), 5, 100) == pytest.approx(1e-4)
 
 
 def test_learning_rate_warms_up_stays_and_decays():
     one = spec(lr=1.0, lr_warmup_steps=9, lr_decay_fraction=0.2, lr_end=0.1)
-    rates = [learning_rate(one, 64, step, 100) for step in range(100)]
+    rates = [learning_rate(one, sizes(64), step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:80] == pytest.approx([1.0] * 71)
     assert rates[90] == pytest.approx(0.1 + 0.9 * 0.5)
