@@ -127,9 +127,8 @@ def main() -> int:
     out = sys.stdout.write
     out(f"\ntorch {result['torch']}, {result['device']}, {result['threads']} threads\n")
     out(f"bare truncated forward  {harvested['bare_tokens_per_second']:>10.0f} tokens/s\n")
-    out(
-        f"harvesting              {harvested['stream_tokens_per_second']:>10.0f} tokens/s, ratio {harvested['ratio']:.3f}\n"
-    )
+    out(f"harvesting              {harvested['stream_tokens_per_second']:>10.0f} tokens/s\n")
+    out(f"ratio                   {harvested['ratio']:>10.3f}\n")
     out(f"whole run               {run['tokens_per_second']:>10.0f} tokens/s\n")
     out("  " + ", ".join(f"{name} {share:.0%}" for name, share in run["share"].items()) + " of the time\n")
     for name, share in run["operators"].items():

@@ -1,4 +1,4 @@
-"""Progressive sparse autoencoders for the Hugging Face ecosystem: the first n latents are a working SAE for every n."""
+"""Progressive sparse autoencoders for transformers: the first n latents are a working SAE for every n."""
 
 from . import models
 from .models import *  # noqa: F403  (the public classes, registered with AutoConfig and AutoModel)

@@ -26,7 +26,8 @@ class SAESpec:
     name: str | None = None
     """Folder of the results; made from family, size and k where it is left out."""
     preset: str | None = None
-    """A published objective: `paper`, `dictionary_learning`, `saebench`, `saelens`, `bussmann`, `nabeshima`, `balance`."""
+    """A published objective: `paper`, `dictionary_learning`, `saebench`, `saelens`, `bussmann`, `nabeshima`,
+    `balance`."""
     hookpoints: list[str] | None = None
     """Train this one only at these of the run's hookpoints (paths or globs)."""
     init_from: str | None = None
@@ -98,7 +99,8 @@ class SAESpec:
     sort_every: int = 0
     """Sort latents by importance every so many steps (0: never)."""
     input_scaling: Literal["center", "rms", "norm", "none"] = "center"
-    """(x - mean) / c or x / c with E||x||^2 = 1 (so that squared errors are FVUs); x / c with mean ||x|| = sqrt(d); x."""
+    """`center`, `rms`: (x - mean) / c, x / c with E||x||^2 = 1, so that centred squared errors are FVUs; `norm`: x / c
+    with mean ||x|| = sqrt(d); `none`: raw x."""
     encoder_init: Literal["decoder", "normal"] = "decoder"
     encoder_init_scale: float = 1.0
     decoder_init_norm: float = 1.0

@@ -163,7 +163,7 @@ class Learner:
     def _count(self, step: int) -> None:
         """Counters that need all processes: which latents fired, how many, how strongly."""
         micro = len(self._micro)
-        keys = [key for key in self._micro[0]]
+        keys = list(self._micro[0])
         summed = {key: torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys}
         packed = torch.cat([summed[key].flatten() for key in keys])
         packed = all_sum(packed, self.group)
@@ -241,7 +241,7 @@ class Learner:
         """Everything that the next step depends on."""
         moments = self.optimizer.state_dict()
         return {
-            "weights": {name: tensor for name, tensor in self.sae.state_dict().items()},
+            "weights": dict(self.sae.state_dict()),
             "optimizer": {str(index): dict(state) for index, state in moments["state"].items()},
             "average": self.average,
             "energy": self.energy,
