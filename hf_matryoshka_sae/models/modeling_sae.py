@@ -11,9 +11,6 @@ latents are a contiguous run of bytes in the file.
 import copy
 import json
 import os
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .checkpoint_files import read_prefix, staged_files
 from .configuration_sae import (
     BatchTopKSAEConfig,
     GatedSAEConfig,
@@ -35,11 +33,7 @@ from .configuration_sae import (
     TopKSAEConfig,
 )
 from .families import FAMILIES
-from .partial_loading import read_prefix
 from .sparse_ops import LatentPairs, SparseLatents, decode_prefixes, encode_pairs, pairs_from_slots, preactivations
-
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass
@@ -317,21 +311,8 @@ class SAEModel(PreTrainedModel):
         if kwargs.get("push_to_hub"):
             super().save_pretrained(save_directory, **kwargs)
             return
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
+        with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
             super().save_pretrained(staging, **kwargs)
-            written = {file.name for file in staging.iterdir()}
-            for name in written - {"config.json"}:
-                os.replace(staging / name, target / name)
-            # Weights of an earlier save in other shards; `model.safetensors` would be read before a new index.
-            for file in [] if kwargs.get("variant") else list(target.iterdir()):
-                if _WEIGHTS.fullmatch(file.name) and file.name not in written:
-                    file.unlink()
-            os.replace(staging / "config.json", target / "config.json")
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":

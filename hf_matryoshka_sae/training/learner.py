@@ -231,8 +231,9 @@ class Learner:
                 parameter.copy_(self.average[name] / correction)
             if self.spec.unit_norm_decoder:
                 sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
-        if not self.spec.unit_norm_decoder:
-            sae.fold_decoder_norm_()
+        competing = sae.config.activation_name in ("topk", "batch_topk")
+        if not self.spec.unit_norm_decoder and (sae.config.scale_by_decoder_norm or not competing):
+            sae.fold_decoder_norm_()  # elsewhere it would change which latents win
         for parameter in sae.parameters():
             parameter.requires_grad_(True)
         return sae

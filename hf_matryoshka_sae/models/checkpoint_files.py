@@ -1,7 +1,13 @@
-"""Read only the first latents of a checkpoint."""
+"""The files of a checkpoint: written whole or not at all, read whole or only the first latents."""
 
 import copy
 import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +19,33 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _WHOLE_TENSORS = {"b_dec"}  # has no latent axis
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+@contextmanager
+def staged_files(target: Path, keep_others: bool = False) -> Iterator[Path]:
+    """A folder to write a checkpoint's files to; when the block ends they take their places in `target`.
+
+    Every file is complete before it takes its name, the config comes last, and nothing changes where the block raises.
+
+    Args:
+        target (`Path`): Where the files belong; made if it is not there.
+        keep_others (`bool`, *optional*, defaults to `False`): Leave weights of an earlier save in other shards.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staging
+        written = {file.name for file in staging.iterdir()}
+        for name in written - {"config.json"}:
+            os.replace(staging / name, target / name)
+        # Weights of an earlier save in other shards; `model.safetensors` would be read before a new index.
+        for file in [] if keep_others else list(target.iterdir()):
+            if _WEIGHTS.fullmatch(file.name) and file.name not in written:
+                file.unlink()
+        os.replace(staging / "config.json", target / "config.json")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:

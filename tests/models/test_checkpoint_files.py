@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_matryoshka_sae.models import partial_loading
+from hf_matryoshka_sae.models import checkpoint_files
 
 from .reference import VARIANTS, D, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors
@@ -147,7 +147,7 @@ class CountingSlice:
         return tensor
 
 
-_safe_open = partial_loading.safe_open
+_safe_open = checkpoint_files.safe_open
 
 
 @pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
@@ -155,7 +155,7 @@ _safe_open = partial_loading.safe_open
 def test_only_the_asked_rows_are_taken_from_the_file(tmp_path, monkeypatch, variant, shard_size):
     sae = make_sae(variant)
     sae.save_pretrained(tmp_path, max_shard_size=shard_size)
-    monkeypatch.setattr(partial_loading, "safe_open", CountingFile)
+    monkeypatch.setattr(checkpoint_files, "safe_open", CountingFile)
     monkeypatch.setattr(CountingFile, "taken", {})
     AutoModel.from_pretrained(tmp_path, width=4)
     expected = {name: tensor[:4].numel() for name, tensor in sae.state_dict().items()} | {"b_dec": D}
