@@ -10,6 +10,7 @@ Shapes: B windows, S tokens in a window.
 
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -99,6 +100,11 @@ class TokenStream:
         self._pending = torch.tensor([], dtype=torch.long)  # packed: tokens not yet in a window
         self._rows: list[list[int]] = []  # not packed: documents not yet in a batch
         self._tokens_this_epoch = 0
+        # The next documents are read and tokenised while the model works on these. What counts as the position is
+        # where the documents stood when the tokens in hand had been read.
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: Future[tuple[list[list[int]] | None, dict[str, Any]]] | None = None
+        self._position = self.documents.state_dict()
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
@@ -139,13 +145,13 @@ class TokenStream:
         return TokenBatch(input_ids, attention_mask, keep, padded)
 
     def _read(self) -> bool:
-        """Tokenises the next documents; False when the last epoch is over."""
-        texts = self.documents.take(_DOCUMENTS_AT_ONCE)
-        if not texts:
+        """Adds the next documents to what is pending; False when the last epoch is over."""
+        ahead, self._ahead = self._ahead or self._reader.submit(self._encode_next), None
+        rows, position = ahead.result()
+        if rows is None:
             return self._next_epoch()
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        rows = [self._frame.strip(ids) for ids in encoded["input_ids"]]
-        rows = [ids for ids in rows if ids]
+        self._position = position
+        self._ahead = self._reader.submit(self._encode_next)
         self._tokens_this_epoch += sum(map(len, rows))
         if self.pack:
             line = chain.from_iterable((*self._frame.before, *ids, *self._frame.after) for ids in rows)
@@ -153,6 +159,14 @@ class TokenStream:
         else:
             self._rows += rows
         return True
+
+    def _encode_next(self) -> tuple[list[list[int]] | None, dict[str, Any]]:
+        """Tokens of the next documents, `None` at the end of the epoch, and the position after them."""
+        texts = self.documents.take(_DOCUMENTS_AT_ONCE)
+        if not texts:
+            return None, {}
+        rows = [self._frame.strip(ids) for ids in _encode(self.tokenizer, texts)]
+        return [ids for ids in rows if ids], self.documents.state_dict()
 
     def _next_epoch(self) -> bool:
         if self._tokens_this_epoch == 0:
@@ -164,6 +178,7 @@ class TokenStream:
         self.epoch += 1
         self._tokens_this_epoch = 0
         self.documents.next_epoch()
+        self._position = self.documents.state_dict()
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,15 +187,19 @@ class TokenStream:
         return {
             "epoch": self.epoch,
             "tokens_this_epoch": self._tokens_this_epoch,
-            "documents": self.documents.state_dict(),
+            "documents": self._position,
             "pending": tokens.to(torch.int32),
             "pending_lengths": torch.tensor([len(row) for row in self._rows], dtype=torch.int32),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same documents and options."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
         self.epoch, self._tokens_this_epoch = state["epoch"], state["tokens_this_epoch"]
         self.documents.load_state_dict(state["documents"])
+        self._position = state["documents"]
         tokens = state["pending"].long()
         if self.pack:
             self._pending = tokens
@@ -212,6 +231,17 @@ class _Frame:
     def strip(self, ids: list[int]) -> list[int]:
         """A document without the BOS which a chat template may have written already."""
         return ids[1:] if ids[:1] == self.before and self.before else ids
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # Straight to the backend: its fast call keeps no offsets, which nobody reads here and which cost a third.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _template(tokenizer) -> tuple[list[int], list[int]]:

@@ -107,6 +107,7 @@ def test_a_replacement_of_another_shape_is_refused():
         spliced_losses(tiny.llama(), _batch(), "model.layers.1", lambda x: x[:, :3])
 
 
+@pytest.mark.slow
 def test_published_losses_are_reproduced(shared):
     """`peer_quality.json`: BOS before each document and window, position 0 left out and left as it is."""
     published = json.loads((shared / "peer_quality.json").read_text())
