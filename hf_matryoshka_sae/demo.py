@@ -1,5 +1,6 @@
 """The main job on what ships with the package: train, look at the table, load back, look at a few latents."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from .activations import TokenBatch, harvest
+from .activations import DatasetConfig, TokenBatch, harvest, heldout_batches, load_language_model
 from .models import SAEModel
+from .train import main as train_main
 
 
 DEMO = {
@@ -28,29 +30,19 @@ DEMO = {
 
 def demo(output_dir: str) -> int:
     """Train the embedded demo into `output_dir`, reload its SAE and print some latents; returns the exit status."""
-    from .train import main as train_main  # the same way in as a user's run
-
-    flags = [f"--{name}={_yaml(value)}" for name, value in {**DEMO, "output_dir": output_dir}.items()]
-    status = train_main(flags)
+    run = {**DEMO, "output_dir": output_dir}
+    status = train_main([f"--{name}={json.dumps(value)}" for name, value in run.items()])  # JSON is YAML
     if status:
         return status
     _show(Path(output_dir) / "matryoshka" / DEMO["hookpoints"][0], DEMO["hookpoints"][0])
     return 0
 
 
-def _yaml(value) -> str:
-    import json
-
-    return json.dumps(value)  # JSON is YAML
-
-
 def _show(path: Path, hookpoint: str) -> None:
-    from .activations import DatasetConfig, TokenStream, heldout_batches, load_documents, load_language_model
-
     sae = AutoModel.from_pretrained(path)
     model, tokenizer = load_language_model("embedded")
-    documents = load_documents(DatasetConfig("embedded", split="heldout"))
-    batches = heldout_batches(TokenStream(documents, tokenizer, 128, 32), 30_000)
+    text = DatasetConfig(**DEMO["eval_dataset"])
+    batches = heldout_batches(text, tokenizer, DEMO["context_length"], DEMO["eval_tokens"])
     sys.stdout.write(f"\nAutoModel.from_pretrained({str(path)!r}) -> {type(sae).__name__}, {sae.prefix_widths}\n")
     sys.stdout.write(_top_tokens(sae, model, tokenizer, batches, hookpoint))
 

@@ -1,0 +1,85 @@
+"""The ways in: sub-commands, the demo, and the README's snippets on what the demo leaves."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_matryoshka_sae import cli, demo
+from hf_matryoshka_sae.training import RunConfig, load_run_config
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """A demo of fewer tokens, run as from the command line; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    short = dict(demo.DEMO, tokens=60_000, eval_tokens=4000, calibration_tokens=20_000)
+    script = (
+        f"from hf_matryoshka_sae import cli, demo; demo.DEMO.update({short!r}); raise SystemExit(cli.main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
+    folder, printed = demo_run
+    assert "recaptured" in printed
+    assert "-> MatryoshkaSAE" in printed
+    widths = [int(width) for width in re.findall(r"^ +(\d+) +\d+\.\d+ +0\.\d+", printed, re.MULTILINE)]
+    assert widths == [64, 192, 448, 960, 2048]
+    assert len(re.findall(r"latent +\d+ \(prefix", printed)) == 10
+    assert printed.count("[[") == 1 + 10 * 4
+    assert (folder / "runs/demo/results.png").is_file()
+
+
+def test_the_readme_snippet_runs_on_what_the_demo_leaves(demo_run):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=demo_run[0], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_run_is_a_valid_config():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        RunConfig.from_dict(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_a_valid_config(path):
+    load_run_config(path)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "train" in printed and "demo" in printed
+
+
+def test_train_help_lists_every_field(capsys):
+    assert cli.main(["train"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("hookpoints", "batch_size", "prefix_widths", "auxk_coefficient"))
+
+
+def test_a_mistake_is_one_line_on_stderr_and_a_status(capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "embedded", "datasett": "embedded"}))
+    assert cli.main(["train", "--config", str(path)]) == 2
+    assert "error: Unknown field `datasett`. Did you mean 'dataset'?" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_of_the_demo_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--tokens", "5"])
+    assert "--tokens" in capsys.readouterr().err
