@@ -82,6 +82,10 @@ class SAESpec:
     """By default `lr_base / sqrt(num_latents / 16384)`."""
     lr_base: float | None = None
     """By default `0.085 / sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of `W_enc` relative to the others'."""
+    encoder_bias_lr_scale: float = 1.0
+    """Learning rate of `b_enc` relative to the others'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_eps: float = 1e-8
     lr_warmup_steps: int | None = None

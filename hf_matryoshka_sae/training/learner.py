@@ -69,8 +69,13 @@ class Learner:
         self.mean, self.scale = mean.to(device), scale
         self.sae = sae.to(device).train()
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
-        parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
+        scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
+        groups = [
+            {"params": [parameter], "lr_scale": scales.get(name, 1.0)}
+            for name, parameter in self._parameters()
+            if parameter.requires_grad
+        ]
+        optimizer = torch.optim.Adam(groups, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
         self.objective, self.optimizer = accelerator.prepare(Objective(self.sae, spec, self.group), optimizer)
 
         num_latents = sae.config.num_latents
@@ -122,7 +127,7 @@ class Learner:
         finite = bool(torch.isfinite(self.grad_norm))
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(spec, self.sae.config, step, self.steps)
+                group["lr"] = group["lr_scale"] * learning_rate(spec, self.sae.config, step, self.steps)
             self.optimizer.step()
             self._project_decoder()
             self._average()

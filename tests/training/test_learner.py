@@ -143,7 +143,13 @@ def test_auxk_brings_dead_latents_back():
         odds = 1 / torch.arange(1, 301)
         odds = 4 * odds / odds.sum()
         one = learner(
-            type="batch_topk", d_in=32, num_latents=256, dead_tokens=10 * N, auxk_coefficient=coefficient, steps=300
+            type="batch_topk",
+            d_in=32,
+            num_latents=256,
+            dead_tokens=10 * N,
+            auxk_coefficient=coefficient,
+            steps=300,
+            grad_clip=1.0,
         )
         with torch.no_grad():
             one.sae.b_enc[:128] = -1.0
