@@ -1,6 +1,7 @@
 """Hidden states of any transformers model: text, token batches, an early-exit forward pass, shuffled activations."""
 
 from .buffer import ShuffleBuffer
+from .cache import CachedActivationStream, build_cache, cache_fingerprint, has_cache
 from .holdout import Split
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
@@ -15,6 +16,7 @@ from .tokens import TokenBatch, TokenStream, heldout_batches
 __all__ = [
     "ActivationStatistics",
     "ActivationStream",
+    "CachedActivationStream",
     "DatasetConfig",
     "Documents",
     "IndexedDocuments",
@@ -23,10 +25,13 @@ __all__ = [
     "StreamedDocuments",
     "TokenBatch",
     "TokenStream",
+    "build_cache",
+    "cache_fingerprint",
     "estimate_statistics",
     "harvest",
     "harvest_rows",
     "harvest_throughput",
+    "has_cache",
     "has_lm_loss",
     "heldout_batches",
     "hookpoint_widths",

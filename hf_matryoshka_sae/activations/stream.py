@@ -17,7 +17,88 @@ from .hookpoints import harvest
 from .tokens import TokenBatch, TokenStream
 
 
-class ActivationStream:
+class ShuffledStream:
+    """Batches drawn from a shuffle buffer which `_read` refills; what live and cached activations have in common.
+
+    Args:
+        hookpoints (`list[str]`): names of the rows.
+        batch_size (`int`): rows in a batch, in this process.
+        buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
+        rows_per_read (`int`): rows that `_read` returns at most.
+        seed (`int`): seed of the shuffle.
+
+    Attributes:
+        tokens_seen (`int`): rows given out by this process.
+
+    Raises:
+        `ValueError`: the buffer cannot hold a batch beside what is read at once.
+    """
+
+    def __init__(self, hookpoints: Sequence[str], batch_size: int, buffer_tokens: int, rows_per_read: int, seed: int):
+        if buffer_tokens < batch_size + rows_per_read:
+            raise ValueError(
+                f"`buffer_tokens` must be at least batch_size + tokens read at once = {batch_size} + {rows_per_read},"
+                f" got {buffer_tokens}. Several times as much shuffles well."
+            )
+        self.hookpoints, self.batch_size, self.buffer_tokens = list(hookpoints), batch_size, buffer_tokens
+        self._rows_per_read = rows_per_read
+        self._buffer = ShuffleBuffer(buffer_tokens, seed)
+        self._exhausted = False
+        self.tokens_seen = 0
+
+    def _read(self) -> dict[str, Tensor] | None:
+        """The next rows in reading order, on their final device and in their final type; `None` at the end."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if len(self._buffer) < max(self.buffer_tokens // 2, self.batch_size):
+            self.fill()
+        if len(self._buffer) == 0:
+            raise StopIteration
+        rows = self._buffer.draw(self.batch_size)
+        self.tokens_seen += len(rows[self.hookpoints[0]])
+        return rows
+
+    def fill(self) -> None:
+        """Reads until the buffer is full or the rows end."""
+        while not self._exhausted and self._buffer.room >= self._rows_per_read:
+            rows = self._read()
+            if rows is None:
+                self._exhausted = True
+            else:
+                self._buffer.add(rows)
+
+    def peek(self, count: int, chunk_size: int = 8192) -> Iterator[dict[str, Tensor]]:
+        """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up.
+
+        They are what the next batches hold, unless the buffer is refilled and mixed anew before it comes to them.
+        """
+        if len(self._buffer) < min(count, max(self.buffer_tokens // 2, self.batch_size)):
+            self.fill()
+        return self._buffer.peek(count, chunk_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
+        return {
+            "buffer": self._buffer.state_dict(),
+            "exhausted": self._exhausted,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, given the same data and options."""
+        rows = {name: values.to(self._row_device()) for name, values in state["buffer"]["rows"].items()}
+        self._buffer.load_state_dict({**state["buffer"], "rows": rows})
+        self._exhausted, self.tokens_seen = state["exhausted"], state["tokens_seen"]
+
+    def _row_device(self) -> torch.device | str:
+        raise NotImplementedError
+
+
+class ActivationStream(ShuffledStream):
     """Iterator over batches of hidden states, shuffled across sequences, resumable bit for bit.
 
     Args:
@@ -56,48 +137,16 @@ class ActivationStream:
         max_norm_factor: float | None = None,
     ):
         _check_context_length(model, token_stream.context_length)
-        self._tokens_per_forward = token_stream.batch_size_sequences * token_stream.context_length
-        if buffer_tokens < batch_size + self._tokens_per_forward:
-            raise ValueError(
-                f"`buffer_tokens` must be at least batch_size + tokens of a forward pass = {batch_size} +"
-                f" {self._tokens_per_forward}, got {buffer_tokens}. Several times as much shuffles well."
-            )
+        tokens_per_forward = token_stream.batch_size_sequences * token_stream.context_length
+        super().__init__(hookpoints, batch_size, buffer_tokens, tokens_per_forward, seed)
         self.model, self.token_stream = model.eval(), token_stream
-        self.hookpoints, self.batch_size = list(hookpoints), batch_size
         self._device, self._dtype, self._max_norm_factor = device, dtype, max_norm_factor
-        self._buffer = ShuffleBuffer(buffer_tokens, seed)
-        self._exhausted = False
-        self.tokens_seen = 0
         self.num_outliers = 0
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        if len(self._buffer) < max(self._buffer.capacity // 2, self.batch_size):
-            self.fill()
-        if len(self._buffer) == 0:
-            raise StopIteration
-        rows = self._buffer.draw(self.batch_size)
-        self.tokens_seen += len(rows[self.hookpoints[0]])
-        return rows
-
-    def fill(self) -> None:
-        """Harvests until the buffer is full or the tokens end."""
-        while not self._exhausted and self._buffer.room >= self._tokens_per_forward:
-            batch = next(self.token_stream, None)
-            if batch is None:
-                self._exhausted = True
-            else:
-                self._buffer.add(self._harvest(batch))
-
-    def peek(self, count: int, chunk_size: int = 8192) -> Iterator[dict[str, Tensor]]:
-        """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up."""
-        if len(self._buffer) < min(count, max(self._buffer.capacity // 2, self.batch_size)):
-            self.fill()
-        return self._buffer.peek(count, chunk_size)
-
-    def _harvest(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def _read(self) -> dict[str, Tensor] | None:
+        batch = next(self.token_stream, None)
+        if batch is None:
+            return None
         rows = harvest_rows(self.model, batch, self.hookpoints)
         if self._max_norm_factor is not None:
             rows = self._without_outliers(rows)
@@ -109,24 +158,19 @@ class ActivationStream:
         self.num_outliers += len(outlier) - len(kept)
         return {name: values.index_select(0, kept) for name, values in rows.items()}
 
+    def _row_device(self) -> torch.device | str:
+        return self._device or next(self.model.parameters()).device
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
-        return {
-            "token_stream": self.token_stream.state_dict(),
-            "buffer": self._buffer.state_dict(),
-            "exhausted": self._exhausted,
-            "tokens_seen": self.tokens_seen,
-            "num_outliers": self.num_outliers,
-        }
+        own = {"token_stream": self.token_stream.state_dict(), "num_outliers": self.num_outliers}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same model, data and options."""
+        super().load_state_dict(state)
         self.token_stream.load_state_dict(state["token_stream"])
-        device = self._device or next(self.model.parameters()).device
-        rows = {name: values.to(device) for name, values in state["buffer"]["rows"].items()}
-        self._buffer.load_state_dict({**state["buffer"], "rows": rows})
-        self._exhausted = state["exhausted"]
-        self.tokens_seen, self.num_outliers = state["tokens_seen"], state["num_outliers"]
+        self.num_outliers = state["num_outliers"]
 
 
 def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class TokenStream:
             raise ValueError(f"`batch_size_sequences` must be at least 1, got {batch_size_sequences}.")
         self.documents = IndexedDocuments(documents) if isinstance(documents, list) else documents
         self.tokenizer, self.context_length = tokenizer, context_length
-        self.batch_size_sequences, self.pack = batch_size_sequences, pack
+        self.batch_size_sequences, self.pack, self.add_bos = batch_size_sequences, pack, add_bos
         self.exclude, self.num_epochs, self.epoch = exclude, num_epochs, 0
         self._frame = _Frame.of(tokenizer, add_bos)
         self._body = context_length - len(self._frame.prefix) - len(self._frame.suffix)
