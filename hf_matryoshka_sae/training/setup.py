@@ -15,11 +15,15 @@ from transformers import AutoModel
 from ..activations import (
     ActivationStatistics,
     ActivationStream,
+    CachedActivationStream,
     DatasetConfig,
     Split,
     TokenBatch,
     TokenStream,
+    build_cache,
+    cache_fingerprint,
     estimate_statistics,
+    has_cache,
     heldout_batches,
     load_documents,
     load_language_model,
@@ -67,16 +71,7 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
     model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, accelerator.device)
     hookpoints = resolve_hookpoints(model, config.hookpoints)
     heldout = _heldout(config, tokenizer) if accelerator.is_main_process else []
-    stream = ActivationStream(
-        model,
-        _token_stream(config, tokenizer, accelerator),
-        hookpoints,
-        batch_size,
-        max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length),
-        dtype=torch.float32 if accelerator.device.type == "cpu" else None,
-        seed=config.seed + accelerator.process_index,
-        max_norm_factor=config.max_norm_factor,
-    )
+    stream = _stream(config, accelerator, model, tokenizer, hookpoints, batch_size)
     statistics = estimate_statistics(stream, -(-config.normalization_tokens // accelerator.num_processes))
     sample = {name: [] for name in hookpoints}
     for rows in stream.peek(_SAMPLE):
@@ -89,6 +84,51 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
             f"{found.outlier_ratio:.3g}"
         )
     return Harvest(model, hookpoints, stream, statistics, sample, heldout, tokenizer.mask_token_id)
+
+
+def _stream(
+    config: RunConfig, accelerator: Accelerator, model: nn.Module, tokenizer, hookpoints: list[str], batch_size: int
+) -> ActivationStream | CachedActivationStream:
+    """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    tokens = _token_stream(config, tokenizer, accelerator)
+    dtype = torch.float32 if accelerator.device.type == "cpu" else None
+    buffer_tokens = max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length)
+    live = ActivationStream(
+        model,
+        tokens,
+        hookpoints,
+        batch_size,
+        buffer_tokens,
+        dtype=dtype,
+        seed=config.seed + rank,
+        max_norm_factor=config.max_norm_factor,
+    )
+    if config.activation_cache is None:
+        return live
+    fingerprint = cache_fingerprint(
+        model,
+        tokens,
+        config.dataset,
+        hookpoints,
+        dtype,
+        max_norm_factor=config.max_norm_factor,
+        documents=[config.shuffle, config.seed, config.eval_fraction if config.eval_dataset is None else None],
+    )
+    if not has_cache(config.activation_cache):
+        needed = -(-(config.tokens + config.calibration_tokens) // world_size)
+        build_cache(config.activation_cache, live, needed, fingerprint, rank)
+    return CachedActivationStream(
+        config.activation_cache,
+        fingerprint,
+        hookpoints,
+        batch_size,
+        buffer_tokens,
+        device=accelerator.device,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _documents(config: RunConfig, tokenizer, held_out: bool, **options):

@@ -118,6 +118,18 @@ def test_another_run_in_the_same_folder_is_refused(finished):
         train(config(finished[0], batch_size=512))
 
 
+def test_runs_share_an_activation_cache_and_a_stale_one_is_refused(finished, tmp_path):
+    fields = {"activation_cache": str(tmp_path / "cache")}
+    (live,), (cached,) = finished[1], train(config(tmp_path / "first", **fields))
+    assert cached["saes"]["nested"][-1]["fvu"] == pytest.approx(live["saes"]["nested"][-1]["fvu"], rel=0.1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    train(config(tmp_path / "second", **fields))
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert equal(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    with pytest.raises(ValueError, match="context_length"):
+        train(config(tmp_path / "third", context_length=32, **fields))
+
+
 def test_several_saes_learn_from_one_forward_pass(tmp_path):
     saes = [
         {"type": kind, "num_latents": 64, "auxk_coefficient": 0.0, **fields}
