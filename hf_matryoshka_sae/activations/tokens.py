@@ -8,8 +8,9 @@ encoder sees `[CLS] ... [SEP]`. Not packed, a document is a row: truncated, or p
 Shapes: B windows, S tokens in a window.
 """
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain
@@ -92,7 +93,7 @@ class TokenStream:
         self.tokenizer, self.context_length = tokenizer, context_length
         self.batch_size_sequences, self.pack, self.add_bos = batch_size_sequences, pack, add_bos
         self.exclude, self.num_epochs, self.epoch = exclude, num_epochs, 0
-        self._frame = _Frame.of(tokenizer, add_bos)
+        self._frame, self._encode = _Frame.of(tokenizer, add_bos), _encoder(tokenizer)
         self._body = context_length - len(self._frame.prefix) - len(self._frame.suffix)
         if self._body < 1:
             raise ValueError(f"`context_length` must leave room for text beside special tokens, got {context_length}.")
@@ -165,7 +166,7 @@ class TokenStream:
         texts = self.documents.take(_DOCUMENTS_AT_ONCE)
         if not texts:
             return None, {}
-        rows = [self._frame.strip(ids) for ids in _encode(self.tokenizer, texts)]
+        rows = [self._frame.strip(ids) for ids in self._encode(texts)]
         return [ids for ids in rows if ids], self.documents.state_dict()
 
     def _next_epoch(self) -> bool:
@@ -233,15 +234,16 @@ class _Frame:
         return ids[1:] if ids[:1] == self.before and self.before else ids
 
 
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it."""
+def _encoder(tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """Turns texts into token ids without special tokens around them."""
     if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # Straight to the backend: its fast call keeps no offsets, which nobody reads here and which cost a third.
-    backend = tokenizer.backend_tokenizer
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # A copy, because it works in another thread and a backend must not be reconfigured meanwhile. Its fast call keeps
+    # no offsets, which nobody reads here and which cost a third of the time.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _template(tokenizer) -> tuple[list[int], list[int]]:
@@ -262,7 +264,7 @@ def _special_ids(tokenizer) -> Tensor:
 
 
 def heldout_batches(
-    dataset: DatasetConfig | list[str],
+    dataset: DatasetConfig | Documents | list[str],
     tokenizer,
     context_length: int,
     tokens: int,
@@ -272,7 +274,7 @@ def heldout_batches(
     """The first kept tokens of an evaluation data set: in file order, one epoch, the same on every process.
 
     Args:
-        dataset ([`DatasetConfig`] or `list[str]`): the evaluation text.
+        dataset ([`DatasetConfig`], [`Documents`] or `list[str]`): the evaluation text.
         tokenizer: the language model's tokenizer.
         context_length (`int`): tokens in a window.
         tokens (`int`): kept tokens wanted, in all batches together.

@@ -162,3 +162,15 @@ def test_options_are_checked():
         TokenStream(["w1"], tiny.tokenizer("encoder"), 2, 2)
     with pytest.raises(ValueError, match="at least 1"):
         TokenStream(["w1"], tiny.tokenizer(), 16, 0)
+
+
+def test_the_tokenizer_may_be_used_and_configured_meanwhile():
+    tokenizer = tiny.tokenizer()
+    stream = TokenStream(tiny.texts(500), tokenizer, 16, 4)
+    expected = next(TokenStream(tiny.texts(500), tiny.tokenizer(), 16, 4)).input_ids
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert torch.equal(next(stream).input_ids, expected)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+    for _ in range(200):
+        next(stream)
+        tokenizer("w1 w2", truncation=True, max_length=2)
