@@ -6,13 +6,14 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
@@ -63,7 +64,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=config.trackers or None,
         project_dir=config.output_dir,
         cpu=several and not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The others wait while the main process evaluates, which may take longer than the usual ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
     )
 
 

@@ -130,6 +130,18 @@ def test_runs_share_an_activation_cache_and_a_stale_one_is_refused(finished, tmp
         train(config(tmp_path / "third", context_length=32, **fields))
 
 
+def test_a_run_in_bf16_keeps_its_weights_in_fp32(tmp_path):
+    (result,) = train(config(tmp_path, mixed_precision="bf16", gradient_accumulation_steps=2))
+    assert all(tensor.dtype == torch.float32 for name, tensor in weights(tmp_path).items() if name != "latent_ids")
+    assert result["saes"]["nested"][-1]["fvu"] < 0.9
+
+
+def test_trackers_get_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
+    train(config(tmp_path, trackers=["tensorboard"]))
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
 def test_several_saes_learn_from_one_forward_pass(tmp_path):
     saes = [
         {"type": kind, "num_latents": 64, "auxk_coefficient": 0.0, **fields}
