@@ -9,7 +9,6 @@ from .splice import has_lm_loss, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
 from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
-from .throughput import harvest_throughput
 from .tokens import TokenBatch, TokenStream, heldout_batches
 
 
@@ -30,7 +29,6 @@ __all__ = [
     "estimate_statistics",
     "harvest",
     "harvest_rows",
-    "harvest_throughput",
     "has_cache",
     "has_lm_loss",
     "heldout_batches",

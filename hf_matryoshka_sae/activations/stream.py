@@ -6,6 +6,7 @@
 Shapes: B windows of S tokens, N rows in a batch, D width of a hookpoint.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .hookpoints import harvest
 from .tokens import TokenBatch, TokenStream
 
 
-class ShuffledStream:
+class ShuffledStream(ABC):
     """Batches drawn from a shuffle buffer which `_read` refills; what live and cached activations have in common.
 
     Args:
@@ -46,9 +47,9 @@ class ShuffledStream:
         self._exhausted = False
         self.tokens_seen = 0
 
+    @abstractmethod
     def _read(self) -> dict[str, Tensor] | None:
         """The next rows in reading order, on their final device and in their final type; `None` at the end."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -94,8 +95,9 @@ class ShuffledStream:
         self._buffer.load_state_dict({**state["buffer"], "rows": rows})
         self._exhausted, self.tokens_seen = state["exhausted"], state["tokens_seen"]
 
+    @abstractmethod
     def _row_device(self) -> torch.device | str:
-        raise NotImplementedError
+        """Where the rows lie."""
 
 
 class ActivationStream(ShuffledStream):

@@ -81,7 +81,8 @@ class SAESpec:
     lr: float | None = None
     """By default `lr_base / sqrt(num_latents / 16384)`."""
     lr_base: float | None = None
-    """By default `0.085 / sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
+    """By default `0.085 / sqrt(d_in)`, and no `lr` above `0.25 / sqrt(d_in)`: a step turns a unit row by the same
+    angle whatever its width."""
     encoder_lr_scale: float = 1.0
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0

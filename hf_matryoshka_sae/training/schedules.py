@@ -12,10 +12,16 @@ def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> fl
     """Learning rate of a step counted from 0: linear warm-up, constant, linear decay to `lr_end`.
 
     The peak is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3). Adam moves
-    each coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it.
+    each coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it,
+    and a small dictionary gets no rate that would turn rows by more than a quarter.
     """
-    base = spec.lr_base if spec.lr_base is not None else 0.085 / math.sqrt(config.d_in)
-    peak = spec.lr if spec.lr is not None else base / math.sqrt(config.num_latents / 16384)
+    growth = 1 / math.sqrt(config.num_latents / 16384)
+    if spec.lr is not None:
+        peak = spec.lr
+    elif spec.lr_base is not None:
+        peak = spec.lr_base * growth
+    else:
+        peak = min(0.085 * growth, 0.25) / math.sqrt(config.d_in)
     warmup = warmup_steps(spec.lr_warmup_steps, steps)
     rate = min(1.0, (step + 1) / (warmup + 1))
     decay = spec.lr_decay_fraction * steps

@@ -25,8 +25,9 @@ def sizes(num_latents, d_in=64):
 
 def test_default_learning_rate_turns_rows_by_the_same_angle_at_every_width():
     one = spec(lr=None, lr_base=None, lr_warmup_steps=0)
-    rates = [learning_rate(one, sizes(64, d_in), 0, 100) for d_in in (64, 256)]
+    rates = [learning_rate(one, sizes(16384, d_in), 0, 100) for d_in in (64, 256)]
     assert rates[1] == pytest.approx(rates[0] / 2)
+    assert learning_rate(one, sizes(64), 0, 100) == pytest.approx(0.25 / 8)
 
 
 def test_dead_window_is_a_share_of_the_run_and_bounded():
