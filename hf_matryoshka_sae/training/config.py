@@ -87,6 +87,8 @@ class SAESpec:
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0
     """Learning rate of `b_enc` relative to the others'."""
+    threshold_lr_scale: float = 1.0
+    """JumpReLU: learning rate of the thresholds relative to the others'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_eps: float = 1e-8
     lr_warmup_steps: int | None = None

@@ -70,6 +70,7 @@ class Learner:
         self.sae = sae.to(device).train()
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
         scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
+        scales["threshold"] = spec.threshold_lr_scale
         groups = [
             {"params": [parameter], "lr_scale": scales.get(name, 1.0)}
             for name, parameter in self._parameters()
