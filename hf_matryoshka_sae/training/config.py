@@ -47,7 +47,10 @@ class SAESpec:
 
     # The objective
     level_weights: str | list[float] = "mean"
-    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), or a list."""
+    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `outer` (the whole
+    dictionary weighs a half, the inner prefixes share the other), or a list."""
+    level_weights_end: str | list[float] | None = None
+    """Move from `level_weights` to these, linearly over the run."""
     balance: float = 1.0
     """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
     bias_level: bool = False

@@ -111,7 +111,8 @@ class Learner:
         x = (x.to(device=self.mean.device, dtype=torch.float32) - self.mean) / self.scale
         dead = self.tokens_since_fired >= self.dead_tokens
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps)
-        loss, statistics = self.objective(x, dead, widths, level_weights(spec, len(widths)), sparsity)
+        weights = level_weights(spec, len(widths), step / self.steps)
+        loss, statistics = self.objective(x, dead, widths, weights, sparsity)
         self.accelerator.backward(loss)
         self._micro.append({**statistics, "loss": loss.detach().float()})
 

@@ -21,24 +21,33 @@ from ..models.sparse_ops import LatentPairs, decode_prefixes, encode_pairs
 from .config import SAESpec
 
 
-def level_weights(spec: SAESpec, num_prefixes: int) -> list[float]:
+def level_weights(spec: SAESpec, num_prefixes: int, progress: float = 0.0) -> list[float]:
     """Weight of each prefix's error; with `bias_level` that of `b_dec` alone stands first.
 
     Args:
-        spec ([`SAESpec`]): Its `level_weights`, `balance` and `bias_level` are read.
+        spec ([`SAESpec`]): Its `level_weights`, `level_weights_end`, `balance` and `bias_level` are read.
         num_prefixes (`int`): P, without the bias level.
+        progress (`float`, *optional*, defaults to 0): Share of the run that is done.
 
     Raises:
         `ValueError`: for an unknown scheme or a list of another length.
     """
-    count = num_prefixes + spec.bias_level
-    scheme = spec.level_weights
+    weights = _weights_of(spec.level_weights, spec, num_prefixes + spec.bias_level)
+    if spec.level_weights_end is None:
+        return weights
+    last = _weights_of(spec.level_weights_end, spec, num_prefixes + spec.bias_level)
+    return [(1 - progress) * a + progress * b for a, b in zip(weights, last, strict=True)]
+
+
+def _weights_of(scheme: str | list[float], spec: SAESpec, count: int) -> list[float]:
     if isinstance(scheme, list):
         if len(scheme) != count:
             raise ValueError(f"`level_weights` needs {count} numbers, one for each level; got {scheme}.")
         return [float(weight) for weight in scheme]
     if scheme == "mean":
         return [1 / count] * count
+    if scheme == "outer":
+        return [*[0.5 / (count - 1)] * (count - 1), 0.5] if count > 1 else [1.0]
     if scheme == "sum":
         return [1.0] * count
     if scheme == "mean_squared":
@@ -46,7 +55,7 @@ def level_weights(spec: SAESpec, num_prefixes: int) -> list[float]:
     if scheme == "balance":
         weights = [spec.balance ** (count - level) for level in range(1, count + 1)]
         return [weight / count for weight in weights] if spec.balance > 1 else weights
-    raise ValueError(f"`level_weights` must be a list, mean, sum, mean_squared or balance; got {scheme!r}.")
+    raise ValueError(f"`level_weights` must be a list, mean, sum, mean_squared, balance or outer; got {scheme!r}.")
 
 
 def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

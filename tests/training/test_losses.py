@@ -253,6 +253,14 @@ def test_balance_weights_are_divided_by_the_number_of_levels_above_one():
     assert level_weights(spec, 3) == [4 / 3, 2 / 3, 1 / 3]
 
 
+def test_level_weights_move_linearly_from_start_to_end():
+    spec = SAESpec.from_dict({"level_weights": "mean", "level_weights_end": "outer"}, "")
+    assert level_weights(spec, 5, 0.0) == pytest.approx([0.2] * 5)
+    assert level_weights(spec, 5, 1.0) == pytest.approx([0.125] * 4 + [0.5])
+    assert level_weights(spec, 5, 0.5) == pytest.approx([0.1625] * 4 + [0.35])
+    assert level_weights(spec, 1, 0.3) == pytest.approx([1.0])
+
+
 def test_level_weights_of_another_length_are_refused():
     spec = SAESpec.from_dict({"level_weights": [1.0, 2.0]}, "")
     with pytest.raises(ValueError, match="5 numbers"):
