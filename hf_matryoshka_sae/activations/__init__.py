@@ -10,6 +10,7 @@ from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
 from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
 from .tokens import TokenBatch, TokenStream, heldout_batches
+from .windows import WindowShuffle
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "StreamedDocuments",
     "TokenBatch",
     "TokenStream",
+    "WindowShuffle",
     "build_cache",
     "cache_fingerprint",
     "estimate_statistics",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .buffer import ShuffleBuffer
 from .hookpoints import harvest
 from .tokens import TokenBatch, TokenStream
+from .windows import WindowShuffle
 
 
 class ShuffledStream(ABC):
@@ -105,7 +106,7 @@ class ActivationStream(ShuffledStream):
 
     Args:
         model (`nn.Module`): a transformers model; it is put in `eval` mode.
-        token_stream ([`TokenStream`]): its tokens. How many sequences one forward pass takes is set there.
+        token_stream ([`TokenStream`] or [`WindowShuffle`]): its tokens. How many sequences one forward pass takes is set there.
         hookpoints (`list[str]`): as [`resolve_hookpoints`] returns them.
         batch_size (`int`): rows in a batch, in this process.
         buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
@@ -128,7 +129,7 @@ class ActivationStream(ShuffledStream):
     def __init__(
         self,
         model: nn.Module,
-        token_stream: TokenStream,
+        token_stream: TokenStream | WindowShuffle,
         hookpoints: Sequence[str],
         batch_size: int,
         buffer_tokens: int,

@@ -222,7 +222,10 @@ class RunConfig:
     max_norm_factor: float | None = None
     """Leave out hidden states whose norm exceeds this many times the median."""
     shuffle: bool = True
-    """Shuffle documents before they are read; tokens are always shuffled across windows."""
+    """Shuffle documents, and windows of packed text, before the language model reads them; tokens are always shuffled
+    across windows."""
+    window_pool_tokens: int = 4_000_000
+    """Tokens of text in the pool from which each process draws windows (5 bytes each)."""
     shuffle_tokens: int = 131_072
     """Hidden states in the shuffle buffer of each process."""
     lm_batch_size: int = 32

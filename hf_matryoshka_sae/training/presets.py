@@ -137,9 +137,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What measures best for the families as this package trains them.
-_L1 = dict(target_l0=32.0, unit_norm_decoder=False, decoder_init_norm=0.1, auxk_coefficient=0.0)
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "relu": dict(_L1, apply_b_dec_to_input=False),
-    "jumprelu": dict(target_l0=32.0, sparsity_coefficient=1.0, auxk_coefficient=0.0),
-    "gated": dict(target_l0=32.0, auxk_coefficient=0.0),
+    "relu": dict(
+        target_l0=32.0,
+        apply_b_dec_to_input=False,
+        unit_norm_decoder=False,
+        decoder_init_norm=0.1,
+        auxk_coefficient=0.0,
+    ),
+    "jumprelu": dict(
+        target_l0=32.0,
+        sparsity_coefficient=10.0,
+        initial_threshold=0.1,
+        threshold_lr_scale=0.03,
+    ),
+    "gated": dict(
+        target_l0=32.0,
+        unit_norm_decoder=False,
+        decoder_init_norm=0.1,
+        controller_rate=0.03,
+        auxk_coefficient=0.0,
+    ),
 }

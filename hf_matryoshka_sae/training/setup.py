@@ -20,6 +20,7 @@ from ..activations import (
     Split,
     TokenBatch,
     TokenStream,
+    WindowShuffle,
     build_cache,
     cache_fingerprint,
     estimate_statistics,
@@ -91,7 +92,9 @@ def _stream(
 ) -> ActivationStream | CachedActivationStream:
     """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    tokens = _token_stream(config, tokenizer, accelerator)
+    text = _token_stream(config, tokenizer, accelerator)
+    shuffled = config.shuffle and config.pack
+    tokens = WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text
     dtype = torch.float32 if accelerator.device.type == "cpu" else None
     buffer_tokens = max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length)
     live = ActivationStream(
@@ -108,12 +111,17 @@ def _stream(
         return live
     fingerprint = cache_fingerprint(
         model,
-        tokens,
+        text,
         config.dataset,
         hookpoints,
         dtype,
         max_norm_factor=config.max_norm_factor,
-        documents=[config.shuffle, config.seed, config.eval_fraction if config.eval_dataset is None else None],
+        documents=[
+            config.shuffle,
+            config.window_pool_tokens,
+            config.seed,
+            config.eval_fraction if config.eval_dataset is None else None,
+        ],
     )
     if not has_cache(config.activation_cache):
         needed = -(-(config.tokens + config.calibration_tokens) // world_size)

@@ -29,9 +29,9 @@ SIZES = {
 }
 
 
-def tokenizer(kind: str = "bos") -> PreTrainedTokenizerFast:
+def tokenizer(kind: str = "bos", words: int = WORDS) -> PreTrainedTokenizerFast:
     """Words `w0` .. `w199`. Kinds: `bos`, `eos` (no BOS), `bare` (neither), `encoder` ([CLS] ... [SEP])."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(WORDS))])}
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(words))])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>"}
