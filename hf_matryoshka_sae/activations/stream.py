@@ -106,7 +106,8 @@ class ActivationStream(ShuffledStream):
 
     Args:
         model (`nn.Module`): a transformers model; it is put in `eval` mode.
-        token_stream ([`TokenStream`] or [`WindowShuffle`]): its tokens. How many sequences one forward pass takes is set there.
+        token_stream ([`TokenStream`] or [`WindowShuffle`]): its tokens. How many sequences one forward pass takes is
+            set there.
         hookpoints (`list[str]`): as [`resolve_hookpoints`] returns them.
         batch_size (`int`): rows in a batch, in this process.
         buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.

@@ -1,8 +1,8 @@
 """Shuffling windows of text before the language model sees them.
 
-A shuffle buffer of hidden states holds a few documents' worth of tokens: a long document fills it, and latents of every
-other subject fall silent meanwhile. A token costs 5 bytes where its hidden state costs thousands, so a pool of windows
-spreads long documents over millions of tokens for a few megabytes.
+A shuffle buffer of hidden states holds a few documents' worth of tokens: a long document fills it, and latents of
+every other subject fall silent meanwhile. A token costs 5 bytes where its hidden state costs thousands, so a pool of
+windows spreads long documents over millions of tokens for a few megabytes.
 """
 
 from collections.abc import Iterator

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -130,7 +131,15 @@ def test_runs_share_an_activation_cache_and_a_stale_one_is_refused(finished, tmp
         train(config(tmp_path / "third", context_length=32, **fields))
 
 
-def test_a_run_in_bf16_keeps_its_weights_in_fp32(tmp_path):
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one precision for a process; another needs a new start, and the old one back after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_in_bf16_keeps_its_weights_in_fp32(tmp_path, fresh_accelerate):
     (result,) = train(config(tmp_path, mixed_precision="bf16", gradient_accumulation_steps=2))
     assert all(tensor.dtype == torch.float32 for name, tensor in weights(tmp_path).items() if name != "latent_ids")
     assert result["saes"]["nested"][-1]["fvu"] < 0.9
