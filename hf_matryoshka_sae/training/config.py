@@ -48,7 +48,7 @@ class SAESpec:
     # The objective
     level_weights: str | list[float] = "mean"
     """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `outer` (the whole
-    dictionary weighs a half, the inner prefixes share the other), or a list."""
+    dictionary weighs twice as much as each inner prefix), or a list."""
     level_weights_end: str | list[float] | None = None
     """Move from `level_weights` to these, linearly over the run."""
     balance: float = 1.0
@@ -84,7 +84,7 @@ class SAESpec:
     lr: float | None = None
     """By default `lr_base / sqrt(num_latents / 16384)`."""
     lr_base: float | None = None
-    """By default `0.085 / sqrt(d_in)`, and no `lr` above `0.25 / sqrt(d_in)`: a step turns a unit row by the same
+    """By default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 / sqrt(d_in)`: a step turns a unit row by the same
     angle whatever its width."""
     encoder_lr_scale: float = 1.0
     """Learning rate of `W_enc` relative to the others'."""

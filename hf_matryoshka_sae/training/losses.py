@@ -47,7 +47,7 @@ def _weights_of(scheme: str | list[float], spec: SAESpec, count: int) -> list[fl
     if scheme == "mean":
         return [1 / count] * count
     if scheme == "outer":
-        return [*[0.5 / (count - 1)] * (count - 1), 0.5] if count > 1 else [1.0]
+        return [*[1 / (count + 1)] * (count - 1), 2 / (count + 1)] if count > 1 else [1.0]
     if scheme == "sum":
         return [1.0] * count
     if scheme == "mean_squared":

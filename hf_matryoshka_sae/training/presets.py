@@ -136,8 +136,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# What measures best for the families as this package trains them.
+# What measures best for the families as this package trains them (benchmarks/quality.py). Short memories let Adam
+# follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive; the weight of the
+# whole dictionary grows while its later latents find their places.
+_SELECTED = dict(
+    betas=[0.7, 0.99],
+    encoder_lr_scale=0.5,
+    encoder_bias_lr_scale=0.2,
+    level_weights_end="outer",
+)
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "topk": _SELECTED,
+    "batch_topk": _SELECTED,
     "relu": dict(
         target_l0=32.0,
         apply_b_dec_to_input=False,

@@ -21,7 +21,7 @@ def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> fl
     elif spec.lr_base is not None:
         peak = spec.lr_base * growth
     else:
-        peak = min(0.085 * growth, 0.25) / math.sqrt(config.d_in)
+        peak = min(0.113 * growth, 0.25) / math.sqrt(config.d_in)
     warmup = warmup_steps(spec.lr_warmup_steps, steps)
     rate = min(1.0, (step + 1) / (warmup + 1))
     decay = spec.lr_decay_fraction * steps

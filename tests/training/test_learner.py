@@ -150,6 +150,9 @@ def test_auxk_brings_dead_latents_back():
             auxk_coefficient=coefficient,
             steps=300,
             grad_clip=1.0,
+            betas=[0.9, 0.999],
+            encoder_lr_scale=1.0,
+            encoder_bias_lr_scale=1.0,
         )
         with torch.no_grad():
             one.sae.b_enc[:128] = -1.0

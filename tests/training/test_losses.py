@@ -256,8 +256,8 @@ def test_balance_weights_are_divided_by_the_number_of_levels_above_one():
 def test_level_weights_move_linearly_from_start_to_end():
     spec = SAESpec.from_dict({"level_weights": "mean", "level_weights_end": "outer"}, "")
     assert level_weights(spec, 5, 0.0) == pytest.approx([0.2] * 5)
-    assert level_weights(spec, 5, 1.0) == pytest.approx([0.125] * 4 + [0.5])
-    assert level_weights(spec, 5, 0.5) == pytest.approx([0.1625] * 4 + [0.35])
+    assert level_weights(spec, 5, 1.0) == pytest.approx([1 / 6] * 4 + [2 / 6])
+    assert level_weights(spec, 5, 0.5) == pytest.approx([11 / 60] * 4 + [16 / 60])
     assert level_weights(spec, 1, 0.3) == pytest.approx([1.0])
 
 
