@@ -142,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _SELECTED = dict(
     betas=[0.7, 0.99],
     encoder_lr_scale=0.5,
-    encoder_bias_lr_scale=0.2,
+    encoder_bias_lr_scale=0.15,
     level_weights_end="outer",
 )
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
