@@ -80,4 +80,4 @@ def _context(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, position:
     row, column = divmod(position, tokens.shape[1])
     left = tokenizer.decode(tokens[row, max(0, column - before) : column].tolist())
     token = tokenizer.decode(tokens[row, column : column + 1].tolist())
-    return f"{left}[[{token}]]".replace("\n", " ").strip()
+    return f"{left}[[{token}]]".replace("\n", "\\n").strip()
