@@ -69,7 +69,7 @@ def _value_with_count_above(values: Tensor, wanted: float, group: dist.ProcessGr
     low, high = 0.0, largest
     for _ in range(60):
         middle = (low + high) / 2
-        above = len(values) - torch.searchsorted(values, torch.tensor(middle, dtype=values.dtype), right=True)
+        above = len(values) - torch.searchsorted(values, values.new_tensor(middle), right=True)
         if int(all_sum(above.to(values.device), group)) > wanted:
             low = middle
         else:
