@@ -99,8 +99,8 @@ class Trainer:
         path, fields = self.folder / "run.yaml", self.config.to_dict()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.resume and path.exists() and any(self.folder.glob("checkpoint-*")):
-                before = yaml.safe_load(path.read_text()) or {}
+            if self.config.resume and any(self.folder.glob("checkpoint-*")):
+                before = (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
                 changed = [key for key in fields if key not in _FREE_TO_CHANGE and before.get(key) != fields[key]]
                 if changed:
                     raise ValueError(
