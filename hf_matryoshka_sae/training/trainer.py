@@ -92,7 +92,8 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder, config.keep_checkpoints, accelerator.process_index, accelerator.wait_for_everyone
         )
-        self.skipped = 0
+        self.skipped = 0  # in the whole run
+        self.passed_over = 0  # in a row
 
     def _claim_folder(self) -> None:
         """Write the run's YAML; go on only with a run of the same fields."""
@@ -169,8 +170,6 @@ class Trainer:
             return False
         self.passed_over = 0
         return True
-
-    passed_over = 0
 
     def _pass_over(self, what: str) -> None:
         self.skipped += 1
