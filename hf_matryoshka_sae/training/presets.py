@@ -137,13 +137,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What measures best for the families as this package trains them (benchmarks/quality.py). Short memories let Adam
-# follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive; the weight of the
-# whole dictionary grows while its later latents find their places.
+# follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive.
 _SELECTED = dict(
     betas=[0.7, 0.99],
     encoder_lr_scale=0.5,
     encoder_bias_lr_scale=0.15,
-    level_weights_end="outer",
 )
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
