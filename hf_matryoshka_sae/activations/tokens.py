@@ -104,7 +104,7 @@ class TokenStream:
         # The next documents are read and tokenised while the model works on these. What counts as the position is
         # where the documents stood when the tokens in hand had been read.
         self._reader = ThreadPoolExecutor(1)
-        self._ahead: Future[tuple[list[list[int]] | None, dict[str, Any]]] | None = None
+        self._ahead: Future[tuple[Tensor | list[list[int]] | None, dict[str, Any]]] | None = None
         self._position = self.documents.state_dict()
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -153,21 +153,28 @@ class TokenStream:
             return self._next_epoch()
         self._position = position
         self._ahead = self._reader.submit(self._encode_next)
-        self._tokens_this_epoch += sum(map(len, rows))
         if self.pack:
-            line = chain.from_iterable((*self._frame.before, *ids, *self._frame.after) for ids in rows)
-            self._pending = torch.cat([self._pending, torch.tensor(list(line), dtype=torch.long)])
+            self._tokens_this_epoch += len(rows)
+            self._pending = torch.cat([self._pending, rows])
         else:
+            self._tokens_this_epoch += sum(map(len, rows))
             self._rows += rows
         return True
 
-    def _encode_next(self) -> tuple[list[list[int]] | None, dict[str, Any]]:
-        """Tokens of the next documents, `None` at the end of the epoch, and the position after them."""
+    def _encode_next(self) -> tuple[Tensor | list[list[int]] | None, dict[str, Any]]:
+        """Tokens of the next documents, in one line where they are packed, and the position after them.
+
+        `None` at the end of the epoch. Runs in another thread, so whatever can be done here costs the model nothing.
+        """
         texts = self.documents.take(_DOCUMENTS_AT_ONCE)
         if not texts:
             return None, {}
         rows = [self._frame.strip(ids) for ids in self._encode(texts)]
-        return [ids for ids in rows if ids], self.documents.state_dict()
+        rows = [ids for ids in rows if ids]
+        if self.pack:
+            line = chain.from_iterable((*self._frame.before, *ids, *self._frame.after) for ids in rows)
+            return torch.tensor(list(line), dtype=torch.long), self.documents.state_dict()
+        return rows, self.documents.state_dict()
 
     def _next_epoch(self) -> bool:
         if self._tokens_this_epoch == 0:
