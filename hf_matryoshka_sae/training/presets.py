@@ -159,11 +159,5 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
         initial_threshold=0.1,
         threshold_lr_scale=0.03,
     ),
-    "gated": dict(
-        target_l0=32.0,
-        unit_norm_decoder=False,
-        decoder_init_norm=0.1,
-        controller_rate=0.03,
-        auxk_coefficient=0.0,
-    ),
+    "gated": dict(target_l0=32.0, auxk_coefficient=0.0),
 }
