@@ -5,6 +5,7 @@ from .cache import CachedActivationStream, build_cache, cache_fingerprint, has_c
 from .holdout import Split
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
+from .prefetch import PrefetchedStream
 from .splice import has_lm_loss, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetConfig",
     "Documents",
     "IndexedDocuments",
+    "PrefetchedStream",
     "ShuffleBuffer",
     "Split",
     "StreamedDocuments",

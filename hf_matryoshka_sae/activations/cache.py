@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .stream import ActivationStream, ShuffledStream
+from .stream import ActivationStream, ShuffledStream, to_device
 from .text import DatasetConfig
 from .tokens import TokenStream
 
@@ -311,7 +311,7 @@ class CachedActivationStream(ShuffledStream):
     def _slice(self, hookpoint: str, stop: int) -> Tensor:
         array, dtype = self._arrays[hookpoint]
         rows = torch.from_numpy(np.array(array[self._row : stop]))  # a copy: the map is read-only
-        return rows.view(dtype).to(self._device, self._dtype)
+        return to_device(rows.view(dtype), self._device, self._dtype)
 
     def _next_shard(self) -> None:
         if self._shard + 1 < len(self._order):

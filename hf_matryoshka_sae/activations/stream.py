@@ -7,6 +7,7 @@ Shapes: B windows of S tokens, N rows in a batch, D width of a hookpoint.
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class ShuffledStream(ABC):
         self.hookpoints, self.batch_size, self.buffer_tokens = list(hookpoints), batch_size, buffer_tokens
         self._rows_per_read = rows_per_read
         self._buffer = ShuffleBuffer(buffer_tokens, seed)
+        self._ahead: deque[dict[str, Tensor]] = deque()  # read, but not yet in the buffer; see `PrefetchedStream`
         self._exhausted = False
         self.tokens_seen = 0
 
@@ -67,11 +69,14 @@ class ShuffledStream(ABC):
     def fill(self) -> None:
         """Reads until the buffer is full or the rows end."""
         while not self._exhausted and self._buffer.room >= self._rows_per_read:
-            rows = self._read()
+            rows = self._next_rows()
             if rows is None:
                 self._exhausted = True
             else:
                 self._buffer.add(rows)
+
+    def _next_rows(self) -> dict[str, Tensor] | None:
+        return self._ahead.popleft() if self._ahead else self._read()
 
     def peek(self, count: int, chunk_size: int = 8192) -> Iterator[dict[str, Tensor]]:
         """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up.
@@ -86,19 +91,31 @@ class ShuffledStream(ABC):
         """Everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
         return {
             "buffer": self._buffer.state_dict(),
+            "ahead": list(self._ahead),
             "exhausted": self._exhausted,
             "tokens_seen": self.tokens_seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same data and options."""
-        rows = {name: values.to(self._row_device()) for name, values in state["buffer"]["rows"].items()}
-        self._buffer.load_state_dict({**state["buffer"], "rows": rows})
+        self._buffer.load_state_dict({**state["buffer"], "rows": self._placed(state["buffer"]["rows"])})
+        self._ahead.clear()
+        self._ahead.extend(self._placed(rows) for rows in state.get("ahead", []))
         self._exhausted, self.tokens_seen = state["exhausted"], state["tokens_seen"]
+
+    def close(self) -> None:  # noqa: B027 (most streams have nothing to close)
+        """Ends what runs in the background: here nothing, in a [`PrefetchedStream`] its thread."""
+
+    def _placed(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values.to(self._row_device()) for name, values in rows.items()}
 
     @abstractmethod
     def _row_device(self) -> torch.device | str:
         """Where the rows lie."""
+
+    def _read_device(self) -> torch.device | str:
+        """Where `_read` works."""
+        return self._row_device()
 
 
 class ActivationStream(ShuffledStream):
@@ -154,7 +171,7 @@ class ActivationStream(ShuffledStream):
         rows = harvest_rows(self.model, batch, self.hookpoints)
         if self._max_norm_factor is not None:
             rows = self._without_outliers(rows)
-        return {name: values.to(self._device or values.device, self._dtype) for name, values in rows.items()}
+        return {name: to_device(values, self._device or values.device, self._dtype) for name, values in rows.items()}
 
     def _without_outliers(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         outlier = torch.stack([_is_outlier(values, self._max_norm_factor) for values in rows.values()]).any(0)
@@ -163,7 +180,10 @@ class ActivationStream(ShuffledStream):
         return {name: values.index_select(0, kept) for name, values in rows.items()}
 
     def _row_device(self) -> torch.device | str:
-        return self._device or next(self.model.parameters()).device
+        return self._device or self._read_device()
+
+    def _read_device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
@@ -189,10 +209,23 @@ def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str])
         `dict[str, Tensor]`: `[N, D]` for each hookpoint, in reading order, on the model's device.
     """
     device = next(model.parameters()).device
-    kept = batch.keep.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # on the CPU: no wait for the device
-    attention_mask = batch.attention_mask.to(device, non_blocking=True) if batch.padded else None
-    states = harvest(model, batch.input_ids.to(device, non_blocking=True), attention_mask, hookpoints)
+    kept = to_device(batch.keep.flatten().nonzero()[:, 0], device)  # counted on the CPU: no wait for the device
+    attention_mask = to_device(batch.attention_mask, device) if batch.padded else None
+    states = harvest(model, to_device(batch.input_ids, device), attention_mask, hookpoints)
     return {name: values.flatten(0, 1).index_select(0, kept.to(values.device)) for name, values in states.items()}
+
+
+def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on another device and in another type; from the CPU to a GPU by way of pinned memory, without a wait.
+
+    Args:
+        values (`Tensor`): what to move; it comes back as it is where nothing changes.
+        device (`torch.device`): where to.
+        dtype (`torch.dtype`, *optional*): by default its own.
+    """
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        return values.to(dtype or values.dtype).pin_memory().to(device, non_blocking=True)
+    return values.to(device, dtype or values.dtype)
 
 
 def _is_outlier(rows: Tensor, factor: float) -> Tensor:

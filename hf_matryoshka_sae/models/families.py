@@ -1,14 +1,15 @@
 """What tells the families apart: which (token, latent) pairs are selected, and what their values are.
 
-Each family is stateless; its tensors belong to the model. `select` sees pre-activations without gradient, `values`
-gives the selected pairs their differentiable activations.
+Each family is stateless; its tensors belong to the model. `select` sees blocks of pre-activations without gradient,
+`values` gives the selected pairs their differentiable activations.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .sparse_ops import jumprelu, select_above, select_batch_topk, select_topk
+from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_topk
+from .sparse_ops import jumprelu
 
 
 class Relu:
@@ -24,9 +25,9 @@ class Relu:
         return {}
 
     @staticmethod
-    def select(model: nn.Module, pre: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """Tokens and latents of the pairs that take part, for `pre` of shape `(N, width)`."""
-        return select_above(pre, 0.0)
+    def select(model: nn.Module, blocks: EncoderBlocks, group: dist.ProcessGroup | None) -> Selection:
+        """Tokens, latents and pre-activations of the pairs that take part."""
+        return select_above(blocks, 0.0)
 
     @staticmethod
     def values(model: nn.Module, pre: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -38,11 +39,15 @@ class TopK(Relu):
     """The k largest of a token, if positive (Gao et al. 2024)."""
 
     @staticmethod
-    def select(model, pre, group):
-        return select_topk(pre, int(model.k))
+    def select(model, blocks, group):
+        return select_topk(blocks, int(model.k))
+
+    @staticmethod
+    def values(model, pre, cols):
+        return torch.relu(pre), None
 
 
-class BatchTopK(Relu):
+class BatchTopK(TopK):
     """In training the k*N largest of the batch; at inference all above `threshold` (Bussmann et al. 2024)."""
 
     @staticmethod
@@ -54,10 +59,10 @@ class BatchTopK(Relu):
         return {"threshold": 0.0}
 
     @staticmethod
-    def select(model, pre, group):
+    def select(model, blocks, group):
         if model.training:
-            return select_batch_topk(pre, model.k, group)
-        return select_above(pre, model.threshold[: pre.shape[1]].clamp(min=0))
+            return select_batch_topk(blocks, model.k, group)
+        return select_above(blocks, model.threshold[: blocks.num_latents].clamp(min=0))
 
 
 class JumpReLU(Relu):
@@ -72,10 +77,10 @@ class JumpReLU(Relu):
         return {"threshold": float(model.config.initial_threshold)}
 
     @staticmethod
-    def select(model, pre, group):
-        threshold = model.threshold[: pre.shape[1]].detach()
+    def select(model, blocks, group):
+        threshold = model.threshold[: blocks.num_latents].detach()
         # In training the kernel's window reaches below the threshold: silent latents there move it too.
-        return select_above(pre, threshold - model.config.bandwidth / 2 if model.training else threshold)
+        return select_above(blocks, threshold - model.config.bandwidth / 2 if model.training else threshold)
 
     @staticmethod
     def values(model, pre, cols):

@@ -33,7 +33,16 @@ from .configuration_sae import (
     TopKSAEConfig,
 )
 from .families import FAMILIES
-from .sparse_ops import LatentPairs, SparseLatents, decode_prefixes, encode_pairs, pairs_from_slots, preactivations
+from .selection import EncoderBlocks
+from .sparse_ops import (
+    LatentPairs,
+    PairIndex,
+    SparseLatents,
+    decode_prefixes,
+    encode_pairs,
+    pairs_from_slots,
+    prefix_errors,
+)
 
 
 @dataclass
@@ -123,24 +132,20 @@ class SAEModel(PreTrainedModel):
             raise ValueError(f"`selection` must be 'restrict' or 'mask', got {selection!r}.")
         width = self._checked_width(width)
         encoded = width if selection == "restrict" else self.config.num_latents
-        W_enc, b_enc = self._encoder(encoded)
         b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        scale = self.decoder_norms() if self.config.scale_by_decoder_norm else None
         with torch.no_grad():
-            pre = preactivations(x, W_enc, b_enc, b_dec)
-            rows, cols = self.family.select(self, pre, group)
+            shown = (None if tensor is None else tensor[:encoded] for tensor in (self.W_enc, self.b_enc, scale))
+            W_enc, b_enc, factors = shown
+            blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, factors)
+            rows, cols, pre = self.family.select(self, blocks, group)
             if encoded > width:
                 inside = cols < width
-                rows, cols = rows[inside], cols[inside]
-        selected = encode_pairs(x, W_enc, b_enc, b_dec, pre, rows, cols).to(W_enc.dtype)
+                rows, cols, pre = rows[inside], cols[inside], pre[inside]
+        index = PairIndex(rows, cols, len(x), self.config.num_latents)
+        selected = encode_pairs(x, self.W_enc, self.b_enc, b_dec, pre, index, scale).to(W_enc.dtype)
         values, gate = self.family.values(self, selected, cols)
-        return LatentPairs(rows, cols, values, len(x), self.config.num_latents, gate)
-
-    def _encoder(self, width: int) -> tuple[Tensor, Tensor]:
-        W_enc, b_enc = self.W_enc[:width], self.b_enc[:width]
-        if self.config.scale_by_decoder_norm:
-            norms = self.decoder_norms()[:width]
-            W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
-        return W_enc, b_enc
+        return LatentPairs(index, values, gate)
 
     def decoder(self) -> Tensor:
         """The directions that latents are multiplied with, shape `(F, D)`."""
@@ -150,7 +155,7 @@ class SAEModel(PreTrainedModel):
 
     def decoder_norms(self) -> Tensor:
         """Lengths of the decoder's rows, shape `(F,)`; never 0, so that a row of zeros stays one."""
-        return self.W_dec.norm(dim=1).clamp(min=torch.finfo(self.W_dec.dtype).tiny)
+        return row_norms(self.W_dec)
 
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
@@ -167,7 +172,8 @@ class SAEModel(PreTrainedModel):
             `ValueError`: if the last dimension is not D, or the width is not between 1 and F.
         """
         flat = self._flattened(hidden_states)
-        slots = self.encode_pairs(flat, width, selection).to_slots()
+        pairs = self.encode_pairs(flat, width, selection)
+        slots = pairs.keep(pairs.values != 0).to_slots()
         # No -1: it cannot be inferred where no token, or no latent, takes part.
         shape = (*hidden_states.shape[:-1], slots.values.shape[-1])
         return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
@@ -191,9 +197,25 @@ class SAEModel(PreTrainedModel):
 
     def decode_pairs(self, pairs: LatentPairs, widths: list[int]) -> Tensor:
         """The reconstruction at each of `widths` (increasing) from pairs, shape `(P, N, D)`."""
+        return decode_prefixes(self._to_decode(pairs, widths, self.W_dec), self.W_dec, widths) + self.b_dec
+
+    def prefix_errors(
+        self, pairs: LatentPairs, x: Tensor, widths: list[int], frozen: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The squared error `(P,)` at each of `widths`, and the residual `(N, D)` of the last: what training needs.
+
+        See [`sparse_ops.prefix_errors`]. With `frozen` the decoder gets no gradient.
+        """
+        W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
+        return prefix_errors(self._to_decode(pairs, widths, W_dec), W_dec, b_dec, x, widths)
+
+    def _to_decode(self, pairs: LatentPairs, widths: list[int], W_dec: Tensor) -> LatentPairs:
+        """The pairs below the last width, scaled so that they go with the rows of `W_dec` as they are."""
         if widths[-1] < self.config.num_latents:
             pairs = pairs.keep(pairs.cols < widths[-1])
-        return decode_prefixes(pairs, self.decoder(), widths) + self.b_dec
+        if self.config.scale_by_decoder_norm:
+            pairs = pairs.with_values(pairs.values / row_norms(W_dec)[pairs.cols])
+        return pairs
 
     # The whole
 
@@ -220,7 +242,7 @@ class SAEModel(PreTrainedModel):
         pairs = self.encode_pairs(flat, width)
         prefixes = self.decode_pairs(pairs, widths)
         sse = (prefixes - flat).square().sum(-1).mean(-1)
-        slots = pairs.to_slots()
+        slots = pairs.keep(pairs.values != 0).to_slots()
         shape = hidden_states.shape[:-1]
         output = SAEOutput(
             loss=(sse * sse.new_tensor(weights)).sum(),
@@ -346,6 +368,11 @@ class SAEModel(PreTrainedModel):
         if broken:
             raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
         return (model, info) if wants_info else model
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths of rows; never 0."""
+    return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 class ReluSAE(SAEModel):

@@ -1,18 +1,22 @@
 """The sparse operations every family is made of.
 
 After the encoder's matmul nothing of size N x F is built again: a selection gives (token, latent) pairs once, and both
-the encoder and the decoder get gradients through those pairs alone.
+the encoder and the decoder get gradients through those pairs alone. Two kernels do all the work, each a pass over the
+pairs: `gather_sum` (weighted sums of rows) and `pair_dot` (products of two rows). PyTorch has both, as embedding_bag
+and its backward pass for the weights; on CUDA they are replaced by those of `triton_ops`, where Triton is installed.
 
 Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes, M pairs. Pairs are sorted by token, then by latent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import triton_ops
 
 
 @dataclass
@@ -41,39 +45,96 @@ class SparseLatents:
 
 
 @dataclass
-class LatentPairs:
-    """Latents of a batch as a list of (token, latent, value) sorted by token, then by latent.
+class PairIndex:
+    """Where the pairs of a batch are: tokens and latents, sorted by token, then by latent.
 
     Args:
         rows (`Tensor` of shape `(M,)`): Token of each pair.
         cols (`Tensor` of shape `(M,)`): Latent of each pair.
-        values (`Tensor` of shape `(M,)`): Activation; differentiable.
         num_rows (`int`): N.
         num_latents (`int`): F.
-        gate (`Tensor` of shape `(M,)`, *optional*):
-            What a sparsity penalty acts on where that is not the value: JumpReLU's step, Gated's gate.
     """
 
     rows: Tensor
     cols: Tensor
-    values: Tensor
     num_rows: int
     num_latents: int
+
+    @cached_property
+    def by_token(self) -> Tensor:
+        """Offsets `(N + 1,)` of each token's pairs."""
+        return _offsets(self.rows, self.num_rows)
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """The order `(M,)` that sorts pairs by latent, then by token, and the offsets `(F + 1,)` of each latent's."""
+        cols, order = self.cols.sort(stable=True)
+        return order, _offsets(cols, self.num_latents)
+
+    def by_group(self, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The bag `(M,)` of each pair, `token * P + group`, and the offsets `(N P + 1,)` of the bags.
+
+        A latent is in group p where prefix p is the narrowest that holds it.
+        """
+        bags = self.rows * len(widths)
+        for width in widths[:-1]:  # numbers, not a tensor: nothing is copied to the device
+            bags = bags + (self.cols >= width)
+        return bags, _offsets(bags, self.num_rows * len(widths))
+
+
+def _offsets(sorted_bags: Tensor, num_bags: int) -> Tensor:
+    """Where each bag begins, and the end of the last. (bincount would make the host wait for the device.)"""
+    return torch.searchsorted(sorted_bags, torch.arange(num_bags + 1, device=sorted_bags.device))
+
+
+@dataclass
+class LatentPairs:
+    """Latents of a batch as a list of (token, latent, value).
+
+    Args:
+        index ([`PairIndex`]): Tokens and latents.
+        values (`Tensor` of shape `(M,)`): Activation; differentiable. May be 0.
+        gate (`Tensor` of shape `(M,)`, *optional*):
+            What a sparsity penalty acts on where that is not the value: JumpReLU's step, Gated's gate.
+    """
+
+    index: PairIndex
+    values: Tensor
     gate: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.index.rows
+
+    @property
+    def cols(self) -> Tensor:
+        return self.index.cols
+
+    @property
+    def num_rows(self) -> int:
+        return self.index.num_rows
+
+    @property
+    def num_latents(self) -> int:
+        return self.index.num_latents
 
     def to_slots(self) -> SparseLatents:
         """Pad every token to the same number K of slots."""
-        counts = torch.bincount(self.rows, minlength=self.num_rows)
-        width = int(counts.max()) if self.num_rows else 0
-        slot = torch.arange(len(self.rows), device=self.rows.device) - (counts.cumsum(0) - counts)[self.rows]
+        offsets = self.index.by_token
+        width = int(offsets.diff().max()) if self.num_rows else 0
+        slot = torch.arange(len(self.rows), device=self.rows.device) - offsets[self.rows]
         values = self.values.new_zeros(self.num_rows, width).index_put((self.rows, slot), self.values)
         indices = self.cols.new_zeros(self.num_rows, width).index_put((self.rows, slot), self.cols)
         return SparseLatents(values, indices, self.num_latents)
 
     def keep(self, mask: Tensor) -> "LatentPairs":
         """Only the pairs where `mask` is true."""
-        gate = None if self.gate is None else self.gate[mask]
-        return LatentPairs(self.rows[mask], self.cols[mask], self.values[mask], self.num_rows, self.num_latents, gate)
+        index = PairIndex(self.rows[mask], self.cols[mask], self.num_rows, self.num_latents)
+        return LatentPairs(index, self.values[mask], None if self.gate is None else self.gate[mask])
+
+    def with_values(self, values: Tensor) -> "LatentPairs":
+        """The same pairs with other values."""
+        return replace(self, values=values, gate=None)
 
 
 def pairs_from_slots(values: Tensor, indices: Tensor, num_latents: int) -> LatentPairs:
@@ -81,212 +142,175 @@ def pairs_from_slots(values: Tensor, indices: Tensor, num_latents: int) -> Laten
     order = indices.argsort(dim=-1, stable=True)
     values, indices = values.gather(-1, order), indices.gather(-1, order)
     rows, slots = (values != 0).nonzero(as_tuple=True)
-    return LatentPairs(rows, indices[rows, slots], values[rows, slots], len(values), num_latents)
+    return LatentPairs(PairIndex(rows, indices[rows, slots], len(values), num_latents), values[rows, slots])
 
 
-# Selections. They see values only; gradients pass through the pairs they return.
+# The two kernels
 
 
-def select_above(pre: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Pairs of `pre` (`(N, F)`) strictly above `threshold` (a number or `(F,)`)."""
-    return (pre > threshold).nonzero(as_tuple=True)
+def gather_sum(values: Tensor, source: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+    """`out[b] = sum of values[m] * source[index[m]]` over the pairs m from `offsets[b]` to `offsets[b + 1]`."""
+    if triton_ops.usable(source):
+        return triton_ops.gather_sum(values, source, index, offsets)
+    return F.embedding_bag(
+        index, source, offsets, mode="sum", per_sample_weights=values.to(source.dtype), include_last_offset=True
+    )
 
 
-def select_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest entries of each row that are positive; of equal ones the lowest latent wins.
-
-    Source: Gao et al. 2024 (arXiv 2406.04093), eq. 3, ReLU included.
-    """
-    num_latents = pre.shape[-1]
-    k = min(k, num_latents)
-    values, indices = pre.topk(min(k + 1, num_latents), dim=-1, sorted=True)
-    tied = values[:, k - 1] == values[:, -1] if k < num_latents else None
-    values, indices = values[:, :k], indices[:, :k]
-    if tied is not None and bool((tied & (values[:, -1] > 0)).any()):
-        # torch.topk leaves open which of several equal entries it returns; a stable sort does not.
-        ordered = pre[tied].sort(dim=-1, descending=True, stable=True)
-        values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
-    indices, order = indices.sort(-1)
-    rows, slots = (values.gather(-1, order) > 0).nonzero(as_tuple=True)
-    return rows, indices[rows, slots]
-
-
-def select_batch_topk(pre: Tensor, k: float, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """The `int(k * N)` largest entries of the whole batch that are positive (Bussmann et al. 2024, arXiv 2412.06410).
-
-    Of equal entries the lowest (token, latent) wins. With `group` the batch is the joined batch of its processes, in
-    the order of their ranks.
-
-    Args:
-        pre (`Tensor` of shape `(N, F)`): Pre-activations; every process of `group` holds as many rows.
-        k (`float`): Latents kept per token on average.
-        group (`ProcessGroup`, *optional*): Processes that share one batch.
-
-    Returns:
-        The tokens and the latents of the pairs.
-    """
-    world = dist.get_world_size(group) if group is not None else 1
-    count = min(int(k * len(pre) * world), pre.numel() * world)
-    flat = pre.flatten()
-    candidates = _largest(flat, min(count, flat.numel()))
-    if world > 1:
-        candidates = _cut_over_processes(flat, candidates, count, group)
-    return candidates // pre.shape[1], candidates % pre.shape[1]
-
-
-def _largest(flat: Tensor, count: int) -> Tensor:
-    """Positions, ascending, of the `count` largest positive entries; of equal ones the first win."""
-    if count == 0:
-        return flat.new_empty(0, dtype=torch.int64)
-    floor = _quantile_floor(flat, count)
-    candidates = (flat > floor).nonzero().squeeze(1)
-    if len(candidates) < count and floor > 0:
-        candidates = (flat > 0).nonzero().squeeze(1)
-    if len(candidates) <= count:
-        return candidates
-    values = flat[candidates]
-    cut = values.topk(count, sorted=False).values.min()
-    return candidates[_above_or_first(values, cut, count)]
-
-
-def _quantile_floor(flat: Tensor, count: int, sample: int = 65536) -> float:
-    """A value that most likely has somewhat more than `count` entries above it, from an evenly spaced sample."""
-    stride = max(1, flat.numel() // sample)
-    drawn = flat[::stride]
-    # Four standard deviations of the count's sampling error, so that the slow path is rare.
-    expected = count / stride
-    rank = int(expected + 4 * expected**0.5 + 8)
-    if rank >= drawn.numel():
-        return 0.0
-    return max(0.0, drawn.topk(rank, sorted=False).values.min().item())
-
-
-def _above_or_first(values: Tensor, cut: Tensor, count: int) -> Tensor:
-    """Mask of the entries above `cut`, filled up to `count` with the first of those equal to it."""
-    above, equal = values > cut, values == cut
-    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
-
-
-def _cut_over_processes(flat: Tensor, candidates: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
-    """Of each process's candidates, those among the `count` largest of all processes."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    values = flat[candidates]
-    padded = values.new_zeros(min(count, flat.numel()))
-    padded[: len(values)] = values
-    gathered = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(gathered, padded, group=group)
-    joined = torch.cat(gathered)
-    cut = joined.topk(count, sorted=False).values.min()
-    above = joined > cut
-    equal_before = sum(int((part == cut).sum()) for part in gathered[:rank])
-    room = count - int(above.sum()) - equal_before
-    mine_above, mine_equal = values > cut, (values == cut) & (values > 0)
-    return candidates[mine_above | (mine_equal & (mine_equal.cumsum(0) <= room))]
-
-
-# Differentiable operations.
-
-
-def _gather_sum(values: Tensor, source: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    """`out[b] = sum of values[m] * source[index[m]]` over the `counts[b]` consecutive pairs of bag b."""
-    offsets = counts.cumsum(0) - counts
-    return F.embedding_bag(index, source, offsets, mode="sum", per_sample_weights=values.to(source.dtype))
-
-
-def _pair_dot(left: Tensor, bags: Tensor, right: Tensor, cols: Tensor) -> Tensor:
-    """`out[m] = <left[bags[m]], right[cols[m]]>`, with no [M, D] block in between.
+def pair_dot(left: Tensor, bags: Tensor, offsets: Tensor, right: Tensor, cols: Tensor) -> Tensor:
+    """`out[m] = <left[bags[m]], right[cols[m]]>`, with no [M, D] block in between. Pairs of a bag follow each other.
 
     This is embedding_bag's own backward pass for its weights; called directly because autograd offers it only together
     with a second forward pass, and gathering both sides is 10 to 30 times slower on a CPU.
     """
-    counts = torch.bincount(bags, minlength=len(left))
-    offsets = counts.cumsum(0) - counts
+    if triton_ops.usable(right):
+        return triton_ops.pair_dot(left, bags, right, cols)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.to(right.dtype), right, cols, offsets, bags, 0, -1
+        left.to(right.dtype), right, cols, offsets[:-1], bags, 0, -1
     )
 
 
+def _read_type(tensor: Tensor) -> torch.dtype:
+    """The type in which rows are gathered: autocast's where the kernels still add up in float32."""
+    if triton_ops.usable(tensor) and torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+# Differentiable operations
+
+
 class _EncodePairs(torch.autograd.Function):
-    """`pre[rows, cols]` of `pre = (x - b_dec) W_enc^T + b_enc`, with gradients from those pairs alone."""
+    """The pre-activations of the selected pairs, with gradients from those pairs alone."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, pre, rows, cols):
-        ctx.save_for_backward(x, W_enc, b_dec, rows, cols)
-        return pre[rows, cols]
+    def forward(ctx, x, W_enc, b_enc, b_dec, scale, pre, index):
+        ctx.save_for_backward(x, W_enc, b_dec, scale, pre)
+        ctx.index, ctx.read_type = index, _read_type(W_enc)
+        return pre.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, W_enc, b_dec, rows, cols = ctx.saved_tensors
-        need_x, need_W, need_b, need_b_dec = ctx.needs_input_grad[:4]
+        x, W_enc, b_dec, scale, pre = ctx.saved_tensors
+        index, need = ctx.index, ctx.needs_input_grad
         grad = grad.to(W_enc.dtype)
-        grad_b = W_enc.new_zeros(len(W_enc)).index_add_(0, cols, grad)
-        grad_x = grad_W = grad_b_dec = None
-        if need_x:
-            grad_x = _gather_sum(grad, W_enc, cols, torch.bincount(rows, minlength=len(x))).to(x.dtype)
-        if need_W:
-            order = cols.argsort(stable=True)
-            centred = (x if b_dec is None else x - b_dec).to(W_enc.dtype)
-            counts = torch.bincount(cols, minlength=len(W_enc))
-            grad_W = _gather_sum(grad[order], centred, rows[order], counts)
-        if need_b_dec:
-            grad_b_dec = -(grad_b @ W_enc)  # the batch is summed before the mat-vec
-        return grad_x, grad_W, grad_b if need_b else None, grad_b_dec, None, None, None
+        grads = [None] * 5
+        if need[4]:
+            grads[4] = torch.zeros_like(scale).index_add_(0, index.cols, grad * pre / scale[index.cols])
+        if scale is not None:
+            grad = grad * scale[index.cols]
+        grad_b = W_enc.new_zeros(len(W_enc)).index_add_(0, index.cols, grad)
+        if need[0]:
+            grads[0] = gather_sum(grad, W_enc, index.cols, index.by_token).to(x.dtype)
+        if need[1]:
+            order, offsets = index.by_latent
+            centred = (x if b_dec is None else x - b_dec).to(ctx.read_type)
+            grads[1] = gather_sum(grad[order], centred, index.rows[order], offsets).to(W_enc.dtype)
+        if need[2]:
+            grads[2] = grad_b
+        if need[3]:
+            grads[3] = -(grad_b @ W_enc)  # the batch is summed before the mat-vec
+        return *grads, None, None
 
 
-class _DecodePrefixes(torch.autograd.Function):
-    """All prefix reconstructions (without the bias) in one pass over the pairs.
+def _decode_groups(
+    ctx, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The sum over each group's pairs, `(N, P, D)`, in one pass, and what its backward pass needs."""
+    source = W_dec.to(_read_type(W_dec))
+    bags, offsets = index.by_group(widths)
+    ctx.index, ctx.W_dtype = index, W_dec.dtype
+    out = gather_sum(values, source, index.cols, offsets).to(W_dec.dtype)
+    return out.view(index.num_rows, len(widths), W_dec.shape[1]), (values, source, bags, offsets)
 
-    Forward: y_g = the sum over group g's pairs; the reconstruction of prefix p is the running sum of y. Backward: with
-    G_p the gradient of prefix p, a pair of group g sees S_g = the sum of G_p over p >= g.
+
+def _decode_gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to the values and to W_dec from those of the group sums."""
+    values, source, bags, offsets = saved
+    grad = grad.reshape(-1, grad.shape[-1]).to(source.dtype)
+    grad_values = grad_W = None
+    if ctx.needs_input_grad[0]:
+        grad_values = pair_dot(grad, bags, offsets, source, ctx.index.cols).to(values.dtype)
+    if ctx.needs_input_grad[1]:
+        order, of_latent = ctx.index.by_latent
+        grad_W = gather_sum(values[order], grad, bags[order], of_latent).to(ctx.W_dtype)
+    return grad_values, grad_W
+
+
+class _DecodeGroups(torch.autograd.Function):
+    """The sum over each group's pairs, `(N, P, D)`."""
+
+    @staticmethod
+    def forward(ctx, values, W_dec, index, widths):
+        groups, saved = _decode_groups(ctx, values, W_dec, index, widths)
+        ctx.save_for_backward(*saved)
+        return groups
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_decode_gradients(ctx, ctx.saved_tensors, grad), None, None
+
+
+class _PrefixErrors(torch.autograd.Function):
+    """The squared error of every prefix and the residual of the last.
+
+    The error of prefix p is e_p = b_dec - x + the groups up to p. Backward: with G_p = 2 / N * dL/dsse_p * e_p, group g
+    receives the suffix sum S_g of G_p over p >= g. Both ways are P passes over [N, D].
     """
 
     @staticmethod
-    def forward(ctx, values, W_dec, rows, cols, widths, num_rows):
-        edges = torch.tensor(widths, device=cols.device)
-        bags = rows * len(widths) + torch.bucketize(cols, edges, right=True)
-        counts = torch.bincount(bags, minlength=num_rows * len(widths))
-        out = _gather_sum(values, W_dec, cols, counts).view(num_rows, len(widths), W_dec.shape[1])
-        ctx.save_for_backward(values, W_dec, bags, cols)
-        ctx.shape = out.shape
-        return out.cumsum(1).transpose(0, 1)
+    def forward(ctx, values, W_dec, b_dec, x, index, widths):
+        errors, saved = _decode_groups(ctx, values, W_dec, index, widths)
+        errors[:, 0] += b_dec - x
+        for p in range(1, errors.shape[1]):
+            errors[:, p] += errors[:, p - 1]
+        ctx.save_for_backward(errors, *saved)
+        ctx.set_materialize_grads(False)
+        sse = torch.linalg.vector_norm(errors, dim=-1).square().mean(0)
+        return sse, errors[:, -1].neg()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        values, W_dec, bags, cols = ctx.saved_tensors
-        suffix = grad.flip(0).cumsum(0).flip(0).transpose(0, 1).reshape(-1, ctx.shape[-1])
-        grad_values = grad_W = None
-        if ctx.needs_input_grad[0]:
-            grad_values = _pair_dot(suffix, bags, W_dec, cols).to(values.dtype)
-        if ctx.needs_input_grad[1]:
-            order = cols.argsort(stable=True)
-            counts = torch.bincount(cols, minlength=len(W_dec))
-            grad_W = _gather_sum(values[order], suffix, bags[order], counts)
-        return grad_values, grad_W, None, None, None, None
-
-
-def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
-    """`(x - b_dec) W_enc^T + b_enc`, shape `(N, F)`."""
-    return F.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+    def backward(ctx, grad_sse, grad_residual):
+        errors, *saved = ctx.saved_tensors
+        grad_sse = errors.new_zeros(errors.shape[1]) if grad_sse is None else grad_sse
+        factors = grad_sse * (2 / max(1, len(errors)))
+        suffix = torch.empty_like(errors)
+        torch.mul(errors[:, -1], factors[-1], out=suffix[:, -1])
+        if grad_residual is not None:
+            suffix[:, -1] -= grad_residual
+        for p in range(errors.shape[1] - 2, -1, -1):
+            torch.addcmul(suffix[:, p + 1], errors[:, p], factors[p], out=suffix[:, p])
+        need = ctx.needs_input_grad
+        grad_b_dec, grad_x = suffix[:, 0].sum(0) if need[2] else None, -suffix[:, 0] if need[3] else None
+        return *_decode_gradients(ctx, saved, suffix), grad_b_dec, grad_x, None, None
 
 
 def encode_pairs(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, pre: Tensor, rows: Tensor, cols: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    pre: Tensor,
+    index: PairIndex,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The pre-activations of the selected pairs, differentiable with respect to all of the encoder's inputs.
+    """The pre-activations of selected pairs, differentiable with respect to all of the encoder's inputs.
 
     Args:
         x (`Tensor` of shape `(N, D)`): Hidden states.
         W_enc (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`): Encoder.
         b_dec (`Tensor` of shape `(D,)` or `None`): Subtracted from the input, where the family does.
-        pre (`Tensor` of shape `(N, F)`): What [`preactivations`] gave, without gradient.
-        rows, cols (`Tensor` of shape `(M,)`): The selected pairs, sorted by token.
+        pre (`Tensor` of shape `(M,)`): The value of each pair, as the selection found it.
+        index ([`PairIndex`]): The selected pairs.
+        scale (`Tensor` of shape `(F,)`, *optional*): Factor of each latent, already in `pre`.
 
     Returns:
         `Tensor` of shape `(M,)`.
     """
-    return _EncodePairs.apply(x, W_enc, b_enc, b_dec, pre.detach(), rows, cols)
+    return _EncodePairs.apply(x, W_enc, b_enc, b_dec, scale, pre.detach(), index)
 
 
 def decode_prefixes(pairs: LatentPairs, W_dec: Tensor, widths: list[int]) -> Tensor:
@@ -300,7 +324,25 @@ def decode_prefixes(pairs: LatentPairs, W_dec: Tensor, widths: list[int]) -> Ten
     Returns:
         `Tensor` of shape `(P, N, D)`.
     """
-    return _DecodePrefixes.apply(pairs.values, W_dec, pairs.rows, pairs.cols, tuple(widths), pairs.num_rows)
+    groups = _DecodeGroups.apply(pairs.values, W_dec, pairs.index, tuple(widths))
+    return groups.cumsum(1).transpose(0, 1)
+
+
+def prefix_errors(
+    pairs: LatentPairs, W_dec: Tensor, b_dec: Tensor, x: Tensor, widths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The squared error of every prefix, at the cost of one decode.
+
+    Args:
+        pairs ([`LatentPairs`]), W_dec (`Tensor` of shape `(F, D)`), widths (`list[int]`): As in [`decode_prefixes`].
+        b_dec (`Tensor` of shape `(D,)`): Part of every reconstruction.
+        x (`Tensor` of shape `(N, D)`): What is reconstructed.
+
+    Returns:
+        The errors `(P,)`, summed over D and averaged over tokens, and the residual `x - reconstruction` `(N, D)` of the
+        last prefix; both differentiable.
+    """
+    return _PrefixErrors.apply(pairs.values, W_dec, b_dec, x, pairs.index, tuple(widths))
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -230,6 +230,11 @@ class RunConfig:
     """Hidden states in the shuffle buffer of each process."""
     lm_batch_size: int = 32
     """Windows per forward pass of the language model."""
+    lm_device: str | None = None
+    """Device of the language model, where it is not the SAEs' (for example `cuda:1`)."""
+    overlap: bool | None = None
+    """Run the language model ahead in a thread of its own; by default where there is a GPU or a core that torch's
+    threads leave free. Results are the same; half of `shuffle_tokens` more hidden states are held."""
     activation_cache: str | None = None
     """Folder in which hidden states are kept, to be shared by several runs."""
     normalization_tokens: int = 65_536

@@ -82,62 +82,75 @@ class Learner:
         num_latents = sae.config.num_latents
         self.k = getattr(sae.config, "k", None)
         self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
+        # To know whether any latent is dead the host must wait for the device: not at every step of a long window.
+        self.dead_every = max(1, self.dead_tokens // batch_size // 16)
+        self.dead: Tensor | None = None  # the dead latents, ascending; `None` where there are none
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
-        self.sparsity = spec.sparsity_coefficient if spec.sparsity_coefficient is not None else 0.0
+        sparsity = spec.sparsity_coefficient or 0.0
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            self.sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
+            sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
+        self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average = copy.deepcopy(dict(self._parameters())) if spec.ema_decay is not None else None
         if self.average is not None:
             for tensor in self.average.values():
                 tensor.requires_grad_(False).zero_()
         self.updates = 0
+        # Steps left out: for hidden states, for gradients that were not finite; and how many in a row just now.
+        self._skipped = torch.zeros(3, dtype=torch.int64, device=device)
+        self.last: dict[str, Tensor] = {}
         self._micro: list[dict[str, Tensor]] = []
         self._project_decoder()
 
     def _parameters(self):
         return self.sae.named_parameters()
 
-    # One step
+    # One step. Nothing in it makes the host wait for the device, but for the look at dead latents now and then.
 
     def accumulate(self, x: Tensor, step: int) -> None:
-        """Add the gradients of one micro-batch of raw hidden states `(n, D)`."""
+        """Add the gradients of one micro-batch of raw hidden states `(n, D)`.
+
+        Where one of them is not finite, the loss and so the gradients of all processes become NaN, and [`step`] leaves
+        the weights as they are.
+        """
         spec, sae = self.spec, self.sae
         if self.k is not None:
             sae.k = annealed_k(spec, self.k, step, self.steps)
         widths = sae.prefix_widths
         if spec.random_prefixes:
             widths = random_prefix_widths(spec, sae.config.num_latents, self.seed, step)
-        x = (x.to(device=self.mean.device, dtype=torch.float32) - self.mean) / self.scale
-        dead = self.tokens_since_fired >= self.dead_tokens
-        sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps)
+        x = x.to(device=self.mean.device, dtype=torch.float32, non_blocking=True)
+        finite = torch.isfinite(x).all()
+        x = (torch.where(finite, x, 0.0) - self.mean) / self.scale
+        sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
         weights = level_weights(spec, len(widths), step / self.steps)
-        loss, statistics = self.objective(x, dead, widths, weights, sparsity)
-        self.accelerator.backward(loss)
-        self._micro.append({**statistics, "loss": loss.detach().float()})
+        loss, statistics = self.objective(x, self.dead, widths, weights, sparsity)
+        self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
+        self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 
-    def step(self, step: int) -> bool:
-        """Apply the accumulated gradients and update every counter.
-
-        Returns:
-            `bool`: Whether the weights changed; they do not where a gradient is not finite.
-        """
+    def step(self, step: int) -> None:
+        """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
         spec = self.spec
         self._project_gradient()
-        limit = spec.grad_clip if spec.grad_clip is not None else float("inf")
-        self.grad_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
-        finite = bool(torch.isfinite(self.grad_norm))
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * learning_rate(spec, self.sae.config, step, self.steps)
-            self.optimizer.step()
-            self._project_decoder()
-            self._average()
-            self._count(step)
-        else:
-            self._micro.clear()
+        gradients = [parameter.grad for _, parameter in self._parameters() if parameter.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(self.grad_norm)
+        # The fused kernel reads both on the device: clipping makes no copy, and skipping needs no answer from it.
+        optimizer = self.optimizer.optimizer
+        optimizer.found_inf = (~finite).float()
+        if spec.grad_clip is not None:
+            optimizer.grad_scale = ((self.grad_norm + 1e-6) / spec.grad_clip).clamp(min=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(spec, self.sae.config, step, self.steps)
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        return finite
+        self._project_decoder(finite)
+        self._average()
+        self._count(step, finite)
+
+    def skipped(self) -> tuple[int, int, int]:
+        """Steps left out because of hidden states, because of gradients, and in a row just now; the host waits."""
+        return tuple(self._skipped.tolist())
 
     def skip(self) -> None:
         """Forget the accumulated gradients."""
@@ -153,9 +166,12 @@ class Learner:
             gradient.addcmul_(along[:, None], self.sae.W_dec, value=-1)
 
     @torch.no_grad()
-    def _project_decoder(self) -> None:
+    def _project_decoder(self, changed: Tensor | None = None) -> None:
         if self.spec.unit_norm_decoder:
-            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+            norms = self.sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            if changed is not None:  # dividing again would round again
+                norms = torch.where(changed, norms, 1.0)
+            self.sae.W_dec.div_(norms)
         if self.sae.config.activation_name == "jumprelu":
             self.sae.threshold.clamp_(min=0)
 
@@ -167,34 +183,46 @@ class Learner:
                 self.average[name].lerp_(parameter, 1 - self.spec.ema_decay)
 
     @torch.no_grad()
-    def _count(self, step: int) -> None:
-        """Counters that need all processes: which latents fired, how many, how strongly."""
-        micro = len(self._micro)
-        keys = list(self._micro[0])
-        summed = {key: torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys}
-        packed = torch.cat([summed[key].flatten() for key in keys])
-        packed = all_sum(packed, self.group)
-        parts = packed.split([summed[key].numel() for key in keys])
-        world = self.accelerator.num_processes
-        self.last = {
-            key: part.view(summed[key].shape) / (micro * world) for key, part in zip(keys, parts, strict=True)
-        }
-        fired = self.last["fired"] > 0
-        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + self.batch_size)
-        self._micro.clear()
-        self._control_sparsity(step)
+    def _count(self, step: int, finite: Tensor) -> None:
+        """Counters that need all processes: which latents fired, how many, how strongly. An unusable step counts not."""
+        mean = self._means_over_batch()
+        before = self.last or {key: torch.zeros_like(value) for key, value in mean.items()}
+        self.last = {key: torch.where(finite, value, before[key]) for key, value in mean.items()}
+        silent = torch.where(mean["fired"] > 0, 0, self.tokens_since_fired + self.batch_size)
+        self.tokens_since_fired = torch.where(finite, silent, self.tokens_since_fired)
+        states = ~finite & (mean["unusable"] > 0)
+        self._skipped = torch.stack(
+            [self._skipped[0] + states, self._skipped[1] + (~finite & ~states), (self._skipped[2] + 1) * ~finite]
+        )
+        self._control_sparsity(step, finite)
         if self.energy is not None:
-            self.energy.mul_(0.95).add_(self.last["energy"], alpha=0.05)
+            self.energy = torch.where(finite, torch.lerp(self.energy, mean["energy"], 0.05), self.energy)
             if (step + 1) % self.spec.sort_every == 0:
                 self._sort()
+        if (step + 1) % self.dead_every == 0:
+            self._find_dead()
 
-    def _control_sparsity(self, step: int) -> None:
+    def _means_over_batch(self) -> dict[str, Tensor]:
+        """Each statistic averaged over micro-batches and processes."""
+        keys = list(self._micro[0])
+        parts = [torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys]
+        packed = all_sum(torch.cat([part.flatten() for part in parts]), self.group)
+        packed = packed / (len(self._micro) * self.accelerator.num_processes)
+        self._micro.clear()
+        shares = packed.split([part.numel() for part in parts])
+        return {key: share.view(part.shape) for key, share, part in zip(keys, shares, parts, strict=True)}
+
+    def _find_dead(self) -> None:
+        dead = (self.tokens_since_fired >= self.dead_tokens).nonzero().squeeze(1)
+        self.dead = dead if len(dead) else None
+
+    def _control_sparsity(self, step: int, finite: Tensor) -> None:
         """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do (Nabeshima 2024)."""
         spec = self.spec
         controlled = spec.target_l0 is not None and self.sae.config.activation_name in ("relu", "gated")
         if controlled and sparsity_warmup(spec, step, self.steps) >= 1:
-            too_many = bool(self.last["l0"] >= spec.target_l0)
-            self.sparsity *= 1 + spec.controller_rate if too_many else 1 - spec.controller_rate
+            rate = torch.where(self.last["l0"] >= spec.target_l0, spec.controller_rate, -spec.controller_rate)
+            self.sparsity = self.sparsity * torch.where(finite, 1 + rate, 1.0)
 
     @torch.no_grad()
     def _sort(self) -> None:
@@ -210,6 +238,8 @@ class Learner:
             tensors += [tensor for name, tensor in self.average.items() if name != "b_dec"]
         for tensor in [*tensors, self.energy, self.tokens_since_fired]:
             tensor.copy_(tensor[order])
+        if self.dead is not None:
+            self.dead = order.argsort()[self.dead].sort().values
 
     def statistics(self, step: int) -> StepStatistics:
         """What the last step told; moves numbers to the host."""
@@ -220,7 +250,7 @@ class Learner:
             l0=self.last["l0"].item(),
             dead=(self.tokens_since_fired >= self.dead_tokens).float().mean().item(),
             auxk=self.last["auxk"].item(),
-            sparsity=self.sparsity,
+            sparsity=self.sparsity.item(),
             lr=learning_rate(self.spec, self.sae.config, step, self.steps),
             grad_norm=float(self.grad_norm),
         )
@@ -257,8 +287,10 @@ class Learner:
             "mean": self.mean,
             "scale": self.scale,
             "bandwidth": getattr(self.sae.config, "bandwidth", None),
-            "sparsity": self.sparsity,
+            "sparsity": self.sparsity.item(),
             "updates": self.updates,
+            "dead": self.dead,
+            "skipped": self._skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,4 +308,6 @@ class Learner:
         self.mean, self.scale = state["mean"].to(device), state["scale"]
         if state["bandwidth"] is not None:
             self.sae.config.bandwidth = state["bandwidth"]
-        self.sparsity, self.updates = state["sparsity"], state["updates"]
+        self.sparsity, self.updates = torch.tensor(state["sparsity"], device=device), state["updates"]
+        self._skipped = state["skipped"].to(device)
+        self.dead = None if state["dead"] is None else state["dead"].to(device)

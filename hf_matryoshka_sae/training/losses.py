@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from ..models import SAEModel
-from ..models.sparse_ops import LatentPairs, decode_prefixes, encode_pairs
+from ..models.selection import EncoderBlocks, select_topk
+from ..models.sparse_ops import LatentPairs, PairIndex, encode_pairs, prefix_errors
 from .config import SAESpec
 
 
@@ -90,56 +91,66 @@ class Objective(nn.Module):
 
     def __init__(self, sae: SAEModel, spec: SAESpec, group: dist.ProcessGroup | None = None):
         super().__init__()
+        if spec.multi_topk and sae.config.activation_name != "topk":
+            raise ValueError(f"`multi_topk` is for TopK, not for {sae.config.activation_name}.")
         self.sae, self.spec, self.group = sae, spec, group
 
     def forward(
-        self, x: Tensor, dead: Tensor, widths: list[int], weights: list[float], sparsity: float
+        self,
+        x: Tensor,
+        dead: Tensor | None,
+        widths: list[int],
+        weights: list[float],
+        sparsity: Tensor | float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch.
 
         Args:
             x (`Tensor` of shape `(N, D)`): Normalised hidden states.
-            dead (`Tensor` of shape `(F,)`): Which latents are dead.
+            dead (`Tensor`, *optional*): The dead latents, ascending; `None` where there are none.
             widths (`list[int]`): Prefix widths of this step.
             weights (`list[float]`): What [`level_weights`] gives for them.
-            sparsity (`float`): Coefficient of the sparsity penalty.
+            sparsity (`Tensor` or `float`): Coefficient of the sparsity penalty.
 
         Returns:
             The loss, and detached statistics of this process: `sse` (P,), `variance`, `l0`, `fired` (F,),
             `energy` (F,): the mean of `(a * ||d||)^2`, `auxk`.
         """
-        pairs, losses = self._reconstruct(x, widths, weights)
-        prefixes = losses.pop("prefixes")
-        loss = losses["reconstruction"]
-        if sparsity:
+        loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
+        if isinstance(sparsity, Tensor) or sparsity:
             loss = loss + sparsity * self._penalty(pairs, widths, weights)
         if self.sae.config.activation_name == "gated":
             loss = loss + self._gate_error(x, pairs)
         auxk = loss.new_zeros(())
-        if self.spec.auxk_coefficient and bool(dead.any()):
-            auxk = self._auxk(x, x - prefixes[-1], dead)
+        if self.spec.auxk_coefficient and dead is not None:
+            auxk = self._auxk(x, residual, dead)
             loss = loss + self.spec.auxk_coefficient * auxk
-        return loss, self._statistics(pairs, losses["sse"], x, auxk)
+        return loss, self._statistics(pairs, sse.detach(), x, auxk)
 
-    def _reconstruct(self, x: Tensor, widths: list[int], weights: list[float]) -> tuple[LatentPairs, dict]:
+    def _reconstruct(
+        self, x: Tensor, widths: list[int], weights: list[float]
+    ) -> tuple[Tensor, LatentPairs, Tensor, Tensor]:
+        """The weighted error, the latents, the error of each prefix and the residual of the last."""
         spec = self.spec
         if spec.multi_topk:
-            with _annealed(self.sae, min(4 * self.sae.k, widths[-1])):
+            k = int(self.sae.k)
+            with _annealed(self.sae, min(4 * k, widths[-1])):
                 wide = self.sae.encode_pairs(x, group=self.group)
-            pairs = wide.keep(_best(wide, int(self.sae.k)))
+            pairs = wide.keep(_best(wide, k))
         else:
             pairs = self.sae.encode_pairs(x, group=self.group)
-        prefixes = self.sae.decode_pairs(pairs, widths)
-        sse = _sse(prefixes, x)
+        sse, residual = self.sae.prefix_errors(pairs, x, widths)
         error = self._weighted(sse, x, weights)
         if spec.multi_topk:
-            error = error + self._weighted(_sse(self.sae.decode_pairs(wide, widths), x), x, weights) / 8
-        return pairs, {"reconstruction": error, "sse": sse.detach(), "prefixes": prefixes}
+            error = error + self._weighted(self.sae.prefix_errors(wide, x, widths)[0], x, weights) / 8
+        return error, pairs, sse, residual
 
     def _weighted(self, sse: Tensor, x: Tensor, weights: list[float]) -> Tensor:
+        levels = list(sse.unbind())
         if self.spec.bias_level:
-            sse = torch.cat([(self.sae.b_dec - x).square().sum(-1).mean()[None], sse])
-        error = (sse * sse.new_tensor(weights)).sum()
+            levels = [(self.sae.b_dec - x).square().sum(-1).mean(), *levels]
+        # Numbers, not a tensor of weights: nothing is copied to the device.
+        error = sum(weight * level for weight, level in zip(weights, levels, strict=True))
         if self.spec.error_unit == "mean":
             return error / x.shape[1]
         return error / variance(x, self.group) if self.spec.error_unit == "fvu" else error
@@ -158,16 +169,14 @@ class Objective(nn.Module):
         if self.spec.sparsity_penalty == "log":
             strength = torch.log1p(strength / 0.1)
         # A latent pays in every prefix that holds it.
-        levels = strength.new_tensor(weights[-len(widths) :])
-        held = levels.flip(0).cumsum(0).flip(0) / levels.sum()
-        group = torch.bucketize(pairs.cols, torch.tensor(widths, device=pairs.cols.device), right=True)
-        return (strength * held[group]).sum() / num_rows
+        levels = weights[-len(widths) :]
+        share = sum((pairs.cols < width) * (level / sum(levels)) for width, level in zip(widths, levels, strict=True))
+        return (strength * share).sum() / num_rows
 
     def _gate_error(self, x: Tensor, pairs: LatentPairs) -> Tensor:
         """`||x - (relu(gate) W_dec + b_dec)||^2` with a frozen decoder (arXiv 2404.16014, eq. 8)."""
-        gate = LatentPairs(pairs.rows, pairs.cols, torch.relu(pairs.gate), pairs.num_rows, pairs.num_latents)
-        decoded = decode_prefixes(gate, self.sae.decoder().detach(), [pairs.num_latents])[0] + self.sae.b_dec.detach()
-        return (x - decoded).square().sum(-1).mean()
+        gate = pairs.with_values(torch.relu(pairs.gate))
+        return self.sae.prefix_errors(gate, x, [pairs.num_latents], frozen=True)[0][0]
 
     def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """What the dead latents that come nearest to firing leave of the residual (arXiv 2406.04093, section A.2).
@@ -175,28 +184,26 @@ class Objective(nn.Module):
         `residual` is x - reconstruction: b_dec is taken off once, and what is decoded here adds none.
         """
         spec, sae = self.spec, self.sae
-        ids = dead.nonzero().squeeze(1)
         wanted = spec.auxk_k or max(1, x.shape[1] // 2)
         if spec.auxk_detach_residual:
             residual = residual.detach()
-        W_enc, b_enc, W_dec = _rows_of_dead(sae, ids)
-        b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
-        with torch.no_grad():
-            pre = linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
-            cols = pre.topk(min(wanted, len(ids)), dim=-1).indices.sort(-1).values
-        rows = torch.arange(len(x), device=x.device).repeat_interleave(cols.shape[1])
-        values = encode_pairs(x, W_enc, b_enc, b_dec, pre, rows, cols.flatten()).to(W_dec.dtype)
-        if spec.auxk_rectify:
-            values = torch.relu(values)
-        pairs = LatentPairs(rows, cols.flatten(), values, len(x), len(ids))
-        error = _sse(decode_prefixes(pairs, W_dec, [len(ids)]), residual)[0]
+        # Sparse gradients: rows of latents that are alive are not touched.
+        W_enc, W_dec = embedding(dead, sae.W_enc, sparse=True), embedding(dead, sae.W_dec, sparse=True)
+        b_enc, b_dec = sae.b_enc[dead], sae.b_dec if sae.config.apply_b_dec_to_input else None
+        if sae.config.scale_by_decoder_norm:
+            norms = W_dec.norm(dim=1)
+            W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
+        few = len(dead) <= _DENSE_AUXK * wanted
+        error = (_few_dead if few else _many_dead)(
+            x, residual, W_enc, b_enc, b_dec, W_dec, wanted, torch.relu if spec.auxk_rectify else torch.clone
+        )
         if spec.error_unit == "mean":
             error = error / x.shape[1]
         if spec.auxk_normalize:
             spread = variance(residual, self.group)
             spread = spread / x.shape[1] if spec.error_unit == "mean" else spread
             error = torch.where(spread > 0, error / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
-        return error * min(len(ids) / wanted, 1.0) if spec.auxk_scale_by_dead else error
+        return error * min(len(dead) / wanted, 1.0) if spec.auxk_scale_by_dead else error
 
     @torch.no_grad()
     def _statistics(self, pairs: LatentPairs, sse: Tensor, x: Tensor, auxk: Tensor) -> dict[str, Tensor]:
@@ -217,16 +224,27 @@ class Objective(nn.Module):
         return statistics
 
 
-def _sse(prefixes: Tensor, x: Tensor) -> Tensor:
-    return (prefixes - x).square().sum(-1).mean(-1)
+# Up to so many times the places to be filled, all dead latents are computed: three small matmuls are cheaper than the
+# pairs, of which a token has half of D.
+_DENSE_AUXK = 4
 
 
-def _rows_of_dead(sae: SAEModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    W_enc, b_enc, W_dec = sae.W_enc[ids], sae.b_enc[ids], sae.W_dec[ids]
-    if sae.config.scale_by_decoder_norm:
-        norms = W_dec.norm(dim=1)
-        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-    return W_enc, b_enc, W_dec
+def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Tensor:
+    """The error of the `wanted` nearest dead latents of each token, by dense autograd over the dead alone."""
+    values = linear(x if b_dec is None else x - b_dec, W_enc, b_enc).to(W_enc.dtype)
+    if len(W_enc) > wanted:
+        best = values.detach().topk(wanted, dim=-1, sorted=False).indices
+        values = values * torch.zeros_like(values).scatter_(1, best, 1.0)
+    return (activation(values) @ W_dec - residual).square().sum(-1).mean()
+
+
+def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Tensor:
+    """The same from pairs."""
+    blocks = EncoderBlocks(x.detach(), W_enc.detach(), b_enc.detach(), None if b_dec is None else b_dec.detach())
+    rows, cols, pre = select_topk(blocks, wanted)
+    index = PairIndex(rows, cols, len(x), len(W_enc))
+    values = activation(encode_pairs(x, W_enc, b_enc, b_dec, pre, index).to(W_dec.dtype))
+    return prefix_errors(LatentPairs(index, values), W_dec, W_dec.new_zeros(x.shape[1]), residual, [len(W_dec)])[0][0]
 
 
 @contextmanager
@@ -239,9 +257,7 @@ def _annealed(sae: SAEModel, k: float):
 
 
 def _best(pairs: LatentPairs, k: int) -> Tensor:
-    """Mask of each token's k largest pairs."""
-    slots = pairs.to_slots().values.detach()
-    rank = slots.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    counts = torch.bincount(pairs.rows, minlength=pairs.num_rows)
-    slot = torch.arange(len(pairs.rows), device=pairs.rows.device) - (counts.cumsum(0) - counts)[pairs.rows]
-    return rank[pairs.rows, slot] < k
+    """The k largest of each token's pairs, of which each token has as many."""
+    values = pairs.values.detach().view(pairs.num_rows, -1)
+    best = values.topk(min(k, values.shape[1]), dim=-1, sorted=False).indices.sort(dim=-1).values
+    return (best + torch.arange(len(values), device=values.device)[:, None] * values.shape[1]).flatten()

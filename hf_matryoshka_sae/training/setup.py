@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..activations import (
     ActivationStream,
     CachedActivationStream,
     DatasetConfig,
+    PrefetchedStream,
     Split,
     TokenBatch,
     TokenStream,
@@ -48,7 +50,8 @@ class Harvest:
     Args:
         model (`nn.Module`): The language model.
         hookpoints (`list[str]`): Resolved.
-        stream ([`ActivationStream`]): Endless shuffled batches of hidden states, with a state.
+        stream ([`ActivationStream`], [`CachedActivationStream`] or [`PrefetchedStream`]): Endless shuffled batches of
+            hidden states on the SAEs' device, with a state.
         statistics (`dict[str, ActivationStatistics]`): Of each hookpoint.
         sample (`dict[str, Tensor]`): Some hidden states of each hookpoint, equal in all processes.
         heldout (`list[TokenBatch]`): Held-out tokens (empty in all but the main process).
@@ -69,10 +72,13 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
 
     Everything that can be wrong with model, data or hookpoints is found here, before anything is trained.
     """
-    model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, accelerator.device)
+    lm_device = _lm_device(config, accelerator)
+    model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, lm_device)
     hookpoints = resolve_hookpoints(model, config.hookpoints)
     heldout = _heldout(config, tokenizer) if accelerator.is_main_process else []
     stream = _stream(config, accelerator, model, tokenizer, hookpoints, batch_size)
+    if overlaps(config.overlap, lm_device, accelerator.num_processes):
+        stream = PrefetchedStream(stream)
     statistics = estimate_statistics(stream, -(-config.normalization_tokens // accelerator.num_processes))
     sample = {name: [] for name in hookpoints}
     for rows in stream.peek(_SAMPLE):
@@ -85,6 +91,42 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
             f"{found.outlier_ratio:.3g}"
         )
     return Harvest(model, hookpoints, stream, statistics, sample, heldout, tokenizer.mask_token_id)
+
+
+def _lm_device(config: RunConfig, accelerator: Accelerator) -> torch.device:
+    """Where the language model runs; raises `ValueError` for a device that is not there or that processes share."""
+    if config.lm_device is None:
+        return accelerator.device
+    try:
+        device = torch.device(config.lm_device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it cannot use
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`lm_device: {config.lm_device}` cannot be used: {reason}") from error
+    if device.type != "cpu" and accelerator.num_processes > 1:
+        raise ValueError(
+            f"`lm_device: {config.lm_device}` would hold the language models of all {accelerator.num_processes} "
+            "processes. Leave it out, so that each runs beside its SAEs, or take `cpu`."
+        )
+    return device
+
+
+def overlaps(wanted: bool | None, lm_device: torch.device, processes: int = 1) -> bool:
+    """Whether the language model runs ahead in a thread of its own.
+
+    Args:
+        wanted (`bool`, *optional*): What the run's `overlap` says. By default it does so on a GPU, and on a CPU where
+            torch's threads leave a core free for each process: every Python thread that calls torch has a pool of
+            them, and two pools on the same cores only get in each other's way.
+        lm_device (`torch.device`): Where the language model runs.
+        processes (`int`, *optional*, defaults to 1): On this machine, where the launcher does not say.
+    """
+    if wanted is not None or lm_device.type != "cpu":
+        return wanted is not False
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return cores - processes * torch.get_num_threads() >= processes
 
 
 def _stream(
@@ -103,6 +145,7 @@ def _stream(
         hookpoints,
         batch_size,
         buffer_tokens,
+        device=accelerator.device,
         dtype=dtype,
         seed=config.seed + rank,
         max_norm_factor=config.max_norm_factor,

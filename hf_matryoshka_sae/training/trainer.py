@@ -32,7 +32,15 @@ logger = get_logger(__name__)
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
 # Fields that may differ between an interrupted run and the one that goes on with it.
-_FREE_TO_CHANGE = {"resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers", "output_dir"}
+_FREE_TO_CHANGE = {
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "trackers",
+    "output_dir",
+    "overlap",
+}
 
 
 class Interrupted(Exception):
@@ -92,8 +100,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder, config.keep_checkpoints, accelerator.process_index, accelerator.wait_for_everyone
         )
-        self.skipped = 0  # in the whole run
-        self.passed_over = 0  # in a row
+        self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
 
     def _claim_folder(self) -> None:
         """Write the run's YAML; go on only with a run of the same fields."""
@@ -115,6 +122,12 @@ class Trainer:
 
     def run(self) -> list[dict[str, Any]]:
         """Train from the newest checkpoint, or the start, to the end."""
+        try:
+            return self._run()
+        finally:
+            self.harvest.stream.close()
+
+    def _run(self) -> list[dict[str, Any]]:
         accelerator, config = self.accelerator, self.config
         start = self._resume() if config.resume else 0
         log = MetricsLog(accelerator, self.folder, config, start)
@@ -130,11 +143,13 @@ class Trainer:
         )
         with _interrupt_flag() as stop:
             for step in range(start, config.steps):
-                good = self._step(stream, step)
+                self._step(stream, step)
                 seen += config.batch_size
                 bar.update(config.batch_size)
                 done = step + 1
-                if good and (done % config.log_every == 0 or done == config.steps):
+                logs = done % config.log_every == 0 or done == config.steps
+                skipped = self._look_for_skips() if logs or accelerator.device.type == "cpu" else False
+                if logs and not skipped:
                     statistics = {learner.name: learner.statistics(step) for learner in self.learners}
                     first = next(iter(statistics.values()))
                     bar.set_postfix(FVU=f"{first.fvu[-1]:.3f}", L0=f"{first.l0:.1f}", dead=f"{first.dead:.1%}")
@@ -153,34 +168,35 @@ class Trainer:
 
     # One step
 
-    def _step(self, stream, step: int) -> bool:
-        """One optimizer step of every dictionary; False where the batch was not usable."""
+    def _step(self, stream, step: int) -> None:
+        """One optimizer step of every dictionary; what is not finite changes nothing."""
         batches = [next(stream) for _ in range(self.config.gradient_accumulation_steps)]
-        finite = all(bool(torch.isfinite(states).all()) for batch in batches for states in batch.values())
-        if self._any(not finite):
-            self._pass_over("hidden states with NaN or infinite values")
-            return False
         for batch in batches:
             with self.accelerator.accumulate(*(learner.objective for learner in self.learners)):
                 for learner in self.learners:
                     learner.accumulate(batch[learner.hookpoint], step)
-        changed = [learner.step(step) for learner in self.learners]
-        if not all(changed):
-            self._pass_over("gradients with NaN or infinite values")
-            return False
-        self.passed_over = 0
-        return True
+        for learner in self.learners:
+            learner.step(step)
 
-    def _pass_over(self, what: str) -> None:
-        self.skipped += 1
-        self.passed_over += 1
-        logger.warning(f"A step was skipped: {what} ({self.skipped} so far).")
-        if self.passed_over >= _PATIENCE:
-            hookpoints = ", ".join(dict.fromkeys(learner.hookpoint for learner in self.learners))
-            raise ValueError(
-                f"{_PATIENCE} steps in a row had {what} at {hookpoints}. The weights are unharmed and the last "
-                "checkpoint stands. Try `model_dtype: float32`, another hookpoint, or a lower `lr`."
-            )
+    def _look_for_skips(self) -> bool:
+        """Warn of steps that were left out, and end a run that has only such; whether the last one was.
+
+        The host waits for the device here, so on a GPU this is done when metrics are logged.
+        """
+        found = [learner.skipped() for learner in self.learners]
+        states, gradients, in_a_row = (max(counts) for counts in zip(*found, strict=True))
+        if states + gradients > self.skipped:
+            what = "hidden states" if states > self._skipped_for_states else "gradients"
+            what += " with NaN or infinite values"
+            self.skipped, self._skipped_for_states = states + gradients, states
+            logger.warning(f"A step was skipped: {what} ({self.skipped} so far).")
+            if in_a_row >= _PATIENCE:
+                hookpoints = ", ".join(dict.fromkeys(learner.hookpoint for learner in self.learners))
+                raise ValueError(
+                    f"{in_a_row} steps in a row had {what} at {hookpoints}. The weights are unharmed and the last "
+                    "checkpoint stands. Try `model_dtype: float32`, another hookpoint, or a lower `lr`."
+                )
+        return in_a_row > 0
 
     def _any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -204,15 +220,15 @@ class Trainer:
             )
         for learner, state in zip(self.learners, shared["learners"], strict=True):
             learner.load_state_dict(state)
+        counts = [learner.skipped() for learner in self.learners]
+        self.skipped, self._skipped_for_states = max(sum(count[:2]) for count in counts), max(c[0] for c in counts)
         self.harvest.stream.load_state_dict(own["stream"])
-        self.skipped = shared["skipped"]
         logger.info(f"Going on from step {step} of {self.config.steps} in {self.folder}.")
         return step
 
     def _save(self, step: int) -> Path:
         shared = {
             "processes": self.accelerator.num_processes,
-            "skipped": self.skipped,
             "learners": [learner.state_dict() for learner in self.learners],
         }
         return self.checkpoints.save(step, shared, {"stream": self.harvest.stream.state_dict()})
@@ -228,6 +244,7 @@ class Trainer:
     def _finish(self, stream) -> list[dict[str, Any]]:
         """Calibrate, fold, save, load back, evaluate."""
         calibration = self._calibration_batches(stream)
+        self.harvest.stream.close()  # from here on the language model is the evaluation's
         for learner in self.learners:
             self._save_sae(learner, calibration)
         self.accelerator.wait_for_everyone()
@@ -267,7 +284,7 @@ class Trainer:
 
     def _load_sae(self, learner: Learner) -> SAEModel:
         path = self.folder / learner.name / learner.hookpoint.replace(":", "-")
-        return type(learner.sae).from_pretrained(path).to(self.accelerator.device)
+        return type(learner.sae).from_pretrained(path).to(next(self.harvest.model.parameters()).device)
 
 
 @contextmanager

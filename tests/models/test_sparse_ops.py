@@ -1,91 +1,19 @@
-"""The sparse operations against dense float64 references: selections, slots, gradients, two processes against one."""
+"""The sparse operations against dense float64 references: slots, decoding, gradients."""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.autograd import gradcheck
 
 from hf_matryoshka_sae.models.sparse_ops import (
     LatentPairs,
+    PairIndex,
     SparseLatents,
     decode_prefixes,
     encode_pairs,
     jumprelu,
     pairs_from_slots,
-    preactivations,
-    select_above,
-    select_batch_topk,
-    select_topk,
+    prefix_errors,
 )
-
-from .reference import batch_topk_mask, topk_mask
-
-
-def mask_of(pairs: tuple[torch.Tensor, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    """The pairs as a mask; fails where they are not sorted by token, then by latent, or hold one twice."""
-    rows, cols = pairs
-    flat = rows * shape[1] + cols
-    assert (flat.diff() > 0).all()
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[rows, cols] = True
-    return mask
-
-
-def integers(num_rows: int, num_cols: int) -> torch.Tensor:
-    """Pre-activations with many ties and many negatives."""
-    return torch.randint(-3, 4, (num_rows, num_cols)).double()
-
-
-PRE = {
-    "plain": lambda: torch.randn(7, 13),
-    "ties": lambda: integers(9, 13),
-    "all equal": lambda: torch.ones(5, 11),
-    "all negative": lambda: -torch.rand(5, 8) - 0.1,
-    "few positive": lambda: torch.where(torch.rand(6, 17) < 0.1, 1.0, -1.0),
-    "zeros": lambda: torch.zeros(4, 9),
-    "one token": lambda: torch.randn(1, 13),
-    "one latent": lambda: torch.randn(6, 1),
-    "no token": lambda: torch.randn(0, 13),
-    "bf16": lambda: torch.randn(16, 31).bfloat16(),
-}
-
-
-# Selections
-
-
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [1, 3, 8, 13, 40])
-def test_topk_keeps_the_largest_positive_and_the_lowest_latent_of_equals(pre, k):
-    pre = pre()
-    assert torch.equal(mask_of(select_topk(pre, k), pre.shape), topk_mask(pre, k))
-
-
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [0.1, 1, 2.5, 8, 40])
-def test_batch_topk_keeps_the_largest_positive_of_the_batch_and_the_first_of_equals(pre, k):
-    pre = pre()
-    assert torch.equal(mask_of(select_batch_topk(pre, k), pre.shape), batch_topk_mask(pre, k))
-
-
-@pytest.mark.parametrize("make", [lambda: torch.randn(300, 700), lambda: torch.randn(300, 700).mul(4).round()])
-@pytest.mark.parametrize("k", [0.01, 3.3, 350, 600])
-def test_batch_topk_is_exact_where_the_threshold_comes_from_a_sample(make, k):
-    pre = make()  # 210,000 entries: more than the 65,536 the sample holds
-    assert torch.equal(mask_of(select_batch_topk(pre, k), pre.shape), batch_topk_mask(pre, k))
-
-
-def test_batch_topk_is_exact_where_the_sample_misleads():
-    pre = torch.full((300, 700), 1e-3)
-    pre.view(-1)[::3] = torch.rand(70000) + 1  # the sample's stride: every drawn entry is large
-    assert torch.equal(mask_of(select_batch_topk(pre, 400), pre.shape), batch_topk_mask(pre, 400))
-
-
-def test_above_is_strict_and_takes_a_threshold_for_each_latent():
-    pre = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, -1.0]])
-    rows, cols = select_above(pre, torch.tensor([0.5, 0.4, -2.0]))
-    assert list(zip(rows.tolist(), cols.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (1, 2)]
-    assert mask_of(select_above(pre, 0.0), pre.shape).tolist() == [[True, True, True], [True, False, False]]
 
 
 # Slots and pairs
@@ -93,7 +21,7 @@ def test_above_is_strict_and_takes_a_threshold_for_each_latent():
 
 def random_pairs(num_rows: int, num_latents: int, density: float = 0.3) -> LatentPairs:
     rows, cols = (torch.rand(num_rows, num_latents) < density).nonzero(as_tuple=True)
-    return LatentPairs(rows, cols, torch.rand(len(rows), dtype=torch.float64) + 0.1, num_rows, num_latents)
+    return LatentPairs(PairIndex(rows, cols, num_rows, num_latents), torch.rand(len(rows), dtype=torch.float64) + 0.1)
 
 
 def dense_of(pairs: LatentPairs) -> torch.Tensor:
@@ -153,18 +81,25 @@ def encoder(num_rows: int = 5, num_latents: int = 7, d_in: int = 3):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def preactivations(x, W_enc, b_enc, b_dec, scale=None):
+    pre = (x if b_dec is None else x - b_dec) @ W_enc.T + b_enc
+    return pre if scale is None else pre * scale
+
+
 @pytest.mark.parametrize("subtract", [True, False], ids=["b_dec subtracted", "b_dec unused"])
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "plain"])
 @pytest.mark.parametrize("density", [0.4, 0.0, 1.0])
-def test_encoder_gradients_match_finite_differences(density, subtract):
+def test_encoder_gradients_match_finite_differences(density, scaled, subtract):
     x, W_enc, b_enc, b_dec = encoder()
     pairs = random_pairs(5, 7, density)
 
-    def function(x, W_enc, b_enc, b_dec):
+    def function(x, W_enc, b_enc, b_dec, scale):
         b_dec = b_dec if subtract else None
-        pre = preactivations(x, W_enc, b_enc, b_dec)
-        return encode_pairs(x, W_enc, b_enc, b_dec, pre, pairs.rows, pairs.cols)
+        scale = scale if scaled else None
+        pre = preactivations(x, W_enc, b_enc, b_dec, scale)[pairs.rows, pairs.cols]
+        return encode_pairs(x, W_enc, b_enc, b_dec, pre, pairs.index, scale)
 
-    assert gradcheck(function, (x, W_enc, b_enc, b_dec))
+    assert gradcheck(function, (x, W_enc, b_enc, b_dec, torch.rand(7, dtype=torch.float64, requires_grad=True) + 0.5))
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["x", "W_enc", "b_enc", "b_dec"])
@@ -174,7 +109,7 @@ def test_encoder_gradients_do_not_depend_on_which_are_asked_for(wanted):
     weights = torch.randn(len(pairs.rows), dtype=torch.float64)
     (pre[pairs.rows, pairs.cols] * weights).sum().backward()
     alone = [tensor.detach().requires_grad_(i == wanted) for i, tensor in enumerate(inputs)]
-    (encode_pairs(*alone, pre, pairs.rows, pairs.cols) * weights).sum().backward()
+    (encode_pairs(*alone, pre[pairs.rows, pairs.cols], pairs.index) * weights).sum().backward()
     torch.testing.assert_close(alone[wanted].grad, inputs[wanted].grad)
     assert all(tensor.grad is None for i, tensor in enumerate(alone) if i != wanted)
 
@@ -189,7 +124,7 @@ def test_decoding_all_prefixes_equals_decoding_each_and_its_gradients_match_fini
     values = pairs.values.clone().requires_grad_()
 
     def function(values, W_dec):
-        return decode_prefixes(LatentPairs(pairs.rows, pairs.cols, values, num_rows, 7), W_dec, widths)
+        return decode_prefixes(pairs.with_values(values), W_dec, widths)
 
     direct = torch.stack([dense_of(pairs)[:, :width] @ W_dec[:width] for width in widths])
     out = function(values, W_dec)
@@ -197,6 +132,38 @@ def test_decoding_all_prefixes_equals_decoding_each_and_its_gradients_match_fini
     torch.testing.assert_close(out, direct)
     if num_rows:
         assert gradcheck(function, (values, W_dec))
+
+
+@pytest.mark.parametrize("widths", [[7], [1, 7], [2, 3, 7], [1, 2, 3, 4, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize(("num_rows", "density"), [(5, 0.4), (5, 0.0), (1, 1.0)])
+def test_prefix_errors_are_those_of_each_prefix_and_their_gradients_match_finite_differences(
+    widths, num_rows, density
+):
+    pairs = random_pairs(num_rows, 7, density)
+    shapes = {"W_dec": (7, 3), "b_dec": (3,), "x": (num_rows, 3)}
+    W_dec, b_dec, x = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values())
+    values = pairs.values.clone().requires_grad_()
+
+    def function(values, W_dec, b_dec, x):
+        return prefix_errors(pairs.with_values(values), W_dec, b_dec, x, widths)
+
+    sse, residual = function(values, W_dec, b_dec, x)
+    decoded = torch.stack([dense_of(pairs)[:, :width] @ W_dec[:width] + b_dec for width in widths])
+    torch.testing.assert_close(sse, (x - decoded).square().sum(-1).mean(-1))
+    torch.testing.assert_close(residual, x - decoded[-1])
+    assert gradcheck(function, (values, W_dec, b_dec, x))
+    # One of the two outputs alone
+    assert gradcheck(lambda *inputs: function(*inputs)[0], (values, W_dec, b_dec, x))
+    assert gradcheck(lambda *inputs: function(*inputs)[1], (values, W_dec, b_dec, x))
+
+
+def test_prefix_errors_can_be_differentiated_twice_through_one_graph():
+    pairs = random_pairs(5, 7)
+    W_dec = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    loss = prefix_errors(pairs, W_dec, torch.zeros(3, dtype=torch.float64), x, [2, 7])[0].sum()
+    first, second = (torch.autograd.grad(loss, W_dec, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_decoder_rows_that_did_not_fire_get_no_gradient():
@@ -256,44 +223,3 @@ def test_jumprelu_compares_bf16_values_with_unrounded_thresholds():
     assert gate.item() == 1 and torch.equal(values, z)
     values.float().sum().backward()
     assert theta.grad.dtype == torch.float32 and theta.grad.item() == pytest.approx(-0.1 / 0.5)
-
-
-# Two processes
-
-
-BATCHES = {
-    "plain": (lambda: torch.randn(8, 13), 2.5),
-    "ties": (lambda: integers(8, 13), 3),
-    "all equal": (lambda: torch.ones(8, 5), 2),
-    "all negative": (lambda: -torch.rand(8, 5) - 0.1, 2),
-    "only the second process fires": (lambda: torch.cat([-torch.ones(4, 9), torch.rand(4, 9)]), 4),
-    "one process holds all of the largest": (lambda: torch.cat([torch.rand(4, 9) + 1, torch.rand(4, 9)]), 3.5),
-    "fewer positive than k": (lambda: torch.where(torch.rand(8, 9) < 0.2, torch.rand(8, 9), -torch.ones(8, 9)), 6),
-    "less than one place for each process": (lambda: torch.rand(8, 9), 0.2),
-    "more places than entries": (lambda: torch.rand(8, 3), 7),
-}
-
-
-def _select_on_rank(rank: int, folder: str, joined: dict, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        for name, (pre, k) in joined.items():
-            mine = pre.chunk(2)[rank]
-            rows, cols = select_batch_topk(mine, k, dist.group.WORLD)
-            results.put((rank, name, rows.tolist(), cols.tolist()))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_batch_topk_over_two_processes_equals_one_process_on_the_joined_batch(tmp_path):
-    joined = {name: (make(), k) for name, (make, k) in BATCHES.items()}
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_select_on_rank, (str(tmp_path), joined, results), nprocs=2)
-    masks = {name: torch.zeros(pre.shape, dtype=torch.bool) for name, (pre, _) in joined.items()}
-    for _ in range(2 * len(joined)):
-        rank, name, rows, cols = results.get()
-        masks[name][torch.tensor(rows, dtype=torch.int64) + rank * len(masks[name]) // 2, cols] = True
-    for name, (pre, k) in joined.items():
-        assert torch.equal(masks[name], batch_topk_mask(pre, k)), name

@@ -49,6 +49,7 @@ def outcome(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
         initialize(sae, spec, torch.randn(64, D), torch.zeros(D), seed=0)
         one = Learner(name, "layer", sae, spec, torch.zeros(D), 1.0, accelerator, 10, N)
         one.tokens_since_fired[::3] = N  # AuxK has something to do from the start
+        one._find_dead()
         result = {}
         for step in range(3):
             share = data(step).chunk(world)[rank]
@@ -62,7 +63,7 @@ def outcome(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
         result |= {f"weight {key}": p.detach().clone() for key, p in sae.named_parameters()}
         result["since fired"] = one.tokens_since_fired.clone().float()
         result["l0"] = one.last["l0"].clone()
-        result["sparsity"] = torch.tensor(one.sparsity)
+        result["sparsity"] = one.sparsity
         if name == "batch_topk":
             sae = one.finished()
             chunks = (data(step).chunk(world)[rank] for step in range(10, 20))

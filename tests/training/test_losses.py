@@ -34,7 +34,7 @@ def make(**fields):
 
 def run(spec, sae, x, dead=None, sparsity=0.0, widths=None):
     widths = widths or sae.prefix_widths
-    dead = torch.zeros(F, dtype=torch.bool) if dead is None else dead
+    dead = None if dead is None else dead.nonzero().squeeze(1)
     loss, statistics = Objective(sae, spec)(x, dead, widths, level_weights(spec, len(widths)), sparsity)
     return loss, statistics
 

@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoModel
 from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training import trainer as trainer_module
+from hf_matryoshka_sae.training.setup import _lm_device, overlaps
 
 
 RUN = {
@@ -102,6 +105,83 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_the_same(finished, t
     assert equal(weights(finished[0]), weights(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == "activation-reader"]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_reading_ahead_changes_no_weight_even_after_an_interruption(finished, tmp_path, monkeypatch, overlap):
+    threads = []
+
+    def counted(self, stream, step, before=trainer_module.Trainer._step):
+        if len(threads) == 7:
+            signal.raise_signal(signal.SIGINT)
+        good = before(self, stream, step)
+        threads.append(len(readers()))
+        return good
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    with pytest.raises(Interrupted):
+        train(config(tmp_path, overlap=overlap, lm_device="cpu"))
+    assert not readers()
+    train(config(tmp_path, overlap=not overlap, lm_device="cpu"))
+    assert not readers()
+    assert threads == [overlap] * 8 + [not overlap] * 12
+    assert equal(weights(finished[0]), weights(tmp_path))
+
+
+def test_a_failing_step_leaves_no_thread(tmp_path, monkeypatch):
+    def failing(self, stream, step, before=trainer_module.Trainer._step):
+        if step == 2:
+            raise RuntimeError("out of memory")
+        return before(self, stream, step)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(tmp_path, overlap=True))
+    assert not readers()
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "threads", "processes", "expected"),
+    [
+        ("cuda:0", 1, 1, 1, True),
+        ("cpu", 1, 1, 1, False),
+        ("cpu", 2, 1, 1, True),
+        ("cpu", 2, 2, 1, False),
+        ("cpu", 4, 8, 1, False),
+        ("cpu", 4, 1, 2, True),
+        ("cpu", 3, 1, 2, False),
+    ],
+)
+def test_reading_ahead_needs_a_gpu_or_a_core(monkeypatch, device, cores, threads, processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert overlaps(None, torch.device(device), processes) is expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert overlaps(None, torch.device(device)) is expected
+    assert overlaps(True, torch.device(device)) and not overlaps(False, torch.device(device))
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert overlaps(None, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("device", ["gpu0", "cuda:77", "meta"])
+def test_a_language_models_device_that_is_not_there_is_refused(tmp_path, device):
+    with pytest.raises(ValueError, match=f"`lm_device: {device}` cannot be used"):
+        train(config(tmp_path, lm_device=device))
+
+
+def test_processes_do_not_share_a_language_models_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.tensor(0))  # as if it were there
+    several = types.SimpleNamespace(num_processes=2, device=torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="all 2 processes"):
+        _lm_device(config(tmp_path, lm_device="cuda:0"), several)
+    assert _lm_device(config(tmp_path, lm_device="cpu"), several) == torch.device("cpu")
+    assert _lm_device(config(tmp_path), several) == several.device
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(finished, tmp_path, caplog):
