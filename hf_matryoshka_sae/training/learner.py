@@ -15,6 +15,10 @@ from .losses import Objective, all_sum, level_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 
 
+# Entries of the decoder that are projected at once: what fits a CPU's cache; few launches on a GPU.
+_PIECE = {"cpu": 2**18, "cuda": 2**26}
+
+
 @dataclass
 class StepStatistics:
     """What a step tells about a dictionary, averaged over processes and micro-batches.
@@ -162,8 +166,11 @@ class Learner:
         """Take the part of the decoder's gradient along each row away: a unit row only turns."""
         gradient = self.sae.W_dec.grad
         if self.spec.unit_norm_decoder and gradient is not None:
-            along = torch.linalg.vecdot(gradient, self.sae.W_dec)
-            gradient.addcmul_(along[:, None], self.sae.W_dec, value=-1)
+            # vecdot forms the product first: in pieces it stays in the cache, and no copy of W_dec is made.
+            size = max(1, _PIECE.get(gradient.device.type, 2**26) // gradient.shape[1])
+            for part, rows in zip(gradient.split(size), self.sae.W_dec.split(size), strict=True):
+                along = torch.linalg.vecdot(part, rows)
+                part.addcmul_(along[:, None], rows, value=-1)
 
     @torch.no_grad()
     def _project_decoder(self, changed: Tensor | None = None) -> None:

@@ -75,7 +75,7 @@ def variance(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`mean over tokens of ||x - mean||^2` over the joined batch, for `(N, D)` rows; no gradient."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     # One reduction: the sum of rows, the sum of squares, the count.
-    packed = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
+    packed = torch.cat([x.sum(0), x.square().sum()[None], x.new_full((1,), float(len(x)))])
     *total, squares, count = all_sum(packed, group).split([x.shape[1], 1, 1])
     return ((squares - total[0].square().sum() / count) / count).clamp(min=0).squeeze()
 
