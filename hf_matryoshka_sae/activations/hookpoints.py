@@ -8,6 +8,7 @@ and an exception raised by the last hook ends the forward pass before the next m
 import difflib
 import fnmatch
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -137,15 +138,20 @@ def run_model(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[str, object], Tensor | None]]]) -> Iterator[None]:
-    """Calls `hook(hookpoint, value)` when the forward pass gets to each hookpoint.
+    """Calls `hook(hookpoint, value)` when this thread's forward pass gets to each hookpoint.
 
     A tensor that a hook returns takes the place of the hidden states. The hooks are gone when the block ends, however
-    it ends.
+    it ends. A forward pass of another thread does not see them.
     """
+    owner = threading.get_ident()
+
+    def of_this_thread(hook: Callable) -> Callable:
+        return lambda hookpoint, value: hook(hookpoint, value) if threading.get_ident() == owner else None
+
     handles = []
     try:
         for hookpoint, hook in hooks:
-            handles.append(_register(model, hookpoint, hook))
+            handles.append(_register(model, hookpoint, of_this_thread(hook)))
         yield
     finally:
         for handle in handles:

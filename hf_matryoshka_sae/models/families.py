@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_topk
-from .sparse_ops import jumprelu
+from .sparse_ops import jumprelu, row_norms
 
 
 class Relu:
@@ -103,7 +103,7 @@ class Gated(Relu):
     def values(model, pre, cols):
         b_enc, b_mag = model.b_enc, model.b_mag
         if model.config.scale_by_decoder_norm:  # `pre` is, so both biases are
-            norms = model.decoder_norms()
+            norms = row_norms(model.W_dec)
             b_enc, b_mag = b_enc * norms, b_mag * norms
         return torch.relu(model.r_mag[cols].exp() * (pre - b_enc[cols]) + b_mag[cols]), pre
 

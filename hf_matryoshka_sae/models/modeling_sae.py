@@ -42,6 +42,7 @@ from .sparse_ops import (
     encode_pairs,
     pairs_from_slots,
     prefix_errors,
+    row_norms,
 )
 
 
@@ -133,7 +134,7 @@ class SAEModel(PreTrainedModel):
         width = self._checked_width(width)
         encoded = width if selection == "restrict" else self.config.num_latents
         b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        scale = self.decoder_norms() if self.config.scale_by_decoder_norm else None
+        scale = row_norms(self.W_dec) if self.config.scale_by_decoder_norm else None
         with torch.no_grad():
             shown = (None if tensor is None else tensor[:encoded] for tensor in (self.W_enc, self.b_enc, scale))
             W_enc, b_enc, factors = shown
@@ -146,16 +147,6 @@ class SAEModel(PreTrainedModel):
         selected = encode_pairs(x, self.W_enc, self.b_enc, b_dec, pre, index, scale).to(W_enc.dtype)
         values, gate = self.family.values(self, selected, cols)
         return LatentPairs(index, values, gate)
-
-    def decoder(self) -> Tensor:
-        """The directions that latents are multiplied with, shape `(F, D)`."""
-        if self.config.scale_by_decoder_norm:
-            return self.W_dec / self.decoder_norms()[:, None]
-        return self.W_dec
-
-    def decoder_norms(self) -> Tensor:
-        """Lengths of the decoder's rows, shape `(F,)`; never 0, so that a row of zeros stays one."""
-        return row_norms(self.W_dec)
 
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
@@ -315,7 +306,7 @@ class SAEModel(PreTrainedModel):
     @torch.no_grad()
     def fold_decoder_norm_(self) -> None:
         """Give the decoder unit rows and the encoder their norms (in place; exact for what the config selects by)."""
-        norms = self.decoder_norms()
+        norms = row_norms(self.W_dec)
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms[:, None])
         self.b_enc.mul_(norms)
@@ -368,11 +359,6 @@ class SAEModel(PreTrainedModel):
         if broken:
             raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
         return (model, info) if wants_info else model
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """Lengths of rows; never 0."""
-    return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 class ReluSAE(SAEModel):

@@ -36,8 +36,8 @@ Selection = tuple[Tensor, Tensor, Tensor]
 class EncoderBlocks:
     """The pre-activations `((x - b_dec) W_enc^T + b_enc) * scale`, computed a block of latents at a time.
 
-    Iterating gives `(first latent, block)`, latents ascending. A block `(N, B)` is padded with -inf to whole groups and
-    is overwritten by the next one. Under autocast the product is taken in its type.
+    Iterating gives `(first latent, block)`, latents ascending. A block `(N, B)` is padded with -inf to whole groups
+    and is overwritten by the next one. Under autocast the product is taken in its type.
 
     Args:
         x (`Tensor` of shape `(N, D)`): Hidden states.
@@ -192,8 +192,8 @@ def _joined(parts: list[Selection]) -> Selection:
     return rows[order], cols[order], values[order]
 
 
-# Where the host may look: lists of candidates above a floor that never exceeds the cut. `bags` is N where every row has
-# its own cut, 1 where the batch has one.
+# Where the host may look: lists of candidates above a floor that never exceeds the cut. `bags` is N where every row
+# has its own cut, 1 where the batch has one.
 
 
 def _lower_bound(block: Tensor, maxima: Tensor, bags: int, count: int) -> Tensor:

@@ -44,6 +44,11 @@ class SparseLatents:
         return (self.values > 0).sum(-1)
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths of rows, `(F,)`; never 0, so that a row of zeros can be divided by its own."""
+    return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
 @dataclass
 class PairIndex:
     """Where the pairs of a batch are: tokens and latents, sorted by token, then by latent.
@@ -256,8 +261,8 @@ class _DecodeGroups(torch.autograd.Function):
 class _PrefixErrors(torch.autograd.Function):
     """The squared error of every prefix and the residual of the last.
 
-    The error of prefix p is e_p = b_dec - x + the groups up to p. Backward: with G_p = 2 / N * dL/dsse_p * e_p, group g
-    receives the suffix sum S_g of G_p over p >= g. Both ways are P passes over [N, D].
+    The error of prefix p is e_p = b_dec - x + the groups up to p. Backward: with G_p = 2 / N * dL/dsse_p * e_p, group
+    g receives the suffix sum S_g of G_p over p >= g. Both ways are P passes over [N, D].
     """
 
     @staticmethod
@@ -339,8 +344,8 @@ def prefix_errors(
         x (`Tensor` of shape `(N, D)`): What is reconstructed.
 
     Returns:
-        The errors `(P,)`, summed over D and averaged over tokens, and the residual `x - reconstruction` `(N, D)` of the
-        last prefix; both differentiable.
+        The errors `(P,)`, summed over D and averaged over tokens, and the residual `x - reconstruction` `(N, D)` of
+        the last prefix; both differentiable.
     """
     return _PrefixErrors.apply(pairs.values, W_dec, b_dec, x, pairs.index, tuple(widths))
 

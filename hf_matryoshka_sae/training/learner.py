@@ -191,7 +191,7 @@ class Learner:
 
     @torch.no_grad()
     def _count(self, step: int, finite: Tensor) -> None:
-        """Counters that need all processes: which latents fired, how many, how strongly. An unusable step counts not."""
+        """Counters that need all processes: which latents fired, how many, how strongly; none of an unusable step."""
         mean = self._means_over_batch()
         before = self.last or {key: torch.zeros_like(value) for key, value in mean.items()}
         self.last = {key: torch.where(finite, value, before[key]) for key, value in mean.items()}

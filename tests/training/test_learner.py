@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config import SAESpec
@@ -13,13 +14,16 @@ from hf_matryoshka_sae.training.learner import Learner
 D, F, K, N, STEPS = 8, 64, 4, 128, 40
 
 
-def learner(accumulation=1, steps=STEPS, d_in=D, **fields):
+def learner(accumulation=1, steps=STEPS, d_in=D, device="cpu", mixed_precision=None, **fields):
     spec = SAESpec.from_dict({"num_latents": F, "k": K, "lr": 1e-2, "lr_decay_fraction": 0.2, **fields}, "")
     if fields.get("k", K) is None:
         spec.k = None
     sae = build_sae(spec.sae_config(d_in, "lm", "layer"))
     initialize(sae, spec, torch.randn(64, d_in), torch.zeros(d_in), seed=0)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    AcceleratorState._reset_state(reset_partial_state=True)  # each may be on another device, in another precision
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
+    )
     mean, scale = (torch.full((D,), 0.5), 2.0) if d_in == D else (torch.zeros(d_in), 1.0)
     return Learner("sae", "layer", sae, spec, mean, scale, accelerator, steps, N)
 

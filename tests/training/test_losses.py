@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_matryoshka_sae.models import build_sae
+from hf_matryoshka_sae.training import losses
 from hf_matryoshka_sae.training.config import SAESpec
 from hf_matryoshka_sae.training.losses import Objective, level_weights, variance
 from hf_matryoshka_sae.training.presets import PRESETS
@@ -220,6 +221,20 @@ def test_auxk_trains_encoder_and_decoder_of_dead_latents_alone():
         ).reshape(F, -1)
         assert change[~DEAD].abs().max() < 1e-12, name
         assert (change[DEAD].abs().sum(1) > 0).all(), name
+
+
+@pytest.mark.parametrize("k_aux", [1, 2, None])
+def test_auxk_is_the_same_from_pairs_and_from_dense_products(k_aux, monkeypatch):
+    spec, sae, x = make(type="batch_topk", auxk_coefficient=1.0, auxk_k=k_aux)
+    seen = []
+    for limit in (10**6, 0):
+        monkeypatch.setattr(losses, "_DENSE_AUXK", limit)
+        loss, statistics = run(spec, sae, x, DEAD)
+        assert statistics["auxk"] > 0
+        parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+        seen.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for dense, pairs in zip(*seen, strict=True):
+        assert torch.allclose(dense, pairs, rtol=1e-9, atol=1e-12)
 
 
 def test_auxk_of_no_residual_is_zero_not_nan():

@@ -1,7 +1,7 @@
 """A training step asks the device nothing: on a GPU each answer would empty its queue.
 
-Seen from the operations dispatched, so that no GPU is needed: what gives numbers to Python, has a shape that depends on
-the data, or copies a Python list to the device.
+Seen from the operations dispatched, so that no GPU is needed: what gives numbers to Python, has a shape that depends
+on the data, or copies a Python list to the device.
 """
 
 import pytest
