@@ -1,14 +1,14 @@
 """One training step of other libraries, each as that library's own trainer makes it.
 
 sae-lens (6.54)
-    `SAETrainer.step`, which `SAETrainer.fit` calls for every batch, on `MatryoshkaBatchTopKTrainingSAE`,
-    `TopKTrainingSAE` or `BatchTopKTrainingSAE`, with the defaults of their configs and of `SAETrainerConfig`: Adam,
-    the gradient's norm clipped to 1, AuxK weighted 1 on latents silent for 1,000 batches.
+    `SAETrainer.step`, which `SAETrainer.fit` calls for every batch, on `MatryoshkaBatchTopKTrainingSAE` or
+    `TopKTrainingSAE`, with the defaults of their configs and of `SAETrainerConfig`: Adam, the gradient's norm clipped
+    to 1, AuxK weighted 1 on latents silent for 1,000 batches.
 dictionary-learning (0.1)
-    `MatryoshkaBatchTopKTrainer.update`, `TopKTrainer.update` or `BatchTopKTrainer.update`, with their defaults: Adam,
-    the decoder's gradient projected, the gradient's norm clipped to 1, rows made unit, AuxK weighted 1/32 on latents
-    silent for 10 million tokens. The threshold that they follow from the 1,000th step on is followed from the second
-    here, as in most of a long run.
+    `MatryoshkaBatchTopKTrainer.update` or `TopKTrainer.update`, with their defaults: Adam, the decoder's gradient
+    projected, the gradient's norm clipped to 1, rows made unit, AuxK weighted 1/32 on latents silent for 10 million
+    tokens. The threshold that they follow from the 1,000th step on is followed from the second here, as in most of a
+    long run.
 sparsify (1.3)
     `Trainer.fit` has no step of its own to call, so its parts are called in its order:
     `set_decoder_norm_to_unit_norm`, `SparseCoder.forward` (which runs in bfloat16 on a GPU, unlike the others), the
@@ -49,7 +49,7 @@ def peer_steps(
         `dict[str, Callable]`: By name, what makes the weights and the optimizer and returns the step, which takes a
         batch `[num_tokens, d_in]` in float32.
     """
-    kinds = ("Matryoshka BatchTopK", "TopK", "BatchTopK")
+    kinds = ("Matryoshka BatchTopK", "TopK")
     factories: dict[str, Factory] = {}
     if find_spec("sae_lens"):
         for kind in kinds:
@@ -90,12 +90,11 @@ def _sae_lens(kind: str, d_in: int, num_latents: int, num_tokens: int, k: int, w
 
 def _dictionary_learning(kind: str, d_in: int, num_latents: int, k: int, widths: list[int], device: str) -> Step:
     """A step of dictionary-learning's trainer."""
-    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+    from dictionary_learning.trainers import matryoshka_batch_top_k, top_k
 
     trainers = {
         "Matryoshka BatchTopK": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
         "TopK": top_k.TopKTrainer,
-        "BatchTopK": batch_top_k.BatchTopKTrainer,
     }
     own = {"group_fractions": _fractions(widths)} if kind.startswith("Matryoshka") else {}
     trainer = trainers[kind](

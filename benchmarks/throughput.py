@@ -122,6 +122,7 @@ def main() -> int:
             if known.config
             else RunConfig.from_dict(DEMO | {"output_dir": folder})
         )
+        config.overlap = False  # a thread that reads ahead would be timed with whatever runs beside it
         trainer = Trainer(config)
         result = {
             "torch": torch.__version__,

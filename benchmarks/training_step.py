@@ -8,7 +8,8 @@ For each shape (d_in, num_latents, tokens, k) and each contender the matmul, our
 step take turns in this process; medians are taken after a warm-up. What counts are ratios to what stood beside it, so
 that other work on the machine weighs on all alike. Peak memory is that of weights, optimizer and steps: on a CPU the
 growth of a child process's resident set, on a GPU what the allocator counts. Prints a table, writes
-`runs/training_step.json` and `.png`, and puts the table into README.md beside this file.
+`runs/training_step.json` and `.png`, and puts the table into README.md beside this file. Shapes measured on the same
+day with the same versions are kept.
 """
 
 import argparse
@@ -178,6 +179,16 @@ def lines_of(shape: Shape, rows: dict[str, dict]) -> Iterator[str]:
     yield ""
 
 
+def name_of(shape: Shape) -> str:
+    return "d {}, F {}, N {}, k {}".format(*shape)
+
+
+def measured_before(setting: str, path: Path) -> dict[str, dict[str, dict]]:
+    """Shapes that an earlier call measured on the same day with the same versions."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return before.get("shapes", {}) if before.get("setting") == setting else {}
+
+
 def heading(device: str) -> str:
     """Versions, date and machine."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -211,7 +222,7 @@ def plot(tables: dict[str, dict[str, dict]], path: Path) -> None:
         colours = ["tab:blue" if name.startswith("ours") else "0.65" for name in names]
         axis.bar_label(axis.barh(names, ratios, color=colours), fmt="%.1f", padding=2)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=shape, xlabel="step time / encoder matmul", xscale="log")
+        axis.set(title=shape, xlabel="step time / encoder matmul", xscale="log", xlim=(0.8, 1.6 * max(ratios)))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -233,17 +244,21 @@ def main() -> None:
         return
     shapes = SHAPES[device]
     shapes = [shapes[i] for i in arguments.shapes] if arguments.shapes else shapes
-    text, tables = [heading(device), ""], {}
+    setting, path = heading(device), arguments.output_dir / "training_step.json"
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    tables = measured_before(setting, path)
     for shape in shapes:
         rows = measure(shape, device, arguments.steps, arguments.only)
         for name, row in rows.items():
             if "error" not in row:
                 row["peak_mb"] = peak_memory(shape, device, name)
-        tables[f"d {shape[0]}, F {shape[1]}, N {shape[2]}, k {shape[3]}"] = rows
-        text += lines_of(shape, rows)
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output_dir / "training_step.json", {"setting": text[0], "shapes": tables})
+        tables[name_of(shape)] = rows
+        write_json(path, {"setting": setting, "shapes": tables})
         plot(tables, arguments.output_dir / "training_step.png")
+    text = [setting, ""]
+    for shape in SHAPES[device]:
+        if name_of(shape) in tables:
+            text += lines_of(shape, tables[name_of(shape)])
     sys.stdout.write("\n".join(text) + "\n")
     if not arguments.leave_readme:
         write_into_readme(device, "\n".join(text))

@@ -144,7 +144,7 @@ class SAEModel(PreTrainedModel):
                 inside = cols < width
                 rows, cols, pre = rows[inside], cols[inside], pre[inside]
         index = PairIndex(rows, cols, len(x), self.config.num_latents)
-        selected = encode_pairs(x, self.W_enc, self.b_enc, b_dec, pre, index, scale).to(W_enc.dtype)
+        selected = encode_pairs(x, self.W_enc, self.b_enc, b_dec, pre, index, scale)
         values, gate = self.family.values(self, selected, cols)
         return LatentPairs(index, values, gate)
 

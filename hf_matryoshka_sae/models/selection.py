@@ -285,20 +285,39 @@ def _cut_fixed(found: Selection, bags: int, count: int) -> tuple[Selection, None
 
 
 def _first_largest(values: Tensor, count: int) -> Tensor:
-    """Positions, ascending, of the `count` largest of each row; of equal ones the first win.
-
-    torch.topk leaves open which of several equal entries it returns, so the position becomes part of the key.
-    """
+    """Positions, ascending, of the `count` largest of each row; of equal ones the first win."""
     if count >= values.shape[1]:
         return torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
     if values.dtype == torch.float64:  # no room for the position in 64 bits
         best = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    else:
-        bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the numbers
-        position = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
-        best = ((ordered.long() << 32) | position).topk(count, dim=1, sorted=False).indices
-    return best.sort(dim=1).values
+        return best.sort(dim=1).values
+    keys = _ordered(values)
+    if len(keys) == 1:
+        return _first_largest_of_all(keys[0], count)[None]
+    # torch.topk leaves open which of several equal entries it returns, so the position becomes part of the key.
+    position = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+    return ((keys << 31) | position).topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers of 32 bits, not negative, in the order of the numbers."""
+    bits = (values.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 equals 0.0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31
+
+
+def _first_largest_of_all(keys: Tensor, count: int) -> Tensor:
+    """The same for one long row, whose cut two histograms find: torch.topk would sort millions of keys."""
+    cut, wanted, among = keys.new_zeros(()), count, keys.new_ones(len(keys))
+    for shift in (16, 0):
+        digit = (keys >> shift) & 0xFFFF
+        # How many of those still in question have at least this digit.
+        at_least = keys.new_zeros(2**16).index_add_(0, digit, among).flip(0).cumsum(0).flip(0)
+        best = (at_least >= wanted).sum() - 1
+        wanted = wanted - F.pad(at_least, (0, 1)).gather(0, best[None] + 1).squeeze(0)
+        among = among * (digit == best)
+        cut = cut | (best << shift)
+    equal = keys == cut
+    return ((keys > cut) | (equal & (equal.cumsum(0) <= wanted))).nonzero_static(size=count).squeeze(1)
 
 
 def _cut_over_processes(values: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

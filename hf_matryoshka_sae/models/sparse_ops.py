@@ -192,7 +192,9 @@ class _EncodePairs(torch.autograd.Function):
     def forward(ctx, x, W_enc, b_enc, b_dec, scale, pre, index):
         ctx.save_for_backward(x, W_enc, b_dec, scale, pre)
         ctx.index, ctx.read_type = index, _read_type(W_enc)
-        return pre.clone()
+        return pre.to(
+            W_enc.dtype, copy=True
+        )  # gradients come back in the masters' type, also where the matmul was bf16
 
     @staticmethod
     @once_differentiable

@@ -156,11 +156,6 @@ class Learner:
         """Steps left out because of hidden states, because of gradients, and in a row just now; the host waits."""
         return tuple(self._skipped.tolist())
 
-    def skip(self) -> None:
-        """Forget the accumulated gradients."""
-        self._micro.clear()
-        self.optimizer.zero_grad()
-
     @torch.no_grad()
     def _project_gradient(self) -> None:
         """Take the part of the decoder's gradient along each row away: a unit row only turns."""

@@ -243,7 +243,7 @@ def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> T
     blocks = EncoderBlocks(x.detach(), W_enc.detach(), b_enc.detach(), None if b_dec is None else b_dec.detach())
     rows, cols, pre = select_topk(blocks, wanted)
     index = PairIndex(rows, cols, len(x), len(W_enc))
-    values = activation(encode_pairs(x, W_enc, b_enc, b_dec, pre, index).to(W_dec.dtype))
+    values = activation(encode_pairs(x, W_enc, b_enc, b_dec, pre, index))
     return prefix_errors(LatentPairs(index, values), W_dec, W_dec.new_zeros(x.shape[1]), residual, [len(W_dec)])[0][0]
 
 

@@ -111,7 +111,6 @@ def test_decoder_rows_stay_unit_and_the_gradient_has_no_part_along_them():
     one._project_gradient()
     along = (one.sae.W_dec.grad * one.sae.W_dec).sum(1)
     assert along.abs().max() < 1e-6
-    one.skip()
 
 
 def test_accumulation_of_two_halves_is_one_step_where_tokens_do_not_compete():
