@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_matryoshka_sae.models import dense_ops
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -24,3 +26,9 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[2.0, -1.0], ids=["pairs", "matmuls"])
+def way(request, monkeypatch) -> None:
+    """Both ways of summing over what fired: small tests would always take the second."""
+    monkeypatch.setattr(dense_ops, "_SHARE", request.param)

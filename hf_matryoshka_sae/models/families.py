@@ -7,9 +7,42 @@ Each family is stateless; its tensors belong to the model. `select` sees blocks 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_topk
-from .sparse_ops import jumprelu, row_norms
+from .sparse_ops import row_norms
+
+
+class _JumpReLU(torch.autograd.Function):
+    """`z * H(z - theta)` and `H(z - theta)`, with rectangle-kernel gradients to theta (arXiv 2407.14435, eq. 11-12).
+
+    The kernel sees the pre-activation z, so that thresholds feel latents on both sides of the jump. `theta` may be of
+    higher precision than `z`: rounded to bf16 it would move past pre-activations.
+    """
+
+    @staticmethod
+    def forward(ctx, z, theta, bandwidth):
+        gate = (z > theta).to(z.dtype)
+        ctx.save_for_backward(z, theta, gate)
+        ctx.bandwidth = bandwidth
+        return z * gate, gate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value, grad_gate):
+        z, theta, gate = ctx.saved_tensors
+        window = ((z - theta).abs() < ctx.bandwidth / 2).to(theta.dtype) / ctx.bandwidth
+        return grad_value * gate, -window * (theta * grad_value + grad_gate), None
+
+
+def jumprelu(z: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """JumpReLU and its gate for pre-activations `z` with thresholds `theta` of the same shape.
+
+    Returns:
+        The activations `z * 1[z > theta]` and the gates `1[z > theta]`; both give gradients to `theta`, and only the
+        first to `z` (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11 and 12).
+    """
+    return _JumpReLU.apply(z, theta, bandwidth)
 
 
 class Relu:

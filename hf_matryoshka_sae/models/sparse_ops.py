@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import triton_ops
+from . import dense_ops, triton_ops
 
 
 @dataclass
@@ -64,6 +64,15 @@ class PairIndex:
     cols: Tensor
     num_rows: int
     num_latents: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are so many pairs that matmuls are cheaper."""
+        return dense_ops.worthwhile(len(self.rows), self.num_rows, self.num_latents)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values `(M,)` of the pairs as an `(N, F)` tensor."""
+        return dense_ops.spread(values, self.rows, self.cols, (self.num_rows, self.num_latents))
 
     @cached_property
     def by_token(self) -> Tensor:
@@ -208,12 +217,16 @@ class _EncodePairs(torch.autograd.Function):
         if scale is not None:
             grad = grad * scale[index.cols]
         grad_b = W_enc.new_zeros(len(W_enc)).index_add_(0, index.cols, grad)
+        centred = (x if b_dec is None else x - b_dec).to(ctx.read_type)
+        spread = index.spread(grad) if index.dense else None
         if need[0]:
-            grads[0] = gather_sum(grad, W_enc, index.cols, index.by_token).to(x.dtype)
-        if need[1]:
+            to_x = gather_sum(grad, W_enc, index.cols, index.by_token) if spread is None else spread @ W_enc
+            grads[0] = to_x.to(x.dtype)
+        if need[1] and spread is None:
             order, offsets = index.by_latent
-            centred = (x if b_dec is None else x - b_dec).to(ctx.read_type)
             grads[1] = gather_sum(grad[order], centred, index.rows[order], offsets).to(W_enc.dtype)
+        elif need[1]:
+            grads[1] = (spread.T.to(centred.dtype) @ centred).to(W_enc.dtype)
         if need[2]:
             grads[2] = grad_b
         if need[3]:
@@ -226,8 +239,11 @@ def _decode_groups(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sum over each group's pairs, `(N, P, D)`, in one pass, and what its backward pass needs."""
     source = W_dec.to(_read_type(W_dec))
+    ctx.index, ctx.W_dtype, ctx.widths = index, W_dec.dtype, widths
+    if index.dense:
+        out = dense_ops.decode_groups(index.spread(values.to(source.dtype)), source, widths)
+        return out.to(W_dec.dtype), (values, source, None, None)
     bags, offsets = index.by_group(widths)
-    ctx.index, ctx.W_dtype = index, W_dec.dtype
     out = gather_sum(values, source, index.cols, offsets).to(W_dec.dtype)
     return out.view(index.num_rows, len(widths), W_dec.shape[1]), (values, source, bags, offsets)
 
@@ -235,8 +251,17 @@ def _decode_groups(
 def _decode_gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the values and to W_dec from those of the group sums."""
     values, source, bags, offsets = saved
-    grad = grad.reshape(-1, grad.shape[-1]).to(source.dtype)
     grad_values = grad_W = None
+    if ctx.index.dense:
+        grad = grad.to(source.dtype)
+        if ctx.needs_input_grad[0]:
+            to_latents = dense_ops.latent_gradients(grad, source, ctx.widths)
+            grad_values = to_latents[ctx.index.rows, ctx.index.cols].to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            latents = ctx.index.spread(values.to(source.dtype))
+            grad_W = dense_ops.decoder_gradients(grad, latents, ctx.widths).to(ctx.W_dtype)
+        return grad_values, grad_W
+    grad = grad.reshape(-1, grad.shape[-1]).to(source.dtype)
     if ctx.needs_input_grad[0]:
         grad_values = pair_dot(grad, bags, offsets, source, ctx.index.cols).to(values.dtype)
     if ctx.needs_input_grad[1]:
@@ -350,35 +375,3 @@ def prefix_errors(
         the last prefix; both differentiable.
     """
     return _PrefixErrors.apply(pairs.values, W_dec, b_dec, x, pairs.index, tuple(widths))
-
-
-class _JumpReLU(torch.autograd.Function):
-    """`z * H(z - theta)` and `H(z - theta)`, with rectangle-kernel gradients to theta (arXiv 2407.14435, eq. 11-12).
-
-    The kernel sees the pre-activation z, so that thresholds feel latents on both sides of the jump. `theta` may be of
-    higher precision than `z`: rounded to bf16 it would move past pre-activations.
-    """
-
-    @staticmethod
-    def forward(ctx, z, theta, bandwidth):
-        gate = (z > theta).to(z.dtype)
-        ctx.save_for_backward(z, theta, gate)
-        ctx.bandwidth = bandwidth
-        return z * gate, gate
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_value, grad_gate):
-        z, theta, gate = ctx.saved_tensors
-        window = ((z - theta).abs() < ctx.bandwidth / 2).to(theta.dtype) / ctx.bandwidth
-        return grad_value * gate, -window * (theta * grad_value + grad_gate), None
-
-
-def jumprelu(z: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """JumpReLU and its gate for pre-activations `z` with thresholds `theta` of the same shape.
-
-    Returns:
-        The activations `z * 1[z > theta]` and the gates `1[z > theta]`; both give gradients to `theta`, and only the
-        first to `z` (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11 and 12).
-    """
-    return _JumpReLU.apply(z, theta, bandwidth)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_matryoshka_sae.models import selection
+from hf_matryoshka_sae.models import dense_ops, selection
 
 from .reference import VARIANTS, assert_close, batch_topk_mask, make_sae, step_with_kernel, topk_mask
 
@@ -82,9 +82,11 @@ def weights_of(sae) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [None, 32, 64], ids=["one block", "blocks of 32", "blocks of 64"])
 @pytest.mark.parametrize("static", [False, True], ids=["listed", "static"])
+@pytest.mark.parametrize("share", [2.0, -1.0], ids=["pairs", "matmuls"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, static, block, monkeypatch):
+def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, share, static, block, monkeypatch):
     set_blocks(monkeypatch, block)
+    monkeypatch.setattr(dense_ops, "_SHARE", share)
     monkeypatch.setattr(selection, "_host_may_look", lambda device: not static)
     sae, x = tied_sae(variant), tied_states()
     ours, dense = step(sae, x, weights_of(sae)), dense_step(sae, x, weights_of(sae))
@@ -149,6 +151,11 @@ def test_nothing_of_size_n_x_f_is_kept_for_the_backward_pass():
         sse, _ = sae.prefix_errors(sae.encode_pairs(x), x, sae.prefix_widths)
         sse.sum().backward()
     assert max(kept) <= 2048 * sae.config.d_in
+
+
+def test_many_latents_that_fire_are_summed_by_matmuls_and_few_are_not():
+    assert dense_ops.worthwhile(num_pairs=500, num_rows=10, num_latents=100)
+    assert not dense_ops.worthwhile(num_pairs=100, num_rows=10, num_latents=100)
 
 
 @pytest.mark.parametrize("num_latents", [1, 31, 33, 100, 1021])

@@ -22,6 +22,9 @@ from .reference import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("way")
+
+
 N = 7
 variants = pytest.mark.parametrize("variant", VARIANTS)
 options = pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)

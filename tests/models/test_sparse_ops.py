@@ -4,16 +4,19 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from hf_matryoshka_sae.models.families import jumprelu
 from hf_matryoshka_sae.models.sparse_ops import (
     LatentPairs,
     PairIndex,
     SparseLatents,
     decode_prefixes,
     encode_pairs,
-    jumprelu,
     pairs_from_slots,
     prefix_errors,
 )
+
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 # Slots and pairs

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_matryoshka_sae.models import sparse_ops, triton_ops
+from hf_matryoshka_sae.models import dense_ops, sparse_ops, triton_ops
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +53,7 @@ def test_pair_dot_adds_up_in_float32(sizes, d_in, dtype):
 
 @pytest.mark.parametrize("widths", [[40], [3, 17, 40]], ids=str)
 def test_a_loss_and_its_gradients_are_those_of_pytorchs_kernels(widths, monkeypatch):
+    monkeypatch.setattr(dense_ops, "_SHARE", 2.0)
     rows, cols = (torch.rand(6, 40, device=DEVICE) < 0.3).nonzero(as_tuple=True)
     index = sparse_ops.PairIndex(rows, cols, 6, 40)
     shapes = {"x": (6, 37), "W_enc": (40, 37), "b_enc": (40,), "b_dec": (37,), "W_dec": (40, 37)}

@@ -12,6 +12,8 @@ from hf_matryoshka_sae.training.presets import PRESETS
 from . import reference
 
 
+pytestmark = pytest.mark.usefixtures("way")
+
 N, D, F, K = 40, 6, 32, 4
 DEAD = torch.arange(F) % 5 == 3
 
