@@ -136,9 +136,8 @@ class SAEModel(PreTrainedModel):
         b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
         scale = row_norms(self.W_dec) if self.config.scale_by_decoder_norm else None
         with torch.no_grad():
-            shown = (None if tensor is None else tensor[:encoded] for tensor in (self.W_enc, self.b_enc, scale))
-            W_enc, b_enc, factors = shown
-            blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, factors)
+            factors = None if scale is None else scale[:encoded]
+            blocks = EncoderBlocks(x, self.W_enc[:encoded], self.b_enc[:encoded], b_dec, factors)
             rows, cols, pre = self.family.select(self, blocks, group)
             if encoded > width:
                 inside = cols < width
