@@ -162,11 +162,7 @@ class SAEModel(PreTrainedModel):
             `ValueError`: if the last dimension is not D, or the width is not between 1 and F.
         """
         flat = self._flattened(hidden_states)
-        pairs = self.encode_pairs(flat, width, selection)
-        slots = pairs.keep(pairs.values != 0).to_slots()
-        # No -1: it cannot be inferred where no token, or no latent, takes part.
-        shape = (*hidden_states.shape[:-1], slots.values.shape[-1])
-        return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
+        return _slots(self.encode_pairs(flat, width, selection), hidden_states.shape[:-1])
 
     # Decoding
 
@@ -225,23 +221,16 @@ class SAEModel(PreTrainedModel):
         config = self.config
         fields = config.truncated(self._checked_width(width))
         widths = fields.get("prefix_widths", [fields["num_latents"]])
-        weights = fields.get("prefix_weights", getattr(config, "prefix_weights", None)) or [1 / len(widths)] * len(
-            widths
-        )
+        weights = fields.get("prefix_weights", getattr(config, "prefix_weights", None))
+        weights = weights or [1 / len(widths)] * len(widths)
         flat = self._flattened(hidden_states)
         pairs = self.encode_pairs(flat, width)
         prefixes = self.decode_pairs(pairs, widths)
         sse = (prefixes - flat).square().sum(-1).mean(-1)
-        slots = pairs.keep(pairs.values != 0).to_slots()
-        shape = hidden_states.shape[:-1]
         output = SAEOutput(
             loss=(sse * sse.new_tensor(weights)).sum(),
-            reconstruction=prefixes[-1].view(*shape, config.d_in),
-            latents=SparseLatents(
-                slots.values.view(*shape, slots.values.shape[-1]),
-                slots.indices.view(*shape, slots.values.shape[-1]),
-                slots.num_latents,
-            ),
+            reconstruction=prefixes[-1].view(*hidden_states.shape[:-1], config.d_in),
+            latents=_slots(pairs, hidden_states.shape[:-1]),
             losses={"sse": sse},
         )
         return output if return_dict is not False else output.to_tuple()
@@ -358,6 +347,14 @@ class SAEModel(PreTrainedModel):
         if broken:
             raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
         return (model, info) if wants_info else model
+
+
+def _slots(pairs: LatentPairs, leading: torch.Size) -> SparseLatents:
+    """The latents that fire, as slots of shape `(*leading, K)`."""
+    slots = pairs.keep(pairs.values != 0).to_slots()
+    # No -1: it cannot be inferred where no token, or no latent, takes part.
+    shape = (*leading, slots.values.shape[-1])
+    return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
 
 
 class ReluSAE(SAEModel):
