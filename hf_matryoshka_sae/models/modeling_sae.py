@@ -168,8 +168,7 @@ class SAEModel(PreTrainedModel):
 
     def decode(self, latents: SparseLatents, width: int | None = None) -> Tensor:
         """The reconstruction `(..., D)` from the latents below `width`."""
-        width = self._checked_width(width)
-        return self._decode(latents, [width])[0]
+        return self._decode(latents, [self._checked_width(width)])[0]
 
     def decode_prefixes(self, latents: SparseLatents) -> Tensor:
         """The reconstruction of every prefix in one pass, shape `(P, ..., D)`."""
