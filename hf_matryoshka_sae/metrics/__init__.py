@@ -1,0 +1,1 @@
+"""`evaluate` modules: thin adapters over `evaluation`."""

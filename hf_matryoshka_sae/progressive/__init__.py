@@ -1,0 +1,1 @@
+"""Rank, sort, prune, grow and code: any dictionary as a progressive one."""

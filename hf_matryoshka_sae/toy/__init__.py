@@ -1,0 +1,1 @@
+"""The tree-of-features toy model (Nabeshima 2024)."""
