@@ -1,0 +1,130 @@
+"""What an SAE is evaluated on: a language model, held-out tokens, and a place in the model."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import (
+    DatasetConfig,
+    TokenBatch,
+    harvest,
+    has_lm_loss,
+    heldout_batches,
+    load_language_model,
+    resolve_hookpoints,
+)
+from .distributed import processes
+
+
+class HasActivations(Protocol):
+    """Anything that gives hidden states anew at each call."""
+
+    def activations(self) -> Iterator[Tensor]:
+        """Batches of hidden states, `(n, D)`."""
+        ...
+
+
+@dataclass
+class HeldOut:
+    """A language model, tokens, and the hookpoint at which SAEs read.
+
+    Args:
+        model (`nn.Module`): The language model, in `eval` mode.
+        batches (`Sequence[TokenBatch]`): Tokens, the same in every process; each process evaluates its share of them.
+        hookpoint (`str`): A module path, or `"path:input"`.
+        mask_token_id (`int`, *optional*): The tokenizer's, for a masked language model.
+        tokenizer (`Any`, *optional*): For what looks at words.
+    """
+
+    model: nn.Module
+    batches: Sequence[TokenBatch]
+    hookpoint: str
+    mask_token_id: int | None = None
+    tokenizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model predicts tokens, so that there is a loss to recapture."""
+        return has_lm_loss(self.model)
+
+    @property
+    def tokens(self) -> int:
+        """Kept positions over all processes."""
+        return sum(int(batch.keep.sum()) for batch in self.batches)
+
+    def share(self) -> Iterator[TokenBatch]:
+        """This process's batches, on the model's device: every world-size-th of all."""
+        rank, world = processes()
+        for batch in self.batches[rank::world]:
+            yield batch.to(self.device)
+
+    def states(self, batch: TokenBatch) -> Tensor:
+        """Hidden states at the kept positions of a batch, `(n, D)` in float32."""
+        states = harvest(self.model, batch.input_ids, batch.attention_mask, [self.hookpoint])[self.hookpoint]
+        return states[batch.keep].float()
+
+    def activations(self) -> Iterator[Tensor]:
+        """Hidden states of this process's share, `(n, D)` in float32, harvested anew at each call."""
+        for batch in self.share():
+            yield self.states(batch)
+
+
+def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Tensor]:
+    """The batches `(n, D)` of either kind of source.
+
+    Args:
+        source ([`HeldOut`], a tensor `(N, D)`, or an iterable of such): What functions call `activations`.
+    """
+    if isinstance(source, Tensor):
+        return [source]
+    return source.activations() if hasattr(source, "activations") else source
+
+
+def open_heldout(
+    model: str = "embedded",
+    hookpoint: str | None = None,
+    dataset: str | dict[str, Any] | DatasetConfig | None = None,
+    tokens: int = 60_000,
+    context_length: int = 128,
+    lm_batch_size: int = 32,
+    exclude: str = "special",
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+) -> HeldOut:
+    """Open a language model and text to evaluate on.
+
+    Args:
+        model (`str`, *optional*, defaults to `"embedded"`): Hub id, folder, or the model that ships with the package.
+        hookpoint (`str`): Where the SAE reads; an SAE's config knows.
+        dataset (`str`, `dict` or [`DatasetConfig`], *optional*): Held-out text, as in a run's YAML; by default the
+            embedded text.
+        tokens (`int`, *optional*, defaults to 60,000), context_length (`int`, *optional*, defaults to 128): How much.
+        lm_batch_size (`int`, *optional*, defaults to 32): Windows in a batch.
+        exclude (`str`, *optional*, defaults to `"special"`): Positions left out: `special`, `first` or `none`.
+        revision (`str`, *optional*), dtype (`str`, *optional*), device (*optional*): Of the language model.
+
+    Raises:
+        `ValueError`: if the model, its hookpoint or the text cannot be found, or the text is too short.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lm, tokenizer = load_language_model(model, revision, dtype, device)
+    if hookpoint is None:
+        raise ValueError("Name the `hookpoint` at which the SAE reads, for example 'model.layers.2'.")
+    (place,) = resolve_hookpoints(lm, [hookpoint])
+    if dataset is None:
+        dataset = DatasetConfig("embedded", split="heldout")
+    elif isinstance(dataset, str):
+        dataset = DatasetConfig(dataset)
+    elif isinstance(dataset, dict):
+        dataset = DatasetConfig(**dataset)
+    batches = heldout_batches(dataset, tokenizer, context_length, tokens, lm_batch_size, exclude=exclude)
+    return HeldOut(lm, batches, place, tokenizer.mask_token_id, tokenizer)
