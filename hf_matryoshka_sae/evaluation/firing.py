@@ -1,0 +1,55 @@
+"""Which latents fire, how often and how strongly: sums that stream, and L0, L1 and dead share of every prefix."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.sparse_ops import LatentPairs
+from .distributed import reduce_sum
+
+
+class FiringSums:
+    """Counts per latent; every prefix follows from them, because latents are dropped, not computed anew.
+
+    Args:
+        num_latents (`int`): F.
+    """
+
+    def __init__(self, num_latents: int):
+        self.tokens = torch.zeros((), dtype=torch.int64)
+        self.fired = torch.zeros(num_latents, dtype=torch.int64)
+        self.total = torch.zeros(num_latents, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, pairs: LatentPairs) -> None:
+        """Count the latents of a batch; a latent fires where its value is above 0."""
+        active = pairs.values > 0
+        cols, values = pairs.cols[active], pairs.values[active]
+        self.tokens += pairs.num_rows
+        self.fired += torch.bincount(cols, minlength=len(self.fired)).to(self.fired.device)
+        self.total += torch.bincount(cols, values.double(), len(self.total)).to(self.total.device)
+
+    def reduce(self) -> "FiringSums":
+        """The counts of all processes."""
+        reduce_sum(self.tokens, self.fired, self.total)
+        return self
+
+    @property
+    def frequency(self) -> Tensor:
+        """Share of tokens on which each latent fires, `(F,)`."""
+        return self.fired.double() / self.tokens
+
+    def rows(self, widths: Sequence[int]) -> list[dict[str, float]]:
+        """`l0` (latents that fire per token), `l1` (sum of their values) and `dead` (share never seen to fire)."""
+        rows = []
+        for width in widths:
+            fired = self.fired[:width]
+            rows.append(
+                {
+                    "l0": (fired.sum() / self.tokens).item(),
+                    "l1": (self.total[:width].sum() / self.tokens).item(),
+                    "dead": (fired == 0).double().mean().item(),
+                }
+            )
+        return rows
