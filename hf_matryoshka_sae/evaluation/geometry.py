@@ -1,0 +1,276 @@
+"""How a dictionary's rows lie to each other, and how often its latents fire, for every prefix.
+
+Names of metrics follow SAEBench (Karvonen et al. 2025, arXiv 2503.09532). All widths are read off one pass: a
+similarity of latents i and j counts for every prefix that holds both, so maxima are taken per group of columns and
+then run over the groups.
+
+Shapes: F latents, D `d_in`, P prefixes, B latents in a block.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import SAEModel
+from ..models.sparse_ops import row_norms
+from .data import HasActivations
+from .distributed import reduce_sum
+from .similarity import checked_batches
+
+
+_BLOCK_ENTRIES = 2**24
+_NEAR = 0.9
+_LOWEST_DECADE, _BINS_PER_DECADE = -8, 4
+
+
+def groups(widths: Sequence[int]) -> list[slice]:
+    """The latents that each width adds to the one before."""
+    return [slice(start, stop) for start, stop in zip([0, *widths], widths, strict=False)]
+
+
+def checked_widths(widths: Sequence[int] | None, sae: SAEModel) -> list[int]:
+    """The widths asked for, by default the prefixes of `sae`.
+
+    Raises:
+        `ValueError`: if they do not strictly increase between 1 and the size of `sae`.
+    """
+    widths = list(sae.prefix_widths if widths is None else widths)
+    latents = sae.config.num_latents
+    if not widths or widths[-1] > latents or any(a >= b for a, b in zip([0, *widths], widths, strict=False)):
+        raise ValueError(f"`widths` must strictly increase from 1 or more to at most {latents}, got {widths}.")
+    return widths
+
+
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at length 1, and which of them have a direction: a row of zeros stays one."""
+    return rows / row_norms(rows)[:, None], rows.norm(dim=1) > 0
+
+
+def prefix_maxima(similarities: Tensor, widths: Sequence[int]) -> Tensor:
+    """The maximum `(B, P)` of each row of `(B, F)` over the first `width` columns, for each width."""
+    return torch.stack([similarities[:, group].amax(1) for group in groups(widths)], 1).cummax(1).values
+
+
+@dataclass
+class LatentGeometry:
+    """The weights of each of the F latents below the last width.
+
+    Cosines are NaN where a row of zeros has no direction, or a latent has no other beside it.
+
+    Args:
+        widths (`list[int]`): P prefix widths.
+        encoder_norm (`Tensor` of shape `(F,)`): Length of the encoder's row.
+        encoder_bias (`Tensor` of shape `(F,)`): `b_enc`.
+        decoder_norm (`Tensor` of shape `(F,)`): Length of the decoder's row.
+        encoder_decoder_cosine_sim (`Tensor` of shape `(F,)`): Of the latent's two rows.
+        max_encoder_cosine_sim (`Tensor` of shape `(F, P)`): The largest with any other latent of each prefix.
+        max_decoder_cosine_sim (`Tensor` of shape `(F, P)`): The same for the decoder's rows.
+    """
+
+    widths: list[int]
+    encoder_norm: Tensor
+    encoder_bias: Tensor
+    decoder_norm: Tensor
+    encoder_decoder_cosine_sim: Tensor
+    max_encoder_cosine_sim: Tensor
+    max_decoder_cosine_sim: Tensor
+
+
+@torch.no_grad()
+def latent_geometry(
+    sae: SAEModel, widths: Sequence[int] | None = None, block_latents: int | None = None
+) -> LatentGeometry:
+    """Norms and cosine similarities of every latent, from the weights alone.
+
+    Similarities are computed B rows at a time: F^2 D operations and B x F numbers, whatever the number of widths.
+
+    Args:
+        sae ([`SAEModel`]): An SAE.
+        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
+        block_latents (`int`, *optional*): B; by default what fits 64 MB.
+
+    Raises:
+        `ValueError`: if the widths do not increase, or weights are not finite.
+    """
+    widths = checked_widths(widths, sae)
+    encoder, decoder = sae.W_enc[: widths[-1]].float(), sae.W_dec[: widths[-1]].float()
+    if not (encoder.isfinite().all() and decoder.isfinite().all()):
+        raise ValueError("The SAE's weights hold NaN or infinity; its geometry cannot be measured.")
+    (encoder_unit, encoder_directed), (decoder_unit, decoder_directed) = unit_rows(encoder), unit_rows(decoder)
+    cosine = (encoder_unit * decoder_unit).sum(1)
+    return LatentGeometry(
+        widths=widths,
+        encoder_norm=encoder.norm(dim=1),
+        encoder_bias=sae.b_enc[: widths[-1]].float().clone(),
+        decoder_norm=decoder.norm(dim=1),
+        encoder_decoder_cosine_sim=torch.where(encoder_directed & decoder_directed, cosine, torch.nan),
+        max_encoder_cosine_sim=max_cosines(encoder, widths, block_latents),
+        max_decoder_cosine_sim=max_cosines(decoder, widths, block_latents),
+    )
+
+
+def max_cosines(rows: Tensor, widths: Sequence[int], block_rows: int | None = None) -> Tensor:
+    """The largest cosine similarity of each row with any other row of each prefix.
+
+    Args:
+        rows (`Tensor` of shape `(F, D)`): For instance a decoder.
+        widths (`Sequence[int]`): P strictly increasing widths that end at F.
+        block_rows (`int`, *optional*): Rows compared with all others at a time; by default what fits 64 MB.
+
+    Returns:
+        `Tensor` of shape `(F, P)`: NaN for a row of zeros and where a prefix holds no other row that is not zero.
+    """
+    unit, directed = unit_rows(rows)
+    size = block_rows or max(1, _BLOCK_ENTRIES // len(unit))
+    maxima = []
+    for start in range(0, len(unit), size):
+        similarities = (unit[start : start + size] @ unit.T).masked_fill_(~directed, -torch.inf)
+        similarities.diagonal(start).fill_(-torch.inf)
+        maxima.append(prefix_maxima(similarities, widths))
+    found = torch.cat(maxima).clamp_(max=1)
+    found[~directed] = torch.nan
+    return found.masked_fill_(found == -torch.inf, torch.nan)
+
+
+@torch.no_grad()
+def weight_geometry(
+    sae: SAEModel, widths: Sequence[int] | None = None, block_latents: int | None = None
+) -> list[dict[str, Any]]:
+    """The geometry of every prefix: how many of its latents repeat each other.
+
+    Redundancy of the decoder is told in three ways. With unit rows u_i and the eigenvalues l of their covariance
+    1/n sum (u_i - mean)(u_i - mean)^T, the `participation_ratio` is (sum l)^2 / sum l^2 and the `effective_rank` is
+    exp(-sum p log p), p = l / sum l (Roy & Vetterli 2007): both are D for rows spread evenly over all directions and 1
+    for rows on a line. `share_near_duplicates` is the share of rows whose largest cosine with another is above 0.9.
+    Lengths are left out because an SAE may move them between its encoder and its decoder.
+
+    Args:
+        sae ([`SAEModel`]), widths (*optional*), block_latents (*optional*): As in [`latent_geometry`].
+
+    Returns:
+        `list[dict]`: a row per width. Rows of zeros are left out of means and counted; a mean over nothing is `None`.
+    """
+    latents = latent_geometry(sae, widths, block_latents)
+    found = []
+    for p, (width, covariance) in enumerate(_covariances(sae.W_dec, latents.widths)):
+        nearest = latents.max_decoder_cosine_sim[:width, p]
+        rank, ratio = _spread(covariance)
+        found.append(
+            {
+                "width": width,
+                "average_max_encoder_cosine_sim": _mean(latents.max_encoder_cosine_sim[:width, p]),
+                "average_max_decoder_cosine_sim": _mean(nearest),
+                "encoder_decoder_cosine_sim": _mean(latents.encoder_decoder_cosine_sim[:width]),
+                "encoder_norm": _mean(latents.encoder_norm[:width]),
+                "encoder_bias": _mean(latents.encoder_bias[:width]),
+                "decoder_norm": _mean(latents.decoder_norm[:width]),
+                "share_near_duplicates": _mean(torch.where(nearest.isnan(), nearest, (nearest > _NEAR).to(nearest))),
+                "effective_rank": rank,
+                "participation_ratio": ratio,
+                "zero_encoder_rows": int((latents.encoder_norm[:width] == 0).sum()),
+                "zero_decoder_rows": int((latents.decoder_norm[:width] == 0).sum()),
+            }
+        )
+    return found
+
+
+def _mean(values: Tensor) -> float | None:
+    values = values[~values.isnan()].double()
+    return values.mean().item() if len(values) else None
+
+
+def _covariances(rows: Tensor, widths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The covariance `(D, D)` of the unit rows of each prefix, in float64; rows of zeros are left out."""
+    count, total, outer = 0, 0.0, 0.0
+    for width, group in zip(widths, groups(widths), strict=True):
+        unit, directed = unit_rows(rows[group].double())
+        part = unit[directed]
+        count, total, outer = count + len(part), total + part.sum(0), outer + part.T @ part
+        mean = total / max(1, count)
+        yield width, outer / max(1, count) - mean.outer(mean)
+
+
+def _spread(covariance: Tensor) -> tuple[float | None, float | None]:
+    """Effective rank and participation ratio of a covariance of unit rows; `None` where the rows are all one."""
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    total = eigenvalues.sum()
+    if total < 1e-12:  # rounding: unit rows add up to at most 1
+        return None, None
+    shares = eigenvalues / total
+    return torch.special.entr(shares).sum().exp().item(), (1 / shares.square().sum()).item()
+
+
+# Firing
+
+
+@torch.no_grad()
+def firing_counts(sae: SAEModel, activations: HasActivations | Iterable[Tensor]) -> tuple[Tensor, int]:
+    """How often each latent of the full dictionary fires, over all processes.
+
+    All latents compete for places (selection `"mask"`), so a latent's count is the same in every prefix that holds it.
+
+    Args:
+        sae ([`SAEModel`]): In `eval` mode.
+        activations ([`HasActivations`] or iterable of `Tensor`): Batches `(n, D)`.
+
+    Returns:
+        The counts `(F,)` in int64, and the number of tokens.
+
+    Raises:
+        `ValueError`: if there are no tokens, or they are not finite or not of the SAE's width.
+    """
+    counts = torch.zeros(sae.config.num_latents, dtype=torch.int64, device=sae.W_enc.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
+    for x in checked_batches(activations, sae.config.d_in):
+        pairs = sae.encode_pairs(x.to(sae.W_enc))
+        counts += torch.bincount(pairs.cols[pairs.values > 0], minlength=len(counts))
+        tokens += len(x)
+    reduce_sum(counts, tokens)
+    if not tokens:
+        raise ValueError("There are no tokens to count firings on: the activations are empty.")
+    return counts, int(tokens)
+
+
+def density_metrics(counts: Tensor, tokens: int, widths: Sequence[int]) -> list[dict[str, Any]]:
+    """How the firing frequencies of every prefix are spread.
+
+    A latent's density is the share of tokens on which it fires. `freq_over_1_percent` is the share of latents above
+    that density and `normalized_freq_over_1_percent` the share of all firings that are theirs; the same for 10
+    percent. `frac_alive` is the share that fires at all, which grows with the number of tokens: compare it at the same
+    `tokens` only. The histogram counts alive latents in quarters of a decade from 1e-8 to 1.
+
+    Args:
+        counts (`Tensor` of shape `(F,)`): Firings of each latent, as from [`firing_counts`].
+        tokens (`int`): Tokens they were counted on.
+        widths (`Sequence[int]`): Strictly increasing widths, at most F.
+
+    Returns:
+        `list[dict]`: a row per width; shares of firings are `None` where nothing fires.
+
+    Raises:
+        `ValueError`: if there are no tokens, or more firings than tokens.
+    """
+    if tokens < 1 or counts.max() > tokens or counts.min() < 0:
+        raise ValueError(
+            f"Firings must lie between 0 and the number of tokens, which must be at least 1; got {tokens} tokens and "
+            f"from {int(counts.min())} to {int(counts.max())} firings."
+        )
+    density = counts.double().cpu() / tokens
+    return [{"width": width, "tokens": tokens, **_densities(density[:width])} for width in widths]
+
+
+def _densities(density: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = {"frac_alive": (density > 0).double().mean().item()}
+    total = density.sum().item()
+    for percent in (1, 10):
+        often = density > percent / 100
+        found[f"freq_over_{percent}_percent"] = often.double().mean().item()
+        found[f"normalized_freq_over_{percent}_percent"] = density[often].sum().item() / total if total else None
+    edges = torch.linspace(_LOWEST_DECADE, 0, 1 - _LOWEST_DECADE * _BINS_PER_DECADE, dtype=torch.float64)
+    logs = density[density > 0].log10().clamp(min=_LOWEST_DECADE)
+    found["density_log10_edges"] = edges.tolist()
+    found["density_histogram"] = torch.histogram(logs, edges).hist.long().tolist()
+    return found
