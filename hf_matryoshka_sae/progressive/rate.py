@@ -1,0 +1,237 @@
+"""How many bits latents take: the probability model of the progressive code, and its ideal code length.
+
+The model knows each latent's frequency, mean and mean square, and takes latents as independent:
+
+    latent i fires on a token           Bernoulli(p_i)
+    the logarithm of its value, if so   Normal(mu_i, sigma_i), by the first two moments of the value
+    what is coded of the value a        floor(a / step), read as the middle of its bin: off by step / 2 at most
+
+A log-normal has no mass below 0, where values have none, and its skew; its two parameters follow from the two moments.
+Shapes: F latents, M pairs that fire, P widths.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..evaluation.distributed import reduce_sum
+from ..models.sparse_ops import LatentPairs
+
+
+# No bin counts as rarer than this: what a value the model did not expect costs, at most 20 bits.
+RAREST = 2.0**-20
+
+# A latent seen on few tokens may have fired at one value only; a spread of 0 could code no other.
+_LEAST_SPREAD = 0.05
+
+# A finer step costs a bit per pair for each halving, and gains less than a hundredth of the variance.
+_STEP_SHARE = 0.5
+
+
+class Moments(Protocol):
+    """What is read of latent statistics: `tokens`, and `[F]` frequency, E[a] and E[a^2] over all tokens."""
+
+    tokens: int
+    frequency: Tensor
+    mean: Tensor
+    mean_square: Tensor
+
+
+@dataclass
+class CodeModel:
+    """Parameters of the model, float64.
+
+    Args:
+        fires (`Tensor` of shape `(F,)`): Probability that the latent fires on a token; neither 0 nor 1.
+        location (`Tensor` of shape `(F,)`): Mean of the logarithm of its value where it fires.
+        spread (`Tensor` of shape `(F,)`): Standard deviation of that logarithm.
+        rms (`float`): Root mean square of all values that fire.
+    """
+
+    fires: Tensor
+    location: Tensor
+    spread: Tensor
+    rms: float
+
+    @classmethod
+    def of(cls, statistics: Moments) -> "CodeModel":
+        """The model that statistics give. A latent counts as seen once more than it was, with an average value.
+
+        Raises:
+            `ValueError`: if the statistics are not of one length, not finite, of no token, or of latents that never
+                fire.
+        """
+        _check(statistics)
+        seen = statistics.frequency * statistics.tokens
+        rate, mean, square = (getattr(statistics, name) for name in ("frequency", "mean", "mean_square"))
+        average, average_square = (float(moment.sum() / rate.sum()) for moment in (mean, square))
+        mean = (mean * statistics.tokens + average) / (seen + 1)
+        square = (square * statistics.tokens + average_square) / (seen + 1)
+        variance = (square / mean.square()).log().clamp(min=_LEAST_SPREAD**2)
+        return cls(
+            fires=(seen + 0.5) / (statistics.tokens + 1),
+            location=mean.log() - variance / 2,
+            spread=variance.sqrt(),
+            rms=math.sqrt(average_square),
+        )
+
+    def __len__(self) -> int:
+        return len(self.fires)
+
+    def to(self, device: torch.device | str) -> "CodeModel":
+        """The same model on another device."""
+        return CodeModel(self.fires.to(device), self.location.to(device), self.spread.to(device), self.rms)
+
+    def above(self, latents: Tensor, values: Tensor) -> Tensor:
+        """Probability that a latent that fires has more than `values`; both `(M,)`."""
+        return torch.special.ndtr((self.location[latents] - values.log()) / self.spread[latents])
+
+    def value_bits(self, latents: Tensor, values: Tensor, step: float) -> Tensor:
+        """Ideal code length `(M,)` of values that fire, each read as its bin of width `step`."""
+        low = bins(values, step) * step
+        mass = self.above(latents, low) - self.above(latents, low + step)
+        return -mass.clamp(min=RAREST).log2()
+
+
+def bins(values: Tensor, step: float) -> Tensor:
+    """The bin `floor(value / step)` of each value, as float64; [`from_bins`] reads it back."""
+    return (values.double() / step).floor()
+
+
+def from_bins(numbers: Tensor, step: float) -> Tensor:
+    """The middle of each bin, float64."""
+    return (numbers.double() + 0.5) * step
+
+
+def default_step(statistics: Moments) -> float:
+    """Half of the root mean square of the values that fire, in the units of the SAE's latents."""
+    return _STEP_SHARE * CodeModel.of(statistics).rms
+
+
+def checked_step(step: float) -> float:
+    """`step`, if it can be one; otherwise a `ValueError`."""
+    if not 0 < step < math.inf:
+        raise ValueError(
+            f"`step` must be a positive number, in the units of the latents' values; got {step}. "
+            "`default_step(statistics)` is one."
+        )
+    return float(step)
+
+
+class RateSums:
+    """Sums from which the rate at every width follows: one pass, over batches and processes.
+
+    Args:
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): What encoder and decoder both know;
+            measured on other data than is coded.
+        widths (`Sequence[int]`): P increasing widths, at most F.
+        step (`float`, *optional*): Width of a bin, in the units of the latents' values; [`default_step`] by default.
+
+    Raises:
+        `ValueError`: if the widths or the step cannot be.
+    """
+
+    def __init__(self, statistics: Moments, widths: Sequence[int], step: float | None = None):
+        self.model = CodeModel.of(statistics)
+        self.step = _STEP_SHARE * self.model.rms if step is None else checked_step(step)
+        self.widths = checked_widths(widths, len(self.model))
+        self._sums = self.model.fires.new_zeros(2, len(self.model))  # firings, and bits of their values
+        self._tokens = self.model.fires.new_zeros(())
+
+    def add(self, pairs: LatentPairs) -> None:
+        """Count a batch: the pairs of the full dictionary, or of the widest width that is wanted.
+
+        Raises:
+            `ValueError`: if the pairs are of another dictionary, or a value is not finite.
+        """
+        if pairs.num_latents != len(self.model):
+            raise ValueError(
+                f"The statistics are of {len(self.model)} latents, the pairs of {pairs.num_latents}. "
+                "Take the statistics of the SAE that made the pairs."
+            )
+        device, values = pairs.values.device, pairs.values.detach()
+        if not values.isfinite().all():
+            raise ValueError("A latent's value is not finite; leave out the tokens whose hidden states are not.")
+        if self._sums.device != device:
+            self.model, self._sums, self._tokens = (
+                self.model.to(device),
+                self._sums.to(device),
+                self._tokens.to(device),
+            )
+        fires = values > 0
+        latents, values = pairs.cols[fires], values[fires].double()
+        bits = self.model.value_bits(latents, values, self.step)
+        self._sums.index_add_(1, latents, torch.stack([torch.ones_like(bits), bits]))
+        self._tokens += pairs.num_rows
+
+    def bits_per_token(self) -> dict[str, Tensor]:
+        """The rate of each width, averaged over tokens.
+
+        Returns:
+            `dict[str, Tensor]`, each `(P,)` and float64: `"index_bits"` (which latents fire), `"value_bits"` (their
+            bins), `"bits"` (both), `"l0"` (latents that fire).
+
+        Raises:
+            `ValueError`: if no token was counted.
+        """
+        sums, tokens = reduce_sum(self._sums.clone(), self._tokens.clone())
+        if not tokens:
+            raise ValueError("No token was counted, so there is no rate. Add pairs first.")
+        firings, value_bits = sums / tokens
+        yes, no = self.model.fires.log2(), torch.log1p(-self.model.fires) / math.log(2)
+        index_bits = -(firings * yes + (1 - firings) * no)
+        ends = torch.tensor(self.widths, device=sums.device) - 1
+        index, value, l0 = (of_latent.cumsum(0)[ends] for of_latent in (index_bits, value_bits, firings))
+        return {"index_bits": index, "value_bits": value, "bits": index + value, "l0": l0}
+
+
+def bits_per_token(
+    pairs: LatentPairs, statistics: Moments, widths: Sequence[int], step: float | None = None
+) -> dict[str, Tensor]:
+    """Ideal bits per token of one batch at each width; see [`RateSums`], which takes several."""
+    sums = RateSums(statistics, widths, step)
+    sums.add(pairs)
+    return sums.bits_per_token()
+
+
+def naive_bits(l0: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
+    """Bits per token without a model, values as 32-bit floats.
+
+    Args:
+        l0 (`Tensor` of shape `(P,)`): Latents that fire, per token.
+        widths (`Sequence[int]`): P widths.
+
+    Returns:
+        `dict[str, Tensor]`, each `(P,)`: `"set_bits"`, `log2 C(width, l0) + 32 l0`; `"list_bits"`,
+        `l0 (log2 width + 32)`.
+    """
+    width = torch.tensor(widths, dtype=torch.float64, device=l0.device)
+    l0 = l0.double()
+    subsets = torch.lgamma(width + 1) - torch.lgamma(l0 + 1) - torch.lgamma(width - l0 + 1)
+    return {"set_bits": subsets / math.log(2) + 32 * l0, "list_bits": l0 * (width.log2() + 32)}
+
+
+def checked_widths(widths: Sequence[int], num_latents: int) -> list[int]:
+    """`widths` as a list, if they strictly increase between 1 and F; otherwise a `ValueError`."""
+    widths = [int(width) for width in widths]
+    if not widths or widths[-1] > num_latents or any(a >= b for a, b in zip([0, *widths], widths, strict=False)):
+        raise ValueError(f"Widths must strictly increase between 1 and num_latents ({num_latents}), got {widths}.")
+    return widths
+
+
+def _check(statistics: Moments) -> None:
+    moments = {name: getattr(statistics, name) for name in ("frequency", "mean", "mean_square")}
+    if len({tuple(moment.shape) for moment in moments.values()}) != 1 or statistics.frequency.ndim != 1:
+        raise ValueError(f"Statistics must be `[F]` each, got { {n: tuple(m.shape) for n, m in moments.items()} }.")
+    for name, moment in moments.items():
+        if moment.dtype != torch.float64 or not moment.isfinite().all() or (moment < 0).any():
+            raise ValueError(f"`{name}` must be float64, finite and not negative. Measure the statistics anew.")
+    if statistics.tokens < 1 or not 0 < statistics.frequency.max() <= 1:
+        raise ValueError(
+            f"Statistics of {statistics.tokens} tokens, the most frequent latent firing on a share of "
+            f"{statistics.frequency.max()}, give no probabilities. Measure them on data of the SAE's hookpoint."
+        )
