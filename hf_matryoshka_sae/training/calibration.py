@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..models import SAEModel
+from .growth import BatchTopKOnBase
 from .losses import all_sum
 
 
@@ -24,7 +25,8 @@ def calibrate_threshold(
 ) -> float:
     """Set `sae.threshold` so that `k` latents of the full width fire per token, and return it.
 
-    Every prefix gets the same threshold, so that restricting to a prefix equals masking.
+    Every prefix gets the same threshold, so that restricting to a prefix equals masking. A frozen base keeps its own;
+    the latents past it get the one with which base and new latents together are `k`.
 
     Args:
         sae ([`SAEModel`]): With `activation_name` `"batch_topk"`; in the units of `batches`.
@@ -36,7 +38,8 @@ def calibrate_threshold(
     Raises:
         `ValueError`: if there is no finite hidden state.
     """
-    kept, tokens = [], 0
+    base = sae.family.width if isinstance(sae.family, BatchTopKOnBase) else 0
+    kept, tokens, fixed = [], 0, 0
     training, sae.k = sae.training, min(_MARGIN * k, sae.config.num_latents)
     sae.train()
     try:
@@ -44,18 +47,20 @@ def calibrate_threshold(
             finite = x.isfinite().all(-1)
             x = torch.where(finite[:, None], x, 0.0).to(sae.W_enc)  # all processes keep as many rows
             pairs = sae.encode_pairs(x, group=group)
-            kept.append(pairs.values[finite[pairs.rows]])
+            usable, outer = finite[pairs.rows], pairs.cols >= base
+            kept.append(pairs.values[usable & outer])
+            fixed += int((usable & ~outer).sum())
             tokens += int(finite.sum())
     finally:
         sae.train(training)
         sae.k = k
     device = sae.W_enc.device
     values = torch.cat(kept).sort().values if kept else torch.zeros(0, device=device)
-    total = int(all_sum(torch.tensor(tokens, dtype=torch.int64, device=device), group))
+    total, fixed = all_sum(torch.tensor([tokens, fixed], dtype=torch.int64, device=device), group).tolist()
     if not total:
         raise ValueError("No finite hidden states to calibrate the threshold on. Raise `calibration_tokens`.")
-    threshold = _value_with_count_above(values, k * total, group)
-    sae.threshold.fill_(threshold)
+    threshold = _value_with_count_above(values, k * total - fixed, group)
+    sae.threshold[base:].fill_(threshold)
     return threshold
 
 

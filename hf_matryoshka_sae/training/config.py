@@ -32,6 +32,12 @@ class SAESpec:
     """Train this one only at these of the run's hookpoints (paths or globs)."""
     init_from: str | None = None
     """Folder or repository of a trained SAE to continue from; a run's folder works too."""
+    grow_from: str | None = None
+    """The same of an SAE whose latents become the first ones of this dictionary of `num_latents`; for `type:
+    matryoshka` with the SAE's `activation`. What is left out of `k` and `prefix_widths` is the SAE's."""
+    freeze_base: bool = True
+    """With `grow_from`: its latents and `b_dec` stay bit for bit the same, only new latents are trained. BatchTopK
+    then needs a larger `k`, ReLU and JumpReLU a `target_l0` above the L0 it has."""
 
     # The dictionary
     num_latents: int | None = None
@@ -125,6 +131,21 @@ class SAESpec:
             raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
         if self.random_prefixes and self.type != "matryoshka":
             raise ValueError("`random_prefixes` needs `type: matryoshka`.")
+        if self.grow_from is not None:
+            self._check_growth()
+
+    def _check_growth(self):
+        if self.init_from is not None:
+            raise ValueError(
+                "`grow_from` and `init_from` exclude each other: a base grows, or is gone on with as it is."
+            )
+        if self.type != "matryoshka":
+            raise ValueError(f"`grow_from` makes an SAE of `type: matryoshka`, got {self.type}.")
+        if self.num_latents is None:
+            raise ValueError("`grow_from` needs `num_latents`, the size of the larger dictionary.")
+        for name in ("random_prefixes", "sort_every"):
+            if self.freeze_base and getattr(self, name):
+                raise ValueError(f"`{name}` would move a frozen base. Set `{name}: 0`, or `freeze_base: false`.")
 
     @classmethod
     def from_dict(cls, data: dict, where: str) -> "SAESpec":
@@ -270,7 +291,11 @@ class RunConfig:
         if self.tokens < self.batch_size:
             raise ValueError(f"`tokens` ({self.tokens}) is less than one batch (`batch_size` {self.batch_size}).")
         for spec in self.saes:
-            if spec.num_latents is not None and not (spec.init_from or self.init_from):
+            if spec.grow_from and self.init_from:
+                raise ValueError(
+                    "An SAE with `grow_from` cannot be in a run with `init_from`. Give `init_from` by entry."
+                )
+            if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
                 spec.sae_config(1, self.model, "")  # what does not fit is said before anything is loaded
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models import SAEModel
 from .config import SAESpec
+from .growth import FrozenBase
 from .losses import Objective, all_sum, level_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 
@@ -51,6 +52,7 @@ class Learner:
         accelerator (`Accelerator`): Owns devices and processes.
         steps (`int`), batch_size (`int`): Optimizer steps of the run; tokens in each, over all processes.
         seed (`int`): Of the random prefixes.
+        base ([`FrozenBase`], *optional*): The first latents, where these are not trained.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Learner:
         steps: int,
         batch_size: int,
         seed: int = 0,
+        base: FrozenBase | None = None,
     ):
         device = accelerator.device
         self.name, self.hookpoint, self.spec = name, hookpoint, spec
@@ -73,6 +76,9 @@ class Learner:
         self.mean, self.scale = mean.to(device), scale
         self.sae = sae.to(device).train()
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
+        self.base, self.fixed = base, 0 if base is None else base.width
+        if base is not None:
+            base.hold(self.sae)
         scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
         scales["threshold"] = spec.threshold_lr_scale
         groups = [
@@ -128,6 +134,8 @@ class Learner:
         x = (torch.where(finite, x, 0.0) - self.mean) / self.scale
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
         weights = level_weights(spec, len(widths), step / self.steps)
+        if self.base is not None:
+            weights = self.base.outer_weights(weights, widths)
         loss, statistics = self.objective(x, self.dead, widths, weights, sparsity)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
@@ -135,6 +143,8 @@ class Learner:
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
         spec = self.spec
+        if self.base is not None:
+            self.base.silence(self.sae)
         self._project_gradient()
         gradients = [parameter.grad for _, parameter in self._parameters() if parameter.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
@@ -170,12 +180,13 @@ class Learner:
     @torch.no_grad()
     def _project_decoder(self, changed: Tensor | None = None) -> None:
         if self.spec.unit_norm_decoder:
-            norms = self.sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            rows = self.sae.W_dec[self.fixed :]
+            norms = rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
             if changed is not None:  # dividing again would round again
                 norms = torch.where(changed, norms, 1.0)
-            self.sae.W_dec.div_(norms)
+            rows.div_(norms)
         if self.sae.config.activation_name == "jumprelu":
-            self.sae.threshold.clamp_(min=0)
+            self.sae.threshold[self.fixed :].clamp_(min=0)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -215,7 +226,9 @@ class Learner:
         return {key: share.view(part.shape) for key, share, part in zip(keys, shares, parts, strict=True)}
 
     def _find_dead(self) -> None:
-        dead = (self.tokens_since_fired >= self.dead_tokens).nonzero().squeeze(1)
+        silent = self.tokens_since_fired >= self.dead_tokens
+        silent[: self.fixed] = False  # cannot be revived
+        dead = silent.nonzero().squeeze(1)
         self.dead = dead if len(dead) else None
 
     def _control_sparsity(self, step: int, finite: Tensor) -> None:
@@ -272,7 +285,11 @@ class Learner:
                 sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
         competing = sae.config.activation_name in ("topk", "batch_topk")
         if not self.spec.unit_norm_decoder and (sae.config.scale_by_decoder_norm or not competing):
-            sae.fold_decoder_norm_()  # elsewhere it would change which latents win
+            # Elsewhere it would change which latents win.
+            if self.base is None or not sae.config.scale_by_decoder_norm:
+                sae.fold_decoder_norm_()
+        if self.base is not None:
+            self.base.copy_rows(sae, self.sae)
         for parameter in sae.parameters():
             parameter.requires_grad_(True)
         return sae
@@ -293,6 +310,7 @@ class Learner:
             "updates": self.updates,
             "dead": self.dead,
             "skipped": self._skipped,
+            "base": None if self.base is None else self.base.raw,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,3 +331,5 @@ class Learner:
         self.sparsity, self.updates = torch.tensor(state["sparsity"], device=device), state["updates"]
         self._skipped = state["skipped"].to(device)
         self.dead = None if state["dead"] is None else state["dead"].to(device)
+        if self.base is not None:
+            self.base.raw = state["base"]

@@ -34,6 +34,7 @@ from ..activations import (
 )
 from ..models import SAEModel, build_sae
 from .config import RunConfig, SAESpec
+from .growth import grown_start
 from .initialization import initialize, input_scaling
 from .learner import Learner
 
@@ -236,7 +237,8 @@ def build_learners(config: RunConfig, accelerator: Accelerator, harvest: Harvest
     """Every dictionary of the run at each of its hookpoints.
 
     Raises:
-        `ValueError`: if a spec does not fit its hookpoint, two dictionaries share a folder, or `init_from` holds none.
+        `ValueError`: if a spec does not fit its hookpoint, two dictionaries share a folder, or `init_from` or
+            `grow_from` holds none that fits.
     """
     learners: list[Learner] = []
     for index, spec in enumerate(config.saes):
@@ -264,50 +266,55 @@ def _build(
     mean, scale = input_scaling(spec, statistics, sample)
     mean = mean.to(sample)
     d_in = len(mean)
-    source = spec.init_from or config.init_from
-    start = load_start(source, spec, hookpoint, d_in) if source else None
-    sae = build_sae(spec.sae_config(d_in, config.model, hookpoint, like=start.config if start else None))
-    if start is None:
-        initialize(sae, spec, (sample - mean) / scale, (statistics.mean.to(sample) - mean) / scale, seed)
-    else:
+    source, base = spec.init_from or config.init_from, None
+    if spec.grow_from:
+        start = load_start(spec.grow_from, spec, hookpoint, d_in, "grow_from")
+        sae, base = grown_start(start, spec, hookpoint, mean, scale, sample, seed)
+    elif source:
+        start = load_start(source, spec, hookpoint, d_in)
+        sae = build_sae(spec.sae_config(d_in, config.model, hookpoint, like=start.config))
         _take_over(sae, start, mean, scale, spec)
+    else:
+        sae = build_sae(spec.sae_config(d_in, config.model, hookpoint))
+        initialize(sae, spec, (sample - mean) / scale, (statistics.mean.to(sample) - mean) / scale, seed)
     name = spec.folder(sae.config)
-    return Learner(name, hookpoint, sae, spec, mean, scale, accelerator, config.steps, config.batch_size, seed)
+    return Learner(name, hookpoint, sae, spec, mean, scale, accelerator, config.steps, config.batch_size, seed, base)
 
 
-def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int) -> SAEModel:
-    """The trained SAE that a run goes on from.
+def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> SAEModel:
+    """The trained SAE that a run goes on from, or whose dictionary it makes larger.
 
     Args:
         source (`str`): A folder with an SAE, a run's folder, or a repository.
-        spec ([`SAESpec`]): Its type must be the SAE's.
+        spec ([`SAESpec`]): Its type must be the SAE's, unless that is to grow.
         hookpoint (`str`): Looked for as a subfolder first.
         d_in (`int`): Width of the hidden states now.
+        field (`str`, *optional*, defaults to `"init_from"`): Or `"grow_from"`: who asks.
 
     Raises:
         `ValueError`: if there is none, or it does not fit.
     """
     place = hookpoint.replace(":", "-")
-    root = Path(source)
+    root, asked = Path(source), f"`{field}: {source}`"
     folders = [root / place, *sorted(root.glob(f"*/{place}")), root]
     named = [folder for folder in folders if (folder / "config.json").is_file()]
     if root.is_dir() and not named:
-        raise ValueError(f"`init_from: {source}` holds no SAE: looked for config.json there and in {place}/.")
+        raise ValueError(f"{asked} holds no SAE: looked for config.json there and in {place}/.")
     if spec.name and (root / spec.name / place) in named:
         named = [root / spec.name / place]
+    if field == "grow_from" and len(named) > 1:
+        raise ValueError(f"{asked} holds several SAEs, name one: {', '.join(str(path.parent) for path in named)}.")
     try:
         sae = AutoModel.from_pretrained(named[0]) if named else AutoModel.from_pretrained(source, subfolder=place)
     except OSError as error:
-        raise ValueError(f"`init_from: {source}` cannot be loaded: {error}") from error
+        raise ValueError(f"{asked} cannot be loaded: {error}") from error
     if not isinstance(sae, SAEModel):
-        raise ValueError(f"`init_from: {source}` is a {type(sae).__name__}, not an SAE.")
+        raise ValueError(f"{asked} is a {type(sae).__name__}, not an SAE.")
     kind = sae.config.model_type.removesuffix("_sae")
-    if kind != spec.type:
-        raise ValueError(f"`init_from: {source}` holds an SAE of type {kind}, but the run asks for {spec.type}.")
+    if kind != spec.type and field == "init_from":
+        raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
     if sae.config.d_in != d_in:
-        raise ValueError(
-            f"`init_from: {source}` reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}."
-        )
+        raise ValueError(f"{asked} reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}.")
     return sae
 
 

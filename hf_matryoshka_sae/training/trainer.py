@@ -279,6 +279,8 @@ class Trainer:
             )
             calibrate_threshold(sae, batches, learner.k, learner.group)
         sae.fold_normalization_(learner.mean, learner.scale)
+        if learner.base is not None:
+            learner.base.restore(sae)
         if self.accelerator.is_main_process:
             sae.save_pretrained(self.folder / learner.name / learner.hookpoint.replace(":", "-"))
 
