@@ -7,7 +7,7 @@ then run over the groups.
 Shapes: F latents, D `d_in`, P prefixes, B latents in a block.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ..models import SAEModel
 from ..models.sparse_ops import row_norms
-from .data import HasActivations
-from .distributed import reduce_sum
-from .similarity import checked_batches
+from .firing import FiringSums
 
 
 _BLOCK_ENTRIES = 2**24
@@ -206,35 +204,7 @@ def _spread(covariance: Tensor) -> tuple[float | None, float | None]:
 # Firing
 
 
-@torch.no_grad()
-def firing_counts(sae: SAEModel, activations: HasActivations | Iterable[Tensor]) -> tuple[Tensor, int]:
-    """How often each latent of the full dictionary fires, over all processes.
-
-    All latents compete for places (selection `"mask"`), so a latent's count is the same in every prefix that holds it.
-
-    Args:
-        sae ([`SAEModel`]): In `eval` mode.
-        activations ([`HasActivations`] or iterable of `Tensor`): Batches `(n, D)`.
-
-    Returns:
-        The counts `(F,)` in int64, and the number of tokens.
-
-    Raises:
-        `ValueError`: if there are no tokens, or they are not finite or not of the SAE's width.
-    """
-    counts = torch.zeros(sae.config.num_latents, dtype=torch.int64, device=sae.W_enc.device)
-    tokens = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
-    for x in checked_batches(activations, sae.config.d_in):
-        pairs = sae.encode_pairs(x.to(sae.W_enc))
-        counts += torch.bincount(pairs.cols[pairs.values > 0], minlength=len(counts))
-        tokens += len(x)
-    reduce_sum(counts, tokens)
-    if not tokens:
-        raise ValueError("There are no tokens to count firings on: the activations are empty.")
-    return counts, int(tokens)
-
-
-def density_metrics(counts: Tensor, tokens: int, widths: Sequence[int]) -> list[dict[str, Any]]:
+def density_metrics(firing: FiringSums, widths: Sequence[int]) -> list[dict[str, Any]]:
     """How the firing frequencies of every prefix are spread.
 
     A latent's density is the share of tokens on which it fires. `freq_over_1_percent` is the share of latents above
@@ -243,22 +213,18 @@ def density_metrics(counts: Tensor, tokens: int, widths: Sequence[int]) -> list[
     `tokens` only. The histogram counts alive latents in quarters of a decade from 1e-8 to 1.
 
     Args:
-        counts (`Tensor` of shape `(F,)`): Firings of each latent, as from [`firing_counts`].
-        tokens (`int`): Tokens they were counted on.
+        firing ([`FiringSums`]): Of the full dictionary, of all processes; a latent fires alike in every prefix.
         widths (`Sequence[int]`): Strictly increasing widths, at most F.
 
     Returns:
         `list[dict]`: a row per width; shares of firings are `None` where nothing fires.
 
     Raises:
-        `ValueError`: if there are no tokens, or more firings than tokens.
+        `ValueError`: if no tokens were counted.
     """
-    if tokens < 1 or counts.max() > tokens or counts.min() < 0:
-        raise ValueError(
-            f"Firings must lie between 0 and the number of tokens, which must be at least 1; got {tokens} tokens and "
-            f"from {int(counts.min())} to {int(counts.max())} firings."
-        )
-    density = counts.double().cpu() / tokens
+    if not firing.tokens:
+        raise ValueError("There are no tokens to take densities over: nothing was counted.")
+    density, tokens = firing.frequency.cpu(), int(firing.tokens)
     return [{"width": width, "tokens": tokens, **_densities(density[:width])} for width in widths]
 
 

@@ -17,22 +17,28 @@ import torch.distributed as dist
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm.auto import tqdm
 
 from .data import HasActivations, activation_batches
 from .distributed import processes
 
 
-def checked_batches(activations: HasActivations | Iterable[Tensor], d_in: int | None = None) -> Iterator[Tensor]:
+def checked_batches(
+    activations: HasActivations | Iterable[Tensor], d_in: int | None = None, task: str | None = None
+) -> Iterator[Tensor]:
     """The batches of a source, each looked at before it is used.
 
     Args:
         activations ([`HasActivations`] or iterable of `Tensor`): Batches of shape `(n, D)`.
         d_in (`int`, *optional*): What D must be; by default that of the first batch.
+        task (`str`, *optional*): Name of the progress bar that the first process shows; by default there is none.
 
     Raises:
         `ValueError`: for a batch that is no `(n, D)` tensor of finite numbers.
     """
-    for number, x in enumerate(activation_batches(activations)):
+    shown = task is not None and processes()[0] == 0
+    batches = tqdm(activation_batches(activations), desc=task, unit="batch", disable=not shown, leave=False)
+    for number, x in enumerate(batches):
         d_in = d_in if d_in is not None or x.dim() != 2 else x.shape[1]
         if x.dim() != 2 or x.shape[1] != d_in:
             expected = "D" if d_in is None else d_in
@@ -49,7 +55,7 @@ class TokenSample:
     """A uniform sample of a stream's tokens: the same ones for the same seed, however the stream is cut into batches.
 
     Every token draws a number; those with the `size` smallest are kept, so memory is `size` rows and a batch. Under
-    `torch.distributed` each process samples its own share, and [`rows`] keeps the smallest numbers of all processes.
+    `torch.distributed` each process samples its own share, and [`tokens`] keeps the smallest numbers of all processes.
 
     Args:
         size (`int`): Tokens to keep; a shorter stream is kept whole.
@@ -70,7 +76,7 @@ class TokenSample:
     def of(cls, activations: HasActivations | Iterable[Tensor], size: int, seed: int = 0) -> "TokenSample":
         """The sample of a whole stream."""
         sample = cls(size, seed)
-        for x in checked_batches(activations):
+        for x in checked_batches(activations, task="sampling tokens"):
             sample.add(x)
         return sample
 
@@ -84,7 +90,7 @@ class TokenSample:
         rows = x if self._rows is None else torch.cat([self._rows, x])
         self._keys, self._rows = _smallest(torch.cat([self._keys, keys]), rows, self.size)
 
-    def rows(self) -> Tensor:
+    def tokens(self) -> Tensor:
         """The sampled tokens `(min(size, tokens seen), D)`: in the stream's order, or mixed over processes.
 
         Raises:

@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from hf_matryoshka_sae import MatryoshkaSAEConfig, ReluSAEConfig, build_sae
-from hf_matryoshka_sae.evaluation.geometry import (
-    density_metrics,
-    firing_counts,
-    latent_geometry,
-    weight_geometry,
-)
+from hf_matryoshka_sae.evaluation.firing import FiringSums
+from hf_matryoshka_sae.evaluation.geometry import density_metrics, latent_geometry, weight_geometry
 
 
 D, F, WIDTHS = 5, 23, [1, 4, 11, 23]
@@ -117,17 +113,16 @@ def test_the_order_of_latents_does_not_matter_to_the_whole():
     assert after == {key: pytest.approx(value, rel=1e-4) for key, value in before.items()}
 
 
-def test_densities_are_counted_over_all_batches():
-    sae, x = _sae(activation="relu"), torch.randn(300, D)
-    counts, tokens = firing_counts(sae, x.split(70))
-    dense = sae.encode(x).to_dense()
-    assert tokens == 300
-    assert torch.equal(counts, (dense > 0).sum(0))
+def _firing(fired, tokens):
+    firing = FiringSums(len(fired))
+    firing.fired += fired
+    firing.tokens += tokens
+    return firing
 
 
 def test_shares_and_histogram_of_densities():
     counts = torch.tensor([0, 0, 5, 10, 11, 100, 101, 1000])
-    narrow, wide = density_metrics(counts, 1000, [4, 8])
+    narrow, wide = density_metrics(_firing(counts, 1000), [4, 8])
     assert narrow["frac_alive"] == 0.5
     assert narrow["freq_over_1_percent"] == 0
     assert wide["frac_alive"] == 6 / 8
@@ -138,7 +133,7 @@ def test_shares_and_histogram_of_densities():
     expected = np.histogram(np.log10(counts[2:].numpy() / 1000), np.linspace(-8, 0, 33))[0]
     assert wide["density_histogram"] == expected.tolist()
     assert sum(wide["density_histogram"]) == 6
-    (silent,) = density_metrics(torch.zeros(3, dtype=torch.int64), 10, [3])
+    (silent,) = density_metrics(_firing(torch.zeros(3, dtype=torch.int64), 10), [3])
     assert silent["frac_alive"] == 0 and silent["normalized_freq_over_1_percent"] is None
 
 
@@ -147,12 +142,8 @@ def test_wrong_input_is_named():
     for widths in ([], [4, 4], [0, 3], [5, 24]):
         with pytest.raises(ValueError, match="strictly increase"):
             weight_geometry(sae, widths)
-    with pytest.raises(ValueError, match=r"\(n, 5\)"):
-        firing_counts(sae, [torch.randn(3, 4)])
-    with pytest.raises(ValueError, match="empty"):
-        firing_counts(sae, [])
-    with pytest.raises(ValueError, match="between 0 and the number of tokens"):
-        density_metrics(torch.tensor([3, 11]), 10, [2])
+    with pytest.raises(ValueError, match="nothing was counted"):
+        density_metrics(FiringSums(4), [2])
     with torch.no_grad():
         sae.W_enc[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):

@@ -108,7 +108,7 @@ def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="batch 0 holds NaN"):
         list(checked_batches([x / 0]))
     with pytest.raises(ValueError, match="empty"):
-        TokenSample.of([], 4).rows()
+        TokenSample.of([], 4).tokens()
     with pytest.raises(ValueError, match="at least 1 token"):
         TokenSample(0)
 
@@ -117,26 +117,26 @@ def test_wrong_input_is_named():
 def test_the_same_tokens_are_sampled_whatever_the_batches(batch):
     x = torch.arange(500.0)[:, None].expand(-1, 2)
     whole = TokenSample.of(x, 50, seed=1)
-    rows = TokenSample.of(x.split(batch), 50, seed=1).rows()
-    assert torch.equal(rows, whole.rows())
+    rows = TokenSample.of(x.split(batch), 50, seed=1).tokens()
+    assert torch.equal(rows, whole.tokens())
     assert (rows[1:, 0] > rows[:-1, 0]).all()
     assert len(rows) == 50 and whole.seen == 500
-    assert not torch.equal(rows, TokenSample.of(x, 50, seed=2).rows())
-    assert torch.equal(TokenSample.of(x, 600).rows(), x)
+    assert not torch.equal(rows, TokenSample.of(x, 50, seed=2).tokens())
+    assert torch.equal(TokenSample.of(x, 600).tokens(), x)
 
 
 def test_every_token_is_as_likely():
     x = torch.arange(20.0)[:, None]
     counts = torch.zeros(20)
     for seed in range(1000):
-        counts[TokenSample.of(x.split(6), 5, seed).rows()[:, 0].long()] += 1
+        counts[TokenSample.of(x.split(6), 5, seed).tokens()[:, 0].long()] += 1
     assert counts.sub(250).abs().max() < 5 * (1000 * 0.25 * 0.75) ** 0.5
 
 
 def _one_of_two(rank: int, folder, rows: torch.Tensor) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     share = rows[:7] if rank else rows[7:]  # one process has fewer than are asked for
-    save_file({"rows": TokenSample.of(share.split(9), 20).rows()}, folder / f"{rank}.safetensors")
+    save_file({"rows": TokenSample.of(share.split(9), 20).tokens()}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 
 
