@@ -1,0 +1,91 @@
+"""A smaller SAE from a trained one: near-duplicates merged, the rest sorted, the tail cut, the bias refitted."""
+
+import logging
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..evaluation.data import HasActivations
+from ..models import SAEModel
+from .merging import merge_latents
+from .ranking import MAY_NEED_ACTIVATIONS, sort_latents
+from .refit import check_rereadable
+from .refit import refit as refit_sae
+from .statistics import LatentStatistics, latent_statistics
+
+
+logger = logging.getLogger(__name__)
+
+
+def prune(
+    sae: SAEModel,
+    width: int,
+    by: str = "energy",
+    statistics: LatentStatistics | None = None,
+    activations: HasActivations | Iterable[Tensor] | None = None,
+    merge: float | None = None,
+    refit: bool = False,
+    order: Tensor | None = None,
+) -> SAEModel:
+    """Keep the `width` most important latents.
+
+    The result is `sort_latents(...).truncate(width)`: its latents are sorted, `latent_ids` say which they were, and at
+    `width = F` it computes what the SAE does. Pruned latents are never encoded, so with TopK the others compete for k
+    places ("restrict"; k is capped at the width). A Matryoshka SAE is sorted within its groups: prefixes narrower than
+    `width` keep their latents, and of the group that is cut the most important stay.
+
+    Args:
+        sae ([`SAEModel`]): Any family; not changed.
+        width (`int`): Latents to keep.
+        by (`str`, *optional*, defaults to `"energy"`): How to rank latents, see [`rank_latents`].
+        statistics ([`LatentStatistics`], *optional*): Of this SAE.
+        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states, where there are no
+            statistics, and for refitting. Read once for each thing to do, so that only one allows an iterator.
+        merge (`float`, *optional*): Merge near-duplicates above this decoder cosine first, as long as more than
+            `width` latents remain; see [`merge_latents`].
+        refit (`bool`, *optional*, defaults to `False`): Fit the bias to what is left, see [`refit`]; what it gained is
+            logged. Call [`refit`] on the result for the decoder, thresholds, or the figures.
+        order (`Tensor` of shape `(F,)`, *optional*): An order of one's own, instead of `by`; not with `merge`.
+
+    Returns:
+        [`SAEModel`] of the same class.
+
+    Raises:
+        `ValueError`: if the width is out of range, something that is needed was not given, or as [`rank_latents`].
+    """
+    _check(sae, width, by, statistics, activations, merge, refit, order)
+    if merge is not None:
+        if statistics is None and activations is not None:
+            statistics = latent_statistics(sae, activations, attribution=by == "attribution")
+        merged = merge_latents(sae, merge, statistics, most=sae.config.num_latents - width)
+        logger.info("Merged %d pairs of latents with a decoder cosine above %g.", len(merged.pairs), merge)
+        sae = merged.sae
+        # Those of merged latents are estimates: what can be measured is.
+        statistics = merged.statistics if activations is None else None
+    pruned = sort_latents(sae, by, statistics, activations, order).truncate(width)
+    if refit:
+        result = refit_sae(pruned, activations)
+        logger.info(
+            "Refitted the bias of %d latents: FVU %.4f -> %.4f on %d %s tokens.",
+            width,
+            result.fvu_before,
+            result.fvu_after,
+            result.tokens,
+            "held-out" if result.held_out else "fitted",
+        )
+        pruned = result.sae
+    return pruned
+
+
+def _check(sae, width: int, by: str, statistics, activations, merge, refit: bool, order) -> None:
+    if not 1 <= width <= sae.config.num_latents:
+        raise ValueError(f"`width` must lie between 1 and num_latents ({sae.config.num_latents}), got {width}.")
+    if merge is not None and order is not None:
+        raise ValueError("Merging changes which latents there are: give `merge` or an `order`, not both.")
+    if refit and activations is None:
+        raise ValueError("Refitting needs `activations`: statistics of latents hold no residuals.")
+    measures = by in MAY_NEED_ACTIVATIONS and order is None
+    ranking = measures and activations is not None and (statistics is None or by == "greedy" or merge is not None)
+    passes = refit + ranking + (merge is not None and statistics is None and activations is not None)
+    if passes > 1:
+        check_rereadable(activations, "This pruning")

@@ -1,0 +1,321 @@
+"""What each latent does on data: one pass that keeps sums, and the file they are stored in.
+
+Shapes: F latents, m neighbours, N tokens. A latent's value `a` and the decoder row `d` that goes with it are taken as
+the SAE takes them: where it measures latents by their contribution (`scale_by_decoder_norm`), `a` is the contribution
+and `d` has length 1.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..activations.gradients import loss_gradients
+from ..evaluation.data import HasActivations, HeldOut, activation_batches
+from ..evaluation.distributed import processes, reduce_sum
+from ..models import SAEModel
+from ..models.sparse_ops import LatentPairs, pair_dot, row_norms
+
+
+STATISTICS_FILE = "statistics.safetensors"
+_FORMAT = "hf_matryoshka_sae.latent_statistics/1"
+_ENTRIES_AT_ONCE = 2**24  # tokens x latents that are looked at together: 16 MB of flags, or as many pairs at worst
+
+
+@dataclass
+class LatentStatistics:
+    """What each latent does on data.
+
+    Args:
+        tokens (`int`): Tokens N they were measured on.
+        latent_ids (`Tensor` of shape `(F,)`): The SAE's own, int64: which latents these are.
+        frequency (`Tensor` of shape `(F,)`): Share of tokens on which the latent fires, `E[a > 0]`. All float64.
+        mean (`Tensor` of shape `(F,)`): `E[a]` over all tokens.
+        mean_square (`Tensor` of shape `(F,)`): Energy `E[a^2]` (Peter & Søgaard 2025, arXiv 2505.00190).
+        contribution (`Tensor` of shape `(F,)`): `E[(a ||d||)^2]`; the energy, if decoder rows have length 1.
+        leave_one_out (`Tensor` of shape `(F,)`): By how much the squared error grows where this latent alone is left
+            out, `E[2 a (r . d) + (a ||d||)^2]` with the residual r; negative where it does harm.
+        neighbours (`Tensor` of shape `(F, m)`): Latents with the most similar decoder rows (cosine), nearest first.
+            They are places in the dictionary, not ids; -1 where a neighbour is gone.
+        cofiring (`Tensor` of shape `(F, m)`): Share of tokens on which both fire.
+        attribution (`Tensor` of shape `(F,)`, *optional*): `E|a dL/da|`, in nats, with the error of the
+            reconstruction kept, so that `dL/da = d . dL/dx` in the clean model.
+    """
+
+    tokens: int
+    latent_ids: Tensor
+    frequency: Tensor
+    mean: Tensor
+    mean_square: Tensor
+    contribution: Tensor
+    leave_one_out: Tensor
+    neighbours: Tensor
+    cofiring: Tensor
+    attribution: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.latent_ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def check(self, sae: SAEModel) -> None:
+        """Raises `ValueError` where these are not the statistics of this SAE's latents, in this order."""
+        if len(self) != sae.config.num_latents:
+            raise ValueError(
+                f"These are statistics of {len(self)} latents, the SAE has {sae.config.num_latents}. Measure them "
+                "anew, or take `statistics.select(...)` of the latents that were kept."
+            )
+        if not torch.equal(self.latent_ids, sae.latent_ids.cpu()):
+            raise ValueError(
+                "These statistics belong to other latents, or to the same in another order (`latent_ids` differ). "
+                "Reorder them with `statistics.select(order)` when the SAE is sorted, or measure them anew."
+            )
+
+    def select(self, kept: Tensor) -> "LatentStatistics":
+        """The statistics of some latents, or of all in another order.
+
+        Args:
+            kept (`Tensor` of shape `(n,)`): Places of the latents, each once; a neighbour that is gone becomes -1 and
+                its co-firing 0.
+        """
+        kept = check_places(kept, len(self))
+        place = torch.full((len(self) + 1,), -1)  # the last entry is where -1 points: gone stays gone
+        place[kept] = torch.arange(len(kept))
+        chosen = {name: tensor[kept] for name, tensor in self.tensors().items()}
+        chosen["neighbours"] = place[chosen["neighbours"]]
+        chosen["cofiring"] = chosen["cofiring"].masked_fill(chosen["neighbours"] < 0, 0)
+        return LatentStatistics(self.tokens, **chosen)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `statistics.safetensors` into a folder, usually the SAE's own; returns its path."""
+        path = Path(folder) / STATISTICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            metadata = {"format": _FORMAT, "tokens": str(self.tokens)}
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, staged, metadata)
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, source: str | os.PathLike) -> "LatentStatistics":
+        """Read statistics from a folder or a file.
+
+        Raises:
+            `ValueError`: if there is no such file, it is damaged, or it holds something else.
+        """
+        path = Path(source)
+        path = path / STATISTICS_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"There are no latent statistics at {path}. Write them with `LatentStatistics.save`.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}): damaged or half-written. Measure it anew.") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no file of format {_FORMAT!r}, but of {metadata.get('format')!r}.")
+        try:
+            statistics = cls(int(metadata["tokens"]), **tensors)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not hold what latent statistics need: {error}. Measure it anew.") from error
+        if any(len(tensor) != len(statistics) for tensor in tensors.values()):
+            raise ValueError(f"{path} holds tensors of different numbers of latents. Measure it anew.")
+        return statistics
+
+
+def check_places(places: Tensor, num_latents: int) -> Tensor:
+    """Places of latents as an int64 tensor on the CPU; raises `ValueError` for repeats or what does not exist."""
+    places = torch.as_tensor(places).cpu()
+    if places.dim() != 1 or places.is_floating_point() or places.dtype == torch.bool:
+        raise ValueError(f"Expected a list of latents, got a {places.dtype} tensor of shape {tuple(places.shape)}.")
+    if len(places.unique()) != len(places):
+        raise ValueError(f"Each latent may appear once; {len(places) - len(places.unique())} repeats were given.")
+    if len(places) and not 0 <= places.min() <= places.max() < num_latents:
+        raise ValueError(
+            f"Latents are numbered 0 to {num_latents - 1}, got {places.min().item()} to {places.max().item()}."
+        )
+    return places.long()
+
+
+def decoder_rows(sae: SAEModel) -> Tensor:
+    """The decoder rows `(F, D)` that go with the values the SAE gives its latents, in float32 or better."""
+    rows = sae.W_dec.detach().to(torch.promote_types(sae.W_dec.dtype, torch.float32))
+    return rows / row_norms(rows)[:, None] if sae.config.scale_by_decoder_norm else rows
+
+
+def nearest_latents(sae: SAEModel, count: int) -> Tensor:
+    """The `count` latents with the most similar decoder rows (cosine), nearest first, `(F, count)` on the CPU.
+
+    Found in blocks: nothing of size F x F is kept. There are at most F - 1.
+    """
+    rows = sae.W_dec.detach().float()
+    rows = rows / row_norms(rows)[:, None]
+    count, block = min(count, len(rows) - 1), max(1, _ENTRIES_AT_ONCE // len(rows))
+    found = torch.empty(len(rows), count, dtype=torch.int64)
+    for start in range(0, len(rows) if count else 0, block):
+        cosine = rows[start : start + block] @ rows.T
+        own = torch.arange(len(cosine), device=rows.device)
+        cosine[own, start + own] = -torch.inf
+        found[start : start + block] = cosine.topk(count).indices.cpu()
+    return found
+
+
+def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, LatentPairs]]:
+    """Hidden states `(n, D)` and their latents as the SAE gives them at inference, in blocks of bounded size.
+
+    Args:
+        sae ([`SAEModel`]): Its mode is left as it is.
+        batches (`Iterable[Tensor]`): `(n, D)` of any floating type and on any device.
+
+    Raises:
+        `ValueError`: for another width than `d_in`, or rows that are not finite.
+    """
+    for number, batch in enumerate(batches):
+        for part in _parts(sae, batch, number):
+            yield batch[part], encoded(sae, batch[part])
+
+
+def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
+    """Slices of a checked batch, few enough rows that every latent might fire on all of them."""
+    if batch.dim() != 2 or batch.shape[1] != sae.config.d_in:
+        raise ValueError(
+            f"Expected hidden states of shape (n, {sae.config.d_in}), got {tuple(batch.shape)} in batch {number}."
+        )
+    broken = int((~batch.isfinite().all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of the {len(batch)} hidden states of batch {number} are not finite. Leave them out, or load "
+            "the language model in another type (bfloat16 or float32)."
+        )
+    rows = max(1, _ENTRIES_AT_ONCE // sae.config.num_latents)
+    return (slice(start, start + rows) for start in range(0, len(batch), rows))
+
+
+def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
+    """The latents of `(n, D)` hidden states at inference, without gradient and without those of value 0."""
+    training = sae.training
+    sae.eval()
+    try:
+        with torch.no_grad():
+            pairs = sae.encode_pairs(x.to(sae.W_enc))
+    finally:
+        sae.train(training)
+    return pairs.keep(pairs.values != 0)
+
+
+def along_decoder(sae: SAEModel, pairs: LatentPairs, rows: Tensor) -> Tensor:
+    """`rows[token] . d[latent]` for each pair `(M,)`, float64; `rows` is `(n, D)`."""
+    source = decoder_rows(sae)
+    return pair_dot(rows.to(source), pairs.rows, pairs.index.by_token, source, pairs.cols).double()
+
+
+def latent_statistics(
+    sae: SAEModel,
+    activations: HasActivations | Iterable[Tensor],
+    neighbours: int = 8,
+    attribution: bool = False,
+) -> LatentStatistics:
+    """Measure what each latent does on data, in one pass.
+
+    Sums are in float64 and over all processes; each process brings its own share of the data. Beside the sums, memory
+    is a block of tokens.
+
+    Args:
+        sae ([`SAEModel`]): Measured as it is at inference, at its full width.
+        activations ([`HeldOut`] or an iterable of `(n, D)` tensors): Raw hidden states.
+        neighbours (`int`, *optional*, defaults to 8): Latents m to compare each latent with; 0 for none.
+        attribution (`bool`, *optional*, defaults to `False`): Also measure what the language model's loss owes each
+            latent; needs a [`HeldOut`].
+
+    Raises:
+        `ValueError`: if there are no hidden states, some are not finite or of another width, or attribution is asked
+            of hidden states alone.
+    """
+    if neighbours < 0:
+        raise ValueError(f"`neighbours` must be at least 0, got {neighbours}.")
+    if attribution and not isinstance(activations, HeldOut):
+        raise ValueError(
+            "Attribution needs the language model's gradients: pass a `HeldOut` (see `open_heldout`), not hidden "
+            f"states alone ({type(activations).__name__})."
+        )
+    sums = _Sums(sae, neighbours, attribution)
+    batches = _with_gradients(activations) if attribution else ((x, None) for x in activation_batches(activations))
+    batches = tqdm(batches, desc="latent statistics", disable=processes()[0] != 0, leave=False)
+    for number, (x, gradient) in enumerate(batches):
+        for part in _parts(sae, x, number):
+            sums.add(x[part], encoded(sae, x[part]), None if gradient is None else gradient[part])
+    return sums.statistics()
+
+
+def _with_gradients(source: HeldOut) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in source.share():
+        yield loss_gradients(source.model, batch, source.hookpoint, mask_token_id=source.mask_token_id)
+
+
+class _Sums:
+    """What is added up over tokens."""
+
+    def __init__(self, sae: SAEModel, neighbours: int, attribution: bool):
+        self.sae, self.device = sae, sae.W_dec.device
+        self.neighbours = nearest_latents(sae, neighbours).to(self.device)
+        self.squared_norms = decoder_rows(sae).double().square().sum(1)
+        names = ["frequency", "mean", "mean_square", "leave_one_out"] + ["attribution"] * attribution
+        self.sums = {
+            name: torch.zeros(len(self.neighbours), dtype=torch.float64, device=self.device) for name in names
+        }
+        self.cofiring = torch.zeros(self.neighbours.shape, dtype=torch.float64, device=self.device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def add(self, x: Tensor, pairs: LatentPairs, gradient: Tensor | None) -> None:
+        with torch.no_grad():
+            residual = x.to(self.device) - self.sae.decode_pairs(pairs, [pairs.num_latents])[0]
+        values, cols = pairs.values.double(), pairs.cols
+        self.tokens += len(x)
+        self._sum("frequency", cols, (values > 0).double())
+        self._sum("mean", cols, values)
+        self._sum("mean_square", cols, values.square())
+        self._sum("leave_one_out", cols, 2 * values * along_decoder(self.sae, pairs, residual))
+        if gradient is not None:
+            self._sum("attribution", cols, (values * along_decoder(self.sae, pairs, gradient.to(self.device))).abs())
+        if self.neighbours.shape[1]:
+            self._add_cofiring(pairs.keep(pairs.values > 0))
+
+    def _sum(self, name: str, cols: Tensor, values: Tensor) -> None:
+        self.sums[name].index_add_(0, cols, values)
+
+    def _add_cofiring(self, pairs: LatentPairs) -> None:
+        fires = torch.zeros(pairs.num_rows, pairs.num_latents, dtype=torch.bool, device=self.device)
+        fires[pairs.rows, pairs.cols] = True
+        for slot in range(self.neighbours.shape[1]):  # one after the other: all at once would be m times the pairs
+            both = fires[pairs.rows, self.neighbours[pairs.cols, slot]]
+            self.cofiring[:, slot].index_add_(0, pairs.cols, both.double())
+
+    def statistics(self) -> LatentStatistics:
+        reduce_sum(self.tokens, self.cofiring, *self.sums.values())
+        tokens = int(self.tokens)
+        if not tokens:
+            raise ValueError("There are no hidden states to measure latents on: the activations are empty.")
+        means = {name: (total / tokens).cpu() for name, total in self.sums.items()}
+        contribution = means["mean_square"] * self.squared_norms.cpu()
+        means["leave_one_out"] += contribution
+        return LatentStatistics(
+            tokens=tokens,
+            latent_ids=self.sae.latent_ids.cpu().clone(),
+            contribution=contribution,
+            neighbours=self.neighbours.cpu(),
+            cofiring=(self.cofiring / tokens).cpu(),
+            **means,
+        )
