@@ -59,9 +59,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    for name in ("steps", "target_l0"):
+        value = getattr(parsed, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` must be above 0, got {value:g}.")
     tree = load_tree(parsed.tree or TREE_FILE) if parsed.random_tree is None else random_tree(parsed.random_tree)
-    published = parsed.tree is None and parsed.random_tree is None
-    target_l0 = parsed.target_l0 if parsed.target_l0 is not None else PUBLISHED_L0 if published else tree.expected_l0
+    target_l0 = parsed.target_l0
+    if target_l0 is None:
+        published = parsed.tree is None and parsed.random_tree is None
+        target_l0 = PUBLISHED_L0 if published else tree.expected_l0
     folder = Path(parsed.output_dir)
     tree.save(folder / "tree.json")
     accelerator = Accelerator(cpu=True)  # a dictionary of this size only waits on a GPU

@@ -45,10 +45,10 @@ def _draw(
 
     count, size = tree.num_features, max(4.0, 0.22 * tree.num_features)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(size * len(panels) + 1.2, size + 1.0), layout="constrained", squeeze=False
+        1, len(panels), figsize=(size * len(panels) + 1.2, size + 0.7), layout="constrained", squeeze=False
     )
     for i, (axis, (name, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
-        image = axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
+        image = axis.imshow(values.numpy(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
         axis.set_title(name)
         axis.set_xlabel("feature" if name == "features" else "latent matched with feature")
         axis.set_xticks(range(count), tree.names, rotation=90, fontsize=7)
