@@ -21,7 +21,7 @@ from ..evaluation.distributed import processes
 from ..models import SAEModel, SparseLatents
 from ..models.sparse_ops import LatentPairs, PairIndex
 from .packets import Packet, WholePackets, read_packet, write_packet
-from .rate import CodeModel, Moments, bins, checked_step, checked_widths, default_step, from_bins
+from .rate import CodeModel, Moments, bins, checked_step, checked_widths, default_step
 
 
 _MAGIC = b"HMSP"
@@ -49,11 +49,11 @@ def encode_progressive(
         x (`Tensor` of shape `(..., D)`): Hidden states.
         statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`):
             Of this SAE's latents, on other data; the decoder needs the same.
-        step (`float`, *optional*): Width of a bin, in the units of the latents' values. A value is off by `step / 2`
-            at most, which adds about `step^2 / 12` per firing latent to the squared error. Default: [`default_step`].
+        step (`float`, *optional*): Width of a bin, in the units of the latents' values. A value is off by less than
+            this, and adds about `step^2 / 12` to the squared error, less for large steps. Default: [`default_step`].
         groups (`Sequence[int]`, *optional*):
             Widths at which a group ends, increasing to F. Default: the SAE's prefix widths, or powers of two.
-        block (`int`, *optional*, defaults to 256): Tokens per packet. Longer blocks have less overhead (about 3 bytes
+        block (`int`, *optional*, defaults to 256): Tokens per packet. Longer blocks have less overhead (about 4 bytes
             a packet), shorter ones lose less where a code is cut.
 
     Returns:
@@ -119,7 +119,7 @@ def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLat
         raise ValueError("There are bytes after the last packet: this is more than one code, or a damaged one.")
     rows, latents, numbers = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *found], axis=1))
     order = (rows * len(model) + latents).argsort()
-    values = from_bins(numbers[order], header.step).to(sae.W_dec.dtype)
+    values = model.read(latents[order], numbers[order], header.step).to(sae.W_dec.dtype)
     slots = LatentPairs(PairIndex(rows[order], latents[order], header.num_tokens, len(model)), values).to_slots()
     shape, device = (*header.shape, slots.values.shape[-1]), sae.W_dec.device
     return SparseLatents(slots.values.view(shape).to(device), slots.indices.view(shape).to(device), len(model))

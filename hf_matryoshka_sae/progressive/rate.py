@@ -4,9 +4,11 @@ The model knows each latent's frequency, mean and mean square, and takes latents
 
     latent i fires on a token           Bernoulli(p_i)
     the logarithm of its value, if so   Normal(mu_i, sigma_i), by the first two moments of the value
-    what is coded of the value a        floor(a / step), read as the middle of its bin: off by step / 2 at most
+    what is coded of the value a        its bin floor(a / step), read as the model's mean of the values in it
 
-A log-normal has no mass below 0, where values have none, and its skew; its two parameters follow from the two moments.
+A log-normal has no mass below 0, as values have none, and is skewed as they are; on a small language model it took 0.1
+to 0.35 bits less per value than a Gaussian or a Laplacian of the same moments. A value as read is off by less than
+`step`; the squared error is about step^2 / 12 for small steps, and less for large ones.
 Shapes: F latents, M pairs that fire, P widths.
 """
 
@@ -28,7 +30,8 @@ RAREST = 2.0**-20
 # A latent seen on few tokens may have fired at one value only; a spread of 0 could code no other.
 _LEAST_SPREAD = 0.05
 
-# A finer step costs a bit per pair for each halving, and gains less than a hundredth of the variance.
+# Of the root mean square value. On BatchTopK Matryoshka and TopK SAEs of a small language model: 1.8 bits a value
+# and an error larger by 5%; half the step takes 0.7 bits more for 1%, twice the step 0.9 bits less for 11%.
 _STEP_SHARE = 0.5
 
 
@@ -96,15 +99,21 @@ class CodeModel:
         mass = self.above(latents, low) - self.above(latents, low + step)
         return -mass.clamp(min=RAREST).log2()
 
+    def read(self, latents: Tensor, numbers: Tensor, step: float) -> Tensor:
+        """Mean of the values that fire within bins, `(M,)` float64: what a bin is read as."""
+        location, spread, low = self.location[latents], self.spread[latents], numbers.double() * step
+        ends = (location - torch.stack([low, low + step]).log()) / spread
+        mass = torch.special.ndtr(ends)
+        moment = torch.special.ndtr(ends + spread) * (location + spread.square() / 2).exp()
+        mean = (moment[0] - moment[1]) / (mass[0] - mass[1])
+        # Where the model expects next to nothing, its mean is a ratio of rounding errors.
+        mean = torch.where(mass[0] - mass[1] > RAREST, mean, low + step / 2)
+        return torch.minimum(torch.maximum(mean, low), low + step)
+
 
 def bins(values: Tensor, step: float) -> Tensor:
-    """The bin `floor(value / step)` of each value, as float64; [`from_bins`] reads it back."""
+    """The bin `floor(value / step)` of each value, as float64."""
     return (values.double() / step).floor()
-
-
-def from_bins(numbers: Tensor, step: float) -> Tensor:
-    """The middle of each bin, float64."""
-    return (numbers.double() + 0.5) * step
 
 
 def default_step(statistics: Moments) -> float:
