@@ -6,7 +6,7 @@ from .holdout import Split
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
 from .prefetch import PrefetchedStream
-from .splice import has_lm_loss, spliced_losses
+from .splice import has_lm_loss, spliced_logits, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
 from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
@@ -40,5 +40,6 @@ __all__ = [
     "load_documents",
     "load_language_model",
     "resolve_hookpoints",
+    "spliced_logits",
     "spliced_losses",
 ]

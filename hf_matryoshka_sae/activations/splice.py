@@ -53,6 +53,34 @@ def spliced_losses(
     Raises:
         `ValueError`: the model has no language-model head, `mask_token_id` is missing, or `replace` changed the shape.
     """
+    logits, targets = spliced_logits(model, batch, hookpoint, replace, mask_token_id=mask_token_id, seed=seed)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows, right in zip(logits.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True):
+        total += F.cross_entropy(rows.float(), right, reduction="none").double().sum()
+    return total, torch.tensor(len(targets), device=logits.device)
+
+
+def spliced_logits(
+    model: nn.Module,
+    batch: TokenBatch,
+    hookpoint: str,
+    replace: Callable[[Tensor], Tensor] | None,
+    *,
+    mask_token_id: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What the model predicts, with hidden states replaced, where its loss is counted.
+
+    Args:
+        model, batch, hookpoint, replace, mask_token_id, seed: as for [`spliced_losses`].
+
+    Returns:
+        `tuple[Tensor, Tensor]`: logits `[S, V]` at the S scored positions, in the model's type, and the right tokens
+        `[S]`.
+
+    Raises:
+        `ValueError`: as [`spliced_losses`].
+    """
     if not has_lm_loss(model):
         raise ValueError(f"{type(model).__name__} has no language-model head, so there is no loss to measure.")
     batch = batch.to(next(model.parameters()).device)
@@ -60,7 +88,7 @@ def spliced_losses(
     hooks = [] if replace is None else [(hookpoint, _Splice(batch.keep, replace))]
     with hooked(model, hooks), torch.no_grad():
         logits = run_model(model, input_ids, batch.attention_mask if batch.padded else None).logits
-    return _cross_entropy(logits.flatten(0, 1), scored.flatten(), targets.flatten()), scored.sum()
+    return logits[scored.to(logits.device)], targets[scored].to(logits.device)
 
 
 class _Splice:
@@ -99,11 +127,3 @@ def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: 
     drawn = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
     scored = batch.keep & drawn.to(batch.keep.device)
     return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids
-
-
-def _cross_entropy(logits: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for positions in scored.nonzero()[:, 0].split(_POSITIONS_AT_ONCE):
-        rows = logits.index_select(0, positions.to(logits.device)).float()
-        total += F.cross_entropy(rows, targets[positions].to(logits.device), reduction="none").double().sum()
-    return total

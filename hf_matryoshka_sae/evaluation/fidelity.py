@@ -1,0 +1,134 @@
+"""The core evaluation: reconstruction, firing, spliced language-model loss and similarity at each width."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..models.sparse_ops import LatentPairs
+from .data import HasActivations, HeldOut, activation_batches
+from .distributed import processes
+from .language_model import spliced_metrics
+from .reconstruction import ReconstructionSums
+from .similarity import TokenSample, representational_similarity
+from .subjects import Dictionary, Subject
+
+
+Watch = Callable[[str, LatentPairs], None]
+# Entries of [P, n, D] reconstructions made at a time.
+_PIECE = {"cpu": 2**22}
+
+
+@torch.no_grad()
+def evaluate_fidelity(
+    data: HeldOut | HasActivations | Iterable[Tensor],
+    subjects: Mapping[str, Subject],
+    language_model: bool = True,
+    similarity_tokens: int = 500,
+    seed: int = 0,
+    watch: Watch | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Evaluate dictionaries and baselines at each of their widths.
+
+    All widths of a subject come from one pass over the data; the language model is run once more for each width whose
+    loss is measured.
+
+    Args:
+        data ([`HeldOut`], or an iterable of tensors `(n, D)`): Losses need a [`HeldOut`] whose model predicts tokens.
+            Under `torch.distributed` each process evaluates its share, and all return the same result.
+        subjects (`Mapping[str, Subject]`): For example [`Dictionary`] of an SAE, by name.
+        language_model (`bool`, *optional*, defaults to `True`): Measure spliced losses where that can be done.
+        similarity_tokens (`int`, *optional*, defaults to 500): Tokens of the similarity analysis (0: leave it out).
+        seed (`int`, *optional*, defaults to 0): Chooses these tokens.
+        watch (`Callable`, *optional*): Shown the name and the latents of every dictionary and batch.
+        show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+
+    Returns:
+        `dict`: `tokens`, `variance`, `mean_norm`; `clean_ce`, `zero_ce`, `mean_ce` (`None` without losses); and under
+        `subjects` a list of rows, one for each width, for each name. See [`ReconstructionSums`], [`FiringSums`],
+        [`spliced_metrics`] and [`representational_similarity`] for what the keys mean.
+
+    Raises:
+        `ValueError`: if there are no tokens, or hidden states are not finite or of another width than an SAE's.
+    """
+    sums: dict[str, ReconstructionSums] = {}
+    sample = TokenSample(similarity_tokens, seed) if similarity_tokens else None
+    show = show and processes()[0] == 0
+    for states in tqdm(activation_batches(data), desc="reconstruction", disable=not show, leave=False):
+        for name, subject in subjects.items():
+            if name not in sums:
+                sums[name] = ReconstructionSums.zeros(len(subject.widths), states.shape[1])
+            _add(name, subject, states, sums[name], watch)
+        if sample is not None:
+            sample.add(states)
+    if not sums:
+        raise ValueError("There are no held-out tokens to evaluate on. Name an `eval_dataset` with text.")
+    rows = {name: _rows(subject, sums[name]) for name, subject in subjects.items()}
+    first = next(iter(sums.values()))
+    result: dict[str, Any] = {
+        "tokens": int(first.tokens),
+        "variance": first.variance,
+        "clean_ce": None,
+        "zero_ce": None,
+        "mean_ce": None,
+    }
+    if sample is not None:
+        _add_similarity(subjects, rows, sample.tokens(), seed)
+    if language_model and isinstance(data, HeldOut) and data.has_loss:
+        _add_losses(result, data, subjects, rows, first.mean, show)
+    for entry in rows.values():
+        for row in entry:
+            row.setdefault("ce", None)
+            row.setdefault("recaptured_zero", None)
+            row.setdefault("recaptured_mean", None)
+    return result | {"subjects": rows}
+
+
+def _add(name: str, subject: Subject, states: Tensor, sums: ReconstructionSums, watch: Watch | None) -> None:
+    if not isinstance(subject, Dictionary):
+        sums.add(states, subject.reconstruct(states))
+        return
+    d_in = subject.sae.config.d_in
+    if states.shape[1] != d_in:
+        raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
+    pairs = subject.encode(states)
+    subject.count(pairs)
+    if watch is not None:
+        watch(name, pairs[-1])
+    sums.add(states, subject.decode(pairs).float())
+
+
+def _rows(subject: Subject, sums: ReconstructionSums) -> list[dict[str, Any]]:
+    sums.reduce()
+    rows = [{"width": width, **row} for width, row in zip(subject.widths, sums.rows(), strict=True)]
+    if isinstance(subject, Dictionary):
+        for row, found in zip(rows, subject.firing_rows(), strict=True):
+            row.update(found)
+    return rows
+
+
+def _add_similarity(subjects: Mapping[str, Subject], rows: dict[str, list], tokens: Tensor, seed: int) -> None:
+    for name, subject in subjects.items():
+        found = representational_similarity(tokens, subject.reconstruct(tokens).float(), seed=seed)
+        for row, entry in zip(rows[name], found, strict=True):
+            row["rsa"] = entry
+
+
+def _add_losses(
+    result: dict[str, Any],
+    data: HeldOut,
+    subjects: Mapping[str, Subject],
+    rows: dict[str, list],
+    mean: Tensor,
+    show: bool,
+) -> None:
+    passes = sum(len(subject.widths) for subject in subjects.values()) * len(list(data.share()))
+    with tqdm(total=passes, desc="language-model loss", disable=not show, leave=False) as bar:
+        baselines, metrics = spliced_metrics(data, mean, list(subjects.values()), bar.update)
+    for name, found in zip(subjects, metrics, strict=True):
+        for row, entry in zip(rows[name], found, strict=True):
+            row.update(entry)
+    result.update({key: getattr(baselines, key) for key in ("clean_ce", "zero_ce", "mean_ce")})

@@ -1,0 +1,135 @@
+"""What a language model loses when reconstructions take the place of its hidden states.
+
+    recaptured_zero, _mean   (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), ablated to zero or to the mean;
+                             SAEBench calls the first `ce_loss_score`
+    delta_ce                 CE_spliced - CE_clean, nats per token
+    kl                       E[KL(clean || spliced)] over predictions, nats
+    kl_score                 (KL_zero - KL_spliced) / KL_zero
+
+Cross-entropy and KL are counted where hidden states were replaced; special tokens keep theirs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..activations import TokenBatch, spliced_logits
+from .data import HeldOut
+from .distributed import reduce_sum
+from .subjects import Subject
+
+
+_ROWS = 1024  # float32 copies of logits are rows x vocabulary
+_LOGITS = 2**27  # logits of the clean model kept at a time
+
+
+class LossSums:
+    """Cross-entropy and divergence from the clean model, summed over predictions, of several replacements.
+
+    Args:
+        replacements (`int`): How many.
+    """
+
+    def __init__(self, replacements: int):
+        self.predictions = torch.zeros((), dtype=torch.int64)
+        self.ce = torch.zeros(replacements, dtype=torch.float64)
+        self.kl = torch.zeros(replacements, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, index: int, clean: Tensor, spliced: Tensor, targets: Tensor) -> None:
+        """Add replacement `index`'s logits `(S, V)` beside the clean model's and the right tokens `(S,)`."""
+        parts = zip(clean.split(_ROWS), spliced.split(_ROWS), targets.split(_ROWS), strict=True)
+        for before, after, right in parts:
+            before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
+            self.ce[index] += F.nll_loss(after, right, reduction="none").double().sum().cpu()
+            self.kl[index] += (before.exp() * (before - after)).sum(-1).double().sum().cpu()
+
+    def reduce(self) -> "LossSums":
+        """The sums of all processes."""
+        reduce_sum(self.predictions, self.ce, self.kl)
+        return self
+
+
+class LossBaselines:
+    """The losses against which a reconstruction is judged.
+
+    Args:
+        clean_ce, zero_ce, mean_ce (`float`): Cross-entropy of the model as it is, and with the hidden states replaced
+            by zero or their mean; nats per token.
+        zero_kl (`float`): Divergence of the zero-ablated model.
+    """
+
+    def __init__(self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float):
+        self.clean_ce, self.zero_ce, self.mean_ce, self.zero_kl = clean_ce, zero_ce, mean_ce, zero_kl
+
+    def row(self, ce: float, kl: float) -> dict[str, float | None]:
+        """Every metric of one replacement."""
+        return {
+            "ce": ce,
+            "delta_ce": ce - self.clean_ce,
+            "recaptured_zero": _recaptured(self.zero_ce, ce, self.clean_ce),
+            "recaptured_mean": _recaptured(self.mean_ce, ce, self.clean_ce),
+            "kl": kl,
+            "kl_score": (self.zero_kl - kl) / self.zero_kl if self.zero_kl else None,
+        }
+
+
+def _recaptured(ablated: float, spliced: float, clean: float) -> float | None:
+    return (ablated - spliced) / (ablated - clean) if ablated != clean else None
+
+
+@torch.no_grad()
+def spliced_metrics(
+    data: HeldOut,
+    mean: Tensor,
+    subjects: Sequence[Subject],
+    advance: Callable[[int], None] = lambda passes: None,
+) -> tuple[LossBaselines, list[list[dict[str, float | None]]]]:
+    """Losses of the language model with each subject's reconstructions, and with none, zero and the mean.
+
+    Args:
+        data ([`HeldOut`]): A model with a loss; every process runs its share of the batches.
+        mean (`Tensor` of shape `(D,)`): Mean of the hidden states.
+        subjects (`Sequence[Subject]`): Each encodes a batch once; its reconstructions are spliced in turn.
+        advance (`Callable`, *optional*): Told how many passes of the language model are done.
+
+    Returns:
+        [`LossBaselines`], and for each subject the metrics at each of its widths.
+    """
+    base, sums = LossSums(3), [LossSums(len(subject.widths)) for subject in subjects]
+    for batch in data.share():
+        for part in _parts(batch, data):
+            clean, targets = _logits(data, part, None)
+            base.predictions += len(targets)
+            base.add(0, clean, clean, targets)
+            base.add(1, clean, _logits(data, part, torch.zeros_like)[0], targets)
+            base.add(2, clean, _logits(data, part, lambda x: mean.to(x).expand_as(x))[0], targets)
+            states = data.states(part)
+            for subject, total in zip(subjects, sums, strict=True):
+                for index, output in enumerate(subject.reconstruct(states)):
+                    spliced, _ = _logits(data, part, lambda x, output=output: output.to(x))
+                    total.add(index, clean, spliced, targets)
+                    advance(1)
+    predictions = max(1, int(base.reduce().predictions))
+    for entry in sums:
+        entry.reduce()
+    clean_ce, zero_ce, mean_ce = (base.ce / predictions).tolist()
+    baselines = LossBaselines(clean_ce, zero_ce, mean_ce, (base.kl[1] / predictions).item())
+    return baselines, [
+        [baselines.row(*pair) for pair in (torch.stack([total.ce, total.kl], 1) / predictions).tolist()]
+        for total in sums
+    ]
+
+
+def _logits(data: HeldOut, batch: TokenBatch, replace: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    return spliced_logits(data.model, batch, data.hookpoint, replace, mask_token_id=data.mask_token_id)
+
+
+def _parts(batch: TokenBatch, data: HeldOut) -> list[TokenBatch]:
+    """The batch in pieces whose logits may be kept."""
+    vocabulary = data.model.get_output_embeddings().weight.shape[0]
+    size = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
+    pieces = zip(*(t.split(size) for t in (batch.input_ids, batch.attention_mask, batch.keep)), strict=True)
+    return [TokenBatch(*piece, batch.padded) for piece in pieces]

@@ -1,0 +1,117 @@
+"""Results as people read them: a table, a plot, a JSON file."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+ABOUT = (
+    "fvu: squared error over the variance about the held-out mean. recaptured: (ablated - spliced) / "
+    "(ablated - clean) cross-entropy, with the hidden states replaced by zero (zero) or by their mean (mean) as the "
+    "ablation. kl: from the clean model's predictions, in nats. rsa: rank correlation of the tokens' cosine "
+    "similarities before and after. dead: share of the prefix's latents that never fire on the held-out tokens. "
+    "selection mask: all latents compete for places, those past the width are dropped; the same as encoding the "
+    "prefix alone wherever a threshold decides."
+)
+
+_COLUMNS = (
+    ("width", "width", 8, "d"),
+    ("L0", "l0", 8, ".2f"),
+    ("FVU", "fvu", 8, ".4f"),
+    ("CE", "ce", 8, ".4f"),
+    ("recaptured", "recaptured_zero", 11, ".4f"),
+    ("(mean abl.)", "recaptured_mean", 11, ".4f"),
+    ("KL", "kl", 8, ".4f"),
+    ("RSA", "rsa", 7, ".4f"),
+    ("dead", "dead", 7, ".2%"),
+)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results as text, a line per width.
+
+    Args:
+        results (`Sequence[dict]`): What `evaluate_fidelity` gives for each hookpoint, with a `hookpoint` added.
+    """
+    lines = []
+    for result in results:
+        lines.append(f"{result['hookpoint']}: {result['tokens']} held-out tokens, {_losses(result)}")
+        found = [row for rows in result["saes"].values() for row in rows]
+        columns = [column for column in _COLUMNS if any(_value(row, column[1]) is not None for row in found)]
+        for name, rows in result["saes"].items():
+            lines.append(f"  {name} (selection: {result.get('selection', 'mask')})")
+            lines.append("  " + " ".join(f"{title:>{size}}" for title, _, size, _ in columns))
+            lines += ["  " + " ".join(_cell(row, *column[1:]) for column in columns) for row in rows]
+    return "\n".join(lines)
+
+
+def _losses(result: dict[str, Any]) -> str:
+    if result["clean_ce"] is None:
+        return "no language-model loss"
+    return (
+        f"CE clean {result['clean_ce']:.4f}, zero-ablated {result['zero_ce']:.4f}, "
+        f"mean-ablated {result['mean_ce']:.4f}"
+    )
+
+
+def _value(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value["spearman"] if isinstance(value, dict) else value
+
+
+def _cell(row: dict[str, Any], key: str, size: int, form: str) -> str:
+    value = _value(row, key)
+    return f"{'-':>{size}}" if value is None else f"{value:>{size}{form}}"
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw FVU and recaptured loss against width to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    drawn = [("fvu", "fraction of variance unexplained"), ("recaptured_zero", "recaptured loss (zero ablation)")]
+    many = len(results) > 1
+    for result in results:
+        for name, rows in result["saes"].items():
+            for axis, (key, _) in zip(axes, drawn, strict=True):
+                points = [(row["width"], row[key]) for row in rows if row[key] is not None]
+                if points:
+                    label = f"{name} @ {result['hookpoint']}" if many else name
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    widths = sorted({row["width"] for result in results for rows in result["saes"].values() for row in rows})
+    for axis, (_, label) in zip(axes, drawn, strict=True):
+        axis.set(xlabel="width (latents)", ylabel=label, xscale="log")
+        axis.grid(alpha=0.3, which="both")
+        if len(widths) <= 12:
+            axis.set_xticks(widths, [str(width) for width in widths], rotation=45 if len(widths) > 8 else 0)
+            axis.minorticks_off()
+    axes[0].set_ylim(0, min(axes[0].get_ylim()[1], 1.2))
+    if axes[1].lines:
+        axes[1].set_ylim(max(axes[1].get_ylim()[0], -0.2), 1)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("Held-out reconstruction at every width")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure whole, then give it its name."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp" + path.suffix)
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    pyplot.close(figure)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON to a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    os.replace(temporary, path)

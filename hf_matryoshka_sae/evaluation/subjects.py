@@ -1,0 +1,80 @@
+"""What is evaluated: anything that reconstructs hidden states at several widths."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..models import SAEModel
+from ..models.sparse_ops import LatentPairs
+from .firing import FiringSums
+
+
+class Subject(Protocol):
+    """A dictionary or a baseline."""
+
+    widths: list[int]
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstructions `(P, N, D)` of hidden states `(N, D)`, one for each of `widths`."""
+        ...
+
+
+class Dictionary:
+    """An SAE at a list of widths.
+
+    Args:
+        sae ([`SAEModel`]): In `eval` mode, taking raw hidden states.
+        widths (`Sequence[int]`, *optional*): Any widths up to F; by default the SAE's prefix widths.
+        selection (`str`, *optional*, defaults to `"mask"`): `"mask"` encodes once and drops latents past a width;
+            `"restrict"` lets latents compete inside the width alone, which for TopK means encoding at each width. For
+            all other families the two are the same.
+
+    Raises:
+        `ValueError`: for widths that the SAE does not have.
+    """
+
+    def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask"):
+        num_latents = sae.config.num_latents
+        self.sae = sae.eval()
+        self.widths = sorted(set(sae.prefix_widths if widths is None else widths))
+        if not self.widths or self.widths[0] < 1 or self.widths[-1] > num_latents:
+            raise ValueError(f"`widths` must lie between 1 and {num_latents}, got {list(widths or [])}.")
+        if selection not in ("mask", "restrict"):
+            raise ValueError(f"`selection` must be 'mask' or 'restrict', got {selection!r}.")
+        self.selection = selection
+        self.encodes_once = selection == "mask" or sae.config.activation_name != "topk"
+        self.firing = [FiringSums(num_latents) for _ in range(1 if self.encodes_once else len(self.widths))]
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> list[LatentPairs]:
+        """The latents of `(N, D)` hidden states: once for all widths, or at each of them."""
+        x = x.to(self.sae.W_enc)
+        if self.encodes_once:
+            return [self.sae.encode_pairs(x)]
+        return [self.sae.encode_pairs(x, width) for width in self.widths]
+
+    @torch.no_grad()
+    def decode(self, pairs: list[LatentPairs]) -> Tensor:
+        """The reconstructions `(P, N, D)` from what [`encode`] gave."""
+        if self.encodes_once:
+            return self.sae.decode_pairs(pairs[0], self.widths)
+        each = zip(pairs, self.widths, strict=True)
+        return torch.cat([self.sae.decode_pairs(found, [width]) for found, width in each])
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The reconstruction at each width, `(P, N, D)`."""
+        return self.decode(self.encode(x))
+
+    def count(self, pairs: list[LatentPairs]) -> None:
+        """Count what fired in a batch."""
+        for sums, found in zip(self.firing, pairs, strict=True):
+            sums.add(found)
+
+    def firing_rows(self) -> list[dict[str, float]]:
+        """L0, L1 and dead share at each width, of what was counted in all processes."""
+        if self.encodes_once:
+            return self.firing[0].reduce().rows(self.widths)
+        each = zip(self.firing, self.widths, strict=True)
+        return [sums.reduce().rows([width])[0] for sums, width in each]
