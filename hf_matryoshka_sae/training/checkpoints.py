@@ -17,19 +17,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..evaluation.report import write_json
+
 
 logger = logging.getLogger(__name__)
 
 _TENSOR = "__tensor__"
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def save_tree(path: Path, tree: Any) -> None:
