@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from hf_matryoshka_sae.activations import TokenStream, harvest, spliced_losses
+from hf_matryoshka_sae.activations import TokenStream, harvest
 from hf_matryoshka_sae.activations.gradients import loss_gradients
 
 from . import tiny
@@ -12,36 +12,50 @@ def _batch(kind="bos", pack=True):
     return next(TokenStream(tiny.texts(40), tiny.tokenizer(kind), 16, 4, pack=pack))
 
 
-def _check_by_differences(model, batch, hookpoint, **options):
-    """The loss of hidden states moved a little along some directions, from `spliced_losses`."""
-    states, gradients = loss_gradients(model, batch, hookpoint, **options)
-    kept = harvest(model, batch.input_ids, None, [hookpoint])[hookpoint][batch.keep]
-    assert states.shape == gradients.shape == kept.shape
-    for _ in range(3):
-        direction, step = torch.randn_like(states, dtype=torch.float64), 1e-2
+def _reference(model, batch, path, side, masked=None):
+    """The gradient with respect to something added to the kept hidden states, over the whole graph."""
+    states = harvest(model, batch.input_ids, None, [path if side == "output" else f"{path}:input"])
+    added = torch.zeros_like(next(iter(states.values())), requires_grad=True)
+    module = model.get_submodule(path)
 
-        def moved(x, by, direction=direction):
-            return x + by * direction.to(x)
+    def after(_, args, output):
+        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
 
-        losses = [
-            spliced_losses(model, batch, hookpoint, lambda x, by=by: moved(x, by), **options)[0]
-            for by in (step, -step)
-        ]
-        slope = ((losses[0] - losses[1]) / (2 * step)).item()
-        assert (gradients.double() * direction).sum().item() == pytest.approx(
-            slope, rel=5e-3, abs=1e-3
-        )  # the loss is float32's
-    return states, gradients
+    def before(_, args):
+        return (args[0] + added, *args[1:])
+
+    handle = module.register_forward_hook(after) if side == "output" else module.register_forward_pre_hook(before)
+    logits = model(batch.input_ids if masked is None else batch.input_ids.masked_fill(masked, 4)).logits
+    handle.remove()
+    loss = 0
+    for row in range(len(logits)):
+        for position in range(logits.shape[1]):
+            if masked is not None and masked[row, position]:
+                loss = loss - logits[row, position].log_softmax(0)[batch.input_ids[row, position]]
+            elif masked is None and batch.keep[row, position] and position + 1 < logits.shape[1]:
+                loss = loss - logits[row, position].log_softmax(0)[batch.input_ids[row, position + 1]]
+    (gradient,) = torch.autograd.grad(loss, added)
+    return gradient[batch.keep]
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_gradients_equal_differences_of_the_loss(name):
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def test_gradients_equal_the_reference(name, side):
     build, layers = tiny.ARCHITECTURES[name]
-    options = {"mask_token_id": 4, "seed": 1} if name == "bert" else {}
-    batch = _batch("encoder" if name == "bert" else "bos")
-    model = build().double()
-    for hookpoint in (f"{layers}.1", f"{layers}.2:input"):
-        _check_by_differences(model, batch, hookpoint, **options)
+    model, batch, path = build(), _batch(), f"{layers}.1"
+    _, gradients = loss_gradients(model, batch, path if side == "output" else f"{path}:input")
+    torch.testing.assert_close(gradients, _reference(model, batch, path, side), rtol=1e-4, atol=1e-6)
+    assert gradients.abs().max() > 1e-3
+
+
+def test_gradients_of_a_masked_model_are_those_of_its_guesses():
+    model, batch, path = tiny.bert(), _batch("encoder"), "bert.encoder.layer.1"
+    masked = torch.rand(batch.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.15
+    masked &= batch.keep
+    states, gradients = loss_gradients(model, batch, path, mask_token_id=4, seed=1)
+    torch.testing.assert_close(gradients, _reference(model, batch, path, "output", masked), rtol=1e-4, atol=1e-6)
+    seen = harvest(model, batch.input_ids.masked_fill(masked, 4), None, [path])[path][batch.keep]
+    assert torch.equal(states, seen) and gradients.abs().max() > 1e-3
 
 
 def test_states_are_those_that_are_harvested():
