@@ -1,8 +1,7 @@
 """The first-letter task: hidden states of words, labelled with the letter each word begins with.
 
-The words are the tokenizer's own: every token that, alone, spells three or more letters and is again one token where
-the prompt has it. A prompt is read at the word's own last token, which is looked up by the characters it covers. With
-the published prompt,
+The words are the tokenizer's own: what one token spells behind a space, if it is three or more letters. A prompt is
+read at the word's own last token, which is looked up by the characters it covers. With the published prompt,
 
     " tiger has the first letter: T\\n stone has the first letter: S\\n ... apple has the first letter:"
                                                                           ^ read here
@@ -97,11 +96,11 @@ def first_letter_task(
         )
     (hookpoint,) = resolve_hookpoints(model, [hookpoint])
     random = Random(seed)
-    words = vocabulary_words(tokenizer, prompt)
+    words = vocabulary_words(tokenizer)
     words = random.sample(words, min(max_words, len(words)))
     words = _frequent_letters(words, min_words, tokenizer)
     is_heldout = _split(words, heldout, random)
-    texts, starts = _prompts(words, prompt, shots, random)
+    texts, spans = _prompts(words, prompt, shots, random)
     source = {
         "model": model.config.name_or_path or type(model).__name__,
         "hookpoint": hookpoint,
@@ -110,16 +109,16 @@ def first_letter_task(
         "shots": shots,
         "seed": seed,
     }
-    states = _read(model, tokenizer, hookpoint, texts, starts, words, batch_size)
+    states = _read(model, tokenizer, hookpoint, texts, spans, batch_size)
     letters = torch.tensor([LETTERS.index(word[0].lower()) for word in words])
     return FirstLetterTask(states, letters, words, is_heldout, source)
 
 
-def vocabulary_words(tokenizer, prompt: str = PROMPT) -> list[str]:
-    """Words that are one token each in the prompt, in the order of the vocabulary.
+def vocabulary_words(tokenizer) -> list[str]:
+    """Words that are one token each behind a space, in the order of the vocabulary.
 
-    How a tokenizer marks the beginning of a word does not matter: a token's text is put into the prompt after a space,
-    and the word is taken if a single token covers its letters there.
+    How a tokenizer marks the beginning of a word does not matter: a token's text is put behind "a ", and it is a word
+    if one token, spelled like it, covers its letters and the space. (BERT's cover no space at all.)
 
     Raises:
         [`NotDefined`]: there is no such word, or the tokenizer does not tell which characters a token covers.
@@ -130,14 +129,18 @@ def vocabulary_words(tokenizer, prompt: str = PROMPT) -> list[str]:
             "does not tell. Load a fast tokenizer."
         )
     special = set(tokenizer.all_special_ids)
-    spelled = tokenizer.batch_decode([[token] for token in range(len(tokenizer)) if token not in special])
-    words = [word for word in dict.fromkeys(text.strip() for text in spelled) if _WORD.fullmatch(word)]
+    tokens = [token for token in range(len(tokenizer)) if token not in special]
+    spelled = [text.strip() for text in tokenizer.batch_decode([[token] for token in tokens])]
+    spelling = dict(zip(tokens, spelled, strict=True))
+    words = [word for word in dict.fromkeys(spelled) if _WORD.fullmatch(word)]
     found = []
     for start in range(0, len(words), _TEXTS_AT_ONCE):
         some = words[start : start + _TEXTS_AT_ONCE]
-        lines = [_line(prompt, word) for word in some]
-        _, covering = _tokenise(tokenizer, *zip(*lines, strict=True), some)
-        found += [word for word, tokens in zip(some, covering, strict=True) if len(tokens) == 1]
+        rows, covering = _tokenise(tokenizer, [f"a {word}" for word in some], [(1, 2 + len(word)) for word in some])
+        for word, row, positions in zip(some, rows, covering, strict=True):
+            # An unknown token covers letters too, but does not spell them.
+            if len(positions) == 1 and spelling.get(row[positions[0]]) == word:
+                found.append(word)
     if not found:
         raise NotDefined(
             f"{type(tokenizer).__name__} has no token that is a word of three or more letters from a to z, so there "
@@ -179,9 +182,9 @@ def _line(prompt: str, word: str) -> tuple[str, int]:
     return before + word + after, len(before)
 
 
-def _prompts(words: list[str], prompt: str, shots: int, random: Random) -> tuple[list[str], list[int]]:
-    """Each word's text, examples first, and the character at which the word starts."""
-    texts, starts = [], []
+def _prompts(words: list[str], prompt: str, shots: int, random: Random) -> tuple[list[str], list[tuple[int, int]]]:
+    """Each word's text, examples first, and the characters of the text that are the word."""
+    texts, spans = [], []
     for word in words:
         # One more than needed, in case the word itself is among them.
         drawn = random.sample(words, min(shots + 1, len(words)))
@@ -189,18 +192,15 @@ def _prompts(words: list[str], prompt: str, shots: int, random: Random) -> tuple
         before = "".join(f"{_line(prompt, other)[0]} {other[0].upper()}\n" for other in examples)
         line, start = _line(prompt, word)
         texts.append(before + line)
-        starts.append(len(before) + start)
-    return texts, starts
+        spans.append((len(before) + start, len(before) + start + len(word)))
+    return texts, spans
 
 
-def _tokenise(
-    tokenizer, texts: list[str], starts: list[int], words: list[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each text, and the positions of the tokens that cover the word's letters."""
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+def _tokenise(tokenizer, texts: list[str], spans: list[tuple[int, int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each text, and the positions of the tokens that cover some of its span of characters."""
+    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     bos, rows, covering = tokenizer.bos_token_id, [], []
-    for ids, offsets, start, word in zip(encoded["input_ids"], encoded["offset_mapping"], starts, words, strict=True):
-        end = start + len(word)
+    for ids, offsets, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
         positions = [at for at, (left, right) in enumerate(offsets) if left < end and right > max(left, start)]
         # GPT-2 and others have a BOS token which their tokenizers do not add by themselves.
         added = bos is not None and ids[:1] != [bos]
@@ -214,8 +214,7 @@ def _read(
     tokenizer,
     hookpoint: str,
     texts: list[str],
-    starts: list[int],
-    words: list[str],
+    spans: list[tuple[int, int]],
     batch_size: int,
 ) -> Tensor:
     """The hidden state at each word's last token, `(N, D)` in float32 on the CPU."""
@@ -225,7 +224,7 @@ def _read(
     batches = range(0, len(texts), batch_size)
     for begin in tqdm(batches, desc="first-letter task", leave=False, disable=processes()[0] != 0):
         some = slice(begin, begin + batch_size)
-        rows, covering = _tokenise(tokenizer, texts[some], starts[some], words[some])
+        rows, covering = _tokenise(tokenizer, texts[some], spans[some])
         length = max(map(len, rows))
         if limit and length > limit:
             raise ValueError(f"A prompt has {length} tokens, the model reads {limit}. Give fewer `shots`.")

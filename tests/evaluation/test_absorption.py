@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from hf_matryoshka_sae.activations import load_language_model
 from hf_matryoshka_sae.evaluation.absorption import (
     AbsorptionThresholds,
+    _unit_latents,
     absorbed_words,
     absorption,
     absorption_on_task,
@@ -64,6 +65,16 @@ def test_scores_are_those_of_the_definition():
     assert full.tolist() == [word[0] for word in expected]
     torch.testing.assert_close(fraction, torch.tensor([word[1] for word in expected], dtype=torch.float64))
     assert 0 < full.sum() < 600 and ((fraction > 0) & (fraction < 1)).any() and (fraction == 1).any()
+
+
+def test_a_latent_nearly_orthogonal_to_the_probe_does_not_absorb_fully():
+    cosine = torch.tensor([0.02, 0.03])
+    decoder = torch.stack([cosine, (1 - cosine.square()).sqrt()], dim=1)
+    latents = 100 * torch.eye(2)  # 2 and 3 along the probe
+    full, _ = absorbed_words(
+        latents @ decoder, pairs(latents), decoder, torch.tensor([1.0, 0]), torch.tensor([], dtype=int)
+    )
+    assert full.tolist() == [False, True]
 
 
 def test_words_without_latents_are_not_absorbed():
@@ -145,14 +156,14 @@ def test_a_clean_dictionary_absorbs_nothing():
         assert row["split_latents"] == 1 and row["num_letters"] == NUM_LETTERS
 
 
-def test_latents_of_a_config_that_scales_them_are_not_scaled_twice():
+@pytest.mark.parametrize("options", [{}, {"scale_by_decoder_norm": True}])
+def test_unit_latents_decode_to_the_same_reconstruction(options):
     task, letters, attributes = world()
-    sae = dictionary(letters, attributes, True)
-    scaled = dictionary(letters, attributes, True, 7.0, scale_by_decoder_norm=True)
-    with torch.no_grad():
-        scaled.b_enc.copy_(sae.b_enc / 7)
-    expected, found = (absorption_on_task(s, task, thresholds=WORLD)["rows"] for s in (sae, scaled))
-    assert found[1]["absorption_fraction"] == pytest.approx(expected[1]["absorption_fraction"]) == pytest.approx(0.1)
+    sae = dictionary(letters, attributes, True, 7.0, **options)
+    latents, decoder = _unit_latents(sae, task.states, 12, "restrict")
+    dense = torch.zeros(latents.num_rows, latents.num_latents).index_put((latents.rows, latents.cols), latents.values)
+    torch.testing.assert_close(dense @ decoder, sae.decode(sae.encode(task.states, 12)).detach())
+    torch.testing.assert_close(decoder.norm(dim=1), torch.ones(len(decoder)))
 
 
 def test_width_without_latents_for_enough_letters_has_no_means():

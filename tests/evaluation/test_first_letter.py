@@ -25,6 +25,8 @@ def byte_level() -> PreTrainedTokenizerFast:
             if merge not in merges:
                 merges.append(merge)
                 vocabulary.append(marked[:end])
+    merges += [("b", "i"), ("bi", "t")]  # no word begins with this piece
+    vocabulary += ["bi", "bit"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +36,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def metaspace() -> PreTrainedTokenizerFast:
     """Llama's convention: spaces become a visible mark, one is put before the text, BOS is added."""
-    vocabulary = ["<unk>", "<s>", "▁", "\n", *(f"▁{word}" for word in PROMPT_TOKENS + WORDS), ":"]
+    vocabulary = ["<unk>", "<s>", "▁", "\n", *(f"▁{word}" for word in PROMPT_TOKENS + WORDS), ":", "bit"]
     vocabulary = {token: i for i, token in enumerate(vocabulary)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -47,7 +49,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT's convention: pieces inside a word are marked; [CLS] and [SEP] around the text."""
-    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *PROMPT_TOKENS, *WORDS, "##rat", "##ing"]
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *PROMPT_TOKENS, *WORDS, "##rat", "##bit"]
     vocabulary = {token: i for i, token in enumerate(vocabulary)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -84,11 +86,14 @@ def test_words_are_found_whatever_marks_their_beginning(make_tokenizer, make_mod
     assert set(WORDS) <= set(found) and not [word for word in found if len(word) < 3]
     if make_tokenizer is not byte_level:  # there, beginnings of words are tokens too
         assert set(found) <= set(WORDS) | prompt_words
-    assert "ing" not in found
+    assert "bit" not in found
 
 
 @CONVENTIONS
-@pytest.mark.parametrize("options", [{"shots": 2}, {"shots": 0}, {"prompt": "{word}", "shots": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"shots": 20}, {"shots": 0}, {"prompt": "{word}", "shots": 0}, {"prompt": "has the {word} :", "shots": 1}],
+)
 def test_states_are_those_of_the_words_own_token(make_tokenizer, make_model, hookpoint, options):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
@@ -100,8 +105,10 @@ def test_states_are_those_of_the_words_own_token(make_tokenizer, make_model, hoo
     # Words of the prompt itself begin with letters that have fewer than five.
     task = first_letter_task(model, tokenizer, hookpoint, min_words=5, batch_size=1, **options)
     for word, state, states, row in zip(task.words, task.states, read, ids, strict=True):
-        last = max(at for at, token in enumerate(row) if tokenizer.decode([token]).strip() == word)
-        torch.testing.assert_close(states[last], state)
+        # The word is not among its own examples.
+        (position,) = [at for at, token in enumerate(row) if tokenizer.decode([token]).strip() == word]
+        torch.testing.assert_close(states[position], state)
+        assert make_tokenizer is word_piece or [at for at, i in enumerate(row) if i == tokenizer.bos_token_id] == [0]
     together = first_letter_task(model, tokenizer, hookpoint, min_words=5, batch_size=7, **options)
     torch.testing.assert_close(together.states, task.states)  # padding and company do not matter
 
