@@ -1,9 +1,9 @@
 """Does the importance of latents follow a power law? Fits to one value per latent, after Clauset, Shalizi and Newman.
 
 The dictionary power-law hypothesis (Peter & Søgaard, 2505.00190) is that importance falls with rank r as r^-s. Values
-of density p(v) ~ v^-alpha above `v_min` do so with s = 1 / (alpha - 1): the rank of a value is the number of values above
-it. On a plot of log importance against log rank nearly everything looks straight, so the fit is one of maximum likelihood
-to the values, with a test of fit and of the alternatives (Power-law distributions in empirical data, SIAM Review 51,
+of density p(v) ~ v^-alpha above `v_min` do so with s = 1 / (alpha - 1): a value's rank counts the values above it. On
+a plot of log importance against log rank nearly everything looks straight, so the fit is one of maximum likelihood to
+the values, with a test of fit and of the alternatives (Power-law distributions in empirical data, SIAM Review 51,
 2009); the straight line through the plot is there too, with those of the alternatives.
 
 Everything is computed on y = log(v / v_min) >= 0, where a power law is the exponential density b exp(-b y) with
@@ -28,7 +28,7 @@ from ..models import SAEModel
 _FEWEST = 50  # values in a tail: fewer fit anything (Clauset et al., section 3.2)
 _FEWEST_DIFFERENT = 10
 _SHARE = 0.1  # of the live latents in a tail, at least: the claim is about a dictionary, not about its few largest
-_CANDIDATES = 100  # for v_min; the distance changes slowly with it
+_CANDIDATES = 50  # for v_min; the distance changes slowly with it
 _FEWEST_RESAMPLES = 20
 _LEVEL = 0.1  # p-values below it decide (Clauset et al., section 4.1)
 _DEVIATIONS = stats.norm.ppf(0.975)  # of a 95% interval
@@ -94,7 +94,8 @@ class PowerLawFit:
         exponential (`Comparison`): Against an exponential distribution above `minimum`.
         least_squares (`RankFit`): The straight line on a log-log plot.
         verdict (`str`): `"power law"`; `"log-normal"` or `"exponential"` if one of them fits significantly better (the
-            likelier by Akaike's criterion; that does not say that it fits well); `"none"` if neither does and yet the power law is rejected; `"undecided"` if an exponential would do as well.
+            likelier by Akaike's criterion, which does not say that it fits well); `"none"` if neither does and yet the
+            power law is rejected; `"undecided"` if an exponential would do as well.
     """
 
     values: int
