@@ -1,5 +1,10 @@
 """A dictionary that gains latents: what it had stays bit for bit, what is new learns."""
 
+import argparse
+import ast
+import inspect
+import json
+import shutil
 import signal
 
 import pytest
@@ -27,11 +32,10 @@ from hf_matryoshka_sae.training.growth import BatchTopKOnBase, FrozenBase, grow,
 from hf_matryoshka_sae.training.learner import Learner
 
 
-D, F = 16, 24
+D, F = 32, 24
 HOOKPOINT = "model.layers.1"
 RUN = {
     "model": "embedded",
-    "dataset": {"path": "embedded"},
     "hookpoints": [HOOKPOINT],
     "context_length": 32,
     "tokens": 20 * 128,
@@ -47,8 +51,18 @@ RUN = {
 SPARSITY = {"relu": {"target_l0": 8.0}, "topk": {"k": 6}, "batch_topk": {"k": 6}, "jumprelu": {"target_l0": 8.0}}
 LARGER = {"relu": {"target_l0": 40.0}, "topk": {}, "batch_topk": {"k": 10}, "jumprelu": {"target_l0": 40.0}}
 BASES = {name: {"type": name} for name in SPARSITY} | {
-    f"nested-{name}": {"activation": name, "prefix_widths": [8, 32]} for name in SPARSITY
+    f"nested-{name}": {"activation": name, "prefix_widths": [8, 32]} for name in ("batch_topk", "jumprelu")
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tmp_path_factory):
+    """Some text, so that runs need not read all that Python carries."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, modules in {"dataset": (argparse, ast, inspect), "eval_dataset": (shutil,)}.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": inspect.getsource(module)}) + "\n" for module in modules))
+        RUN[name] = {"path": str(path)}
 
 
 def config(folder, saes, **fields):
@@ -62,7 +76,7 @@ def grown_spec(folder, name, **fields):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, text):
     """A run of bases, one that grows each while frozen, and the results of both."""
     folder = tmp_path_factory.mktemp("growth")
     saes = [
@@ -237,7 +251,7 @@ def test_k_and_inner_prefixes_of_the_outer_part_can_be_given():
         ({"num_latents": 40, "prefix_widths": [10, F, 40]}, r"must begin with those of the SAE to grow, \[8, 24\]"),
         ({"num_latents": 40, "prefix_widths": [8, F, 39]}, "end at num_latents"),
         ({"num_latents": 40, "k": 41}, "`k` must lie between"),
-        ({"num_latents": 40, "sample": torch.randn(5, D + 1)}, r"`sample` must be of shape \(N, 16\), got \(5, 17\)"),
+        ({"num_latents": 40, "sample": torch.randn(5, D + 1)}, r"`sample` must be of shape \(N, 32\), got \(5, 33\)"),
         ({"num_latents": 40, "sample": torch.full((5, D), torch.nan)}, "no row of finite hidden states, out of 5"),
     ],
 )
@@ -413,7 +427,7 @@ def test_a_base_that_does_not_fit_the_run_is_refused(base, fields, message):
         ("missing", "`grow_from: .*missing` cannot be loaded"),
         ("empty", "`grow_from: .*empty` holds no SAE"),
         ("base", "holds several SAEs, name one"),
-        ("narrow", "reads hidden states of width 16; model.layers.1 has 128"),
+        ("narrow", "reads hidden states of width 32; model.layers.1 has 128"),
         ("gated", "A gated SAE cannot grow"),
     ],
 )
