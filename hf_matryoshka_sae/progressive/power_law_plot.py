@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 _WORDS = {
-    "power law": "a power law holds",
+    "power law": "consistent with a power law",
     "log-normal": "no power law: log-normal fits better",
     "exponential": "no power law: exponential fits better",
     "none": "no power law, log-normal or exponential",
@@ -43,9 +43,9 @@ def plot_power_laws(fits: Mapping[str, tuple[Tensor | np.ndarray, PowerLawFit]],
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 1 if len(fits) == 1 else 2
+    columns = 2 if len(fits) == 4 else min(3, len(fits))
     rows = -(-len(fits) // columns)
-    size = (5.6 * columns, 4.2 * rows)
+    size = (5.2 * columns, 4.4 * rows + 0.3)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, (name, (importance, fit)) in zip(axes.flat, fits.items(), strict=False):
         _draw(axis, name, flat(importance), fit)
@@ -75,7 +75,8 @@ def _draw(axis: "Axes", name: str, values: np.ndarray, fit: PowerLawFit) -> None
     label = f"least squares, s = {line.exponent:.2f}, R² = {line.r2:.2f}"
     drawn = np.exp(logs.mean() - line.exponent * (np.log(ranks) - centre))
     axis.loglog(ranks, drawn, "--", color="C1", linewidth=1.2, label=label)
-    axis.set(xlabel="rank", ylabel=name, title=f"{name}: {_WORDS[fit.verdict]}")
+    axis.set(xlabel="rank", ylabel=name)
+    axis.set_title(f"{name}\n{_WORDS[fit.verdict]}", fontsize=10)
     # A least-squares line through a bend leaves the values far behind: they set the limits.
     axis.set_ylim(ordered[-1] / 2, ordered[0] * 4)
     axis.grid(alpha=0.3)
