@@ -184,8 +184,7 @@ def _upper_half(model: CodeModel, packet: Packet, latents: Tensor, low: Tensor, 
     """Probability that a bin from `low` to `low + 2 half` lies in the upper half, `(M,)`."""
 
     def above(bins: Tensor) -> Tensor:
-        # The last bin has no upper end.
-        return model.above(latents, torch.where(bins < 2**packet.depth, bins * packet.step, torch.inf))
+        return model.above(latents, bins.double() * packet.step)
 
     below, middle, end = above(low), above(low + half), above(low + 2 * half)
     # Where the model expects next to nothing, both halves are as likely.
