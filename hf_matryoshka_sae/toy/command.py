@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..training.checkpoints import write_json
+from ..evaluation.report import write_json
 from .matching import Match, match
 from .model import ToyModel
 from .plots import plot_activations, plot_cosines
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(parsed)
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted; toy.json holds the seeds that were done.\n")
+        sys.stderr.write("\nInterrupted. Seeds that were done are in toy.json.\n")
         return 130
     except ValueError as error:
         sys.stderr.write(f"\nerror: {error}\n")

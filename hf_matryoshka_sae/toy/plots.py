@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..evaluation.report import save_figure
 from .matching import Match
 from .tree import FeatureTree
 
@@ -58,10 +59,7 @@ def _draw(
     axes[0, 0].set_ylabel("feature")
     figure.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.85, pad=0.015)
     figure.suptitle(title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _mark_blocks(axis, tree: FeatureTree) -> None:

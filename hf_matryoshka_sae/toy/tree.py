@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..training.checkpoints import write_json
+from ..evaluation.report import write_json
 from ..training.fields import from_dict
 
 
@@ -153,9 +153,7 @@ class FeatureTree:
 
     def save(self, path: str | Path) -> None:
         """Write the tree as JSON, complete before it takes its name."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(self.root))
+        write_json(Path(path), dataclasses.asdict(self.root))
 
 
 def load_tree(path: str | Path = TREE_FILE) -> FeatureTree:
