@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..activations import hookpoint_widths, resolve_hookpoints
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs, PairIndex, row_norms
 from .distributed import processes
@@ -101,6 +102,9 @@ def absorption(
         `ValueError`: if the SAE does not fit the hookpoint, or an option is out of range.
     """
     thresholds = thresholds or AbsorptionThresholds()
+    (hookpoint,) = resolve_hookpoints(model, [hookpoint])
+    _check_fit(sae, hookpoint_widths(model, [hookpoint])[hookpoint], hookpoint)
+    widths = _checked_widths(sae, widths)
     try:
         task = first_letter_task(model, tokenizer, hookpoint, **task_options)
     except NotDefined as error:
@@ -136,14 +140,8 @@ def absorption_on_task(
         says so.
     """
     thresholds = thresholds or AbsorptionThresholds()
-    if task.states.shape[1] != sae.config.d_in:
-        raise ValueError(
-            f"This SAE takes hidden states of width d_in = {sae.config.d_in}, those at "
-            f"{task.source.get('hookpoint')} have {task.states.shape[1]}. Choose the hookpoint it was trained on."
-        )
-    widths = list(sae.prefix_widths if widths is None else widths)
-    if not widths:
-        raise ValueError("`widths` is empty; leave it out for the SAE's prefix widths.")
+    _check_fit(sae, task.states.shape[1], task.source.get("hookpoint"))
+    widths = _checked_widths(sae, widths)
     classes = task.letters.unique()
     targets = task.letters[:, None] == classes
     probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
@@ -330,6 +328,23 @@ def _of_words(latents: LatentPairs, chosen: Tensor) -> LatentPairs:
     kept = latents.keep(chosen[latents.rows])
     rows = (chosen.cumsum(0) - 1)[kept.rows]
     return LatentPairs(PairIndex(rows, kept.cols, int(chosen.sum()), latents.num_latents), kept.values)
+
+
+def _check_fit(sae: SAEModel, width: int, hookpoint: str | None) -> None:
+    if width != sae.config.d_in:
+        raise ValueError(
+            f"This SAE takes hidden states of width d_in = {sae.config.d_in}, those at {hookpoint} have {width}. "
+            "Choose the language model and hookpoint it was trained on."
+        )
+
+
+def _checked_widths(sae: SAEModel, widths: Sequence[int] | None) -> list[int]:
+    widths = list(sae.prefix_widths if widths is None else widths)
+    if not widths or not all(1 <= width <= sae.config.num_latents for width in widths):
+        raise ValueError(
+            f"`widths` must be one or more numbers between 1 and num_latents ({sae.config.num_latents}), got {widths}."
+        )
+    return widths
 
 
 def _reason(task: FirstLetterTask, f1: Tensor, kept: Tensor, thresholds: AbsorptionThresholds) -> str:

@@ -139,7 +139,7 @@ def vocabulary_words(tokenizer) -> list[str]:
         rows, covering = _tokenise(tokenizer, [f"a {word}" for word in some], [(1, 2 + len(word)) for word in some])
         for word, row, positions in zip(some, rows, covering, strict=True):
             # An unknown token covers letters too, but does not spell them.
-            if len(positions) == 1 and spelling.get(row[positions[0]]) == word:
+            if [spelling.get(row[at]) for at in positions] == [word]:
                 found.append(word)
     if not found:
         raise NotDefined(
@@ -152,9 +152,10 @@ def vocabulary_words(tokenizer) -> list[str]:
 def _frequent_letters(words: list[str], min_words: int, tokenizer) -> list[str]:
     by_letter = _by_letter(words)
     kept = [word for word in words if len({w.lower() for w in by_letter[word[0].lower()]}) >= min_words]
-    if not kept:
+    if len(_by_letter(kept)) < 2:
         raise NotDefined(
-            f"No letter begins {min_words} of the {len(words)} words for which {type(tokenizer).__name__} has a token."
+            f"Fewer than two letters begin {min_words} or more of the {len(words)} words for which "
+            f"{type(tokenizer).__name__} has a token, so there is nothing to tell apart."
         )
     return kept
 

@@ -56,8 +56,7 @@ def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0) -> LogisticProbe:
         raise ValueError("A probe's inputs must be finite; some are not.")
     x, y = x.double(), targets.double()
     mean = x.mean(0)
-    # Constant inputs differ from their mean by rounding, which must not be blown up.
-    scale = (x - mean).square().mean().sqrt().clamp(min=max(1e-12 * x.abs().max().item(), 1e-300))
+    scale = (x - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     x = (x - mean) / scale
     weight = x.new_zeros(y.shape[1], x.shape[1], requires_grad=True)
     bias = x.new_zeros(y.shape[1], requires_grad=True)

@@ -191,7 +191,7 @@ def test_bad_input_is_named():
     sae = dictionary(letters, attributes, False)
     with pytest.raises(ValueError, match="d_in = 16"):
         absorption_on_task(sae, dataclasses.replace(task, states=task.states[:, :8]), thresholds=WORLD)
-    with pytest.raises(ValueError, match="`widths` is empty"):
+    with pytest.raises(ValueError, match="`widths` must be one or more"):
         absorption_on_task(sae, task, [], thresholds=WORLD)
     with pytest.raises(ValueError, match="between 1 and"):
         absorption_on_task(sae, task, [11], thresholds=WORLD)
@@ -210,6 +210,13 @@ def test_the_embedded_language_model_is_too_small_and_the_result_says_so():
     result = absorption(sae, model, tokenizer, "model.layers.1", shots=0, max_words=400)
     assert not result["defined"] and result["rows"] == [] and "not defined" in result["reason"]
     assert result["source"]["hookpoint"] == "model.layers.1" and result["heldout_words"] > 50
+
+
+def test_an_sae_of_another_model_is_named_before_any_word_is_read():
+    model, tokenizer = load_language_model("embedded")
+    sae = build_sae(MatryoshkaSAEConfig(d_in=16, num_latents=8, prefix_widths=[4, 8], k=2, activation="topk"))
+    with pytest.raises(ValueError, match="d_in = 16, those at model.layers.1 have 128"):
+        absorption(sae, model, tokenizer, "model.layers.1")
 
 
 def test_an_encoder_whose_tokenizer_has_no_words_says_so():

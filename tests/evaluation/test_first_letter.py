@@ -1,5 +1,7 @@
 """Words, positions and splits with tokenizers of three conventions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -25,8 +27,8 @@ def byte_level() -> PreTrainedTokenizerFast:
             if merge not in merges:
                 merges.append(merge)
                 vocabulary.append(marked[:end])
-    merges += [("b", "i"), ("bi", "t")]  # no word begins with this piece
-    vocabulary += ["bi", "bit"]
+    merges += [("x", "y"), ("xy", "z")]  # a piece that no word begins with
+    vocabulary += ["xy", "xyz"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +38,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def metaspace() -> PreTrainedTokenizerFast:
     """Llama's convention: spaces become a visible mark, one is put before the text, BOS is added."""
-    vocabulary = ["<unk>", "<s>", "▁", "\n", *(f"▁{word}" for word in PROMPT_TOKENS + WORDS), ":", "bit"]
+    vocabulary = ["<unk>", "<s>", "▁", "\n", *(f"▁{word}" for word in PROMPT_TOKENS + WORDS), ":", "xyz"]
     vocabulary = {token: i for i, token in enumerate(vocabulary)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,7 +51,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT's convention: pieces inside a word are marked; [CLS] and [SEP] around the text."""
-    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *PROMPT_TOKENS, *WORDS, "##rat", "##bit"]
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *PROMPT_TOKENS, *WORDS, "##rat", "##xyz"]
     vocabulary = {token: i for i, token in enumerate(vocabulary)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -86,7 +88,7 @@ def test_words_are_found_whatever_marks_their_beginning(make_tokenizer, make_mod
     assert set(WORDS) <= set(found) and not [word for word in found if len(word) < 3]
     if make_tokenizer is not byte_level:  # there, beginnings of words are tokens too
         assert set(found) <= set(WORDS) | prompt_words
-    assert "bit" not in found
+    assert "xyz" not in found
 
 
 @CONVENTIONS
@@ -143,7 +145,7 @@ def test_letters_with_few_words_are_left_out():
     tokenizer = metaspace()
     task = first_letter_task(llama(tokenizer), tokenizer, "model.layers.0", shots=0, min_words=5)
     assert {word[0] for word in task.words} == set("abc")
-    with pytest.raises(NotDefined, match="No letter begins 30"):
+    with pytest.raises(NotDefined, match="Fewer than two letters begin 30"):
         first_letter_task(llama(tokenizer), tokenizer, "model.layers.0", min_words=30)
 
 
@@ -163,6 +165,11 @@ def test_a_tokenizer_without_words_is_named():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     with pytest.raises(NotDefined, match="no token that is a word"):
         first_letter_task(llama(tokenizer), tokenizer, "model.layers.0")
+
+
+def test_a_tokenizer_that_does_not_know_characters_is_named():
+    with pytest.raises(NotDefined, match="Load a fast tokenizer"):
+        vocabulary_words(SimpleNamespace(is_fast=False))
 
 
 @pytest.mark.parametrize(
