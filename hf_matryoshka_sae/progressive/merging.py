@@ -5,9 +5,9 @@ Two latents with contributions `a_i ||d_i|| u_i` (u of length 1) and shares w of
     u = (w_i u_i + w_j u_j) / ||.||,    ||d|| = w_i ||d_i|| + w_j ||d_j||
     pre = (c_i ||d_i|| pre_i + c_j ||d_j|| pre_j) / ||d||
 
-in which `c = u . u_i` where both fire on the same tokens, so that the contributions add up along u (least squares),
-and `c = w_i (u . u_i)` where at most one fires on a token, so that the merged latent reads what both read. Thresholds
-and biases combine as pre-activations do. Latents that fire together on some of their tokens only are not duplicates.
+in which `c = u . u_i` where both mostly fire together, so that the contributions add up along u (least squares), and
+`c = w_i (u . u_i)` where they hardly ever do, so that the merged latent reads what both read. Thresholds and biases
+combine as pre-activations do. Latents in between are not duplicates.
 """
 
 import copy
@@ -22,7 +22,7 @@ from .statistics import LatentStatistics, nearest_latents
 
 
 _EXCLUSIVE = 0.1  # of the rarer latent's tokens, at most, have both firing
-_IDENTICAL = 0.9  # of the more frequent latent's tokens, at least, have both firing
+_TOGETHER = 0.5  # of the more frequent latent's tokens, at least, have both firing
 _NEIGHBOURS = 8  # looked at where there are no statistics
 
 
@@ -52,10 +52,10 @@ def merge_latents(
 ) -> Merged:
     """Merge pairs of near-duplicate latents, the most similar first; each latent is in one pair at most.
 
-    Near-duplicates have decoder rows of cosine above `threshold`, and by `statistics` fire on the same tokens or
-    hardly ever together. Without statistics their encoder rows have to be as similar, and they are taken to fire
-    together. Latents of different groups of a Matryoshka SAE are never merged; its prefix widths shrink by what each
-    prefix loses.
+    Near-duplicates have decoder rows of cosine above `threshold`, and by `statistics` fire together on at least half
+    of the tokens of the more frequent one, or on at most a tenth of those of the rarer one. Without statistics their
+    encoder rows have to be as similar, and they are taken to fire together. Latents of different groups of a
+    Matryoshka SAE are never merged; its prefix widths shrink by what each prefix loses.
 
     Args:
         sae ([`SAEModel`]): Any family; not changed.
@@ -75,18 +75,16 @@ def merge_latents(
         statistics.check(sae)
         if not statistics.neighbours.shape[1]:
             raise ValueError("Merging needs statistics measured with `neighbours`; these have none.")
-    pairs, identical = _duplicates(sae, threshold, statistics)
-    pairs, identical = _matching(pairs, identical, sae.config.num_latents if most is None else most)
+    pairs, together = _duplicates(sae, threshold, statistics)
+    pairs, together = _matching(pairs, together, sae.config.num_latents if most is None else most)
     if statistics is not None:  # the one that contributes more stays
         swap = statistics.contribution[pairs[:, 1]] > statistics.contribution[pairs[:, 0]]
         pairs = torch.where(swap[:, None], pairs.flip(1), pairs)
     merged = copy.deepcopy(sae)
-    _write_merged(merged, pairs, identical, statistics)
+    _write_merged(merged, pairs, together, statistics)
     kept = torch.ones(sae.config.num_latents, dtype=torch.bool)
     kept[pairs[:, 1]] = False
-    kept_statistics = (
-        None if statistics is None else _joined(statistics, pairs, identical).select(kept.nonzero()[:, 0])
-    )
+    kept_statistics = None if statistics is None else _joined(statistics, pairs, together).select(kept.nonzero()[:, 0])
     return Merged(_without(merged, kept), pairs, kept_statistics)
 
 
@@ -99,15 +97,15 @@ def _duplicates(sae: SAEModel, threshold: float, statistics: LatentStatistics | 
     groups = torch.bucketize(torch.arange(len(neighbours)), torch.tensor(sae.prefix_widths), right=True)
     alike = (right >= 0) & (cosine > threshold) & (groups[left] == groups[right])
     if statistics is None:
-        identical = _cosine(sae.W_enc, left, right) > threshold
-        alike &= identical
+        together = _cosine(sae.W_enc, left, right) > threshold
+        alike &= together
     else:
         both, often = statistics.cofiring.flatten(), statistics.frequency
-        identical = (both > 0) & (both >= _IDENTICAL * torch.maximum(often[left], often[right]))
-        alike &= identical | (both <= _EXCLUSIVE * torch.minimum(often[left], often[right]))
+        together = (both > 0) & (both >= _TOGETHER * torch.maximum(often[left], often[right]))
+        alike &= together | (both <= _EXCLUSIVE * torch.minimum(often[left], often[right]))
     found = torch.stack([torch.minimum(left, right), torch.maximum(left, right)], dim=1)[alike]
     order = cosine[alike].sort(descending=True, stable=True).indices
-    return found[order], identical[alike][order]
+    return found[order], together[alike][order]
 
 
 def _cosine(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -117,21 +115,21 @@ def _cosine(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.cat([(rows[i] * rows[j]).sum(1) for i, j in parts])
 
 
-def _matching(pairs: Tensor, identical: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _matching(pairs: Tensor, together: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The first pairs that share no latent."""
     seen, chosen = set(), []
     for place, (i, j) in enumerate(pairs.tolist()):
         if len(chosen) < most and i not in seen and j not in seen:
             seen |= {i, j}
             chosen.append(place)
-    return pairs[chosen], identical[chosen]
+    return pairs[chosen], together[chosen]
 
 
 @torch.no_grad()
-def _write_merged(sae: SAEModel, pairs: Tensor, identical: Tensor, statistics: LatentStatistics | None) -> None:
+def _write_merged(sae: SAEModel, pairs: Tensor, together: Tensor, statistics: LatentStatistics | None) -> None:
     """Put each pair's merged latent in the place of its first."""
     device = sae.W_dec.device
-    pairs, identical = pairs.to(device), identical.to(device)
+    pairs, together = pairs.to(device), together.to(device)
     rows = sae.W_dec.double()
     norms = row_norms(rows)[pairs]
     units = rows[pairs] / norms[:, :, None]
@@ -140,7 +138,7 @@ def _write_merged(sae: SAEModel, pairs: Tensor, identical: Tensor, statistics: L
     share = energy / energy.sum(1, keepdim=True)
     unit = torch.nn.functional.normalize((share[:, :, None] * units).sum(1), dim=1)
     norm = (share * norms).sum(1)
-    part = (units * unit[:, None]).sum(2) * torch.where(identical[:, None], 1.0, share)
+    part = (units * unit[:, None]).sum(2) * torch.where(together[:, None], 1.0, share)
     in_latents = part * norms / norm[:, None]  # of pre-activations before any scaling by the norm
 
     def combine(tensor: Tensor, weights: Tensor) -> Tensor:
@@ -157,17 +155,17 @@ def _write_merged(sae: SAEModel, pairs: Tensor, identical: Tensor, statistics: L
     sae.W_dec[first] = (unit * norm[:, None]).to(sae.W_dec)
 
 
-def _joined(statistics: LatentStatistics, pairs: Tensor, identical: Tensor) -> LatentStatistics:
+def _joined(statistics: LatentStatistics, pairs: Tensor, together: Tensor) -> LatentStatistics:
     """Statistics in which the first of each pair has what both had."""
     first, second = pairs.unbind(1)
     tensors = {name: tensor.clone() for name, tensor in statistics.tensors().items()}
     for name in tensors.keys() - {"latent_ids", "neighbours", "cofiring"}:
         tensors[name][first] += tensors[name][second]
-    together = torch.minimum(statistics.frequency[first], statistics.frequency[second])
-    tensors["frequency"][first] -= torch.where(identical, together, 0)
+    rarer = torch.minimum(statistics.frequency[first], statistics.frequency[second])
+    tensors["frequency"][first] -= torch.where(together, rarer, 0)
     for name in ("mean_square", "contribution"):  # latents that fire together add up before they are squared
         energy = getattr(statistics, name)
-        tensors[name][first] += torch.where(identical, 2 * (energy[first] * energy[second]).sqrt(), 0)
+        tensors[name][first] += torch.where(together, 2 * (energy[first] * energy[second]).sqrt(), 0)
     return LatentStatistics(statistics.tokens, **tensors)
 
 

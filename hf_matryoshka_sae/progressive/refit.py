@@ -240,7 +240,7 @@ def _rescale_thresholds(sae: SAEModel, activations, l0: float) -> list[tuple[flo
         limit = threshold[pairs.cols]
         ratio = torch.where(limit > 0, pairs.values / limit, torch.inf)
         bins = (ratio.log2() + _OCTAVES / 2) * (_BINS / _OCTAVES)
-        counts.index_add_(0, bins.clamp(0, _BINS - 1).long(), torch.ones_like(bins))
+        counts.index_add_(0, bins.clamp(0, _BINS - 1).long(), (pairs.values > 0).double())
         moments[fresh].add(x, pairs.keep(pairs.values > limit))
     reduce_sum(counts)
     for part in moments:
