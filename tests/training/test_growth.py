@@ -6,9 +6,12 @@ import inspect
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -173,6 +176,20 @@ def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, t
     for name in names:
         one, other = (load_file(tmp_path / run / name / HOOKPOINT / "model.safetensors") for run in ("whole", "again"))
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_base_too(runs, tmp_path):
+    names = ["batch_topk", "jumprelu"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config(tmp_path / "run", [grown_spec(runs[0], name) for name in names]).to_dict()))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_matryoshka_sae.train"]
+    subprocess.run([sys.executable, "-m", *launch, "--config", str(path)], check=True, capture_output=True)
+    for name in names:
+        base, grown = load(runs[0] / "base", name), load(tmp_path / "run", name)
+        for key, tensor in base.state_dict().items():
+            assert torch.equal(grown.state_dict()[key][: len(tensor)], tensor), key
+        assert (grown.W_enc[32:] - grow(base, 80).W_enc[32:]).abs().amin(1).max() > 0
 
 
 # Growing itself
