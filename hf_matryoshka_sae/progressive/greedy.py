@@ -73,7 +73,7 @@ def greedy_order(
         )
     moments = _Moments(sae)
     batches = tqdm(activation_batches(activations), desc="co-firing", disable=processes()[0] != 0, leave=False)
-    for x, pairs in firing_blocks(sae, batches):
+    for _, x, pairs in firing_blocks(sae, batches):
         moments.add(x, pairs)
     linear, quadratic, empty, variance = moments.problem()
     order, gains = _select(linear, quadratic, list(widths or [len(linear)]))

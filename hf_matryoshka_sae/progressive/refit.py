@@ -59,7 +59,7 @@ def refit(
     sae: SAEModel,
     activations: HasActivations | Iterable[Tensor],
     decoder: bool = False,
-    ridge: float = 1e-3,
+    ridge: float = 0.1,
     l0: float | None = None,
 ) -> Refit:
     """Fit the bias, and where asked the decoder and the thresholds, to data in closed form.
@@ -72,8 +72,8 @@ def refit(
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors): Raw hidden states.
         decoder (`bool`, *optional*, defaults to `False`): Fit the decoder's rows too; they lose their length of 1.
             Where latents are scaled by it (`scale_by_decoder_norm`), it is folded into the encoder first.
-        ridge (`float`, *optional*, defaults to 1e-3): Weight of the distance to the old rows, in units of the mean
-            variance of a latent.
+        ridge (`float`, *optional*, defaults to 0.1): Weight of the distance to the old rows, in units of the mean
+            variance of a latent; holds rows of latents too rare to be fitted.
         l0 (`float`, *optional*): Latents per token that BatchTopK or JumpReLU thresholds are rescaled for, all by one
             factor.
 
@@ -143,9 +143,8 @@ def check_rereadable(activations: HasActivations | Iterable[Tensor] | None, purp
 def _folds(sae: SAEModel, activations, task: str) -> Iterator[tuple[bool, Tensor, LatentPairs]]:
     """Blocks of the data and whether they are of the held-out batches."""
     batches = tqdm(activation_batches(activations), desc=task, disable=processes()[0] != 0, leave=False)
-    for number, batch in enumerate(batches):
-        for x, pairs in firing_blocks(sae, [batch]):
-            yield number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1, x, pairs
+    for number, x, pairs in firing_blocks(sae, batches):
+        yield number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1, x, pairs
 
 
 class _Moments:

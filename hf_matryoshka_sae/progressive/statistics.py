@@ -173,8 +173,8 @@ def nearest_latents(sae: SAEModel, count: int) -> Tensor:
     return found
 
 
-def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, LatentPairs]]:
-    """Hidden states `(n, D)` and their latents as the SAE gives them at inference, in blocks of bounded size.
+def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, LatentPairs]]:
+    """Number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
 
     Args:
         sae ([`SAEModel`]): Its mode is left as it is.
@@ -185,7 +185,7 @@ def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[Te
     """
     for number, batch in enumerate(batches):
         for part in _parts(sae, batch, number):
-            yield batch[part], encoded(sae, batch[part])
+            yield number, batch[part], encoded(sae, batch[part])
 
 
 def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:

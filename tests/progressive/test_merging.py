@@ -15,8 +15,9 @@ def _twins(variant, **options):
         for name, tensor in sae.state_dict().items():
             if name not in ("b_dec", "latent_ids"):
                 tensor[9] = tensor[3]
-        if not sae.config.scale_by_decoder_norm:
-            sae.W_dec[9] *= 0.5
+        sae.W_dec[9] *= 0.5
+        if sae.config.scale_by_decoder_norm and hasattr(sae, "threshold"):
+            sae.threshold[9] *= 0.5  # thresholds of contributions
     return sae
 
 

@@ -136,6 +136,8 @@ def test_bad_arguments_are_refused(monkeypatch):
     for options in ({}, {"l0": 2}):
         with pytest.raises(ValueError, match="activations are empty"):
             refit(sae, [], **options)
+    with pytest.raises(ValueError, match="1 of the 50 hidden states of batch 1 are not finite"):
+        refit(sae, [x, x.index_fill(0, torch.tensor([4]), torch.nan)])
     monkeypatch.setattr(module, "MAX_DECODER_REFIT_LATENTS", 12)
     with pytest.raises(ValueError, match="at most 12 latents"):
         refit(sae, [x], decoder=True)
