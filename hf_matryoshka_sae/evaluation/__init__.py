@@ -1,8 +1,39 @@
-"""What an SAE is worth."""
+"""What an SAE is worth: fidelity per prefix width, geometry, matching, absorption, and baselines beside them."""
 
+from .absorption import AbsorptionThresholds, absorption, absorption_on_task
+from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, activation_batches, open_heldout
 from .fidelity import evaluate_fidelity
+from .first_letter import FirstLetterTask, NotDefined, first_letter_task
+from .geometry import density_metrics, weight_geometry
+from .hedging import hedging_rate
+from .matching import decoder_matching, matched_cosine, maximum_mean_correlation
+from .similarity import TokenSample, representational_similarity
 from .subjects import Dictionary, Subject
 
 
-__all__ = ["Dictionary", "HeldOut", "Subject", "activation_batches", "evaluate_fidelity", "open_heldout"]
+__all__ = [
+    "AbsorptionThresholds",
+    "Dictionary",
+    "FirstLetterTask",
+    "HeldOut",
+    "Identity",
+    "NotDefined",
+    "PrincipalComponents",
+    "Subject",
+    "TokenSample",
+    "absorption",
+    "absorption_on_task",
+    "activation_batches",
+    "decoder_matching",
+    "density_metrics",
+    "evaluate_fidelity",
+    "first_letter_task",
+    "hedging_rate",
+    "matched_cosine",
+    "maximum_mean_correlation",
+    "open_heldout",
+    "random_dictionary",
+    "representational_similarity",
+    "weight_geometry",
+]

@@ -1,6 +1,7 @@
 """The core evaluation: reconstruction, firing, spliced language-model loss and similarity at each width."""
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from .subjects import Dictionary, Subject
 
 
 Watch = Callable[[str, LatentPairs], None]
-# Entries of [P, n, D] reconstructions made at a time.
-_PIECE = {"cpu": 2**22}
 
 
 @torch.no_grad()
@@ -29,6 +28,7 @@ def evaluate_fidelity(
     similarity_tokens: int = 500,
     seed: int = 0,
     watch: Watch | None = None,
+    loss_widths: Mapping[str, Sequence[int]] | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Evaluate dictionaries and baselines at each of their widths.
@@ -44,6 +44,8 @@ def evaluate_fidelity(
         similarity_tokens (`int`, *optional*, defaults to 500): Tokens of the similarity analysis (0: leave it out).
         seed (`int`, *optional*, defaults to 0): Chooses these tokens.
         watch (`Callable`, *optional*): Shown the name and the latents of every dictionary and batch.
+        loss_widths (`Mapping[str, Sequence[int]]`, *optional*): Measure a subject's losses at these of its widths
+            only.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
 
     Returns:
@@ -78,7 +80,10 @@ def evaluate_fidelity(
     if sample is not None:
         _add_similarity(subjects, rows, sample.tokens(), seed)
     if language_model and isinstance(data, HeldOut) and data.has_loss:
-        _add_losses(result, data, subjects, rows, first.mean, show)
+        chosen = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
+        _add_losses(
+            result, data, {name: subject for name, subject in chosen.items() if subject.widths}, rows, first.mean, show
+        )
     for entry in rows.values():
         for row in entry:
             row.setdefault("ce", None)
@@ -110,6 +115,18 @@ def _rows(subject: Subject, sums: ReconstructionSums) -> list[dict[str, Any]]:
     return rows
 
 
+def _at(subject: Subject, widths: Sequence[int] | None) -> Subject:
+    """The subject at some of its widths."""
+    if widths is None:
+        return subject
+    unknown = set(widths) - set(subject.widths)
+    if unknown:
+        raise ValueError(f"`loss_widths` must be among the widths {subject.widths}, got {sorted(unknown)} as well.")
+    subject = copy.copy(subject)
+    subject.widths = sorted(widths)
+    return subject
+
+
 def _add_similarity(subjects: Mapping[str, Subject], rows: dict[str, list], tokens: Tensor, seed: int) -> None:
     for name, subject in subjects.items():
         found = representational_similarity(tokens, subject.reconstruct(tokens).float(), seed=seed)
@@ -128,7 +145,8 @@ def _add_losses(
     passes = sum(len(subject.widths) for subject in subjects.values()) * len(list(data.share()))
     with tqdm(total=passes, desc="language-model loss", disable=not show, leave=False) as bar:
         baselines, metrics = spliced_metrics(data, mean, list(subjects.values()), bar.update)
-    for name, found in zip(subjects, metrics, strict=True):
-        for row, entry in zip(rows[name], found, strict=True):
-            row.update(entry)
+    for (name, subject), found in zip(subjects.items(), metrics, strict=True):
+        by_width = {row["width"]: row for row in rows[name]}
+        for width, entry in zip(subject.widths, found, strict=True):
+            by_width[width].update(entry)
     result.update({key: getattr(baselines, key) for key in ("clean_ce", "zero_ce", "mean_ce")})

@@ -1,1 +1,45 @@
 """Rank, sort, prune, grow and code: any dictionary as a progressive one."""
+
+from ..training.growth import grow
+from .codec import decode_latents, decode_progressive, encode_progressive
+from .curve import ProgressiveCurve, default_widths, plot_curves, progressive_curve
+from .greedy import greedy_order
+from .merging import merge_latents
+from .power_law import PowerLawFit, decoder_spectrum, fit_power_law
+from .power_law_plot import plot_power_laws
+from .pruning import prune
+from .ranking import rank_latents, sort_latents
+from .rate import RateSums, bits_per_token, default_step, naive_bits
+from .refit import refit
+from .statistics import LatentStatistics, latent_statistics
+from .thresholds import calibrate_thresholds, with_threshold
+
+
+__all__ = [
+    "LatentStatistics",
+    "PowerLawFit",
+    "ProgressiveCurve",
+    "RateSums",
+    "bits_per_token",
+    "calibrate_thresholds",
+    "decode_latents",
+    "decode_progressive",
+    "decoder_spectrum",
+    "default_step",
+    "default_widths",
+    "encode_progressive",
+    "fit_power_law",
+    "greedy_order",
+    "grow",
+    "latent_statistics",
+    "merge_latents",
+    "naive_bits",
+    "plot_curves",
+    "plot_power_laws",
+    "progressive_curve",
+    "prune",
+    "rank_latents",
+    "refit",
+    "sort_latents",
+    "with_threshold",
+]

@@ -1,0 +1,182 @@
+"""Everything against width: reconstruction, language-model loss, similarity, and the rate in latents and in bits."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..evaluation import Dictionary, HeldOut, activation_batches, evaluate_fidelity
+from ..evaluation.data import HasActivations
+from ..evaluation.report import save_figure, table, write_json
+from ..models import SAEModel
+from ..models.sparse_ops import LatentPairs
+from .rate import RateSums, bins
+from .statistics import LatentStatistics, latent_statistics
+
+
+@dataclass
+class ProgressiveCurve:
+    """What an SAE is worth at each of many widths.
+
+    Args:
+        rows (`list[dict]`): One for each width; see [`progressive_curve`] for the keys.
+        about (`dict`): `tokens`, `selection`, `hookpoint`, `step`, and the losses of the clean and the ablated model.
+    """
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def column(self, key: str) -> list[float | None]:
+        """One metric at every width."""
+        return [row.get(key) for row in self.rows]
+
+    def __str__(self) -> str:
+        return table([{**self.about, "saes": {"progressive curve": self.rows}}])
+
+    def save(self, folder: str | Path, name: str = "progressive_curve") -> None:
+        """Write `<name>.json` and `<name>.png` into a folder."""
+        write_json(Path(folder) / f"{name}.json", {**self.about, "rows": self.rows})
+        self.plot(Path(folder) / f"{name}.png")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw distortion against width and against bits per token to a PNG."""
+        plot_curves({"": self}, path)
+
+
+def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
+    """Draw several curves into one picture: FVU against width and bits, recaptured loss and RSA against width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("width", "fvu", "width (latents)", "fraction of variance unexplained"),
+        ("bits", "fvu_coded", "bits per token", "FVU of the coded latents"),
+        ("width", "recaptured_zero", "width (latents)", "recaptured loss (zero ablation)"),
+        ("width", "rsa", "width (latents)", "RSA (Spearman)"),
+    ]
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis, (x_key, y_key, x_label, y_label) in zip(axes.flat, panels, strict=True):
+        for name, curve in curves.items():
+            points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]
+            points = [point for point in points if None not in point]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
+        axis.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        axis.grid(alpha=0.3, which="both")
+        if y_key.startswith("fvu"):
+            axis.set_ylim(0, min(1.2, axis.get_ylim()[1]))
+        elif axis.lines:
+            axis.set_ylim(max(-0.2, axis.get_ylim()[0]), 1)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
+    if any(curves):
+        axes.flat[0].legend(fontsize=8)
+    save_figure(figure, Path(path))
+
+
+def _number(value: Any) -> float | None:
+    return value["spearman"] if isinstance(value, dict) else value
+
+
+def default_widths(sae: SAEModel, count: int = 16) -> list[int]:
+    """Widths spread evenly on a logarithmic scale from 1/64 of the dictionary to all of it, and its prefix widths."""
+    num_latents = sae.config.num_latents
+    ratio = min(64, num_latents)
+    spread = {max(1, round(num_latents / ratio ** (1 - i / (count - 1)))) for i in range(count)}
+    return sorted(spread | set(sae.prefix_widths))
+
+
+def progressive_curve(
+    sae: SAEModel,
+    data: HeldOut | HasActivations | Iterable[Tensor],
+    widths: Sequence[int] | None = None,
+    selection: str = "mask",
+    statistics: LatentStatistics | None = None,
+    step: float | None = None,
+    rate: bool = True,
+    loss_widths: Sequence[int] | None = None,
+    similarity_tokens: int = 500,
+    seed: int = 0,
+    show: bool = True,
+) -> ProgressiveCurve:
+    """Measure an SAE at every width of a list. All widths are reconstructed in one pass over the data.
+
+    Args:
+        sae ([`SAEModel`]): Trained so, or sorted with [`sort_latents`].
+        data ([`HeldOut`], or an iterable of `(n, D)` tensors that can be read again): Losses need a [`HeldOut`].
+        widths (`Sequence[int]`, *optional*): Any widths; [`default_widths`] where none are given.
+        selection (`str`, *optional*, defaults to `"mask"`): See [`Dictionary`]. `"restrict"` encodes a TopK SAE anew
+            at each width.
+        statistics ([`LatentStatistics`], *optional*): What encoder and decoder of the bit stream both know; by default
+            measured on `data` in another pass.
+        step (`float`, *optional*): Quantiser step of the bit stream; [`default_step`] where none is given.
+        rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of what was coded.
+        loss_widths (`Sequence[int]`, *optional*): Where to measure the language model's loss, which costs a pass of
+            the model for each; all of `widths` by default.
+        similarity_tokens (`int`, *optional*, defaults to 500), seed (`int`, *optional*, defaults to 0): Of RSA.
+        show (`bool`, *optional*, defaults to `True`): Show progress bars.
+
+    Returns:
+        [`ProgressiveCurve`], whose rows hold `width`, every key of [`evaluate_fidelity`] and, with `rate`, `bits`,
+        `index_bits`, `value_bits` (per token, ideal code length under the statistics' model) and `fvu_coded` (the FVU
+        with values as the bit stream holds them).
+
+    Raises:
+        `ValueError`: for widths the SAE does not have, or data that cannot be evaluated.
+    """
+    widths = default_widths(sae) if widths is None else list(widths)
+    plain = Dictionary(sae, widths, selection)
+    subjects: dict[str, Dictionary] = {"sae": plain}
+    sums, coded = None, None
+    if rate:
+        if not isinstance(data, HeldOut | Tensor) and iter(activation_batches(data)) is activation_batches(data):
+            data = list(data)
+        statistics = statistics or latent_statistics(sae, data)
+        statistics.check(sae)
+        sums = RateSums(statistics, plain.widths, step)
+        coded = subjects["coded"] = _Coded(plain, sums)
+
+    def watch(name: str, pairs: LatentPairs) -> None:
+        if sums is not None and name == "sae":
+            sums.add(pairs)
+
+    result = evaluate_fidelity(
+        data,
+        subjects,
+        similarity_tokens=similarity_tokens,
+        seed=seed,
+        watch=watch,
+        show=show,
+        loss_widths={"sae": plain.widths if loss_widths is None else list(loss_widths), "coded": []},
+    )
+    found = result.pop("subjects")
+    rows = found["sae"]
+    if sums is not None and coded is not None:
+        bits = sums.bits_per_token()
+        for number, (row, other) in enumerate(zip(rows, found["coded"], strict=True)):
+            row.update({key: bits[key][number].item() for key in ("bits", "index_bits", "value_bits")})
+            row["fvu_coded"] = other["fvu"]
+    hookpoint = data.hookpoint if isinstance(data, HeldOut) else sae.config.hookpoint or "activations"
+    about = {"hookpoint": hookpoint, "selection": selection, "step": sums.step if sums else None}
+    return ProgressiveCurve(rows, {**about, **result})
+
+
+class _Coded(Dictionary):
+    """A dictionary whose values are those that the bit stream holds: the quantised ones."""
+
+    def __init__(self, plain: Dictionary, sums: RateSums):
+        super().__init__(plain.sae, plain.widths, plain.selection)
+        self.sums = sums
+
+    def decode(self, pairs: list[LatentPairs]) -> Tensor:
+        return super().decode([self._read(found) for found in pairs])
+
+    def _read(self, pairs: LatentPairs) -> LatentPairs:
+        fired = pairs.keep(pairs.values > 0)
+        step = self.sums.step
+        values = self.sums.model.to(fired.values.device).read(fired.cols, bins(fired.values, step), step)
+        return fired.with_values(values.to(fired.values.dtype))
