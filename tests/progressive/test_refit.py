@@ -1,13 +1,17 @@
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from hf_matryoshka_sae.progressive import refit as module
 from hf_matryoshka_sae.progressive.refit import refit
 
 from ..models.reference import OPTIONS, VARIANTS, D, F, assert_close, dense_forward, hidden_states, make_sae
+
+
+module = importlib.import_module("hf_matryoshka_sae.progressive.refit")  # the package gives the function this name
 
 
 def _fvu(sae, x):
