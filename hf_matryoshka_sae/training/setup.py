@@ -55,7 +55,7 @@ class Harvest:
             hidden states on the SAEs' device, with a state.
         statistics (`dict[str, ActivationStatistics]`): Of each hookpoint.
         sample (`dict[str, Tensor]`): Some hidden states of each hookpoint, equal in all processes.
-        heldout (`list[TokenBatch]`): Held-out tokens (empty in all but the main process).
+        heldout (`list[TokenBatch]`): Held-out tokens, the same in every process.
         mask_token_id (`int`, *optional*): Of a masked language model's tokenizer.
     """
 
@@ -76,7 +76,7 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
     lm_device = _lm_device(config, accelerator)
     model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, lm_device)
     hookpoints = resolve_hookpoints(model, config.hookpoints)
-    heldout = _heldout(config, tokenizer) if accelerator.is_main_process else []
+    heldout = _heldout(config, tokenizer)
     stream = _stream(config, accelerator, model, tokenizer, hookpoints, batch_size)
     if overlaps(config.overlap, lm_device, accelerator.num_processes):
         stream = PrefetchedStream(stream)

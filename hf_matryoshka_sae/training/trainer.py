@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ..evaluation import HeldOut
 from ..models import SAEModel
 from .calibration import calibrate_threshold
 from .checkpoints import Checkpoints
@@ -54,7 +55,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         config ([`RunConfig`]): The run; see [`load_run_config`].
 
     Returns:
-        `list[dict]`: For each hookpoint what [`report.evaluate`] gives (empty in all but the main process).
+        `list[dict]`: For each hookpoint what [`report.evaluate`] gives.
 
     Raises:
         `ValueError`: for whatever does not fit, before anything is trained where that can be seen.
@@ -248,18 +249,15 @@ class Trainer:
         for learner in self.learners:
             self._save_sae(learner, calibration)
         self.accelerator.wait_for_everyone()
-        results = []
+        results, harvest = [], self.harvest
+        for hookpoint in harvest.hookpoints:
+            saes = {
+                learner.name: self._load_sae(learner) for learner in self.learners if learner.hookpoint == hookpoint
+            }
+            if saes:
+                data = HeldOut(harvest.model, harvest.heldout, hookpoint, harvest.mask_token_id)
+                results.append(evaluate(data, saes))
         if self.accelerator.is_main_process:
-            for hookpoint in self.harvest.hookpoints:
-                saes = {
-                    learner.name: self._load_sae(learner)
-                    for learner in self.learners
-                    if learner.hookpoint == hookpoint
-                }
-                if saes:
-                    results.append(
-                        evaluate(self.harvest.model, self.harvest.heldout, hookpoint, saes, self.harvest.mask_token_id)
-                    )
             write_report(results, self.folder, self.accelerator)
         self.accelerator.wait_for_everyone()
         return results
