@@ -1,5 +1,6 @@
 """Sums over processes: what a metric needs to be the same for two processes as for one."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,8 +13,13 @@ def processes() -> tuple[int, int]:
 
 
 def reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, summed over processes in place where there are several."""
+    """The tensors, summed over processes in place where there are several; on any device."""
     if processes()[1] > 1:
+        # NCCL has no sums on the host, where most of these are.
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else None
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            moved = tensor.to(device) if device is not None else tensor
+            dist.all_reduce(moved)
+            if moved is not tensor:
+                tensor.copy_(moved)
     return tensors

@@ -1,25 +1,31 @@
 """Rank, sort, prune, grow and code: any dictionary as a progressive one."""
 
 from ..training.growth import grow
+from .budget import Budget, width_for_budget
 from .codec import decode_latents, decode_progressive, encode_progressive
 from .curve import ProgressiveCurve, default_widths, plot_curves, progressive_curve
-from .greedy import greedy_order
-from .merging import merge_latents
+from .greedy import GreedyOrder, greedy_order
+from .merging import Merged, merge_latents
 from .power_law import PowerLawFit, decoder_spectrum, fit_power_law
 from .power_law_plot import plot_power_laws
 from .pruning import prune
-from .ranking import rank_latents, sort_latents
+from .ranking import RANKINGS, rank_latents, sort_latents
 from .rate import RateSums, bits_per_token, default_step, naive_bits
-from .refit import refit
+from .refit import Refit, refit
 from .statistics import LatentStatistics, latent_statistics
 from .thresholds import calibrate_thresholds, with_threshold
 
 
 __all__ = [
+    "RANKINGS",
+    "Budget",
+    "GreedyOrder",
     "LatentStatistics",
+    "Merged",
     "PowerLawFit",
     "ProgressiveCurve",
     "RateSums",
+    "Refit",
     "bits_per_token",
     "calibrate_thresholds",
     "decode_latents",
@@ -41,5 +47,6 @@ __all__ = [
     "rank_latents",
     "refit",
     "sort_latents",
+    "width_for_budget",
     "with_threshold",
 ]

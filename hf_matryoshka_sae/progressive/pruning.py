@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..evaluation.data import HasActivations
 from ..models import SAEModel
+from .budget import Budget, width_for_budget
 from .merging import merge_latents
 from .ranking import MAY_NEED_ACTIVATIONS, sort_latents
 from .refit import check_rereadable
@@ -19,15 +20,16 @@ logger = logging.getLogger(__name__)
 
 def prune(
     sae: SAEModel,
-    width: int,
+    width: int | None = None,
     by: str = "energy",
     statistics: LatentStatistics | None = None,
     activations: HasActivations | Iterable[Tensor] | None = None,
     merge: float | None = None,
     refit: bool = False,
     order: Tensor | None = None,
+    budget: str | Budget | None = None,
 ) -> SAEModel:
-    """Keep the `width` most important latents.
+    """Keep the `width` most important latents, or as many as a budget needs.
 
     The result is `sort_latents(...).truncate(width)`: its latents are sorted, `latent_ids` say which they were, and at
     `width = F` it computes what the SAE does. Pruned latents are never encoded, so with TopK the others compete for k
@@ -36,16 +38,19 @@ def prune(
 
     Args:
         sae ([`SAEModel`]): Any family; not changed.
-        width (`int`): Latents to keep.
+        width (`int`, *optional*): Latents to keep; this or a `budget`.
         by (`str`, *optional*, defaults to `"energy"`): How to rank latents, see [`rank_latents`].
         statistics ([`LatentStatistics`], *optional*): Of this SAE.
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states, where there are no
             statistics, and for refitting. Read once for each thing to do, so that only one allows an iterator.
         merge (`float`, *optional*): Merge near-duplicates above this decoder cosine first, as long as more than
             `width` latents remain; see [`merge_latents`].
-        refit (`bool`, *optional*, defaults to `False`): Fit the bias to what is left, see [`refit`]; what it gained is
-            logged. Call [`refit`] on the result for the decoder, thresholds, or the figures.
+        refit (`bool`, *optional*, defaults to `False`): Fit the bias to what is left, and with BatchTopK the
+            thresholds to k latents per token, see [`refit`]; what it gained is logged. Call [`refit`] on the result
+            for the decoder, or for the figures.
         order (`Tensor` of shape `(F,)`, *optional*): An order of one's own, instead of `by`; not with `merge`.
+        budget (`str` or [`Budget`], *optional*): For example `"keep 95% of recaptured loss"`, `"FVU at most 0.2"` or
+            `"at most 50 MB"`, see [`width_for_budget`]; measured on `activations`, before refitting.
 
     Returns:
         [`SAEModel`] of the same class.
@@ -53,21 +58,29 @@ def prune(
     Raises:
         `ValueError`: if the width is out of range, something that is needed was not given, or as [`rank_latents`].
     """
-    _check(sae, width, by, statistics, activations, merge, refit, order)
+    _check(sae, width, by, budget, statistics, activations, merge, refit, order)
     if merge is not None:
         if statistics is None and activations is not None:
             statistics = latent_statistics(sae, activations, attribution=by == "attribution")
-        merged = merge_latents(sae, merge, statistics, most=sae.config.num_latents - width)
+        most = sae.config.num_latents - (width or 1)
+        merged = merge_latents(sae, merge, statistics, most=most)
         logger.info("Merged %d pairs of latents with a decoder cosine above %g.", len(merged.pairs), merge)
         sae = merged.sae
         # Those of merged latents are estimates: what can be measured is.
         statistics = merged.statistics if activations is None else None
-    pruned = sort_latents(sae, by, statistics, activations, order).truncate(width)
+    ordered = sort_latents(sae, by, statistics, activations, order)
+    if budget is not None:
+        width = width_for_budget(ordered, budget, activations)
+        logger.info("%d of %d latents keep the budget %s.", width, sae.config.num_latents, budget)
+    pruned = ordered.truncate(width)
     if refit:
-        result = refit_sae(pruned, activations)
+        competes = pruned.config.activation_name == "batch_topk"
+        result = refit_sae(pruned, activations, l0=min(pruned.config.k, width) if competes else None)
         logger.info(
-            "Refitted the bias of %d latents: FVU %.4f -> %.4f on %d %s tokens.",
+            "Refitted %d latents: L0 %.2f -> %.2f, FVU %.4f -> %.4f on %d %s tokens.",
             width,
+            result.l0_before,
+            result.l0_after,
             result.fvu_before,
             result.fvu_after,
             result.tokens,
@@ -77,8 +90,14 @@ def prune(
     return pruned
 
 
-def _check(sae, width: int, by: str, statistics, activations, merge, refit: bool, order) -> None:
-    if not 1 <= width <= sae.config.num_latents:
+def _check(sae, width: int | None, by: str, budget, statistics, activations, merge, refit: bool, order) -> None:
+    if (width is None) == (budget is None):
+        raise ValueError("Give either a `width` or a `budget`, for example budget='FVU at most 0.2'.")
+    if isinstance(budget, str):
+        Budget.parse(budget)  # a sentence that cannot be read is said before anything is measured
+    if budget is not None and activations is not None:
+        check_rereadable(activations, "Finding the width for a budget")
+    if width is not None and not 1 <= width <= sae.config.num_latents:
         raise ValueError(f"`width` must lie between 1 and num_latents ({sae.config.num_latents}), got {width}.")
     if merge is not None and order is not None:
         raise ValueError("Merging changes which latents there are: give `merge` or an `order`, not both.")
