@@ -23,6 +23,10 @@ from .data import HasActivations, activation_batches
 from .distributed import processes
 
 
+# The finalising steps of splitmix64 (Steele et al. 2014), as signed numbers.
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
 def checked_batches(
     activations: HasActivations | Iterable[Tensor], d_in: int | None = None, task: str | None = None
 ) -> Iterator[Tensor]:
@@ -52,24 +56,23 @@ def checked_batches(
 
 
 class TokenSample:
-    """A uniform sample of a stream's tokens: the same ones for the same seed, however the stream is cut into batches.
+    """A uniform sample of a stream's tokens: the same ones, in the same order, for the same seed.
 
-    Every token draws a number; those with the `size` smallest are kept, so memory is `size` rows and a batch. Under
-    `torch.distributed` each process samples its own share, and [`tokens`] keeps the smallest numbers of all processes.
+    Every token's key is a hash of the seed and of its own numbers, and the tokens with the `size` smallest keys are
+    kept. So neither the cut into batches, nor their order, nor the number of processes changes the sample, and memory
+    is `size` rows and a batch. Tokens with equal hidden states share a key: they are drawn together or not at all.
 
     Args:
         size (`int`): Tokens to keep; a shorter stream is kept whole.
-        seed (`int`, *optional*, defaults to 0): Of the draw.
+        seed (`int`, *optional*, defaults to 0): Of the hash.
     """
 
     def __init__(self, size: int, seed: int = 0):
         if size < 1:
             raise ValueError(f"`size` must be at least 1 token, got {size}.")
-        rank, world = processes()
-        self.size, self.seen = size, 0
-        # numpy's generator gives the same numbers in one draw as in many; torch's does not promise that.
-        self._generator = np.random.default_rng(seed if world == 1 else [seed, rank])
-        self._keys = torch.zeros(0, dtype=torch.float64)
+        self.size, self.seed, self.seen = size, seed, 0
+        self._multipliers = torch.zeros(0, dtype=torch.int64)
+        self._keys = torch.zeros(0, dtype=torch.int64)
         self._rows: Tensor | None = None
 
     @classmethod
@@ -82,16 +85,28 @@ class TokenSample:
 
     def add(self, x: Tensor) -> None:
         """Look at the next tokens, `(n, D)`."""
-        keys = torch.from_numpy(self._generator.random(len(x)))
+        keys = self._hash(x)
         self.seen += len(x)
         if len(self._keys) == self.size:  # few can still get in: copy only those
-            better = keys < self._keys.max()
+            better = keys < self._keys[-1]
             keys, x = keys[better], x[better.to(x.device)]
         rows = x if self._rows is None else torch.cat([self._rows, x])
         self._keys, self._rows = _smallest(torch.cat([self._keys, keys]), rows, self.size)
 
+    def _hash(self, x: Tensor) -> Tensor:
+        """A key `(n,)` for each row: odd multiples of its float32 bits, summed with wrap-around, then mixed."""
+        if len(self._multipliers) != x.shape[1] + 1:
+            drawn = np.random.default_rng(self.seed).integers(-(2**63), 2**63, x.shape[1] + 1, dtype=np.int64)
+            self._multipliers = torch.from_numpy(drawn | 1)
+        offset, multipliers = self._multipliers[0], self._multipliers[1:].to(x.device)
+        bits = (x.float() + 0.0).contiguous().view(torch.int32)  # adding 0 makes -0 a 0
+        keys = (bits * multipliers).sum(1).cpu() + offset
+        for shift, factor in _MIXING:
+            keys = (keys ^ (keys >> shift & (1 << 64 - shift) - 1)) * factor
+        return keys ^ (keys >> 31 & (1 << 33) - 1)
+
     def tokens(self) -> Tensor:
-        """The sampled tokens `(min(size, tokens seen), D)`: in the stream's order, or mixed over processes.
+        """The sampled tokens `(min(size, tokens seen), D)` of all processes, in the order of their keys.
 
         Raises:
             `ValueError`: if no token was seen.
@@ -104,14 +119,15 @@ class TokenSample:
 
 
 def _smallest(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` smallest keys and their rows, in the order in which they came; copied, so that batches are freed."""
-    kept = keys.topk(min(size, len(keys)), largest=False).indices.sort().values
+    """The `size` smallest keys in order, and their rows; copied, so that batches are freed."""
+    kept = keys.argsort(stable=True)[:size]
     return keys[kept], rows[kept.to(rows.device)]
 
 
 def _gather(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Keys and rows of all processes; each sends `size`, what it lacks with a key of infinity."""
-    padded_keys = torch.full((size,), torch.inf, dtype=keys.dtype, device=rows.device)
+    """Keys and rows of all processes; each sends `size`, what it lacks with a key that no token has."""
+    nothing = torch.iinfo(torch.int64).max
+    padded_keys = torch.full((size,), nothing, dtype=torch.int64, device=rows.device)
     padded_keys[: len(keys)] = keys.to(rows.device)
     padded = rows.new_zeros(size, rows.shape[1])
     padded[: len(rows)] = rows
@@ -121,7 +137,7 @@ def _gather(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     dist.all_gather(all_keys, padded_keys)
     dist.all_gather(all_rows, padded)
     keys, rows = torch.cat(all_keys).cpu(), torch.cat(all_rows)
-    known = keys.isfinite()
+    known = keys != nothing
     return keys[known], rows[known.to(rows.device)]
 
 

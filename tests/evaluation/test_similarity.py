@@ -113,16 +113,39 @@ def test_wrong_input_is_named():
         TokenSample(0)
 
 
+def reference_keys(x, seed):
+    """The keys of rows by Python's integers."""
+    keys, mask = [], 2**64 - 1
+    multipliers = np.random.default_rng(seed).integers(-(2**63), 2**63, x.shape[1] + 1, dtype=np.int64)
+    offset, *multipliers = (int(number) | 1 for number in multipliers)
+    for row in x.numpy().astype(np.float32):
+        z = (offset + sum(int(bits) * m for bits, m in zip(row.view(np.int32), multipliers, strict=True))) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        z ^= z >> 31
+        keys.append(z - 2**64 if z >> 63 else z)
+    return keys
+
+
 @pytest.mark.parametrize("batch", [1, 7, 500])
-def test_the_same_tokens_are_sampled_whatever_the_batches(batch):
-    x = torch.arange(500.0)[:, None].expand(-1, 2)
+def test_the_same_tokens_are_sampled_whatever_the_batches_and_their_order(batch):
+    x = torch.randn(500, 3)
     whole = TokenSample.of(x, 50, seed=1)
-    rows = TokenSample.of(x.split(batch), 50, seed=1).tokens()
-    assert torch.equal(rows, whole.tokens())
-    assert (rows[1:, 0] > rows[:-1, 0]).all()
-    assert len(rows) == 50 and whole.seen == 500
-    assert not torch.equal(rows, TokenSample.of(x, 50, seed=2).tokens())
-    assert torch.equal(TokenSample.of(x, 600).tokens(), x)
+    order = np.argsort(reference_keys(x, 1))
+    assert torch.equal(whole.tokens(), x[torch.from_numpy(order[:50])])
+    assert torch.equal(TokenSample.of(x.split(batch)[::-1], 50, seed=1).tokens(), whole.tokens())
+    assert torch.equal(TokenSample.of(x.double(), 50, seed=1).tokens().float(), whole.tokens())
+    assert whole.seen == 500
+    assert not torch.equal(whole.tokens(), TokenSample.of(x, 50, seed=2).tokens())
+    assert torch.equal(TokenSample.of(x, 600, seed=1).tokens(), x[torch.from_numpy(order)])
+
+
+def test_equal_tokens_are_kept_together_and_zero_has_one_sign():
+    x = torch.randn(30, 2)[torch.arange(30).repeat(2)]
+    x[[0, 30], 0] = torch.tensor([0.0, -0.0])
+    rows = TokenSample.of(x, 10).tokens()
+    assert torch.equal(rows[::2], rows[1::2])
+    assert len(TokenSample.of(torch.ones(9, 2), 4).tokens()) == 4
 
 
 def test_every_token_is_as_likely():
@@ -140,10 +163,10 @@ def _one_of_two(rank: int, folder, rows: torch.Tensor) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_sample_from_both_shares_and_agree(tmp_path):
-    rows = torch.arange(60.0)[:, None]
+def test_two_processes_sample_what_one_does(tmp_path):
+    rows = torch.randn(60, 2)
     mp.start_processes(_one_of_two, args=(tmp_path, rows), nprocs=2, start_method="fork")
-    first, second = (load_file(tmp_path / f"{rank}.safetensors")["rows"] for rank in range(2))
-    assert torch.equal(first, second)
-    assert len(first.unique()) == 20
-    assert (first < 7).any() and (first >= 7).any()
+    alone = TokenSample.of(rows, 20).tokens()
+    for rank in range(2):
+        assert torch.equal(load_file(tmp_path / f"{rank}.safetensors")["rows"], alone)
+    assert any((row == rows[:7]).all(1).any() for row in alone)
