@@ -1,0 +1,190 @@
+"""What both `evaluate` modules share: their two input layouts, and the way from either to sums over tokens.
+
+`evaluate` moves inputs as Python lists through Arrow, a few million numbers per second. Rows are for small arrays; for
+anything larger sum up on the device with [`ReconstructionSums`] and hand over what its `to_dict()` holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Features, List, Value
+from torch import Tensor
+
+from ..evaluation.firing import FiringSums
+from ..evaluation.reconstruction import ReconstructionSums
+
+
+_NUMBER, _NUMBERS = Value("float64"), List(Value("float64"))
+
+OF_REFERENCES = {"tokens": _NUMBER, "batches": _NUMBER, "x": _NUMBERS, "x_square": _NUMBERS, "norm_in": _NUMBER}
+"""The sums that depend on the hidden states alone."""
+
+OF_PREDICTIONS = {
+    field.name: List(_NUMBERS) if field.name == "residual" else _NUMBERS
+    for field in fields(ReconstructionSums)
+    if field.name not in OF_REFERENCES
+}
+"""The sums that depend on the reconstructions, an entry for each width."""
+
+FIRING = {"fired": List(Value("int64")), "total": _NUMBERS}
+"""Optional beside them: how often each latent fired, and the sum of its values, as in [`FiringSums`]."""
+
+STATISTICS = Features({"predictions": {**OF_PREDICTIONS, **FIRING}, "references": OF_REFERENCES})
+"""One example is the sums over a batch, or over any number of tokens."""
+
+
+class SumsMetric(evaluate.Metric):
+    """A metric that takes rows of numbers, or sums over tokens in the same two columns."""
+
+    row_dims = 1
+    """Dimensions of one token's reconstructions: 1, or 2 where there are several widths."""
+
+    def _infer_feature_from_example(self, example: dict[str, Any]) -> Features:
+        # `evaluate` takes the first layout that encodes without an error, and a list of a dict's keys is a list.
+        rows, statistics = self.features
+        return statistics if isinstance(example["references"], Mapping) else rows
+
+    def add(self, *, prediction: Any = None, reference: Any = None) -> None:
+        """Add one token's rows, or one batch's sums."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
+        """Add rows, or lists of sums.
+
+        Raises:
+            `ValueError`: if these are neither, differ in length, lack a sum or hold a number that is not finite.
+        """
+        for name, given in (("predictions", predictions), ("references", references)):
+            if given is None or isinstance(given, str | Mapping) or not hasattr(given, "__len__"):
+                raise ValueError(f"`{name}` must be rows of numbers or a list of sums, got {type(given).__name__}.")
+        if not len(predictions) or len(predictions) != len(references):
+            raise ValueError(
+                f"`predictions` and `references` must have the same number of rows, at least 1; got "
+                f"{len(predictions)} and {len(references)}."
+            )
+        if isinstance(references[0], Mapping):
+            columns = {
+                "predictions": [_chosen(example, OF_PREDICTIONS, FIRING) for example in predictions],
+                "references": [_chosen(example, OF_REFERENCES, {}) for example in references],
+            }
+        else:
+            x, reconstructions = _rows(references, "references"), _rows(predictions, "predictions")
+            if x.dim() != 2 or reconstructions.dim() != self.row_dims + 1 or x.shape[-1] != reconstructions.shape[-1]:
+                wanted = "(N, P, D)" if self.row_dims == 2 else "(N, D)"
+                raise ValueError(
+                    f"Expected `references` of shape (N, D) and `predictions` of shape {wanted}, got "
+                    f"{tuple(x.shape)} and {tuple(reconstructions.shape)}."
+                )
+            columns = {"predictions": reconstructions.numpy(), "references": x.numpy()}
+        super().add_batch(**columns)
+
+
+def _rows(rows: Any, name: str) -> Tensor:
+    try:
+        if isinstance(rows, Sequence):
+            rows = np.asarray([np.asarray(row, dtype=np.float32) for row in rows])
+        found = torch.as_tensor(rows).detach().cpu().float()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"All rows of `{name}` must hold as many numbers as each other: {error}") from error
+    if not found.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, but hold NaN or infinity.")
+    return found
+
+
+def _chosen(example: Any, needed: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
+    """The sums of one column; those of the other, which `to_dict` holds as well, are left out."""
+    if not isinstance(example, Mapping):
+        raise ValueError(f"Sums must come as a dict in both columns, got {type(example).__name__}.")
+    lacking = [name for name in needed if example.get(name) is None]
+    if lacking:
+        raise ValueError(f"The sums lack {', '.join(lacking)}. Pass all that ReconstructionSums.to_dict() holds.")
+    return {name: example.get(name) for name in (*needed, *optional)}
+
+
+def summed(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[ReconstructionSums, dict[str, Tensor]]:
+    """The sums over everything that was added.
+
+    Args:
+        predictions, references (`Sequence`): As `evaluate` hands them back: lists of rows, or of mappings with sums.
+            Rows of reconstructions are `(D,)`, or `(P, D)` for several widths.
+
+    Returns:
+        [`ReconstructionSums`], and where every example has them `fired` and `total` of each latent.
+
+    Raises:
+        `ValueError`: if shapes differ, or a sum is not finite.
+    """
+    if isinstance(references[0], Mapping):
+        return _added([{**x, **reconstruction} for x, reconstruction in zip(references, predictions, strict=True)])
+    try:
+        x, reconstructions = torch.tensor(references), torch.tensor(predictions)
+    except ValueError as error:
+        raise ValueError(f"Batches differ in the number of columns: {error}.") from error
+    if reconstructions.dim() == 2:
+        reconstructions = reconstructions[:, None]
+    sums = ReconstructionSums.zeros(reconstructions.shape[1], x.shape[1])
+    sums.add(x, reconstructions.transpose(0, 1))
+    return sums, {}
+
+
+def _added(examples: Sequence[Mapping[str, Any]]) -> tuple[ReconstructionSums, dict[str, Tensor]]:
+    sums = ReconstructionSums.zeros(len(examples[0]["square_error"]), len(examples[0]["x"]))
+    for example in examples:
+        sums.merge(example)
+    if not all(bool(total.isfinite().all()) for total in vars(sums).values()):
+        raise ValueError("The sums are not finite (NaN or infinite).")
+    given = {name for name in FIRING for example in examples if example[name] is not None}
+    if not given:
+        return sums, {}
+    lengths = {len(example[name] or ()) for example in examples for name in FIRING}
+    if len(lengths) > 1:
+        raise ValueError("`fired` and `total` must come with all sums, with an entry for each latent.")
+    return sums, {name: torch.tensor([example[name] for example in examples]).double().sum(0) for name in FIRING}
+
+
+def with_firing(
+    sums: ReconstructionSums, firing: Mapping[str, Tensor], widths: Sequence[int] | None
+) -> list[dict[str, float]]:
+    """The metrics of each width, with `l0`, `l1` and `dead` where firings are known.
+
+    Args:
+        sums ([`ReconstructionSums`]): Of P widths.
+        firing (`Mapping[str, Tensor]`): What [`summed`] gives: nothing, or `fired` and `total` of each latent.
+        widths (`Sequence[int]`, *optional*): P widths; all latents where none are given.
+
+    Raises:
+        `ValueError`: if a width is above the number of latents.
+    """
+    rows = sums.rows()
+    if firing:
+        counts = FiringSums(len(firing["fired"]))
+        counts.tokens, counts.fired, counts.total = sums.tokens, firing["fired"], firing["total"]
+        widths = [len(counts.fired)] if widths is None else widths
+        if widths[-1] > len(counts.fired):
+            raise ValueError(f"`fired` counts {len(counts.fired)} latents, fewer than the width {widths[-1]}.")
+        for row, found in zip(rows, counts.rows(widths), strict=True):
+            row.update(found)
+    return rows
+
+
+def means(tokens: int, **given: Sequence[float] | None) -> dict[str, float]:
+    """The mean of each list of numbers per token.
+
+    Raises:
+        `ValueError`: if there is not one finite number for each token.
+    """
+    found = {}
+    for name, values in given.items():
+        if values is None:
+            continue
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+        if numbers.shape != (tokens,) or not numbers.isfinite().all():
+            raise ValueError(
+                f"`{name}` must hold a finite number for each of {tokens} tokens, got shape {tuple(numbers.shape)}."
+            )
+        found[name] = numbers.mean().item()
+    return found
