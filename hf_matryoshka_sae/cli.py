@@ -4,34 +4,46 @@ import argparse
 import sys
 
 
+_PASSED_ON = {
+    "train": "train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)",
+    "evaluate": "measure saved SAEs at every width on held-out text, beside their baselines",
+    "toy": "train SAEs on a tree of known features and compare what they found",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae", description="Progressive sparse autoencoders: the first n latents are a working SAE."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train", add_help=False, help="train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)"
-    )
-    train.set_defaults(run=_train)
+    for name, about in _PASSED_ON.items():  # these read their own arguments
+        commands.add_parser(name, add_help=False, help=about)
     demo = commands.add_parser(
         "demo", help="train a Matryoshka SAE on the embedded language model, load it back and show what it found"
     )
     demo.add_argument("--output_dir", default="runs/demo", help="folder of the run (default: %(default)s)")
-    demo.set_defaults(run=_demo)
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and parsed.command != "train":
+    if rest and parsed.command not in _PASSED_ON:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return parsed.run(parsed, rest)
+    return _run(parsed, rest)
 
 
-def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
-    from .train import main as train
+def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
+    """Import the command only now, so that `--help` is fast."""
+    match parsed.command:
+        case "train":
+            from .train import main as train
 
-    return train(rest or ["--help"])
+            return train(rest or ["--help"])
+        case "evaluate":
+            from .evaluation.command import main as evaluate
 
+            return evaluate(rest or ["--help"])
+        case "toy":
+            from .toy.command import main as toy
 
-def _demo(parsed: argparse.Namespace, rest: list[str]) -> int:
+            return toy(rest)
     from .demo import demo
 
     return demo(parsed.output_dir)

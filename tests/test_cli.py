@@ -63,13 +63,21 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert "train" in printed and "demo" in printed
+    assert all(name in printed for name in ("train", "evaluate", "toy", "demo"))
 
 
 def test_train_help_lists_every_field(capsys):
     assert cli.main(["train"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("hookpoints", "batch_size", "prefix_widths", "auxk_coefficient"))
+
+
+@pytest.mark.parametrize("command, flag", [("evaluate", "--widths"), ("toy", "--random_tree")])
+def test_commands_with_their_own_flags_list_them(capsys, command, flag):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert flag in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_line_on_stderr_and_a_status(capsys, tmp_path):
