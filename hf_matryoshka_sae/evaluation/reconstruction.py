@@ -102,7 +102,7 @@ class ReconstructionSums:
             piece = slice(start, start + step)
             r = x[piece] - reconstructions[:, piece].float()
             error[:, piece] = r.norm(dim=-1).double().square()
-            along[:, piece] = torch.einsum("pnd,nd->pn", r, x[piece])
+            along[:, piece] = (r * x[piece]).sum(-1)
             residual += r.sum(1)
         dot = norms.square() - along
         square_out = (norms.square() - 2 * along + error).clamp(min=0)
