@@ -141,8 +141,10 @@ def run_config(given: dict[str, Any], seed: int, folder: Path) -> RunConfig:
     nested = {"type": "matryoshka", "activation": "batch_topk", "prefix_widths": given["widths"]}
     saes.append({**nested, "name": "matryoshka", "num_latents": largest, "k": k})
     same = ("model", "context_length", "exclude", "tokens", "batch_size", "eval_tokens")
+    most = {"calibration_tokens": 200_000, "normalization_tokens": 65_536, "shuffle_tokens": 131_072}
     return RunConfig.from_dict(
         {name: given[name] for name in same}
+        | {name: min(size, given["tokens"]) for name, size in most.items()}  # a trial run is short in every part
         | {
             "dataset": dataset_fields(given, "train"),
             "eval_dataset": dataset_fields(given, "heldout"),
