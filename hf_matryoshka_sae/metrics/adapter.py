@@ -102,7 +102,21 @@ def _chosen(example: Any, needed: Mapping[str, Any], optional: Mapping[str, Any]
     lacking = [name for name in needed if example.get(name) is None]
     if lacking:
         raise ValueError(f"The sums lack {', '.join(lacking)}. Pass all that ReconstructionSums.to_dict() holds.")
-    return {name: example.get(name) for name in (*needed, *optional)}
+    found = {name: example.get(name) for name in (*needed, *optional)}
+    for name, feature in (needed | optional).items():
+        dims = 0 if feature is _NUMBER else 2 if name == "residual" else 1
+        if found[name] is not None and not _are_finite(found[name], dims):
+            kind = ("a finite number", "a list of finite numbers", "a list of lists of finite numbers")[dims]
+            raise ValueError(f"`{name}` must be {kind}, as in ReconstructionSums.to_dict().")
+    return found
+
+
+def _are_finite(value: Any, dims: int) -> bool:
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return numbers.ndim == dims and bool(np.isfinite(numbers).all())
 
 
 def summed(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[ReconstructionSums, dict[str, Tensor]]:
@@ -116,7 +130,7 @@ def summed(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[Recon
         [`ReconstructionSums`], and where every example has them `fired` and `total` of each latent.
 
     Raises:
-        `ValueError`: if shapes differ, or a sum is not finite.
+        `ValueError`: if batches or sums are of different shapes.
     """
     if isinstance(references[0], Mapping):
         return _added([{**x, **reconstruction} for x, reconstruction in zip(references, predictions, strict=True)])
@@ -135,8 +149,6 @@ def _added(examples: Sequence[Mapping[str, Any]]) -> tuple[ReconstructionSums, d
     sums = ReconstructionSums.zeros(len(examples[0]["square_error"]), len(examples[0]["x"]))
     for example in examples:
         sums.merge(example)
-    if not all(bool(total.isfinite().all()) for total in vars(sums).values()):
-        raise ValueError("The sums are not finite (NaN or infinite).")
     given = {name for name in FIRING for example in examples if example[name] is not None}
     if not given:
         return sums, {}
