@@ -235,7 +235,8 @@ def power_laws(saes: Mapping[str, SAEModel], statistics: Mapping[str, LatentStat
             rows.append(row | {"error": str(error)})
             continue
         rows.append(row | {"fit": fit.to_dict()})
-        drawn[f"{name}, {method}"] = (values, fit)
+        if name != "contribution" or not torch.allclose(values, importance[method, "energy"], rtol=1e-3):
+            drawn[f"{name}, {method}"] = (values, fit)  # with unit decoder rows the picture of energy is enough
     if drawn:
         plot_power_laws(drawn, folder / "power_laws.png")
     return rows

@@ -17,7 +17,7 @@ STYLES = {
     "matryoshka": dict(color="#c1121f", linewidth=2.6, marker="o", zorder=5),
     "separate": dict(color="black", linewidth=1.8, linestyle="--", marker="s", zorder=4),
     "greedy": dict(color="#7b2cbf", marker="^"),
-    "energy": dict(color="#0353a4", marker="D"),
+    "energy": dict(color="#0353a4", marker="D", markersize=9, markerfacecolor="none"),
     "contribution": dict(color="#48cae4", marker="d", linestyle="-."),
     "frequency": dict(color="#2a9d8f", marker="v"),
     "attribution": dict(color="#f4a261", marker="P"),
@@ -350,11 +350,12 @@ def plot_curves(results: Results, base: str, title: str, path: Path) -> None:
 
 def _limits(axes) -> None:
     """FVU on a logarithmic scale; what recaptures less than nothing may leave the picture."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes[0, 0].set_yscale("log")
     for axis in axes[0]:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for row in axes[1:]:
         low = row[0].get_ylim()[0]
