@@ -62,7 +62,8 @@ def main() -> int:
         "32 widths / 1, with bits": medians["32 widths, with bits"] / medians["1 width, with bits"],
     }
     out = sys.stdout.write
-    out(f"torch {torch.__version__}, {torch.get_num_threads()} threads, F {options.num_latents}, {data.tokens} tokens\n")
+    threads = torch.get_num_threads()
+    out(f"torch {torch.__version__}, {threads} threads, F {options.num_latents}, {data.tokens} tokens\n")
     for name, seconds in medians.items():
         out(f"{name:<22} {seconds:7.2f} s\n")
     for name, ratio in ratios.items():

@@ -14,6 +14,7 @@ that is done is not trained again. `--model embedded --tokens 61440 --seeds 0 1`
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from hf_matryoshka_sae.evaluation.report import write_json
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "shared"))
 EMBEDDED = {
     "model": "embedded",
     "train": "embedded",

@@ -54,7 +54,8 @@ def test_recaptured_loss():
 
     def recaptured(width: int) -> float:
         subject = {"it": Dictionary(ordered.truncate(width))}
-        return evaluate_fidelity(data, subject, similarity_tokens=0, show=False)["subjects"]["it"][0]["recaptured_zero"]
+        found = evaluate_fidelity(data, subject, similarity_tokens=0, show=False)["subjects"]["it"]
+        return found[0]["recaptured_zero"]
 
     assert recaptured(width) >= 0.8 * recaptured(256) > recaptured(width - 1)
     assert width_for_budget(ordered, Budget("recaptured", 0.8 * recaptured(256)), data, show=False) == width
