@@ -11,7 +11,7 @@ from ..activations import DatasetConfig
 from ..models import CONFIGS, SAEConfig
 from ..models.configuration_sae import nearest
 from .fields import from_dict, override
-from .presets import PRESETS, TYPE_DEFAULTS
+from .presets import PRESETS, defaults_for
 
 
 @dataclass
@@ -53,10 +53,12 @@ class SAESpec:
 
     # The objective
     level_weights: str | list[float] = "mean"
-    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `outer` (the whole
-    dictionary weighs twice as much as each inner prefix), or a list."""
+    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `inner` (the whole
+    dictionary weighs 0.32, inner prefix i in proportion to i^-0.4), `whole` (it weighs 0.82, inner prefix i in
+    proportion to i^0.25), or a list. With the last two the last inner prefix weighs a quarter of what it would."""
     level_weights_end: str | list[float] | None = None
-    """Move from `level_weights` to these, linearly over the run."""
+    """Move from `level_weights` to these, linearly over the run. Where neither is given, `type: matryoshka` moves from
+    `inner` to `whole`."""
     balance: float = 1.0
     """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
     bias_level: bool = False
@@ -113,7 +115,8 @@ class SAESpec:
     unit_norm_decoder: bool = True
     train_b_enc: bool = True
     sort_every: int = 0
-    """Sort latents by importance every so many steps (0: never)."""
+    """Put latents in order of their energy every so many steps (0: never). By default `type: matryoshka` does so every
+    50, unless it goes on from a trained SAE."""
     input_scaling: Literal["center", "rms", "norm", "none"] = "center"
     """`center`, `rms`: (x - mean) / c, x / c with E||x||^2 = 1, so that centred squared errors are FVUs; `norm`: x / c
     with mean ||x|| = sqrt(d); `none`: raw x."""
@@ -156,8 +159,7 @@ class SAESpec:
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"Unknown `{where}preset: {preset}`.{nearest(str(preset), PRESETS)}")
         filled = {**PRESETS.get(preset, {}), **data}
-        kind = filled.get("activation") if filled.get("type", "matryoshka") == "matryoshka" else filled["type"]
-        defaults = TYPE_DEFAULTS.get(kind or "batch_topk", {}) if preset is None else {}
+        defaults = defaults_for(filled) if preset is None else {}
         return from_dict(cls, {**defaults, **filled}, where)
 
     def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None) -> SAEConfig:

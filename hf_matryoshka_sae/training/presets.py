@@ -143,7 +143,7 @@ _SELECTED = dict(
     encoder_lr_scale=0.5,
     encoder_bias_lr_scale=0.15,
 )
-TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
     "batch_topk": _SELECTED,
     "relu": dict(
@@ -161,3 +161,21 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     "gated": dict(target_l0=32.0, auxk_coefficient=0.0),
 }
+
+
+def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
+    """The default recipe for an entry of `saes` that names no preset.
+
+    For Matryoshka SAEs the errors of inner prefixes count most at first and that of the whole dictionary at the end,
+    and latents change places between prefixes by their energy: what fixed, equal weights cost the whole dictionary is
+    halved, for prefixes as good (benchmarks/README.md).
+    """
+    family = fields.get("type", "matryoshka")
+    if family != "matryoshka":
+        return _FAMILY_DEFAULTS.get(family, {})
+    defaults = dict(_FAMILY_DEFAULTS.get(fields.get("activation") or "batch_topk", {}))
+    if fields.get("level_weights") is None and fields.get("level_weights_end") is None:
+        defaults |= dict(level_weights="inner", level_weights_end="whole")
+    if fields.get("init_from") is None and fields.get("grow_from") is None:
+        defaults["sort_every"] = 50
+    return defaults

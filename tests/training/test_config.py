@@ -112,6 +112,21 @@ def test_a_run_wins_over_its_preset():
     assert (spec.lr, spec.level_weights) == (1e-2, "sum")
 
 
+def test_the_matryoshka_recipe_gives_way_to_fields_that_are_given():
+    def recipe(**fields):
+        spec = SAESpec.from_dict(fields, "")
+        return spec.level_weights, spec.level_weights_end, spec.sort_every
+
+    assert recipe() == recipe(activation="relu") == ("inner", "whole", 50)
+    assert recipe(level_weights="mean") == ("mean", None, 50)
+    assert recipe(level_weights_end="mean") == ("mean", "mean", 50)
+    assert recipe(sort_every=0) == ("inner", "whole", 0)
+    assert recipe(init_from="runs/one") == ("inner", "whole", 0)  # ids that people cite stay
+    assert recipe(grow_from="runs/one", num_latents=8) == ("inner", "whole", 0)
+    assert recipe(preset="balance") == ("balance", None, 0)
+    assert recipe(type="topk") == ("mean", None, 0)
+
+
 def test_prefix_fractions_become_widths():
     spec = SAESpec.from_dict({"preset": "bussmann", "num_latents": 64, "k": 4}, "")
     assert spec.sae_config(8, "lm", "layer").prefix_widths == [4, 8, 16, 32, 64]

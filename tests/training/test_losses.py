@@ -271,11 +271,32 @@ def test_balance_weights_are_divided_by_the_number_of_levels_above_one():
 
 
 def test_level_weights_move_linearly_from_start_to_end():
-    spec = SAESpec.from_dict({"level_weights": "mean", "level_weights_end": "outer"}, "")
+    spec = SAESpec.from_dict({"level_weights": "mean", "level_weights_end": [0, 0, 0, 0.2, 0.8]}, "")
     assert level_weights(spec, 5, 0.0) == pytest.approx([0.2] * 5)
-    assert level_weights(spec, 5, 1.0) == pytest.approx([1 / 6] * 4 + [2 / 6])
-    assert level_weights(spec, 5, 0.5) == pytest.approx([11 / 60] * 4 + [16 / 60])
-    assert level_weights(spec, 1, 0.3) == pytest.approx([1.0])
+    assert level_weights(spec, 5, 1.0) == pytest.approx([0, 0, 0, 0.2, 0.8])
+    assert level_weights(spec, 5, 0.25) == pytest.approx([0.15, 0.15, 0.15, 0.2, 0.35])
+
+
+def test_the_default_recipe_moves_weight_from_inner_prefixes_to_the_whole_dictionary():
+    spec = SAESpec.from_dict({"type": "matryoshka"}, "")
+    start, end = level_weights(spec, 5, 0.0), level_weights(spec, 5, 1.0)
+    assert sum(start) == pytest.approx(1) == sum(end)
+    assert (start[-1], end[-1]) == pytest.approx((0.32, 0.82))
+    assert [w / start[0] for w in start[:-1]] == pytest.approx([1, 2**-0.4, 3**-0.4, 4**-0.4 / 4])
+    assert [w / end[0] for w in end[:-1]] == pytest.approx([1, 2**0.25, 3**0.25, 4**0.25 / 4])
+    assert level_weights(spec, 2, 0.5) == pytest.approx([0.43, 0.57])
+    assert level_weights(spec, 1, 0.3) == [1.0]
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_the_energy_that_latents_are_sorted_by_is_that_of_their_contributions(unit_norm):
+    spec, sae, x = make(type="batch_topk", sort_every=1, unit_norm_decoder=unit_norm)
+    if unit_norm:
+        sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+    _, statistics = run(spec, sae, x)
+    _, a = activations(sae, x)
+    expected = (a[..., None] * sae.W_dec).square().sum(-1).mean(0)
+    assert torch.allclose(statistics["energy"].double(), expected, rtol=1e-5)
 
 
 def test_level_weights_of_another_length_are_refused():
