@@ -54,8 +54,8 @@ class SAESpec:
     # The objective
     level_weights: str | list[float] = "mean"
     """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `inner` (the whole
-    dictionary weighs 0.32, inner prefix i in proportion to i^-0.4), `whole` (it weighs 0.82, inner prefix i in
-    proportion to i^0.25), or a list. With the last two the last inner prefix weighs a quarter of what it would."""
+    dictionary weighs 0.32, inner prefix i in proportion to i^-0.4), `whole` (it weighs 0.65, inner prefixes the
+    same), or a list. With the last two the last inner prefix weighs half of what it would."""
     level_weights_end: str | list[float] | None = None
     """Move from `level_weights` to these, linearly over the run. Where neither is given, `type: matryoshka` moves from
     `inner` to `whole`."""

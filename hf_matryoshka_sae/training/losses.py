@@ -64,13 +64,13 @@ def _weights_of(scheme: str | list[float], spec: SAESpec, count: int) -> list[fl
 # The share of the inner prefixes, and with what power of their number it falls or rises from one to the next. Found on
 # small models (benchmarks/README.md): where a run begins with the first and ends with the second, the whole dictionary
 # loses least for prefixes that are as good.
-_INNER_SHARES = {"inner": (0.68, -0.4), "whole": (0.18, 0.25)}
+_INNER_SHARES = {"inner": (0.68, -0.4), "whole": (0.35, 0.0)}
 
 
 def _shared(share: float, power: float, count: int) -> list[float]:
-    """`share` for the inner prefixes, as i^power; a quarter for the last, which is most of the dictionary."""
+    """`share` for the inner prefixes, as i^power; half for the last, which is most of the dictionary."""
     inner = [i**power for i in range(1, count)]
-    inner[-1:] = [weight / 4 for weight in inner[-1:]]
+    inner[-1:] = [weight / 2 for weight in inner[-1:]]
     return [*(share * weight / sum(inner) for weight in inner), 1 - share] if inner else [1.0]
 
 

@@ -281,10 +281,10 @@ def test_the_default_recipe_moves_weight_from_inner_prefixes_to_the_whole_dictio
     spec = SAESpec.from_dict({"type": "matryoshka"}, "")
     start, end = level_weights(spec, 5, 0.0), level_weights(spec, 5, 1.0)
     assert sum(start) == pytest.approx(1) == sum(end)
-    assert (start[-1], end[-1]) == pytest.approx((0.32, 0.82))
-    assert [w / start[0] for w in start[:-1]] == pytest.approx([1, 2**-0.4, 3**-0.4, 4**-0.4 / 4])
-    assert [w / end[0] for w in end[:-1]] == pytest.approx([1, 2**0.25, 3**0.25, 4**0.25 / 4])
-    assert level_weights(spec, 2, 0.5) == pytest.approx([0.43, 0.57])
+    assert (start[-1], end[-1]) == pytest.approx((0.32, 0.65))
+    assert [w / start[0] for w in start[:-1]] == pytest.approx([1, 2**-0.4, 3**-0.4, 4**-0.4 / 2])
+    assert [w / end[0] for w in end[:-1]] == pytest.approx([1, 1, 1, 0.5])
+    assert level_weights(spec, 2, 0.5) == pytest.approx([0.515, 0.485])
     assert level_weights(spec, 1, 0.3) == [1.0]
 
 
