@@ -51,6 +51,7 @@ def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     panels = [
         ("width", "fvu", "width (latents)", "fraction of variance unexplained"),
@@ -66,6 +67,9 @@ def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
         axis.set(xlabel=x_label, ylabel=y_label, xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a curve may span less than a power of ten
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         if y_key.startswith("fvu"):
             axis.set_ylim(0, min(1.2, axis.get_ylim()[1]))
