@@ -18,7 +18,7 @@ from hf_matryoshka_sae.training.learner import Learner
 
 D, F, N = 8, 64, 64
 SPECS = {
-    "matryoshka": {"type": "matryoshka", "k": 3, "error_unit": "fvu"},
+    "matryoshka": {"type": "matryoshka", "k": 3, "error_unit": "fvu", "sort_every": 2},
     "topk": {"type": "topk", "k": 3},
     "batch_topk": {"type": "batch_topk", "k": 3},
     "jumprelu": {"type": "jumprelu", "target_l0": 5.0, "bandwidth": 0.5},
