@@ -95,17 +95,23 @@ class ReconstructionSums:
         square = rows.square()
         norms, spread = square.sum(1).sqrt(), (rows - rows.mean(0)).square().sum(1)
         error = torch.empty(expected[:2], dtype=torch.float64, device=x.device)
-        along = torch.empty_like(error)
+        dot, square_out = torch.empty_like(error), torch.empty_like(error)
         residual = torch.zeros_like(self.residual, device=x.device)
         step = max(1, _PIECE.get(x.device.type, 2**26) // (expected[0] * expected[2]))
         for start in range(0, len(x), step):
             piece = slice(start, start + step)
-            r = x[piece] - reconstructions[:, piece].float()
+            out = reconstructions[:, piece].float()
+            r = x[piece] - out
+            along = (r * x[piece]).sum(-1)
             error[:, piece] = r.norm(dim=-1).double().square()
-            along[:, piece] = (r * x[piece]).sum(-1)
+            dot[:, piece] = square[piece].sum(1) - along
+            square_out[:, piece] = dot[:, piece] - along + error[:, piece]
+            # A difference of large numbers is only noise where little was reconstructed.
+            prefix, token = (square_out[:, piece] < 0.01 * square[piece].sum(1)).nonzero(as_tuple=True)
+            small = out[prefix, token].double()
+            square_out[prefix, start + token] = small.square().sum(-1)
+            dot[prefix, start + token] = (small * rows[start + token]).sum(-1)
             residual += r.sum(1)
-        dot = norms.square() - along
-        square_out = (norms.square() - 2 * along + error).clamp(min=0)
         norm_out = square_out.sqrt()
         tiny = norms < _SMALL_NORM
         lengths = (norms * norm_out).clamp(min=torch.finfo(torch.float64).tiny)
@@ -121,7 +127,8 @@ class ReconstructionSums:
             "norm_out": norm_out.sum(1),
             "ratio": torch.where(tiny, 1.0, norm_out / norms.clamp(min=_SMALL_NORM)).sum(1),
             "cosine": (dot / lengths).sum(1),
-            "legacy": (error / spread.clamp(min=torch.finfo(torch.float64).tiny)).sum(1),
+            # A token at the batch's mean, such as the only one of a batch, counts as unexplained.
+            "legacy": torch.where(spread > 0, error / spread, 1.0).sum(1),
             "unexplained": (error.sum(1) - residual.square().sum(1) / len(x)) / spread.sum(),
             "residual": residual,
         }

@@ -26,6 +26,8 @@ _COLUMNS = (
     ("KL", "kl", 8, ".4f"),
     ("RSA", "rsa", 7, ".4f"),
     ("dead", "dead", 7, ".2%"),
+    ("bits", "bits", 8, ".2f"),  # per token, of the progressive code; and the FVU of what it decodes to
+    ("FVU coded", "fvu_coded", 10, ".4f"),
 )
 
 

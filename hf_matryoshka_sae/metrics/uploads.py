@@ -91,9 +91,9 @@ def read_numbers(text: str | None, name: str) -> list[float]:
     try:
         found = [float(part) for part in (text or "").replace(",", " ").split()]
     except ValueError as error:
-        raise ValueError(f"`{name}` must be numbers such as 64, 128, 256: {error}.") from error
+        raise ValueError(f"`{name}` must be numbers between commas: {error}.") from error
     if not found:
-        raise ValueError(f"Name the {name}, such as 64, 128, 256.")
+        raise ValueError(f"Name the {name}: numbers between commas.")
     return found
 
 

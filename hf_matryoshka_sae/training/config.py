@@ -14,6 +14,10 @@ from .fields import from_dict, override
 from .presets import PRESETS, defaults_for
 
 
+LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
+"""Schemes by which prefixes are weighed, see [`SAESpec`]."""
+
+
 @dataclass
 class SAESpec:
     """One dictionary of a run (an entry of `saes:`); it is trained at each of the run's hookpoints.
@@ -128,6 +132,13 @@ class SAESpec:
     def __post_init__(self):
         if self.type not in CONFIGS:
             raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, CONFIGS)}")
+        for name in ("level_weights", "level_weights_end"):
+            scheme = getattr(self, name)
+            if isinstance(scheme, str) and scheme not in LEVEL_WEIGHTS:
+                raise ValueError(
+                    f"`{name}` must be a list of numbers or one of {', '.join(LEVEL_WEIGHTS)}; got {scheme!r}."
+                    f"{nearest(scheme, LEVEL_WEIGHTS)}"
+                )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if not 0 <= self.lr_decay_fraction <= 1:

@@ -31,7 +31,7 @@ def level_weights(spec: SAESpec, num_prefixes: int, progress: float = 0.0) -> li
         progress (`float`, *optional*, defaults to 0): Share of the run that is done.
 
     Raises:
-        `ValueError`: for an unknown scheme or a list of another length.
+        `ValueError`: for a list of another length.
     """
     weights = _weights_of(spec.level_weights, spec, num_prefixes + spec.bias_level)
     if spec.level_weights_end is None:
@@ -53,12 +53,9 @@ def _weights_of(scheme: str | list[float], spec: SAESpec, count: int) -> list[fl
         return [1 / count**2] * count
     if scheme in _INNER_SHARES:
         return _shared(*_INNER_SHARES[scheme], count)
-    if scheme == "balance":
-        weights = [spec.balance ** (count - level) for level in range(1, count + 1)]
-        return [weight / count for weight in weights] if spec.balance > 1 else weights
-    raise ValueError(
-        f"`level_weights` must be a list, mean, sum, mean_squared, balance, inner or whole; got {scheme!r}."
-    )
+    assert scheme == "balance", scheme
+    weights = [spec.balance ** (count - level) for level in range(1, count + 1)]
+    return [weight / count for weight in weights] if spec.balance > 1 else weights
 
 
 # The share of the inner prefixes, and with what power of their number it falls or rises from one to the next. Found on

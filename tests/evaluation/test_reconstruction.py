@@ -97,3 +97,27 @@ def test_what_does_not_fit_is_said(data):
         sums.rows()
     with pytest.raises(ValueError, match="`cosine` must have shape"):
         sums.merge({**sums.to_dict(), "cosine": [0.0]})
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 0.05])
+def test_small_reconstructions_are_measured_exactly(scale):
+    """What is left of two large numbers is noise: a reconstruction of nothing has cosine 0, not 1e300."""
+    x = torch.randn(50, D) + 3
+    out = scale * (x + torch.randn(50, D))
+    sums = ReconstructionSums.zeros(1, D)
+    sums.add(x, out[None])
+    (row,) = sums.rows()
+    x, out = x.double(), out.double()
+    assert row["l2_norm_out"] == pytest.approx(out.norm(dim=1).mean().item(), rel=1e-5)
+    assert row["cossim"] == pytest.approx(torch.cosine_similarity(x, out, eps=0).nan_to_num().mean().item(), rel=1e-5)
+    expected = (out.square().sum() / (out * x).sum()).item()
+    assert row["relative_reconstruction_bias"] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def test_a_batch_of_one_token_counts_as_unexplained_in_the_legacy_definition():
+    sums = ReconstructionSums.zeros(1, D)
+    for size in (10, 1):
+        x = torch.randn(size, D)
+        sums.add(x, x[None] + 0.1)
+    (row,) = sums.rows()
+    assert 0.5 < row["explained_variance_legacy"] < 1 - 1 / 11

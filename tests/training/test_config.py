@@ -127,6 +127,12 @@ def test_the_matryoshka_recipe_gives_way_to_fields_that_are_given():
     assert recipe(type="topk") == ("mean", None, 0)
 
 
+@pytest.mark.parametrize("field", ["level_weights", "level_weights_end"])
+def test_an_unknown_scheme_of_weights_is_named_before_anything_is_loaded(field):
+    with pytest.raises(ValueError, match=rf"`{field}` must be .* mean, sum.* got 'inne'.*'inner'"):
+        SAESpec.from_dict({field: "inne"}, "")
+
+
 def test_prefix_fractions_become_widths():
     spec = SAESpec.from_dict({"preset": "bussmann", "num_latents": 64, "k": 4}, "")
     assert spec.sae_config(8, "lm", "layer").prefix_widths == [4, 8, 16, 32, 64]
