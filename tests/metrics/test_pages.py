@@ -114,7 +114,7 @@ def test_what_is_no_array_is_named(tmp_path):
         read_arrays(None, " \n", "reconstructions")
     with pytest.raises(ValueError, match=r"to_dict\(\) gives"):
         read_statistics(None, "[1]")
-    with pytest.raises(ValueError, match="must be numbers such as"):
+    with pytest.raises(ValueError, match="must be numbers between commas"):
         read_numbers("1, x", "widths")
 
 
