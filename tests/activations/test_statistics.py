@@ -82,7 +82,7 @@ def _one_of_two(rank: int, folder, rows: torch.Tensor) -> None:
 
 def test_two_processes_agree_with_one(tmp_path):
     rows = _rows()
-    mp.start_processes(_one_of_two, args=(tmp_path, rows), nprocs=2, start_method="fork")
+    mp.spawn(_one_of_two, args=(tmp_path, rows), nprocs=2)
     one = estimate_statistics(_batches(rows), 1000)["h"]
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")

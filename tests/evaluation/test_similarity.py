@@ -165,7 +165,7 @@ def _one_of_two(rank: int, folder, rows: torch.Tensor) -> None:
 
 def test_two_processes_sample_what_one_does(tmp_path):
     rows = torch.randn(60, 2)
-    mp.start_processes(_one_of_two, args=(tmp_path, rows), nprocs=2, start_method="fork")
+    mp.spawn(_one_of_two, args=(tmp_path, rows), nprocs=2)
     alone = TokenSample.of(rows, 20).tokens()
     for rank in range(2):
         assert torch.equal(load_file(tmp_path / f"{rank}.safetensors")["rows"], alone)

@@ -93,7 +93,7 @@ def _one_of_two(rank, folder, x):
 
 def test_two_processes_agree_with_one(tmp_path):
     x = hidden_states(80)
-    mp.start_processes(_one_of_two, args=(tmp_path, x), nprocs=2, start_method="fork")
+    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     one = greedy_order(make_sae("topk"), [x])
     for rank in range(2):

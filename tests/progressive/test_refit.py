@@ -158,7 +158,7 @@ def _one_of_two(rank, folder, x):
 
 def test_two_processes_agree_with_one(tmp_path):
     x = hidden_states(160)
-    mp.start_processes(_one_of_two, args=(tmp_path, x), nprocs=2, start_method="fork")
+    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     parts = x.split(20)
     joined = [torch.cat(parts[2 * i : 2 * i + 2]) for i in range(4)]  # batch i of both processes
