@@ -1,0 +1,84 @@
+"""Where things lie: the SAEs of a folder, and their places in a repository.
+
+A run's folder holds `<sae name>/<hookpoint>/`. A repository of one SAE per hookpoint holds `<hookpoint>/`; one of
+several keeps the names. A folder that is an SAE itself becomes a repository whose root is the SAE.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..models import CONFIGS
+
+
+MODEL_TYPES = frozenset(config.model_type for config in CONFIGS.values())
+
+
+@dataclass(frozen=True)
+class SAEFolder:
+    """A saved SAE.
+
+    Args:
+        folder (`Path`): With its `config.json`.
+        name (`str`): The SAE's name in its run.
+        hookpoint (`str`): Where it reads, as its config says; `""` where that says nothing.
+        subfolder (`str`): Its place in a repository; `""` is the root.
+    """
+
+    folder: Path
+    name: str
+    hookpoint: str
+    subfolder: str
+
+
+def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SAEFolder]:
+    """The SAEs in or under a folder.
+
+    Args:
+        folder (`str` or `Path`): Folder of a run, of one SAE, or of several.
+        names (`Sequence[str]`, *optional*): Only those whose name or `<name>/<hookpoint>` matches one of these
+            patterns.
+
+    Returns:
+        `list[SAEFolder]`, sorted by place.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"'{folder}' is no folder. Give the folder of a run, or that of a saved SAE.")
+    if _hookpoint(folder) is not None:
+        return [SAEFolder(folder, folder.name, _hookpoint(folder) or "", "")]
+    found = []
+    for path in sorted(folder.rglob("config.json")):
+        hookpoint, place = _hookpoint(path.parent), path.parent.relative_to(folder).as_posix()
+        # What a killed save or checkpoint left behind is nobody's SAE.
+        if hookpoint is None or any(part.startswith((".", "checkpoint-")) for part in place.split("/")):
+            continue
+        last = hookpoint.replace(":", "-")
+        name = place.removesuffix(last).rstrip("/") if last and place.endswith(last) else place
+        found.append(SAEFolder(path.parent, name, hookpoint, place))
+    chosen = [sae for sae in found if names is None or _matches(sae, names)]
+    if not chosen:
+        wanted = "" if names is None else f" named {' or '.join(names)}"
+        there = f" It holds {', '.join(sae.subfolder for sae in found)}." if found else " No run has ended there."
+        raise ValueError(f"'{folder}' holds no SAE{wanted}.{there}")
+    if len({sae.name for sae in chosen}) == 1:  # one SAE per hookpoint: the name says nothing
+        chosen = [replace(sae, subfolder=sae.folder.name if sae.name else sae.subfolder) for sae in chosen]
+    return chosen
+
+
+def _matches(sae: SAEFolder, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(sae.name, each) or fnmatchcase(sae.subfolder, each) for each in patterns)
+
+
+def _hookpoint(folder: Path) -> str | None:
+    """Of the SAE that this folder is; `None` where it is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return (config.get("hookpoint") or "") if config["model_type"] in MODEL_TYPES else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
