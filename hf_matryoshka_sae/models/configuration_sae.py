@@ -20,6 +20,8 @@ DEFAULT_PREFIX_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 
 PREFIX_ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 
+INPUT_NORMALIZATIONS = ("layer_norm", "constant_norm")
+
 # What transformers itself may write into, or pass to, any config.
 _TRANSFORMERS_KEYS = {
     "torch_dtype",
@@ -78,6 +80,13 @@ class SAEConfig(PreTrainedConfig):
             rows are free. `SAEModel.fold_decoder_norm_` turns such a model into an equal one with unit rows.
         base_model (`str`, *optional*): The language model whose hidden states it was trained on.
         hookpoint (`str`, *optional*): The module of that model, with `:input` where its input is meant.
+        output_hookpoint (`str`, *optional*):
+            In a transcoder, whose decoder gives the output of another place than it reads: that place.
+        input_normalization (`str`, *optional*):
+            What is done to each token's hidden state before the encoder, and undone after the decoder. `"layer_norm"`:
+            its mean is taken off, and it is divided by its (unbiased) standard deviation + 1e-5 (Gao et al. 2024,
+            arXiv 2406.04093). `"constant_norm"`: it gets the length sqrt(D). SAEs trained here have `None`: their
+            normalisation is one for all tokens, and in the weights.
         format_version (`int`, *optional*): Version of the checkpoint's format.
 
     Raises:
@@ -93,6 +102,8 @@ class SAEConfig(PreTrainedConfig):
     scale_by_decoder_norm: bool = False
     base_model: str | None = None
     hookpoint: str | None = None
+    output_hookpoint: str | None = None
+    input_normalization: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -114,6 +125,9 @@ class SAEConfig(PreTrainedConfig):
         for name in ("d_in", "num_latents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        kind = self.input_normalization
+        if kind is not None and kind not in INPUT_NORMALIZATIONS:
+            raise ValueError(f"Unknown `input_normalization` {kind!r}.{nearest(kind, INPUT_NORMALIZATIONS)}")
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "SAEConfig":
@@ -169,17 +183,23 @@ class TopKSAEConfig(SAEConfig):
 
     Args:
         k (`int`, *optional*, defaults to 32): Latents kept per token, a whole number; those below zero become zero.
+        group_size (`int`, *optional*):
+            Keep the largest of each group of so many latents instead ("groupmax"); k is how many groups there are. A
+            latent belongs to the group of its original id, also after sorting or pruning.
     """
 
     model_type = "topk_sae"
     activation_name = "topk"
 
     k: int | float = 32
+    group_size: int | None = None
 
     def validate_fields(self):
         """Check what types alone do not say. Raises `ValueError`."""
         super().validate_fields()
         _validate_k(self, whole=True)
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"`group_size` must be at least 1, got {self.group_size}.")
 
 
 @strict

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_topk
+from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_group_max, select_topk
 from .sparse_ops import row_norms
 
 
@@ -69,10 +69,13 @@ class Relu:
 
 
 class TopK(Relu):
-    """The k largest of a token, if positive (Gao et al. 2024)."""
+    """The k largest of a token, if positive (Gao et al. 2024); or the largest of each group of latents."""
 
     @staticmethod
     def select(model, blocks, group):
+        group_size = getattr(model.config, "group_size", None)
+        if group_size is not None:
+            return select_group_max(blocks, model.latent_ids[: blocks.num_latents] // group_size)
         return select_topk(blocks, int(model.k))
 
     @staticmethod

@@ -35,6 +35,7 @@ from .configuration_sae import (
 from .families import FAMILIES
 from .selection import EncoderBlocks
 from .sparse_ops import (
+    InputNorm,
     LatentPairs,
     PairIndex,
     SparseLatents,
@@ -44,6 +45,9 @@ from .sparse_ops import (
     prefix_errors,
     row_norms,
 )
+
+
+_LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
 
 
 @dataclass
@@ -112,6 +116,21 @@ class SAEModel(PreTrainedModel):
 
     # Encoding
 
+    def normalized(self, x: Tensor) -> tuple[Tensor, InputNorm | None]:
+        """What the encoder sees of `(N, D)` hidden states, and the shift and scale `(N, 1)` that decoding undoes.
+
+        The hidden states themselves and `None` where the config has no `input_normalization`.
+        """
+        kind = self.config.input_normalization
+        if kind is None:
+            return x, None
+        if kind == "constant_norm":
+            scale = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
+            return x / scale, (torch.zeros_like(scale), scale)
+        mean = x.mean(-1, keepdim=True)
+        deviation = (x - mean).std(-1, keepdim=True)
+        return (x - mean) / (deviation + _LAYER_NORM_EPS), (mean, deviation)
+
     def encode_pairs(
         self,
         x: Tensor,
@@ -135,6 +154,7 @@ class SAEModel(PreTrainedModel):
         encoded = width if selection == "restrict" else self.config.num_latents
         b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
         scale = row_norms(self.W_dec) if self.config.scale_by_decoder_norm else None
+        x, input_norm = self.normalized(x)
         with torch.no_grad():
             factors = None if scale is None else scale[:encoded]
             blocks = EncoderBlocks(x, self.W_enc[:encoded], self.b_enc[:encoded], b_dec, factors)
@@ -145,7 +165,7 @@ class SAEModel(PreTrainedModel):
         index = PairIndex(rows, cols, len(x), self.config.num_latents)
         selected = encode_pairs(x, self.W_enc, self.b_enc, b_dec, pre, index, scale)
         values, gate = self.family.values(self, selected, cols)
-        return LatentPairs(index, values, gate)
+        return LatentPairs(index, values, gate, input_norm)
 
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
@@ -178,11 +198,26 @@ class SAEModel(PreTrainedModel):
         leading = latents.values.shape[:-1]
         flat = (leading.numel(), latents.values.shape[-1])
         pairs = pairs_from_slots(latents.values.reshape(flat), latents.indices.reshape(flat), self.config.num_latents)
+        if self.config.input_normalization is not None:
+            if latents.input_norm is None:
+                raise ValueError(
+                    f"This SAE normalises each hidden state ({self.config.input_normalization}), and these latents do "
+                    "not say how: pass what `encode` gives, with its `input_norm`."
+                )
+            shift, scale = (part.reshape(-1, 1) for part in latents.input_norm)
+            pairs.input_norm = (shift, scale)
         return self.decode_pairs(pairs, widths).reshape(len(widths), *leading, self.config.d_in)
 
     def decode_pairs(self, pairs: LatentPairs, widths: list[int]) -> Tensor:
-        """The reconstruction at each of `widths` (increasing) from pairs, shape `(P, N, D)`."""
-        return decode_prefixes(self._to_decode(pairs, widths, self.W_dec), self.W_dec, widths) + self.b_dec
+        """The reconstruction at each of `widths` (increasing) from pairs, shape `(P, N, D)`.
+
+        Pairs without an `input_norm` give it in the units that the encoder sees.
+        """
+        prefixes = decode_prefixes(self._to_decode(pairs, widths, self.W_dec), self.W_dec, widths) + self.b_dec
+        if pairs.input_norm is None:
+            return prefixes
+        shift, scale = pairs.input_norm
+        return prefixes * scale + shift
 
     def prefix_errors(
         self, pairs: LatentPairs, x: Tensor, widths: list[int], frozen: bool = False
@@ -191,6 +226,7 @@ class SAEModel(PreTrainedModel):
 
         See [`sparse_ops.prefix_errors`]. With `frozen` the decoder gets no gradient.
         """
+        assert pairs.input_norm is None, "errors are those of what the encoder sees"
         W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
         return prefix_errors(self._to_decode(pairs, widths, W_dec), W_dec, b_dec, x, widths)
 
@@ -279,6 +315,8 @@ class SAEModel(PreTrainedModel):
 
         Latents come out multiplied by `scale`. `fold_normalization_(-mean / scale, 1 / scale)` undoes it.
         """
+        if self.config.input_normalization is not None:
+            raise ValueError("An SAE that normalises each hidden state by itself cannot take a normalisation for all.")
         mean = mean.to(self.b_dec)
         shift = 0 if self.config.apply_b_dec_to_input else self.W_enc @ mean
         if self.config.activation_name == "gated":
@@ -351,9 +389,12 @@ class SAEModel(PreTrainedModel):
 def _slots(pairs: LatentPairs, leading: torch.Size) -> SparseLatents:
     """The latents that fire, as slots of shape `(*leading, K)`."""
     slots = pairs.keep(pairs.values != 0).to_slots()
+    norm = slots.input_norm
+    if norm is not None:
+        norm = (norm[0].view(*leading, 1), norm[1].view(*leading, 1))
     # No -1: it cannot be inferred where no token, or no latent, takes part.
     shape = (*leading, slots.values.shape[-1])
-    return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents)
+    return SparseLatents(slots.values.view(shape), slots.indices.view(shape), slots.num_latents, norm)
 
 
 class ReluSAE(SAEModel):

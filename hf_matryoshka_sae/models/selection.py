@@ -132,6 +132,34 @@ def select_topk(blocks: EncoderBlocks, k: int, static: bool | None = None) -> Se
     return _select_largest(blocks, k, per_row=True, static=static)
 
 
+def select_group_max(blocks: EncoderBlocks, groups: Tensor) -> Selection:
+    """The largest entry of each group of latents in each row, positive or not; of equal ones the lowest latent wins.
+
+    Args:
+        blocks ([`EncoderBlocks`]): The pre-activations.
+        groups (`Tensor` of shape `(F,)`): Group of each latent.
+
+    Returns:
+        Tokens, latents and pre-activations, `(N G,)` each for the G groups there are, sorted by token, then by latent.
+    """
+    number = groups.unique(return_inverse=True)[1]  # groups of which pruning left nothing have no place
+    shape = (blocks.num_rows, int(number.max()) + 1 if len(number) else 0)
+    best = torch.full(shape, -torch.inf, dtype=blocks.dtype, device=blocks.device)
+    winner = torch.zeros(shape, dtype=torch.int64, device=blocks.device)
+    for start, block in blocks:
+        inside = number[start : start + block.shape[1]]
+        entries, bags = block[:, : len(inside)], inside.expand(len(block), -1)
+        largest = torch.full_like(best, -torch.inf).scatter_reduce_(1, bags, entries, "amax")
+        latents = torch.arange(start, start + len(inside), device=blocks.device)
+        reaching = torch.where(entries == largest[:, inside], latents, blocks.num_latents)
+        first = torch.full_like(winner, blocks.num_latents).scatter_reduce_(1, bags, reaching, "amin")
+        better = largest > best
+        best, winner = torch.where(better, largest, best), torch.where(better, first, winner)
+    cols, order = winner.sort(dim=1)
+    rows = torch.arange(shape[0], device=blocks.device)[:, None].expand(shape)
+    return rows.flatten(), cols.flatten(), best.gather(1, order).flatten()
+
+
 def select_batch_topk(
     blocks: EncoderBlocks, k: float, group: dist.ProcessGroup | None = None, static: bool | None = None
 ) -> Selection:

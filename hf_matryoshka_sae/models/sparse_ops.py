@@ -19,6 +19,10 @@ from torch.autograd.function import once_differentiable
 from . import dense_ops, triton_ops
 
 
+InputNorm = tuple[Tensor, Tensor]
+"""What was taken off each token's hidden state, and what it was then divided by: `(..., 1)` each."""
+
+
 @dataclass
 class SparseLatents:
     """Latents of a batch as padded (value, index) slots.
@@ -27,11 +31,14 @@ class SparseLatents:
         values (`Tensor` of shape `(..., K)`): Activations; a padded slot is 0.
         indices (`Tensor` of shape `(..., K)`): Latents, ascending; a padded slot is 0.
         num_latents (`int`): Size F of the dictionary.
+        input_norm (`tuple` of two `Tensor`s of shape `(..., 1)`, *optional*):
+            Shift and scale of each token, which decoding undoes; of SAEs with an `input_normalization`.
     """
 
     values: Tensor
     indices: Tensor
     num_latents: int
+    input_norm: InputNorm | None = None
 
     def to_dense(self) -> Tensor:
         """The same activations as a `(..., F)` tensor."""
@@ -110,11 +117,13 @@ class LatentPairs:
         values (`Tensor` of shape `(M,)`): Activation; differentiable. May be 0.
         gate (`Tensor` of shape `(M,)`, *optional*):
             What a sparsity penalty acts on where that is not the value: JumpReLU's step, Gated's gate.
+        input_norm (`tuple` of two `Tensor`s of shape `(N, 1)`, *optional*): As in [`SparseLatents`].
     """
 
     index: PairIndex
     values: Tensor
     gate: Tensor | None = None
+    input_norm: InputNorm | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -139,12 +148,12 @@ class LatentPairs:
         slot = torch.arange(len(self.rows), device=self.rows.device) - offsets[self.rows]
         values = self.values.new_zeros(self.num_rows, width).index_put((self.rows, slot), self.values)
         indices = self.cols.new_zeros(self.num_rows, width).index_put((self.rows, slot), self.cols)
-        return SparseLatents(values, indices, self.num_latents)
+        return SparseLatents(values, indices, self.num_latents, self.input_norm)
 
     def keep(self, mask: Tensor) -> "LatentPairs":
         """Only the pairs where `mask` is true."""
         index = PairIndex(self.rows[mask], self.cols[mask], self.num_rows, self.num_latents)
-        return LatentPairs(index, self.values[mask], None if self.gate is None else self.gate[mask])
+        return LatentPairs(index, self.values[mask], None if self.gate is None else self.gate[mask], self.input_norm)
 
     def with_values(self, values: Tensor) -> "LatentPairs":
         """The same pairs with other values."""
