@@ -32,11 +32,16 @@ class Dictionary:
             all other families the two are the same.
 
     Raises:
-        `ValueError`: for widths that the SAE does not have.
+        `ValueError`: for widths that the SAE does not have, or a transcoder, which reconstructs another place.
     """
 
     def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask"):
         num_latents = sae.config.num_latents
+        if sae.config.output_hookpoint not in (None, sae.config.hookpoint):
+            raise ValueError(
+                f"This is a transcoder: from {sae.config.hookpoint} it predicts {sae.config.output_hookpoint}, and "
+                "what is measured here is how well an SAE reconstructs the hidden states it reads."
+            )
         self.sae = sae.eval()
         self.widths = sorted(set(sae.prefix_widths if widths is None else widths))
         if not self.widths or self.widths[0] < 1 or self.widths[-1] > num_latents:

@@ -124,6 +124,7 @@ class SAEModel(PreTrainedModel):
         kind = self.config.input_normalization
         if kind is None:
             return x, None
+        x = x.to(self.W_enc)
         if kind == "constant_norm":
             scale = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
             return x / scale, (torch.zeros_like(scale), scale)

@@ -197,6 +197,11 @@ def _fingerprint(sae: SAEModel, statistics: Moments) -> bytes:
 
 
 def _model(sae: SAEModel, statistics: Moments) -> CodeModel:
+    if sae.config.input_normalization is not None:
+        raise ValueError(
+            f"This SAE normalises each hidden state by itself ({sae.config.input_normalization}), and the code holds "
+            "latents alone: it could not be decoded."
+        )
     model = CodeModel.of(statistics).to("cpu")
     if len(model) != sae.config.num_latents:
         raise ValueError(

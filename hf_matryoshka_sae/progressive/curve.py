@@ -119,6 +119,7 @@ def progressive_curve(
             measured on `data` in another pass.
         step (`float`, *optional*): Quantiser step of the bit stream; [`default_step`] where none is given.
         rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of what was coded.
+            An SAE that normalises each hidden state by itself has none: its latents alone decode to nothing.
         loss_widths (`Sequence[int]`, *optional*): Where to measure the language model's loss, which costs a pass of
             the model for each; all of `widths` by default.
         similarity_tokens (`int`, *optional*, defaults to 500), seed (`int`, *optional*, defaults to 0): Of RSA.
@@ -136,7 +137,7 @@ def progressive_curve(
     plain = Dictionary(sae, widths, selection)
     subjects: dict[str, Dictionary] = {"sae": plain}
     sums, coded = None, None
-    if rate:
+    if rate and sae.config.input_normalization is None:
         if not isinstance(data, HeldOut | Tensor) and iter(activation_batches(data)) is activation_batches(data):
             data = list(data)
         statistics = statistics or latent_statistics(sae, data)

@@ -7,7 +7,7 @@ and `d` has length 1.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -176,6 +176,8 @@ def nearest_latents(sae: SAEModel, count: int) -> Tensor:
 def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, LatentPairs]]:
     """Number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
 
+    Where an SAE normalises each hidden state, these are what its encoder sees, so that all errors are in those units.
+
     Args:
         sae ([`SAEModel`]): Its mode is left as it is.
         batches (`Iterable[Tensor]`): `(n, D)` of any floating type and on any device.
@@ -185,7 +187,7 @@ def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[in
     """
     for number, batch in enumerate(batches):
         for part in _parts(sae, batch, number):
-            yield number, batch[part], encoded(sae, batch[part])
+            yield number, sae.normalized(batch[part])[0], encoded(sae, batch[part])
 
 
 def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
@@ -205,7 +207,10 @@ def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
 
 
 def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
-    """The latents of `(n, D)` hidden states at inference, without gradient and without those of value 0."""
+    """The latents of `(n, D)` hidden states at inference, without gradient and without those of value 0.
+
+    They decode to what the encoder sees, see [`firing_blocks`].
+    """
     training = sae.training
     sae.eval()
     try:
@@ -213,7 +218,7 @@ def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
             pairs = sae.encode_pairs(x.to(sae.W_enc))
     finally:
         sae.train(training)
-    return pairs.keep(pairs.values != 0)
+    return replace(pairs.keep(pairs.values != 0), input_norm=None)
 
 
 def along_decoder(sae: SAEModel, pairs: LatentPairs, rows: Tensor) -> Tensor:
@@ -256,7 +261,11 @@ def latent_statistics(
     batches = tqdm(batches, desc="latent statistics", disable=processes()[0] != 0, leave=False)
     for number, (x, gradient) in enumerate(batches):
         for part in _parts(sae, x, number):
-            sums.add(x[part], encoded(sae, x[part]), None if gradient is None else gradient[part])
+            seen, norm = sae.normalized(x[part])
+            slope = None if gradient is None else gradient[part]
+            if slope is not None and norm is not None:
+                slope = slope * norm[1].to(slope.device)
+            sums.add(seen, encoded(sae, x[part]), slope)
     return sums.statistics()
 
 

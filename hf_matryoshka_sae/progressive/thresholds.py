@@ -101,7 +101,7 @@ def _histograms(
             )
         tokens += len(batch)
         for x in batch.to(sae.W_enc).split(max(1, _ENTRIES // width)):
-            blocks = EncoderBlocks(x, sae.W_enc[:width], sae.b_enc[:width], b_dec, scale)
+            blocks = EncoderBlocks(sae.normalized(x)[0], sae.W_enc[:width], sae.b_enc[:width], b_dec, scale)
             _, cols, values = select_above(blocks, float(edges[0]))
             groups = torch.bucketize(cols, limits, right=True)
             bins = torch.searchsorted(edges, values.double(), right=True) - 1

@@ -313,6 +313,12 @@ def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
     kind = sae.config.model_type.removesuffix("_sae")
     if kind != spec.type and field == "init_from":
         raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
+    for unlike in ("input_normalization", "output_hookpoint"):
+        if getattr(sae.config, unlike) is not None:
+            raise ValueError(
+                f"{asked} holds an SAE with `{unlike}: {getattr(sae.config, unlike)}`. Such can be loaded, measured "
+                "and pruned, but not trained on."
+            )
     if sae.config.d_in != d_in:
         raise ValueError(f"{asked} reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}.")
     return sae
