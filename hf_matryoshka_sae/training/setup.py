@@ -76,7 +76,7 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -
     lm_device = _lm_device(config, accelerator)
     model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, lm_device)
     hookpoints = resolve_hookpoints(model, config.hookpoints)
-    heldout = _heldout(config, tokenizer)
+    heldout = open_heldout_text(config, tokenizer)
     stream = _stream(config, accelerator, model, tokenizer, hookpoints, batch_size)
     if overlaps(config.overlap, lm_device, accelerator.num_processes):
         stream = PrefetchedStream(stream)
@@ -209,7 +209,12 @@ def _token_stream(config: RunConfig, tokenizer, accelerator: Accelerator) -> Tok
     )
 
 
-def _heldout(config: RunConfig, tokenizer) -> list[TokenBatch]:
+def open_heldout_text(config: RunConfig, tokenizer: Any) -> list[TokenBatch]:
+    """The held-out tokens of a run: `eval_dataset`, or the share of the documents that training leaves out.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
     dataset: Any = config.eval_dataset
     if dataset is None and config.dataset.path == "embedded":
         dataset = DatasetConfig("embedded", split="heldout")

@@ -24,6 +24,7 @@ from .checkpoints import Checkpoints
 from .config import RunConfig
 from .learner import Learner
 from .metrics_log import MetricsLog
+from .provenance import Provenance
 from .report import evaluate, write_report
 from .setup import Harvest, build_learners, open_harvest
 
@@ -88,6 +89,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator = make_accelerator(config)
         self.folder = Path(config.output_dir)
+        self.provenance = Provenance(self.folder, config, accelerator)
         self._claim_folder()
         parts = accelerator.num_processes * config.gradient_accumulation_steps
         if config.batch_size % parts:
@@ -131,6 +133,7 @@ class Trainer:
     def _run(self) -> list[dict[str, Any]]:
         accelerator, config = self.accelerator, self.config
         start = self._resume() if config.resume else 0
+        self.provenance.begin(start, self.harvest.model)
         log = MetricsLog(accelerator, self.folder, config, start)
         stream = iter(self.harvest.stream)
         began, seen = time.monotonic(), 0
@@ -232,7 +235,9 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "learners": [learner.state_dict() for learner in self.learners],
         }
-        return self.checkpoints.save(step, shared, {"stream": self.harvest.stream.state_dict()})
+        path = self.checkpoints.save(step, shared, {"stream": self.harvest.stream.state_dict()})
+        self.provenance.save(step, self.skipped)
+        return path
 
     def _stop(self, step: int) -> None:
         path = self._save(step)
@@ -259,6 +264,7 @@ class Trainer:
                 results.append(evaluate(data, saes))
         if self.accelerator.is_main_process:
             write_report(results, self.folder, self.accelerator)
+        self.provenance.save(self.config.steps, self.skipped)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -270,21 +276,26 @@ class Trainer:
 
     def _save_sae(self, learner: Learner, calibration: list[dict[str, torch.Tensor]]) -> None:
         sae: SAEModel = learner.finished()
+        threshold, path = None, self._place(learner)
         if sae.config.activation_name == "batch_topk":
             batches = (
                 (batch[learner.hookpoint].to(learner.mean).float() - learner.mean) / learner.scale
                 for batch in calibration
             )
-            calibrate_threshold(sae, batches, learner.k, learner.group)
+            threshold = calibrate_threshold(sae, batches, learner.k, learner.group)
         sae.fold_normalization_(learner.mean, learner.scale)
         if learner.base is not None:
             learner.base.restore(sae)
         if self.accelerator.is_main_process:
-            sae.save_pretrained(self.folder / learner.name / learner.hookpoint.replace(":", "-"))
+            sae.save_pretrained(path)
+            tokens = len(calibration) * self.micro_batch * self.accelerator.num_processes
+            self.provenance.add_sae(learner, path, threshold, tokens)
+
+    def _place(self, learner: Learner) -> Path:
+        return self.folder / learner.name / learner.hookpoint.replace(":", "-")
 
     def _load_sae(self, learner: Learner) -> SAEModel:
-        path = self.folder / learner.name / learner.hookpoint.replace(":", "-")
-        return type(learner.sae).from_pretrained(path).to(next(self.harvest.model.parameters()).device)
+        return type(learner.sae).from_pretrained(self._place(learner)).to(next(self.harvest.model.parameters()).device)
 
 
 @contextmanager
