@@ -1,16 +1,24 @@
-"""What every test shares: the optional data folder beside the checkout, and no network."""
+"""What every test shares: the optional data folder beside the checkout, and no network but a loopback Hub."""
 
 import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from hf_matryoshka_sae.models import dense_ops
+from .hub_server import HubServer
 
 
+# Read when huggingface_hub is imported, so they come first. Tests are offline unless they ask for the loopback Hub.
+SERVER = HubServer()
+os.environ |= {"HF_ENDPOINT": SERVER.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_TOKEN": "hf_loopback"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+
+from hf_matryoshka_sae.models import dense_ops  # noqa: E402
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -21,6 +29,15 @@ def shared() -> Path:
     if not (SHARED / "lm").is_dir():
         pytest.skip(f"needs the optional data folder {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> HubServer:
+    """An empty Hub that this process talks to, with an empty cache at `tmp_path / "cache"`."""
+    SERVER.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return SERVER
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, resolve_revision
 
+from .digests import DIGESTS_NAME
+from .partial_download import PartialFile, RangesRefused, warn_of_whole_file
+
+
+WHOLE_TENSORS = {"b_dec"}  # has no latent axis
 
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_WHOLE_TENSORS = {"b_dec"}  # has no latent axis
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -62,8 +67,9 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
 
     Raises:
         `ValueError`: if `width` does not fit the checkpoint.
+        `OSError`: if the files are not there or cannot be fetched.
     """
-    where = {key: kwargs[key] for key in _FILE_KEYS if key in kwargs}
+    where, commit = _pinned(source, kwargs)
     config = kwargs.pop("config", None)
     if config is None:
         own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
@@ -71,16 +77,17 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
         config = config_class.from_pretrained(source, **where, **overrides)
     else:
         config = copy.deepcopy(config)
+    config.truncated(width)  # a width it does not have is refused before anything is fetched
     state = {}
-    for path, names in _weight_files(source, where):
+    for path, names in _weight_files(source, where, commit, width):
         with safe_open(path, framework="pt") as file:
             for name in names or file.keys():
                 rows = file.get_slice(name)
-                if name not in _WHOLE_TENSORS and rows.get_shape()[0] != config.num_latents:
+                if name not in WHOLE_TENSORS and rows.get_shape()[0] != config.num_latents:
                     raise ValueError(
                         f"{name} in {path} has {rows.get_shape()[0]} rows where the config says {config.num_latents}."
                     )
-                state[name] = file.get_tensor(name) if name in _WHOLE_TENSORS else rows[:width]
+                state[name] = file.get_tensor(name) if name in WHOLE_TENSORS else rows[:width]
     for name, value in config.truncated(width).items():
         setattr(config, name, value)
     if kwargs.get("dtype") is None:
@@ -88,8 +95,11 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
     return config, state
 
 
-def _weight_files(source, where: dict) -> list[tuple[str, list[str] | None]]:
-    single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+def _weight_files(
+    source, where: dict, commit: str | None, width: int | None
+) -> list[tuple[str | Path, list[str] | None]]:
+    """The files of the weights, and which tensors to take from each (all, where not said)."""
+    single = _file(source, SAFE_WEIGHTS_NAME, where, commit, width, optional=True)
     if single is not None:
         return [(single, None)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
@@ -100,4 +110,64 @@ def _weight_files(source, where: dict) -> list[tuple[str, list[str] | None]]:
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, []).append(name)
-    return [(cached_file(source, shard, **where), names) for shard, names in shards.items()]
+    return [(_file(source, shard, where, commit, width), names) for shard, names in shards.items()]
+
+
+def _file(source, name: str, where: dict, commit: str | None, width: int | None, optional: bool = False):
+    """A file with at least the first `width` rows of its tensors; from the Hub, no more than those is fetched."""
+    if not Path(source).is_dir() and commit is not None:
+        part = _partial_file(source, name, where, commit)
+        if where.get("force_download"):
+            part.forget()
+        whole = None if where.get("force_download") else part.whole()
+        if whole is not None:
+            return whole
+        try:
+            return part.fetch(width, WHOLE_TENSORS, lambda: _published_digests(source, where, commit))
+        except RangesRefused as reason:
+            warn_of_whole_file(part.filename, part.repo_id, reason)
+        except (EntryNotFoundError, FileNotFoundError):
+            # Not there, or this is offline: it may lie in shards, of which the index then is in the cache.
+            if optional and (not part.offline or part.sibling_cached(SAFE_WEIGHTS_INDEX_NAME)):
+                return None
+            raise
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=not optional, **where)
+
+
+def _partial_file(source, name: str, where: dict, commit: str) -> PartialFile:
+    filename = "/".join(filter(None, ((where.get("subfolder") or "").strip("/"), name)))
+    offline = bool(where.get("local_files_only"))
+    return PartialFile(str(source), filename, commit, where.get("token"), where.get("cache_dir"), offline)
+
+
+def _pinned(source, kwargs: dict) -> tuple[dict, str | None]:
+    """Where the files are, by the arguments of `from_pretrained`, and the commit they are of (`None` in a folder)."""
+    where = {key: kwargs[key] for key in _FILE_KEYS if key in kwargs}
+    asked = {key: where[key] for key in ("token", "cache_dir", "local_files_only") if key in where}
+    revision = resolve_revision(source, where.get("revision"), **asked)
+    commit = getattr(revision, "resolved", revision)
+    if revision is not None:
+        where["revision"] = revision
+    return where, commit if re.fullmatch(r"[0-9a-f]{40}", commit or "") else None
+
+
+def _published_digests(source, where: dict, commit: str) -> dict | None:
+    found = cached_file(source, DIGESTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    try:
+        return None if found is None else json.loads(Path(found).read_text())
+    except ValueError as error:
+        raise ValueError(f"{found} is damaged ({error}): delete it, and it is fetched again.") from error
+
+
+def complete_partial_files(source, kwargs: dict) -> None:
+    """Fetch what is missing of weights whose first latents were fetched before, so that nothing is fetched twice.
+
+    Does nothing for a folder, or where no part is in the cache.
+    """
+    if source is None or Path(source).is_dir() or kwargs.get("force_download"):
+        return
+    begun = _partial_file(source, SAFE_WEIGHTS_NAME, kwargs, "").references
+    if begun.is_dir():
+        where, commit = _pinned(source, kwargs)
+        for path in sorted((begun / (commit or "") / (where.get("subfolder") or "")).glob("model*.safetensors")):
+            _file(source, path.name, where, commit, None)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .checkpoint_files import read_prefix, staged_files
+from .checkpoint_files import complete_partial_files, read_prefix, staged_files
 from .configuration_sae import (
     BatchTopKSAEConfig,
     GatedSAEConfig,
@@ -359,7 +359,8 @@ class SAEModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
-            width (`int`, *optional*): Load only the first `width` latents; the others are not read.
+            width (`int`, *optional*): Load only the first `width` latents; the others are neither read nor, from
+                the Hub, downloaded. A later, larger width fetches only what is missing.
             subfolder (`str`, *optional*), revision (`str`, *optional*), dtype (`torch.dtype`, *optional*), ...:
                 As for any transformers model.
 
@@ -373,6 +374,8 @@ class SAEModel(PreTrainedModel):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
                 pretrained_model_name_or_path = None
+            else:
+                complete_partial_files(source, kwargs)
             # Mismatches are reported below: transformers raises a RuntimeError that names no tensor.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -1,0 +1,78 @@
+"""Digests of blocks of rows: what lets a reader of the first latents check them, without the rest of the file.
+
+The Hub's own checksum is of a whole file. A pushed SAE carries `model.digests.json` beside its weights: the ends of
+blocks of rows (all prefix widths, powers of two, and every 64th of the dictionary), and for each tensor a digest of
+each block. They find damage on the way, as a checksum does; they are no signature.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+DIGESTS_NAME = "model.digests.json"
+_HEX_DIGITS = 16
+
+
+def block_ends(num_rows: int, widths: list[int]) -> list[int]:
+    """Where blocks of rows end, ascending up to `num_rows`: few enough for any size, and all widths people ask for."""
+    powers = {2**power for power in range(num_rows.bit_length())}
+    parts = {round(num_rows * part / 64) for part in range(1, 65)}
+    return sorted(end for end in powers | parts | set(widths) if 1 <= end <= num_rows)
+
+
+def digest(data: bytes | memoryview) -> str:
+    """The digest of some bytes."""
+    return hashlib.sha256(data).hexdigest()[:_HEX_DIGITS]
+
+
+def row_digests(state: dict[str, Tensor], num_rows: int, widths: list[int], whole: set[str]) -> dict:
+    """What `model.digests.json` holds for the tensors of an SAE.
+
+    Args:
+        state (`dict[str, Tensor]`): As they are saved.
+        num_rows (`int`): F.
+        widths (`list[int]`): Prefix widths; blocks end there too.
+        whole (`set[str]`): Tensors without a latent axis.
+
+    Returns:
+        `dict` with `blocks` (where they end), `rows` (a digest per block of each tensor) and `whole`.
+    """
+    ends = block_ends(num_rows, widths)
+    blocks = list(zip([0, *ends], ends, strict=False))
+    by_row = {name: tensor for name, tensor in state.items() if name not in whole}
+    return {
+        "algorithm": f"sha256, {_HEX_DIGITS} hex digits",
+        "blocks": ends,
+        "rows": {name: [digest(_bytes(tensor[a:b])) for a, b in blocks] for name, tensor in by_row.items()},
+        "whole": {name: digest(_bytes(state[name])) for name in sorted(whole & state.keys())},
+    }
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    # As bytes: numpy has no bfloat16.
+    return memoryview(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def first_wrong_row(
+    published: dict, name: str, start: int, have: int, read: Callable[[int, int], bytes]
+) -> int | None:
+    """Where the first block begins that is not what was published, among those that end past `start` and up to `have`.
+
+    Args:
+        published (`dict`): What `model.digests.json` holds.
+        name (`str`): Of the tensor.
+        start (`int`): Rows that were there, and checked, before.
+        have (`int`): Rows that are there.
+        read (`Callable[[int, int], bytes]`): Gives the bytes of the rows between two.
+    """
+    if name in published["whole"]:
+        return None if digest(read(0, have)) == published["whole"][name] else 0
+    begin = 0
+    for end, expected in zip(published["blocks"], published["rows"].get(name, ()), strict=False):
+        if start < end <= have and digest(read(begin, end)) != expected:
+            return begin
+        begin = end
+    return None
