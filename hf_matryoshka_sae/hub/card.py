@@ -1,0 +1,205 @@
+"""The model card of a repository of SAEs, filled by the run that trained them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
+
+from ..models import SAEModel
+from . import card_text
+from .card_data import RunFacts, SAEFacts, facts_of, read_run
+from .card_snippets import snippets, with_package, without_package
+from .citations import citations
+from .layout import SAEFolder, find_saes
+
+
+__all__ = ["TEMPLATE", "card_assets", "run_card", "sae_card", "snippets"]
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+_OPEN = 2  # SAEs whose tables and plots are not folded away
+_INDEXED = (
+    ("fvu", "fvu", "FVU"),
+    ("l0", "l0", "L0"),
+    ("recaptured_zero", "recaptured_loss", "recaptured loss (zero ablation)"),
+    ("rsa", "rsa", "RSA (Spearman)"),
+)
+
+
+def run_card(
+    run_dir: str | Path,
+    repo_id: str,
+    saes: Sequence[SAEFolder] | None = None,
+    license: str = "apache-2.0",
+    notes: str = "",
+) -> ModelCard:
+    """The card of the SAEs of a run.
+
+    It shows what lies in the folder: [`measure_run`] first, for plots and baselines.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder.
+        repo_id (`str`): Of the repository, as the code in the card names it.
+        saes (`Sequence[SAEFolder]`, *optional*): Those in the repository; by default all of the run.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights.
+        notes (`str`, *optional*): Markdown to stand before the results.
+
+    Raises:
+        `ValueError`: if there is no SAE, or its config or the run's YAML cannot be read.
+    """
+    folder = Path(run_dir).expanduser()
+    return _render(read_run(folder, find_saes(folder) if saes is None else saes), repo_id, license, notes)
+
+
+def card_assets(run_dir: str | Path, saes: Sequence[SAEFolder] | None = None) -> dict[str, Path]:
+    """The pictures that [`run_card`] shows: where they belong in the repository, and where they are.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder.
+        saes (`Sequence[SAEFolder]`, *optional*): As for the card.
+    """
+    folder = Path(run_dir).expanduser()
+    return read_run(folder, find_saes(folder) if saes is None else saes).assets
+
+
+def sae_card(
+    sae: SAEModel, repo_id: str, folder: str | Path | None = None, license: str = "apache-2.0", notes: str = ""
+) -> ModelCard:
+    """The card of one SAE that is the whole repository.
+
+    Args:
+        sae ([`SAEModel`]): As it is pushed.
+        repo_id (`str`): Of the repository.
+        folder (`str` or `Path`, *optional*): Where it was loaded from. If that is in a run's folder, and the weights
+            still are those, the card shows what the run knows; its pictures are
+            `card_assets(run_dir, find_saes(folder))`.
+        license (`str`, *optional*), notes (`str`, *optional*): As for [`run_card`].
+    """
+    folder = None if folder is None else Path(folder).expanduser()
+    if folder is not None and (folder / "config.json").is_file() and _same(sae, folder):
+        runs = [parent for parent in folder.resolve().parents[:3] if (parent / "run.yaml").is_file()]
+        (place,) = find_saes(folder)
+        name = folder.resolve().relative_to(runs[0]).parts[0] if runs else folder.name
+        place = SAEFolder(folder, name, place.hookpoint, "")
+        return _render(read_run(runs[0] if runs else folder, [place]), repo_id, license, notes)
+    return _render(RunFacts([facts_of(sae)]), repo_id, license, notes)
+
+
+def _same(sae: SAEModel, folder: Path) -> bool:
+    """Whether the SAE still is the one in the folder: it may have been pruned, sorted or trained on."""
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            state = sae.state_dict()
+            return state.keys() == set(file.keys()) and all(
+                state[name].shape == (there := file.get_tensor(name)).shape
+                and bool((state[name].cpu() == there.to(state[name].dtype)).all())
+                for name in state
+            )
+    except (OSError, SafetensorError):
+        return False
+
+
+# Rendering
+
+
+def _render(run: RunFacts, repo_id: str, license: str, notes: str) -> ModelCard:
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    data = _metadata(run, repo_id, license)
+    text = template.render(card_data=data.to_yaml(), **_variables(run, repo_id, license, notes))
+    return ModelCard(text)
+
+
+def _variables(run: RunFacts, repo_id: str, license: str, notes: str) -> dict[str, Any]:
+    shown = _main(run)
+    progressive = any(sae.curve or sae.power_law for sae in run.saes)
+    return {
+        "run": run,
+        "saes": run.saes,
+        "open": _OPEN,
+        "text": card_text,
+        "title": repo_id.rsplit("/", 1)[-1],
+        "repo_id": repo_id,
+        "license": license,
+        "notes": notes.strip(),
+        "language_model": card_text.language_model(run)[1],
+        "texts": {name: words for name, (_, words) in card_text.texts(run).items()},
+        "with_package": with_package(run, shown, repo_id),
+        "without_package": without_package(run, shown, repo_id),
+        "shown": shown,
+        "compute": compute(run),
+        "yaml": card_text.run_yaml(run),
+        "citations": citations([sae.config for sae in run.saes], progressive),
+    }
+
+
+def _main(run: RunFacts) -> SAEFacts:
+    """The SAE that the code loads: the first nested one, or the first."""
+    return next((sae for sae in run.saes if len(sae.config.widths) > 1), run.saes[0])
+
+
+def compute(run: RunFacts) -> dict[str, Any]:
+    """Hardware, versions and commands of a run; its time, where that is on record from the first step."""
+    sessions = run.provenance.get("sessions", [])
+    if not sessions:
+        return {}
+    whole = sessions[0]["from_step"] == 0
+    return {
+        "commands": list(dict.fromkeys(each["command"] for each in sessions if each["command"])),
+        "sessions": len(sessions),
+        "seconds": sum(each["seconds"] for each in sessions) if whole else None,
+        "hardware": sessions[-1]["hardware"],
+        "versions": sessions[-1]["versions"],
+    }
+
+
+def _metadata(run: RunFacts, repo_id: str, license: str) -> ModelCardData:
+    model, _ = card_text.language_model(run)
+    texts = card_text.texts(run)
+    datasets = list(dict.fromkeys(id for id, _ in texts.values() if id))
+    results = _eval_results(run, texts)
+    nested = any(sae.is_matryoshka for sae in run.saes)
+    tags = ["hf_matryoshka_sae", "sparse-autoencoder", *["matryoshka"] * nested, "mechanistic-interpretability"]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        license=license,
+        base_model=model,
+        datasets=datasets or None,
+        tags=tags,
+        model_name=repo_id.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> list[EvalResult]:
+    """The results at every prefix width. Results of one hookpoint are a group, so its name is the `dataset_config`."""
+    config = run.config
+    data = None if config is None else config.eval_dataset or config.dataset
+    id = texts.get("heldout", (None, ""))[0]
+    name = id or ("text" if data is None else Path(data.path).name)
+    found = []
+    for sae in run.saes:
+        which = f"{sae.name}, " if len(run.saes) > len(run.hookpoints) else ""
+        for row in sae.rows:
+            for key, kind, title in _INDEXED:
+                value = row.get(key)
+                value = value.get("spearman") if isinstance(value, dict) else value
+                if value is None or value != value:
+                    continue
+                found.append(
+                    EvalResult(
+                        task_type="feature-extraction",
+                        task_name="Reconstruction of hidden states",
+                        dataset_type=name,
+                        dataset_name=f"{name} (held out)",
+                        dataset_config=sae.config.hookpoint,
+                        metric_type=kind,
+                        metric_name=f"{title} ({which}width {row['width']})",
+                        metric_value=round(value, 6),
+                    )
+                )
+    return found

@@ -1,0 +1,136 @@
+"""Code for a card that runs as printed: with the package, and with transformers alone."""
+
+import re
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from ..activations.hookpoints import split_hookpoint
+from ..activations.language_model import EMBEDDED
+from .card_data import RunFacts, SAEFacts
+from .card_text import language_model
+
+
+_TEXT = '"A dictionary in which every prefix is a dictionary."'
+
+
+def snippets(text: str) -> list[str]:
+    """The Python code in a card.
+
+    Args:
+        text (`str`): A card, as Markdown.
+    """
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
+    """Load an SAE with `hf_matryoshka_sae`, all of it and its first latents only."""
+    id, _ = language_model(run)
+    model = id or (EMBEDDED if sae.config.base_model == EMBEDDED else None)
+    hookpoint, where = sae.config.hookpoint, _where(repo_id, sae)
+    known = model is not None and bool(hookpoint)
+    imports = ["import hf_matryoshka_sae  # registers the classes: no remote code is run"]
+    imports += ["from hf_matryoshka_sae.activations import harvest, load_language_model"] * known
+    lines = ["import torch"] * (not known) + ["from transformers import AutoModel", "", *imports, ""]
+    if known:
+        revision = run.config.model_revision if run.config else None
+        revision = f', revision="{revision}"' if revision else ""
+        lines += [
+            f'model, tokenizer = load_language_model("{model}"{revision})',
+            f'tokens = tokenizer({_TEXT}, return_tensors="pt")',
+            f'hidden_states = harvest(model, tokens.input_ids, None, ["{hookpoint}"])["{hookpoint}"]',
+        ]
+    else:
+        lines += _random_states(sae)
+    lines += [
+        "",
+        f"sae = AutoModel.from_pretrained({where})",
+        "latents = sae.encode(hidden_states.float())  # .values and .indices of the latents that fire",
+        "reconstruction = sae.decode(latents)",
+    ]
+    widths = sae.config.widths
+    if len(widths) > 1:
+        width = widths[(len(widths) - 1) // 2]
+        lines += [
+            "every_prefix = sae.decode_prefixes(latents)  # one reconstruction for each of sae.prefix_widths",
+            "",
+            f"# Only the first {width:,} latents: the others are not fetched.",
+            f"small = AutoModel.from_pretrained({where}, width={width})",
+            "coarse = small.decode(small.encode(hidden_states.float()))",
+        ]
+    return "\n".join(lines)
+
+
+def without_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
+    """Load an SAE with transformers alone; hidden states from a Hub model, or random ones that say so."""
+    id, _ = language_model(run)
+    where, hookpoint = _where(repo_id, sae), sae.config.hookpoint
+    if id is None or not hookpoint:
+        lines = ["import torch", "from transformers import AutoModel", "", *_random_states(sae)]
+    else:
+        lines = _hooked(run, id, hookpoint)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"sae = AutoModel.from_pretrained({where}, trust_remote_code=True)",
+            "latents = sae.encode(hidden_states.float())",
+            "reconstruction = sae.decode(latents)",
+        ]
+    )
+
+
+def _where(repo_id: str, sae: SAEFacts) -> str:
+    return f'"{repo_id}"' + (f', subfolder="{sae.subfolder}"' if sae.subfolder else "")
+
+
+def _random_states(sae: SAEFacts) -> list[str]:
+    return [f"hidden_states = torch.randn(4, 10, {sae.config.d_in})  # random: put the language model's here"]
+
+
+def _hooked(run: RunFacts, id: str, hookpoint: str) -> list[str]:
+    """The hidden states of a Hub model, by a forward hook."""
+    module, side = split_hookpoint(hookpoint)
+    loader, revision = _loader(run), run.config.model_revision if run.config else None
+    revision = f', revision="{revision}"' if revision else ""
+    if side == "input":
+        hook = [
+            "def keep(module, inputs, named):",
+            '    caught["states"] = inputs[0] if inputs else named["hidden_states"]',
+        ]
+        register = "register_forward_pre_hook(keep, with_kwargs=True)"
+    else:
+        hook = [
+            "def keep(module, inputs, output):",
+            '    caught["states"] = output[0] if isinstance(output, tuple) else output',
+        ]
+        register = "register_forward_hook(keep)"
+    imports = ", ".join(sorted({"AutoModel", loader, "AutoTokenizer"}))
+    return [
+        "import torch",
+        f"from transformers import {imports}",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{id}"{revision})',
+        f'model = {loader}.from_pretrained("{id}"{revision})',
+        "caught = {}",
+        "",
+        "",
+        *hook,
+        "",
+        "",
+        f'handle = model.get_submodule("{module}").{register}',
+        "with torch.no_grad():",
+        f'    model(tokenizer({_TEXT}, return_tensors="pt").input_ids)',
+        "handle.remove()",
+        'hidden_states = caught["states"]',
+    ]
+
+
+def _loader(run: RunFacts) -> str:
+    """The auto class under which the hookpoint has its name."""
+    name = run.language_model.get("class")
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForMaskedLM"
+    return "AutoModel" if name and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "AutoModelForCausalLM"

@@ -1,0 +1,238 @@
+"""What a card shows and a finished run does not have yet, measured with the run's own model and held-out text.
+
+For each SAE: `statistics.safetensors`, `progressive_curve.json`, `power_law.json` and their plots, in its folder.
+For the run: `evaluation.json` and `.png`, with the baselines. Each is written when it is done, and `measured.json`
+then says of which weights it is, so that a second call does nothing and changed weights are measured again.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from ..activations import load_language_model, resolve_hookpoints
+from ..evaluation import HeldOut
+from ..evaluation.command import evaluate
+from ..evaluation.report import ABOUT, plot, write_json
+from ..models import SAEModel
+from ..progressive import (
+    LatentStatistics,
+    decoder_spectrum,
+    default_widths,
+    fit_power_law,
+    latent_statistics,
+    plot_power_laws,
+    progressive_curve,
+)
+from ..progressive.statistics import STATISTICS_FILE
+from ..training import RunConfig, load_run_config
+from ..training.provenance import describe_model, weights_digest
+from ..training.setup import open_heldout_text
+from .layout import SAEFolder, find_saes
+
+
+logger = logging.getLogger(__name__)
+
+MEASURED_FILE = "measured.json"
+CURVE, POWER_LAW, EVALUATION = "progressive_curve", "power_law", "evaluation"
+
+_STATISTICS = "statistics"
+_WIDTHS = 12  # of a curve, beside the prefix widths
+_ABOUT = (
+    f"{ABOUT} random: directions drawn at random, in the shape of the SAE above it, as many firing at each width "
+    "under selection mask. principal components: that many dense numbers per token, fitted to these tokens; left out "
+    "from d_in on. identity: the hidden states themselves."
+)
+
+
+def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: bool = True) -> None:
+    """Measure whatever of a run's card is missing or out of date.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder, with its `run.yaml`. Paths in that are taken from the working
+            directory, as they were in training.
+        names (`Sequence[str]`, *optional*): Only these SAEs; see [`find_saes`].
+        show (`bool`, *optional*, defaults to `True`): Show progress bars of what takes long.
+
+    Raises:
+        `ValueError`: if this is no run's folder, or its language model or text cannot be found any more.
+    """
+    folder = Path(run_dir).expanduser()
+    config = _run_config(folder)
+    saes = find_saes(folder, names)
+    groups: dict[str, list[SAEFolder]] = {}
+    for sae in saes:
+        groups.setdefault(sae.hookpoint, []).append(sae)
+    bench = _Bench(config, folder, show)
+    for hookpoint, group in groups.items():
+        for sae in group:
+            _measure_sae(sae, hookpoint, bench)
+        _evaluate(group, hookpoint, bench)
+
+
+def is_measured(folder: Path, name: str, weights: str | None = None) -> bool:
+    """Whether a result in an SAE's folder belongs to its weights.
+
+    Args:
+        folder (`Path`): The SAE's.
+        name (`str`): Such as `"progressive_curve"`.
+        weights (`str`, *optional*): Digest of the weights, where it is known already.
+    """
+    return bool(read_json(folder / MEASURED_FILE).get(name) == (weights or weights_digest(folder)))
+
+
+def evaluations(run_dir: Path, weights: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The results in a run's `evaluation.json`, one for each hookpoint.
+
+    Args:
+        run_dir (`Path`): The run's folder.
+        weights (`Mapping[str, str]`): Digest of the weights of each SAE, by its place in the run's folder: results of
+            an SAE that now has others are left out.
+    """
+    found = []
+    for result in read_json(run_dir / f"{EVALUATION}.json").get("results", []):
+        measured = result.get("weights", {})
+        if measured and all(weights.get(place, digest) == digest for place, digest in measured.items()):
+            found.append(result)
+    return found
+
+
+@dataclass
+class _Bench:
+    """A run's language model and held-out text, opened when the first measurement needs them."""
+
+    config: RunConfig
+    folder: Path
+    show: bool
+    opened: HeldOut | None = None
+
+    def at(self, hookpoint: str) -> HeldOut:
+        if self.opened is None:
+            config, device = self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, device)
+            batches = open_heldout_text(config, tokenizer)
+            self.opened = HeldOut(model, batches, hookpoint, tokenizer.mask_token_id, tokenizer)
+            _note(self.folder, "language_model", describe_model(model))
+        (place,) = resolve_hookpoints(self.opened.model, [hookpoint])
+        return HeldOut(self.opened.model, self.opened.batches, place, self.opened.mask_token_id)
+
+
+def _run_config(folder: Path) -> RunConfig:
+    path = folder / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"'{folder}' is no folder of a run: it has no run.yaml, so model and text are unknown.")
+    return load_run_config(path)
+
+
+def _load(sae: SAEFolder, device: torch.device) -> SAEModel:
+    return AutoModel.from_pretrained(sae.folder).eval().to(device)
+
+
+# One SAE
+
+
+def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
+    weights = weights_digest(place.folder)
+    missing = [name for name in (_STATISTICS, CURVE, POWER_LAW) if not is_measured(place.folder, name, weights)]
+    if not missing:
+        return
+    data = bench.at(hookpoint)
+    sae = _load(place, data.device)
+    logger.info("Measuring %s", place.folder)
+    statistics = _statistics(sae, place.folder, data, weights)
+    if CURVE in missing:
+        loss_widths = sae.prefix_widths if data.has_loss else []
+        widths = default_widths(sae, _WIDTHS)
+        curve = progressive_curve(sae, data, widths, statistics=statistics, loss_widths=loss_widths, show=bench.show)
+        curve.save(place.folder, CURVE)
+        _note(place.folder, CURVE, weights)
+    if POWER_LAW in missing:
+        _write_power_laws(sae, statistics, place.folder)
+        _note(place.folder, POWER_LAW, weights)
+
+
+def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None) -> LatentStatistics:
+    """Those in the folder, if they are of these weights; ones that a user made from newer weights are kept."""
+    path, noted = folder / STATISTICS_FILE, read_json(folder / MEASURED_FILE).get(_STATISTICS)
+    newest = max((file.stat().st_mtime for file in folder.glob("model*.safetensors")), default=0.0)
+    if path.is_file() and (noted == weights or (noted is None and path.stat().st_mtime >= newest)):
+        try:
+            statistics = LatentStatistics.load(folder)
+            statistics.check(sae)
+            _note(folder, _STATISTICS, weights)
+            return statistics
+        except ValueError as error:
+            logger.warning("Measuring anew: %s", error)
+    statistics = latent_statistics(sae, data)
+    statistics.save(folder)
+    _note(folder, _STATISTICS, weights)
+    return statistics
+
+
+def _write_power_laws(sae: SAEModel, statistics: LatentStatistics, folder: Path) -> None:
+    """Fits to energy, frequency and decoder spectrum; what has too few values says so instead."""
+    importance: dict[str, Callable[[], torch.Tensor]] = {
+        "energy": lambda: statistics.mean_square,
+        "frequency": lambda: statistics.frequency,
+        "decoder spectrum": lambda: decoder_spectrum(sae).cpu(),
+    }
+    fits, not_fitted = {}, {}
+    for name, values in importance.items():
+        try:
+            fits[name] = (values(), fit_power_law(values()))
+        except ValueError as error:
+            not_fitted[name] = str(error)
+    if fits:
+        plot_power_laws(fits, folder / f"{POWER_LAW}.png")
+    else:
+        (folder / f"{POWER_LAW}.png").unlink(missing_ok=True)  # of other weights
+    found = {name: fit.to_dict() for name, (_, fit) in fits.items()}
+    write_json(folder / f"{POWER_LAW}.json", {"tokens": statistics.tokens, "fits": found, "not_fitted": not_fitted})
+
+
+# The SAEs of one hookpoint, beside their baselines
+
+
+def _evaluate(group: Sequence[SAEFolder], hookpoint: str, bench: _Bench) -> None:
+    weights = {_place(sae, bench.folder): weights_digest(sae.folder) for sae in group}
+    before = evaluations(bench.folder, weights)
+    if any(_at(result) == hookpoint and weights.keys() <= result["weights"].keys() for result in before):
+        return
+    data = bench.at(hookpoint)
+    saes = {sae.name or sae.folder.name: _load(sae, data.device) for sae in group}
+    result = {"weights": weights, **evaluate(data, saes)}
+    results = sorted([*(each for each in before if _at(each) != hookpoint), result], key=_at)
+    path = bench.folder / f"{EVALUATION}.json"
+    write_json(path, {"about": _ABOUT, "results": results})
+    drawn = [each | {"saes": {k: v for k, v in each["saes"].items() if k != "identity"}} for each in results]
+    plot(drawn, path.with_suffix(".png"))
+
+
+def _place(sae: SAEFolder, folder: Path) -> str:
+    return sae.folder.relative_to(folder).as_posix()
+
+
+def _at(result: dict[str, Any]) -> str:
+    return str(result.get("hookpoint"))
+
+
+# What has been measured
+
+
+def _note(folder: Path, name: str, value: Any) -> None:
+    path = folder / MEASURED_FILE
+    write_json(path, {**read_json(path), name: value})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
