@@ -7,6 +7,9 @@ import sys
 _PASSED_ON = {
     "train": "train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)",
     "evaluate": "measure saved SAEs at every width on held-out text, beside their baselines",
+    "push": "push a run's SAEs to the Hub, with a card that the run fills",
+    "pull": "download SAEs from the Hub, or only their first latents",
+    "convert": "turn an SAE of another library into one of this, or the other way round",
     "toy": "train SAEs on a tree of known features and compare what they found",
 }
 
@@ -40,6 +43,18 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
             from .evaluation.command import main as evaluate
 
             return evaluate(rest or ["--help"])
+        case "push":
+            from .hub.command import push_main
+
+            return push_main(rest or ["--help"])
+        case "pull":
+            from .hub.command import pull_main
+
+            return pull_main(rest or ["--help"])
+        case "convert":
+            from .convert.command import main as convert
+
+            return convert(rest or ["--help"])
         case "toy":
             from .toy.command import main as toy
 

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .collection_sae import SAECollection, SAECollectionConfig
 from .configuration_sae import (
     CONFIGS,
     BatchTopKSAEConfig,
@@ -26,7 +27,7 @@ from .modeling_sae import (
 from .sparse_ops import SparseLatents
 
 
-for _config, _model in MODELS.items():
+for _config, _model in [*MODELS.items(), (SAECollectionConfig, SAECollection)]:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
 

@@ -75,6 +75,7 @@ class SAEModel(PreTrainedModel):
     main_input_name = "hidden_states"
     model_tags = ["hf_matryoshka_sae", "sparse-autoencoder", "mechanistic-interpretability"]
     _no_split_modules = []
+    publisher = None  # how the installed package pushes an SAE: card and code are past these portable files
     # A threshold rounded to bf16 moves L0 by several per cent.
     _keep_in_fp32_modules_strict = {"threshold"}
 
@@ -347,11 +348,23 @@ class SAEModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers, but every file is complete before it takes its name; the config comes last."""
-        if kwargs.get("push_to_hub"):
-            super().save_pretrained(save_directory, **kwargs)
-            return
+        if kwargs.pop("push_to_hub", False):
+            names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
+            pushed = {name: kwargs[name] for name in names if name in kwargs}
+            self.push_to_hub(pushed.pop("repo_id", Path(save_directory).name), **pushed)
+            for name in ("repo_id", "commit_message", "private", "create_pr", "revision"):
+                kwargs.pop(name, None)
         with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
             super().save_pretrained(staging, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Push to the root of a repository, in one commit; arguments as in transformers.
+
+        With the package installed, the commit also holds a card, digests of the rows, and code for those who load it
+        without the package. `hf_matryoshka_sae.hub.push` does the same for a whole run.
+        """
+        push = type(self).publisher
+        return super().push_to_hub(repo_id, **kwargs) if push is None else push(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":

@@ -1,0 +1,108 @@
+"""`matryoshka-sae push` and `matryoshka-sae pull`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .layout import find_saes
+from .measure import measure_run
+from .push import push, run_repository
+from .repository import list_saes, load
+
+
+def push_main(arguments: list[str] | None = None) -> int:
+    """`matryoshka-sae push RUN_DIR REPO`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae push",
+        description="Push the SAEs of a run, with a card that the run fills, to the Hub in one commit. What the card "
+        "shows and the run has not measured is measured first.",
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of a run, or of one SAE")
+    parser.add_argument("repo", metavar="REPO", help="user/name on the Hub; made if it is not there")
+    parser.add_argument("--saes", nargs="+", metavar="NAME", help="names or patterns of the SAEs (default: all)")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    parser.add_argument("--revision", help="branch; made if it is not there")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--no_measure", action="store_true", help="a card of what has been measured already")
+    parser.add_argument("--dry_run", metavar="DIR", help="write the repository's files to a folder, send nothing")
+    return _run(parser, arguments, _push)
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    if parsed.dry_run is not None:
+        found = find_saes(parsed.run, parsed.saes)
+        if not parsed.no_measure:
+            measure_run(parsed.run)
+        run_repository(parsed.run, parsed.repo, found).write(parsed.dry_run)
+        sys.stdout.write(f"Wrote what {parsed.repo} would hold to {parsed.dry_run}\n")
+        return
+    commit = push(
+        parsed.run,
+        parsed.repo,
+        saes=parsed.saes,
+        private=parsed.private,
+        revision=parsed.revision,
+        create_pr=parsed.create_pr,
+        commit_message=parsed.message,
+        measure=not parsed.no_measure,
+    )
+    sys.stdout.write(f"{commit.pr_url or commit.commit_url}\n")
+
+
+def pull_main(arguments: list[str] | None = None) -> int:
+    """`matryoshka-sae pull REPO --width n`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae pull",
+        description="Download SAEs into the cache, or only their first latents: a later, larger width fetches only "
+        "what is missing.",
+    )
+    parser.add_argument("repo", metavar="REPO", help="user/name on the Hub")
+    parser.add_argument("--width", type=int, help="only the first so many latents (default: all)")
+    parser.add_argument("--saes", default="*", metavar="PATTERN", help="folders or hookpoints (default: all)")
+    parser.add_argument("--revision", help="branch, tag or commit")
+    parser.add_argument("--output_dir", metavar="DIR", help="also save them as folders of their own")
+    return _run(parser, arguments, _pull)
+
+
+def _pull(parsed: argparse.Namespace) -> None:
+    saes = list_saes(parsed.repo, revision=parsed.revision)
+    chosen = [
+        sae for sae in saes if any(fnmatchcase(name, parsed.saes) for name in (sae.subfolder, sae.hookpoint or ""))
+    ]
+    if not chosen:
+        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
+        raise ValueError(f"No SAE of {parsed.repo} matches {parsed.saes!r}. It holds: {there}.")
+    if parsed.width is not None:  # before anything is fetched
+        for info in chosen:
+            if not 1 <= parsed.width <= info.num_latents:
+                raise ValueError(
+                    f"`width` must lie between 1 and {info.num_latents}, the latents of {info.subfolder or parsed.repo}; "
+                    f"got {parsed.width}."
+                )
+    for info in chosen:
+        sae = load(parsed.repo, info.subfolder, parsed.width, revision=parsed.revision)
+        place = f"{parsed.repo}/{info.subfolder}".rstrip("/")
+        line = f"{place}: {type(sae).__name__}, {sae.config.num_latents} of {info.num_latents} latents"
+        if parsed.output_dir is not None:
+            folder = Path(parsed.output_dir) / info.subfolder
+            sae.save_pretrained(folder)
+            line += f", saved in {folder}"
+        sys.stdout.write(line + "\n")
+
+
+def _run(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, act: Callable[[argparse.Namespace], None]
+) -> int:
+    parsed = parser.parse_args(arguments)
+    try:
+        act(parsed)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        return 130
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    return 0

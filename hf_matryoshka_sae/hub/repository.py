@@ -1,0 +1,156 @@
+"""What a repository or a folder holds, and loading it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModel
+from transformers.utils import resolve_revision
+
+from ..models import CONFIGS, SAECollectionConfig, SAEModel
+from .layout import MODEL_TYPES, find_saes
+
+
+@dataclass(frozen=True)
+class SAEInfo:
+    """An SAE of a repository, as its config describes it.
+
+    Args:
+        subfolder (`str`): Where it lies; `""` is the root.
+        model_type (`str`), base_model (`str`, *optional*), hookpoint (`str`, *optional*): As in its config.
+        d_in (`int`), num_latents (`int`): D and F.
+        prefix_widths (`list[int]`): Widths at which its first latents are an SAE of their own.
+    """
+
+    subfolder: str
+    model_type: str
+    base_model: str | None
+    hookpoint: str | None
+    d_in: int
+    num_latents: int
+    prefix_widths: list[int]
+
+    @classmethod
+    def of(cls, subfolder: str, config: Mapping[str, Any]) -> "SAEInfo":
+        """From an SAE's `config.json`, or its entry in the index at the root of a repository."""
+        num_latents = config["num_latents"]
+        widths = list(config.get("prefix_widths") or [num_latents])
+        named = {key: config.get(key) for key in ("base_model", "hookpoint")}
+        return cls(
+            subfolder,
+            config["model_type"],
+            **named,
+            d_in=config["d_in"],
+            num_latents=num_latents,
+            prefix_widths=widths,
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry in the index at the root of a repository."""
+        return {key: value for key, value in vars(self).items() if key != "subfolder"}
+
+
+def list_saes(repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None) -> list[SAEInfo]:
+    """The SAEs of a repository on the Hub or of a folder, without their weights.
+
+    Args:
+        repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
+        revision (`str`, *optional*), token (`str` or `bool`, *optional*): As in huggingface_hub.
+
+    Raises:
+        `ValueError`: if there is none.
+        `OSError`: if the repository cannot be read.
+    """
+    if Path(repo_or_dir).expanduser().is_dir():
+        root = Path(repo_or_dir).expanduser()
+        configs = {
+            sae.folder.relative_to(root).as_posix(): json.loads((sae.folder / "config.json").read_text())
+            for sae in find_saes(root)
+        }
+        return [SAEInfo.of("" if place == "." else place, config) for place, config in configs.items()]
+    repo = str(repo_or_dir)
+    where = {"revision": resolve_revision(repo, revision, token=token), "token": token}
+    try:
+        root = _config(repo, "config.json", where)
+    except EntryNotFoundError:
+        root = {}
+    if root.get("model_type") in MODEL_TYPES:
+        return [SAEInfo.of("", root)]
+    entries = root.get("saes") if root.get("model_type") == SAECollectionConfig.model_type else None
+    if entries is None:  # a repository without an index: every config is looked at
+        files = HfApi().list_repo_files(repo, **where)
+        configs = {file: _config(repo, file, where) for file in files if file.endswith("/config.json")}
+        entries = {
+            file.removesuffix("/config.json"): config
+            for file, config in configs.items()
+            if config.get("model_type") in MODEL_TYPES
+        }
+    if not entries:
+        raise ValueError(
+            f"{repo} holds no SAE of this package. `hf_matryoshka_sae.convert.load` reads those of other libraries."
+        )
+    return [SAEInfo.of(place, entry) for place, entry in sorted(entries.items())]
+
+
+def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
+    found = json.loads(Path(hf_hub_download(repo, file, **where)).read_text())
+    return found if isinstance(found, dict) else {}
+
+
+def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = None, **kwargs) -> SAEModel:
+    """One SAE of a repository or a folder.
+
+    Args:
+        repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
+        name (`str`, *optional*): Its folder or its hookpoint; not needed where there is one SAE.
+        width (`int`, *optional*): Its first latents only.
+        kwargs: As in `from_pretrained`: `revision`, `token`, `dtype`, ...
+
+    Raises:
+        `ValueError`: if there is none, or several, of that name; it lists those there are.
+    """
+    where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+    saes = list_saes(repo_or_dir, **where)
+    chosen = [sae for sae in saes if name is None or name in (sae.subfolder, sae.hookpoint)]
+    if len(chosen) != 1:
+        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
+        asked = f" under {name!r}" if name is not None else ""
+        raise ValueError(f"{repo_or_dir} holds {len(chosen)} SAEs{asked}; name one of: {there}.")
+    return _load(repo_or_dir, chosen[0], width, kwargs)
+
+
+def load_many(repo_or_dir: str | Path, pattern: str = "*", width: int | None = None, **kwargs) -> dict[str, SAEModel]:
+    """The SAEs of a repository or a folder whose place matches a pattern.
+
+    Args:
+        repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
+        pattern (`str`, *optional*, defaults to `"*"`): Of folders or hookpoints, such as `"*.layers.1[0-9]"`.
+        width (`int`, *optional*): The first latents of each only.
+        kwargs: As in `from_pretrained`: `revision`, `token`, `dtype`, ...
+
+    Returns:
+        `dict[str, SAEModel]`: In `eval` mode, by folder.
+
+    Raises:
+        `ValueError`: if none matches; it lists those there are.
+    """
+    where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+    saes = list_saes(repo_or_dir, **where)
+    chosen = [sae for sae in saes if fnmatchcase(sae.subfolder, pattern) or fnmatchcase(sae.hookpoint or "", pattern)]
+    if not chosen:
+        raise ValueError(f"No SAE of {repo_or_dir} matches {pattern!r}: {', '.join(sae.subfolder for sae in saes)}.")
+    return {sae.subfolder: _load(repo_or_dir, sae, width, kwargs) for sae in chosen}
+
+
+def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict[str, Any]) -> SAEModel:
+    assert sae.model_type.removesuffix("_sae") in CONFIGS, sae.model_type
+    if width is not None:
+        kwargs = kwargs | {"width": width}
+    local = Path(repo_or_dir).expanduser()
+    source = str(local if local.is_dir() else repo_or_dir)
+    return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
