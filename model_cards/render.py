@@ -2,7 +2,8 @@
 
     matryoshka-sae demo && python model_cards/render.py runs/demo demo
     python model_cards/render.py runs/progressive_coding/seed-0 progressive_coding \
-        --names matryoshka topk-4096 batch_topk --comparison benchmarks/progressive_coding
+        --names matryoshka topk-4096 batch_topk --comparison benchmarks/progressive_coding \
+        --about "The language model is a small Llama, trained on the same text as the SAEs."
 
 What the card shows and the run's folder lacks is measured first. `--comparison` names the folder of a report of
 `examples/progressive_coding.py`, of which the card gets a short table and the curves.
@@ -25,7 +26,7 @@ from hf_matryoshka_sae.hub.measure import measure_run
 
 HERE = Path(__file__).resolve().parent
 WIDEST = 1200  # pixels
-COLOURS = 64
+COLOURS = 255
 SHOWN = {
     ("matryoshka", "trained"): "Matryoshka, one SAE",
     ("separate", "trained"): "TopK, one SAE trained for each width",
@@ -40,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("name", help="folder of the card, beside this script")
     parser.add_argument("--names", nargs="+", help="only these SAEs of the run")
-    parser.add_argument("--repo", help="repository that the card names (default: hf-matryoshka-sae/NAME)")
+    parser.add_argument("--repo", help="repository that the card names (default: your-name/NAME)")
     parser.add_argument("--comparison", type=Path, help="folder of a report of examples/progressive_coding.py")
+    parser.add_argument("--about", default="", help="what the run itself cannot know, in a sentence or two")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -57,11 +59,11 @@ def render(given: argparse.Namespace) -> None:
     folder = HERE / given.name
     measure_run(given.run, given.names)
     saes = find_saes(given.run, given.names)
-    pictures, notes = card_assets(given.run, saes), ""
+    pictures, notes = card_assets(given.run, saes), given.about
     if given.comparison:
         pictures["plots/comparison.png"] = given.comparison / "curves-topk.png"
-        notes = comparison(given.comparison / "results.csv")
-    repo = given.repo or f"hf-matryoshka-sae/{given.name.replace('_', '-')}"
+        notes += "\n\n" + comparison(given.comparison / "results.csv")
+    repo = given.repo or f"your-name/{given.name.replace('_', '-')}"
     card = run_card(given.run, repo, saes, notes=notes)
     for place, source in pictures.items():
         shrink(source, folder / place)
@@ -74,7 +76,7 @@ def shrink(source: Path, target: Path) -> None:
     with Image.open(source) as picture:
         picture = picture.convert("RGB")
         picture.thumbnail((WIDEST, 10 * WIDEST))
-        picture.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+        picture.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def comparison(path: Path) -> str:

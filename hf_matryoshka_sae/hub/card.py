@@ -1,5 +1,6 @@
 """The model card of a repository of SAEs, filled by the run that trained them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,14 @@ def _render(run: RunFacts, repo_id: str, license: str, notes: str) -> ModelCard:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     data = _metadata(run, repo_id, license)
     text = template.render(card_data=data.to_yaml(), **_variables(run, repo_id, license, notes))
-    return ModelCard(text)
+    return ModelCard(_tidy(text))
+
+
+def _tidy(text: str) -> str:
+    """One blank line between paragraphs; code, in which two may stand, is left as it is."""
+    parts = re.split(r"(^```.*?^```)", text, flags=re.DOTALL | re.MULTILINE)
+    tidy = (part if part.startswith("```") else re.sub(r"\n{3,}", "\n\n", part) for part in parts)
+    return "".join(tidy).rstrip() + "\n"
 
 
 def _variables(run: RunFacts, repo_id: str, license: str, notes: str) -> dict[str, Any]:

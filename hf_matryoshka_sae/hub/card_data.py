@@ -140,6 +140,7 @@ def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
         else:
             _add_results(facts, sae, closing.get(sae.hookpoint), compared.get(sae.hookpoint))
         found.append(facts)
+    found.sort(key=lambda facts: not facts.is_matryoshka)
     plots = {}
     shown = [name for name, results in ((EVALUATION, compared), ("results", closing)) if results]
     for name in shown[:1]:

@@ -13,6 +13,7 @@ from .card_data import RunFacts, SAEFacts
 from .card_text import language_model
 
 
+_ROOM = 88  # characters in a line of code
 _TEXT = '"A dictionary in which every prefix is a dictionary."'
 
 
@@ -46,7 +47,7 @@ def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
         lines += _random_states(sae)
     lines += [
         "",
-        f"sae = AutoModel.from_pretrained({where})",
+        _load("sae", where),
         "latents = sae.encode(hidden_states.float())  # .values and .indices of the latents that fire",
         "reconstruction = sae.decode(latents)",
     ]
@@ -57,7 +58,7 @@ def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
             "every_prefix = sae.decode_prefixes(latents)  # one reconstruction for each of sae.prefix_widths",
             "",
             f"# Only the first {width:,} latents: the others are not fetched.",
-            f"small = AutoModel.from_pretrained({where}, width={width})",
+            _load("small", where, f"width={width}"),
             "coarse = small.decode(small.encode(hidden_states.float()))",
         ]
     return "\n".join(lines)
@@ -75,7 +76,7 @@ def without_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
         [
             *lines,
             "",
-            f"sae = AutoModel.from_pretrained({where}, trust_remote_code=True)",
+            _load("sae", where, "trust_remote_code=True"),
             "latents = sae.encode(hidden_states.float())",
             "reconstruction = sae.decode(latents)",
         ]
@@ -84,6 +85,12 @@ def without_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
 
 def _where(repo_id: str, sae: SAEFacts) -> str:
     return f'"{repo_id}"' + (f', subfolder="{sae.subfolder}"' if sae.subfolder else "")
+
+
+def _load(name: str, *arguments: str) -> str:
+    """A call of `from_pretrained`, in lines that a card has room for."""
+    call = f"{name} = AutoModel.from_pretrained({', '.join(arguments)})"
+    return call if len(call) <= _ROOM else f"{name} = AutoModel.from_pretrained(\n    {', '.join(arguments)}\n)"
 
 
 def _random_states(sae: SAEFacts) -> list[str]:

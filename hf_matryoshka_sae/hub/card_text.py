@@ -26,7 +26,7 @@ _METRICS = (
     ("FVU", "fvu", ".4f"),
     ("Loss", "ce", ".4f"),
     ("Recaptured", "recaptured_zero", ".4f"),
-    ("(mean ablation)", "recaptured_mean", ".4f"),
+    ("(mean)", "recaptured_mean", ".4f"),
     ("KL", "kl", ".4f"),
     ("RSA", "rsa", ".4f"),
     ("Dead", "dead", ".2%"),
@@ -102,21 +102,26 @@ def language_model(run: RunFacts) -> tuple[str | None, str]:
         return None, "the small language model that ships with `hf_matryoshka_sae`"
     if hub_id(name, _here(run, "model")):
         return name, f"[{name}]({HUB}/{name})"
-    architecture = code(run.language_model["class"]) if run.language_model else "model"
-    return None, f"a local {architecture}, {code(Path(name).name)}"
+    return None, f"a language model that is not on the Hub{_size(run)}"
 
 
-def language_model_size(run: RunFacts) -> str:
-    """Revision, class and size of the language model, after a comma; empty where they are unknown."""
-    found, parts = run.language_model, []
-    if run.config and run.config.model_revision:
-        parts += [f"revision {code(run.config.model_revision)}"]
-    if found:
-        parts += [code(found["class"])]
-        parts += [f"{found['layers']} layers"] if found.get("layers") else []
-        parts += [f"hidden size {found['hidden_size']:,}"] if found.get("hidden_size") else []
-        parts += [f"{found['parameters']:,} parameters"]
-    return "".join(f", {part}" for part in parts)
+def language_model_details(run: RunFacts) -> str:
+    """The language model with its revision and size."""
+    id, words = language_model(run)
+    revision = run.config.model_revision if run.config else None
+    words += f", revision {code(revision)}" if revision else ""
+    return words + (_size(run) if id or base_model(run) == EMBEDDED else "")
+
+
+def _size(run: RunFacts) -> str:
+    """Class and size of the language model in brackets; empty where they are unknown."""
+    found = run.language_model
+    if not found:
+        return ""
+    parts = [code(found["class"])]
+    parts += [f"{found['layers']} layers"] if found.get("layers") else []
+    parts += [f"hidden size {found['hidden_size']:,}"] if found.get("hidden_size") else []
+    return f" ({', '.join(parts)}, {found['parameters']:,} parameters)"
 
 
 def base_model(run: RunFacts) -> str | None:
@@ -130,8 +135,8 @@ def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, 
     if path == EMBEDDED:
         return None, f"the documentation that every Python carries, {code(EMBEDDED)}, split {code(data.split)}"
     if not hub_id(path, here):
-        kind = "file" if path.endswith(_FILES) else "files in"
-        return None, f"local {kind} {code(Path(path).name)}, column {code(data.column)}"
+        kind = "file" if path.endswith(_FILES) else "folder"
+        return None, f"the local {kind} {code(Path(path).name)}, column {code(data.column)}"
     name = f", configuration {code(data.name)}" if data.name else ""
     link = f"[{path}]({HUB}/datasets/{path})"
     return path, f"{link}{name}, split {code(data.split)}, column {code(data.column)}"
@@ -162,18 +167,17 @@ def _here(run: RunFacts, name: str) -> bool | None:
 
 def overview(run: RunFacts) -> str:
     """A line for each SAE of the repository."""
-    words = ("Hookpoint", "Family", "Inner prefixes")
-    titles = ["SAE", *words[:2], "Latents", "Inner prefixes", "L0", "FVU", "Recaptured", "Dead"]
+    words = ("Hookpoint", "Family", "Widths")
     rows = []
     for sae in run.saes:
         row, config = sae.whole, sae.config
         link = f"[{code(sae.label)}]({sae.subfolder + '/' if sae.subfolder else ''}config.json)"
-        inner = ", ".join(f"{width:,}" for width in config.widths[:-1])
+        told = not config.hookpoint or sae.label.endswith(config.hookpoint.replace(":", "-"))
+        widths = ", ".join(f"{width:,}" for width in config.widths)
         measured = [number(row.get(key), form) for key, form in (("l0", ".2f"), ("fvu", ".4f"))]
         measured += [number(row.get("recaptured_zero"), ".4f"), "–" if sae.dead is None else f"{sae.dead:,}"]
-        hookpoint = code(config.hookpoint) if config.hookpoint and config.hookpoint != sae.label else "–"
-        rows.append([link, hookpoint, sae.family, f"{config.num_latents:,}", inner or "–", *measured])
-    return table(titles, rows, words)
+        rows.append([link, "–" if told else code(config.hookpoint), sae.family, widths, *measured])
+    return table(["SAE", *words, "L0", "FVU", "Recaptured", "Dead"], rows, words)
 
 
 def metrics(sae: SAEFacts) -> str:
@@ -210,19 +214,13 @@ def power_laws(sae: SAEFacts) -> str:
 
 def folded(run: RunFacts) -> str:
     """Normalisation and thresholds in the saved weights; empty where nothing is known."""
-    titles = [
-        "SAE",
-        "Input scaling",
-        "Norm of the mean",
-        "Scale",
-        "Threshold",
-        "solved for L0",
-        "on tokens",
-        "L0 held out",
-    ]
+    titles = ["SAE", "Input scaling", "Norm of the mean", "Scale", "Threshold"]
+    titles += ["Solved for L0", "On tokens", "L0 held out"]
     rows = []
     for sae in run.saes:
         made, calibration = sae.made, sae.made.get("calibration", {})
+        if run.config and sae.config.activation_name == "batch_topk":
+            calibration = {"l0": sae.config.k} | calibration  # what a run's threshold is always solved for
         cells = [code(made["input_scaling"]) if "input_scaling" in made else "–"]
         cells += [number(made.get("mean_norm"), ".4g"), number(made.get("scale"), ".4g"), _threshold(sae)]
         cells += [number(calibration.get("l0"), "g"), number(calibration.get("tokens"), ",d")]
