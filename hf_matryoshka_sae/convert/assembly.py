@@ -1,0 +1,153 @@
+"""What all formats share: an SAE from its tensors on the way in, its normal form and whole files on the way out."""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models import CONFIGS, SAEModel, build_sae
+from .checkpoint import Checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    activation: str,
+    *,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor | float | None = None,
+    r_mag: Tensor | None = None,
+    b_mag: Tensor | None = None,
+    k: int | float | None = None,
+    prefix_widths: Sequence[int] | None = None,
+    **fields,
+) -> SAEModel:
+    """An SAE of the family that `activation` names; with prefix widths a Matryoshka one.
+
+    What the user says wins over what the files say.
+
+    Args:
+        checkpoint ([`Checkpoint`]): Where this comes from.
+        activation (`str`): `"relu"`, `"topk"`, `"batch_topk"`, `"jumprelu"` or `"gated"`.
+        W_enc (`Tensor` of shape `(F, D)`), W_dec (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`),
+        b_dec (`Tensor` of shape `(D,)`): The parameters; of a gated SAE `b_enc` is the gate's bias.
+        threshold (`Tensor` of shape `(F,)` or `float`, *optional*): Of BatchTopK and JumpReLU.
+        r_mag (`Tensor` of shape `(F,)`, *optional*), b_mag (`Tensor` of shape `(F,)`, *optional*): Of gated ones.
+        k (`int` or `float`, *optional*): Of TopK and BatchTopK.
+        prefix_widths (`Sequence[int]`, *optional*): Widths at which prefixes are SAEs; F is added if it is missing.
+        fields: More fields of the config.
+
+    Returns:
+        [`SAEModel`] in `eval` mode.
+
+    Raises:
+        `ValueError`: if k is needed and not known, or sizes do not fit.
+    """
+    hints, (num_latents, d_in) = checkpoint.hints, W_enc.shape
+    fields |= {"d_in": d_in, "num_latents": num_latents}
+    fields |= {name: value for name in ("hookpoint", "base_model") if (value := getattr(hints, name)) is not None}
+    state = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if activation in ("topk", "batch_topk"):
+        fields["k"] = _checked_k(checkpoint, activation, k if hints.k is None else hints.k)
+    if activation in ("batch_topk", "jumprelu"):
+        assert threshold is not None
+        # Source libraries apply a ReLU first, so that a threshold below 0 lets through what one of 0 does.
+        state["threshold"] = torch.as_tensor(threshold, dtype=torch.float32).expand(num_latents).clamp(min=0)
+    if activation == "gated":
+        state |= {"r_mag": r_mag, "b_mag": b_mag}
+    widths = prefix_widths if hints.prefix_widths is None else hints.prefix_widths
+    if widths is None:
+        config = CONFIGS[activation](**fields)
+    elif activation == "gated":
+        raise ValueError(f"{checkpoint.name} is a gated SAE; a Matryoshka one is relu, topk, batch_topk or jumprelu.")
+    else:
+        widths = list(widths)
+        if prefix_widths is not None and hints.prefix_widths is None and widths and widths[-1] < num_latents:
+            widths.append(num_latents)
+        config = CONFIGS["matryoshka"](activation=activation, prefix_widths=widths, **fields)
+    return _filled(config, state, hints.dtype)
+
+
+def _checked_k(checkpoint: Checkpoint, activation: str, k: int | float | None) -> int | float:
+    if k is None:
+        raise ValueError(f"Nothing in {checkpoint.name} says how many latents it keeps per token: pass `k`.")
+    if isinstance(k, Tensor):
+        k = k.item()
+    if activation == "topk" and k != int(k):
+        raise ValueError(f"`k` must be a whole number where each token keeps k latents, got {k}.")
+    return int(k) if k == int(k) else float(k)
+
+
+def _filled(config, state: dict[str, Tensor], dtype: torch.dtype) -> SAEModel:
+    """A model with these tensors; drawing random ones first would take longer than reading them."""
+    with torch.device("meta"):
+        sae = build_sae(config)
+    state = {
+        name: tensor.to(torch.float32 if name == "threshold" else dtype, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    state["latent_ids"] = torch.arange(config.num_latents)
+    sae.load_state_dict(state, assign=True)
+    return sae.eval()
+
+
+@torch.no_grad()
+def plain(sae: SAEModel, subtracts: bool | None = None, unit_rows: bool = True) -> SAEModel:
+    """An SAE that computes the same, in the form that a format can write.
+
+    Args:
+        sae ([`SAEModel`]): Not changed.
+        subtracts (`bool`, *optional*): Whether `b_dec` is to be subtracted from the input; by default as it is.
+        unit_rows (`bool`, *optional*, defaults to `True`): Fold the decoder's norms into the encoder where latents are
+            measured in their units; else the config keeps saying so.
+    """
+    sae = copy.deepcopy(sae).eval()
+    if sae.config.scale_by_decoder_norm and unit_rows:
+        sae.fold_decoder_norm_()
+    if subtracts is not None and sae.config.apply_b_dec_to_input != subtracts:
+        shift = sae.W_enc @ sae.b_dec * (1 if subtracts else -1)
+        sae.b_enc += shift
+        if sae.config.activation_name == "gated":
+            sae.b_mag += sae.r_mag.exp() * shift
+        sae.config.apply_b_dec_to_input = subtracts
+    return sae
+
+
+def cpu_tensors(sae: SAEModel) -> dict[str, Tensor]:
+    """The tensors of an SAE on the CPU, in its own memory."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+
+
+@contextmanager
+def staged(target: Path, last: str) -> Iterator[Path]:
+    """A folder to write files to, which take their places in `target` when the block ends, the file `last` last.
+
+    Nothing changes where the block raises.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staging
+        names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == last)
+        for name in names:
+            os.replace(staging / name, target / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """A JSON file with a line per field."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

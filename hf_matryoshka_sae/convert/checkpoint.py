@@ -1,0 +1,284 @@
+"""A foreign checkpoint as it was found: its tensors, its config, and what the user says about it.
+
+Nothing in a file is run: pickles are read with `weights_only=True`, numpy archives without objects. Whatever is
+missing, damaged or of another shape is a `ValueError` that says what was expected, what came, and what to do.
+"""
+
+import ast
+import json
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .source import Place
+
+
+_CONFIGS = ("cfg.json", "hyperparams.json", "config.json")
+
+# Below the first and above the second, encoder and decoder cannot have been stored as documented.
+_UNRELATED, _TIED = 0.2, 0.6
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a user says about a checkpoint. What is `None` is read from the files.
+
+    Args:
+        prefix_widths (`Sequence[int]`, *optional*): Widths at which its prefixes were trained to be SAEs.
+        k (`int` or `float`, *optional*): Latents per token.
+        hookpoint (`str`, *optional*), base_model (`str`, *optional*): Where it reads, in our vocabulary.
+        width (`int`, *optional*): Keep only the first latents.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the loaded SAE.
+    """
+
+    prefix_widths: Sequence[int] | None = None
+    k: int | float | None = None
+    hookpoint: str | None = None
+    base_model: str | None = None
+    width: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that is being converted.
+
+    Args:
+        place ([`Place`]): Where its files are.
+        hints ([`Hints`], *optional*): What the user says about it.
+    """
+
+    place: Place
+    hints: Hints = field(default_factory=Hints)
+
+    @property
+    def name(self) -> str:
+        """The path, from which some formats infer what no file says."""
+        return self.place.name
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file of weights."""
+        return self.place.weights.rsplit("/", 1)[-1]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The JSON beside the weights, or above a folder `checkpoints`; empty where there is none."""
+        for up in (0, 1) if Path(self.name).parent.name == "checkpoints" else (0,):
+            for name in _CONFIGS:
+                file = self.place.beside(name, up)
+                if file is not None:
+                    return read_json(file)
+        return {}
+
+    @cached_property
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        file = self.place.files.fetch(self.place.weights)
+        if file is None:
+            raise ValueError(f"{self.name} is not there.")
+        return read_tensors(file)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file, as they are stored."""
+        return self._contents[0]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What a pickle or archive holds that is no tensor."""
+        return self._contents[1]
+
+    def json_beside(self, name: str, up: int = 0) -> dict[str, Any]:
+        """Another JSON file of the checkpoint; empty where there is none."""
+        file = self.place.beside(name, up)
+        return {} if file is None else read_json(file)
+
+    def has(self, *names: str) -> bool:
+        """Whether all of these tensors are there."""
+        return all(name in self.tensors for name in names)
+
+    def tensor(self, *names: str) -> Tensor:
+        """The first of these tensors that is there, in fp32."""
+        for name in names:
+            if name in self.tensors:
+                return self.tensors[name].float()
+        raise ValueError(f"{self.name} lacks the tensor {' or '.join(names)}; it holds {self.described()}.")
+
+    def vector(self, *names: str, length: int | None = None) -> Tensor:
+        """A tensor of one axis, in fp32."""
+        vector = self.tensor(*names)
+        if vector.dim() != 1 or length not in (None, len(vector)):
+            expected = "one axis" if length is None else f"shape ({length},)"
+            raise ValueError(f"{names[0]} of {self.name} should have {expected}, has shape {tuple(vector.shape)}.")
+        return vector
+
+    def scalar(self, *names: str) -> float:
+        """The value of a tensor with one entry."""
+        tensor = self.tensor(*names)
+        if tensor.numel() != 1:
+            raise ValueError(f"{names[0]} of {self.name} should be one number, has shape {tuple(tensor.shape)}.")
+        return tensor.item()
+
+    def matrix(self, *names: str, shape: tuple[int, int], transposed: bool) -> Tensor:
+        """A weight matrix as `(F, D)`, in fp32.
+
+        The lengths of the biases say which axis is which, not the name. Where F equals D they cannot.
+
+        Args:
+            shape (`tuple[int, int]`): F and D.
+            transposed (`bool`): Whether the library stores `(D, F)`, for F = D.
+        """
+        matrix, (num_latents, d_in) = self.tensor(*names), shape
+        if tuple(matrix.shape) == (num_latents, d_in):
+            return matrix.T if transposed and num_latents == d_in else matrix
+        if tuple(matrix.shape) == (d_in, num_latents):
+            return matrix.T
+        message = (
+            f"{names[0]} of {self.name} should be {num_latents} x {d_in} or its transpose, as long as the biases of "
+            f"the latents and of the reconstruction are; it has shape {tuple(matrix.shape)}."
+        )
+        if matrix.dim() == 2 and num_latents in matrix.shape:
+            message += " A transcoder into another width has no place in an SAE, whose reconstruction is as wide."
+        raise ValueError(message)
+
+    def matrices(
+        self, encoder: str, decoder: str, shape: tuple[int, int], transposed: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Encoder and decoder as `(F, D)` each; see [`matrix`].
+
+        Raises:
+            `ValueError`: for other shapes; and where F = D and the weights themselves say that one of the two is
+                stored the other way round: rows of encoder and decoder of one latent resemble each other.
+        """
+        W_enc = self.matrix(encoder, shape=shape, transposed=transposed[0])
+        W_dec = self.matrix(decoder, shape=shape, transposed=transposed[1])
+        if shape[0] == shape[1]:
+            as_stored, otherwise = _resemblance(W_enc, W_dec), _resemblance(W_enc, W_dec.T)
+            if as_stored < _UNRELATED and otherwise > _TIED:
+                raise ValueError(
+                    f"{encoder} and {decoder} of {self.name} fit each other only when one is transposed (mean cosine "
+                    f"{otherwise:.2f}, else {as_stored:.2f}), which this format does not do. With as many latents as "
+                    "dimensions the shapes cannot tell which: store them as its library does."
+                )
+        return W_enc, W_dec
+
+    def described(self) -> str:
+        """Names and shapes of the tensors, for messages."""
+        shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(self.tensors.items())[:12]]
+        more = len(self.tensors) - len(shapes)
+        return (", ".join(shapes) or "no tensors") + (f" and {more} more" if more > 0 else "")
+
+
+def _resemblance(W_enc: Tensor, W_dec: Tensor) -> float:
+    return torch.cosine_similarity(W_enc, W_dec, dim=1).mean().item()
+
+
+def number_list(value: Any) -> list[int] | None:
+    """Whole numbers from a list, or from a list that was written as a string; `None` for `None`.
+
+    Raises:
+        `ValueError`: if it is neither.
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"Expected a list of whole numbers such as '[256, 256]', got {value!r}.") from error
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(part, int | float) and not isinstance(part, bool) and part == int(part) for part in value
+    ):
+        raise ValueError(f"Expected a list of whole numbers, got {value!r}.")
+    return [int(part) for part in value]
+
+
+def cumulated(group_sizes: Sequence[int] | None) -> list[int] | None:
+    """Prefix widths from the sizes of the groups between them; `None` for `None`."""
+    if group_sizes is None:
+        return None
+    return [sum(group_sizes[: i + 1]) for i in range(len(group_sizes))]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        `ValueError`: if it holds no JSON, or something else than an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}). It is damaged or half-written: get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} should hold a JSON object, holds a {type(content).__name__}.")
+    return content
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and what else is beside them, of a safetensors file, a numpy archive or a pickle.
+
+    Raises:
+        `ValueError`: if it is damaged, or a pickle that only code could read.
+    """
+    match file.suffix:
+        case ".safetensors":
+            return _read_safetensors(file), {}
+        case ".npz":
+            return _read_npz(file), {}
+    return _read_pickle(file)
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_damaged(file, "safetensors file", error)) from error
+
+
+def _read_npz(file: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            return {name: torch.from_numpy(np.ascontiguousarray(opened[name])) for name in opened.files}
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(_damaged(file, "numpy archive of plain numbers", error)) from error
+
+
+def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        if _is_foreign(error):
+            raise ValueError(
+                f"{file} holds more than tensors and plain values, and reading that would run code from the file. "
+                f"Save its state dict instead. ({str(error).splitlines()[0]})"
+            ) from error
+        raise ValueError(_damaged(file, "torch file", error)) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(_damaged(file, "torch file", error)) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} should hold a dictionary of tensors, holds a {type(content).__name__}.")
+    tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, {str(name): value for name, value in content.items() if not isinstance(value, Tensor)}
+
+
+def _is_foreign(error: pickle.UnpicklingError) -> bool:
+    """Whether torch refused what a pickle wants to import, rather than failed to parse it."""
+    return any(sign in str(error) for sign in ("GLOBAL", "Unsupported class", "not an allowed", "Can only", "REDUCE"))
+
+
+def _damaged(file: Path, kind: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{file} cannot be read as a {kind} ({reason}). It is damaged or half-written: get it again."

@@ -1,0 +1,83 @@
+"""All formats, in the order in which they are asked whether a checkpoint is theirs."""
+
+from ..models import SAEModel
+from ..models.configuration_sae import nearest
+from . import (
+    bussmann,
+    dictionary_learning,
+    embeddings,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    llamascopium,
+    nabeshima,
+    openai,
+    own,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
+from .base import Format
+from .checkpoint import Checkpoint
+
+
+# Ours by its config alone, before any tensor is read; then those that one name of a tensor or file tells apart.
+_ORDER = (
+    own.FORMAT,
+    saelens.FORMAT,
+    sparsify.FORMAT,
+    gemma_scope.FORMAT,
+    gemma_scope_2.FORMAT,
+    llama_scope.FORMAT,
+    llamascopium.FORMAT,
+    embeddings.MLSAE,
+    embeddings.CSR,
+    openai.FORMAT,
+    goodfire.FORMAT,
+    nabeshima.FORMAT,
+    bussmann.FORMAT,
+    dictionary_learning.FORMAT,
+    qwen_scope.FORMAT,
+)
+FORMATS = {format.name: format for format in _ORDER}
+
+
+def formats(writable: bool = False) -> dict[str, str]:
+    """What can be read, or written.
+
+    Args:
+        writable (`bool`, *optional*, defaults to `False`): Only the formats that [`save`] knows.
+
+    Returns:
+        `dict[str, str]`: One line about each format, by its name.
+    """
+    return {name: format.about for name, format in FORMATS.items() if format.write or not writable}
+
+
+def named(name: str) -> Format:
+    """The format of this name. Raises `ValueError` with what is near where there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"Unknown format {name!r}.{nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def recognized(checkpoint: Checkpoint) -> Format:
+    """The format of a checkpoint, by its files, its config, and the names of its tensors.
+
+    Raises:
+        `ValueError`: if it is of none.
+    """
+    for format in _ORDER:
+        if format.claims(checkpoint):
+            return format
+    fields = ", ".join(list(checkpoint.config)[:12]) or "none"
+    raise ValueError(
+        f"{checkpoint.name} is of no format that is known here. Its tensors: {checkpoint.described()}; its config's "
+        f"fields: {fields}. If you know what it is, pass `format`: {', '.join(FORMATS)}."
+    )
+
+
+def able_to_write(sae: SAEModel) -> list[str]:
+    """Names of the formats that can express an SAE."""
+    return [name for name, format in FORMATS.items() if format.write and format.objection(sae) is None]
