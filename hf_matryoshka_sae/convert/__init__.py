@@ -96,4 +96,4 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
     chosen.write(sae, Path(path).expanduser())
 
 
-__all__ = ["SAEBenchAdapter", "formats", "load", "save", "to_saebench"]
+__all__ = ["SAEBenchAdapter", "able_to_write", "formats", "load", "save", "to_saebench"]
