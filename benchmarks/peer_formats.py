@@ -4,7 +4,8 @@
 
 The other Python has sae-lens, dictionary-learning and eai-sparsify (their dependencies may clash with this package's):
 
-    python -m venv ../peers && ../peers/bin/pip install sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
+    python -m venv ../peers
+    ../peers/bin/pip install sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
 
 Weights are random, no bias and no threshold is 0, and there are more, as many and fewer latents than dimensions. The
 table has the largest absolute difference over all shapes, of latents and of reconstructions, in fp32. Exit status 1

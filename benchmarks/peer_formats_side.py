@@ -3,8 +3,8 @@
     python peer_formats_side.py read FOLDER    # what each library makes of the exports in FOLDER
     python peer_formats_side.py write FOLDER   # SAEs of each library's own classes, and what they give
 
-An export is a folder with `job.json` (`{"library": ...}`), `input.safetensors` and the files. What a library gives lies
-beside it in `expected.safetensors`: `input`, `latents` and `reconstruction`.
+An export is a folder with `job.json` (`{"library": ...}`), `input.safetensors` and the files. What a library gives
+lies beside it in `expected.safetensors`: `input`, `latents` and `reconstruction`.
 """
 
 import json
