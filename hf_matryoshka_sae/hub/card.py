@@ -15,6 +15,7 @@ from .card_data import RunFacts, SAEFacts, facts_of, read_run
 from .card_snippets import snippets, with_package, without_package
 from .citations import citations
 from .layout import SAEFolder, find_saes
+from .measure import run_folder
 
 
 __all__ = ["TEMPLATE", "card_assets", "run_card", "sae_card", "snippets"]
@@ -42,7 +43,7 @@ def run_card(
     It shows what lies in the folder: [`measure_run`] first, for plots and baselines.
 
     Args:
-        run_dir (`str` or `Path`): The run's folder.
+        run_dir (`str` or `Path`): The run's folder, or that of one of its SAEs.
         repo_id (`str`): Of the repository, as the code in the card names it.
         saes (`Sequence[SAEFolder]`, *optional*): Those in the repository; by default all of the run.
         license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights.
@@ -51,8 +52,7 @@ def run_card(
     Raises:
         `ValueError`: if there is no SAE, or its config or the run's YAML cannot be read.
     """
-    folder = Path(run_dir).expanduser()
-    return _render(read_run(folder, find_saes(folder) if saes is None else saes), repo_id, license, notes)
+    return _render(_read(run_dir, saes), repo_id, license, notes)
 
 
 def card_assets(run_dir: str | Path, saes: Sequence[SAEFolder] | None = None) -> dict[str, Path]:
@@ -62,8 +62,12 @@ def card_assets(run_dir: str | Path, saes: Sequence[SAEFolder] | None = None) ->
         run_dir (`str` or `Path`): The run's folder.
         saes (`Sequence[SAEFolder]`, *optional*): As for the card.
     """
+    return _read(run_dir, saes).assets
+
+
+def _read(run_dir: str | Path, saes: Sequence[SAEFolder] | None) -> RunFacts:
     folder = Path(run_dir).expanduser()
-    return read_run(folder, find_saes(folder) if saes is None else saes).assets
+    return read_run(run_folder(folder) or folder, find_saes(folder) if saes is None else saes)
 
 
 def sae_card(
@@ -75,18 +79,17 @@ def sae_card(
         sae ([`SAEModel`]): As it is pushed.
         repo_id (`str`): Of the repository.
         folder (`str` or `Path`, *optional*): Where it was loaded from. If that is in a run's folder, and the weights
-            still are those, the card shows what the run knows; its pictures are
-            `card_assets(run_dir, find_saes(folder))`.
+            still are those, the card shows what the run knows, but no pictures: they are pushed with runs.
         license (`str`, *optional*), notes (`str`, *optional*): As for [`run_card`].
     """
     folder = None if folder is None else Path(folder).expanduser()
-    if folder is not None and (folder / "config.json").is_file() and _same(sae, folder):
-        runs = [parent for parent in folder.resolve().parents[:3] if (parent / "run.yaml").is_file()]
-        (place,) = find_saes(folder)
-        name = folder.resolve().relative_to(runs[0]).parts[0] if runs else folder.name
-        place = SAEFolder(folder, name, place.hookpoint, "")
-        return _render(read_run(runs[0] if runs else folder, [place]), repo_id, license, notes)
-    return _render(RunFacts([facts_of(sae)]), repo_id, license, notes)
+    if folder is None or not (folder / "config.json").is_file() or not _same(sae, folder):
+        return _render(RunFacts([facts_of(sae)]), repo_id, license, notes)
+    run = _read(folder, None)
+    run.plots = {}
+    for facts in run.saes:
+        facts.plots = {}
+    return _render(run, repo_id, license, notes)
 
 
 def _same(sae: SAEModel, folder: Path) -> bool:

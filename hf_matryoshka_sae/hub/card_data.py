@@ -16,7 +16,7 @@ from ..models import SAEConfig, SAEModel
 from ..training import RunConfig, load_run_config
 from ..training.provenance import read_provenance, weights_digest
 from .layout import SAEFolder
-from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, read_json
+from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, name_in_run, read_json
 
 
 _PLOTS = "plots"
@@ -138,7 +138,7 @@ def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
         if facts.made.get("weights", weights[place]) != weights[place]:
             facts.made = {}  # the folder now holds other weights than the run left there
         else:
-            _add_results(facts, sae, closing.get(sae.hookpoint), compared.get(sae.hookpoint))
+            _add_results(facts, name_in_run(sae, run_dir), closing.get(sae.hookpoint), compared.get(sae.hookpoint))
         found.append(facts)
     found.sort(key=lambda facts: not facts.is_matryoshka)
     plots = {}
@@ -189,10 +189,9 @@ def _range(thresholds: torch.Tensor | None) -> tuple[float, float] | None:
 
 
 def _add_results(
-    facts: SAEFacts, sae: SAEFolder, closing: Mapping[str, Any] | None, compared: Mapping[str, Any] | None
+    facts: SAEFacts, name: str, closing: Mapping[str, Any] | None, compared: Mapping[str, Any] | None
 ) -> None:
     """The rows of the run's own report, or of the evaluation with baselines where there is one."""
-    name = sae.name or sae.folder.name
     for result in (compared, closing):
         if result is None or name not in result["saes"]:
             continue

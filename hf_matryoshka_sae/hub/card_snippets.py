@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
 from ..activations.hookpoints import split_hookpoint
 from ..activations.language_model import EMBEDDED
 from .card_data import RunFacts, SAEFacts
-from .card_text import language_model
+from .card_text import base_model, language_model
 
 
 _ROOM = 88  # characters in a line of code
@@ -29,7 +29,7 @@ def snippets(text: str) -> list[str]:
 def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
     """Load an SAE with `hf_matryoshka_sae`, all of it and its first latents only."""
     id, _ = language_model(run)
-    model = id or (EMBEDDED if sae.config.base_model == EMBEDDED else None)
+    model = id or (EMBEDDED if base_model(run) == EMBEDDED else None)
     hookpoint, where = sae.config.hookpoint, _where(repo_id, sae)
     known = model is not None and bool(hookpoint)
     imports = ["import hf_matryoshka_sae  # registers the classes: no remote code is run"]

@@ -152,10 +152,8 @@ def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
         return {"train": train, "heldout": dataset(config.eval_dataset, _here(run, "eval_dataset"))}
     if config.dataset.path == EMBEDDED:
         return {"train": train, "heldout": dataset(DatasetConfig(EMBEDDED, split="heldout"))}
-    return {
-        "train": train,
-        "heldout": (train[0], f"{config.eval_fraction:.1%} of its documents, left out of training"),
-    }
+    share = f"{config.eval_fraction:.1%} of the same documents, left out of training"
+    return {"train": train, "heldout": (train[0], share)}
 
 
 def _here(run: RunFacts, name: str) -> bool | None:

@@ -30,7 +30,7 @@ _TOPK = """\
 }"""
 _BATCH_TOPK = """\
 @misc{bussmann2024batchtopk,
-  title = {{BatchTopK} Sparse Autoencoders},
+  title = {BatchTopK Sparse Autoencoders},
   author = {Bussmann, Bart and Leask, Patrick and Nanda, Neel},
   year = {2024},
   eprint = {2412.06410},
@@ -38,7 +38,7 @@ _BATCH_TOPK = """\
 }"""
 _JUMPRELU = """\
 @misc{rajamanoharan2024jumprelu,
-  title = {Jumping Ahead: Improving Reconstruction Fidelity with {JumpReLU} Sparse Autoencoders},
+  title = {Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders},
   author = {Rajamanoharan, Senthooran and Lieberum, Tom and Sonnerat, Nicolas and Conmy, Arthur and
             Varma, Vikrant and Kram\\'ar, J\\'anos and Nanda, Neel},
   year = {2024},

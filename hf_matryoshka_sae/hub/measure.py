@@ -42,6 +42,7 @@ MEASURED_FILE = "measured.json"
 CURVE, POWER_LAW, EVALUATION = "progressive_curve", "power_law", "evaluation"
 
 _STATISTICS = "statistics"
+_FILES = {_STATISTICS: STATISTICS_FILE, CURVE: f"{CURVE}.json", POWER_LAW: f"{POWER_LAW}.json"}
 _WIDTHS = 12  # of a curve, beside the prefix widths
 _ABOUT = (
     f"{ABOUT} random: directions drawn at random, in the shape of the SAE above it, as many firing at each width "
@@ -55,16 +56,20 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
 
     Args:
         run_dir (`str` or `Path`): The run's folder, with its `run.yaml`. Paths in that are taken from the working
-            directory, as they were in training.
+            directory, as they were in training. Or the folder of one of its SAEs; for one that comes from no run
+            nothing can be measured.
         names (`Sequence[str]`, *optional*): Only these SAEs; see [`find_saes`].
         show (`bool`, *optional*, defaults to `True`): Show progress bars of what takes long.
 
     Raises:
         `ValueError`: if this is no run's folder, or its language model or text cannot be found any more.
     """
-    folder = Path(run_dir).expanduser()
-    config = _run_config(folder)
-    saes = find_saes(folder, names)
+    saes = find_saes(run_dir, names)
+    folder = run_folder(Path(run_dir).expanduser())
+    if folder is None and saes[0].subfolder == "":
+        logger.info("'%s' is in no run's folder: nothing is measured, model and text are unknown.", run_dir)
+        return
+    config = _run_config(folder or Path(run_dir))
     groups: dict[str, list[SAEFolder]] = {}
     for sae in saes:
         groups.setdefault(sae.hookpoint, []).append(sae)
@@ -73,6 +78,11 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
         for sae in group:
             _measure_sae(sae, hookpoint, bench)
         _evaluate(group, hookpoint, bench)
+
+
+def run_folder(folder: Path) -> Path | None:
+    """The run's folder that this is, or is in: the nearest with a `run.yaml`."""
+    return next((each for each in (folder, *folder.resolve().parents[:3]) if (each / "run.yaml").is_file()), None)
 
 
 def is_measured(folder: Path, name: str, weights: str | None = None) -> bool:
@@ -138,7 +148,11 @@ def _load(sae: SAEFolder, device: torch.device) -> SAEModel:
 
 def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
     weights = weights_digest(place.folder)
-    missing = [name for name in (_STATISTICS, CURVE, POWER_LAW) if not is_measured(place.folder, name, weights)]
+    missing = [
+        name
+        for name, file in _FILES.items()
+        if not ((place.folder / file).is_file() and is_measured(place.folder, name, weights))
+    ]
     if not missing:
         return
     data = bench.at(hookpoint)
@@ -204,7 +218,7 @@ def _evaluate(group: Sequence[SAEFolder], hookpoint: str, bench: _Bench) -> None
     if any(_at(result) == hookpoint and weights.keys() <= result["weights"].keys() for result in before):
         return
     data = bench.at(hookpoint)
-    saes = {sae.name or sae.folder.name: _load(sae, data.device) for sae in group}
+    saes = {name_in_run(sae, bench.folder): _load(sae, data.device) for sae in group}
     result = {"weights": weights, **evaluate(data, saes)}
     results = sorted([*(each for each in before if _at(each) != hookpoint), result], key=_at)
     path = bench.folder / f"{EVALUATION}.json"
@@ -213,8 +227,16 @@ def _evaluate(group: Sequence[SAEFolder], hookpoint: str, bench: _Bench) -> None
     plot(drawn, path.with_suffix(".png"))
 
 
+def name_in_run(sae: SAEFolder, folder: Path) -> str:
+    """The name under which a run's reports have an SAE: the first part of its place, `<sae name>/<hookpoint>`."""
+    place, run_dir = sae.folder.resolve(), folder.resolve()
+    if run_dir not in place.parents:
+        return sae.name or place.name
+    return place.parent.relative_to(run_dir).as_posix() if len(place.relative_to(run_dir).parts) > 1 else place.name
+
+
 def _place(sae: SAEFolder, folder: Path) -> str:
-    return sae.folder.relative_to(folder).as_posix()
+    return sae.folder.resolve().relative_to(folder.resolve()).as_posix()
 
 
 def _at(result: dict[str, Any]) -> str:

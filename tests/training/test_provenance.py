@@ -98,7 +98,10 @@ def test_a_damaged_file_is_no_provenance(tmp_path, text):
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["/opt/bin/python3.11", "-m", "hf_matryoshka_sae.train", "--k", "3"], "python -m hf_matryoshka_sae.train --k 3"),
+        (
+            ["/opt/bin/python3.11", "-m", "hf_matryoshka_sae.train", "--k", "3"],
+            "python -m hf_matryoshka_sae.train --k 3",
+        ),
         (["/opt/bin/python", "/opt/bin/matryoshka-sae", "demo"], "matryoshka-sae demo"),
         (["python", "train.py", "--config=/home/me too/run.yaml"], "python train.py --config=run.yaml"),
         (["python", "train.py", "--init_from", "~/runs/a"], "python train.py --init_from a"),

@@ -1,0 +1,41 @@
+"""What the tests of the hub share."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hf_matryoshka_sae.hub import measure
+
+from . import tiny_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Most of the time of a small measurement would go into p-values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "fit_power_law", partial(measure.fit_power_law, resamples=20))
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A run that has ended, with nothing measured; not to be changed."""
+    return tiny_run.run(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="session")
+def measured_run(finished_run, tmp_path_factory) -> Path:
+    """The same run with everything measured; not to be changed."""
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    measure.measure_run(folder, show=False)
+    return folder
+
+
+@pytest.fixture
+def run_copy(measured_run, tmp_path) -> Path:
+    """A copy of the measured run to change."""
+    return Path(shutil.copytree(measured_run, tmp_path / "run"))
