@@ -3,13 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .layout import find_saes
 from .measure import measure_run
 from .push import push, run_repository
-from .repository import list_saes, load
+from .repository import list_saes, load, matching
 
 
 def push_main(arguments: list[str] | None = None) -> int:
@@ -69,19 +68,11 @@ def pull_main(arguments: list[str] | None = None) -> int:
 
 def _pull(parsed: argparse.Namespace) -> None:
     saes = list_saes(parsed.repo, revision=parsed.revision)
-    chosen = [
-        sae for sae in saes if any(fnmatchcase(name, parsed.saes) for name in (sae.subfolder, sae.hookpoint or ""))
-    ]
-    if not chosen:
-        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
-        raise ValueError(f"No SAE of {parsed.repo} matches {parsed.saes!r}. It holds: {there}.")
-    if parsed.width is not None:  # before anything is fetched
-        for info in chosen:
-            if not 1 <= parsed.width <= info.num_latents:
-                raise ValueError(
-                    f"`width` must lie between 1 and {info.num_latents}, the latents of {info.subfolder or parsed.repo}; "
-                    f"got {parsed.width}."
-                )
+    chosen = matching(saes, parsed.saes, parsed.repo)
+    for info in chosen:  # before anything is fetched
+        if parsed.width is not None and not 1 <= parsed.width <= info.num_latents:
+            place = info.subfolder or parsed.repo
+            raise ValueError(f"`width` must lie between 1 and {info.num_latents} for {place}, got {parsed.width}.")
     for info in chosen:
         sae = load(parsed.repo, info.subfolder, parsed.width, revision=parsed.revision)
         place = f"{parsed.repo}/{info.subfolder}".rstrip("/")

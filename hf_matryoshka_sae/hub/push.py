@@ -232,14 +232,10 @@ def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
     for sae in saes:
         config = json.loads((sae.folder / _CONFIG).read_text())
         entries[sae.subfolder] = SAEInfo.of(sae.subfolder, config).entry()
-    config = SAECollectionConfig(saes=dict(sorted(entries.items())))
-    fields = {
-        "model_type": config.model_type,
-        "saes": config.saes,
-        "transformers_version": config.transformers_version,
-    }
+    auto_map = _auto_map(SAECollectionConfig, SAECollection)
+    kind = SAECollectionConfig.model_type
     return _json(
-        {"architectures": [SAECollection.__name__], "auto_map": _auto_map(type(config), SAECollection), **fields}
+        {"architectures": [SAECollection.__name__], "auto_map": auto_map, "model_type": kind, "saes": entries}
     )
 
 

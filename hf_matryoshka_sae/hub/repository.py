@@ -1,7 +1,7 @@
 """What a repository or a folder holds, and loading it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -140,11 +140,17 @@ def load_many(repo_or_dir: str | Path, pattern: str = "*", width: int | None = N
         `ValueError`: if none matches; it lists those there are.
     """
     where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
-    saes = list_saes(repo_or_dir, **where)
+    chosen = matching(list_saes(repo_or_dir, **where), pattern, repo_or_dir)
+    return {sae.subfolder: _load(repo_or_dir, sae, width, kwargs) for sae in chosen}
+
+
+def matching(saes: Sequence[SAEInfo], pattern: str, source: str | Path) -> list[SAEInfo]:
+    """Those whose folder or hookpoint matches a pattern; raises `ValueError` if none does."""
     chosen = [sae for sae in saes if fnmatchcase(sae.subfolder, pattern) or fnmatchcase(sae.hookpoint or "", pattern)]
     if not chosen:
-        raise ValueError(f"No SAE of {repo_or_dir} matches {pattern!r}: {', '.join(sae.subfolder for sae in saes)}.")
-    return {sae.subfolder: _load(repo_or_dir, sae, width, kwargs) for sae in chosen}
+        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
+        raise ValueError(f"No SAE of {source} matches {pattern!r}. It holds: {there}.")
+    return chosen
 
 
 def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict[str, Any]) -> SAEModel:

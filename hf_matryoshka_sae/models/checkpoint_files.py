@@ -15,7 +15,14 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, resolve_revision
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    extract_commit_hash,
+    resolve_revision,
+)
 
 from .digests import DIGESTS_NAME
 from .partial_download import PartialFile, RangesRefused, warn_of_whole_file
@@ -148,7 +155,12 @@ def _pinned(source, kwargs: dict) -> tuple[dict, str | None]:
     commit = getattr(revision, "resolved", revision)
     if revision is not None:
         where["revision"] = revision
-    return where, commit if re.fullmatch(r"[0-9a-f]{40}", commit or "") else None
+    if re.fullmatch(r"[0-9a-f]{40}", commit or ""):
+        return where, commit
+    if source is None or Path(source).is_dir():
+        return where, None
+    # The Hub did not say which commit it is; the place of a file in the cache does.
+    return where, extract_commit_hash(cached_file(source, CONFIG_NAME, **where), None)
 
 
 def _published_digests(source, where: dict, commit: str) -> dict | None:

@@ -68,10 +68,10 @@ def first_wrong_row(
         have (`int`): Rows that are there.
         read (`Callable[[int, int], bytes]`): Gives the bytes of the rows between two.
     """
-    if name in published["whole"]:
+    if name in published.get("whole", {}):
         return None if digest(read(0, have)) == published["whole"][name] else 0
     begin = 0
-    for end, expected in zip(published["blocks"], published["rows"].get(name, ()), strict=False):
+    for end, expected in zip(published.get("blocks", ()), published.get("rows", {}).get(name, ()), strict=False):
         if start < end <= have and digest(read(begin, end)) != expected:
             return begin
         begin = end

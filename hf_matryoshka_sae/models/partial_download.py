@@ -39,7 +39,8 @@ _LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 _PIECE = 64 * 2**20  # bytes fetched between two updates of the record
 _CHUNK = 2**20
 _ATTEMPTS = 5  # at a connection that breaks in the middle; requests that fail are repeated by huggingface_hub
-_DROPPED = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+DROPPED = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+"""What is raised where a connection breaks."""
 
 
 class RangesRefused(Exception):
@@ -103,7 +104,7 @@ class PartialFile:
         Raises:
             `RangesRefused`: if only the whole file can be had.
             `EntryNotFoundError`: if there is no such file; `FileNotFoundError`: if this is offline.
-            `OSError`: if the connection fails for good; what came until then is kept.
+            one of `DROPPED`: if the connection fails for good; what came until then is kept.
             `ValueError`: if what came is damaged.
         """
         etag, size = self._identify()
@@ -141,20 +142,12 @@ class PartialFile:
             return self._reference.read_text(), None
         if self.offline:
             raise FileNotFoundError(f"{self.filename} of {self.repo_id} is not in the cache, and this is offline.")
-        found = self._metadata()
+        found = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
         if found.etag is None or found.size is None:
             raise RangesRefused("the server gives no etag or size")
         self._reference.parent.mkdir(parents=True, exist_ok=True)
         _replace(self._reference, found.etag)
         return found.etag, found.size
-
-    def _metadata(self):
-        try:
-            return get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
-        except _DROPPED as error:
-            raise OSError(
-                f"No connection to the Hub for {self.filename} of {self.repo_id} ({error}). Try again."
-            ) from error
 
     def _fetch_missing(
         self, record: "_Record", width: int | None, whole_tensors: set[str], published: Callable[[], dict | None]
@@ -173,14 +166,18 @@ class PartialFile:
             open(record.weights, "r+b") as file,
             tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if missing else True) as bar,
         ):
-            for name, have, want in missing:
-                step = max(1, _PIECE // record.row_bytes(name))
-                for first in range(have, want, step):
-                    last = min(first + step, want)
-                    self._fetch_range(record, file, *record.span(name, first, last), bar)
-                    os.fsync(file.fileno())
-                    self._verify(record, name, first, last, digests)
-                    record.count(name, last)
+            try:
+                for name, have, want in missing:
+                    step = max(1, _PIECE // record.row_bytes(name))
+                    for first in range(have, want, step):
+                        last = min(first + step, want)
+                        self._fetch_range(record, file, *record.span(name, first, last), bar)
+                        self._verify(record, name, first, last, digests)
+                        record.note(name, last)
+                        if record.noted_bytes >= _PIECE:
+                            record.count(file)
+            finally:
+                record.count(file)  # what came whole before anything went wrong
         return record.complete
 
     def _online(self, record: "_Record", have: str) -> None:
@@ -192,7 +189,7 @@ class PartialFile:
 
     def _fetch_header(self, record: "_Record") -> None:
         if record.size is None:
-            record.size = self._metadata().size
+            record.size = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True).size
         with open(record.weights, "w+b") as file:
             read = min(_FIRST_READ, record.size)
             self._fetch_range(record, file, 0, read)
@@ -205,7 +202,6 @@ class PartialFile:
             file.seek(8)
             text = file.read(length - 8)
             file.truncate(record.size)  # what is past the header is a hole
-            os.fsync(file.fileno())
         try:
             record.begin(json.loads(text), length)
         except (ValueError, KeyError, TypeError) as error:
@@ -215,13 +211,14 @@ class PartialFile:
         """Write the bytes from `start` to `stop` to their place; goes on where a connection broke."""
         position, attempt = start, 0
         while position < stop:
-            before, broke = position, None
             headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
             headers["Range"] = f"bytes={position}-{stop - 1}"
             file.seek(position)
-            try:
-                with http_stream_backoff("GET", self.url, headers=headers) as response:
-                    _check_answer(response, record, position, stop)
+            with http_stream_backoff("GET", self.url, headers=headers) as response:
+                _check_answer(response, record, position, stop)
+                before, broke = position, None
+                # Not raised through the `with`: it would repeat a request whose answer it has already handed out.
+                try:
                     for chunk in response.iter_bytes(_CHUNK):
                         if position + len(chunk) > stop:
                             raise RangesRefused("more came than was asked for")
@@ -229,15 +226,12 @@ class PartialFile:
                         position += len(chunk)
                         if bar is not None:
                             bar.update(len(chunk))
-            except _DROPPED as error:
-                broke = error
+                except DROPPED as error:
+                    broke = error
             file.flush()
             attempt = attempt + 1 if position == before else 0
             if attempt >= _ATTEMPTS:
-                raise OSError(
-                    f"The connection broke while {self.filename} of {self.repo_id} was fetched ({broke}). What came "
-                    "is kept: the same call again goes on from there."
-                ) from broke
+                raise broke or OSError(f"The answers to requests for {self.filename} of {self.repo_id} are empty.")
             if broke is not None:
                 time.sleep(2**attempt / 4)
 
@@ -247,7 +241,7 @@ class PartialFile:
             return
         wrong = first_wrong_row(published, name, first, last, lambda a, b: record.read(name, a, b))
         if wrong is not None:
-            record.count(name, min(wrong, first))
+            record.note(name, min(wrong, first))
             raise ValueError(
                 f"Rows of {name} in {self.filename} of {self.repo_id} are not what was pushed: damaged on the way. "
                 "They were dropped; the same call fetches them again."
@@ -262,6 +256,7 @@ class _Record:
         self.etag, self.size = etag, size
         self.header: dict[str, dict] | None = None
         self.start, self.rows = 0, {}
+        self._noted, self.noted_bytes = {}, 0
         try:
             found = json.loads(self._path.read_text())
             if self.weights.stat().st_size == found["size"]:
@@ -279,12 +274,19 @@ class _Record:
             if not 0 <= first <= last <= self.size - start or (entry["shape"] and not entry["shape"][0]):
                 raise ValueError(f"data_offsets {entry['data_offsets']}")
         self.header, self.start, self.rows = header, start, {}
-        self._write()
 
-    def count(self, name: str, rows: int) -> None:
-        """Say that so many rows of a tensor are there."""
-        self.rows[name] = rows
-        self._write()
+    def note(self, name: str, rows: int) -> None:
+        """So many rows of a tensor were written, if not yet to the disk."""
+        self.noted_bytes += max(0, rows - self.rows.get(name, 0)) * self.row_bytes(name)
+        self._noted[name] = rows
+
+    def count(self, file) -> None:
+        """Count the rows that were noted, once they are on the disk."""
+        if self._noted:
+            os.fsync(file.fileno())
+            self.rows |= self._noted
+            self._noted, self.noted_bytes = {}, 0
+            self._write()
 
     def missing(self, width: int | None, whole_tensors: set[str]) -> Iterator[tuple[str, int, int]]:
         """The tensors that lack rows, in the file's order: name, rows there are, rows there should be."""

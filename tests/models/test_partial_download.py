@@ -1,0 +1,406 @@
+"""Only the first latents come over the wire, a later width extends them, and nothing half is ever used."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
+from safetensors.torch import save
+from transformers import AutoModel
+
+from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel, TopKSAE
+from hf_matryoshka_sae.models import partial_download
+from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
+from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, row_digests
+
+from ..hub_server import HubServer
+from .reference import VARIANTS, F, hidden_states, make_sae
+from .test_saving import assert_same_tensors
+
+
+REPO = "tester/sae"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def put(hub: HubServer, sae: SAEModel, folder, digests: bool = True, subfolder: str = "", **how) -> None:
+    """Commit a saved SAE to the loopback Hub."""
+    sae.save_pretrained(folder, **how)
+    files = {f"{subfolder}{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    if digests:
+        found = row_digests(sae.state_dict(), sae.config.num_latents, sae.prefix_widths, WHOLE_TENSORS)
+        files[subfolder + DIGESTS_NAME] = json.dumps(found).encode()
+    hub.add(REPO, files)
+    hub.requests.clear()
+
+
+def large(dtype=torch.float32, latents: int = 512, d_in: int = 64) -> MatryoshkaSAE:
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(d_in=d_in, num_latents=latents, k=4)).to(dtype).eval()
+    sae.threshold.data = sae.threshold.float().uniform_()  # kept in fp32
+    return sae
+
+
+def row_bytes(sae: SAEModel, start: int, stop: int) -> int:
+    """Bytes of these latents in all tensors, and of what has no latent axis where it begins with them."""
+    state = sae.state_dict()
+    rows = sum(tensor[start:stop].nbytes for name, tensor in state.items() if name not in WHOLE_TENSORS)
+    return rows + (sum(state[name].nbytes for name in WHOLE_TENSORS) if start == 0 else 0)
+
+
+def weights_sent(hub: HubServer) -> int:
+    """Bytes of the weights' rows that were sent since the last time."""
+    found = [request for request in hub.requests if ".safetensors" in request.path and request.range != "bytes=0-8191"]
+    hub.requests.clear()
+    return sum(request.sent for request in found)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", 40_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path, dtype, shard_size):
+    sae = large(dtype)
+    put(hub, sae, tmp_path / "saved", max_shard_size=shard_size)
+    shards, before = len(list((tmp_path / "saved").glob("*.safetensors"))), 0
+    for width in (1, 32, 20, 300, 512):
+        assert_same_tensors(AutoModel.from_pretrained(REPO, width=width), sae.truncate(width))
+        new = max(width, before)
+        expected = row_bytes(sae, before, new)
+        # Each shard's header is read with 8 KB of what follows.
+        assert expected <= weights_sent(hub) <= expected + (before == 0) * shards * 8192
+        before = new
+    assert_same_tensors(AutoModel.from_pretrained(REPO), sae)
+    assert weights_sent(hub) == 0  # the file was complete
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_comes_as_its_truncation(hub, tmp_path, variant):
+    sae = make_sae(variant, torch.float32)
+    sae.permute_(torch.randperm(F))
+    put(hub, sae, tmp_path / "saved", subfolder="layers.3/")
+    for width in (2, 6, F):
+        part = AutoModel.from_pretrained(REPO, subfolder="layers.3", width=width)
+        assert_same_tensors(part, sae.truncate(width))
+        x = hidden_states(5, dtype=torch.float32)
+        assert torch.equal(part(x).reconstruction, sae.truncate(width)(x).reconstruction)
+
+
+def test_the_whole_after_a_part_fetches_only_the_rest(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    AutoModel.from_pretrained(REPO, width=128)
+    assert weights_sent(hub) == row_bytes(sae, 0, 128)
+    assert_same_tensors(AutoModel.from_pretrained(REPO), sae)
+    assert weights_sent(hub) == row_bytes(sae, 128, 512)
+    storage = tmp_path / "cache" / "models--tester--sae"
+    assert not list((storage / "partial").rglob("*.safetensors"))
+    whole = try_to_load_from_cache(REPO, "model.safetensors", cache_dir=tmp_path / "cache")
+    assert (
+        os.path.islink(whole) and open(whole, "rb").read() == (tmp_path / "saved" / "model.safetensors").read_bytes()
+    )
+
+
+def test_a_part_of_a_whole_file_in_the_cache_fetches_nothing(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO)
+    hub.requests.clear()
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=9), sae.truncate(9))
+    assert weights_sent(hub) == 0
+
+
+def test_a_cache_with_parts_is_a_sound_cache(hub, tmp_path):
+    put(hub, large(), tmp_path / "saved")
+    AutoModel.from_pretrained(REPO, width=9)
+    found = scan_cache_dir(tmp_path / "cache")
+    assert not found.warnings and [repo.repo_id for repo in found.repos] == [REPO]
+
+
+def test_a_new_commit_is_fetched_anew_and_the_old_one_stays(hub, tmp_path):
+    first, second = large(), large()
+    put(hub, first, tmp_path / "first")
+    before = hub.repos[REPO].branches["main"]
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=20), first.truncate(20))
+    put(hub, second, tmp_path / "second")
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=20), second.truncate(20))
+    weights_sent(hub)
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=20, revision=before), first.truncate(20))
+    assert weights_sent(hub) == 0
+
+
+def test_force_download_starts_over(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    AutoModel.from_pretrained(REPO, width=20)
+    weights_sent(hub)
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=20, force_download=True), sae.truncate(20))
+    assert weights_sent(hub) == row_bytes(sae, 0, 20)
+
+
+# Where there is no connection
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", 40_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("how", ["offline", "local_files_only"])
+def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tmp_path, monkeypatch, how, shard_size):
+    sae = large()
+    put(hub, sae, tmp_path / "saved", max_shard_size=shard_size)
+    AutoModel.from_pretrained(REPO, width=20)
+    hub.requests.clear()
+    offline = {"local_files_only": True} if how == "local_files_only" else {}
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=20, **offline), sae.truncate(20))
+    with pytest.raises(OSError, match="20 latents of it in the cache, and this is offline"):
+        AutoModel.from_pretrained(REPO, width=21, **offline)
+    assert not hub.requests
+
+
+def test_offline_with_nothing_in_the_cache_says_so(hub, tmp_path, monkeypatch):
+    put(hub, large(), tmp_path / "saved")
+    MatryoshkaSAEConfig.from_pretrained(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="not in the cache, and this is offline"):
+        MatryoshkaSAE.from_pretrained(REPO, width=3)
+
+
+def test_a_width_it_does_not_have_is_refused_before_weights_are_fetched(hub, tmp_path):
+    put(hub, large(), tmp_path / "saved")
+    with pytest.raises(ValueError, match="between 1 and num_latents"):
+        AutoModel.from_pretrained(REPO, width=513)
+    assert not any("safetensors" in request.path for request in hub.requests)
+
+
+# Servers and connections that misbehave
+
+
+def test_where_ranges_are_refused_the_whole_file_comes_with_a_warning(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    hub.ranges = False
+    with pytest.warns(UserWarning, match="whole of model.safetensors of tester/sae is downloaded"):
+        assert_same_tensors(AutoModel.from_pretrained(REPO, width=20), sae.truncate(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same_tensors(AutoModel.from_pretrained(REPO, width=30), sae.truncate(30))
+
+
+def test_ranges_that_stop_being_served_fall_back_too(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    AutoModel.from_pretrained(REPO, width=20)
+    hub.ranges = False
+    with pytest.warns(UserWarning, match="200 to a request for a part"):
+        assert_same_tensors(AutoModel.from_pretrained(REPO, width=30), sae.truncate(30))
+
+
+def requests_of_a_pull(hub: HubServer) -> int:
+    hub.watch(None)
+    MatryoshkaSAE.from_pretrained(REPO, width=100)
+    return hub.counted
+
+
+@pytest.mark.parametrize("how", ["drop", "503", "truncate"])
+def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    total = requests_of_a_pull(hub)
+    assert total >= 8
+    survived = 0
+    for number in range(1, total + 1):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{number}"))
+        hub.fail(number, how)
+        try:
+            part = MatryoshkaSAE.from_pretrained(REPO, width=100)
+            survived += 1
+        except OSError:
+            part = MatryoshkaSAE.from_pretrained(REPO, width=100)
+        assert_same_tensors(part, sae.truncate(100))
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
+    assert survived >= total - 4  # what fails for good are requests that huggingface_hub makes but once
+
+
+def test_a_connection_that_breaks_again_and_again_goes_on_where_it_broke(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    hub.fail(1 + requests_of_a_pull(hub), "truncate", times=4)  # of the rows that 300 latents lack
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=300), sae.truncate(300))
+
+
+def test_a_connection_that_stays_broken_keeps_what_came(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=100)
+    weights_sent(hub)
+    hub.fail(4, "drop", times=1000)
+    with pytest.raises(OSError, match="same call again goes on"):
+        MatryoshkaSAE.from_pretrained(REPO, width=500)
+    first = weights_sent(hub)
+    hub.fail(1, "drop", times=0)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=500), sae.truncate(500))
+    assert first > 0 and first + weights_sent(hub) == row_bytes(sae, 100, 500)
+
+
+def test_rows_damaged_on_the_way_are_found_and_fetched_again(hub, tmp_path, monkeypatch):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    total, found = requests_of_a_pull(hub), 0
+    for number in range(total - 6, total + 1):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{number}"))
+        hub.watch(None)
+        hub.fail(number, "corrupt")
+        # Width 128 is a power of two: every row is in a block that has a digest.
+        try:
+            MatryoshkaSAE.from_pretrained(REPO, width=128)
+        except (ValueError, OSError) as error:
+            found += "not what was pushed" in str(error)
+        assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=128), sae.truncate(128))
+    assert found >= 6  # W_enc, W_dec, b_enc, b_dec, threshold, latent_ids
+
+
+def test_without_digests_a_complete_file_is_checked_against_the_hubs_sum(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved", digests=False)
+    requests_of_a_pull(hub)
+    hub.fail(3, "corrupt")
+    with pytest.raises(ValueError, match="sha256.*damaged on the way"):
+        MatryoshkaSAE.from_pretrained(REPO, width=512)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=512), sae)
+
+
+def test_a_full_disk_leaves_what_was_there(hub, tmp_path, monkeypatch):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=20)
+    synced = []
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) >= 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(partial_download, "_PIECE", 10_000)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        MatryoshkaSAE.from_pretrained(REPO, width=400)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.requests.clear()
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=20), sae.truncate(20))
+    assert weights_sent(hub) == 0
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=400), sae.truncate(400))
+
+
+@pytest.mark.parametrize("damage", ["record", "weights", "nothing left"])
+def test_a_damaged_cache_is_made_anew(hub, tmp_path, damage):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=20)
+    (weights,) = (tmp_path / "cache" / "models--tester--sae" / "partial").glob("*/weights.safetensors")
+    if damage == "record":
+        weights.with_name("rows.json").write_text('{"size": ')
+    elif damage == "weights":
+        os.truncate(weights, 100)
+    else:
+        weights.unlink()
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=20), sae.truncate(20))
+
+
+def test_a_file_that_is_no_safetensors_file_is_refused(hub):
+    hub.add(REPO, {"model.safetensors": b"\xff" * 20_000})
+    config = MatryoshkaSAEConfig(d_in=4, num_latents=64)
+    hub.add(REPO, {"config.json": config.to_json_string().encode()})
+    with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
+        MatryoshkaSAE.from_pretrained(REPO, width=3)
+
+
+def test_rows_other_than_the_config_says_are_refused(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    state = sae.state_dict() | {"W_dec": sae.W_dec[:100].clone()}
+    hub.add(REPO, {"model.safetensors": save(state, {"format": "pt"}), DIGESTS_NAME: b"{}"})
+    with pytest.raises(ValueError, match="W_dec"):
+        MatryoshkaSAE.from_pretrained(REPO, width=90)
+
+
+def test_a_checkpoint_of_another_family_is_refused(hub, tmp_path):
+    put(hub, large(), tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds a matryoshka_sae"):
+        TopKSAE.from_pretrained(REPO, width=3)
+
+
+# Several at once
+
+
+def _pull(url: str, cache: str, width: int, queue, piece: int = 2**26) -> None:
+    partial_download._PIECE = piece
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = url, False, cache
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+    sae = MatryoshkaSAE.from_pretrained(REPO, width=width)
+    queue.put((width, sae.W_dec.sum().item(), sae.W_enc.shape[0]))
+
+
+def test_processes_that_pull_at_once_get_the_same_and_fetch_it_once(hub, tmp_path):
+    sae = large(latents=4096)
+    put(hub, sae, tmp_path / "saved")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (hub.url, str(tmp_path / "cache"))
+    workers = [context.Process(target=_pull, args=(*arguments, width, queue)) for width in (4096, 1024)]
+    for worker in workers:
+        worker.start()
+    found = {width: (total, rows) for width, total, rows in (queue.get(timeout=120) for _ in workers)}
+    for worker in workers:
+        worker.join()
+    for width in (4096, 1024):
+        assert found[width] == (sae.W_dec[:width].sum().item(), width)
+    assert weights_sent(hub) <= row_bytes(sae, 0, 4096)
+
+
+def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_path, monkeypatch):
+    sae = large(latents=4096)
+    put(hub, sae, tmp_path / "saved")
+    reached = threading.Event()
+
+    def hold(number, method, path):
+        if number == 12:  # a range of rows
+            reached.set()
+            threading.Event().wait(3)
+
+    hub.watch(hold)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    worker = context.Process(target=_pull, args=(hub.url, str(tmp_path / "cache"), 2048, queue, 2**16))
+    worker.start()
+    assert reached.wait(60)
+    worker.kill()
+    worker.join()
+    hub.watch(None)
+    first = weights_sent(hub)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=2048), sae.truncate(2048))
+    assert first > 0 and weights_sent(hub) < row_bytes(sae, 0, 2048)
+
+
+# Digests
+
+
+def test_blocks_end_at_prefix_widths_powers_of_two_and_every_64th():
+    ends = block_ends(1000, [3, 77, 1000])
+    assert {3, 77, 512, 1000} <= set(ends) and ends == sorted(set(ends)) and ends[-1] == 1000
+    assert {round(1000 * part / 64) for part in range(1, 65)} <= set(ends)
+    assert block_ends(1, [1]) == [1]
+
+
+def test_pieces_of_rows_are_counted_as_they_come(hub, tmp_path, monkeypatch):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    monkeypatch.setattr(partial_download, "_PIECE", 7000)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=100), sae.truncate(100))
+    assert weights_sent(hub) == row_bytes(sae, 0, 100)
