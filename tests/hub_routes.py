@@ -201,7 +201,7 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
                 raise _Answer(401, message="Invalid username or password.")
             with hub.lock:
                 exists = key in hub.repos
-                hub.repos.setdefault(key, Repo(bool(fields.get("private"))))
+                hub.repos.setdefault(key, Repo(fields.get("visibility") == "private" or bool(fields.get("private"))))
             self.json({"url": f"{hub.url}/{key}", "name": name, "id": name}, 409 if exists else 200)
 
         def validate_yaml(self, body: bytes) -> None:
