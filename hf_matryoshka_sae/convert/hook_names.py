@@ -90,22 +90,30 @@ LAYOUTS = {
 _FAMILIES = (
     (r"gpt-?2", "gpt2"),
     (r"pythia|gpt-?neox|polyglot", "gpt_neox"),
-    (r"gemma-?[23]", "gemma2"),
+    (r"gemma-?[23](-|$)", "gemma2"),
     (r"gemma|llama|qwen|mistral|smollm|deepseek-r1-distill", "llama"),
 )
 
-# Owner of models that TransformerLens and others name without one.
+# Owners of models that TransformerLens names without them.
 _OWNERS = (
     (r"gpt2(-medium|-large|-xl)?", "openai-community"),
     (r"distilgpt2", "distilbert"),
-    (r"pythia-.+|gpt-neox-20b|gpt-neo-.+|gpt-j-6[bB]", "EleutherAI"),
+    (r"pythia-.+|gpt-neox-20b|gpt-neo-.+B|gpt-neo-125M|gpt-j-6B", "EleutherAI"),
     (r"gemma-.+", "google"),
-    (r"Llama-[23].+|Meta-Llama-.+", "meta-llama"),
-    (r"Qwen.+", "Qwen"),
+)
+
+# Models that it names only with their owners; others leave them out all the same.
+_MORE_OWNERS = (
+    (r"(Meta-)?Llama-3.+", "meta-llama"),
+    (r"Qwen\d.*", "Qwen"),
     (r"DeepSeek-R1.*", "deepseek-ai"),
 )
 
-_RENAMED = {"gpt2-small": "openai-community/gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"}
+_RENAMED = {
+    "gpt2-small": "openai-community/gpt2",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    **{f"Llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "7b-chat", "13b-chat")},
+}
 
 
 def hf_model_id(name: str | None) -> str | None:
@@ -122,15 +130,18 @@ def hf_model_id(name: str | None) -> str | None:
         return name or None
     if name in _RENAMED:
         return _RENAMED[name]
-    for pattern, owner in _OWNERS:
+    for pattern, owner in (*_OWNERS, *_MORE_OWNERS):
         if re.fullmatch(pattern, name):
             return f"{owner}/{name}"
+    qwen = re.fullmatch(r"qwen([\d.]*-[\d.]+)b(-\w+)?", name)
+    if qwen is not None:
+        return f"Qwen/Qwen{qwen[1]}B{(qwen[2] or '').title()}"
     logger.warning("The language model %r is kept as it is: its Hub id is not known. Pass `base_model`.", name)
     return name
 
 
 def transformer_lens_model(name: str | None) -> str | None:
-    """TransformerLens's name of a model: without its owner where [`hf_model_id`] finds that, else the Hub id."""
+    """TransformerLens's name of a model: without its owner where it has such a name, else the Hub id."""
     if name is None:
         return None
     for short, long in _RENAMED.items():

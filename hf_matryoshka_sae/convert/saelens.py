@@ -50,6 +50,13 @@ _REFUSED = {
     "matching_pursuit": "its latents are found one after the other",
     "abstopk": "its latents can be negative",
 }
+_TENSORS = {
+    "relu": set(),
+    "topk": set(),
+    "jumprelu": {"threshold", "log_threshold"},
+    "batch_topk": {"threshold", "topk_threshold"},
+    "gated": {"b_gate", "r_mag", "b_mag"},
+}
 _NORMALIZATIONS = {
     "none": None,
     "layer_norm": "layer_norm",
@@ -70,6 +77,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     config = checkpoint.config
     architecture = _architecture(checkpoint)
     activation = _ARCHITECTURES[architecture]
+    _refuse_more_tensors(checkpoint, activation)
     b_dec = checkpoint.vector("b_dec")
     b_enc = checkpoint.vector("b_gate" if activation == "gated" else "b_enc")
     W_enc, W_dec = checkpoint.matrices("W_enc", "W_dec", (len(b_enc), len(b_dec)), transposed=(True, False))
@@ -95,7 +103,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
         b_dec=b_dec,
         k=details["k"],
         prefix_widths=details["widths"],
-        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", not transcodes)),
+        apply_b_dec_to_input=not transcodes and config.get("apply_b_dec_to_input") not in (False, 0),
         input_normalization=_normalization(checkpoint, transcodes),
         **_places(checkpoint, transcodes),
         **extra,
@@ -106,6 +114,8 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 def _architecture(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
+    if not config:
+        raise ValueError(f"There is no cfg.json beside {checkpoint.name}, which says what its tensors mean.")
     architecture = config.get("architecture", "standard")
     function = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if "metadata" not in config and function == "topk":  # before version 6 "standard" was all that was written
@@ -126,6 +136,18 @@ def _architecture(checkpoint: Checkpoint) -> str:
     if architecture.endswith("transcoder") and config.get("apply_b_dec_to_input"):
         raise ValueError(f"{checkpoint.name} is a transcoder that subtracts b_dec; SAELens has no such thing.")
     return architecture
+
+
+def _refuse_more_tensors(checkpoint: Checkpoint, activation: str) -> None:
+    """A tensor that the architecture does not have would change what is computed."""
+    known = {"W_enc", "W_dec", "b_enc", "b_dec", "scaling_factor"} | _TENSORS[activation]
+    more = sorted(checkpoint.tensors.keys() - known)
+    if more:
+        raise ValueError(
+            f"{checkpoint.name} holds {', '.join(more)}, which its architecture "
+            f"({checkpoint.config.get('architecture', 'standard')}) has no use for: cfg.json and weights do not "
+            "belong together, or it computes something that is not known here."
+        )
 
 
 def _training(checkpoint: Checkpoint) -> dict[str, Any]:

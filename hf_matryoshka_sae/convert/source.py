@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
 
 
 # What libraries call the weights of an SAE. Anything else is looked at only where none of these is found.
@@ -80,7 +81,7 @@ class HubFiles:
             return None
         try:
             return Path(hf_hub_download(self.repo_id, path, revision=self.revision, token=self.token))
-        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, httpx.HTTPError, EntryNotFoundError, OSError) as error:
             raise ValueError(f"{path} of {self.repo_id} cannot be downloaded: {error}") from error
 
 
@@ -227,7 +228,7 @@ def _repository(repo_id: str, revision: str | None, token: str | bool | None) ->
         raise ValueError(f"{repo_id} has no revision {revision!r}.") from error
     except HFValidationError as error:
         raise ValueError(f"'{repo_id}' is no file or folder here, and no id of a Hub repository: {error}") from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         return _cached(repo_id, revision, error)
 
 

@@ -100,7 +100,9 @@ def test_gemma_scope_2_with_and_without_a_config(tmp_path, shape, caplog):
     assert "no file says at which widths" in caplog.text and sae.prefix_widths == [shape[1]]
     assert (sae.config.base_model, sae.config.hookpoint) == ("google/gemma-3-1b-pt", "model.layers.12")
     assert_computes(sae, x, *expected)
-    write_2(tmp_path / "other", tensors, {"model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.5.output"})
+    write_2(
+        tmp_path / "other", tensors, {"model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.5.output"}
+    )
     sae = convert.load(tmp_path / "other", prefix_widths=[2, shape[1]])
     assert (sae.config.base_model, sae.config.hookpoint) == ("google/gemma-3-270m", "model.layers.5")
     assert sae.prefix_widths == [2, shape[1]] and sae.config.activation == "jumprelu"

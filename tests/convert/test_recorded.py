@@ -75,9 +75,7 @@ def test_sorted_it_computes_the_same(recorded):
     sae = convert.load(folder)
     expected = load_file(folder / "expected.safetensors")
     pruned = prune(sae, width=sae.config.num_latents, by="decoder-spectrum")
-    assert_computes(
-        pruned, expected["input"], expected["latents"][:, pruned.latent_ids], expected["reconstruction"]
-    )
+    assert_computes(pruned, expected["input"], expected["latents"][:, pruned.latent_ids], expected["reconstruction"])
 
 
 @pytest.mark.parametrize("name", ["saelens/matryoshka_batchtopk", "dictionary_learning/matryoshka_batch_topk"])

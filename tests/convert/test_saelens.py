@@ -218,6 +218,16 @@ def test_other_maths_is_refused_with_the_reason(tmp_path, config, message):
         convert.load(tmp_path)
 
 
+def test_tensors_that_the_architecture_lacks_are_refused(tmp_path):
+    tensors = weights(16, 64)
+    write(tmp_path, tensors, {"architecture": "standard"}, {}, threshold=tensors["threshold"])
+    with pytest.raises(ValueError, match="holds threshold, which its architecture"):
+        convert.load(tmp_path)
+    (tmp_path / "cfg.json").unlink()
+    with pytest.raises(ValueError, match="no cfg.json beside"):
+        convert.load(tmp_path, "saelens")
+
+
 # Places
 
 

@@ -29,7 +29,9 @@ def linear(tensors, suffix=""):
 
 
 def matrices(tensors, names=("W_enc", "b_enc", "W_dec", "b_dec")):
-    return contiguous(dict(zip(names, (tensors["W_enc"].T, *(tensors[n] for n in ("b_enc", "W_dec", "b_dec"))), strict=True)))
+    return contiguous(
+        dict(zip(names, (tensors["W_enc"].T, *(tensors[n] for n in ("b_enc", "W_dec", "b_dec"))), strict=True))
+    )
 
 
 def write(folder, state, name, config=None, config_name="config.json"):
