@@ -34,7 +34,7 @@ def _push(parsed: argparse.Namespace) -> None:
     if parsed.dry_run is not None:
         found = find_saes(parsed.run, parsed.saes)
         if not parsed.no_measure:
-            measure_run(parsed.run)
+            measure_run(parsed.run, parsed.saes)
         run_repository(parsed.run, parsed.repo, found).write(parsed.dry_run)
         sys.stdout.write(f"Wrote what {parsed.repo} would hold to {parsed.dry_run}\n")
         return

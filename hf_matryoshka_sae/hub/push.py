@@ -98,7 +98,7 @@ def push(
     for sae in found:
         check_sae(sae.folder)
     if measure:
-        measure_run(run_dir, show=show)
+        measure_run(run_dir, saes, show=show)
     message = commit_message or f"Push {', '.join(sae.subfolder or sae.name for sae in found)}"
     api = _api(token)
     with _connection(repo_id):

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dense_ops, triton_ops
+# Not `from . import`: where this package is not installed, the loader of remote code does not see that.
+from .dense_ops import decode_groups, decoder_gradients, latent_gradients, worthwhile
+from .dense_ops import spread as spread_dense
+from .triton_ops import gather_sum as triton_gather_sum
+from .triton_ops import pair_dot as triton_pair_dot
+from .triton_ops import usable as triton_usable
 
 
 InputNorm = tuple[Tensor, Tensor]
@@ -75,11 +80,11 @@ class PairIndex:
     @property
     def dense(self) -> bool:
         """Whether there are so many pairs that matmuls are cheaper."""
-        return dense_ops.worthwhile(len(self.rows), self.num_rows, self.num_latents)
+        return worthwhile(len(self.rows), self.num_rows, self.num_latents)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values `(M,)` of the pairs as an `(N, F)` tensor."""
-        return dense_ops.spread(values, self.rows, self.cols, (self.num_rows, self.num_latents))
+        return spread_dense(values, self.rows, self.cols, (self.num_rows, self.num_latents))
 
     @cached_property
     def by_token(self) -> Tensor:
@@ -173,8 +178,8 @@ def pairs_from_slots(values: Tensor, indices: Tensor, num_latents: int) -> Laten
 
 def gather_sum(values: Tensor, source: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """`out[b] = sum of values[m] * source[index[m]]` over the pairs m from `offsets[b]` to `offsets[b + 1]`."""
-    if triton_ops.usable(source):
-        return triton_ops.gather_sum(values, source, index, offsets)
+    if triton_usable(source):
+        return triton_gather_sum(values, source, index, offsets)
     return F.embedding_bag(
         index, source, offsets, mode="sum", per_sample_weights=values.to(source.dtype), include_last_offset=True
     )
@@ -186,8 +191,8 @@ def pair_dot(left: Tensor, bags: Tensor, offsets: Tensor, right: Tensor, cols: T
     This is embedding_bag's own backward pass for its weights; called directly because autograd offers it only together
     with a second forward pass, and gathering both sides is 10 to 30 times slower on a CPU.
     """
-    if triton_ops.usable(right):
-        return triton_ops.pair_dot(left, bags, right, cols)
+    if triton_usable(right):
+        return triton_pair_dot(left, bags, right, cols)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left.to(right.dtype), right, cols, offsets[:-1], bags, 0, -1
     )
@@ -195,7 +200,7 @@ def pair_dot(left: Tensor, bags: Tensor, offsets: Tensor, right: Tensor, cols: T
 
 def _read_type(tensor: Tensor) -> torch.dtype:
     """The type in which rows are gathered: autocast's where the kernels still add up in float32."""
-    if triton_ops.usable(tensor) and torch.is_autocast_enabled(tensor.device.type):
+    if triton_usable(tensor) and torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
 
@@ -250,7 +255,7 @@ def _decode_groups(
     source = W_dec.to(_read_type(W_dec))
     ctx.index, ctx.W_dtype, ctx.widths = index, W_dec.dtype, widths
     if index.dense:
-        out = dense_ops.decode_groups(index.spread(values.to(source.dtype)), source, widths)
+        out = decode_groups(index.spread(values.to(source.dtype)), source, widths)
         return out.to(W_dec.dtype), (values, source, None, None)
     bags, offsets = index.by_group(widths)
     out = gather_sum(values, source, index.cols, offsets).to(W_dec.dtype)
@@ -264,11 +269,11 @@ def _decode_gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Ten
     if ctx.index.dense:
         grad = grad.to(source.dtype)
         if ctx.needs_input_grad[0]:
-            to_latents = dense_ops.latent_gradients(grad, source, ctx.widths)
+            to_latents = latent_gradients(grad, source, ctx.widths)
             grad_values = to_latents[ctx.index.rows, ctx.index.cols].to(values.dtype)
         if ctx.needs_input_grad[1]:
             latents = ctx.index.spread(values.to(source.dtype))
-            grad_W = dense_ops.decoder_gradients(grad, latents, ctx.widths).to(ctx.W_dtype)
+            grad_W = decoder_gradients(grad, latents, ctx.widths).to(ctx.W_dtype)
         return grad_values, grad_W
     grad = grad.reshape(-1, grad.shape[-1]).to(source.dtype)
     if ctx.needs_input_grad[0]:

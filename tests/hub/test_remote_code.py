@@ -1,0 +1,145 @@
+"""Loading where the package is not installed: the same SAE, bit for bit, from the code in the repository."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+from hf_matryoshka_sae import hub as sae_hub
+from hf_matryoshka_sae.models import modeling_sae
+
+from ..models.reference import VARIANTS, D, hidden_states, make_sae
+
+
+# An interpreter that cannot import the package, whatever its path holds.
+WITHOUT_PACKAGE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_matryoshka_sae":
+            raise ModuleNotFoundError("No module named 'hf_matryoshka_sae'")
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import hf_matryoshka_sae
+    raise SystemExit("the package can be imported")
+except ModuleNotFoundError:
+    pass
+"""
+
+LOAD = """
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+states = load_file("input.safetensors")
+found = {}
+for place in %(places)r:
+    for width in (None, 5):
+        sae = AutoModel.from_pretrained(
+            "%(repo)s", subfolder=place, revision="%(revision)s", trust_remote_code=True, width=width
+        )
+        assert type(sae).__module__.startswith("transformers_modules"), type(sae)
+        latents = sae.encode(states["x"])
+        key = f"{place}-{width}"
+        found[key + "-latents"], found[key] = latents.to_dense(), sae.decode(latents)
+        found[key + "-loss"] = sae(states["x"]).loss
+        found[key + "-prefixes"] = sae.decode_prefixes(latents)
+save_file({name: value.detach().contiguous() for name, value in found.items()}, "output.safetensors")
+"""
+
+
+def run(code: str, folder: Path, url: str) -> subprocess.CompletedProcess:
+    """Run Python code in a folder, with an empty cache, against the loopback Hub."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def results(sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    latents = sae.encode(x)
+    return {
+        "-latents": latents.to_dense(),
+        "": sae.decode(latents),
+        "-loss": sae(x).loss,
+        "-prefixes": sae.decode_prefixes(latents),
+    }
+
+
+def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
+    saes = {variant: make_sae(variant, torch.float32, hookpoint=f"layers.{i}") for i, variant in enumerate(VARIANTS)}
+    saes["normalised"] = make_sae("topk", torch.float32, hookpoint="layers.x", input_normalization="layer_norm")
+    for sae in saes.values():
+        sae.save_pretrained(tmp_path / "run" / "sae" / sae.config.hookpoint)
+    commit = sae_hub.push(tmp_path / "run", "tester/all", measure=False, show=False)
+    HfApi().create_tag("tester/all", tag="v1", revision=commit.oid)
+    x = hidden_states(40, dtype=torch.float32)
+    save_file({"x": x}, tmp_path / "input.safetensors")
+    places = {sae.config.hookpoint: sae for sae in saes.values()}
+    code = WITHOUT_PACKAGE + LOAD % {"places": list(places), "repo": "tester/all", "revision": "v1"}
+    done = run(code, tmp_path, hub.url)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "output.safetensors")
+    for place, sae in places.items():
+        for width, expected in ((None, sae), (5, sae.truncate(5))):
+            for name, value in results(expected, x).items():
+                assert torch.equal(found[f"{place}-{width}{name}"], value), (place, width, name)
+
+
+def test_one_sae_at_the_root_loads_without_the_package_and_the_whole_after_a_part(hub, tmp_path):
+    sae = make_sae("matryoshka-batch_topk", torch.float32)
+    sae.push_to_hub("tester/one")
+    commit = hub.repos["tester/one"].branches["main"]
+    save_file({"x": torch.randn(3, D)}, tmp_path / "input.safetensors")
+    code = WITHOUT_PACKAGE + LOAD % {"places": [""], "repo": "tester/one", "revision": commit}
+    done = run(code, tmp_path, hub.url)
+    assert done.returncode == 0, done.stderr
+    x = load_file(tmp_path / "input.safetensors")["x"]
+    found = load_file(tmp_path / "output.safetensors")
+    assert torch.equal(found["-None"], results(sae, x)[""])
+
+
+def test_without_trust_nothing_of_the_repository_runs(hub, tmp_path):
+    make_sae("relu", torch.float32).push_to_hub("tester/one")
+    load = "from transformers import AutoModel\nAutoModel.from_pretrained('tester/one')"
+    done = run(WITHOUT_PACKAGE + load, tmp_path, hub.url)
+    assert done.returncode != 0 and "trust_remote_code" in done.stderr
+
+
+def test_the_cards_snippets_run_as_printed(hub, tmp_path):
+    sae = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1", base_model="embedded")
+    sae.save_pretrained(tmp_path / "run" / "sae" / "model.layers.1")
+    sae_hub.push(tmp_path / "run", "tester/card", measure=False, show=False)
+    sae.push_to_hub("tester/card-of-one")
+    for repo in ("tester/card", "tester/card-of-one"):
+        blocks = re.findall(r"```python\n(.*?)```", hub.files(repo)["README.md"].decode(), re.DOTALL)
+        assert len(blocks) == 2 and all(f'"{repo}"' in block for block in blocks)
+        for block in blocks:
+            without = "trust_remote_code" in block
+            done = run((WITHOUT_PACKAGE if without else "") + block, tmp_path, hub.url)
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(modeling_sae.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_the_code_imports_only_what_a_reader_has(path):
+    """Relative imports of files beside it; else the standard library and what transformers brings along."""
+    if path.name == "__init__.py":
+        return
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
+    for line in path.read_text().splitlines():
+        relative = re.match(r"\s*from (\.+)(\S*) import", line)
+        if relative:
+            assert relative[1] == "." and (path.parent / f"{relative[2]}.py").is_file(), line
+            continue
+        absolute = re.match(r"\s*(?:from|import) ([A-Za-z_]\w*)", line)
+        if absolute and absolute[1] == "triton":
+            continue  # inside `try`, tested below by loading without it
+        assert not absolute or absolute[1] in allowed, line
