@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +16,9 @@ from ..models import CONFIGS, SAEModel, build_sae
 from .checkpoint import Checkpoint
 
 
-logger = logging.getLogger(__name__)
+# What configs call F and D. (Bussmann's `dict_size` is not what a Matryoshka SAE has.)
+_NAMES_OF_F = ("d_sae", "n_latents", "hidden_dim", "num_latents")
+_NAMES_OF_D = ("d_in", "d_model", "n_inputs", "input_dim", "act_size")
 
 
 def assemble(
@@ -57,6 +58,7 @@ def assemble(
         `ValueError`: if k is needed and not known, or sizes do not fit.
     """
     hints, (num_latents, d_in) = checkpoint.hints, W_enc.shape
+    _check_sizes(checkpoint, num_latents, d_in)
     fields |= {"d_in": d_in, "num_latents": num_latents}
     fields |= {name: value for name in ("hookpoint", "base_model") if (value := getattr(hints, name)) is not None}
     state = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
@@ -79,6 +81,22 @@ def assemble(
             widths.append(num_latents)
         config = CONFIGS["matryoshka"](activation=activation, prefix_widths=widths, **fields)
     return _filled(config, state, hints.dtype)
+
+
+def _check_sizes(checkpoint: Checkpoint, num_latents: int, d_in: int) -> None:
+    """A config that says other sizes than the tensors have belongs to another checkpoint."""
+    trainer = checkpoint.config.get("trainer")
+    sizes = [(name, num_latents, checkpoint.config.get(name)) for name in _NAMES_OF_F]
+    sizes += [(name, d_in, checkpoint.config.get(name)) for name in _NAMES_OF_D]
+    if isinstance(trainer, dict):  # dictionary_learning's
+        sizes += [("dict_size", num_latents, trainer.get("dict_size"))]
+        sizes += [("activation_dim", d_in, trainer.get("activation_dim"))]
+    for name, found, said in sizes:
+        if said and said != found:
+            raise ValueError(
+                f"The tensors of {checkpoint.name} have {found} where its config says {name} {said}: they do not "
+                "belong together."
+            )
 
 
 def _checked_k(checkpoint: Checkpoint, activation: str, k: int | float | None) -> int | float:

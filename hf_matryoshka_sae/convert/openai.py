@@ -29,15 +29,18 @@ _SITES = {
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the biases have OpenAI's names, and encoder and decoder are two matrices."""
-    return checkpoint.has("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
+    """Whether the biases have OpenAI's names, beside an encoder and a decoder, which may be tied."""
+    biases = checkpoint.has("pre_bias", "latent_bias", "encoder.weight")
+    return biases and (checkpoint.has("decoder.weight") or checkpoint.has("decoder.linear.weight"))
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
     """The SAE of one file."""
     b_enc, b_dec = checkpoint.vector("latent_bias"), checkpoint.vector("pre_bias")
+    tied = checkpoint.has("decoder.linear.weight")  # the encoder's own matrix, by another name
+    decoder = "decoder.linear.weight" if tied else "decoder.weight"
     W_enc, W_dec = checkpoint.matrices(
-        "encoder.weight", "decoder.weight", (len(b_enc), len(b_dec)), transposed=(False, True)
+        "encoder.weight", decoder, (len(b_enc), len(b_dec)), transposed=(False, not tied)
     )
     activation = checkpoint.values.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):

@@ -27,9 +27,9 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     _refuse_other_maths(checkpoint)
     b_enc, b_dec = checkpoint.vector("encoder.bias"), checkpoint.vector("b_dec")
     W_enc, W_dec = checkpoint.matrices("encoder.weight", "W_dec", (len(b_enc), len(b_dec)), transposed=(False, False))
-    expected = config.get("num_latents") or config.get("expansion_factor", 0) * config.get("d_in", 0)
-    if expected and expected != len(b_enc):
-        raise ValueError(f"{checkpoint.name} has {len(b_enc)} latents where its cfg.json says {expected}.")
+    expanded = config.get("expansion_factor", 0) * config.get("d_in", 0)
+    if not config.get("num_latents") and expanded not in (0, len(b_enc)):
+        raise ValueError(f"{checkpoint.name} has {len(b_enc)} latents where its cfg.json says {expanded}.")
     k, extra = config.get("k", checkpoint.hints.k), {}
     if config.get("activation", "topk") == "groupmax":
         extra["group_size"] = _group_size(checkpoint, len(b_enc), k)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_matryoshka_sae import TopKSAEConfig, build_sae, convert
+from hf_matryoshka_sae import MatryoshkaSAEConfig, TopKSAEConfig, build_sae, convert
 from hf_matryoshka_sae.convert.checkpoint import cumulated, number_list
 
 from .reference import weights
@@ -95,6 +95,14 @@ def test_shapes(tmp_path, changed, message):
         convert.load(tmp_path)
 
 
+@pytest.mark.parametrize("wrong", [{"d_in": 32}, {"d_sae": 128}])
+def test_a_config_of_another_checkpoint(tmp_path, wrong):
+    saelens(tmp_path, weights(16, 64), **wrong)
+    ((name, said),) = wrong.items()
+    with pytest.raises(ValueError, match=f"where its config says {name} {said}"):
+        convert.load(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(16, 64), (24, 10)])
 def test_shapes_decide_which_axis_is_which(tmp_path, shape):
     tensors = weights(*shape)
@@ -157,6 +165,10 @@ def test_our_own_format(tmp_path):
     assert torch.equal(back.W_enc, sae.W_enc[:8]) and back.config.hookpoint == "model.layers.1"
     with pytest.raises(ValueError, match="topk_sae, which has no `prefix_widths`"):
         convert.load(tmp_path, prefix_widths=[8, 64])
+    nested = build_sae(MatryoshkaSAEConfig(d_in=16, num_latents=64, k=4))
+    nested.save_pretrained(tmp_path / "nested")
+    back = convert.load(tmp_path / "nested", prefix_widths=[8, 64], k=3)
+    assert back.prefix_widths == [8, 64] and back.config.k == 3
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged or half-written"):
         convert.load(tmp_path)

@@ -43,6 +43,16 @@ def test_topk_normalises(tmp_path, shape, k):
     assert_computes(convert.load(tmp_path), x, *encode_decode(x, tensors, topk(k), norm="layer_norm"))
 
 
+def test_tied_decoder(tmp_path):
+    tensors, x = weights(16, 64), inputs(16)
+    tensors["W_dec"] = tensors["W_enc"]
+    file = write(tmp_path / "5.pt", tensors, "ReLU")
+    state = torch.load(file, weights_only=True)
+    state["decoder.linear.weight"] = state.pop("decoder.weight").T
+    torch.save(state, file)
+    assert_computes(convert.load(file), x, *encode_decode(x, tensors, relu))
+
+
 @pytest.mark.parametrize(
     "location, hookpoint",
     [
