@@ -42,6 +42,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # uploaded to LFS, committed or not
         self.requests: list[Request] = []
         self.ranges, self._failures, self.on_request = True, {}, None
+        self.cdn: str | None = None  # where large files are redirected to
         self.counted = 0
 
     def __enter__(self) -> "HubServer":
@@ -58,6 +59,10 @@ class HubServer:
         assert how in FAILURES, how
         with self.lock:
             self._failures = {self.counted + number + i: how for i in range(times)}
+
+    def serve_large_files_elsewhere(self) -> None:
+        """Redirect requests for LFS files to another host, as the Hub does; it is this server by another name."""
+        self.cdn = self.url.replace("127.0.0.1", "localhost")
 
     def watch(self, call: Callable[[int, str, str], None] | None) -> None:
         """Call `call(number, method, path)` when a request comes; what it does delays the answer."""

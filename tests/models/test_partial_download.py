@@ -122,6 +122,18 @@ def test_a_cache_with_parts_is_a_sound_cache(hub, tmp_path):
     assert not found.warnings and [repo.repo_id for repo in found.repos] == [REPO]
 
 
+def test_ranges_are_fetched_where_the_hub_redirects_to_without_its_token(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    hub.serve_large_files_elsewhere()
+    assert_same_tensors(AutoModel.from_pretrained(REPO, width=100), sae.truncate(100))
+    assert_same_tensors(AutoModel.from_pretrained(REPO), sae)
+    elsewhere = [request for request in hub.requests if request.path.startswith("/cdn/")]
+    assert len(elsewhere) > 6 and all(request.status == 206 for request in elsewhere)
+    assert all(request.authorization is None for request in elsewhere)
+    assert any(request.authorization for request in hub.requests)
+
+
 def test_a_new_commit_is_fetched_anew_and_the_old_one_stays(hub, tmp_path):
     first, second = large(), large()
     put(hub, first, tmp_path / "first")
