@@ -97,6 +97,12 @@ class Checkpoint:
         """What a pickle or archive holds that is no tensor."""
         return self._contents[1]
 
+    def unwrap(self, name: str) -> None:
+        """Go on with what a dictionary inside the file holds, where it has one of this name."""
+        inner = self.values.get(name)
+        if isinstance(inner, dict):
+            self._contents = _split(inner)
+
     def json_beside(self, name: str, up: int = 0) -> dict[str, Any]:
         """Another JSON file of the checkpoint; empty where there is none."""
         file = self.place.beside(name, up)
@@ -270,6 +276,11 @@ def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(_damaged(file, "torch file", error)) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a dictionary of tensors, holds a {type(content).__name__}.")
+    return _split(content)
+
+
+def _split(content: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and what is none."""
     tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     return tensors, {str(name): value for name, value in content.items() if not isinstance(value, Tensor)}
 

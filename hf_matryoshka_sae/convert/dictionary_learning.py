@@ -110,10 +110,7 @@ def _topk_or_batch(checkpoint: Checkpoint) -> str:
 
 def read(checkpoint: Checkpoint) -> SAEModel:
     """The SAE of a trainer's folder, or of one of its steps."""
-    inner = checkpoint.values.get("ae")
-    if isinstance(inner, dict):
-        checkpoint.tensors.clear()
-        checkpoint.tensors.update({name: value for name, value in inner.items() if isinstance(value, Tensor)})
+    checkpoint.unwrap("ae")
     kind = _dict_class(checkpoint)
     b_dec = checkpoint.vector("decoder.bias" if kind == "AutoEncoderNew" else "b_dec", "bias", "decoder_bias")
     b_enc = checkpoint.vector("b_enc", "encoder.bias", "gate_bias")

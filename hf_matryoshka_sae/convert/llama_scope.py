@@ -5,6 +5,7 @@ library's own "inference" form has it: the SAE takes raw hidden states and its l
 not subtracted from the input unless the config says so.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from .base import Format
 from .checkpoint import Checkpoint
 from .hook_names import from_transformer_lens, kept_with_warning
 
+
+logger = logging.getLogger(__name__)
 
 _MODEL = "meta-llama/Llama-3.1-8B"
 
@@ -34,6 +37,11 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     if activation not in ("jumprelu", "relu", "topk"):
         raise ValueError(
             f"{checkpoint.name} has act_fn {activation!r}; what is known is 'jumprelu', 'relu' and 'topk'."
+        )
+    norm = config.get("norm_activation", "dataset-wise")
+    if norm not in ("dataset-wise", "inference"):
+        raise ValueError(
+            f"{checkpoint.name} has norm_activation {norm!r}; what is read is 'dataset-wise' and 'inference'."
         )
     if config.get("use_glu_encoder"):
         raise ValueError(f"{checkpoint.name} multiplies its latents by a second encoder's, which no SAE here does.")
@@ -60,12 +68,13 @@ def read(checkpoint: Checkpoint) -> SAEModel:
         **extra,
     )
     norms = config.get("dataset_average_activation_norm") or {}
-    if config.get("norm_activation", "dataset-wise") == "dataset-wise" and norms:
+    if norm == "dataset-wise" and norms:
         fold_dataset_norm(sae, norms["in"], norms.get("out", norms["in"]))
-    elif config.get("norm_activation") in ("token-wise", "batch-wise"):
-        raise ValueError(
-            f"{checkpoint.name} has norm_activation {config['norm_activation']!r}; what is read is 'dataset-wise' and "
-            "'inference'."
+    elif norm == "dataset-wise":
+        logger.warning(
+            "%s was trained on hidden states times a factor which is not among its files: scale its input to an "
+            "average length of sqrt(d_in).",
+            checkpoint.name,
         )
     return sae
 
@@ -91,12 +100,8 @@ def jumprelu_threshold(checkpoint: Checkpoint, W_dec: Tensor) -> Tensor | float:
 
 def fold_dataset_norm(sae: SAEModel, norm_in: float, norm_out: float) -> None:
     """Make an SAE for hidden states of length sqrt(D) take raw ones, of average length `norm_in` (in place)."""
-    root = math.sqrt(sae.config.d_in)
-    if norm_in == norm_out:
-        sae.fold_normalization_(torch.zeros_like(sae.b_dec), norm_in / root)
-        return
-    # A transcoder: what comes out has another length than what goes in.
-    sae.fold_normalization_(torch.zeros_like(sae.b_dec), norm_in / root)
+    sae.fold_normalization_(torch.zeros_like(sae.b_dec), norm_in / math.sqrt(sae.config.d_in))
+    # Of a transcoder, what comes out has another length than what goes in.
     sae.b_dec.data *= norm_out / norm_in
     sae.W_dec.data *= norm_out / norm_in
 

@@ -87,7 +87,9 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     details = _training(checkpoint)
     if activation in ("jumprelu", "batch_topk"):
         extra["threshold"] = _threshold(checkpoint, len(b_enc))
-    if activation == "jumprelu" and str(details["architecture"]).endswith("batchtopk"):
+    # Without k it could not be trained on as what it was; what it computes is the same.
+    known = details["k"] is not None or checkpoint.hints.k is not None
+    if activation == "jumprelu" and known and str(details["architecture"]).endswith("batchtopk"):
         activation = "batch_topk"
     if activation == "topk":
         extra["scale_by_decoder_norm"] = config.get("rescale_acts_by_decoder_norm", "aux_loss_coefficient" in config)
@@ -238,7 +240,7 @@ def _places(checkpoint: Checkpoint, transcodes: bool) -> dict[str, str | None]:
     for ours, (theirs, hf) in sides.items():
         if ours == "hookpoint" and checkpoint.hints.hookpoint is not None:
             continue
-        name = metadata.get(theirs) or metadata.get("hook_point")
+        name = metadata.get(theirs) or (metadata.get("hook_point") if ours == "hookpoint" else None)
         if metadata.get(hf):
             places[ours] = from_module_path(metadata[hf])
         elif metadata.get("hook_head_index") is not None:

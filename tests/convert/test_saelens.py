@@ -114,6 +114,16 @@ def test_widths_from_the_runs_config_or_the_user_but_never_guessed(tmp_path, cap
     assert convert.load(tmp_path).prefix_widths == [2, 64]
 
 
+def test_without_a_k_it_is_what_it_computes(tmp_path):
+    tensors, x = weights(16, 64), inputs(16)
+    details = MATRYOSHKA | {"training_architecture_details": {"matryoshka_widths": [4, 64]}}
+    write(tmp_path, tensors, {"architecture": "jumprelu"}, details, threshold=tensors["threshold"])
+    sae = convert.load(tmp_path)
+    assert (sae.config.activation, sae.prefix_widths) == ("jumprelu", [4, 64])
+    assert_computes(sae, x, *encode_decode(x, tensors, jumprelu(tensors["threshold"])))
+    assert convert.load(tmp_path, k=7).config.activation == "batch_topk"
+
+
 @pytest.mark.parametrize("rescaled", [True, False])
 def test_checkpoint_of_training_with_its_running_threshold(tmp_path, rescaled):
     tensors, x = weights(16, 64), inputs(16)

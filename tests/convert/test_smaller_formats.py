@@ -108,6 +108,20 @@ def test_llamascopium(tmp_path, activation, norm, by_contribution):
     assert_computes(sae, x, latents * units / factor, reconstruction / factor)
 
 
+def test_llamascopium_transcoder(tmp_path):
+    tensors, x = weights(16, 64), inputs(16)
+    hooks = {"hook_point_in": "blocks.2.ln2.hook_normalized", "hook_point_out": "blocks.2.hook_mlp_out"}
+    state = matrices(tensors, NAMES)
+    for hook, length in zip(hooks.values(), (7.0, 3.0), strict=True):
+        state[f"dataset_average_activation_norm.{hook}"] = torch.tensor(length)
+    config = {"sae_type": "transcoder", "d_model": 16, "act_fn": "relu", "sparsity_include_decoder_norm": False}
+    write(tmp_path, state, "sae_weights.safetensors", config | hooks | {"model_name": "meta-llama/Llama-3.1-8B"})
+    sae = convert.load(tmp_path)
+    assert sae.config.output_hookpoint == "model.layers.2.mlp"
+    latents, reconstruction = encode_decode(x * 4 / 7.0, tensors, relu, subtract=False)
+    assert_computes(sae, x, latents * 7.0 / 4, reconstruction * 3.0 / 4)
+
+
 def test_llamascopium_refusals(tmp_path):
     tensors = weights(16, 64)
     for config, message in (
