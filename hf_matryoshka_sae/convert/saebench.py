@@ -50,7 +50,8 @@ class SAEBenchAdapter(nn.Module):
     """An SAE with the parts that SAEBench uses. Made by [`to_saebench`].
 
     Latents are in units of their contribution, `a ||d_i||`, in which decoder rows have length 1; which of them fire is
-    decided as the SAE decides it.
+    decided as the SAE decides it. An SAE that normalises each hidden state undoes it for the tokens that were encoded
+    last, as SAEBench decodes latents without their hidden states.
 
     Args:
         sae ([`SAEModel`]): Any family; its weights are copied.
@@ -66,6 +67,7 @@ class SAEBenchAdapter(nn.Module):
         self.cfg = cfg
         self.device, self.dtype = sae.W_enc.device, sae.W_enc.dtype
         self.hook_name, self.hook_layer = cfg.hook_name, cfg.hook_layer
+        self._input_normalization, self._input_norm = sae.config.input_normalization, None
         self._activation, self._k = sae.config.activation_name, getattr(sae.config, "k", None)
         lengths = sae.W_dec.detach().norm(dim=1)
         lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
@@ -86,7 +88,8 @@ class SAEBenchAdapter(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense latents `(..., F)` of hidden states `(..., D)`."""
-        centred = x.to(self.dtype) - self.b_dec if self.cfg.apply_b_dec_to_input else x.to(self.dtype)
+        x = self._normalized(x.to(self.dtype))
+        centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
         pre = centred @ self.W_enc + self.b_enc
         match self._activation:
             case "topk":
@@ -98,6 +101,19 @@ class SAEBenchAdapter(nn.Module):
                 return torch.relu(magnitude) * (pre > 0)
         return torch.relu(pre)
 
+    def _normalized(self, x: Tensor) -> Tensor:
+        """What the encoder sees; remembers what decoding has to undo."""
+        if self._input_normalization == "layer_norm":
+            shift = x.mean(-1, keepdim=True)
+            scale = (x - shift).std(-1, keepdim=True)
+            self._input_norm = shift, scale
+            return (x - shift) / (scale + 1e-5)
+        if self._input_normalization == "constant_norm":
+            scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            self._input_norm = torch.zeros_like(scale), scale
+            return x / scale
+        return x
+
     def _kept(self, scores: Tensor) -> Tensor:
         """True at the latents that are kept: the k largest of a token, or the largest of each group."""
         if self._groups is None:
@@ -108,8 +124,21 @@ class SAEBenchAdapter(nn.Module):
         return scores == largest.gather(-1, index)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The reconstruction `(..., D)` of latents `(..., F)`."""
-        return feature_acts.to(self.dtype) @ self.W_dec + self.b_dec
+        """The reconstruction `(..., D)` of latents `(..., F)`.
+
+        Raises:
+            `ValueError`: if the SAE normalises hidden states, and those encoded last are not as many.
+        """
+        decoded = feature_acts.to(self.dtype) @ self.W_dec + self.b_dec
+        if self._input_normalization is None:
+            return decoded
+        if self._input_norm is None or self._input_norm[1].shape[:-1] != decoded.shape[:-1]:
+            raise ValueError(
+                f"This SAE normalises each hidden state ({self._input_normalization}): encode the hidden states of "
+                f"these latents first. Latents have shape {tuple(feature_acts.shape)}."
+            )
+        shift, scale = self._input_norm
+        return decoded * scale + shift
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction `(..., D)` of hidden states `(..., D)`."""
@@ -171,11 +200,6 @@ def to_saebench(
         `ValueError`: if a name cannot be found, or SAEBench has no place for what the SAE computes.
     """
     config = sae.config
-    if config.input_normalization is not None:
-        raise ValueError(
-            f"This SAE normalises each hidden state ({config.input_normalization}), and SAEBench decodes latents "
-            "without the hidden state they are from."
-        )
     if config.output_hookpoint is not None:
         raise ValueError("This is a transcoder; SAEBench replaces hidden states by their own reconstruction.")
     model_name = model_name or transformer_lens_model(config.base_model)

@@ -10,7 +10,7 @@ from .test_save import VARIANTS, random_sae
 
 
 NAMES = {"model_name": "pythia-70m", "hook_name": "blocks.1.hook_resid_post"}
-PLAIN = [name for name in VARIANTS if not any(word in name for word in ("_norm", "transcoder"))]
+PLAIN = [name for name in VARIANTS if "transcoder" not in name]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,8 +80,12 @@ def test_normalising_changed_decoder_rows_keeps_what_it_computes(variant):
 def test_refusals():
     with pytest.raises(ValueError, match="which hook_name|Which model_name"):
         convert.to_saebench(random_sae("relu"))
-    with pytest.raises(ValueError, match="normalises each hidden state"):
-        convert.to_saebench(random_sae("topk layer_norm"), **NAMES)
+    adapter = convert.to_saebench(random_sae("topk layer_norm"), **NAMES)
+    with pytest.raises(ValueError, match="encode the hidden states of these latents first"):
+        adapter.decode(torch.zeros(5, 64))
+    latents = adapter.encode(inputs(16))
+    with pytest.raises(ValueError, match=r"Latents have shape \(5, 64\)"):
+        adapter.decode(latents[:5])
     with pytest.raises(ValueError, match="transcoder"):
         convert.to_saebench(random_sae("relu transcoder"), **NAMES)
     with pytest.raises(ValueError, match="`width` must lie between"):
