@@ -29,8 +29,7 @@ _ACTIVATIONS = {
 def claims(checkpoint: Checkpoint) -> bool:
     """Whether the config has the names of these repositories."""
     config = checkpoint.config
-    sizes = "act_size" in config and ("dict_size" in config or "group_sizes" in config)
-    return sizes and checkpoint.has("W_enc", "W_dec", "b_dec")
+    return "act_size" in config and ("dict_size" in config or "group_sizes" in config)
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:

@@ -169,15 +169,17 @@ def _places(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Language model and hookpoint, from the layer, the sub-module's name and which of its sides was read."""
     trainer, buffer = checkpoint.config.get("trainer") or {}, checkpoint.config.get("buffer") or {}
     model = hf_model_id(checkpoint.hints.base_model or trainer.get("lm_name"))
-    if checkpoint.hints.hookpoint is not None:
-        return {"base_model": model}
     name, layer, side = trainer.get("submodule_name"), trainer.get("layer"), buffer.get("io", "out")
-    end, hookpoint, layout = ":input" if side == "in" else "", None, layout_of(model)
+    path, layout = None, layout_of(model)
     if re.fullmatch(r"resid_post(_layer_?\d+)?", str(name)) and layout is not None and isinstance(layer, int):
-        hookpoint = layout.layer(layer) + end
+        path = layout.layer(layer)
     elif re.match(r"(model|transformer|gpt_neox)\.\w", str(name)):  # a path already
-        hookpoint = f"{name}{end}"
-    return {"base_model": model, "hookpoint": kept_with_warning(name, hookpoint, model)}
+        path = str(name)
+    if side == "in_and_out":  # a transcoder
+        return {"base_model": model, "hookpoint": f"{path or name}:input", "output_hookpoint": path or str(name)}
+    hookpoint = path if path is None or side == "out" else f"{path}:input"
+    hookpoint = checkpoint.hints.hookpoint or kept_with_warning(name, hookpoint, model)
+    return {"base_model": model, "hookpoint": hookpoint}
 
 
 def objection(sae: SAEModel) -> str | None:

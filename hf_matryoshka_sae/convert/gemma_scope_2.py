@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the matrices have names in small letters, in a safetensors file."""
-    return checkpoint.file_name.endswith(".safetensors") and checkpoint.has("w_enc", "w_dec", "b_enc", "b_dec")
+    """Whether the config says so, or a safetensors file has matrices with names in small letters."""
+    if checkpoint.config.get("architecture") == "jump_relu":
+        return True
+    return checkpoint.file_name.endswith(".safetensors") and checkpoint.has("w_enc", "w_dec")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:

@@ -29,9 +29,8 @@ _SITES = {
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the biases have OpenAI's names, beside an encoder and a decoder, which may be tied."""
-    biases = checkpoint.has("pre_bias", "latent_bias", "encoder.weight")
-    return biases and (checkpoint.has("decoder.weight") or checkpoint.has("decoder.linear.weight"))
+    """Whether the biases have OpenAI's names; those of CSR have a config."""
+    return checkpoint.has("pre_bias", "latent_bias")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:

@@ -18,9 +18,8 @@ _LAYER = re.compile(r"layer(\d+)\.sae\.pt")
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether file or repository have the names of Qwen-Scope, and the tensors fit."""
-    named = _LAYER.fullmatch(checkpoint.file_name) or _REPOSITORY.search(checkpoint.name)
-    return bool(named) and checkpoint.has("W_enc", "W_dec", "b_enc", "b_dec")
+    """Whether file or repository have the names of Qwen-Scope."""
+    return bool(_LAYER.fullmatch(checkpoint.file_name) or _REPOSITORY.search(checkpoint.name))
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:

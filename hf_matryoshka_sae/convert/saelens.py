@@ -68,34 +68,18 @@ _TRANSCODERS = {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"}
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config has the sizes that SAELens writes, beside weights of the usual names."""
-    return {"d_in", "d_sae"} <= checkpoint.config.keys() and checkpoint.has("W_enc", "W_dec", "b_dec")
+    """Whether the config has the sizes that only SAELens calls so."""
+    return {"d_in", "d_sae"} <= checkpoint.config.keys()
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
     """The SAE of a SAELens folder."""
-    config = checkpoint.config
     architecture = _architecture(checkpoint)
-    activation = _ARCHITECTURES[architecture]
-    _refuse_more_tensors(checkpoint, activation)
-    b_dec = checkpoint.vector("b_dec")
-    b_enc = checkpoint.vector("b_gate" if activation == "gated" else "b_enc")
-    W_enc, W_dec = checkpoint.matrices("W_enc", "W_dec", (len(b_enc), len(b_dec)), transposed=(True, False))
-    extra: dict[str, Any] = {}
-    if activation == "gated":
-        extra = {name: checkpoint.vector(name, length=len(b_enc)) for name in ("r_mag", "b_mag")}
-    details = _training(checkpoint)
-    if activation in ("jumprelu", "batch_topk"):
-        extra["threshold"] = _threshold(checkpoint, len(b_enc))
-    # Without k it could not be trained on as what it was; what it computes is the same.
-    known = details["k"] is not None or checkpoint.hints.k is not None
-    if activation == "jumprelu" and known and str(details["architecture"]).endswith("batchtopk"):
-        activation = "batch_topk"
-    if activation == "topk":
-        extra["scale_by_decoder_norm"] = config.get("rescale_acts_by_decoder_norm", "aux_loss_coefficient" in config)
-    elif checkpoint.has("topk_threshold"):
-        extra["scale_by_decoder_norm"] = config.get("rescale_acts_by_decoder_norm", True)
     transcodes = architecture.endswith("transcoder")
+    b_dec = checkpoint.vector("b_dec")
+    b_enc = checkpoint.vector("b_gate" if architecture == "gated" else "b_enc")
+    W_enc, W_dec = checkpoint.matrices("W_enc", "W_dec", (len(b_enc), len(b_dec)), transposed=(True, False))
+    activation, extra = _family(checkpoint, architecture, len(b_enc))
     sae = assemble(
         checkpoint,
         activation,
@@ -103,15 +87,34 @@ def read(checkpoint: Checkpoint) -> SAEModel:
         W_dec=_finetuned(checkpoint, W_dec),
         b_enc=b_enc,
         b_dec=b_dec,
-        k=details["k"],
-        prefix_widths=details["widths"],
-        apply_b_dec_to_input=not transcodes and config.get("apply_b_dec_to_input") not in (False, 0),
+        apply_b_dec_to_input=not transcodes and checkpoint.config.get("apply_b_dec_to_input") not in (False, 0),
         input_normalization=_normalization(checkpoint, transcodes),
         **_places(checkpoint, transcodes),
         **extra,
     )
     _fold_scaler(checkpoint, sae)
     return sae
+
+
+def _family(checkpoint: Checkpoint, architecture: str, num_latents: int) -> tuple[str, dict[str, Any]]:
+    """Its activation, and what only some families have."""
+    config, activation = checkpoint.config, _ARCHITECTURES[architecture]
+    _refuse_more_tensors(checkpoint, activation)
+    trained_as, widths, k = _training(checkpoint)
+    extra: dict[str, Any] = {"prefix_widths": widths, "k": k}
+    if activation == "gated":
+        extra |= {name: checkpoint.vector(name, length=num_latents) for name in ("r_mag", "b_mag")}
+    if activation in ("jumprelu", "batch_topk"):
+        extra["threshold"] = _threshold(checkpoint, num_latents)
+    if activation == "topk":
+        extra["scale_by_decoder_norm"] = config.get("rescale_acts_by_decoder_norm", "aux_loss_coefficient" in config)
+    elif checkpoint.has("topk_threshold"):
+        extra["scale_by_decoder_norm"] = config.get("rescale_acts_by_decoder_norm", True)
+    # Without k it could not be trained on as what it was; what it computes is the same.
+    known = k is not None or checkpoint.hints.k is not None
+    if activation == "jumprelu" and known and str(trained_as).endswith("batchtopk"):
+        activation = "batch_topk"
+    return activation, extra
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
@@ -152,8 +155,8 @@ def _refuse_more_tensors(checkpoint: Checkpoint, activation: str) -> None:
         )
 
 
-def _training(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What it was trained as, its k and its prefix widths, from wherever they are written."""
+def _training(checkpoint: Checkpoint) -> tuple[str | None, list[int] | None, int | float | None]:
+    """What it was trained as, its prefix widths and its k, from wherever they are written."""
     config, metadata = checkpoint.config, checkpoint.config.get("metadata") or {}
     architecture = metadata.get("training_architecture") or config.get("architecture")
     details = metadata.get("training_architecture_details") or {}
@@ -170,7 +173,7 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any]:
                 "Pass `prefix_widths`.",
                 checkpoint.name,
             )
-    return {"architecture": architecture, "widths": number_list(widths), "k": k}
+    return architecture, number_list(widths), k
 
 
 def _threshold(checkpoint: Checkpoint, num_latents: int):

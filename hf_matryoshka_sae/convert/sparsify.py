@@ -17,8 +17,8 @@ from .hook_names import from_sparsify, hf_model_id, kept_with_warning
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether a linear encoder is beside a decoder that is a plain matrix."""
-    return checkpoint.has("encoder.weight", "W_dec", "b_dec")
+    """Whether the config has the fields of a sparse coder, or a linear encoder is beside a plain decoder."""
+    return {"k", "d_in", "expansion_factor"} <= checkpoint.config.keys() or checkpoint.has("encoder.weight", "W_dec")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:

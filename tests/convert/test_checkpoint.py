@@ -70,6 +70,17 @@ def test_damaged_config(tmp_path):
         convert.load(tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_whatever_is_missing_is_named(tmp_path, missing):
+    tensors = weights(16, 64)
+    saelens(tmp_path, tensors)
+    save_file(
+        {k: v for k, v in tensors.items() if k not in (missing, "threshold")}, tmp_path / "sae_weights.safetensors"
+    )
+    with pytest.raises(ValueError, match=f"lacks the tensor {missing}; it holds"):
+        convert.load(tmp_path)
+
+
 def test_what_is_missing_is_named_with_what_is_there(tmp_path):
     tensors = weights(16, 64)
     saelens(tmp_path, tensors, architecture="jumprelu")

@@ -159,6 +159,9 @@ def test_input_side(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"buffer": {"io": "in"}}))
     assert convert.load(tmp_path).config.hookpoint == "gpt_neox.layers.2:input"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"buffer": {"io": "in_and_out"}}))
+    transcoder = convert.load(tmp_path).config
+    assert (transcoder.hookpoint, transcoder.output_hookpoint) == ("gpt_neox.layers.2:input", "gpt_neox.layers.2")
 
 
 def test_refusals(tmp_path):
