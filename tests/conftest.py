@@ -49,3 +49,4 @@ def _seed() -> None:
 def way(request, monkeypatch) -> None:
     """Both ways of summing over what fired: small tests would always take the second."""
     monkeypatch.setattr(dense_ops, "_SHARE", request.param)
+    monkeypatch.setattr(dense_ops, "_FEWEST", 0)

@@ -1,5 +1,6 @@
 """The ways in: sub-commands, the demo, and the README's snippets on what the demo leaves."""
 
+import os
 import re
 import subprocess
 import sys
@@ -39,12 +40,17 @@ def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     assert (folder / "runs/demo/results.png").is_file()
 
 
-def test_the_readme_snippet_runs_on_what_the_demo_leaves(demo_run):
+def test_the_readme_snippets_run_on_what_the_demo_leaves(demo_run, hub):
+    """Those about the Hub against a loopback one."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(demo_run[0] / "home")}
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=demo_run[0], capture_output=True, text=True)
+        environment = online if "hub.push" in block else None
+        run = [sys.executable, "-c", block]
+        done = subprocess.run(run, cwd=demo_run[0], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    assert "model.layers.2/model.safetensors" in hub.files("your-name/demo-sae")
 
 
 def test_the_readme_run_is_a_valid_config():
@@ -63,7 +69,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("train", "evaluate", "toy", "demo"))
+    assert all(name in printed for name in ("train", "evaluate", "push", "pull", "convert", "toy", "demo"))
 
 
 def test_train_help_lists_every_field(capsys):
@@ -72,7 +78,16 @@ def test_train_help_lists_every_field(capsys):
     assert all(name in printed for name in ("hookpoints", "batch_size", "prefix_widths", "auxk_coefficient"))
 
 
-@pytest.mark.parametrize("command, flag", [("evaluate", "--widths"), ("toy", "--random_tree")])
+@pytest.mark.parametrize(
+    "command, flag",
+    [
+        ("evaluate", "--widths"),
+        ("push", "--dry_run"),
+        ("pull", "--width"),
+        ("convert", "--prefix_widths"),
+        ("toy", "--random_tree"),
+    ],
+)
 def test_commands_with_their_own_flags_list_them(capsys, command, flag):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -12,11 +12,14 @@ from torch import Tensor
 
 # From this share of N x F on, matmuls are faster (measured on a CPU at d_in 512; both sides grow alike with d_in).
 _SHARE = 1 / 8
+# With fewer pairs the time does not matter. Added up one by one, as matmuls of small batches do too, their sums are those
+# of other libraries to the last bits.
+_FEWEST = 2**17
 
 
 def worthwhile(num_pairs: int, num_rows: int, num_latents: int) -> bool:
     """Whether matmuls are cheaper for so many pairs."""
-    return num_pairs > _SHARE * num_rows * num_latents
+    return num_pairs >= _FEWEST and num_pairs > _SHARE * num_rows * num_latents
 
 
 def spread(values: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tensor:

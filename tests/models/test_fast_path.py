@@ -87,6 +87,7 @@ def weights_of(sae) -> torch.Tensor:
 def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, share, static, block, monkeypatch):
     set_blocks(monkeypatch, block)
     monkeypatch.setattr(dense_ops, "_SHARE", share)
+    monkeypatch.setattr(dense_ops, "_FEWEST", 0)
     monkeypatch.setattr(selection, "_host_may_look", lambda device: not static)
     sae, x = tied_sae(variant), tied_states()
     ours, dense = step(sae, x, weights_of(sae)), dense_step(sae, x, weights_of(sae))
@@ -154,8 +155,9 @@ def test_nothing_of_size_n_x_f_is_kept_for_the_backward_pass():
 
 
 def test_many_latents_that_fire_are_summed_by_matmuls_and_few_are_not():
-    assert dense_ops.worthwhile(num_pairs=500, num_rows=10, num_latents=100)
-    assert not dense_ops.worthwhile(num_pairs=100, num_rows=10, num_latents=100)
+    assert dense_ops.worthwhile(num_pairs=500_000, num_rows=10_000, num_latents=100)
+    assert not dense_ops.worthwhile(num_pairs=100_000, num_rows=10_000, num_latents=100)
+    assert not dense_ops.worthwhile(num_pairs=500, num_rows=10, num_latents=100)
 
 
 @pytest.mark.parametrize("num_latents", [1, 31, 33, 100, 1021])
