@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -147,23 +143,6 @@ def plain(sae: SAEModel, subtracts: bool | None = None, unit_rows: bool = True) 
 def cpu_tensors(sae: SAEModel) -> dict[str, Tensor]:
     """The tensors of an SAE on the CPU, in its own memory."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-
-
-@contextmanager
-def staged(target: Path, last: str) -> Iterator[Path]:
-    """A folder to write files to, which take their places in `target` when the block ends, the file `last` last.
-
-    Nothing changes where the block raises.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield staging
-        names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == last)
-        for name in names:
-            os.replace(staging / name, target / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models import SAEModel
-from .assembly import assemble, cpu_tensors, plain, staged, write_json
+from ..models.checkpoint_files import staged_files
+from .assembly import assemble, cpu_tensors, plain, write_json
 from .base import Format, first_objection
 from .checkpoint import Checkpoint, cumulated, number_list
 from .hook_names import hf_model_id, kept_with_warning, layout_of
@@ -209,7 +210,7 @@ def write(sae: SAEModel, path: Path) -> None:
     subtracts = None if kind.startswith("AutoEncoder") and kind != "AutoEncoderTopK" else kind != "JumpReluAutoEncoder"
     sae = plain(sae, subtracts=subtracts)
     tensors = cpu_tensors(sae)
-    with staged(path, last="config.json") as staging:
+    with staged_files(path, keep_others=True, last="config.json") as staging:
         torch.save(_state(sae, kind, tensors), staging / "ae.pt")
         write_json(staging / "config.json", _config(sae, kind))
 

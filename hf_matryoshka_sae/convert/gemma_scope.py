@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from ..models import SAEModel
-from .assembly import assemble, cpu_tensors, plain, staged
+from ..models.checkpoint_files import staged_files
+from .assembly import assemble, cpu_tensors, plain
 from .base import Format, first_objection
 from .checkpoint import Checkpoint
 from .hook_names import from_transformer_lens
@@ -94,7 +95,7 @@ def write(sae: SAEModel, path: Path) -> None:
     """One archive: `path` itself where that ends in `.npz`, else `params.npz` in it."""
     tensors = {name: tensor.float().numpy() for name, tensor in cpu_tensors(plain(sae, subtracts=False)).items()}
     name = path.name if path.suffix == ".npz" else "params.npz"
-    with staged(path.parent if path.suffix == ".npz" else path, last=name) as staging:
+    with staged_files(path.parent if path.suffix == ".npz" else path, keep_others=True, last=name) as staging:
         np.savez(
             staging / name,
             W_enc=np.ascontiguousarray(tensors["W_enc"].T),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..models import SAEModel
-from .assembly import assemble, cpu_tensors, plain, staged
+from ..models.checkpoint_files import staged_files
+from .assembly import assemble, cpu_tensors, plain
 from .base import Format, first_objection
 from .checkpoint import Checkpoint
 from .hook_names import LAYOUTS
@@ -106,7 +107,7 @@ def write(sae: SAEModel, path: Path) -> None:
     }
     layer = re.search(r"\.(\d+)(\.|:|$)", sae.config.hookpoint or "")
     name = path.name if path.suffix == ".pt" else f"{layer[1]}.pt" if layer else "autoencoder.pt"
-    with staged(path.parent if path.suffix == ".pt" else path, last=name) as staging:
+    with staged_files(path.parent if path.suffix == ".pt" else path, keep_others=True, last=name) as staging:
         torch.save(content, staging / name)
 
 

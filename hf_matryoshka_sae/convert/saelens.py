@@ -15,8 +15,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..models import SAEModel
+from ..models.checkpoint_files import staged_files
 from ..models.configuration_sae import nearest
-from .assembly import assemble, cpu_tensors, plain, staged, write_json
+from .assembly import assemble, cpu_tensors, plain, write_json
 from .base import Format, first_objection
 from .checkpoint import Checkpoint, number_list
 from .hook_names import (
@@ -275,7 +276,7 @@ def write(sae: SAEModel, path: Path) -> None:
     state = {name: tensors[name].T.contiguous() if name == "W_enc" else tensors[name] for name in ("W_enc", "W_dec")}
     state |= {"b_dec": tensors["b_dec"], "b_gate" if activation == "gated" else "b_enc": tensors["b_enc"]}
     state |= {name: tensors[name] for name in ("r_mag", "b_mag", "threshold") if name in tensors}
-    with staged(path, last="cfg.json") as staging:
+    with staged_files(path, keep_others=True, last="cfg.json") as staging:
         save_file(state, staging / "sae_weights.safetensors")
         write_json(staging / "cfg.json", _config(sae, scaled))
 

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..models import SAEModel
-from .assembly import assemble, cpu_tensors, plain, staged, write_json
+from ..models.checkpoint_files import staged_files
+from .assembly import assemble, cpu_tensors, plain, write_json
 from .base import Format, first_objection
 from .checkpoint import Checkpoint
 from .hook_names import from_sparsify, hf_model_id, kept_with_warning
@@ -138,7 +139,7 @@ def write(sae: SAEModel, path: Path) -> None:
         "transcode": transcodes,
         "d_in": config.d_in,
     }
-    with staged(path, last="cfg.json") as staging:
+    with staged_files(path, keep_others=True, last="cfg.json") as staging:
         save_file(state, staging / "sae.safetensors")
         write_json(staging / "cfg.json", content)
 

@@ -1,7 +1,7 @@
 """What a repository or a folder holds, and loading it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,46 +55,51 @@ class SAEInfo:
         return {key: value for key, value in vars(self).items() if key != "subfolder"}
 
 
-def list_saes(repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None) -> list[SAEInfo]:
+def list_saes(
+    repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, SAEInfo]:
     """The SAEs of a repository on the Hub or of a folder, without their weights.
 
     Args:
         repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
         revision (`str`, *optional*), token (`str` or `bool`, *optional*): As in huggingface_hub.
 
+    Returns:
+        `dict[str, SAEInfo]`: By folder, which is what `subfolder=` takes; `""` is the root.
+
     Raises:
         `ValueError`: if there is none.
         `OSError`: if the repository cannot be read.
     """
-    if Path(repo_or_dir).expanduser().is_dir():
-        root = Path(repo_or_dir).expanduser()
-        configs = {
-            sae.folder.relative_to(root).as_posix(): json.loads((sae.folder / "config.json").read_text())
-            for sae in find_saes(root)
-        }
-        return [SAEInfo.of("" if place == "." else place, config) for place, config in configs.items()]
-    repo = str(repo_or_dir)
+    root = Path(repo_or_dir).expanduser()
+    if root.is_dir():
+        places = {sae.folder.relative_to(root).as_posix(): sae.folder for sae in find_saes(root)}
+        configs = {place: json.loads((folder / "config.json").read_text()) for place, folder in places.items()}
+    else:
+        configs = _configs(str(repo_or_dir), revision, token)
+    if not configs:
+        raise ValueError(
+            f"{repo_or_dir} holds no SAE of this package. `hf_matryoshka_sae.convert.load` reads those of other "
+            "libraries."
+        )
+    places = {"" if place == "." else place: config for place, config in sorted(configs.items())}
+    return {place: SAEInfo.of(place, config) for place, config in places.items()}
+
+
+def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[str, dict[str, Any]]:
+    """What the SAEs of a repository are, by folder: from its index, else from all configs in it."""
     where = {"revision": resolve_revision(repo, revision, token=token), "token": token}
     try:
         root = _config(repo, "config.json", where)
     except EntryNotFoundError:
         root = {}
     if root.get("model_type") in MODEL_TYPES:
-        return [SAEInfo.of("", root)]
-    entries = root.get("saes") if root.get("model_type") == SAECollectionConfig.model_type else None
-    if entries is None:  # a repository without an index: every config is looked at
-        files = HfApi().list_repo_files(repo, **where)
-        configs = {file: _config(repo, file, where) for file in files if file.endswith("/config.json")}
-        entries = {
-            file.removesuffix("/config.json"): config
-            for file, config in configs.items()
-            if config.get("model_type") in MODEL_TYPES
-        }
-    if not entries:
-        raise ValueError(
-            f"{repo} holds no SAE of this package. `hf_matryoshka_sae.convert.load` reads those of other libraries."
-        )
-    return [SAEInfo.of(place, entry) for place, entry in sorted(entries.items())]
+        return {"": root}
+    if root.get("model_type") == SAECollectionConfig.model_type:
+        return root.get("saes") or {}
+    files = [file for file in HfApi().list_repo_files(repo, **where) if file.endswith("/config.json")]
+    configs = {file.removesuffix("/config.json"): _config(repo, file, where) for file in files}
+    return {place: config for place, config in configs.items() if config.get("model_type") in MODEL_TYPES}
 
 
 def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
@@ -116,9 +121,9 @@ def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = N
     """
     where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     saes = list_saes(repo_or_dir, **where)
-    chosen = [sae for sae in saes if name is None or name in (sae.subfolder, sae.hookpoint)]
+    chosen = [sae for sae in saes.values() if name is None or name in (sae.subfolder, sae.hookpoint)]
     if len(chosen) != 1:
-        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
+        there = ", ".join(place or "(the root)" for place in saes)
         asked = f" under {name!r}" if name is not None else ""
         raise ValueError(f"{repo_or_dir} holds {len(chosen)} SAEs{asked}; name one of: {there}.")
     return _load(repo_or_dir, chosen[0], width, kwargs)
@@ -144,11 +149,13 @@ def load_many(repo_or_dir: str | Path, pattern: str = "*", width: int | None = N
     return {sae.subfolder: _load(repo_or_dir, sae, width, kwargs) for sae in chosen}
 
 
-def matching(saes: Sequence[SAEInfo], pattern: str, source: str | Path) -> list[SAEInfo]:
+def matching(saes: Mapping[str, SAEInfo], pattern: str, source: str | Path) -> list[SAEInfo]:
     """Those whose folder or hookpoint matches a pattern; raises `ValueError` if none does."""
-    chosen = [sae for sae in saes if fnmatchcase(sae.subfolder, pattern) or fnmatchcase(sae.hookpoint or "", pattern)]
+    chosen = [
+        sae for place, sae in saes.items() if fnmatchcase(place, pattern) or fnmatchcase(sae.hookpoint or "", pattern)
+    ]
     if not chosen:
-        there = ", ".join(sae.subfolder or "(the root)" for sae in saes)
+        there = ", ".join(place or "(the root)" for place in saes)
         raise ValueError(f"No SAE of {source} matches {pattern!r}. It holds: {there}.")
     return chosen
 

@@ -35,27 +35,29 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
-def staged_files(target: Path, keep_others: bool = False) -> Iterator[Path]:
+def staged_files(target: Path, keep_others: bool = False, last: str = "config.json") -> Iterator[Path]:
     """A folder to write a checkpoint's files to; when the block ends they take their places in `target`.
 
-    Every file is complete before it takes its name, the config comes last, and nothing changes where the block raises.
+    Every file is complete before it takes its name, the file `last` comes last, and nothing changes where the block
+    raises.
 
     Args:
         target (`Path`): Where the files belong; made if it is not there.
         keep_others (`bool`, *optional*, defaults to `False`): Leave weights of an earlier save in other shards.
+        last (`str`, *optional*, defaults to `"config.json"`): The file by which a reader knows that all are there.
     """
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield staging
         written = {file.name for file in staging.iterdir()}
-        for name in written - {"config.json"}:
+        for name in written - {last}:
             os.replace(staging / name, target / name)
         # Weights of an earlier save in other shards; `model.safetensors` would be read before a new index.
         for file in [] if keep_others else list(target.iterdir()):
             if _WEIGHTS.fullmatch(file.name) and file.name not in written:
                 file.unlink()
-        os.replace(staging / "config.json", target / "config.json")
+        os.replace(staging / last, target / last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

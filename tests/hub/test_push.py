@@ -85,9 +85,9 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_hookpoint(hub, tmp_path):
 def test_several_saes_of_a_hookpoint_keep_their_names(hub, tmp_path):
     saes = save_run(tmp_path / "run", "matryoshka", "topk")
     push(tmp_path / "run")
-    assert {info.subfolder for info in sae_hub.list_saes(REPO)} == set(saes)
+    assert set(sae_hub.list_saes(REPO)) == set(saes)
     push(tmp_path / "run", "tester/one", saes=["topk"])
-    assert [info.subfolder for info in sae_hub.list_saes("tester/one")] == ["layers.0", "layers.1-input"]
+    assert list(sae_hub.list_saes("tester/one")) == ["layers.0", "layers.1-input"]
     with pytest.raises(ValueError, match="no SAE named relu. It holds matryoshka/layers.0"):
         push(tmp_path / "run", "tester/none", saes=["relu"])
     assert "tester/none" not in hub.repos
@@ -104,7 +104,7 @@ def test_the_folder_of_one_sae_becomes_the_root(hub, tmp_path):
     saes = save_run(tmp_path / "run", hookpoints=["layers.0"])
     push(tmp_path / "run" / "matryoshka" / "layers.0")
     assert_same_tensors(AutoModel.from_pretrained(REPO), saes["matryoshka/layers.0"])
-    assert [info.subfolder for info in sae_hub.list_saes(REPO)] == [""]
+    assert list(sae_hub.list_saes(REPO)) == [""]
 
 
 def test_the_card_names_the_repository_and_has_metadata(hub, tmp_path):
@@ -146,7 +146,7 @@ def test_another_run_joins_the_index_and_takes_nothing_away(hub, tmp_path):
     second = save_run(tmp_path / "second", hookpoints=["layers.1"])
     push(tmp_path / "first")
     push(tmp_path / "second")
-    assert [info.subfolder for info in sae_hub.list_saes(REPO)] == ["layers.0", "layers.1"]
+    assert list(sae_hub.list_saes(REPO)) == ["layers.0", "layers.1"]
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.0"), first["matryoshka/layers.0"])
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.1"), second["matryoshka/layers.1"])
 

@@ -53,14 +53,14 @@ def test_the_saes_of_a_folder_are_found_without_litter(folder):
 
 def test_listing_reads_the_index_alone(hub, repo):
     found = sae_hub.list_saes(repo)
-    assert found[1] == SAEInfo("layers.1", "matryoshka_sae", "some/model", "layers.1", 6, 13, [2, 5, 13])
-    assert [info.subfolder for info in found] == ["layers.0", "layers.1", "layers.10.mlp-input"]
+    assert found["layers.1"] == SAEInfo("layers.1", "matryoshka_sae", "some/model", "layers.1", 6, 13, [2, 5, 13])
+    assert list(found) == ["layers.0", "layers.1", "layers.10.mlp-input"]
     assert {request.path.rsplit("/", 1)[1] for request in hub.requests} == {"config.json", "many"}
 
 
 def test_a_folder_is_listed_by_its_own_places(folder):
-    assert [info.subfolder for info in sae_hub.list_saes(folder)][0] == "sae/layers.0"
-    assert [info.subfolder for info in sae_hub.list_saes(folder / "sae" / "layers.0")] == [""]
+    assert next(iter(sae_hub.list_saes(folder))) == "sae/layers.0"
+    assert list(sae_hub.list_saes(folder / "sae" / "layers.0")) == [""]
 
 
 def test_a_repository_without_an_index_is_looked_through(hub, folder):
