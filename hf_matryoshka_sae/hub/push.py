@@ -24,7 +24,7 @@ from ..models.checkpoint_files import WHOLE_TENSORS
 from ..models.digests import DIGESTS_NAME, row_digests
 from ..progressive.statistics import STATISTICS_FILE
 from .card import card_assets, run_card, sae_card
-from .layout import SAEFolder, find_saes
+from .layout import MODEL_TYPES, SAEFolder, find_saes
 from .measure import measure_run
 from .repository import SAEInfo
 
@@ -72,7 +72,7 @@ def push(
     The repository holds `<hookpoint>/{config.json, model.safetensors, statistics.safetensors}` (`<name>/<hookpoint>/`
     where several SAEs of a run are pushed), an index of them as `config.json`, the card, its plots, and at the root
     the code with which they load where this package is not installed. SAEs that were pushed there before, from
-    another run, stay.
+    another run, stay; the card is that of this run.
 
     Args:
         run_dir (`str` or `Path`): Folder of a run; or of one SAE, which then lies at the root of the repository.
@@ -103,6 +103,7 @@ def push(
     api = _api(token)
     with _connection(repo_id):
         repo_id, parent, before = _prepare(api, repo_id, private, revision)
+        _check_root(repo_id, before, at_root=found[0].subfolder == "")
         repository = run_repository(run_dir, repo_id, found, before)
         return _commit(api, repo_id, repository, message, revision, create_pr, parent)
 
@@ -132,7 +133,8 @@ def push_sae(
     with tempfile.TemporaryDirectory() as scratch, _connection(repo_id):
         sae.save_pretrained(scratch, max_shard_size=max_shard_size)
         api = _api(token)
-        repo_id, parent, _ = _prepare(api, repo_id, private, revision)
+        repo_id, parent, before = _prepare(api, repo_id, private, revision)
+        _check_root(repo_id, before, at_root=True)
         place = SAEFolder(Path(scratch), "", sae.config.hookpoint or "", "")
         came_from = Path(sae.config.name_or_path) if sae.config.name_or_path else None
         card = sae_card(sae, repo_id, came_from if came_from is not None and came_from.is_dir() else None)
@@ -287,6 +289,21 @@ def _prepare(
         return repo_id, parent, None
     found = json.loads(Path(api.hf_hub_download(repo_id, _CONFIG, revision=parent)).read_text())
     return repo_id, parent, found
+
+
+def _check_root(repo_id: str, before: dict[str, Any] | None, at_root: bool) -> None:
+    """A repository has one SAE at its root, or several in folders: the other kind would be lost."""
+    kind = (before or {}).get("model_type")
+    if at_root and kind == SAECollectionConfig.model_type:
+        raise ValueError(
+            f"{repo_id} holds SAEs in folders ({', '.join(before['saes'])}); one at its root would hide them. Push to "
+            "another repository or `revision`, or push the run's folder instead of the SAE's."
+        )
+    if not at_root and kind in MODEL_TYPES:
+        raise ValueError(
+            f"{repo_id} holds an SAE at its root, which an index of others would hide. Push to another repository or "
+            "`revision`."
+        )
 
 
 def _commit(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 # From this share of N x F on, matmuls are faster (measured on a CPU at d_in 512; both sides grow alike with d_in).
 _SHARE = 1 / 8
-# With fewer pairs the time does not matter. Added up one by one, as matmuls of small batches do too, their sums are those
-# of other libraries to the last bits.
+# With fewer pairs the time does not matter. Added up one by one, as small matmuls do too, their sums are those of
+# other libraries to the last bits.
 _FEWEST = 2**17
 
 

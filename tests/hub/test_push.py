@@ -151,6 +151,18 @@ def test_another_run_joins_the_index_and_takes_nothing_away(hub, tmp_path):
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.1"), second["matryoshka/layers.1"])
 
 
+def test_an_sae_at_the_root_and_saes_in_folders_do_not_hide_each_other(hub, tmp_path):
+    (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
+    push(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds SAEs in folders \(layers.0\); one at its root would hide them"):
+        sae.push_to_hub(REPO)
+    sae.push_to_hub("tester/alone")
+    with pytest.raises(ValueError, match="holds an SAE at its root, which an index of others would hide"):
+        push(tmp_path / "run", "tester/alone")
+    sae.truncate(4).push_to_hub("tester/alone")
+    assert_same_tensors(AutoModel.from_pretrained("tester/alone"), sae.truncate(4))
+
+
 @pytest.mark.parametrize(("first", "second"), [(400, "5GB"), ("5GB", 400)], ids=["shards to one", "one to shards"])
 def test_weights_of_an_earlier_push_in_other_shards_are_taken_away(hub, tmp_path, first, second):
     (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
