@@ -164,7 +164,7 @@ class PartialFile:
         label = f"{self.filename} ({'all' if width is None else f'first {width}'} latents)"
         with (
             open(record.weights, "r+b") as file,
-            tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if missing else True) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not missing) as bar,
         ):
             try:
                 for name, have, want in missing:
