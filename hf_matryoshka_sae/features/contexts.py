@@ -1,0 +1,148 @@
+"""Contexts of each latent: those in which it fires most, and a random sample from which quantiles are shown.
+
+A context is a run of tokens around one at which the latent fires, cut from the window the language model saw, with
+the latent's activations on them. Each window gives a latent at most one context of either kind.
+
+Shapes: B windows, S tokens in a window, W tokens in a context, F latents, M pairs, C candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .best import Best, random_keys, value_keys
+
+
+@dataclass
+class Firings:
+    """What fires in some windows.
+
+    Args:
+        input_ids (`Tensor` of shape `(B, S)`): Tokens.
+        numbers (`Tensor` of shape `(B,)`): Number of each window in the text.
+        tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each token that counts, in these windows.
+        rows (`Tensor` of shape `(M,)`): Token of each pair, ascending.
+        cols (`Tensor` of shape `(M,)`): Latent of each pair.
+        values (`Tensor` of shape `(M,)`): Activation, positive.
+    """
+
+    input_ids: Tensor
+    numbers: Tensor
+    tokens: Tensor
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each token in the whole text, `(N,)`."""
+        length = self.input_ids.shape[1]
+        return self.numbers[self.tokens // length] * length + self.tokens % length
+
+
+class Contexts:
+    """The contexts kept so far.
+
+    Args:
+        num_latents (`int`): F.
+        top (`int`), sample (`int`): Contexts of either kind.
+        width (`int`): W.
+        seed (`int`): Of the sample.
+        device (`torch.device`, *optional*): Where they are kept.
+    """
+
+    def __init__(
+        self, num_latents: int, top: int, sample: int, width: int, seed: int, device: torch.device | str = "cpu"
+    ):
+        payload = {
+            "token_ids": (width, torch.int32),
+            "activations": (width, torch.float32),
+            "peak": (1, torch.int16),
+        }
+        self.top = Best(num_latents, top, payload, device)
+        self.sample = Best(num_latents, sample, payload, device)
+        self.width, self.seed = width, seed
+
+    def add(self, firings: Firings) -> None:
+        """Look at more windows; no window comes twice."""
+        positions = firings.positions
+        keys = value_keys(firings.values, positions[firings.rows])
+        self._keep(self.top, firings, self.top.passing(firings.cols, keys), keys)
+        keys = random_keys(positions, self.seed)[firings.rows]
+        self._keep(self.sample, firings, self.sample.passing(firings.cols, keys), keys)
+
+    def _keep(self, best: Best, firings: Firings, candidates: Tensor, keys: Tensor) -> None:
+        candidates = self._one_per_window(firings, candidates, keys)
+        if not len(candidates):
+            return
+        cols = firings.cols[candidates]
+        taken, places = best.take(cols, keys[candidates])
+        chosen = candidates[taken]
+        best.write(cols[taken], places, **self._cut_out(firings, chosen))
+
+    @staticmethod
+    def _one_per_window(firings: Firings, candidates: Tensor, keys: Tensor) -> Tensor:
+        """Of the candidates of a latent in a window, the one with the largest key."""
+        order = candidates[keys[candidates].argsort(descending=True)]
+        bags = _bags(firings, order)
+        by_bag = bags.argsort(stable=True)
+        bags = bags[by_bag]
+        begins = torch.ones_like(bags, dtype=torch.bool)
+        begins[1:] = bags[1:] != bags[:-1]
+        return order[by_bag[begins]]
+
+    def _cut_out(self, firings: Firings, chosen: Tensor) -> dict[str, Tensor]:
+        """Tokens and activations around the chosen pairs `(C,)`, which differ in latent or window."""
+        ids, width = firings.input_ids, self.width
+        length, num_latents = ids.shape[1], len(self.top.keys)
+        token = firings.tokens[firings.rows[chosen]]
+        window, place = token // length, token % length
+        start = (place - _before(width)).clamp(0, length - width)
+        # Which context the other pairs of the same latents and windows belong to.
+        number = torch.full((len(ids) * num_latents,), -1, dtype=torch.int32, device=ids.device)
+        number[_bags(firings, chosen, num_latents)] = torch.arange(len(chosen), dtype=torch.int32, device=ids.device)
+        of_pair = number[_bags(firings, slice(None), num_latents)]
+        pairs = (of_pair >= 0).nonzero().squeeze(1)
+        context = of_pair[pairs].long()
+        offset = firings.tokens[firings.rows[pairs]] % length - start[context]
+        inside = ((offset >= 0) & (offset < width)).nonzero().squeeze(1)
+        activations = torch.zeros(len(chosen), width, device=ids.device)
+        activations[context[inside], offset[inside]] = firings.values[pairs[inside]].float()
+        columns = start[:, None] + torch.arange(width, device=ids.device)
+        return {
+            "token_ids": ids[window[:, None], columns],
+            "activations": activations,
+            "peak": (place - start)[:, None],
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, by name."""
+        kinds = {"top": self.top, "sample": self.sample}
+        return {f"{kind}.{name}": rows for kind, best in kinds.items() for name, rows in best.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the place of a state."""
+        for kind, best in (("top", self.top), ("sample", self.sample)):
+            best.load_state_dict(_part(state, kind))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add another process's."""
+        for kind, best in (("top", self.top), ("sample", self.sample)):
+            best.merge(_part(state, kind))
+
+
+def _before(width: int) -> int:
+    """Tokens shown before the one in question; what came before it says more than what follows."""
+    return width * 2 // 3
+
+
+def _bags(firings: Firings, pairs, num_latents: int | None = None) -> Tensor:
+    """A number for each latent and window of some pairs."""
+    cols = firings.cols[pairs]
+    factor = num_latents or (int(cols.max()) + 1 if len(cols) else 1)
+    return firings.tokens[firings.rows[pairs]] // firings.input_ids.shape[1] * factor + cols
+
+
+def _part(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.partition(".")[2]: rows for name, rows in state.items() if name.startswith(f"{kind}.")}
