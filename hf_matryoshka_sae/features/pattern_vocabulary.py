@@ -6,6 +6,7 @@ decoded behind an "a", and a text is tokenised behind a line break or an "a": wh
 
 import time
 import weakref
+from collections.abc import Iterable
 
 import numpy as np
 import regex
@@ -27,6 +28,17 @@ def vocabulary_of(tokenizer) -> "Vocabulary":
     return found
 
 
+def token_texts(tokenizer, tokens: Iterable[int]) -> list[str]:
+    """What each token adds to a text. Bytes that are no whole character are shown as U+FFFD."""
+    encode, decode = _coders(tokenizer)
+    tokens, anchor = list(tokens), encode(_ANCHOR)
+    behind = decode([anchor])[0] if anchor else ""
+    texts = decode([[*anchor, token] for token in tokens])
+    if all(text.startswith(behind) for text in texts):
+        return [text[len(behind) :] for text in texts]
+    return decode([[token] for token in tokens])
+
+
 class Vocabulary:
     """The tokens of a tokenizer and their texts.
 
@@ -38,20 +50,11 @@ class Vocabulary:
         self.length = len(tokenizer)
         self._encode, self._decode = _coders(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
-        self.texts: list[str] = self.texts_of(range(self.size))
+        self.texts = token_texts(tokenizer, range(self.size))
         # Where documents are packed one behind the other, this stands before each (see `activations.tokens`).
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.separator: int | None = bos
         self._matching: dict[tuple[str, bool], np.ndarray] = {}
-
-    def texts_of(self, tokens) -> list[str]:
-        """What each token adds to a text. Bytes that are no whole character are shown as U+FFFD."""
-        anchor = self._encode(_ANCHOR)
-        behind = self._decode([anchor])[0] if anchor else ""
-        texts = self._decode([[*anchor, int(token)] for token in tokens])
-        if all(text.startswith(behind) for text in texts):
-            return [text[len(behind) :] for text in texts]
-        return self._decode([[int(token)] for token in tokens])
 
     def pieces(self, tokens: list[int]) -> list[tuple[str, int]]:
         """A row of tokens as texts and how many tokens each takes: several where only together they are characters."""

@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
 from hf_matryoshka_sae.features.pattern_vocabulary import vocabulary_of
 from hf_matryoshka_sae.features.patterns import TokenPattern
 from hf_matryoshka_sae.features.search import search_latents, search_words, word_mask
-from hf_matryoshka_sae.models import CONFIGS, MODELS
+from hf_matryoshka_sae.models import MatryoshkaSAE, MatryoshkaSAEConfig
 
 
-DIGIT = r"[re `\s?\d+`]"
+CAPITAL = r"[re `\s?[A-Z]\w*`]"
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +24,8 @@ def open_data() -> HeldOut:
 
 def build():
     torch.manual_seed(1)
-    config = CONFIGS["matryoshka_sae"](d_in=128, num_latents=96, prefix_widths=[32, 96], k=6, activation="topk")
-    sae = MODELS[type(config)](config).eval()
+    config = MatryoshkaSAEConfig(d_in=128, num_latents=96, prefix_widths=[32, 96], k=6, activation="topk")
+    sae = MatryoshkaSAE(config).eval()
     sae.W_enc.data *= 0.1
     return sae
 
@@ -57,9 +55,9 @@ def test_sums_are_those_of_dense_activations(data, width):
     sae = build()
     with torch.no_grad():
         expected = dense(
-            sae, data, lambda batch: TokenPattern.compile(DIGIT, data.tokenizer).mask(batch.input_ids), width
+            sae, data, lambda batch: TokenPattern.compile(CAPITAL, data.tokenizer).mask(batch.input_ids), width
         )
-    hits = search_latents(DIGIT, sae, data, top=7, width=width, show=False)
+    hits = search_latents(CAPITAL, sae, data, top=7, width=width, show=False)
     assert len(hits) == 7 and expected[-1] > 10
     check(hits, expected)
 
@@ -69,11 +67,11 @@ def test_words_in_any_case(data):
 
     def mask(batch):
         vocabulary = vocabulary_of(data.tokenizer)
-        return torch.stack([word_mask(["RETURN", "self"], row.tolist(), vocabulary) for row in batch.input_ids])
+        return torch.stack([word_mask(["NAME", "private"], row.tolist(), vocabulary) for row in batch.input_ids])
 
     with torch.no_grad():
         expected = dense(sae, data, mask)
-    check(search_words(["return", "Self"], sae, data, top=5, show=False), expected)
+    check(search_words(["name", "Private"], sae, data, top=5, show=False), expected)
 
 
 def test_a_word_is_all_of_its_tokens_and_only_whole_words(data):
@@ -95,28 +93,9 @@ def test_what_cannot_be_searched_is_said(data):
     with pytest.raises(ValueError, match="one or more words"):
         search_words([" "], sae, data, show=False)
     with pytest.raises(ValueError, match="takes longer than 0.2 seconds"):
-        search_latents("(.|..)+(.|..)+[v=.].[v][v][v][v]zz", sae, data, show=False, timeout=0.2)
+        search_latents("(.|..)+(.|..)+ the", sae, data, show=False, timeout=0.2)
     with pytest.raises(ValueError, match="`top`"):
-        search_latents(DIGIT, sae, data, top=0, show=False)
+        search_latents(CAPITAL, sae, data, top=0, show=False)
     nameless = HeldOut(data.model, data.batches, data.hookpoint)
     with pytest.raises(ValueError, match="tokenizer"):
-        search_latents(DIGIT, sae, nameless, show=False)
-
-
-def _one_of_two(rank: int, folder) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    hits = search_latents(DIGIT, build(), open_data(), top=7, show=False)
-    torch.save(hits, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_hits_of_one(data, tmp_path):
-    mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
-    one = search_latents(DIGIT, build(), data, top=7, show=False)
-    for rank in range(2):
-        both = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert [hit.latent for hit in both] == [hit.latent for hit in one]
-        for left, right in zip(both, one, strict=True):
-            assert left.cosine == pytest.approx(right.cosine, rel=1e-6)
-            assert (left.precision, left.recall) == pytest.approx((right.precision, right.recall))
+        search_latents(CAPITAL, sae, nameless, show=False)

@@ -1,0 +1,161 @@
+"""What latents make of a text: which fire on each token, and each latent's activations along it."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import TokenBatch, TokenStream, harvest, resolve_hookpoints
+from ..models import SAEModel
+from ..models.sparse_ops import LatentPairs
+from ..progressive.statistics import encoded
+from .pattern_vocabulary import token_texts
+
+
+logger = logging.getLogger(__name__)
+
+_NO_LIMIT = 10**9
+
+
+@dataclass
+class TextFeatures:
+    """The latents of a text.
+
+    Args:
+        tokens (`list[str]`): The text of each of the T tokens, as it stands in the text. Nothing in it is escaped:
+            a page that shows it has to.
+        token_ids (`Tensor` of shape `(T,)`): int64.
+        read (`Tensor` of shape `(T,)`): bool; `False` at special tokens and the first, whose hidden states are like no
+            others and have no latents here.
+        top (`list[list[tuple[int, float]]]`): For each token its strongest latents with their values, strongest first.
+        left_out (`int`): Tokens at the end of the text that were too many.
+        width (`int`): Latents that took part.
+        pairs ([`LatentPairs`]): All that fire, by number of the token.
+    """
+
+    tokens: list[str]
+    token_ids: Tensor
+    read: Tensor
+    top: list[list[tuple[int, float]]]
+    left_out: int
+    width: int
+    pairs: LatentPairs
+
+    def activations(self, latent: int) -> Tensor:
+        """The values `(T,)` of one latent along the text.
+
+        Raises:
+            `ValueError`: if there is no such latent at this width.
+        """
+        if not 0 <= latent < self.width:
+            raise ValueError(f"At this width latents are numbered 0 to {self.width - 1}, got {latent}.")
+        values = torch.zeros(len(self.tokens))
+        chosen = self.pairs.cols == latent
+        values[self.pairs.rows[chosen]] = self.pairs.values[chosen].float()
+        return values
+
+    def top_latents(self, count: int = 10, by: str = "max") -> list[tuple[int, float]]:
+        """The strongest latents of the whole text.
+
+        Args:
+            count (`int`, *optional*, defaults to 10): How many.
+            by (`str`, *optional*, defaults to `"max"`): Their largest value, or their `"sum"` over the text.
+
+        Returns:
+            `list[tuple[int, float]]`: latents and those numbers, largest first.
+        """
+        if by not in ("max", "sum"):
+            raise ValueError(f"`by` must be 'max' or 'sum', got {by!r}.")
+        reduce = {"max": "amax", "sum": "sum"}[by]
+        strength = torch.zeros(self.width).scatter_reduce_(0, self.pairs.cols, self.pairs.values.float(), reduce)
+        order = strength.argsort(descending=True, stable=True)[:count]
+        return [(int(latent), float(strength[latent])) for latent in order if strength[latent] > 0]
+
+
+def text_features(
+    sae: SAEModel,
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    hookpoint: str | None = None,
+    width: int | None = None,
+    top: int = 5,
+    max_tokens: int = 2048,
+) -> TextFeatures:
+    """The latents of a text, read as the SAE's training text was: with the tokenizer's special tokens around it.
+
+    Args:
+        sae ([`SAEModel`]): Used as it is at inference.
+        model (`nn.Module`): The language model, in `eval` mode.
+        tokenizer: Its tokenizer.
+        text (`str`): Any text.
+        hookpoint (`str`, *optional*): Where the SAE reads; by default what its config says.
+        width (`int`, *optional*): Only the first `width` latents, encoded alone.
+        top (`int`, *optional*, defaults to 5): Latents to name for each token.
+        max_tokens (`int`, *optional*, defaults to 2048): A longer text, or one longer than the model can read, is cut
+            there; a warning and `left_out` say so.
+
+    Raises:
+        `ValueError`: if the text is empty, or the model has no such hookpoint.
+    """
+    if top < 1 or max_tokens < 1:
+        raise ValueError(f"`top` and `max_tokens` must be at least 1, got {top} and {max_tokens}.")
+    sae = sae if width is None else sae.truncate(width)
+    (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
+    batch, left_out = read_text(tokenizer, text, min(max_tokens, longest(model)))
+    if left_out:
+        logger.warning("The text is %d tokens too long; they were left out at its end.", left_out)
+    batch = batch.to(next(model.parameters()).device)
+    states = harvest(model, batch.input_ids, batch.attention_mask, [hookpoint])[hookpoint]
+    read = batch.keep[0].cpu()
+    found = encoded(sae, states[batch.keep].float().to(sae.W_enc.device))
+    places = read.nonzero().flatten()  # of the read tokens among all
+    rows, cols, values = places[found.rows.cpu()], found.cols.cpu(), found.values.float().cpu()
+    index = type(found.index)(rows, cols, len(read), found.num_latents)
+    pairs = LatentPairs(index, values)
+    return TextFeatures(
+        tokens=token_texts(tokenizer, batch.input_ids[0].tolist()),
+        token_ids=batch.input_ids[0].cpu(),
+        read=read,
+        top=_strongest(pairs, top),
+        left_out=left_out,
+        width=found.num_latents,
+        pairs=pairs,
+    )
+
+
+def own_hookpoint(sae: SAEModel, hookpoint: str | None) -> str:
+    """The hookpoint asked for, or that of the SAE's config."""
+    if hookpoint is None and sae.config.hookpoint is None:
+        raise ValueError("This SAE's config names no hookpoint; pass one, for example 'model.layers.2'.")
+    return hookpoint or sae.config.hookpoint
+
+
+def longest(model: nn.Module) -> int:
+    """How many tokens a model can read, as far as its config says."""
+    return getattr(model.config, "max_position_embeddings", None) or _NO_LIMIT
+
+
+def read_text(tokenizer, text: str, max_tokens: int) -> tuple[TokenBatch, int]:
+    """A text as a token batch of one row, and how many tokens were left out at its end.
+
+    Raises:
+        `ValueError`: if the text has no tokens, or there is no room for any beside the special ones.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("Expected a text with something in it; this one is empty.")
+    whole = next(TokenStream([text], tokenizer, _NO_LIMIT, 1, pack=False, num_epochs=1))
+    left_out = max(0, whole.input_ids.shape[1] - max_tokens)
+    if not left_out:
+        return whole, 0
+    return next(TokenStream([text], tokenizer, max_tokens, 1, pack=False, num_epochs=1)), left_out
+
+
+def _strongest(pairs: LatentPairs, top: int) -> list[list[tuple[int, float]]]:
+    found: list[list[tuple[int, float]]] = [[] for _ in range(pairs.num_rows)]
+    for place in pairs.values.argsort(descending=True, stable=True).tolist():
+        row = found[int(pairs.rows[place])]
+        if len(row) < top and pairs.values[place] > 0:
+            row.append((int(pairs.cols[place]), float(pairs.values[place])))
+    return found
