@@ -26,7 +26,7 @@ class Steered:
 
     Args:
         prompt (`str`): What was continued.
-        plain (`str`), steered (`str`): The continuations, without special tokens. Text, to be escaped where it is shown.
+        plain (`str`), steered (`str`): The continuations, without special tokens; text, not markup.
         plain_ids (`list[int]`), steered_ids (`list[int]`): Their tokens.
         latent (`int`), mode (`str`): What was changed, and how.
         amount (`float`): What was added, or the value that was set; 0 for `"remove"`.
@@ -181,11 +181,11 @@ def _prompt(tokenizer, prompt: str, room: int) -> Tensor:
             f"The prompt is {left_out} tokens too long: with the new ones the model can read {room} of it. Shorten "
             "it, or ask for fewer new tokens."
         )
-    ids = batch.input_ids[0]
-    inside = batch.keep[0].nonzero()
+    ids = batch.input_ids[0].tolist()
+    text = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     # An encoder's closing token, or an EOS that the tokenizer appends, would end the text before it goes on.
-    last = int(inside[-1]) + 1 if len(inside) else len(ids)
-    return ids[None, :last]
+    end = next((end for end in range(len(ids), 0, -1) if ids[:end][-len(text) :] == text), len(ids))
+    return torch.tensor([ids[:end]])
 
 
 def _continued(

@@ -1,0 +1,43 @@
+"""Two processes find what one finds: the search by pattern, and the tree."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hf_matryoshka_sae.features.search import search_latents
+from hf_matryoshka_sae.features.tree import build_tree
+
+from .test_search import CAPITAL, build, open_data
+
+
+def _one_of_two(rank: int, folder) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    data, sae = open_data(), build()
+    hits, tree = search_latents(CAPITAL, sae, data, top=7, show=False), build_tree(sae, data, 0.4, show=False)
+    try:
+        search_latents("(.|..)+(.|..)+ the" if rank else "the", sae, data, show=False, timeout=0.2)
+        stopped = ""
+    except ValueError as error:
+        stopped = str(error)
+    torch.save((hits, tree, stopped), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
+    data, sae = open_data(), build()
+    hits, tree = search_latents(CAPITAL, sae, data, top=7, show=False), build_tree(sae, data, 0.4, show=False)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for other_hits, other_tree, _ in found:
+        assert [hit.latent for hit in other_hits] == [hit.latent for hit in hits]
+        for left, right in zip(other_hits, hits, strict=True):
+            assert left.cosine == pytest.approx(right.cosine, rel=1e-6)
+            assert (left.precision, left.recall) == pytest.approx((right.precision, right.recall))
+        assert torch.equal(other_tree.parent, tree.parent) and other_tree.tokens == tree.tokens == data.tokens
+        for name in ("score", "frequency", "maximum"):
+            torch.testing.assert_close(getattr(other_tree, name), getattr(tree, name))
+    assert (tree.parent >= 0).sum() > 5
+    # A time limit in one process ends the search in both.
+    assert "failed in another process" in found[0][2] and "takes longer than" in found[1][2]
