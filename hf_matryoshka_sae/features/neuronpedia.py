@@ -47,7 +47,7 @@ class Index(Protocol):
 
     def __len__(self) -> int: ...
 
-    def feature(self, latent: int) -> IndexedFeature: ...
+    def feature(self, latent: int, contexts: bool = True) -> IndexedFeature: ...
 
 
 def export_neuronpedia(
@@ -143,7 +143,7 @@ class _Writer:
             "pos_values": [_number(value) for _, value in feature.promoted],
             "frac_nonzero": _number(feature.frequency),
             "freq_hist_data_bar_values": [_number(value) for value in (edges[1:] + edges[:-1]) / 2],
-            "freq_hist_data_bar_heights": [_number(value) for value in counts],
+            "freq_hist_data_bar_heights": [int(count) for count in counts],
             "logits_hist_data_bar_heights": [],
             "logits_hist_data_bar_values": [],
             "n_prompts_total": int(about.get("tokens") or about.get("tokens_wanted") or 0) // window if window else 0,
@@ -160,7 +160,7 @@ class _Writer:
     def _phi(self, feature: IndexedFeature, other: int, rate: float) -> float:
         """Pearson's correlation of whether two latents fire, from how often the other fires where this one does."""
         if other not in self.frequencies:
-            self.frequencies[other] = self.index.feature(other).frequency
+            self.frequencies[other] = self.index.feature(other, contexts=False).frequency
         one, two = feature.frequency, self.frequencies[other]
         spread = math.sqrt(one * (1 - one) * two * (1 - two))
         # The rate may come from a sample of the tokens: what it gives can lie a little outside.

@@ -38,6 +38,7 @@ from .pattern_vocabulary import Vocabulary, vocabulary_of
 
 _FIRST, _LAST = 0x20000, 0x10FFFF  # characters without capitals or any other meaning to the engine
 _OPEN, _TAKEN = "o", "x"  # the flags: no match is known to end here, one is
+_NOTHING = "-"  # no token: where padding was
 _LONGEST = 1_000_000  # characters of an expression
 _MOST_IN_PREFIX = 64  # repeats that [prefix ...] takes apart
 
@@ -104,7 +105,7 @@ class TokenPattern:
         try:
             for number in range(len(rows)):
                 places = real[number].nonzero().flatten()
-                ends = list(self._ends(rows[number, places], deadline))
+                ends = list(self._ends(rows[number, places], rows.shape[1], deadline))
                 mask[number, places[ends]] = True
         except TimeoutError:
             raise ValueError(
@@ -113,15 +114,14 @@ class TokenPattern:
             ) from None
         return mask
 
-    def _ends(self, tokens: Tensor, deadline: float) -> Iterator[int]:
-        """The last token of each match in one row, each once."""
-        length = len(tokens)
-        pattern = self._compiled.get(length)
+    def _ends(self, tokens: Tensor, width: int, deadline: float) -> Iterator[int]:
+        """The last token of each match in one row, each once; flags stand `width` characters behind the places."""
+        pattern = self._compiled.get(width)
         if pattern is None:
-            pattern = regex.compile(f"(?:{self._expression})(?=[\\s\\S]{{{length}}}{_OPEN})", regex.VERSION0)
-            self._compiled[length] = pattern
-        flags = [_OPEN] * (length + 1)
-        text, start = self._text(tokens), 0
+            pattern = regex.compile(f"(?:{self._expression})(?=[\\s\\S]{{{width}}}{_OPEN})", regex.VERSION0)
+            self._compiled[width] = pattern
+        flags = [_OPEN] * (len(tokens) + 1)
+        text, start = self._text(tokens).ljust(width, _NOTHING), 0
         while True:
             left = deadline - time.monotonic()
             if left <= 0:

@@ -35,10 +35,11 @@ class StandIn:
     def __len__(self) -> int:
         return 3
 
-    def feature(self, latent: int):
+    def feature(self, latent: int, contexts: bool = True):
         if not 0 <= latent < 3:
             raise ValueError(f"Latents are numbered 0 to 2, got {latent}.")
-        contexts = [context("top", self.ids, 9.0), context("0", self.ids, 1.0), context("0", self.ids, 2.0)]
+        found = [context("top", self.ids, 9.0), context("0", self.ids, 1.0), context("0", self.ids, 2.0)]
+        found = [*found, context("1", self.ids, 5.0)]
         return SimpleNamespace(
             latent=latent,
             frequency=[0.1, 0.5, 0.0][latent],
@@ -47,7 +48,7 @@ class StandIn:
             promoted=[(self.ids[0], 2.5)],
             suppressed=[(self.ids[1], -math.inf)],
             cofiring=[(1, 0.75)] if latent == 0 else [],
-            contexts=[*contexts, context("1", self.ids, 5.0)] if latent < 2 else [],
+            contexts=found if contexts and latent < 2 else [],
         )
 
 
