@@ -3,7 +3,7 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Generator[T], depth: int = 2) -> Iterator[T]:
     """The same items, up to `depth` of them made before they are asked for; errors come where they belong.
 
     The thread ends with the generator, at the latest after the item it is making.
@@ -39,6 +39,8 @@ def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
             put((_END, None))
         except BaseException as error:  # whatever it is, the consumer waits for it
             put((_END, error))
+        finally:
+            items.close()  # what it waits for in turn ends with it
 
     thread = threading.Thread(target=work, name="feature-index-reader", daemon=True)
     thread.start()

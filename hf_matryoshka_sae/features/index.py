@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from .contexts import Contexts
 from .progress import load_state, save_state, state_file
 from .store import FOLDER, FeatureIndex, write_index
 from .sums import PROBABILITIES, LatentSums
-from .windows import Fired, NumberedWindows, Position, fired, harvested, joined
+from .windows import Fired, NumberedWindows, Position, fired_in, harvested, joined
 
 
 logger = logging.getLogger(__name__)
@@ -197,9 +197,9 @@ def build_index(
     with bar, shared_cores(next(lm.parameters()).device, world) as overlapped:
         bar.update(int(found.sums.tokens))
         unsaved = 0
-        batches = (fired(sae, batch) for batch in _ahead(harvested(windows, lm, place), overlapped))
-        with closing(_chunks(batches, found.batches_at_once(lm_batch_size, context_length))) as chunks:
-            for chunk in chunks:
+        batches = _overlapping(fired_in(sae, _overlapping(harvested(windows, lm, place), overlapped)), overlapped)
+        with closing(batches):
+            for chunk in _chunks(batches, found.batches_at_once(lm_batch_size, context_length)):
                 found.add(chunk)
                 done = sum(batch.tokens for batch in chunk)
                 bar.update(done)
@@ -340,7 +340,8 @@ def _of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
 
 
-def _ahead(batches: Iterator, overlapped: bool) -> Iterator:
+def _overlapping(batches: Generator, overlapped: bool) -> Generator:
+    """The same, in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches
 
 

@@ -4,7 +4,8 @@
 
 d is the decoder row, g the gain of the language model's final norm, u the row of the unembedding; biases are the same
 for all latents and play no part. What the norm divides by depends on the whole hidden state. It is a positive factor
-common to all tokens, and is left out: effects have the order of those in the logits, and no unit. A LayerNorm also takes off the mean of its input, which is linear, so the mean of d is taken off.
+common to all tokens, and is left out: effects have the order of those in the logits, and no unit. A LayerNorm
+also takes off the mean of its input, which is linear, so the mean of d is taken off.
 
 The norm is found by running the model, not by its name, and its gain by asking it, so that it does not matter
 whether the gain is `weight` or `1 + weight`.

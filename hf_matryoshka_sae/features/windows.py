@@ -8,7 +8,8 @@ Shapes: B windows in a batch, S tokens in a window, D width, F latents.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,7 @@ class Harvested:
 
 
 @torch.no_grad()
-def harvested(windows: Iterable[Windows], model: nn.Module, hookpoint: str) -> Iterator[Harvested]:
+def harvested(windows: Iterable[Windows], model: nn.Module, hookpoint: str) -> Generator[Harvested]:
     """Hidden states of batches, from a forward pass that stops at the hookpoint. First positions are always in."""
     device = next(model.parameters()).device
     for each in windows:
@@ -199,6 +200,13 @@ def fired(sae: SAEModel, batch: Harvested) -> Fired:
     firings = Firings(ids, numbers, tokens, rows, cols, values)
     pairs = LatentPairs(PairIndex(rows, cols, len(tokens), sae.config.num_latents), values)
     return Fired(firings, pairs, first, first_counts, int(counted.sum()), batch.windows.after)
+
+
+def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:
+    """What fires in each of the batches."""
+    with closing(batches):
+        for batch in batches:
+            yield fired(sae, batch)
 
 
 def joined(parts: list[Firings]) -> Firings:

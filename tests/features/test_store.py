@@ -1,0 +1,201 @@
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+from huggingface_hub import HfApi, constants
+
+from hf_matryoshka_sae.features import FeatureIndex
+from hf_matryoshka_sae.features import store as module
+from hf_matryoshka_sae.features.store import CONTEXTS, INDEX, LATENTS
+
+from . import small
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sae")
+    small.make_sae().save_pretrained(folder)
+    small.build(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "sae")
+    return tmp_path / "sae"
+
+
+def _plain(feature):
+    """A feature as something that `==` compares."""
+    found = vars(feature) | {"contexts": [vars(context) for context in feature.contexts]}
+    return json.loads(json.dumps(found, default=lambda array: array.tolist()))
+
+
+def test_datasets_reads_both_files(folder):
+    for name in (LATENTS, CONTEXTS):
+        data = load_dataset(
+            "parquet", data_files=str(folder / "features" / name), split="train", cache_dir=folder / "c"
+        )
+        assert len(data) == pq.read_metadata(folder / "features" / name).num_rows > 0
+    assert data[0]["kind"] == "top" and len(data[0]["token_ids"]) == small.SIZES.context_tokens
+
+
+def test_nothing_is_read_before_it_is_needed(folder, monkeypatch):
+    opened, make = [], pq.ParquetFile
+    monkeypatch.setattr(
+        module.pq, "ParquetFile", lambda path, **rest: (opened.append(path.name), make(path, **rest))[1]
+    )
+    index = FeatureIndex.open(folder)
+    assert len(index) == small.LATENTS and not opened
+    index.table(["frequency"])
+    assert opened == [LATENTS]
+    index.feature(1, contexts=False)
+    assert opened == [LATENTS]
+    index.feature(1)
+    assert opened == [LATENTS, CONTEXTS]
+
+
+def test_a_latent_is_read_by_its_row_group(folder, monkeypatch):
+    index = FeatureIndex.open(folder)
+    every = [_plain(index.feature(latent)) for latent in range(small.LATENTS)]
+    monkeypatch.setattr(module, "LATENTS_PER_GROUP", {LATENTS: 7, CONTEXTS: 3})
+    table = pq.read_table(folder / "features" / LATENTS)
+    contexts = pq.read_table(folder / "features" / CONTEXTS)
+    latent = contexts["latent"].to_numpy()
+    parts = [contexts.filter(pa.array(latent // 3 == part)) for part in range(-(-small.LATENTS // 3))]
+    target = folder.parent / "regrouped"
+    columns = {name: table[name].combine_chunks() for name in table.schema.names}
+    module.write_index(target, {k: v for k, v in index.about.items() if k not in ("files", "done")}, columns, parts)
+    again = FeatureIndex.open(target)
+    assert pq.ParquetFile(target / CONTEXTS).num_row_groups == -(-small.LATENTS // 3)
+    assert [_plain(again.feature(latent)) for latent in range(small.LATENTS)] == every
+
+
+def test_dead_latents_have_a_page(tmp_path):
+    sae = small.make_sae(activation="relu")
+    with torch.no_grad():
+        sae.b_enc[:30] = -1e9
+    index = small.build(tmp_path, sae=sae)
+    feature = index.feature(0)
+    assert (feature.count, feature.max, feature.contexts, feature.cofiring) == (0, 0.0, [], [])
+    assert feature.quantiles == {} and len(feature.histogram[1]) == 0 and feature.neighbours
+    assert index.feature(39).contexts
+
+
+def test_the_table_sorts_all_latents(folder):
+    index = FeatureIndex.open(folder)
+    table = index.table(["latent", "frequency", "promoted"])
+    assert table.column_names == ["latent", "frequency", "promoted"]
+    best = int(np.argmax(table["frequency"].to_numpy()))
+    assert index.feature(best).frequency == table["frequency"].to_numpy().max()
+    with pytest.raises(ValueError, match="'frequenzy'.*'frequency'"):
+        index.table(["frequenzy"])
+    with pytest.raises(ValueError, match="0 to 39"):
+        index.feature(40)
+
+
+# Whose index it is
+
+
+def test_an_index_of_another_sae_is_refused(folder):
+    index, sae = FeatureIndex.open(folder), small.make_sae()
+    index.check(sae)
+    index.check(small.make_sae().bfloat16())
+    with pytest.raises(ValueError, match="40 latents, the SAE has 10"):
+        index.check(sae.truncate(10))
+    other = small.make_sae()
+    with torch.no_grad():
+        other.W_enc += 0.1
+    with pytest.raises(ValueError, match="another SAE"):
+        index.check(other)
+    with pytest.raises(ValueError, match="of another SAE"):
+        index.for_sae(other)
+
+
+def test_a_sorted_and_pruned_sae_finds_its_latents(folder):
+    index, sae = FeatureIndex.open(folder), small.make_sae()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    sae.permute_(order)
+    small_sae = sae.truncate(25)
+    view = index.for_sae(small_sae)
+    view.check(small_sae)
+    assert len(view) == 25 and view.table(["latent"])["latent"].to_pylist() == list(range(25))
+    place = {old: new for new, old in enumerate(order[:25].tolist())}
+    for latent in range(25):
+        mine, theirs = view.feature(latent), index.feature(int(order[latent]))
+        assert (mine.latent, mine.latent_id) == (latent, theirs.latent_id)
+        assert [c.window for c in mine.contexts] == [c.window for c in theirs.contexts]
+        assert mine.neighbours == [(place[other], value) for other, value in theirs.neighbours if other in place]
+    narrower = view.for_sae(small_sae.truncate(5))
+    assert narrower.feature(4).latent_id == int(order[4]) and len(narrower) == 5
+
+
+# What is damaged
+
+
+def test_an_unfinished_index_is_refused(copy, tmp_path):
+    with pytest.raises(ValueError, match="no finished feature index"):
+        FeatureIndex.open(tmp_path)
+    about = json.loads((copy / "features" / INDEX).read_text())
+    for text in ("", "{", "[]", json.dumps(about | {"done": False}), json.dumps(about | {"format": "other/2"})):
+        (copy / "features" / INDEX).write_text(text)
+        with pytest.raises(ValueError):
+            FeatureIndex.open(copy)
+    (copy / "features" / INDEX).unlink()
+    with pytest.raises(ValueError, match="no finished feature index"):
+        FeatureIndex.open(copy)
+
+
+def test_a_damaged_file_is_refused(copy):
+    for name in (LATENTS, CONTEXTS):
+        path = copy / "features" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-10])
+        with pytest.raises(ValueError, match="damaged"):
+            FeatureIndex.open(copy).feature(0)
+        path.write_bytes(whole[:200] + b"\0" * 100 + whole[300:])
+        with pytest.raises(ValueError, match="damaged"):
+            FeatureIndex.open(copy).feature(0)
+        path.unlink()
+        with pytest.raises(ValueError, match="missing"):
+            FeatureIndex.open(copy).feature(0)
+        path.write_bytes(whole)
+    assert FeatureIndex.open(copy).feature(0).contexts
+
+
+# From the Hub
+
+
+def test_contexts_are_downloaded_when_they_are_asked_for(folder, hub):
+    api = HfApi()
+    api.create_repo("me/sae")
+    api.upload_folder(repo_id="me/sae", folder_path=folder / "features", path_in_repo="model.layers.1/features")
+    index = FeatureIndex.open("me/sae", subfolder="model.layers.1")
+
+    def cache():
+        return {path.name for path in Path(constants.HF_HUB_CACHE).rglob("*.*") if path.parent.name == "features"}
+
+    assert cache() == {INDEX}
+    feature = index.feature(0, contexts=False)
+    assert cache() == {INDEX, LATENTS}
+    assert _plain(index.feature(0))["contexts"] and cache() == {INDEX, LATENTS, CONTEXTS}
+    assert feature.latent == 0
+    with pytest.raises(ValueError, match="no finished feature index"):
+        FeatureIndex.open("me/sae")
+
+
+def test_a_feature_is_seen_in_under_100_ms(folder):
+    index = FeatureIndex.open(folder)
+    times = []
+    for latent in range(small.LATENTS):
+        start = time.perf_counter()
+        index.feature(latent)
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[len(times) // 2] < 0.1
