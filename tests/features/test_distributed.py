@@ -1,23 +1,45 @@
 """Two processes find what one finds: the search by pattern, and the tree."""
 
+import sys
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from hf_matryoshka_sae.evaluation.data import HeldOut
+from hf_matryoshka_sae.features.patterns import TokenPattern
 from hf_matryoshka_sae.features.search import search_latents
 from hf_matryoshka_sae.features.tree import build_tree
 
 from .test_search import CAPITAL, build, open_data
 
 
-def _one_of_two(rank: int, folder) -> None:
+@dataclass
+class Harvested(HeldOut):
+    """Hidden states read before: to load text and model in each process would take most of the test's time."""
+
+    harvested: list[torch.Tensor] | None = None
+
+    device = torch.device("cpu")
+
+    def states(self, batch):
+        (number,) = (i for i, other in enumerate(self.batches) if other.input_ids.equal(batch.input_ids))
+        return self.harvested[number]
+
+
+def found_by(data: Harvested, pattern: TokenPattern):
+    sae = build()
+    return search_latents(pattern, sae, data, top=7, show=False), build_tree(sae, data, 0.4, show=False)
+
+
+def _one_of_two(rank: int, folder, data: Harvested, pattern: TokenPattern, slow: TokenPattern) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    data, sae = open_data(), build()
-    hits, tree = search_latents(CAPITAL, sae, data, top=7, show=False), build_tree(sae, data, 0.4, show=False)
+    hits, tree = found_by(data, pattern)
     try:
-        search_latents("(.|..)+(.|..)+ the" if rank else "the", sae, data, show=False, timeout=0.2)
+        search_latents(slow if rank else pattern, build(), data, show=False, timeout=0.2)
         stopped = ""
     except ValueError as error:
         stopped = str(error)
@@ -26,9 +48,14 @@ def _one_of_two(rank: int, folder) -> None:
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
-    data, sae = open_data(), build()
-    hits, tree = search_latents(CAPITAL, sae, data, top=7, show=False), build_tree(sae, data, 0.4, show=False)
+    opened = open_data()
+    harvested = [opened.states(batch) for batch in opened.batches]
+    data = Harvested(None, opened.batches, opened.hookpoint, harvested=harvested)
+    patterns = [TokenPattern.compile(source, opened.tokenizer) for source in (CAPITAL, "(.|..)+(.|..)+ the")]
+    # Forked where that is safe, as data loaders are: a fresh process imports everything anew, which takes longer.
+    start = "fork" if sys.platform == "linux" else "spawn"
+    mp.start_processes(_one_of_two, args=(tmp_path, data, *patterns), nprocs=2, start_method=start)
+    hits, tree = found_by(data, patterns[0])
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for other_hits, other_tree, _ in found:
         assert [hit.latent for hit in other_hits] == [hit.latent for hit in hits]
