@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from ..models import SAEModel
+from .base import Format
 from .checkpoint import Checkpoint, Hints
 from .registry import able_to_write, formats, named, recognized
 from .saebench import SAEBenchAdapter, to_saebench
-from .source import locate
+from .source import find_weights, locate
 
 
 logger = logging.getLogger(__name__)
@@ -81,12 +82,13 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
         format (`str`, *optional*, defaults to `"hf_matryoshka_sae"`): One of `formats(writable=True)`.
 
     Raises:
-        `ValueError`: if the format is not known, is only read, or cannot express this SAE; the message says why, and
-            which formats can.
+        `ValueError`: if the format is not known, is only read, or cannot express this SAE (the message says why, and
+            which formats can), or if the folder holds an SAE of another format.
     """
     chosen = named(format)
     if chosen.write is None:
         raise ValueError(f"{format} is only read. Formats that are written: {', '.join(formats(writable=True))}.")
+    _check_target(Path(path).expanduser(), chosen)
     reason = chosen.objection(sae)
     if reason is not None:
         raise ValueError(f"{format} cannot express this SAE: {reason}. What can: {', '.join(able_to_write(sae))}.")
@@ -94,6 +96,17 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
     if format != "hf_matryoshka_sae" and not torch.equal(ids, torch.arange(len(ids))):
         logger.warning("%s has no place for the original ids of sorted or pruned latents; they are lost.", format)
     chosen.write(sae, Path(path).expanduser())
+
+
+def _check_target(path: Path, chosen: Format) -> None:
+    """A folder holds one SAE: files of two formats beside each other would be neither."""
+    found = find_weights([file.name for file in path.iterdir() if file.is_file()]) if path.is_dir() else []
+    for name in found:
+        there = recognized(Checkpoint(locate(path / name), Hints()))
+        if there.name != chosen.name:
+            raise ValueError(
+                f"{path} holds an SAE in the format {there.name} ({name}). Save to another folder, or empty this one."
+            )
 
 
 __all__ = ["SAEBenchAdapter", "able_to_write", "formats", "load", "save", "to_saebench"]

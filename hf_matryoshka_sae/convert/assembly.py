@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..models import CONFIGS, SAEModel, build_sae
 from .checkpoint import Checkpoint
 
+
+logger = logging.getLogger(__name__)
 
 # What configs call F and D. (Bussmann's `dict_size` is not what a Matryoshka SAE has.)
 _NAMES_OF_F = ("d_sae", "n_latents", "hidden_dim", "num_latents")
@@ -60,6 +63,7 @@ def assemble(
     state = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     if activation in ("topk", "batch_topk"):
         fields["k"] = _checked_k(checkpoint, activation, k if hints.k is None else hints.k)
+    _warn_where_hints_differ(checkpoint, activation, k, prefix_widths)
     if activation in ("batch_topk", "jumprelu"):
         assert threshold is not None
         # Source libraries apply a ReLU first, so that a threshold below 0 lets through what one of 0 does.
@@ -77,6 +81,19 @@ def assemble(
             widths.append(num_latents)
         config = CONFIGS["matryoshka"](activation=activation, prefix_widths=widths, **fields)
     return _filled(config, state, hints.dtype)
+
+
+def _warn_where_hints_differ(checkpoint: Checkpoint, activation: str, k, prefix_widths) -> None:
+    """The user's word counts, but a slip should not pass unseen."""
+    hints = checkpoint.hints
+    if hints.k is not None and activation not in ("topk", "batch_topk"):
+        logger.warning("%s keeps no fixed number of latents (%s): `k` has no effect.", checkpoint.name, activation)
+    elif hints.k is not None and k is not None and float(k) != float(hints.k):
+        logger.warning("%s says k = %g; it is loaded with k = %g, as asked.", checkpoint.name, float(k), hints.k)
+    if hints.prefix_widths is not None and prefix_widths is not None:
+        if list(hints.prefix_widths) != list(prefix_widths):
+            said, asked = list(prefix_widths), list(hints.prefix_widths)
+            logger.warning("%s was trained at widths %s; it is loaded with %s.", checkpoint.name, said, asked)
 
 
 def _check_sizes(checkpoint: Checkpoint, num_latents: int, d_in: int) -> None:

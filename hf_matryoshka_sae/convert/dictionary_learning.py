@@ -2,7 +2,9 @@
 
 Every class subtracts `b_dec` before the encoder, except JumpReLU and the "April update" (`AutoEncoderNew`). Which
 class a checkpoint is, its tensors say; `config.json`, which may be missing, adds names and k. Intermediate backups
-have the same file name, with the state dict under `ae`. The norm factor of training is in the weights already.
+have the same file name, with the state dict under `ae`. The norm factor of training is in the weights already. ReLU
+dictionaries are read as they are stored; the library's `load_dictionary` also gives their decoder unit rows, so that
+its latents are ours times the rows' lengths (`sae.fold_decoder_norm_()` does the same).
 """
 
 import logging

@@ -109,7 +109,7 @@ class SAEBenchAdapter(nn.Module):
             self._input_norm = shift, scale
             return (x - shift) / (scale + 1e-5)
         if self._input_normalization == "constant_norm":
-            scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            scale = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
             self._input_norm = torch.zeros_like(scale), scale
             return x / scale
         return x

@@ -71,7 +71,7 @@ def _read(run_dir: str | Path, saes: Sequence[SAEFolder] | None) -> RunFacts:
 
 
 def sae_card(
-    sae: SAEModel, repo_id: str, folder: str | Path | None = None, license: str = "apache-2.0", notes: str = ""
+    sae: SAEModel, repo_id: str, folder: str | Path | None = None, license: str | None = None, notes: str = ""
 ) -> ModelCard:
     """The card of one SAE that is the whole repository.
 
@@ -80,7 +80,9 @@ def sae_card(
         repo_id (`str`): Of the repository.
         folder (`str` or `Path`, *optional*): Where it was loaded from. If that is in a run's folder, and the weights
             still are those, the card shows what the run knows, but no pictures: they are pushed with runs.
-        license (`str`, *optional*), notes (`str`, *optional*): As for [`run_card`].
+        license (`str`, *optional*): Of the weights; by default "apache-2.0" where the SAE is a run's, else left open:
+            they may be somebody else's.
+        notes (`str`, *optional*): As for [`run_card`].
     """
     folder = None if folder is None else Path(folder).expanduser()
     if folder is None or not (folder / "config.json").is_file() or not _same(sae, folder):
@@ -89,7 +91,7 @@ def sae_card(
     run.plots = {}
     for facts in run.saes:
         facts.plots = {}
-    return _render(run, repo_id, license, notes)
+    return _render(run, repo_id, license or "apache-2.0", notes)
 
 
 def _same(sae: SAEModel, folder: Path) -> bool:
@@ -109,7 +111,7 @@ def _same(sae: SAEModel, folder: Path) -> bool:
 # Rendering
 
 
-def _render(run: RunFacts, repo_id: str, license: str, notes: str) -> ModelCard:
+def _render(run: RunFacts, repo_id: str, license: str | None, notes: str) -> ModelCard:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     data = _metadata(run, repo_id, license)
@@ -124,7 +126,7 @@ def _tidy(text: str) -> str:
     return "".join(tidy).rstrip() + "\n"
 
 
-def _variables(run: RunFacts, repo_id: str, license: str, notes: str) -> dict[str, Any]:
+def _variables(run: RunFacts, repo_id: str, license: str | None, notes: str) -> dict[str, Any]:
     shown = _main(run)
     progressive = any(sae.curve or sae.power_law for sae in run.saes)
     return {
@@ -167,7 +169,7 @@ def compute(run: RunFacts) -> dict[str, Any]:
     }
 
 
-def _metadata(run: RunFacts, repo_id: str, license: str) -> ModelCardData:
+def _metadata(run: RunFacts, repo_id: str, license: str | None) -> ModelCardData:
     model, _ = card_text.language_model(run)
     texts = card_text.texts(run)
     datasets = list(dict.fromkeys(id for id, _ in texts.values() if id))

@@ -25,6 +25,7 @@ def push_main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch; made if it is not there")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights (default: %(default)s)")
     parser.add_argument("--no_measure", action="store_true", help="a card of what has been measured already")
     parser.add_argument("--dry_run", metavar="DIR", help="write the repository's files to a folder, send nothing")
     return _run(parser, arguments, _push)
@@ -35,7 +36,7 @@ def _push(parsed: argparse.Namespace) -> None:
         found = find_saes(parsed.run, parsed.saes)
         if not parsed.no_measure:
             measure_run(parsed.run, parsed.saes)
-        run_repository(parsed.run, parsed.repo, found).write(parsed.dry_run)
+        run_repository(parsed.run, parsed.repo, found, license=parsed.license).write(parsed.dry_run)
         sys.stdout.write(f"Wrote what {parsed.repo} would hold to {parsed.dry_run}\n")
         return
     commit = push(
@@ -47,6 +48,7 @@ def _push(parsed: argparse.Namespace) -> None:
         create_pr=parsed.create_pr,
         commit_message=parsed.message,
         measure=not parsed.no_measure,
+        license=parsed.license,
     )
     sys.stdout.write(f"{commit.pr_url or commit.commit_url}\n")
 

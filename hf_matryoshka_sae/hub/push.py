@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
@@ -21,7 +23,7 @@ from transformers import AutoConfig
 from .. import __version__, models
 from ..models import MODELS, SAECollection, SAECollectionConfig, SAEModel
 from ..models.checkpoint_files import WHOLE_TENSORS
-from ..models.digests import DIGESTS_NAME, row_digests
+from ..models.digests import DIGESTS_NAME, digest, row_digests
 from ..progressive.statistics import STATISTICS_FILE
 from .card import card_assets, run_card, sae_card
 from .layout import MODEL_TYPES, SAEFolder, find_saes
@@ -47,6 +49,15 @@ class Repository:
     files: dict[str, Content]
     folders: list[str]
 
+    def replaces(self, name: str) -> bool:
+        """Whether a file of the repository belongs to what an earlier push put in these folders, and goes."""
+        if name in self.files:
+            return False
+        folder, _, last = name.rpartition("/")
+        own = fnmatchcase(last, _WEIGHTS) or last in (DIGESTS_NAME, STATISTICS_FILE)
+        pictures = any(name.startswith(f"plots/{place}/" if place else "plots/") for place in self.folders)
+        return pictures or (own and folder in self.folders)
+
     def write(self, folder: str | Path) -> None:
         """Write the files below a folder."""
         for name, content in self.files.items():
@@ -65,6 +76,7 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     measure: bool = True,
+    license: str = "apache-2.0",
     show: bool = True,
 ) -> CommitInfo:
     """Push the SAEs of a run, with their card, in one commit.
@@ -85,6 +97,7 @@ def push(
         commit_message (`str`, *optional*): What the commit says.
         measure (`bool`, *optional*, defaults to `True`):
             Measure first what the card shows and the run's folder lacks; see [`measure_run`].
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
         show (`bool`, *optional*, defaults to `True`): Show progress bars.
 
     Returns:
@@ -104,7 +117,7 @@ def push(
     with _connection(repo_id):
         repo_id, parent, before = _prepare(api, repo_id, private, revision)
         _check_root(repo_id, before, at_root=found[0].subfolder == "")
-        repository = run_repository(run_dir, repo_id, found, before)
+        repository = run_repository(run_dir, repo_id, found, before, license)
         return _commit(api, repo_id, repository, message, revision, create_pr, parent)
 
 
@@ -119,6 +132,7 @@ def push_sae(
     create_pr: bool = False,
     max_shard_size: int | str = "5GB",
     tags: Sequence[str] | None = None,
+    license: str | None = None,
 ) -> CommitInfo:
     """Push one SAE to the root of a repository, in one commit: what `sae.push_to_hub(repo_id)` does.
 
@@ -126,6 +140,8 @@ def push_sae(
         sae ([`SAEModel`]): Loaded, pruned or trained.
         repo_id (`str`), commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags:
             As in `PreTrainedModel.push_to_hub`.
+        license (`str`, *optional*): Of the weights, for the card; by default "apache-2.0" for an SAE of a run that is
+            at hand, and left open for one whose weights may be somebody else's.
 
     Returns:
         `CommitInfo` of huggingface_hub.
@@ -137,18 +153,34 @@ def push_sae(
         _check_root(repo_id, before, at_root=True)
         place = SAEFolder(Path(scratch), "", sae.config.hookpoint or "", "")
         came_from = Path(sae.config.name_or_path) if sae.config.name_or_path else None
-        card = sae_card(sae, repo_id, came_from if came_from is not None and came_from.is_dir() else None)
+        came_from = came_from if came_from is not None and came_from.is_dir() else None
+        card = sae_card(sae, repo_id, came_from, license, _about_ids(sae))
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or [])]))
         files = {"README.md": str(card).encode(), **sae_files(place), **code_files()}
         message = commit_message or f"Push {type(sae).__name__}"
         return _commit(api, repo_id, Repository(files, [""]), message, revision, create_pr, parent, commit_description)
 
 
+def _about_ids(sae: SAEModel) -> str:
+    """What a card says of latents that were sorted or pruned."""
+    ids = sae.latent_ids.cpu()
+    if torch.equal(ids, torch.arange(len(ids))):
+        return ""
+    return (
+        f"Its {len(ids):,} latents were sorted or pruned from a larger or differently ordered SAE; the tensor "
+        "`latent_ids` says which latent of that each one was."
+    )
+
+
 # What a repository holds
 
 
 def run_repository(
-    run_dir: str | Path, repo_id: str, saes: Sequence[SAEFolder], before: dict[str, Any] | None = None
+    run_dir: str | Path,
+    repo_id: str,
+    saes: Sequence[SAEFolder],
+    before: dict[str, Any] | None = None,
+    license: str = "apache-2.0",
 ) -> Repository:
     """The files of a run's repository.
 
@@ -157,13 +189,19 @@ def run_repository(
         repo_id (`str`): The repository, for the card's snippets.
         saes (`Sequence[SAEFolder]`): The SAEs to put there.
         before (`dict`, *optional*): The `config.json` that is there, whose index is added to.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
     """
     files: dict[str, Content] = {}
     for sae in saes:
+        check_sae(sae.folder)
         files |= sae_files(sae)
     if saes[0].subfolder:
         files[_CONFIG] = _index(saes, before)
-    card: ModelCard = run_card(run_dir, repo_id, list(saes))
+    others = sorted(set((before or {}).get("saes") or {}) - {sae.subfolder for sae in saes})
+    notes = f"Also in this repository, from other pushes: {', '.join(f'`{other}`' for other in others)}." * bool(
+        others
+    )
+    card: ModelCard = run_card(run_dir, repo_id, list(saes), license=license, notes=notes)
     files |= card_assets(run_dir, list(saes))
     files |= {"README.md": str(card).encode(), **code_files()}
     return Repository(files, [sae.subfolder for sae in saes])
@@ -171,7 +209,7 @@ def run_repository(
 
 def sae_files(sae: SAEFolder) -> dict[str, Content]:
     """The files of one SAE: its config, its weights, digests of their rows, and its statistics where there are any."""
-    config = json.loads((sae.folder / _CONFIG).read_text())
+    config = _public(json.loads((sae.folder / _CONFIG).read_text()))
     config["auto_map"] = _auto_map(*_classes(config))
     files: dict[str, Content] = {_CONFIG: _json(config)}
     files |= {path.name: path for path in sorted(sae.folder.glob(_WEIGHTS))}
@@ -216,14 +254,18 @@ def _digests(folder: Path) -> dict[str, Any]:
     """Digests of the rows of all tensors, one tensor in memory at a time."""
     config = AutoConfig.from_pretrained(folder)
     found: dict[str, Any] = {}
+    headers: dict[str, str] = {}
     for path in _weight_files(folder):
+        with open(path, "rb") as raw:
+            length = raw.read(8)
+            headers[path.name] = digest(length + raw.read(int.from_bytes(length, "little")))
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 one = row_digests({name: file.get_tensor(name)}, config.num_latents, config.widths, WHOLE_TENSORS)
                 found = {
                     key: value | found.get(key, {}) if isinstance(value, dict) else value for key, value in one.items()
                 }
-    return found
+    return {**found, "headers": headers}
 
 
 def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
@@ -232,13 +274,21 @@ def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
     if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
         entries |= before.get("saes") or {}
     for sae in saes:
-        config = json.loads((sae.folder / _CONFIG).read_text())
+        config = _public(json.loads((sae.folder / _CONFIG).read_text()))
         entries[sae.subfolder] = SAEInfo.of(sae.subfolder, config).entry()
     auto_map = _auto_map(SAECollectionConfig, SAECollection)
     kind = SAECollectionConfig.model_type
     return _json(
         {"architectures": [SAECollection.__name__], "auto_map": auto_map, "model_type": kind, "saes": entries}
     )
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as others may see it: of a language model in a folder of this machine only that folder's name."""
+    model = config.get("base_model")
+    if isinstance(model, str) and (Path(model).is_absolute() or model.startswith(("~", ".")) or Path(model).is_dir()):
+        return config | {"base_model": Path(model).name}
+    return config
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -316,13 +366,7 @@ def _commit(
     parent: str | None,
     description: str | None = None,
 ) -> CommitInfo:
-    there = api.list_repo_files(repo_id, revision=parent)
-    stale = [
-        name
-        for name in there
-        if name not in repository.files
-        and any(Path(name).match(_WEIGHTS) and _folder(name) == folder for folder in repository.folders)
-    ]
+    stale = [name for name in api.list_repo_files(repo_id, revision=parent) if repository.replaces(name)]
     operations = [CommitOperationAdd(name, content) for name, content in sorted(repository.files.items())]
     operations += [CommitOperationDelete(name) for name in stale]
     try:
@@ -342,7 +386,3 @@ def _commit(
                 "not sent twice."
             ) from error
         raise
-
-
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]

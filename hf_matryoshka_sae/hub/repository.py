@@ -83,7 +83,10 @@ def list_saes(
             "libraries."
         )
     places = {"" if place == "." else place: config for place, config in sorted(configs.items())}
-    return {place: SAEInfo.of(place, config) for place, config in places.items()}
+    try:
+        return {place: SAEInfo.of(place, config) for place, config in places.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The index or a config of {repo_or_dir} is damaged: {error!r}. Push it again.") from error
 
 
 def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[str, dict[str, Any]]:
@@ -96,7 +99,10 @@ def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[
     if root.get("model_type") in MODEL_TYPES:
         return {"": root}
     if root.get("model_type") == SAECollectionConfig.model_type:
-        return root.get("saes") or {}
+        found = root.get("saes") or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"The index of {repo} is damaged: `saes` should be by folder. Push it again.")
+        return found
     files = [file for file in HfApi().list_repo_files(repo, **where) if file.endswith("/config.json")]
     configs = {file.removesuffix("/config.json"): _config(repo, file, where) for file in files}
     return {place: config for place, config in configs.items() if config.get("model_type") in MODEL_TYPES}
@@ -121,7 +127,11 @@ def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = N
     """
     where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     saes = list_saes(repo_or_dir, **where)
-    chosen = [sae for sae in saes.values() if name is None or name in (sae.subfolder, sae.hookpoint)]
+    # A folder's name means that folder, also where the hookpoint of others is called so.
+    if name in saes:
+        chosen = [saes[name]]
+    else:
+        chosen = [sae for sae in saes.values() if name is None or name == sae.hookpoint]
     if len(chosen) != 1:
         there = ", ".join(place or "(the root)" for place in saes)
         asked = f" under {name!r}" if name is not None else ""
@@ -166,4 +176,11 @@ def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict
         kwargs = kwargs | {"width": width}
     local = Path(repo_or_dir).expanduser()
     source = str(local if local.is_dir() else repo_or_dir)
-    return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
+    try:
+        return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
+    except ValueError as error:
+        if "Unrecognized model" not in str(error):
+            raise
+        raise ValueError(
+            f"The index of {source} names {sae.subfolder or 'its root'}, and there is no SAE there. Push it again."
+        ) from error

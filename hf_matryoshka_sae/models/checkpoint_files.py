@@ -25,7 +25,7 @@ from transformers.utils import (
 )
 
 from .digests import DIGESTS_NAME
-from .partial_download import PartialFile, RangesRefused, warn_of_whole_file
+from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 
 
 WHOLE_TENSORS = {"b_dec"}  # has no latent axis
@@ -87,21 +87,33 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
     else:
         config = copy.deepcopy(config)
     config.truncated(width)  # a width it does not have is refused before anything is fetched
-    state = {}
-    for path, names in _weight_files(source, where, commit, width):
-        with safe_open(path, framework="pt") as file:
-            for name in names or file.keys():
-                rows = file.get_slice(name)
-                if name not in WHOLE_TENSORS and rows.get_shape()[0] != config.num_latents:
-                    raise ValueError(
-                        f"{name} in {path} has {rows.get_shape()[0]} rows where the config says {config.num_latents}."
-                    )
-                state[name] = file.get_tensor(name) if name in WHOLE_TENSORS else rows[:width]
+    try:
+        state = _read_rows(source, where, commit, width, config.num_latents)
+    except FileNotFoundError:
+        if commit is None or where.get("local_files_only"):
+            raise
+        # Another process has completed the file meanwhile, and it lies elsewhere now.
+        state = _read_rows(source, where, commit, width, config.num_latents)
     for name, value in config.truncated(width).items():
         setattr(config, name, value)
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = state["W_enc"].dtype if "W_enc" in state else torch.float32
     return config, state
+
+
+def _read_rows(source, where: dict, commit: str | None, width: int, num_latents: int) -> dict[str, torch.Tensor]:
+    """The first `width` rows of every tensor."""
+    state = {}
+    for path, names in _weight_files(source, where, commit, width):
+        with safe_open(path, framework="pt") as file:
+            for name in names or file.keys():
+                rows = file.get_slice(name)
+                if name not in WHOLE_TENSORS and rows.get_shape()[0] != num_latents:
+                    raise ValueError(
+                        f"{name} in {path} has {rows.get_shape()[0]} rows where the config says {num_latents}."
+                    )
+                state[name] = file.get_tensor(name) if name in WHOLE_TENSORS else rows[:width]
+    return state
 
 
 def _weight_files(
@@ -126,16 +138,16 @@ def _file(source, name: str, where: dict, commit: str | None, width: int | None,
     """A file with at least the first `width` rows of its tensors; from the Hub, no more than those is fetched."""
     if not Path(source).is_dir() and commit is not None:
         part = _partial_file(source, name, where, commit)
-        if where.get("force_download"):
-            part.forget()
-        whole = None if where.get("force_download") else part.whole()
+        force = bool(where.get("force_download"))
+        whole = None if force else part.whole()
         if whole is not None:
             return whole
         try:
-            return part.fetch(width, WHOLE_TENSORS, lambda: _published_digests(source, where, commit))
+            return part.fetch(width, WHOLE_TENSORS, lambda again: _published_digests(source, where, again), force)
         except RangesRefused as reason:
             warn_of_whole_file(part.filename, part.repo_id, reason)
-        except (EntryNotFoundError, FileNotFoundError):
+            part.forget()
+        except (EntryNotFoundError, NotInCache):
             # Not there, or this is offline: it may lie in shards, of which the index then is in the cache.
             if optional and (not part.offline or part.sibling_cached(SAFE_WEIGHTS_INDEX_NAME)):
                 return None
@@ -165,12 +177,27 @@ def _pinned(source, kwargs: dict) -> tuple[dict, str | None]:
     return where, extract_commit_hash(cached_file(source, CONFIG_NAME, **where), None)
 
 
-def _published_digests(source, where: dict, commit: str) -> dict | None:
-    found = cached_file(source, DIGESTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    try:
-        return None if found is None else json.loads(Path(found).read_text())
-    except ValueError as error:
-        raise ValueError(f"{found} is damaged ({error}): delete it, and it is fetched again.") from error
+def _published_digests(source, where: dict, again: bool) -> dict | None:
+    """The digests that were pushed with the weights; `None` where there are none. A damaged file is fetched anew."""
+    for force in (again, True):
+        asked = where | {"force_download": force}
+        found = cached_file(source, DIGESTS_NAME, _raise_exceptions_for_missing_entries=False, **asked)
+        if found is None:
+            return None
+        try:
+            digests = json.loads(Path(found).read_text())
+        except ValueError:
+            continue
+        if isinstance(digests, dict):
+            return digests
+    return None
+
+
+def forget_partial_files(source, kwargs: dict) -> None:
+    """Drop what was fetched in part of an SAE's weights: it turned out to be damaged."""
+    if source is not None and not Path(source).is_dir():
+        for path in _begun(source, kwargs)[0]:
+            path.forget()
 
 
 def complete_partial_files(source, kwargs: dict) -> None:
@@ -180,8 +207,22 @@ def complete_partial_files(source, kwargs: dict) -> None:
     """
     if source is None or Path(source).is_dir() or kwargs.get("force_download"):
         return
-    begun = _partial_file(source, SAFE_WEIGHTS_NAME, kwargs, "").references
-    if begun.is_dir():
-        where, commit = _pinned(source, kwargs)
-        for path in sorted((begun / (commit or "") / (where.get("subfolder") or "")).glob("model*.safetensors")):
-            _file(source, path.name, where, commit, None)
+    parts, where, commit = _begun(source, kwargs)
+    for part in parts:
+        _file(source, Path(part.filename).name, where, commit, None)
+
+
+def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:
+    """The files of an SAE's weights of which a part is in the cache; where they are, and of which commit."""
+    references = _partial_file(source, SAFE_WEIGHTS_NAME, kwargs, "").references
+    if not references.is_dir():
+        return [], {}, None
+    where, commit = _pinned(source, kwargs)
+    if commit is None:
+        return [], where, None
+    folder = references / commit / (where.get("subfolder") or "")
+    return (
+        [_partial_file(source, path.name, where, commit) for path in folder.glob("model*.safetensors")],
+        where,
+        commit,
+    )

@@ -7,6 +7,7 @@ library only. It must not use `from __future__ import annotations`: `@strict` th
 import difflib
 import math
 from dataclasses import fields
+from numbers import Integral
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -64,6 +65,12 @@ def nearest(name: str, known) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+def check_width(width, num_latents: int) -> None:
+    """Raises `ValueError` for what is no number of a dictionary's first latents."""
+    if isinstance(width, bool) or not isinstance(width, Integral) or not 1 <= width <= num_latents:
+        raise ValueError(f"`width` must lie between 1 and num_latents ({num_latents}), got {width!r}.")
 
 
 @strict
@@ -146,8 +153,7 @@ class SAEConfig(PreTrainedConfig):
 
     def truncated(self, width: int) -> dict:
         """The fields of the config that describes the first `width` latents."""
-        if not 1 <= width <= self.num_latents:
-            raise ValueError(f"`width` must lie between 1 and num_latents ({self.num_latents}), got {width}.")
+        check_width(width, self.num_latents)
         changed = {"num_latents": width}
         if isinstance(getattr(self, "k", None), int | float) and self.k > width:
             changed["k"] = width  # restricted to fewer latents than k, all of them may fire

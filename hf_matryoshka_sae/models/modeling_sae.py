@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .checkpoint_files import complete_partial_files, read_prefix, staged_files
+from .checkpoint_files import complete_partial_files, forget_partial_files, read_prefix, staged_files
 from .configuration_sae import (
     BatchTopKSAEConfig,
     GatedSAEConfig,
@@ -30,6 +30,7 @@ from .configuration_sae import (
     ReluSAEConfig,
     SAEConfig,
     TopKSAEConfig,
+    check_width,
 )
 from .families import FAMILIES
 from .partial_download import DROPPED
@@ -276,8 +277,7 @@ class SAEModel(Reshaping, PreTrainedModel):
     def _checked_width(self, width: int | None) -> int:
         if width is None:
             return self.config.num_latents
-        if not 1 <= width <= self.config.num_latents:
-            raise ValueError(f"`width` must lie between 1 and num_latents ({self.config.num_latents}), got {width}.")
+        check_width(width, self.config.num_latents)
         return width
 
     def _flattened(self, hidden_states: Tensor) -> Tensor:
@@ -344,12 +344,14 @@ class SAEModel(Reshaping, PreTrainedModel):
                 "call again goes on from there."
             ) from error
         except (SafetensorError, json.JSONDecodeError) as error:
+            forget_partial_files(source, kwargs)
             raise ValueError(
                 f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "
                 "save or download it again."
             ) from error
         broken = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
         if broken:
+            forget_partial_files(source, kwargs)
             raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
         return (model, info) if wants_info else model
 

@@ -11,13 +11,14 @@ anywhere. A lock lets several processes ask for the same file. When no row is mi
 blob of the cache.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -31,7 +32,8 @@ from huggingface_hub.utils import (
     tqdm,
 )
 
-from .digests import first_wrong_row
+from .digests import digest, first_wrong_row
+from .partial_record import PartialRecord, replace_text
 
 
 _FIRST_READ = 8192  # bytes; the header of an SAE's file is under 1 KB
@@ -43,8 +45,16 @@ DROPPED = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError
 """What is raised where a connection breaks."""
 
 
+Digests = Callable[[bool], dict | None]
+"""Gives the digests that were pushed with a file, see `digests.py`; with `True` fetches them anew."""
+
+
 class RangesRefused(Exception):
     """The server does not send parts of files, or not what was asked for."""
+
+
+class NotInCache(FileNotFoundError):
+    """This is offline, and the cache does not have what is asked for."""
 
 
 class PartialFile:
@@ -76,7 +86,13 @@ class PartialFile:
     @property
     def begun(self) -> bool:
         """Whether some of it was fetched before."""
-        return self._reference.is_file()
+        return self._known_etag() is not None
+
+    def _known_etag(self) -> str | None:
+        try:
+            return self._reference.read_text().strip() or None
+        except OSError:
+            return None
 
     def whole(self) -> Path | None:
         """The whole file, where it is in the cache."""
@@ -89,77 +105,106 @@ class PartialFile:
         return isinstance(try_to_load_from_cache(self.repo_id, filename, self.cache_dir, revision=self.commit), str)
 
     def fetch(
-        self, width: int | None, whole_tensors: set[str], published: Callable[[], dict | None] = lambda: None
+        self,
+        width: int | None,
+        whole_tensors: set[str],
+        published: Digests = lambda again: None,
+        force: bool = False,
     ) -> Path:
         """A file of which at least the first `width` rows of every tensor are there.
 
         Args:
             width (`int`, *optional*): Rows; all where not given.
             whole_tensors (`set[str]`): Names of tensors without a latent axis.
-            published (`Callable`, *optional*): Gives the digests that were pushed with the file, see `digests.py`.
+            published (`Callable`, *optional*): Gives the digests that were pushed with the file.
+            force (`bool`, *optional*, defaults to `False`): Fetch anew what is in the cache.
 
         Returns:
             `Path` of a safetensors file that may have holes past these rows.
 
         Raises:
             `RangesRefused`: if only the whole file can be had.
-            `EntryNotFoundError`: if there is no such file; `FileNotFoundError`: if this is offline.
+            `EntryNotFoundError`: if there is no such file; `NotInCache`: if this is offline.
             one of `DROPPED`: if the connection fails for good; what came until then is kept.
             `ValueError`: if what came is damaged.
         """
         etag, size = self._identify()
-        folder = self.storage / "partial" / etag
-        folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / "lock"):
-            whole = self.whole()
-            if whole is not None:  # another process has completed it meanwhile
-                return whole
-            record = _Record(folder, etag, size)
-            if not self._fetch_missing(record, width, whole_tensors, published):
+        folder, blob = self.storage / "partial" / etag, self.storage / "blobs" / etag
+        if not force:
+            record = PartialRecord(folder, etag, size)
+            if record.header is not None and not any(record.missing(width, whole_tensors)) and not record.complete:
+                return record.weights  # needs no lock, so that a cache that cannot be written to serves too
+        # Past the folder, which goes when the file is complete.
+        lock = Path(self.cache_dir) / ".locks" / self.storage.name / f"{etag}.partial.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if not force:
+                whole = self.whole()
+                if whole is not None:  # another process has completed it meanwhile
+                    return whole
+                if blob.is_file():  # the same content under another name
+                    return self._link(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            record = PartialRecord(folder, etag, size)
+            if force:
+                record.drop()
+            try:
+                complete = self._fetch_missing(record, width, whole_tensors, published)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise OSError(
+                    errno.ENOSPC,
+                    f"No space left on the device for {self.filename} of {self.repo_id}. What came is kept: the same "
+                    "call goes on once there is room",
+                ) from error
+            if not complete:
                 return record.weights
             _check_sum(record)
-            blob = self.storage / "blobs" / etag
             blob.parent.mkdir(exist_ok=True)
             os.replace(record.weights, blob)
-            # The blob is there: nothing is downloaded, it only gets its place in the snapshot.
-            whole = hf_hub_download(
-                self.repo_id, self.filename, revision=self.commit, token=self.token, cache_dir=self.cache_dir
-            )
-            self._reference.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            return Path(whole)
+            return self._link(folder)
+
+    def _link(self, folder: Path) -> Path:
+        """Give a complete blob its place in the snapshot: nothing is downloaded."""
+        whole = hf_hub_download(
+            self.repo_id, self.filename, revision=self.commit, token=self.token, cache_dir=self.cache_dir
+        )
+        self._reference.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        return Path(whole)
 
     def forget(self) -> None:
         """Drop what was fetched, so that the next fetch starts over."""
-        if self.begun:
-            folder = self.storage / "partial" / self._reference.read_text()
-            self._reference.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+        etag = self._known_etag()
+        self._reference.unlink(missing_ok=True)
+        if etag is not None:
+            shutil.rmtree(self.storage / "partial" / etag, ignore_errors=True)
 
     def _identify(self) -> tuple[str, int | None]:
         """The file's etag, and its size where the server was asked."""
-        if self.begun:
-            return self._reference.read_text(), None
+        etag = self._known_etag()
+        if etag is not None:
+            return etag, None
         if self.offline:
-            raise FileNotFoundError(f"{self.filename} of {self.repo_id} is not in the cache, and this is offline.")
+            raise NotInCache(f"{self.filename} of {self.repo_id} is not in the cache, and this is offline.")
         found = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
         if found.etag is None or found.size is None:
             raise RangesRefused("the server gives no etag or size")
         self._reference.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self._reference, found.etag)
+        replace_text(self._reference, found.etag)
         return found.etag, found.size
 
     def _fetch_missing(
-        self, record: "_Record", width: int | None, whole_tensors: set[str], published: Callable[[], dict | None]
+        self, record: PartialRecord, width: int | None, whole_tensors: set[str], published: Digests
     ) -> bool:
         """Bring the file up to `width` rows; whether it then is complete."""
         if record.header is None:
-            self._online(record, "nothing")
-            self._fetch_header(record)
+            self._online("nothing")
+            self._fetch_header(record, published)
         missing = list(record.missing(width, whole_tensors))
         if missing:
-            self._online(record, f"{min(record.rows.values(), default=0)} latents")
-        digests = published() if missing else None
+            self._online(f"{record.latents(whole_tensors)} latents")
         total = sum((want - have) * record.row_bytes(name) for name, have, want in missing)
         label = f"{self.filename} ({'all' if width is None else f'first {width}'} latents)"
         with (
@@ -172,7 +217,7 @@ class PartialFile:
                     for first in range(have, want, step):
                         last = min(first + step, want)
                         self._fetch_range(record, file, *record.span(name, first, last), bar)
-                        self._verify(record, name, first, last, digests)
+                        self._verify(record, name, first, last, published)
                         record.note(name, last)
                         if record.noted_bytes >= _PIECE:
                             record.count(file)
@@ -180,14 +225,14 @@ class PartialFile:
                 record.count(file)  # what came whole before anything went wrong
         return record.complete
 
-    def _online(self, record: "_Record", have: str) -> None:
+    def _online(self, have: str) -> None:
         if self.offline:
-            raise FileNotFoundError(
+            raise NotInCache(
                 f"{self.filename} of {self.repo_id}: {have} of it in the cache, and this is offline. Load fewer "
                 "latents, or once with a connection."
             )
 
-    def _fetch_header(self, record: "_Record") -> None:
+    def _fetch_header(self, record: PartialRecord, published: Digests) -> None:
         if record.size is None:
             record.size = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True).size
         with open(record.weights, "w+b") as file:
@@ -199,15 +244,21 @@ class PartialFile:
                 raise ValueError(f"{self.filename} of {self.repo_id} is no safetensors file, or a damaged one.")
             if length > read:
                 self._fetch_range(record, file, read, length)
-            file.seek(8)
-            text = file.read(length - 8)
+            file.seek(0)
+            text = file.read(length)
             file.truncate(record.size)  # what is past the header is a hole
+        name = Path(self.filename).name
+        if not _holds(published, lambda digests: digests.get("headers", {}).get(name) in (None, digest(text))):
+            raise ValueError(
+                f"The header of {self.filename} of {self.repo_id} is not what was pushed: damaged on the way. It was "
+                "dropped; the same call fetches it again."
+            )
         try:
-            record.begin(json.loads(text), length)
-        except (ValueError, KeyError, TypeError) as error:
+            record.begin(json.loads(text[8:]), length)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The header of {self.filename} of {self.repo_id} is damaged: {error}") from error
 
-    def _fetch_range(self, record: "_Record", file, start: int, stop: int, bar=None) -> None:
+    def _fetch_range(self, record: PartialRecord, file, start: int, stop: int, bar=None) -> None:
         """Write the bytes from `start` to `stop` to their place; goes on where a connection broke."""
         position, attempt = start, 0
         while position < stop:
@@ -235,98 +286,30 @@ class PartialFile:
             if broke is not None:
                 time.sleep(2**attempt / 4)
 
-    def _verify(self, record: "_Record", name: str, first: int, last: int, published: dict | None) -> None:
+    def _verify(self, record: PartialRecord, name: str, first: int, last: int, published: Digests) -> None:
         """Compare new rows of a tensor with the digests that were pushed with it."""
-        if published is None:
-            return
-        wrong = first_wrong_row(published, name, first, last, lambda a, b: record.read(name, a, b))
-        if wrong is not None:
-            record.note(name, min(wrong, first))
+
+        def wrong(digests: dict) -> int | None:
+            return first_wrong_row(digests, name, first, last, lambda a, b: record.read(name, a, b))
+
+        if not _holds(published, lambda digests: wrong(digests) is None):
+            record.note(name, min(wrong(published(False) or {}) or 0, first))
             raise ValueError(
                 f"Rows of {name} in {self.filename} of {self.repo_id} are not what was pushed: damaged on the way. "
                 "They were dropped; the same call fetches them again."
             )
 
 
-class _Record:
-    """What is there of a file: `rows.json` and `weights.safetensors` in one folder."""
-
-    def __init__(self, folder: Path, etag: str, size: int | None):
-        self.weights, self._path = folder / "weights.safetensors", folder / "rows.json"
-        self.etag, self.size = etag, size
-        self.header: dict[str, dict] | None = None
-        self.start, self.rows = 0, {}
-        self._noted, self.noted_bytes = {}, 0
-        try:
-            found = json.loads(self._path.read_text())
-            if self.weights.stat().st_size == found["size"]:
-                self.size, self.start, self.header, self.rows = (
-                    found[key] for key in ("size", "start", "header", "rows")
-                )
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or a damaged one: start over
-
-    def begin(self, header: dict, start: int) -> None:
-        """Take over the header of the file, whose data begin at `start`."""
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= self.size - start or (entry["shape"] and not entry["shape"][0]):
-                raise ValueError(f"data_offsets {entry['data_offsets']}")
-        self.header, self.start, self.rows = header, start, {}
-
-    def note(self, name: str, rows: int) -> None:
-        """So many rows of a tensor were written, if not yet to the disk."""
-        self.noted_bytes += max(0, rows - self.rows.get(name, 0)) * self.row_bytes(name)
-        self._noted[name] = rows
-
-    def count(self, file) -> None:
-        """Count the rows that were noted, once they are on the disk."""
-        if self._noted:
-            os.fsync(file.fileno())
-            self.rows |= self._noted
-            self._noted, self.noted_bytes = {}, 0
-            self._write()
-
-    def missing(self, width: int | None, whole_tensors: set[str]) -> Iterator[tuple[str, int, int]]:
-        """The tensors that lack rows, in the file's order: name, rows there are, rows there should be."""
-        for name in sorted(self.header, key=lambda name: self.header[name]["data_offsets"]):
-            rows, have = self._num_rows(name), self.rows.get(name, 0)
-            want = rows if width is None or name in whole_tensors else min(width, rows)
-            if want > have:
-                yield name, have, want
-
-    @property
-    def complete(self) -> bool:
-        """Whether every row is there."""
-        return all(self.rows.get(name, 0) == self._num_rows(name) for name in self.header)
-
-    def row_bytes(self, name: str) -> int:
-        """Bytes of each row of a tensor."""
-        first, last = self.header[name]["data_offsets"]
-        return (last - first) // self._num_rows(name)
-
-    def span(self, name: str, start: int, stop: int) -> tuple[int, int]:
-        """Where in the file rows of a tensor begin and end."""
-        begin, each = self.start + self.header[name]["data_offsets"][0], self.row_bytes(name)
-        return begin + start * each, begin + stop * each
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes of rows of a tensor."""
-        begin, end = self.span(name, start, stop)
-        with open(self.weights, "rb") as file:
-            file.seek(begin)
-            return file.read(end - begin)
-
-    def _num_rows(self, name: str) -> int:
-        return (self.header[name]["shape"] or [1])[0]
-
-    def _write(self) -> None:
-        state = {"size": self.size, "start": self.start, "header": self.header, "rows": self.rows}
-        _replace(self._path, json.dumps(state))
+def _holds(published: Digests, holds: Callable[[dict], bool]) -> bool:
+    """Whether something agrees with the digests, where there are any. They too may have been damaged on the way."""
+    for again in (False, True):
+        digests = published(again)
+        if digests is None or holds(digests):
+            return True
+    return False
 
 
-def _check_answer(response, record: _Record, start: int, stop: int) -> None:
+def _check_answer(response, record: PartialRecord, start: int, stop: int) -> None:
     """Whether a response is the part of the file that was asked for."""
     if response.status_code == 200 and (start, stop) == (0, record.size):
         return
@@ -340,25 +323,18 @@ def _check_answer(response, record: _Record, start: int, stop: int) -> None:
         raise RangesRefused("parts come compressed")
 
 
-def _check_sum(record: _Record) -> None:
+def _check_sum(record: PartialRecord) -> None:
     """Compare a complete file with the Hub's own checksum, where that is one of the content."""
     if len(record.etag) != 64:  # a small file's etag is git's, not the sha256 of LFS
         return
     with open(record.weights, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != record.etag:
-        record.rows = {}
-        record._write()
+        record.drop()
         raise ValueError(
             f"The sha256 of {record.weights.name} is {found}, the Hub's is {record.etag}: damaged on the way. It was "
             "dropped; the same call fetches it again."
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def warn_of_whole_file(filename: str, repo_id: str, reason: Exception) -> None:

@@ -172,3 +172,21 @@ def test_formats_are_described():
     assert {*FORMATS, "hf_matryoshka_sae"} == set(convert.formats(writable=True))
     assert set(convert.formats()) >= {"qwen_scope", "llama_scope", "bussmann", "nabeshima", "gemma_scope_2"}
     assert all(about and "\n" not in about for about in convert.formats().values())
+
+
+def test_a_folder_holds_an_sae_of_one_format(tmp_path):
+    sae = build_sae(CONFIGS["relu"](d_in=4, num_latents=8))
+    convert.save(sae, tmp_path, "saelens")
+    convert.save(sae, tmp_path, "saelens")
+    for other in ("hf_matryoshka_sae", "dictionary_learning"):
+        with pytest.raises(ValueError, match="holds an SAE in the format saelens"):
+            convert.save(sae, tmp_path, other)
+    assert convert.load(tmp_path).config.num_latents == 8
+
+
+def test_hints_that_contradict_the_files_are_said(tmp_path, caplog):
+    sae = build_sae(CONFIGS["matryoshka"](d_in=4, num_latents=8, k=2, prefix_widths=[2, 8]))
+    convert.save(sae, tmp_path, "dictionary_learning")
+    loaded = convert.load(tmp_path, k=3, prefix_widths=[4, 8])
+    assert loaded.prefix_widths == [4, 8] and loaded.k == 3
+    assert "says k = 2; it is loaded with k = 3" in caplog.text and "was trained at widths [2, 8]" in caplog.text

@@ -79,7 +79,8 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_hookpoint(hub, tmp_path):
         assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder=place), sae)
         assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder=place, width=5), sae.truncate(5))
         expected = row_digests(sae.state_dict(), sae.config.num_latents, sae.prefix_widths, WHOLE_TENSORS)
-        assert json.loads(files[f"{place}/{DIGESTS_NAME}"]) == expected
+        found = json.loads(files[f"{place}/{DIGESTS_NAME}"])
+        assert list(found.pop("headers")) == ["model.safetensors"] and found == expected
 
 
 def test_several_saes_of_a_hookpoint_keep_their_names(hub, tmp_path):
@@ -149,6 +150,56 @@ def test_another_run_joins_the_index_and_takes_nothing_away(hub, tmp_path):
     assert list(sae_hub.list_saes(REPO)) == ["layers.0", "layers.1"]
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.0"), first["matryoshka/layers.0"])
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.1"), second["matryoshka/layers.1"])
+
+
+def test_what_an_earlier_push_put_beside_the_weights_goes_with_them(hub, tmp_path):
+    save_run(tmp_path / "run", hookpoints=["layers.0"])
+    folder = tmp_path / "run" / "matryoshka" / "layers.0"
+    (folder / "statistics.safetensors").write_bytes(b"of the first weights")
+    push(tmp_path / "run")
+    hub.add(
+        REPO, {"plots/layers.0/power_law.png": b"old", "plots/layers.9/power_law.png": b"other", "notes.txt": b"x"}
+    )
+    (folder / "statistics.safetensors").unlink()
+    make_sae("topk", torch.float32, hookpoint="layers.0").save_pretrained(folder)
+    push(tmp_path / "run")
+    files = hub.files(REPO)
+    assert "layers.0/statistics.safetensors" not in files and "plots/layers.0/power_law.png" not in files
+    assert "plots/layers.9/power_law.png" in files and "notes.txt" in files
+
+
+def test_saes_of_both_layouts_are_told_apart(hub, tmp_path):
+    saes = save_run(tmp_path / "run", "matryoshka", "topk", hookpoints=["layers.0"])
+    push(tmp_path / "run", saes=["matryoshka"])
+    push(tmp_path / "run")
+    assert list(sae_hub.list_saes(REPO)) == ["layers.0", "matryoshka/layers.0", "topk/layers.0"]
+    assert_same_tensors(sae_hub.load(REPO, "layers.0"), saes["matryoshka/layers.0"])
+    assert_same_tensors(sae_hub.load(REPO, "topk/layers.0"), saes["topk/layers.0"])
+    assert "Also in this repository, from other pushes: `layers.0`" in hub.files(REPO)["README.md"].decode()
+
+
+def test_no_path_of_this_machine_is_published(hub, tmp_path):
+    model = tmp_path / "secret-place" / "lm"
+    model.mkdir(parents=True)
+    sae = make_sae("relu", torch.float32, hookpoint="layers.0", base_model=str(model))
+    sae.save_pretrained(tmp_path / "run" / "sae" / "layers.0")
+    push(tmp_path / "run")
+    sae.push_to_hub("tester/alone")
+    for repo in (REPO, "tester/alone"):
+        assert not any(b"secret-place" in data for data in hub.files(repo).values())
+    assert sae_hub.list_saes(REPO)["layers.0"].base_model == "lm"
+
+
+def test_a_licence_is_stated_where_it_is_known_alone(hub, tmp_path):
+    save_run(tmp_path / "run", hookpoints=["layers.0"])
+    push(tmp_path / "run", license="mit")
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
+    sae = make_sae("batch_topk", torch.float32, hookpoint="layers.0")
+    sae.permute_(torch.randperm(F))
+    sae.push_to_hub("tester/found")
+    card = ModelCard(hub.files("tester/found")["README.md"].decode())
+    assert card.data.license is None and "were sorted or pruned" in card.text
+    assert "was solved for" not in card.text and "normalisation of its training" not in card.text
 
 
 def test_an_sae_at_the_root_and_saes_in_folders_do_not_hide_each_other(hub, tmp_path):

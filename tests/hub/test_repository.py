@@ -73,6 +73,21 @@ def test_a_repository_without_an_index_is_looked_through(hub, folder):
     assert len(sae_hub.list_saes(REPO)) == 3
 
 
+@pytest.mark.parametrize("saes", ['{"layers.0": {"model_type": "relu_sae"}}', "[1, 2]", '{"layers.0": 3}'])
+def test_a_damaged_index_is_refused(hub, saes):
+    hub.add(REPO, {"config.json": f'{{"model_type": "sae_collection", "saes": {saes}}}'.encode()})
+    with pytest.raises(ValueError, match="index .*damaged"):
+        sae_hub.list_saes(REPO)
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(hub, repo):
+    index = json.loads(hub.files(REPO)["config.json"])
+    index["saes"]["layers.7"] = index["saes"]["layers.0"]
+    hub.add(REPO, {"config.json": json.dumps(index).encode()})
+    with pytest.raises(ValueError, match="names layers.7, and there is no SAE there"):
+        sae_hub.load(REPO, "layers.7")
+
+
 def test_a_repository_without_saes_is_refused(hub):
     hub.add("tester/other", {"config.json": b'{"model_type": "llama"}'})
     with pytest.raises(ValueError, match="holds no SAE of this package.*convert.load"):
@@ -135,5 +150,9 @@ def test_push_writes_what_it_would_send(hub, folder, tmp_path, capsys):
         if p.is_file()
     }
     assert written == hub.files(REPO)
+    weights = folder / "sae" / "layers.0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:300])
+    assert push_main([str(folder), REPO, "--no_measure", "--dry_run", str(tmp_path / "dry")]) == 2
+    assert "damaged or half-written" in capsys.readouterr().err
     assert push_main([str(tmp_path / "nowhere"), REPO]) == 2
     assert "is no folder" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoModel
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel, TopKSAE
 from hf_matryoshka_sae.models import partial_download
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
-from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, row_digests
+from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, digest, row_digests
 
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, hidden_states, make_sae
@@ -398,6 +399,104 @@ def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_pat
     first = weights_sent(hub)
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=2048), sae.truncate(2048))
     assert first > 0 and weights_sent(hub) < row_bytes(sae, 0, 2048)
+
+
+@pytest.mark.parametrize("widths", [(None, None, None), (None, 1000, 2000)], ids=["all whole", "one whole"])
+def test_those_who_wait_while_another_completes_the_file_get_it_too(hub, tmp_path, widths):
+    sae = large(latents=4096)
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=100)
+    found, barrier = {}, threading.Barrier(len(widths))
+
+    def pull(number: int, width: int | None) -> None:
+        barrier.wait()
+        found[number] = MatryoshkaSAE.from_pretrained(REPO, **({} if width is None else {"width": width}))
+
+    threads = [threading.Thread(target=pull, args=pair) for pair in enumerate(widths)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, width in enumerate(widths):
+        assert_same_tensors(found[number], sae if width is None else sae.truncate(width))
+
+
+@pytest.mark.parametrize("byte", [0, 3, 9, 60, 200, 400])
+@pytest.mark.parametrize("digests", [True, False], ids=["digests", "none"])
+def test_a_header_damaged_on_the_way_is_fetched_again(hub, tmp_path, monkeypatch, byte, digests):
+    sae = large()
+    put(hub, sae, tmp_path / "saved", digests=False)
+    if digests:
+        data = hub.files(REPO)["model.safetensors"]
+        header = data[: 8 + int.from_bytes(data[:8], "little")]
+        found = row_digests(sae.state_dict(), 512, sae.prefix_widths, WHOLE_TENSORS)
+        found["headers"] = {"model.safetensors": digest(header)}
+        hub.add(REPO, {DIGESTS_NAME: json.dumps(found).encode()})
+    real = partial_download._check_answer
+    pending = [True]
+
+    def flip(response, record, start, stop):
+        real(response, record, start, stop)
+        if start == 0 and pending.pop() if pending else False:
+            body = bytearray(response.read())
+            body[byte] ^= 4
+            monkeypatch.setattr(response, "iter_bytes", lambda size: [bytes(body)])
+
+    monkeypatch.setattr(partial_download, "_check_answer", flip)
+    for _ in range(2):
+        try:
+            MatryoshkaSAE.from_pretrained(REPO, width=64)
+        except (ValueError, OSError):
+            continue
+    # Without digests wrong numbers may pass for right ones, until the whole is checked or it is fetched anew.
+    loaded = MatryoshkaSAE.from_pretrained(REPO, width=64, force_download=not digests)
+    assert_same_tensors(loaded, sae.truncate(64))
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
+
+
+def test_damaged_digests_are_fetched_again(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    whole = tmp_path / "cache" / "models--tester--sae"
+    MatryoshkaSAE.from_pretrained(REPO, width=8)
+    (found,) = whole.glob(f"snapshots/*/{DIGESTS_NAME}")
+    damaged = {16: "[]", 32: "{", 64: found.read_text().replace("a", "b")}
+    for width, text in damaged.items():
+        found.resolve().write_text(text)
+        assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=width), sae.truncate(width))
+
+
+def test_force_download_mends_a_damaged_whole_file(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO)
+    blob = Path(try_to_load_from_cache(REPO, "model.safetensors", cache_dir=tmp_path / "cache")).resolve()
+    data = bytearray(blob.read_bytes())
+    data[5000:6000] = bytes(1000)
+    blob.write_bytes(data)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=512, force_download=True), sae)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
+
+
+def test_a_cache_that_cannot_be_written_to_serves_what_it_has(hub, tmp_path, monkeypatch):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=64)
+
+    def locked(path):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(partial_download, "WeakFileLock", locked)
+    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=64), sae.truncate(64))
+    with pytest.raises(OSError, match="Read-only"):
+        MatryoshkaSAE.from_pretrained(REPO, width=65)
+
+
+@pytest.mark.parametrize("width", ["64", 2.5, True, None.__class__], ids=str)
+def test_a_width_that_is_no_number_is_refused(hub, tmp_path, width):
+    put(hub, large(), tmp_path / "saved")
+    with pytest.raises(ValueError, match="`width` must lie between 1 and num_latents"):
+        MatryoshkaSAE.from_pretrained(REPO, width=width)
 
 
 # Digests

@@ -1,0 +1,105 @@
+"""What is there of a partly fetched weights file: `rows.json` beside it."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class PartialRecord:
+    """What is there of a file: `rows.json` and `weights.safetensors` in one folder."""
+
+    def __init__(self, folder: Path, etag: str, size: int | None):
+        self.weights, self._path = folder / "weights.safetensors", folder / "rows.json"
+        self.etag, self.size = etag, size
+        self.header: dict[str, dict] | None = None
+        self.start, self.rows = 0, {}
+        self._noted, self.noted_bytes = {}, 0
+        try:
+            found = json.loads(self._path.read_text())
+            with open(self.weights, "rb") as file:
+                text = file.read(found["start"])[8:]
+            # A file whose header was damaged since cannot be read; its rows are fetched again with it.
+            if self.weights.stat().st_size == found["size"] and json.loads(text) == found["header"]:
+                self.size = found["size"]
+                self.begin(found["header"], found["start"])
+                self.rows = {str(name): int(rows) for name, rows in found["rows"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.header, self.rows = None, {}  # none yet, or a damaged one: start over
+
+    def begin(self, header: dict, start: int) -> None:
+        """Take over the header of the file, whose data begin at `start`."""
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for entry in tensors.values():
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= self.size - start or (entry["shape"] and not entry["shape"][0]):
+                raise ValueError(f"data_offsets {entry['data_offsets']}")
+        if not tensors:
+            raise ValueError("no tensors")
+        self._whole_header, self.header, self.start, self.rows = header, tensors, start, {}
+
+    def drop(self) -> None:
+        """Forget everything, the header too."""
+        self._path.unlink(missing_ok=True)
+        self.header, self.rows, self._noted = None, {}, {}
+
+    def note(self, name: str, rows: int) -> None:
+        """So many rows of a tensor were written, if not yet to the disk."""
+        self.noted_bytes += max(0, rows - self.rows.get(name, 0)) * self.row_bytes(name)
+        self._noted[name] = rows
+
+    def count(self, file) -> None:
+        """Count the rows that were noted, once they are on the disk."""
+        if self._noted:
+            os.fsync(file.fileno())
+            self.rows |= self._noted
+            self._noted, self.noted_bytes = {}, 0
+            self._write()
+
+    def missing(self, width: int | None, whole_tensors: set[str]) -> Iterator[tuple[str, int, int]]:
+        """The tensors that lack rows, in the file's order: name, rows there are, rows there should be."""
+        for name in sorted(self.header, key=lambda name: self.header[name]["data_offsets"]):
+            rows, have = self._num_rows(name), self.rows.get(name, 0)
+            want = rows if width is None or name in whole_tensors else min(width, rows)
+            if want > have:
+                yield name, have, want
+
+    def latents(self, whole_tensors: set[str]) -> int:
+        """How many latents are there."""
+        return min((self.rows.get(name, 0) for name in self.header or () if name not in whole_tensors), default=0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there."""
+        return all(self.rows.get(name, 0) == self._num_rows(name) for name in self.header)
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of each row of a tensor."""
+        first, last = self.header[name]["data_offsets"]
+        return (last - first) // self._num_rows(name)
+
+    def span(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """Where in the file rows of a tensor begin and end."""
+        begin, each = self.start + self.header[name]["data_offsets"][0], self.row_bytes(name)
+        return begin + start * each, begin + stop * each
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes of rows of a tensor."""
+        begin, end = self.span(name, start, stop)
+        with open(self.weights, "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+    def _num_rows(self, name: str) -> int:
+        return (self.header[name]["shape"] or [1])[0]
+
+    def _write(self) -> None:
+        state = {"size": self.size, "start": self.start, "header": self._whole_header, "rows": self.rows}
+        replace_text(self._path, json.dumps(state))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
