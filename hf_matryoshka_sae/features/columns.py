@@ -13,8 +13,8 @@ from ..progressive.statistics import nearest_latents
 from .best import Best, key_positions, key_values
 from .cofiring import TokenSample
 from .contexts import Contexts
+from .layout import CONTEXT_SCHEMA, CONTEXTS, LATENTS_PER_GROUP, TOP, fingerprints, list_column
 from .logits import logit_effects
-from .store import CONTEXT_SCHEMA, CONTEXTS, LATENTS_PER_GROUP, TOP, fingerprints, list_column
 from .sums import LatentSums
 
 

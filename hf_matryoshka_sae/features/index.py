@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
@@ -28,67 +28,20 @@ from ..activations import (
 from ..activations.language_model import EMBEDDED
 from ..evaluation.distributed import processes
 from ..models import SAEModel
-from ..models.sparse_ops import LatentPairs
 from .ahead import ahead, shared_cores
 from .best import MOST_POSITIONS
-from .cofiring import TokenSample
 from .columns import context_tables, latent_columns
-from .contexts import Contexts
-from .progress import load_state, save_state, state_file
-from .store import FOLDER, FeatureIndex, write_index
-from .sums import PROBABILITIES, LatentSums
-from .windows import Fired, NumberedWindows, Position, fired_in, harvested, joined
+from .latent_pass import IndexSizes, LatentPass, Tree
+from .layout import FOLDER, write_index
+from .progress import States
+from .store import FeatureIndex
+from .sums import PROBABILITIES
+from .windows import Fired, NumberedWindows, Position, fired_in, harvested
 
 
 logger = logging.getLogger(__name__)
 
 _BUILDING = ".building"
-_TOKENS_AT_ONCE = 2**15  # whose pairs are looked at together
-_ENTRIES_AT_ONCE = 2**24  # windows x latents, of the same
-
-
-class Tree(Protocol):
-    """What finds parents and children; see `EdgeSums`."""
-
-    def add(self, pairs: LatentPairs) -> None: ...
-
-    def reduce(self) -> None: ...
-
-    def parents(self) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class IndexSizes:
-    """How much an index keeps of each latent.
-
-    Args:
-        top_contexts (`int`, *optional*, defaults to 16): Contexts in which it fires most.
-        quantiles (`int`, *optional*, defaults to 5): Parts of equal size into which its firings are cut, by strength.
-        quantile_contexts (`int`, *optional*, defaults to 4): Contexts from each of them, at most.
-        sampled_contexts (`int`, *optional*, defaults to 32): Random contexts from which those are chosen.
-        context_tokens (`int`, *optional*, defaults to 32): Tokens shown of a context.
-        tokens_of_vocabulary (`int`, *optional*, defaults to 10): Promoted, and suppressed, tokens.
-        neighbours (`int`, *optional*, defaults to 8): Latents with similar decoder rows.
-        cofiring (`int`, *optional*, defaults to 8): Latents that fire with it.
-        cofiring_tokens (`int`, *optional*, defaults to 128): Of its tokens, sampled to find those.
-    """
-
-    top_contexts: int = 16
-    quantiles: int = 5
-    quantile_contexts: int = 4
-    sampled_contexts: int = 32
-    context_tokens: int = 32
-    tokens_of_vocabulary: int = 10
-    neighbours: int = 8
-    cofiring: int = 8
-    cofiring_tokens: int = 128
-
-    def check(self) -> None:
-        """Raises `ValueError` for a size below 1, or 0 where nothing of a kind may be kept."""
-        for name, value in asdict(self).items():
-            least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def build_index(
@@ -189,8 +142,8 @@ def build_index(
     documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
     stream = TokenStream(documents, tokenizer, context_length, lm_batch_size, exclude=exclude, num_epochs=1)
     windows = NumberedWindows(stream, tokens, rank, world)
-    found = _Pass(sae, sizes, context_length, seed, tree)
-    states = _States(target / _BUILDING, about, rank, world)
+    found = LatentPass(sae, sizes, context_length, seed, tree)
+    states = States(target / _BUILDING, about, rank, world)
     if resume and (position := states.load(found)) is not None:
         windows.go_to(position)
     bar = tqdm(total=-(-tokens // world), desc="feature index", unit="tok", disable=rank != 0 or not show, leave=False)
@@ -283,63 +236,6 @@ def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
 # The pass
 
 
-class _Pass:
-    """What one process knows of every latent."""
-
-    def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None):
-        latents, device = sae.config.num_latents, sae.W_enc.device
-        width = min(sizes.context_tokens, context_length)
-        self.sums = LatentSums(latents, device)
-        self.contexts = Contexts(latents, sizes.top_contexts, sizes.sampled_contexts, width, seed, device)
-        self.cofiring = TokenSample(latents, sizes.cofiring_tokens, seed, device)
-        self.tree, self.num_latents = tree, latents
-
-    def batches_at_once(self, windows: int, context_length: int) -> int:
-        """Batches in a chunk."""
-        few = min(_TOKENS_AT_ONCE // context_length, _ENTRIES_AT_ONCE // self.num_latents)
-        return max(1, few // windows)
-
-    def add(self, chunk: list[Fired]) -> None:
-        """Look at some batches."""
-        for batch in chunk:
-            self.sums.add_first(batch.first, batch.first_counts)
-            if self.tree is not None:
-                self.tree.add(batch.pairs)
-        firings = joined([batch.firings for batch in chunk])
-        self.sums.add(firings.cols, firings.values, sum(batch.tokens for batch in chunk))
-        self.contexts.add(firings)
-        self.cofiring.add(firings)
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
-        return parts | ({"tree": self.tree} if hasattr(self.tree, "load_state_dict") else {})
-
-    @property
-    def resumable(self) -> bool:
-        """Whether all of it can be saved."""
-        return self.tree is None or hasattr(self.tree, "load_state_dict")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, by name."""
-        parts = self._parts().items()
-        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for part, held in self._parts().items():
-            held.load_state_dict(_of(state, part))
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's; a tree sums over processes by itself."""
-        for part, held in self._parts().items():
-            if part != "tree":
-                held.merge(_of(state, part))
-
-
-def _of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
-
-
 def _overlapping(batches: Generator, overlapped: bool) -> Generator:
     """The same, in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches
@@ -357,42 +253,12 @@ def _chunks(batches: Iterable[Fired], count: int) -> Iterator[list[Fired]]:
         yield chunk
 
 
-class _States:
-    """The saved states of an unfinished index."""
-
-    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int):
-        self.folder, self.about, self.rank, self.world = folder, about, rank, world
-
-    def save(self, found: _Pass, position: Position) -> None:
-        """Save this process's."""
-        if found.resumable or self.world > 1:
-            save_state(state_file(self.folder, self.rank, self.world), self.about, position, found.state_dict())
-
-    def load(self, found: _Pass) -> Position | None:
-        """Put this process's state into `found`; where the text goes on, or `None` where there is none."""
-        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if found.resumable else None
-        if saved is None:
-            return None
-        found.load_state_dict(saved[1])
-        logger.info("Continuing the index in %s at token %d.", self.folder.parent, saved[0].tokens)
-        return saved[0]
-
-    def of(self, rank: int) -> dict[str, Tensor]:
-        """The state of another process, which has finished."""
-        saved = load_state(state_file(self.folder, rank, self.world), self.about)
-        if saved is None:
-            raise ValueError(
-                f"The state of process {rank} is not in {self.folder}. All processes need one folder for the index."
-            )
-        return saved[1]
-
-
 def _write(
     target: Path,
     about: dict[str, Any],
     sae: SAEModel,
     lm: nn.Module,
-    found: _Pass,
+    found: LatentPass,
     sizes: IndexSizes,
     tree: Tree | None,
 ) -> None:

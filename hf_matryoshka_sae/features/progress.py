@@ -1,6 +1,7 @@
 """What an unfinished index knows, in one file for each process: whole or absent, without pickle."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .latent_pass import LatentPass
 from .windows import Position
+
+
+logger = logging.getLogger(__name__)
 
 
 _TEXT = "text."
@@ -46,3 +51,33 @@ def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str
     text = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TEXT)}
     return Position.of(metadata["position"], text), state
+
+
+class States:
+    """The saved states of an unfinished index."""
+
+    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int):
+        self.folder, self.about, self.rank, self.world = folder, about, rank, world
+
+    def save(self, found: LatentPass, position: Position) -> None:
+        """Save this process's."""
+        if found.resumable or self.world > 1:
+            save_state(state_file(self.folder, self.rank, self.world), self.about, position, found.state_dict())
+
+    def load(self, found: LatentPass) -> Position | None:
+        """Put this process's state into `found`; where the text goes on, or `None` where there is none."""
+        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if found.resumable else None
+        if saved is None:
+            return None
+        found.load_state_dict(saved[1])
+        logger.info("Continuing the index in %s at token %d.", self.folder.parent, saved[0].tokens)
+        return saved[0]
+
+    def of(self, rank: int) -> dict[str, Tensor]:
+        """The state of another process, which has finished."""
+        saved = load_state(state_file(self.folder, rank, self.world), self.about)
+        if saved is None:
+            raise ValueError(
+                f"The state of process {rank} is not in {self.folder}. All processes need one folder for the index."
+            )
+        return saved[1]

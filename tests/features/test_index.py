@@ -3,9 +3,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index
+from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index, latent_pass
 from hf_matryoshka_sae.features import index as module
-from hf_matryoshka_sae.features.store import CONTEXTS, INDEX, LATENTS
+from hf_matryoshka_sae.features.layout import CONTEXTS, INDEX, LATENTS
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 
 from ..activations import tiny
@@ -17,7 +17,7 @@ FILES = (INDEX, LATENTS, CONTEXTS)
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 2 * small.WINDOWS * small.LENGTH)
+    monkeypatch.setattr(latent_pass, "TOKENS_AT_ONCE", 2 * small.WINDOWS * small.LENGTH)
 
 
 def _bytes(folder):
@@ -123,7 +123,7 @@ def test_a_tree_is_given_all_pairs_and_asked_for_parents(tmp_path):
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_continued_build_has_the_bytes_of_an_uninterrupted_one(built, tmp_path, monkeypatch, after):
-    add, calls = module._Pass.add, []
+    add, calls = module.LatentPass.add, []
 
     def cut_short(self, chunk):
         calls.append(len(chunk))
@@ -131,7 +131,7 @@ def test_a_continued_build_has_the_bytes_of_an_uninterrupted_one(built, tmp_path
             raise KeyboardInterrupt
         add(self, chunk)
 
-    monkeypatch.setattr(module._Pass, "add", cut_short)
+    monkeypatch.setattr(module.LatentPass, "add", cut_short)
     options = {"save_every": 60}
     with pytest.raises(KeyboardInterrupt):
         small.build(tmp_path, **options)
@@ -140,7 +140,7 @@ def test_a_continued_build_has_the_bytes_of_an_uninterrupted_one(built, tmp_path
     counts = []
     for folder in (tmp_path, tmp_path / "whole"):
         calls.clear()
-        monkeypatch.setattr(module._Pass, "add", lambda self, chunk: (calls.append(len(chunk)), add(self, chunk)))
+        monkeypatch.setattr(module.LatentPass, "add", lambda self, chunk: (calls.append(len(chunk)), add(self, chunk)))
         small.build(folder, **options)
         counts.append(len(calls))
     assert counts[0] == counts[1] - after > 0  # what was saved is not done again
@@ -212,7 +212,7 @@ def test_a_finished_index_of_the_same_settings_is_opened(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(tiny.texts(80)))
     small.build(tmp_path, texts=str(path))
-    monkeypatch.setattr(module, "_Pass", None)
+    monkeypatch.setattr(module, "LatentPass", None)
     assert len(small.build(tmp_path, texts=str(path))) == small.LATENTS
     with pytest.raises(TypeError):
         small.build(tmp_path, texts=str(path), tokens=500)

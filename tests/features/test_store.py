@@ -11,9 +11,8 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import HfApi, constants
 
-from hf_matryoshka_sae.features import FeatureIndex
-from hf_matryoshka_sae.features import store as module
-from hf_matryoshka_sae.features.store import CONTEXTS, INDEX, LATENTS
+from hf_matryoshka_sae.features import FeatureIndex, layout, store
+from hf_matryoshka_sae.features.layout import CONTEXTS, INDEX, LATENTS
 
 from . import small
 
@@ -50,7 +49,7 @@ def test_datasets_reads_both_files(folder):
 def test_nothing_is_read_before_it_is_needed(folder, monkeypatch):
     opened, make = [], pq.ParquetFile
     monkeypatch.setattr(
-        module.pq, "ParquetFile", lambda path, **rest: (opened.append(path.name), make(path, **rest))[1]
+        store.pq, "ParquetFile", lambda path, **rest: (opened.append(path.name), make(path, **rest))[1]
     )
     index = FeatureIndex.open(folder)
     assert len(index) == small.LATENTS and not opened
@@ -65,14 +64,15 @@ def test_nothing_is_read_before_it_is_needed(folder, monkeypatch):
 def test_a_latent_is_read_by_its_row_group(folder, monkeypatch):
     index = FeatureIndex.open(folder)
     every = [_plain(index.feature(latent)) for latent in range(small.LATENTS)]
-    monkeypatch.setattr(module, "LATENTS_PER_GROUP", {LATENTS: 7, CONTEXTS: 3})
+    monkeypatch.setitem(layout.LATENTS_PER_GROUP, LATENTS, 7)
+    monkeypatch.setitem(layout.LATENTS_PER_GROUP, CONTEXTS, 3)
     table = pq.read_table(folder / "features" / LATENTS)
     contexts = pq.read_table(folder / "features" / CONTEXTS)
     latent = contexts["latent"].to_numpy()
     parts = [contexts.filter(pa.array(latent // 3 == part)) for part in range(-(-small.LATENTS // 3))]
     target = folder.parent / "regrouped"
     columns = {name: table[name].combine_chunks() for name in table.schema.names}
-    module.write_index(target, {k: v for k, v in index.about.items() if k not in ("files", "done")}, columns, parts)
+    layout.write_index(target, {k: v for k, v in index.about.items() if k not in ("files", "done")}, columns, parts)
     again = FeatureIndex.open(target)
     assert pq.ParquetFile(target / CONTEXTS).num_row_groups == -(-small.LATENTS // 3)
     assert [_plain(again.feature(latent)) for latent in range(small.LATENTS)] == every

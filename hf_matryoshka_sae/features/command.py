@@ -1,0 +1,99 @@
+"""`matryoshka-sae index`: the feature index of a saved SAE."""
+
+import argparse
+import sys
+
+import torch
+from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
+
+from ..activations import DatasetConfig
+from .index import build_index
+from .latent_pass import IndexSizes
+from .layout import FOLDER
+from .store import FeatureIndex
+
+
+_SHOWN = 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build an index from command-line arguments; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    transformers_logging.disable_progress_bar()  # ours is the one to watch
+    # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    try:
+        index = _build(parsed, accelerator)
+        if accelerator.is_main_process:
+            sys.stdout.write(_summary(index, parsed.output_dir or parsed.sae))
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            sys.stderr.write("\nInterrupted. The same command goes on from the last saved state.\n")
+        return 130
+    except ValueError as error:
+        if accelerator.is_main_process:
+            sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    finally:
+        accelerator.end_training()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae index",
+        description="Build the feature index of an SAE: for each latent how it fires, in which contexts, which tokens "
+        "it promotes, and which latents are like it or fire with it. A command that was cut short is continued by the "
+        "same command.",
+    )
+    parser.add_argument("sae", metavar="SAE_DIR", help="folder of an SAE, or Hub id (then with --output_dir)")
+    parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
+    parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
+    parser.add_argument("--dataset", metavar="PATH", help="text: file, folder or Hub id (default: the embedded text)")
+    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="to look at (default: %(default)s)")
+    parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
+    parser.add_argument("--lm_batch_size", type=int, default=32, help="windows in a batch (default: %(default)s)")
+    parser.add_argument("--top_contexts", type=int, default=IndexSizes.top_contexts, help="of each latent")
+    parser.add_argument("--context_tokens", type=int, default=IndexSizes.context_tokens, help="shown of a context")
+    parser.add_argument("--seed", type=int, default=0, help="of the random samples (default: %(default)s)")
+    parser.add_argument("--output_dir", help=f"folder in which {FOLDER}/ is made (default: the SAE's)")
+    parser.add_argument("--restart", action="store_true", help="start over instead of going on")
+    return parser
+
+
+def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex:
+    for name in ("context_length", "lm_batch_size"):
+        if getattr(parsed, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    dataset = None
+    if parsed.dataset is not None:
+        dataset = DatasetConfig(parsed.dataset, split=parsed.split, column=parsed.column)
+    return build_index(
+        parsed.sae,
+        parsed.model,
+        dataset,
+        parsed.tokens,
+        parsed.output_dir,
+        hookpoint=parsed.hookpoint,
+        context_length=parsed.context_length,
+        lm_batch_size=parsed.lm_batch_size,
+        sizes=IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens),
+        seed=parsed.seed,
+        resume=not parsed.restart,
+        device=accelerator.device,
+    )
+
+
+def _summary(index: FeatureIndex, place: str) -> str:
+    """What the index is of, and the latents that fire most."""
+    about, table = index.about, index.table(["latent", "frequency", "max"]).to_pydict()
+    dead = sum(frequency == 0 for frequency in table["frequency"])
+    lines = [f"{place}/{FOLDER}: {len(index)} latents over {about['tokens']} tokens, {dead} of them dead"]
+    if about["logits"].startswith("left out"):
+        lines.append(f"logit effects {about['logits']}")
+    order = sorted(table["latent"], key=lambda latent: -table["frequency"][latent])[:_SHOWN]
+    lines += [f"  latent {n:>6}  fires on {table['frequency'][n]:.2%}, at most {table['max'][n]:.4g}" for n in order]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,15 @@
+from hf_matryoshka_sae.features import FeatureIndex
+from hf_matryoshka_sae.features.command import main
+from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
+
+
+def test_the_command_builds_and_tells(tmp_path, capsys):
+    config = TopKSAEConfig(d_in=128, num_latents=64, k=4, base_model="embedded", hookpoint="model.layers.1")
+    TopKSAE(config).save_pretrained(tmp_path)
+    assert main([str(tmp_path), "--tokens", "700", "--context_length", "32"]) == 0
+    assert "64 latents over 700 tokens" in capsys.readouterr().out
+    assert FeatureIndex.open(tmp_path).about["dataset"]["path"] == "embedded"
+    assert main([str(tmp_path), "--hookpoint", "model.layer.9"]) == 2
+    assert "No module matches" in capsys.readouterr().err
+    assert main([str(tmp_path), "--dataset", str(tmp_path / "none.jsonl")]) == 2
+    assert main([str(tmp_path / "nothing")]) == 2
