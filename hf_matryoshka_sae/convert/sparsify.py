@@ -4,6 +4,7 @@
 subtracted from the input unless it is a transcoder. `num_latents` 0 means `expansion_factor` times `d_in`.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from .checkpoint import Checkpoint
 from .hook_names import from_sparsify, hf_model_id, kept_with_warning
 
 
+logger = logging.getLogger(__name__)
+
+
 def claims(checkpoint: Checkpoint) -> bool:
     """Whether the config has the fields of a sparse coder, or a linear encoder is beside a plain decoder."""
     return {"k", "d_in", "expansion_factor"} <= checkpoint.config.keys() or checkpoint.has("encoder.weight", "W_dec")
@@ -25,6 +29,8 @@ def claims(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> SAEModel:
     """The SAE of a hookpoint's folder."""
     config = checkpoint.config
+    if not config:
+        logger.warning("There is no cfg.json beside %s: it is taken for a TopK SAE.", checkpoint.name)
     _refuse_other_maths(checkpoint)
     b_enc, b_dec = checkpoint.vector("encoder.bias"), checkpoint.vector("b_dec")
     W_enc, W_dec = checkpoint.matrices("encoder.weight", "W_dec", (len(b_enc), len(b_dec)), transposed=(False, False))

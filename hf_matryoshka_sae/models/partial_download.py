@@ -3,8 +3,8 @@
 Beside the Hub's `blobs` and `snapshots` a cached repository gets
 
     partial/refs/<commit>/<path>            the etag of that file
-    partial/<etag>/weights.safetensors      of the whole file's layout; rows that were not fetched are holes
-    partial/<etag>/rows.json                its header, and how many rows of each tensor are there
+    partial/<etag>/weights-<n>.safetensors  of the whole file's layout; rows that were not fetched are holes
+    partial/<etag>/rows.json                its name, its header, and how many rows of each tensor are there
 
 Rows are written and flushed before `rows.json` counts them, and `rows.json` is replaced at once, so a process may die
 anywhere. A lock lets several processes ask for the same file. When no row is missing, the file becomes an ordinary
@@ -146,7 +146,7 @@ class PartialFile:
                     return self._link(folder)
             folder.mkdir(parents=True, exist_ok=True)
             record = PartialRecord(folder, etag, size)
-            if force:
+            if force or record.header is None:
                 record.drop()
             try:
                 complete = self._fetch_missing(record, width, whole_tensors, published)

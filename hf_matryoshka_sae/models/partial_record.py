@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,18 +11,21 @@ class PartialRecord:
     """What is there of a file: `rows.json` and `weights.safetensors` in one folder."""
 
     def __init__(self, folder: Path, etag: str, size: int | None):
-        self.weights, self._path = folder / "weights.safetensors", folder / "rows.json"
+        self._path = folder / "rows.json"
+        # Another name each time it is begun: who has the file of before open must not see this one's holes.
+        self.weights = folder / f"weights-{secrets.token_hex(4)}.safetensors"
         self.etag, self.size = etag, size
         self.header: dict[str, dict] | None = None
         self.start, self.rows = 0, {}
         self._noted, self.noted_bytes = {}, 0
         try:
             found = json.loads(self._path.read_text())
-            with open(self.weights, "rb") as file:
+            weights = folder / found["weights"]
+            with open(weights, "rb") as file:
                 text = file.read(found["start"])[8:]
             # A file whose header was damaged since cannot be read; its rows are fetched again with it.
-            if self.weights.stat().st_size == found["size"] and json.loads(text) == found["header"]:
-                self.size = found["size"]
+            if weights.stat().st_size == found["size"] and json.loads(text) == found["header"]:
+                self.size, self.weights = found["size"], weights
                 self.begin(found["header"], found["start"])
                 self.rows = {str(name): int(rows) for name, rows in found["rows"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -41,6 +45,9 @@ class PartialRecord:
     def drop(self) -> None:
         """Forget everything, the header too."""
         self._path.unlink(missing_ok=True)
+        for path in self._path.parent.glob("weights-*.safetensors"):
+            path.unlink(missing_ok=True)
+        self.weights = self.weights.with_name(f"weights-{secrets.token_hex(4)}.safetensors")
         self.header, self.rows, self._noted = None, {}, {}
 
     def note(self, name: str, rows: int) -> None:
@@ -94,7 +101,8 @@ class PartialRecord:
         return (self.header[name]["shape"] or [1])[0]
 
     def _write(self) -> None:
-        state = {"size": self.size, "start": self.start, "header": self._whole_header, "rows": self.rows}
+        state = {"weights": self.weights.name, "size": self.size, "start": self.start}
+        state |= {"header": self._whole_header, "rows": self.rows}
         replace_text(self._path, json.dumps(state))
 
 

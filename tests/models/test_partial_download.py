@@ -316,7 +316,7 @@ def test_a_damaged_cache_is_made_anew(hub, tmp_path, damage):
     sae = large()
     put(hub, sae, tmp_path / "saved")
     MatryoshkaSAE.from_pretrained(REPO, width=20)
-    (weights,) = (tmp_path / "cache" / "models--tester--sae" / "partial").glob("*/weights.safetensors")
+    (weights,) = (tmp_path / "cache" / "models--tester--sae" / "partial").glob("*/weights-*.safetensors")
     if damage == "record":
         weights.with_name("rows.json").write_text('{"size": ')
     elif damage == "weights":
@@ -476,6 +476,27 @@ def test_force_download_mends_a_damaged_whole_file(hub, tmp_path):
     blob.write_bytes(data)
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=512, force_download=True), sae)
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
+
+
+def test_who_reads_while_another_starts_over_sees_no_holes(hub, tmp_path):
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    MatryoshkaSAE.from_pretrained(REPO, width=64)
+    stop, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            loaded = MatryoshkaSAE.from_pretrained(REPO, width=64)
+            if not torch.equal(loaded.W_dec, sae.W_dec[:64]):
+                wrong.append(loaded)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(5):
+        MatryoshkaSAE.from_pretrained(REPO, width=64, force_download=True)
+    stop.set()
+    reader.join()
+    assert not wrong
 
 
 def test_a_cache_that_cannot_be_written_to_serves_what_it_has(hub, tmp_path, monkeypatch):
