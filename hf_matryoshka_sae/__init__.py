@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = ["__version__", *models.__all__]
 
-_ROOMS = ("activations", "evaluation", "training", "progressive", "convert", "hub")
+_ROOMS = ("activations", "evaluation", "training", "progressive", "features", "convert", "hub")
 
 
 def __getattr__(name: str):

@@ -36,6 +36,7 @@ from .layout import FOLDER, write_index
 from .progress import States
 from .store import FeatureIndex
 from .sums import PROBABILITIES
+from .tree import EdgeSums
 from .windows import Fired, NumberedWindows, Position, fired_in, harvested
 
 
@@ -58,7 +59,7 @@ def build_index(
     exclude: str = "special",
     sizes: IndexSizes | None = None,
     seed: int = 0,
-    tree: Tree | None = None,
+    tree: Tree | bool | None = None,
     resume: bool = True,
     save_every: int = 5_000_000,
     device: str | torch.device | None = None,
@@ -86,7 +87,8 @@ def build_index(
             often a latent fires at the first position is counted in any case.
         sizes ([`IndexSizes`], *optional*): How much is kept.
         seed (`int`, *optional*, defaults to 0): Of the random samples.
-        tree (*optional*): Finds parents and children of latents, for example `EdgeSums(sae)`.
+        tree (*optional*): Finds parents and children of latents; by default [`EdgeSums`] of an SAE with several prefix
+            widths, `False` for none.
         resume (`bool`, *optional*, defaults to `True`): Continue; `False` starts over.
         save_every (`int`, *optional*, defaults to 5,000,000): Tokens of a process between two saved states.
         device (`str` or `torch.device`, *optional*): Where model and SAE run, where they are not given as modules.
@@ -107,6 +109,9 @@ def build_index(
         raise ValueError(f"`save_every` must be at least 1, got {save_every}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sae, folder = _opened_sae(sae, device)
+    if tree is None and len(sae.prefix_widths) > 1:
+        tree = EdgeSums(sae)
+    tree = tree or None
     if output_dir is None and folder is None:
         raise ValueError("Name an `output_dir`: this SAE was not loaded from a folder.")
     target = Path(output_dir if output_dir is not None else folder).expanduser() / FOLDER

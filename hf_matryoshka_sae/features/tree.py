@@ -137,6 +137,21 @@ class EdgeSums:
         self._edges = [(keys, sums)]
         self._kept = self._merged = len(keys)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was added up, as tensors by name."""
+        self._merge()
+        empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64)
+        keys, sums = self._edges[0] if self._edges else empty
+        counted = {name: getattr(self, name) for name in ("maximum", "square", "fires", "tokens")}
+        return {**counted, "keys": keys, "sums": sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        for name in ("maximum", "square", "fires", "tokens"):
+            getattr(self, name).copy_(state[name])
+        self._edges = [(state["keys"], state["sums"])]
+        self._kept = self._merged = len(state["keys"])
+
     def reduce(self) -> None:
         """Add up over processes."""
         self._merge()

@@ -5,6 +5,7 @@ completed by running it again; what is already uploaded is not sent twice.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from .. import __version__, models
+from ..features import FeatureIndex
+from ..features.layout import FOLDER as INDEX_FOLDER
+from ..features.layout import INDEX
 from ..models import MODELS, SAECollection, SAECollectionConfig, SAEModel
 from ..models.checkpoint_files import WHOLE_TENSORS
 from ..models.digests import DIGESTS_NAME, digest, row_digests
@@ -30,6 +34,8 @@ from .layout import MODEL_TYPES, SAEFolder, find_saes
 from .measure import measure_run
 from .repository import SAEInfo
 
+
+logger = logging.getLogger(__name__)
 
 Content = Path | bytes
 
@@ -54,9 +60,12 @@ class Repository:
         if name in self.files:
             return False
         folder, _, last = name.rpartition("/")
-        own = fnmatchcase(last, _WEIGHTS) or last in (DIGESTS_NAME, STATISTICS_FILE)
+        parent, _, last_folder = folder.rpartition("/")
+        beside_config = fnmatchcase(last, _WEIGHTS) or last in (DIGESTS_NAME, STATISTICS_FILE)
+        own = beside_config and folder in self.folders
+        own |= last_folder == INDEX_FOLDER and parent in self.folders
         pictures = any(name.startswith(f"plots/{place}/" if place else "plots/") for place in self.folders)
-        return pictures or (own and folder in self.folders)
+        return pictures or own
 
     def write(self, folder: str | Path) -> None:
         """Write the files below a folder."""
@@ -208,7 +217,7 @@ def run_repository(
 
 
 def sae_files(sae: SAEFolder) -> dict[str, Content]:
-    """The files of one SAE: its config, its weights, digests of their rows, and its statistics where there are any."""
+    """The files of one SAE: config, weights, digests of their rows; statistics and index where there are any."""
     config = _public(json.loads((sae.folder / _CONFIG).read_text()))
     config["auto_map"] = _auto_map(*_classes(config))
     files: dict[str, Content] = {_CONFIG: _json(config)}
@@ -216,7 +225,20 @@ def sae_files(sae: SAEFolder) -> dict[str, Content]:
     files[DIGESTS_NAME] = _json(_digests(sae.folder))
     if (sae.folder / STATISTICS_FILE).is_file():
         files[STATISTICS_FILE] = sae.folder / STATISTICS_FILE
+    files |= _index_files(sae.folder)
     return {f"{sae.subfolder}/{name}" if sae.subfolder else name: content for name, content in files.items()}
+
+
+def _index_files(folder: Path) -> dict[str, Content]:
+    """The feature index of an SAE, where there is one of these weights."""
+    if not (folder / INDEX_FOLDER / INDEX).is_file():
+        return {}
+    try:
+        FeatureIndex.open(folder).check(AutoModel.from_pretrained(folder))
+    except ValueError as error:
+        logger.warning("The feature index in %s is left out: %s", folder, error)
+        return {}
+    return {f"{INDEX_FOLDER}/{path.name}": path for path in sorted((folder / INDEX_FOLDER).glob("[!.]*.*"))}
 
 
 def code_files() -> dict[str, Content]:

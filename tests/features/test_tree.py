@@ -188,3 +188,17 @@ def test_what_is_no_tree_is_said():
         sums.parents()
     with pytest.raises(ValueError, match="latents of 1 SAEs"):
         sums.add(*[build().encode_pairs(states()[0])] * 2)
+
+
+def test_sums_go_on_from_a_state():
+    sae, (first_rows, *others) = build(), states()
+    whole, first, second = EdgeSums(sae), EdgeSums(sae), EdgeSums(sae)
+    for rows in states():
+        whole.add(sae.encode_pairs(rows))
+    first.add(sae.encode_pairs(first_rows))
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    for rows in others:
+        second.add(sae.encode_pairs(rows))
+    for one, other in zip(whole.parents(0.1), second.parents(0.1), strict=True):
+        torch.testing.assert_close(one, other)
+    assert EdgeSums(sae).state_dict()["keys"].shape == (0,)

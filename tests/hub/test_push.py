@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, TopKSAE
 from hf_matryoshka_sae import hub as sae_hub
+from hf_matryoshka_sae.features import FeatureIndex, build_index
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.training.config import RunConfig
@@ -166,6 +167,20 @@ def test_what_an_earlier_push_put_beside_the_weights_goes_with_them(hub, tmp_pat
     files = hub.files(REPO)
     assert "layers.0/statistics.safetensors" not in files and "plots/layers.0/power_law.png" not in files
     assert "plots/layers.9/power_law.png" in files and "notes.txt" in files
+
+
+def test_a_feature_index_goes_with_its_weights_and_no_others(hub, tmp_path, caplog):
+    sae = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1", base_model="embedded")
+    folder = tmp_path / "run" / "sae" / "model.layers.1"
+    sae.save_pretrained(folder)
+    build_index(folder, tokens=300, context_length=32, lm_batch_size=4, show=False)
+    push(tmp_path / "run")
+    index = FeatureIndex.open(REPO, subfolder="model.layers.1")
+    assert len(index) == F and index.feature(3).latent == 3
+    other = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1")
+    other.save_pretrained(folder)
+    push(tmp_path / "run")
+    assert "is left out" in caplog.text and not any("/features/" in name for name in hub.files(REPO))
 
 
 def test_saes_of_both_layouts_are_told_apart(hub, tmp_path):
