@@ -40,6 +40,7 @@ def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     assert (folder / "runs/demo/results.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_readme_snippets_run_on_what_the_demo_leaves(demo_run, hub):
     """Those about the Hub against a loopback one."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

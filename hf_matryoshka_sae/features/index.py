@@ -125,10 +125,10 @@ def build_index(
     rank, world = processes()
     about = {
         "num_latents": sae.config.num_latents,
-        "base_model": name or getattr(lm, "name_or_path", "") or type(lm).__name__,
-        "tokenizer": getattr(tokenizer, "name_or_path", ""),
+        "base_model": _public(name or getattr(lm, "name_or_path", "")) or type(lm).__name__,
+        "tokenizer": _public(getattr(tokenizer, "name_or_path", "")),
         "hookpoint": place,
-        "dataset": asdict(dataset) if isinstance(dataset, DatasetConfig) else None,
+        "dataset": _described(dataset) if isinstance(dataset, DatasetConfig) else None,
         "tokens_wanted": tokens,
         "context_length": context_length,
         "lm_batch_size": lm_batch_size,
@@ -179,6 +179,15 @@ def build_index(
     if world > 1:
         dist.barrier()
     return FeatureIndex.open(target)
+
+
+def _described(dataset: DatasetConfig) -> dict[str, Any]:
+    return asdict(dataset) | {"path": _public(str(dataset.path))}
+
+
+def _public(name: str) -> str:
+    """A name as others may see it: of a folder of this machine only its own name, as an index is pushed."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def weights_digest(sae: SAEModel) -> str:

@@ -167,6 +167,8 @@ class _Parser:
             elif sign == ".":
                 parts.append(AnyToken(at=self.at))
                 self.at += 1
+            elif sign == "#":  # no comment: a backtick before it opened a quotation
+                raise self.error("a '#' stands behind an open backtick. Write `\\#`, or close the backtick.")
             else:
                 parts, sign = parts + self._text(), ""
             before = sign

@@ -47,6 +47,7 @@ def _one_of_two(rank: int, folder, data: Harvested, pattern: TokenPattern, slow:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     opened = open_data()
     harvested = [opened.states(batch) for batch in opened.batches]

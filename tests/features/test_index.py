@@ -177,6 +177,7 @@ def _one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_index_of_one(built, tmp_path):
     mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
     assert _bytes(tmp_path) == _bytes(built[1])
@@ -221,3 +222,13 @@ def test_a_finished_index_of_the_same_settings_is_opened(tmp_path, monkeypatch):
 def test_fewer_tokens_than_asked_for_are_told(tmp_path, caplog):
     index = small.build(tmp_path, tokens=10**6)
     assert index.about["tokens"] < 10**6 and "fewer than" in caplog.text
+
+
+def test_no_path_of_this_machine_is_in_an_index(tmp_path):
+    text = tmp_path / "private" / "text.txt"
+    text.parent.mkdir()
+    text.write_text("def f(x): return x\n\n" * 300)
+    sae = TopKSAE(TopKSAEConfig(d_in=128, num_latents=64, k=2, hookpoint="model.layers.1"))
+    built = build_index(sae, "embedded", str(text), 500, tmp_path, context_length=32, show=False)
+    assert built.about["dataset"]["path"] == "text.txt" and built.about["tokenizer"] == "lm"
+    assert str(tmp_path) not in (tmp_path / "features" / "index.json").read_text()

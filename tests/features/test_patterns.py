@@ -225,3 +225,9 @@ def test_masks_are_for_rows_of_ids(characters):
         pattern.mask(torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="float"):
         pattern.mask(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("source", ["`#", "it`s # c"])
+def test_a_comment_sign_behind_an_open_backtick_is_an_error(tokenizer, source):
+    with pytest.raises(ValueError, match="behind an open backtick"):
+        TokenPattern.compile(source, tokenizer)

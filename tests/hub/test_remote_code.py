@@ -114,6 +114,7 @@ def test_without_trust_nothing_of_the_repository_runs(hub, tmp_path):
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_cards_snippets_run_as_printed(hub, tmp_path):
     sae = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1", base_model="embedded")
     sae.save_pretrained(tmp_path / "run" / "sae" / "model.layers.1")
