@@ -113,7 +113,7 @@ def build_index(
         tree = EdgeSums(sae)
     tree = tree or None
     if output_dir is None and folder is None:
-        raise ValueError("Name an `output_dir`: this SAE was not loaded from a folder.")
+        raise ValueError("Name an `output_dir`: this SAE does not lie, as it is, in a folder it was loaded from.")
     target = Path(output_dir if output_dir is not None else folder).expanduser() / FOLDER
     name = str(model or sae.config.base_model or "") if not isinstance(model, nn.Module) else None
     place = hookpoint or sae.config.hookpoint
@@ -212,8 +212,17 @@ def _opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tupl
             raise ValueError(f"No SAE can be loaded from {source!r}: {error}") from error
         if not isinstance(sae, SAEModel):
             raise ValueError(f"{source!r} is a {type(sae).__name__}, not an SAE.")
+        return sae, _folder_of(sae)
+    folder = _folder_of(sae)
+    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
+    if folder is not None and weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
+        folder = None
+    return sae, folder
+
+
+def _folder_of(sae: SAEModel) -> Path | None:
     folder = Path(sae.name_or_path or "/nowhere").expanduser()
-    return sae, folder if (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -> tuple[nn.Module, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +119,15 @@ class FeatureIndex:
         Raises:
             `ValueError`: if there is no such latent, or the files are damaged.
         """
-        if not 0 <= latent < len(self):
-            raise ValueError(f"Latents are numbered 0 to {len(self) - 1}, got {latent}.")
-        place = latent if self._places is None else int(self._places[latent])
+        place = self._place(latent)
         feature = self._feature(place)
         if contexts:
             feature.contexts = self.contexts(latent)
         return feature if self._places is None else self._moved(feature, latent)
 
     def contexts(self, latent: int) -> list[Context]:
-        """The contexts of a latent alone."""
-        place = latent if self._places is None else int(self._places[latent])
+        """The contexts of a latent alone; raises `ValueError` as [`feature`] does."""
+        place = self._place(latent)
         group = place // LATENTS_PER_GROUP[CONTEXTS]
         table = _read(lambda: self._contexts.read_row_group(group))
         rows = table.filter(pc.equal(table["latent"], place)).drop_columns("latent").to_pylist()
@@ -142,6 +141,12 @@ class FeatureIndex:
             )
             for row in rows
         ]
+
+    def _place(self, latent: int) -> int:
+        """Where in the files a latent is."""
+        if isinstance(latent, bool) or not isinstance(latent, Integral) or not 0 <= latent < len(self):
+            raise ValueError(f"Latents are numbered 0 to {len(self) - 1}, got {latent!r}.")
+        return int(latent) if self._places is None else int(self._places[latent])
 
     def _feature(self, place: int) -> Feature:
         group, row = divmod(place, LATENTS_PER_GROUP[LATENTS])

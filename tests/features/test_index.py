@@ -232,3 +232,22 @@ def test_no_path_of_this_machine_is_in_an_index(tmp_path):
     built = build_index(sae, "embedded", str(text), 500, tmp_path, context_length=32, show=False)
     assert built.about["dataset"]["path"] == "text.txt" and built.about["tokenizer"] == "lm"
     assert str(tmp_path) not in (tmp_path / "features" / "index.json").read_text()
+
+
+def test_a_cut_sae_does_not_take_the_place_of_the_whole_ones_index(tmp_path):
+    whole = TopKSAE(TopKSAEConfig(d_in=128, num_latents=64, k=2, base_model="embedded", hookpoint="model.layers.1"))
+    whole.save_pretrained(tmp_path)
+    build = dict(tokens=300, context_length=32, show=False)
+    build_index(tmp_path, **build)
+    loaded = TopKSAE.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Name an `output_dir`"):
+        build_index(loaded.truncate(16), **build)
+    with pytest.raises(ValueError, match="Name an `output_dir`"):
+        build_index(TopKSAE.from_pretrained(tmp_path, width=16), **build)
+    index = FeatureIndex.open(tmp_path)
+    index.check(loaded)
+    assert len(build_index(loaded, **build)) == 64
+    for outside in (-1, 64, 1.5, "3", None, True):
+        for read in (index.contexts, index.feature):
+            with pytest.raises(ValueError, match="numbered 0 to 63"):
+                read(outside)
