@@ -1,7 +1,6 @@
 """Two processes find what one finds: the search by pattern, and the tree."""
 
-import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.evaluation.data import HeldOut
 from hf_matryoshka_sae.features.patterns import TokenPattern
-from hf_matryoshka_sae.features.search import search_latents
+from hf_matryoshka_sae.features.search import PatternHit, search_latents
 from hf_matryoshka_sae.features.tree import build_tree
 
 from .test_search import CAPITAL, build, open_data
@@ -43,7 +42,9 @@ def _one_of_two(rank: int, folder, data: Harvested, pattern: TokenPattern, slow:
         stopped = ""
     except ValueError as error:
         stopped = str(error)
-    torch.save((hits, tree, stopped), folder / f"{rank}.pt")
+    tensors = {name: getattr(tree, name) for name in ("parent", "score", "frequency", "maximum")}
+    found = {"hits": [astuple(hit) for hit in hits], "tree": tensors, "tokens": tree.tokens, "stopped": stopped}
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -53,19 +54,18 @@ def test_two_processes_find_what_one_finds(tmp_path):
     harvested = [opened.states(batch) for batch in opened.batches]
     data = Harvested(None, opened.batches, opened.hookpoint, harvested=harvested)
     patterns = [TokenPattern.compile(source, opened.tokenizer) for source in (CAPITAL, "(.|..)+(.|..)+ the")]
-    # Forked where that is safe, as data loaders are: a fresh process imports everything anew, which takes longer.
-    start = "fork" if sys.platform == "linux" else "spawn"
-    mp.start_processes(_one_of_two, args=(tmp_path, data, *patterns), nprocs=2, start_method=start)
+    mp.spawn(_one_of_two, args=(tmp_path, data, *patterns), nprocs=2)
     hits, tree = found_by(data, patterns[0])
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for other_hits, other_tree, _ in found:
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for other in found:
+        other_hits = [PatternHit(*hit) for hit in other["hits"]]
         assert [hit.latent for hit in other_hits] == [hit.latent for hit in hits]
         for left, right in zip(other_hits, hits, strict=True):
             assert left.cosine == pytest.approx(right.cosine, rel=1e-6)
             assert (left.precision, left.recall) == pytest.approx((right.precision, right.recall))
-        assert torch.equal(other_tree.parent, tree.parent) and other_tree.tokens == tree.tokens == data.tokens
+        assert torch.equal(other["tree"]["parent"], tree.parent) and other["tokens"] == tree.tokens == data.tokens
         for name in ("score", "frequency", "maximum"):
-            torch.testing.assert_close(getattr(other_tree, name), getattr(tree, name))
+            torch.testing.assert_close(other["tree"][name], getattr(tree, name))
     assert (tree.parent >= 0).sum() > 5
     # A time limit in one process ends the search in both.
-    assert "failed in another process" in found[0][2] and "takes longer than" in found[1][2]
+    assert "failed in another process" in found[0]["stopped"] and "takes longer than" in found[1]["stopped"]
