@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .contents import run_repository
 from .layout import find_saes
 from .measure import measure_run
-from .push import push, run_repository
+from .push import push
 from .repository import list_saes, load, matching
 
 

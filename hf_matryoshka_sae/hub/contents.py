@@ -1,0 +1,208 @@
+"""What a repository is to hold: its files, from a run's folder or one SAE's."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel
+
+from .. import models
+from ..features import FeatureIndex
+from ..features.layout import FOLDER as INDEX_FOLDER
+from ..features.layout import INDEX
+from ..models import MODELS, SAECollection, SAECollectionConfig
+from ..models.checkpoint_files import WHOLE_TENSORS
+from ..models.digests import DIGESTS_NAME, digest, row_digests
+from ..progressive.statistics import STATISTICS_FILE
+from .card import card_assets, run_card
+from .layout import SAEFolder
+from .repository import SAEInfo
+
+
+logger = logging.getLogger(__name__)
+
+Content = Path | bytes
+
+_CONFIG = "config.json"
+_WEIGHTS = "model*.safetensors*"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a repository is to hold.
+
+    Args:
+        files (`dict[str, Path | bytes]`): By their paths in the repository.
+        folders (`list[str]`): Of the SAEs; weights of earlier pushes in them are replaced.
+    """
+
+    files: dict[str, Content]
+    folders: list[str]
+
+    def replaces(self, name: str) -> bool:
+        """Whether a file of the repository belongs to what an earlier push put in these folders, and goes."""
+        if name in self.files:
+            return False
+        folder, _, last = name.rpartition("/")
+        parent, _, last_folder = folder.rpartition("/")
+        beside_config = fnmatchcase(last, _WEIGHTS) or last in (DIGESTS_NAME, STATISTICS_FILE)
+        own = beside_config and folder in self.folders
+        own |= last_folder == INDEX_FOLDER and parent in self.folders
+        pictures = any(name.startswith(f"plots/{place}/" if place else "plots/") for place in self.folders)
+        return pictures or own
+
+    def write(self, folder: str | Path) -> None:
+        """Write the files below a folder."""
+        for name, content in self.files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def run_repository(
+    run_dir: str | Path,
+    repo_id: str,
+    saes: Sequence[SAEFolder],
+    before: dict[str, Any] | None = None,
+    license: str = "apache-2.0",
+) -> Repository:
+    """The files of a run's repository.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder.
+        repo_id (`str`): The repository, for the card's snippets.
+        saes (`Sequence[SAEFolder]`): The SAEs to put there.
+        before (`dict`, *optional*): The `config.json` that is there, whose index is added to.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
+    """
+    files: dict[str, Content] = {}
+    for sae in saes:
+        check_sae(sae.folder)
+        files |= sae_files(sae)
+    if saes[0].subfolder:
+        files[_CONFIG] = _index(saes, before)
+    others = sorted(set((before or {}).get("saes") or {}) - {sae.subfolder for sae in saes})
+    notes = f"Also in this repository, from other pushes: {', '.join(f'`{other}`' for other in others)}." * bool(
+        others
+    )
+    card: ModelCard = run_card(run_dir, repo_id, list(saes), license=license, notes=notes)
+    files |= card_assets(run_dir, list(saes))
+    files |= {"README.md": str(card).encode(), **code_files()}
+    return Repository(files, [sae.subfolder for sae in saes])
+
+
+def sae_files(sae: SAEFolder) -> dict[str, Content]:
+    """The files of one SAE: config, weights, digests of their rows; statistics and index where there are any."""
+    config = _public(json.loads((sae.folder / _CONFIG).read_text()))
+    config["auto_map"] = _auto_map(*_classes(config))
+    files: dict[str, Content] = {_CONFIG: _json(config)}
+    files |= {path.name: path for path in sorted(sae.folder.glob(_WEIGHTS))}
+    files[DIGESTS_NAME] = _json(_digests(sae.folder))
+    if (sae.folder / STATISTICS_FILE).is_file():
+        files[STATISTICS_FILE] = sae.folder / STATISTICS_FILE
+    files |= _index_files(sae.folder)
+    return {f"{sae.subfolder}/{name}" if sae.subfolder else name: content for name, content in files.items()}
+
+
+def _index_files(folder: Path) -> dict[str, Content]:
+    """The feature index of an SAE, where there is one of these weights."""
+    if not (folder / INDEX_FOLDER / INDEX).is_file():
+        return {}
+    try:
+        FeatureIndex.open(folder).check(AutoModel.from_pretrained(folder))
+    except ValueError as error:
+        logger.warning("The feature index in %s is left out: %s", folder, error)
+        return {}
+    return {f"{INDEX_FOLDER}/{path.name}": path for path in sorted((folder / INDEX_FOLDER).glob("[!.]*.*"))}
+
+
+def code_files() -> dict[str, Content]:
+    """The code with which SAEs load where this package is not installed; it has to lie at the root."""
+    folder = Path(models.__file__).parent
+    return {path.name: path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"}
+
+
+def check_sae(folder: Path) -> None:
+    """Read a saved SAE's files as far as needed to know that they are whole; raises `ValueError` where not."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        shapes = {}
+        for path in _weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"The SAE in {folder} is damaged or half-written ({error}). Save it again.") from error
+    expected = [config.num_latents, config.d_in]
+    if [shapes.get(name) for name in ("W_enc", "W_dec")] != [expected, expected]:
+        raise ValueError(
+            f"The SAE in {folder} has no whole weights: W_enc and W_dec should be {expected}, got "
+            f"{shapes.get('W_enc')} and {shapes.get('W_dec')}. Save it again."
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+
+
+def _digests(folder: Path) -> dict[str, Any]:
+    """Digests of the rows of all tensors, one tensor in memory at a time."""
+    config = AutoConfig.from_pretrained(folder)
+    found: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    for path in _weight_files(folder):
+        with open(path, "rb") as raw:
+            length = raw.read(8)
+            headers[path.name] = digest(length + raw.read(int.from_bytes(length, "little")))
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                one = row_digests({name: file.get_tensor(name)}, config.num_latents, config.widths, WHOLE_TENSORS)
+                found = {
+                    key: value | found.get(key, {}) if isinstance(value, dict) else value for key, value in one.items()
+                }
+    return {**found, "headers": headers}
+
+
+def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
+    """The root's `config.json`: the SAEs that were there, and those that come."""
+    entries: dict[str, Any] = {}
+    if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
+        entries |= before.get("saes") or {}
+    for sae in saes:
+        config = _public(json.loads((sae.folder / _CONFIG).read_text()))
+        entries[sae.subfolder] = SAEInfo.of(sae.subfolder, config).entry()
+    auto_map = _auto_map(SAECollectionConfig, SAECollection)
+    kind = SAECollectionConfig.model_type
+    return _json(
+        {"architectures": [SAECollection.__name__], "auto_map": auto_map, "model_type": kind, "saes": entries}
+    )
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as others may see it: of a language model in a folder of this machine only that folder's name."""
+    model = config.get("base_model")
+    if isinstance(model, str) and (Path(model).is_absolute() or model.startswith(("~", ".")) or Path(model).is_dir()):
+        return config | {"base_model": Path(model).name}
+    return config
+
+
+def _classes(config: dict[str, Any]) -> tuple[type, type]:
+    (found,) = (pair for pair in MODELS.items() if pair[0].model_type == config["model_type"])
+    return found
+
+
+def _auto_map(config: type, model: type) -> dict[str, str]:
+    pairs = {"AutoConfig": config, "AutoModel": model}
+    return {auto: f"{cls.__module__.rsplit('.', 1)[1]}.{cls.__name__}" for auto, cls in pairs.items()}
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
