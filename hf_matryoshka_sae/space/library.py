@@ -1,0 +1,165 @@
+"""What visitors have open: SAEs by repository or folder, each with its language model; opened once, shared by all."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
+from ..activations.language_model import EMBEDDED
+from ..assets import embedded_sae_path
+from ..evaluation import HeldOut, open_heldout
+from ..hub import SAEInfo, list_saes, load
+from .opened import Opened
+
+
+ROOT = "(the root)"
+"""What the page calls the SAE at the root of a repository."""
+
+
+class Library:
+    """Opens SAEs for the page and keeps the last few.
+
+    Args:
+        dataset (`str` or [`DatasetConfig`], *optional*): Held-out text, on which everything is measured; by default
+            the embedded text.
+        tokens (`int`, *optional*, defaults to 10,000), context_length (`int`, *optional*, defaults to 128): How much.
+        model (`str`, *optional*): The language model of all SAEs; by default what each names.
+        keep (`int`, *optional*, defaults to 4): SAEs kept open.
+        revision (`str`, *optional*): Of repositories on the Hub.
+        folders (`bool`, *optional*, defaults to `True`): Whether visitors may open folders of this machine.
+    """
+
+    def __init__(
+        self,
+        dataset: str | DatasetConfig | None = None,
+        tokens: int = 10_000,
+        context_length: int = 128,
+        model: str | None = None,
+        keep: int = 4,
+        revision: str | None = None,
+        folders: bool = True,
+    ):
+        if tokens < 1 or context_length < 2 or keep < 1:
+            raise ValueError(
+                f"`tokens`, `context_length` and `keep` must be at least 1, 2 and 1; got {tokens}, {context_length} "
+                f"and {keep}."
+            )
+        self.dataset = DatasetConfig(dataset) if isinstance(dataset, str) else dataset
+        self.tokens, self.context_length, self.model, self.keep = tokens, context_length, model, keep
+        self.revision, self.folders = revision, folders
+        # Held by whatever loads or runs a language model: two runs at once are no faster, and transformers'
+        # `from_pretrained` is not made for threads. What only reads an index does not wait for it.
+        self.lock = threading.RLock()
+        self._opened: OrderedDict[tuple[str, str], Opened] = OrderedDict()
+        self._guard = threading.Lock()  # of the line above
+        self._texts: dict[str, HeldOut] = {}
+
+    def saes(self, source: str) -> dict[str, SAEInfo]:
+        """The SAEs of a repository or folder, by what the page calls their places.
+
+        Args:
+            source (`str`): Repository id, folder, or `"embedded"`.
+
+        Raises:
+            `ValueError`: if it cannot be read or holds none; the message says what to do.
+        """
+        source = (source or "").strip()
+        if not source:
+            raise ValueError(f"Name a repository on the Hub (user/name), a folder, or '{EMBEDDED}'.")
+        where = self._resolved(source)
+        try:
+            found = list_saes(where, **self._revision(where))
+        except OSError as error:
+            raise ValueError(
+                f"'{source}' cannot be opened: there is no such folder here, and the Hub says: {_first_line(error)} "
+                f"Check the name, or open '{EMBEDDED}'."
+            ) from error
+        return {place or ROOT: info for place, info in found.items()}
+
+    def open(self, source: str, place: str = "") -> Opened:
+        """An SAE with its language model and held-out text.
+
+        Args:
+            source (`str`): Repository id, folder, or `"embedded"`.
+            place (`str`, *optional*): Which of its SAEs; the first where none is named.
+
+        Raises:
+            `ValueError`: if something is missing or does not fit together; the message says what to do.
+        """
+        key = (source or "").strip(), place or ""
+        found = self._known(key)
+        if found is None:
+            with self.lock:
+                found = self._known(key)  # another visitor may have opened it while this one waited
+                if found is None:
+                    found = self._open(*key)
+                    self._keep(key, found)
+        return found
+
+    def _known(self, key: tuple[str, str]) -> Opened | None:
+        with self._guard:
+            if key in self._opened:
+                self._opened.move_to_end(key)
+            return self._opened.get(key)
+
+    def _keep(self, key: tuple[str, str], opened: Opened) -> None:
+        with self._guard:
+            self._opened[key] = self._opened[key[0], opened.place] = opened
+            while len({id(one) for one in self._opened.values()}) > self.keep:
+                self._opened.popitem(last=False)
+
+    def _open(self, source: str, place: str) -> Opened:
+        saes = self.saes(source)
+        place = place or next(iter(saes))
+        if place not in saes:
+            raise ValueError(f"'{source}' holds no SAE at '{place}'. It holds: {', '.join(saes)}.")
+        info = saes[place]
+        model = self.model or info.base_model
+        if model is None or info.hookpoint is None:
+            raise ValueError(
+                f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can be "
+                "measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
+            )
+        try:
+            where = self._resolved(source)
+            sae = load(where, info.subfolder, **self._revision(where))
+        except OSError as error:
+            raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
+        data = self._heldout(model, info.hookpoint)
+        width = hookpoint_widths(data.model, [data.hookpoint])[data.hookpoint]
+        if width != sae.config.d_in:
+            raise ValueError(
+                f"This SAE reads hidden states of width {sae.config.d_in}, but '{info.hookpoint}' of '{model}' gives "
+                f"{width}: it is the SAE of another model. Start the page with the right `--model`."
+            )
+        if self.model is not None:
+            sae.config.base_model = self.model
+        return Opened(source, place, where, info.subfolder, sae.to(data.device), data, self)
+
+    def _heldout(self, model: str, hookpoint: str) -> HeldOut:
+        """The text, tokenised once for each model, at a hookpoint."""
+        if model not in self._texts:
+            self._texts.clear()  # a model stays as long as an SAE of it is open
+            self._texts[model] = open_heldout(
+                model, hookpoint, self.dataset, self.tokens, self.context_length, lm_batch_size=32
+            )
+        data = self._texts[model]
+        (place,) = resolve_hookpoints(data.model, [hookpoint])
+        return replace(data, hookpoint=place)
+
+    def _resolved(self, source: str) -> str:
+        """The folder, or the id on the Hub."""
+        if source == EMBEDDED:
+            return str(embedded_sae_path())
+        local = Path(source).expanduser()
+        return str(local) if self.folders and local.is_dir() else source
+
+    def _revision(self, where: str) -> dict[str, Any]:
+        return {} if self.revision is None or Path(where).is_dir() else {"revision": self.revision}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+

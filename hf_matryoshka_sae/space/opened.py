@@ -1,0 +1,209 @@
+"""One open SAE: rankings of its latents, prunings of it, and what each is worth on held-out text.
+
+Nothing here changes after it was made, so that many visitors can look at the same SAE; what was measured is kept.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation import Dictionary, HeldOut, evaluate_fidelity
+from ..features import FeatureIndex
+from ..models import SAEModel
+from ..progressive import (
+    LatentStatistics,
+    calibrate_thresholds,
+    default_widths,
+    latent_statistics,
+    sort_latents,
+    with_threshold,
+)
+from ..progressive.ranking import sorting_order
+from .indexes import find_index
+
+
+if TYPE_CHECKING:
+    from .library import Library
+
+
+RANKINGS = ("trained", "energy", "frequency", "attribution")
+SELECTION = "restrict"
+"""A pruned SAE never sees the latents it lacks: what is measured is what is downloaded."""
+
+_COUNTED = ("topk", "batch_topk")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to keep of an SAE.
+
+    Args:
+        ranking (`str`): One of `RANKINGS`; a Matryoshka SAE is sorted within its groups.
+        width (`int`): So many latents.
+        k (`int`, *optional*): Latents per token, where that can be chosen; by default as trained.
+    """
+
+    ranking: str = "trained"
+    width: int = 0
+    k: int | None = None
+
+
+class Opened:
+    """An SAE with what it is shown with. Made by [`Library.open`].
+
+    Args:
+        source (`str`), place (`str`): As the visitor named it, and which of its SAEs.
+        where (`str`), subfolder (`str`): Folder or id on the Hub, and the folder in it.
+        sae ([`SAEModel`]): In `eval` mode.
+        data ([`HeldOut`]): Its language model with held-out tokens, at its hookpoint.
+        library ([`Library`]): That it belongs to.
+    """
+
+    def __init__(
+        self, source: str, place: str, where: str, subfolder: str, sae: SAEModel, data: HeldOut, library: "Library"
+    ):
+        self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
+        self.sae, self.data, self.library = sae, data, library
+        self.num_latents: int = sae.config.num_latents
+        self._kept: dict[Any, Any] = {}
+        self._index: FeatureIndex | None = None
+        self._guard = threading.Lock()
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the language model."""
+        return self.data.tokenizer
+
+    @property
+    def counts(self) -> bool:
+        """Whether k, the number of latents per token, can be chosen."""
+        return self.sae.config.activation_name in _COUNTED and getattr(self.sae.config, "group_size", None) is None
+
+    @cached_property
+    def index(self) -> FeatureIndex | None:
+        """Its feature index, if there is one of these weights."""
+        return find_index(self)
+
+    def forget_index(self) -> None:
+        """Look for the index anew: one was built."""
+        self.__dict__.pop("index", None)
+        self.__dict__.pop("labels", None)
+
+    # Rankings
+
+    def check(self, pruning: Pruning) -> Pruning:
+        """A pruning with its defaults filled in.
+
+        Raises:
+            `ValueError`: for a ranking, width or k that there is not.
+        """
+        width = pruning.width or self.num_latents
+        if pruning.ranking not in RANKINGS:
+            raise ValueError(f"Rankings are {', '.join(RANKINGS)}; got '{pruning.ranking}'.")
+        if pruning.ranking == "attribution" and not self.data.has_loss:
+            raise ValueError("Attribution needs a language model that predicts tokens; take energy or frequency.")
+        if not 1 <= width <= self.num_latents:
+            raise ValueError(f"The width must lie between 1 and {self.num_latents}, got {width}.")
+        k = pruning.k if self.counts else None
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1 latent per token, got {k}.")
+        k = None if k == self.sae.config.k else k
+        return Pruning(pruning.ranking, int(width), None if k is None else min(int(k), int(width)))
+
+    def statistics(self) -> LatentStatistics:
+        """What each latent does: as saved beside the SAE, else measured on the held-out text."""
+        return self._once("statistics", self._statistics)
+
+    def _statistics(self) -> LatentStatistics:
+        wants_attribution = self.data.has_loss
+        if Path(self.where).is_dir():
+            try:
+                saved = LatentStatistics.load(Path(self.where) / self.subfolder)
+                saved.check(self.sae)
+                if saved.attribution is not None or not wants_attribution:
+                    return saved
+            except ValueError:
+                pass  # none there, or of other weights
+        return latent_statistics(self.sae, self.data, attribution=wants_attribution)
+
+    def order(self, ranking: str) -> Tensor:
+        """The latents `(F,)` in the order of a ranking, most important first."""
+        return self._once(("order", ranking), lambda: self._order(ranking))
+
+    def _order(self, ranking: str) -> Tensor:
+        if ranking == "trained":
+            return torch.arange(self.num_latents)
+        return sorting_order(self.sae, ranking, self.statistics())
+
+    def ranked(self, ranking: str) -> SAEModel:
+        """The SAE with its latents in the order of a ranking."""
+        if ranking == "trained":
+            return self.sae
+        return self._once(("ranked", ranking), lambda: sort_latents(self.sae, order=self.order(ranking)))
+
+    # Prunings
+
+    def pruned(self, pruning: Pruning) -> SAEModel:
+        """The SAE that a pruning leaves."""
+        return self._once(("pruned", pruning), lambda: self._pruned(pruning), most=8)
+
+    def _pruned(self, pruning: Pruning) -> SAEModel:
+        ranked = self.ranked(pruning.ranking)
+        if pruning.k is None:
+            return ranked if pruning.width == self.num_latents else ranked.truncate(pruning.width).eval()
+        if ranked.config.activation_name == "batch_topk":
+            threshold = calibrate_thresholds(ranked, self.data, float(pruning.k), [pruning.width])[pruning.width]
+            smaller = with_threshold(ranked, pruning.width, threshold)
+        else:
+            smaller = ranked.truncate(pruning.width).eval()
+        smaller.config.k = pruning.k
+        return smaller
+
+    def measured(self, pruning: Pruning) -> dict[str, Any]:
+        """What a pruning is worth: the figures that `matryoshka-sae evaluate` gives for the SAE it leaves."""
+        return self._once(("measured", pruning), lambda: self._measured(pruning))
+
+    def _measured(self, pruning: Pruning) -> dict[str, Any]:
+        sae = self.pruned(pruning)
+        found = evaluate_fidelity(self.data, {"sae": Dictionary(sae, [pruning.width], SELECTION)})
+        (row,) = found.pop("subjects")["sae"]
+        return {**found, **row, "size_mb": size_mb(sae)}
+
+    def is_measured(self, pruning: Pruning) -> bool:
+        """Whether [`measured`] is known already."""
+        return ("measured", pruning) in self._kept
+
+    def curve(self, ranking: str) -> list[dict[str, Any]]:
+        """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured."""
+        rows = self._once(("curve", ranking), lambda: self._curve(ranking))
+        known = [self._kept.get(("measured", Pruning(ranking, row["width"]))) for row in rows]
+        return [row | (measured or {}) for row, measured in zip(rows, known, strict=True)]
+
+    def _curve(self, ranking: str) -> list[dict[str, Any]]:
+        subject = Dictionary(self.ranked(ranking), default_widths(self.sae), SELECTION)
+        return evaluate_fidelity(self.data, {"sae": subject}, language_model=False)["subjects"]["sae"]
+
+    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None) -> Any:
+        """What `make` gives, made by the first who asks; at most `most` of a kind are kept."""
+        if key in self._kept:
+            return self._kept[key]
+        with self.library.lock:
+            if key not in self._kept:
+                made = make()
+                of_kind = [other for other in self._kept if isinstance(other, tuple) and other[0] == key[0]]
+                if most is not None and len(of_kind) >= most:
+                    del self._kept[of_kind[0]]
+                self._kept[key] = made
+                return made
+            return self._kept[key]
+
+
+def size_mb(sae: SAEModel) -> float:
+    """Megabytes (10^6 bytes) of an SAE's tensors, which is its file but for the header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in sae.state_dict().values()) / 1e6
