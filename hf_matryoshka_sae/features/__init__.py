@@ -6,6 +6,7 @@ from .layout import Context, Feature
 from .logits import LogitEffects, logit_effects
 from .neuronpedia import export_neuronpedia
 from .patterns import TokenPattern
+from .reconstructed import ReconstructedText, reconstruct_text
 from .search import PatternHit, search_latents, search_words
 from .steering import Steered, steer
 from .store import FeatureIndex
@@ -22,6 +23,7 @@ __all__ = [
     "LatentTree",
     "LogitEffects",
     "PatternHit",
+    "ReconstructedText",
     "Steered",
     "TextFeatures",
     "TokenPattern",
@@ -29,6 +31,7 @@ __all__ = [
     "build_tree",
     "export_neuronpedia",
     "logit_effects",
+    "reconstruct_text",
     "search_latents",
     "search_words",
     "steer",

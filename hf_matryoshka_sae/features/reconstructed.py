@@ -1,7 +1,7 @@
 """A text as an SAE leaves it: what the language model loses on each token, and how it goes on.
 
-At the hookpoint the hidden states are replaced by their reconstructions, at every token but special ones and the first,
-which keep theirs as in the evaluation (see `evaluation.language_model`).
+At the hookpoint the hidden states are replaced by their reconstructions, at every token but special ones and the
+first, which keep theirs as in the evaluation (see `evaluation.language_model`).
 """
 
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ class _Reconstructing:
     """Replaces hidden states while text is generated: those of the prompt that are read, and every new one."""
 
     def __init__(self, replace, keep: Tensor):
-        self.replace, self.keep = replace, keep
+        self.replace, self.keep, self.started = replace, keep, False
 
     def __call__(self, hookpoint: str, value) -> Tensor | None:
         states = first_tensor(value)
@@ -135,8 +135,9 @@ class _Reconstructing:
             raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
         keep = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         # The prompt comes in one piece (again and again where the model keeps no cache), new tokens one by one.
-        if states.shape[1] >= self.keep.shape[1]:
+        if not self.started or states.shape[1] > 1:
             keep[:, : self.keep.shape[1]] = self.keep.to(keep.device)
+        self.started = True
         states = states.clone()
         states[keep] = self.replace(states[keep])
         return states

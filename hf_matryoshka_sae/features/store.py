@@ -26,6 +26,7 @@ from .layout import (
     LATENTS,
     LATENTS_PER_GROUP,
     SCALARS,
+    TOP,
     Context,
     Feature,
     fingerprints,
@@ -141,6 +142,25 @@ class FeatureIndex:
             )
             for row in rows
         ]
+
+    def peak_tokens(self) -> list[list[int]]:
+        """For each latent the token ids at the peaks of its top contexts, strongest first: what it fires on, in short.
+
+        Reads the contexts of all latents.
+        """
+        found: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
+        columns = ["latent", "kind", "token_ids", "peak"]
+        for group in range(self._contexts.num_row_groups):
+            table = _read(lambda group=group: self._contexts.read_row_group(group, columns=columns))
+            table = table.filter(pc.equal(table["kind"], TOP)).combine_chunks()
+            if not len(table):
+                continue
+            ids = table["token_ids"].chunk(0)
+            places = ids.offsets.to_numpy()[:-1] + table["peak"].to_numpy()
+            tokens = ids.values.to_numpy()[places]
+            for latent, token in zip(table["latent"].to_pylist(), tokens.tolist(), strict=True):
+                found[latent].append(token)
+        return found if self._places is None else [found[place] for place in self._places]
 
     def _place(self, latent: int) -> int:
         """Where in the files a latent is."""

@@ -1,5 +1,6 @@
 """What visitors have open: SAEs by repository or folder, each with its language model; opened once, shared by all."""
 
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import replace
@@ -49,6 +50,8 @@ class Library:
         self.dataset = DatasetConfig(dataset) if isinstance(dataset, str) else dataset
         self.tokens, self.context_length, self.model, self.keep = tokens, context_length, model, keep
         self.revision, self.folders = revision, folders
+        # A GPU that is lent by the call is not there while an SAE is opened.
+        self.device = "cpu" if os.environ.get("SPACES_ZERO_GPU") else None
         # Held by whatever loads or runs a language model: two runs at once are no faster, and transformers'
         # `from_pretrained` is not made for threads. What only reads an index does not wait for it.
         self.lock = threading.RLock()
@@ -98,6 +101,11 @@ class Library:
                     self._keep(key, found)
         return found
 
+    def to(self, device: str) -> None:
+        """Move all that is open to a device."""
+        for opened in self._opened.values():
+            opened.to(device)
+
     def _known(self, key: tuple[str, str]) -> Opened | None:
         with self._guard:
             if key in self._opened:
@@ -119,8 +127,8 @@ class Library:
         model = self.model or info.base_model
         if model is None or info.hookpoint is None:
             raise ValueError(
-                f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can be "
-                "measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
+                f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can "
+                "be measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
             )
         try:
             where = self._resolved(source)
@@ -143,7 +151,7 @@ class Library:
         if model not in self._texts:
             self._texts.clear()  # a model stays as long as an SAE of it is open
             self._texts[model] = open_heldout(
-                model, hookpoint, self.dataset, self.tokens, self.context_length, lm_batch_size=32
+                model, hookpoint, self.dataset, self.tokens, self.context_length, device=self.device
             )
         data = self._texts[model]
         (place,) = resolve_hookpoints(data.model, [hookpoint])
@@ -162,4 +170,3 @@ class Library:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from ..progressive import (
 )
 from ..progressive.ranking import sorting_order
 from .indexes import find_index
+from .labels import Labels
+from .trees import IndexTree
 
 
 if TYPE_CHECKING:
@@ -75,6 +78,11 @@ class Opened:
         self._index: FeatureIndex | None = None
         self._guard = threading.Lock()
 
+    def to(self, device: str) -> None:
+        """Move the SAE and the language model."""
+        self.sae.to(device)
+        self.data.model.to(device)
+
     @property
     def tokenizer(self) -> Any:
         """Of the language model."""
@@ -90,10 +98,40 @@ class Opened:
         """Its feature index, if there is one of these weights."""
         return find_index(self)
 
+    @cached_property
+    def labels(self) -> Labels:
+        """What to write beside its latents."""
+        return Labels(self.index, self.tokenizer)
+
     def forget_index(self) -> None:
         """Look for the index anew: one was built."""
         self.__dict__.pop("index", None)
         self.__dict__.pop("labels", None)
+        for key in ("tree", "columns"):
+            self._kept.pop(key, None)
+
+    def require_index(self) -> FeatureIndex:
+        """The index.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if self.index is None:
+            raise ValueError(
+                "This SAE has no feature index yet. Build it on the Features tab, or with `matryoshka-sae index "
+                f"{self.source}`, and open the SAE again."
+            )
+        return self.index
+
+    def tree(self) -> IndexTree:
+        """Parents and children of its latents; raises `ValueError` without an index."""
+        index = self.require_index()
+        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
+        table = self.require_index().table(["latent", "frequency", "mean_square", "max"])
+        return self._once("columns", lambda: {name: table[name].to_numpy() for name in table.column_names})
 
     # Rankings
 
@@ -121,16 +159,27 @@ class Opened:
         return self._once("statistics", self._statistics)
 
     def _statistics(self) -> LatentStatistics:
-        wants_attribution = self.data.has_loss
-        if Path(self.where).is_dir():
-            try:
-                saved = LatentStatistics.load(Path(self.where) / self.subfolder)
-                saved.check(self.sae)
-                if saved.attribution is not None or not wants_attribution:
-                    return saved
-            except ValueError:
-                pass  # none there, or of other weights
-        return latent_statistics(self.sae, self.data, attribution=wants_attribution)
+        if self._saved_statistics is not None:
+            return self._saved_statistics
+        return latent_statistics(self.sae, self.data, attribution=self.data.has_loss)
+
+    @cached_property
+    def _saved_statistics(self) -> LatentStatistics | None:
+        """Those beside the SAE, if they are of these weights and complete."""
+        try:
+            found = LatentStatistics.load(Path(self.where) / self.subfolder)
+            found.check(self.sae)
+        except ValueError:
+            return None
+        return None if found.attribution is None and self.data.has_loss else found
+
+    def places(self, latent: int) -> dict[str, int]:
+        """A latent's place in each ranking that needs no measuring first; a width above it holds the latent."""
+        known = self._saved_statistics is not None or "statistics" in self._kept
+        rankings = RANKINGS if known else RANKINGS[:1]
+        if not self.data.has_loss:
+            rankings = tuple(ranking for ranking in rankings if ranking != "attribution")
+        return {ranking: int((self.order(ranking) == latent).nonzero()) for ranking in rankings}
 
     def order(self, ranking: str) -> Tensor:
         """The latents `(F,)` in the order of a ranking, most important first."""

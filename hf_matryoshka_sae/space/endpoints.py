@@ -1,0 +1,359 @@
+"""What can be asked of an open SAE, in plain values: the endpoints of the API, and what the tabs show."""
+
+from typing import Any
+
+import torch
+
+from ..features import Context, Feature, reconstruct_text, search_latents, search_words, steer, text_features
+from ..features.pattern_vocabulary import vocabulary_of
+from .comparing import compare
+from .library import Library
+from .limits import checked_text, on_gpu
+from .opened import Opened, Pruning
+
+
+FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb")
+SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation": "max", "number": "latent"}
+
+_ALL: list["Endpoints"] = []
+
+
+class Endpoints:
+    """Questions to SAEs by name; `sae` is a repository id, a folder or `embedded`, `place` which of its SAEs.
+
+    Args:
+        library ([`Library`]): Opens them.
+    """
+
+    def __init__(self, library: Library):
+        self.library = library
+        self._number = len(_ALL)
+        _ALL.append(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To a forked process (see `on_gpu`) goes which one this is, not what it has open.
+        return _ALL.__getitem__, (self._number,)
+
+    def describe(self, sae: str = "embedded", place: str = "") -> dict[str, Any]:
+        """What an SAE is: its family, sizes, language model and hookpoint, and whether it has a feature index."""
+        opened = self.library.open(sae, place)
+        config = opened.sae.config
+        index = opened.index
+        return {
+            "sae": opened.source,
+            "place": opened.place,
+            "places": list(self.library.saes(sae)),
+            "type": config.model_type,
+            "activation": config.activation_name,
+            "d_in": config.d_in,
+            "num_latents": opened.num_latents,
+            "prefix_widths": list(opened.sae.prefix_widths),
+            "k": config.k if opened.counts else None,
+            "base_model": config.base_model,
+            "hookpoint": opened.data.hookpoint,
+            "tokens": opened.data.tokens,
+            "index_tokens": None if index is None else index.about["tokens"],
+        }
+
+    @on_gpu
+    def measure(
+        self, sae: str = "embedded", place: str = "", ranking: str = "trained", width: int = 0, k: int = 0
+    ) -> dict[str, Any]:
+        """What the first `width` latents in the order of a ranking are worth: FVU, L0, recaptured loss, KL, RSA, size.
+
+        Rankings are trained, energy, frequency and attribution; 0 stands for all latents, and for k as trained.
+        """
+        opened = self.library.open(sae, place)
+        return measured_row(opened, opened.check(Pruning(ranking, width, k or None)))
+
+    def feature(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
+        """All that the feature index knows of a latent: contexts, histogram, logit effects, neighbours, family."""
+        return feature_of(self.library.open(sae, place), latent)
+
+    def latents(
+        self,
+        sae: str = "embedded",
+        place: str = "",
+        sort: str = "energy",
+        descending: bool = True,
+        contains: str = "",
+        start: int = 0,
+        count: int = 50,
+    ) -> list[dict[str, Any]]:
+        """Latents with what they fire on, how often and how strongly, in an order; `contains` looks at the tokens."""
+        return list_latents(self.library.open(sae, place), sort, descending, contains, start, count)
+
+    @on_gpu
+    def search(
+        self, query: str, kind: str = "pattern", sae: str = "embedded", place: str = "", width: int = 0, top: int = 20
+    ) -> list[dict[str, Any]]:
+        """Latents that fire where a token pattern matches, or on words (`kind="words"`), by cosine with the matches."""
+        opened = self.library.open(sae, place)
+        query = checked_text(query, "Write a pattern, or words to look for.", 2_000)
+        if kind not in ("pattern", "words"):
+            raise ValueError(f"Search is for a 'pattern' or for 'words', got '{kind}'.")
+        chosen = opened.check(Pruning(width=width)).width
+        with self.library.lock:
+            if kind == "pattern":
+                hits = search_latents(query, opened.sae, opened.data, top, chosen, show=True)
+            else:
+                words = [word for word in query.split(",") if word.strip()]
+                hits = search_words(words, opened.sae, opened.data, top, chosen, show=True)
+        return [{**vars(hit), "label": opened.labels[hit.latent]} for hit in hits]
+
+    def family(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
+        """A latent's place in the tree: its parents up to the smallest prefix, and what is below it, by level."""
+        opened = self.library.open(sae, place)
+        tree = opened.tree()
+        tree.check(latent)
+        return {
+            "latent": latent,
+            "ancestors": tree.ancestors(latent),
+            "below": [
+                [{"latent": one, "score": tree.score(one), "label": opened.labels[one]} for one in level]
+                for level in tree.levels_below(latent)
+            ],
+        }
+
+    @on_gpu
+    def read_text(
+        self, text: str, sae: str = "embedded", place: str = "", width: int = 0, top: int = 5
+    ) -> dict[str, Any]:
+        """The strongest latents of each token of a text, and of the whole text with their activations along it."""
+        opened = self.library.open(sae, place)
+        text = checked_text(text)
+        chosen = opened.check(Pruning(width=width)).width
+        with self.library.lock:
+            found = text_features(
+                opened.sae, opened.data.model, opened.tokenizer, text, opened.data.hookpoint, chosen, top, 512
+            )
+        return {
+            "tokens": found.tokens,
+            "top": [[[latent, value] for latent, value in token] for token in found.top],
+            "latents": [
+                {
+                    "latent": latent,
+                    "max": value,
+                    "label": opened.labels[latent],
+                    "activations": found.activations(latent).tolist(),
+                }
+                for latent, value in found.top_latents(10)
+            ],
+            "left_out": found.left_out,
+            "width": found.width,
+        }
+
+    @on_gpu
+    def activations(
+        self, text: str, latent: int, sae: str = "embedded", place: str = "", width: int = 0
+    ) -> dict[str, Any]:
+        """One latent's activations along a text."""
+        opened = self.library.open(sae, place)
+        text = checked_text(text)
+        chosen = opened.check(Pruning(width=width)).width
+        with self.library.lock:
+            found = text_features(
+                opened.sae, opened.data.model, opened.tokenizer, text, opened.data.hookpoint, chosen, 1, 512
+            )
+        return {"tokens": found.tokens, "activations": found.activations(latent).tolist()}
+
+    @on_gpu
+    def reconstruct(
+        self,
+        text: str,
+        sae: str = "embedded",
+        place: str = "",
+        ranking: str = "trained",
+        width: int = 0,
+        k: int = 0,
+        new_tokens: int = 20,
+    ) -> dict[str, Any]:
+        """A text as a pruned SAE leaves it: what the language model loses on each token, and how it goes on."""
+        opened = self.library.open(sae, place)
+        text = checked_text(text)
+        if not 0 <= new_tokens <= 100:
+            raise ValueError(f"A text can be continued by up to 100 tokens, got {new_tokens}.")
+        pruned = opened.pruned(opened.check(Pruning(ranking, width, k or None)))
+        with self.library.lock:
+            found = reconstruct_text(
+                pruned,
+                opened.data.model,
+                opened.tokenizer,
+                text,
+                hookpoint=opened.data.hookpoint,
+                max_new_tokens=new_tokens,
+            )
+        lost = found.spliced_loss - found.loss
+        predicted = ~torch.isnan(lost)
+        return {
+            "tokens": found.tokens,
+            "lost": [value if ok else None for value, ok in zip(lost.tolist(), predicted.tolist(), strict=True)],
+            "ce": _mean(found.loss[predicted]),
+            "spliced_ce": _mean(found.spliced_loss[predicted]),
+            "fvu": found.fvu,
+            "l0": found.l0,
+            "plain": found.plain,
+            "spliced": found.spliced,
+            "left_out": found.left_out,
+        }
+
+    @on_gpu
+    def steer(
+        self,
+        text: str,
+        latent: int,
+        mode: str = "add",
+        strength: float = 1.0,
+        sae: str = "embedded",
+        place: str = "",
+        width: int = 0,
+        new_tokens: int = 30,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """A text continued twice: as the model does, and with a latent added, clamped or removed.
+
+        The strength is in units of the latent's largest activation in the feature index.
+        """
+        opened = self.library.open(sae, place)
+        text = checked_text(text)
+        if not 1 <= new_tokens <= 100:
+            raise ValueError(f"A text can be continued by 1 to 100 tokens, got {new_tokens}.")
+        chosen = opened.check(Pruning(width=width)).width
+        if not 0 <= latent < chosen:
+            raise ValueError(f"At this width latents are numbered 0 to {chosen - 1}, got {latent}.")
+        unit = None if opened.index is None else opened.index.feature(latent, contexts=False).max
+        with self.library.lock:
+            found = steer(
+                opened.sae,
+                opened.data.model,
+                opened.tokenizer,
+                text,
+                latent,
+                mode,
+                strength,
+                chosen,
+                opened.data.hookpoint,
+                unit or None,
+                max_new_tokens=new_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+        return {"plain": found.plain, "steered": found.steered, "amount": found.amount, "unit": unit}
+
+    @on_gpu
+    def compare(
+        self,
+        sae: str = "embedded",
+        place: str = "",
+        ranking: str = "trained",
+        width: int = 0,
+        other: str = "embedded",
+        other_place: str = "",
+        other_ranking: str = "energy",
+        other_width: int = 0,
+    ) -> dict[str, Any]:
+        """Two SAEs, or two prunings of one: figures of both, latents both keep, and the most similar latents."""
+        left, right = self.library.open(sae, place), self.library.open(other, other_place)
+        return compare(
+            (left, left.check(Pruning(ranking, width))), (right, right.check(Pruning(other_ranking, other_width)))
+        )
+
+
+def measured_row(opened: Opened, pruning: Pruning) -> dict[str, Any]:
+    """The figures of a pruning in plain values."""
+    row = opened.measured(pruning)
+    rsa = row.get("rsa") or {}
+    return {
+        **{name: row.get(name) for name in FIGURES},
+        "rsa": rsa.get("spearman"),
+        "recaptured_mean": row.get("recaptured_mean"),
+        "dead": row.get("dead"),
+        "tokens": row["tokens"],
+        "k": pruning.k,
+        "ranking": pruning.ranking,
+    }
+
+
+def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
+    """A latent's page in plain values.
+
+    Raises:
+        `ValueError`: if there is no index or no such latent.
+    """
+    index = opened.require_index()
+    feature: Feature = index.feature(latent)
+    texts = vocabulary_of(opened.tokenizer).texts
+
+    def words(pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        return [[texts[token], value] for token, value in pairs]
+
+    def named(pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        return [[other, value, opened.labels[other]] for other, value in pairs]
+
+    def shown(context: Context) -> dict[str, Any]:
+        return {
+            "tokens": [texts[token] for token in context.token_ids],
+            "activations": context.activations.tolist(),
+            "peak": int(context.peak),
+            "value": float(context.value),
+        }
+
+    return {
+        "latent": latent,
+        "latent_id": feature.latent_id,
+        "label": opened.labels[latent],
+        "count": feature.count,
+        "frequency": feature.frequency,
+        "energy": feature.mean_square,
+        "max": feature.max,
+        "first_position_share": feature.first_position_share,
+        "quantiles": {str(share): value for share, value in feature.quantiles.items()},
+        "histogram": {"edges": feature.histogram[0].tolist(), "counts": feature.histogram[1].tolist()},
+        "promoted": words(feature.promoted),
+        "suppressed": words(feature.suppressed),
+        "neighbours": named(feature.neighbours),
+        "cofiring": named(feature.cofiring),
+        "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
+        "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "widths": [width for width in opened.sae.prefix_widths if width > latent],
+        "places": opened.places(latent),
+        "contexts": [shown(context) for context in feature.top_contexts],
+        "quantile_contexts": [[shown(one) for one in found] for found in feature.quantile_contexts.values()],
+    }
+
+
+def list_latents(
+    opened: Opened, sort: str, descending: bool, contains: str, start: int, count: int
+) -> list[dict[str, Any]]:
+    """Rows of the table of latents.
+
+    Raises:
+        `ValueError`: for an order there is not, or without an index.
+    """
+    if sort not in SORTS:
+        raise ValueError(f"Latents can be sorted by {', '.join(SORTS)}; got '{sort}'.")
+    if start < 0 or not 1 <= count <= 1000:
+        raise ValueError(f"Expected `start` of at least 0 and a `count` from 1 to 1000, got {start} and {count}.")
+    columns = opened.columns()
+    order = columns[SORTS[sort]].argsort(kind="stable")
+    order = order[::-1] if descending else order
+    if contains.strip():
+        wanted = set(opened.labels.search(contains.strip()))
+        order = [latent for latent in order.tolist() if latent in wanted]
+    widths = opened.sae.prefix_widths
+    return [
+        {
+            "latent": int(latent),
+            "label": opened.labels[int(latent)],
+            "frequency": float(columns["frequency"][latent]),
+            "energy": float(columns["mean_square"][latent]),
+            "max": float(columns["max"][latent]),
+            "smallest_width": next(width for width in widths if width > latent),
+        }
+        for latent in list(order)[start : start + count]
+    ]
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None

@@ -1,0 +1,195 @@
+"""The page: what is open, six tabs, the endpoints, and links that open all of it."""
+
+import inspect
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+from .compare_tab import CompareTab
+from .endpoints import Endpoints
+from .features_tab import FeaturesTab
+from .html import escape
+from .library import Library
+from .links import View
+from .messages import told
+from .prune_tab import PruneTab
+from .search_tab import SearchTab
+from .tabs import Shown, area
+from .text_tab import TextTab
+from .tree_tab import TreeTab
+
+
+TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"
+_LIGHT = ("describe", "feature", "latents", "family")
+"""Endpoints that only read an index: many at once. The others run a language model, one at a time."""
+
+_HEAVY = ("measure", "search", "read_text", "activations", "reconstruct", "steer", "compare")
+
+
+class Page:
+    """Builds the page and holds its handlers.
+
+    Args:
+        library ([`Library`]): Opens SAEs.
+        default (`str`): What is open at first.
+    """
+
+    def __init__(self, library: Library, default: str):
+        self.endpoints, self.default = Endpoints(library), default
+        with gr.Blocks(title=TITLE, delete_cache=(3600, 3600), analytics_enabled=False) as self.blocks:
+            gr.Markdown(f"# {TITLE}")
+            with gr.Row(equal_height=True):
+                self.source = gr.Textbox(
+                    default, label="SAE: a repository on the Hub, a folder, or “embedded”", scale=4, min_width=240
+                )
+                self.place = gr.Dropdown([], label="Which of its SAEs", scale=2, min_width=160, interactive=True)
+                self.open = gr.Button("Open", variant="primary", scale=1, min_width=90)
+            self.about = area("about")
+            latent = gr.Number(None, precision=0, minimum=0, label="Latent", scale=2, min_width=110, render=False)
+            with gr.Tabs() as tabs:
+                self.shown = Shown(gr.State((default, "")), latent, tabs)
+                with gr.Tab("Prune", id="prune") as first:
+                    self.prune = PruneTab(self.endpoints, self.shown)
+                with gr.Tab("Features", id="features", render_children=True) as second:
+                    self.features = FeaturesTab(self.endpoints, self.shown)
+                with gr.Tab("Search", id="search", render_children=True) as third:
+                    self.search = SearchTab(self.endpoints, self.shown, self.features.feature)
+                with gr.Tab("Tree", id="tree", render_children=True) as fourth:
+                    self.tree = TreeTab(self.endpoints, self.shown, self.features.feature)
+                with gr.Tab("Try it", id="try", render_children=True) as fifth:
+                    self.text = TextTab(self.endpoints, self.shown, self.features.feature)
+                with gr.Tab("Compare", id="compare", render_children=True) as sixth:
+                    self.compare = CompareTab(self.endpoints, self.shown)
+            for tab in (first, second, third, fourth, fifth, sixth):
+                tab.select(None, None, None, js=f"() => showInLink({{tab: '{tab.id}'}})")
+            self._wire()
+            for name in (*_LIGHT, *_HEAVY):
+                self._endpoint(name)
+
+    def _endpoint(self, name: str) -> None:
+        limits: dict[str, Any] = {"concurrency_limit": 20}
+        if name in _HEAVY:
+            limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+        method = getattr(self.endpoints, name)
+        gr.api(told(method), api_name=name, api_description=inspect.getdoc(method), **limits)
+
+    def _wire(self) -> None:
+        everything = [
+            self.source,
+            self.place,
+            self.about,
+            self.shown.current,
+            self.prune.width,
+            self.prune.k,
+            self.prune.ranking,
+            self.text.width,
+        ]
+        options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        started = self.blocks.load(
+            told(self.start),
+            None,
+            [*everything, self.shown.tabs, self.shown.latent, self.search.query],
+            **options,
+        )
+        opened = [
+            gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options),
+            self.place.input(told(self.open_place), [self.shown.current, self.place], everything, **options),
+        ]
+        for event in opened:
+            event.success(
+                None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place, latent: null})"
+            )
+        for event in (started, *opened):
+            current = self.shown.current
+            pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
+            light = {"api_visibility": "private", "show_progress": "hidden"}
+            event.success(
+                told(self.features.refresh),
+                [current, self.shown.latent],
+                [self.features.without, self.features.table, self.features.feature],
+                **light,
+            ).then(told(self.tree.refresh), current, self.tree.tree, **light).then(
+                told(self.prune.show_measured),
+                pruning,
+                [self.prune.chart, self.prune.figures],
+                api_visibility="private",
+                concurrency_id="model",
+                concurrency_limit=1,
+            )
+
+    # What is open
+
+    def start(self, request: gr.Request) -> tuple[Any, ...]:
+        """What the page shows at first: what its address says."""
+        view, problems = View.of(request.query_params, self.default)
+        for problem in problems:
+            gr.Warning(f"In this link, {problem}.")
+        try:
+            shown = self._opened(view)
+        except (ValueError, OSError) as error:
+            gr.Warning(f"{error} Opening {self.default} instead.")
+            view = View(self.default)
+            shown = self._opened(view)
+        return *shown, gr.update(selected=view.tab), view.latent, view.q
+
+    def open_source(self, source: str) -> tuple[Any, ...]:
+        """Open a repository or folder."""
+        return self._opened(View((source or "").strip()))
+
+    def open_place(self, current: tuple[str, str], place: str) -> tuple[Any, ...]:
+        """Open another SAE of the repository."""
+        return self._opened(View(current[0], place))
+
+    def _opened(self, view: View) -> tuple[Any, ...]:
+        about = self.endpoints.describe(view.sae, view.place)
+        latents, k = about["num_latents"], about["k"]
+        if view.width > latents:
+            gr.Warning(f"This SAE has {latents:,} latents, so the width {view.width:,} of the link is left out.")
+        width = view.width if 1 <= view.width <= latents else latents
+        chosen = view.k if k is not None and 1 <= view.k else k or 1
+        ranking = view.ranking if view.ranking in ("energy", "frequency", "attribution") else "trained"
+        return (
+            about["sae"],
+            gr.update(choices=about["places"], value=about["place"], interactive=len(about["places"]) > 1),
+            describe_html(about),
+            (about["sae"], about["place"]),
+            gr.update(maximum=latents, value=width),
+            gr.update(maximum=min(latents, 4 * int(k or 1)), value=chosen, visible=k is not None),
+            ranking,
+            gr.update(maximum=latents, value=latents),
+        )
+
+
+def describe_html(about: dict[str, Any]) -> str:
+    """What is open, in a line."""
+    widths = about["prefix_widths"]
+    prefixes = f", prefixes {', '.join(f'{width:,}' for width in widths)}" if len(widths) > 1 else ""
+    known = "no feature index yet" if about["index_tokens"] is None else f"index of {about['index_tokens']:,} tokens"
+    return (
+        f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} latents{prefixes}, "
+        f"on <code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code> "
+        f"(width {about['d_in']}); {known}.</p>"
+    )
+
+
+def build_demo(library: Library | None = None, default: str = "embedded") -> gr.Blocks:
+    """The page, to be launched with [`launch`].
+
+    Args:
+        library ([`Library`], *optional*): Opens SAEs, and says on which text they are measured.
+        default (`str`, *optional*, defaults to `"embedded"`): Repository or folder that is open at first.
+    """
+    return Page(library or Library(), default).blocks
+
+
+def launch(blocks: gr.Blocks, **options: Any) -> Any:
+    """Start the page, as `gr.Blocks.launch` does, with its looks.
+
+    Args:
+        blocks (`gr.Blocks`): From [`build_demo`].
+        options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
+    """
+    here = files(__package__)
+    looks = {"css": (here / "page.css").read_text(), "js": (here / "page.js").read_text()}
+    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})

@@ -1,0 +1,33 @@
+"""What the tabs share: where they show HTML, and what is open."""
+
+import os
+from dataclasses import dataclass
+
+import gradio as gr
+
+from . import html
+
+
+@dataclass
+class Shown:
+    """What a visitor looks at.
+
+    Args:
+        current (`gr.State`): Source and place of the open SAE, of this visitor alone.
+        latent (`gr.Number`): The feature that is open; setting it opens one.
+        tabs (`gr.Tabs`): Of the page.
+    """
+
+    current: gr.State
+    latent: gr.Number
+    tabs: gr.Tabs
+
+
+def area(name: str) -> gr.HTML:
+    """A place for HTML in which links to latents select them."""
+    return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=html.SELECTS)
+
+
+def on_a_space() -> bool:
+    """Whether this runs as a Space on the Hub, with visitors who log in there."""
+    return bool(os.environ.get("SPACE_ID"))
