@@ -1,7 +1,7 @@
 """Make the SAE that ships with the package, with its statistics and feature index: about two minutes on two cores.
 
-    matryoshka-sae demo --output_dir runs/demo
-    python examples/train_embedded_sae.py runs/demo hf_matryoshka_sae/assets/sae
+matryoshka-sae demo --output_dir runs/demo
+python examples/train_embedded_sae.py runs/demo hf_matryoshka_sae/assets/sae
 """
 
 import argparse

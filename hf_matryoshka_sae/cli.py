@@ -8,6 +8,7 @@ _PASSED_ON = {
     "train": "train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)",
     "evaluate": "measure saved SAEs at every width on held-out text, beside their baselines",
     "index": "index what the latents of an SAE mean: contexts, logit effects, neighbours, parents",
+    "space": "start a page to prune dictionaries, look at features, search, steer and compare",
     "push": "push a run's SAEs to the Hub, with a card that the run fills",
     "pull": "download SAEs from the Hub, or only their first latents",
     "convert": "turn an SAE of another library into one of this, or the other way round",
@@ -48,6 +49,10 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
             from .features.command import main as index
 
             return index(rest or ["--help"])
+        case "space":
+            from .space.command import main as space
+
+            return space(rest)
         case "push":
             from .hub.command import push_main
 

@@ -1,4 +1,4 @@
-"""The embedded default: a small causal language model, its text and an SAE, so that everything runs with no download."""
+"""The embedded default: a small causal language model, text and an SAE, so that everything runs with no download."""
 
 from .language_model import embedded_lm_path, load_embedded_lm
 from .sparse_autoencoder import embedded_sae_path

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
+from ..assets import embedded_sae_path
 from ..models import CONFIGS, SAEModel
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, open_heldout
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate saved SAEs on held-out text at every width, beside a random dictionary, principal "
         "components and the identity.",
     )
-    parser.add_argument("sae", metavar="REPO_OR_DIR", help="folder of an SAE, folder with several, or Hub id")
+    parser.add_argument(
+        "sae", metavar="REPO_OR_DIR", help="folder of an SAE, folder with several, Hub id, or 'embedded'"
+    )
     parser.add_argument("--subfolder", help="of the repository or folder")
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
     parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
@@ -120,7 +123,7 @@ def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEM
     """Load the SAEs of a folder or repository.
 
     Args:
-        source (`str`): Folder of an SAE, folder that holds such folders, or Hub id.
+        source (`str`): Folder of an SAE, folder that holds such folders, Hub id, or `"embedded"`.
         subfolder (`str`, *optional*): Of either.
 
     Returns:
@@ -129,6 +132,8 @@ def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEM
     Raises:
         `ValueError`: if there is none.
     """
+    if source == EMBEDDED:
+        return {EMBEDDED: _load(str(embedded_sae_path()))}, None
     if not Path(source).expanduser().is_dir():
         return {source.rsplit("/")[-1]: _load(source, subfolder)}, None
     folder = Path(source).expanduser() / (subfolder or "")

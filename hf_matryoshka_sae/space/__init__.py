@@ -1,7 +1,17 @@
-"""A page on which people prune a dictionary and look at its features; `spaces_app/` is it as a Space."""
+"""A page on which people prune a dictionary and look at its features; `spaces_app/` is it as a Space.
+
+`page.py` needs Gradio (the extra `space`); nothing above it does.
+"""
 
 from .library import Library
-from .page import build_demo, launch
 
 
 __all__ = ["Library", "build_demo", "launch"]
+
+
+def __getattr__(name: str):
+    if name in ("build_demo", "launch"):
+        from . import page
+
+        return getattr(page, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

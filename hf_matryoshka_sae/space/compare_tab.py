@@ -9,7 +9,7 @@ from .charts import Axis, Mark, line_chart
 from .endpoints import Endpoints
 from .messages import told
 from .opened import RANKINGS
-from .tabs import Shown, area
+from .tabs import BARS, Shown, area
 
 
 _ROWS = (
@@ -68,7 +68,7 @@ class CompareTab:
         other_place: str,
         other_ranking: str,
         other_width: float | None,
-        progress: Any = gr.Progress(track_tqdm=True),
+        progress: Any = BARS,
     ) -> str:
         """Both sides measured, drawn and matched."""
         left = (sae, place, ranking, int(width or 0))
@@ -86,7 +86,8 @@ class CompareTab:
         chart = line_chart(
             curves, Axis("width (latents)", log=True), Axis("fraction of variance unexplained", low=0.0), marks
         )
-        return f'<div class="wide">{chart}<section>{_figures(found["figures"])}</section></div>{_latents(found, left, right)}'
+        figures = f"<section>{_figures(found['figures'])}</section>"
+        return f'<div class="wide">{chart}{figures}</div>{_latents(found, left, right)}'
 
 
 def _name(letter: str, figures: dict[str, Any]) -> str:
@@ -134,8 +135,8 @@ def _matches(matches: dict[str, Any], left: tuple, right: tuple) -> str:
     ]
     return (
         "<h3>Which features survive</h3>"
-        f"<p><b>{matches['share_left']:.1%}</b> of A's latents are in B and <b>{matches['share_right']:.1%}</b> of B's "
-        "in A, with a decoder cosine of at least 0.7 (mean of A's best cosines: "
+        f"<p><b>{matches['share_left']:.1%}</b> of A's latents are in B and <b>{matches['share_right']:.1%}</b> of "
+        "B's in A, with a decoder cosine of at least 0.7 (mean of A's best cosines: "
         f"{matches['mean_cosine']:.3f}).</p>"
         f"<p>A's latents with none like them in B, {matches['count_alone']:,}: "
         f"{_names(matches['alone'], left, matches['count_alone'])}</p>"

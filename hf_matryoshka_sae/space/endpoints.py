@@ -87,7 +87,7 @@ class Endpoints:
     def search(
         self, query: str, kind: str = "pattern", sae: str = "embedded", place: str = "", width: int = 0, top: int = 20
     ) -> list[dict[str, Any]]:
-        """Latents that fire where a token pattern matches, or on words (`kind="words"`), by cosine with the matches."""
+        """Latents that fire where a token pattern matches, or on words (`kind="words"`), by cosine with that."""
         opened = self.library.open(sae, place)
         query = checked_text(query, "Write a pattern, or words to look for.", 2_000)
         if kind not in ("pattern", "words"):

@@ -74,7 +74,7 @@ def _widths(found: dict[str, Any], opened: Opened) -> str:
 
 def _logits(found: dict[str, Any]) -> str:
     if not found["promoted"]:
-        return "<h3>Tokens it promotes</h3><p class=quiet>Not known: the model has no unembedding, or the index has none.</p>"
+        return "<h3>Tokens it promotes</h3><p class=quiet>Not known: the model has no unembedding.</p>"
     rows = [
         [f"<code>{_token(up[0])}</code>", f"{up[1]:+.3f}", f"<code>{_token(down[0])}</code>", f"{down[1]:+.3f}"]
         for up, down in zip(found["promoted"], found["suppressed"], strict=False)

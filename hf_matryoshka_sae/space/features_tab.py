@@ -10,7 +10,7 @@ from .feature_page import feature_page
 from .indexes import build
 from .messages import told
 from .opened import Opened
-from .tabs import Shown, area
+from .tabs import BARS, Shown, area
 
 
 _ROWS = 40
@@ -97,9 +97,7 @@ class FeaturesTab:
         opened = self.endpoints.library.open(*current)
         return latents_table(opened, sort, not ascending, contains or "", int(page or 1))
 
-    def build_index(
-        self, current: tuple[str, str], tokens: float, progress: Any = gr.Progress(track_tqdm=True)
-    ) -> tuple[Any, str]:
+    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> tuple[Any, str]:
         """Build the SAE's index on the page's text."""
         opened = self.endpoints.library.open(*current)
         build(opened, int(tokens))

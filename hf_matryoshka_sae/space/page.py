@@ -46,20 +46,21 @@ class Page:
                 self.place = gr.Dropdown([], label="Which of its SAEs", scale=2, min_width=160, interactive=True)
                 self.open = gr.Button("Open", variant="primary", scale=1, min_width=90)
             self.about = area("about")
-            latent = gr.Number(None, precision=0, minimum=0, label="Latent", scale=2, min_width=110, render=False)
-            with gr.Tabs() as tabs:
-                self.shown = Shown(gr.State((default, "")), latent, tabs)
+            latent = gr.Number(None, precision=0, label="Latent", scale=2, min_width=110, render=False)
+            current = gr.State((default, ""))
+            with gr.Tabs() as tabs:  # holds tabs alone: anything else in it would be counted as one
+                self.shown = Shown(current, latent, tabs)
                 with gr.Tab("Prune", id="prune") as first:
                     self.prune = PruneTab(self.endpoints, self.shown)
-                with gr.Tab("Features", id="features", render_children=True) as second:
+                with gr.Tab("Features", id="features") as second:
                     self.features = FeaturesTab(self.endpoints, self.shown)
-                with gr.Tab("Search", id="search", render_children=True) as third:
+                with gr.Tab("Search", id="search") as third:
                     self.search = SearchTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Tree", id="tree", render_children=True) as fourth:
+                with gr.Tab("Tree", id="tree") as fourth:
                     self.tree = TreeTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Try it", id="try", render_children=True) as fifth:
+                with gr.Tab("Try it", id="try") as fifth:
                     self.text = TextTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Compare", id="compare", render_children=True) as sixth:
+                with gr.Tab("Compare", id="compare") as sixth:
                     self.compare = CompareTab(self.endpoints, self.shown)
             for tab in (first, second, third, fourth, fifth, sixth):
                 tab.select(None, None, None, js=f"() => showInLink({{tab: '{tab.id}'}})")
@@ -84,6 +85,9 @@ class Page:
             self.prune.k,
             self.prune.ranking,
             self.text.width,
+            *self.compare.left[:2],
+            *self.compare.right[:2],
+            self.compare.right[3],
         ]
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
         started = self.blocks.load(
@@ -158,6 +162,8 @@ class Page:
             gr.update(maximum=min(latents, 4 * int(k or 1)), value=chosen, visible=k is not None),
             ranking,
             gr.update(maximum=latents, value=latents),
+            *(about["sae"], about["place"]) * 2,
+            max(1, latents // 4),
         )
 
 
@@ -165,11 +171,11 @@ def describe_html(about: dict[str, Any]) -> str:
     """What is open, in a line."""
     widths = about["prefix_widths"]
     prefixes = f", prefixes {', '.join(f'{width:,}' for width in widths)}" if len(widths) > 1 else ""
+    model = f"<code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code>"
     known = "no feature index yet" if about["index_tokens"] is None else f"index of {about['index_tokens']:,} tokens"
     return (
-        f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} latents{prefixes}, "
-        f"on <code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code> "
-        f"(width {about['d_in']}); {known}.</p>"
+        f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} "
+        f"latents{prefixes}, on {model} (width {about['d_in']}); {known}.</p>"
     )
 
 

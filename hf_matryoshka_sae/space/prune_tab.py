@@ -16,7 +16,7 @@ from .charts import Axis, Mark, line_chart
 from .endpoints import Endpoints, measured_row
 from .messages import told
 from .opened import RANKINGS, Opened, Pruning
-from .tabs import Shown, area, on_a_space
+from .tabs import BAR, BARS, Shown, area, on_a_space
 
 
 SAMPLE = "The module defines a function that returns the number of items in the list."
@@ -125,7 +125,7 @@ class PruneTab:
         return curve_chart(opened, pruning), figures_table(opened, pruning)
 
     def show_measured(
-        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = gr.Progress(track_tqdm=True)
+        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = BARS
     ) -> tuple[str, str]:
         """The same, measured."""
         opened, pruning = self._pruning(current, ranking, width, k)
@@ -134,7 +134,7 @@ class PruneTab:
         return curve_chart(opened, pruning), figures_table(opened, pruning)
 
     def measure_curve(
-        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = gr.Progress()
+        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = BAR
     ) -> Iterator[tuple[str, str]]:
         """Measure every width of the curve, showing each as it comes."""
         opened, pruning = self._pruning(current, ranking, width, k)
@@ -188,7 +188,8 @@ def curve_chart(opened: Opened, pruning: Pruning) -> str:
     """FVU, and recaptured loss where it was measured, against width, with a marker at the pruning."""
     rows = opened.curve(pruning.ranking)
     known = opened.measured(pruning) if opened.is_measured(pruning) else None
-    return f'<div class="wide">{_panel(rows, known, pruning, "fvu")}{_panel(rows, known, pruning, "recaptured_zero")}</div>'
+    panels = (_panel(rows, known, pruning, key) for key in ("fvu", "recaptured_zero"))
+    return f'<div class="wide">{"".join(panels)}</div>'
 
 
 def _panel(rows: list[dict[str, Any]], known: dict[str, Any] | None, pruning: Pruning, key: str) -> str:
@@ -209,7 +210,8 @@ def _panel(rows: list[dict[str, Any]], known: dict[str, Any] | None, pruning: Pr
     low = min((value for _, value in points), default=0.0)
     if key == "recaptured_zero":
         axis = Axis(axis.label, low=min(0.9, low), high=1.0)
-    return line_chart({"": points}, Axis("width (latents)", log=True), axis, marks)
+    widths = Axis("width (latents)", log=True, low=rows[0]["width"], high=rows[-1]["width"])
+    return line_chart({"": points}, widths, axis, marks)
 
 
 def _between(points: list[tuple[int, float]], width: int) -> float:
@@ -236,11 +238,9 @@ def figures_table(opened: Opened, pruning: Pruning) -> str:
     same = ""
     if pruning.ranking == "trained" and pruning.k is None and opened.library.dataset is None:
         same = f"<p class=quiet>The same from the shell: <code>{escape(command)} --selection restrict</code></p>"
-    return (
-        html.table(["", f"{pruning.width:,} latents, {about}", "all latents", "share"], rows, numbers=(1, 2, 3))
-        + f'<p class="quiet">On {here["tokens"]:,} held-out tokens at <code>{escape(opened.data.hookpoint)}</code>.</p>'
-        + same
-    )
+    measured_on = f"On {here['tokens']:,} held-out tokens at <code>{escape(opened.data.hookpoint)}</code>."
+    head = ["", f"{pruning.width:,} latents, {about}", "all latents", "share"]
+    return f'{html.table(head, rows, numbers=(1, 2, 3))}<p class="quiet">{measured_on}</p>{same}'
 
 
 def _share(here: dict[str, Any], full: dict[str, Any], key: str) -> str:

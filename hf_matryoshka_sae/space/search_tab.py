@@ -8,7 +8,7 @@ from . import html
 from .endpoints import Endpoints
 from .features_tab import opens_latents
 from .messages import told
-from .tabs import Shown, area
+from .tabs import BARS, Shown, area
 
 
 EXAMPLES = (
@@ -18,9 +18,9 @@ EXAMPLES = (
     ("[v=.] .* [v]", "pattern", "a token that came before"),
     ("return, returns", "words", "words, whole and in any case"),
 )
-HELP = """Patterns are regular expressions over tokens: literal text (a leading space counts), `.` any token, `(a | b)`,
-repeats `+ * ? {2,3}`, look-arounds `(?<=...)`, `[v=.] ... [v]` for what comes again, and ``[re `\\d+`]`` for what a token says.
-A latent's cosine is that of its activations with 1 at the last token of every match."""
+HELP = """Patterns are regular expressions over tokens: literal text (a leading space counts), `.` any token,
+`(a | b)`, repeats `+ * ? {2,3}`, look-arounds `(?<=...)`, `[v=.] ... [v]` for what comes again, and ``[re `\\d+`]``
+for what a token says. A latent's cosine is that of its activations with 1 at the last token of every match."""
 
 
 class SearchTab:
@@ -61,9 +61,7 @@ class SearchTab:
         found.then(None, self.query, None, js="q => showInLink({q, tab: 'search'})")
         opens_latents(self.hits, endpoints, shown, feature)
 
-    def find(
-        self, current: tuple[str, str], query: str, kind: str, progress: Any = gr.Progress(track_tqdm=True)
-    ) -> str:
+    def find(self, current: tuple[str, str], query: str, kind: str, progress: Any = BARS) -> str:
         """The latents that fire where the pattern matches."""
         hits = self.endpoints.search(query, kind, *current)
         if not hits:

@@ -23,6 +23,10 @@ class Shown:
     tabs: gr.Tabs
 
 
+# Gradio fills these in where a handler has them as a default: a bar for each tqdm that runs in it, or one of its own.
+BARS, BAR = gr.Progress(track_tqdm=True), gr.Progress()
+
+
 def area(name: str) -> gr.HTML:
     """A place for HTML in which links to latents select them."""
     return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=html.SELECTS)

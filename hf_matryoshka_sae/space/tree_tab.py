@@ -12,8 +12,8 @@ from .trees import IndexTree
 
 
 _MOST = 1500
-ABOUT = """A latent of one prefix is a child of a latent of the narrower prefix if that one does, where the child fires, what the
-child does (masked cosine of at least 0.6). Unfold a family; click a latent to open it."""
+ABOUT = """A latent of one prefix is a child of a latent of the narrower prefix if that one does, where the child
+fires, what the child does (masked cosine of at least 0.6). Unfold a family; click a latent to open it."""
 
 
 class TreeTab:
@@ -29,7 +29,7 @@ class TreeTab:
         self.endpoints = endpoints
         gr.Markdown(ABOUT)
         with gr.Row():
-            self.latent = gr.Number(None, precision=0, minimum=0, label="Only the family of latent (empty: all)")
+            self.latent = gr.Number(None, precision=0, label="Only the family of latent (empty: all)")
             self.unfolded = gr.Checkbox(False, label="unfolded")
             self.show = gr.Button("Show", min_width=90)
         self.tree = area("tree")
@@ -106,9 +106,8 @@ def _list(opened: Opened, tree: IndexTree, latents: list[int], path: set[int], u
             continue
         state = " open" if unfolded or latent in path else ""
         below = _list(opened, tree, children, path, unfolded)
-        items.append(
-            f"<li><details{state}><summary>{line} <span class=quiet>({len(children)})</span></summary>{below}</details></li>"
-        )
+        summary = f"<summary>{line} <span class=quiet>({len(children)})</span></summary>"
+        items.append(f"<li><details{state}>{summary}{below}</details></li>")
     return f"<ul>{''.join(items)}</ul>"
 
 

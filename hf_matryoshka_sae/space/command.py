@@ -1,0 +1,62 @@
+"""`matryoshka-sae space`: the page, on this machine."""
+
+import argparse
+import sys
+
+from ..activations.language_model import EMBEDDED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Start the page from command-line arguments and serve until it is stopped; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        from .page import build_demo, launch
+    except ImportError as error:
+        sys.stderr.write(f'error: {error}. The page needs Gradio: pip install "hf_matryoshka_sae[space]"\n')
+        return 2
+    from transformers.utils import logging
+
+    from .library import Library
+
+    logging.disable_progress_bar()
+    try:
+        library = Library(parsed.dataset, parsed.tokens, parsed.context_length, parsed.model, revision=parsed.revision)
+        library.saes(parsed.source)  # what is not there is said now, not on the page
+        page = build_demo(library, parsed.source, warm=True)
+        launch(
+            page,
+            server_name=parsed.host,
+            server_port=parsed.port,
+            share=parsed.share,
+            mcp_server=parsed.mcp,
+            inbrowser=parsed.open,
+        )
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae space",
+        description="Start a page on which dictionaries are pruned and their features looked at.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="REPO_OR_DIR",
+        nargs="?",
+        default=EMBEDDED,
+        help="what is open at first: Hub id, folder of an SAE or of several, or 'embedded' (default)",
+    )
+    parser.add_argument("--model", help="language model of all SAEs (default: what each names)")
+    parser.add_argument("--dataset", metavar="PATH", help="text to measure on: file, folder or Hub id")
+    parser.add_argument("--tokens", type=int, default=10_000, help="of it, to measure on (default: %(default)s)")
+    parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
+    parser.add_argument("--revision", help="of repositories on the Hub: branch, tag or commit")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="to listen on (default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="make a public link that lasts a week")
+    parser.add_argument("--mcp", action="store_true", help='serve the API to language models too ("gradio[mcp]")')
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    return parser
