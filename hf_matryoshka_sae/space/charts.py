@@ -44,7 +44,7 @@ def line_chart(
     x: Axis,
     y: Axis,
     marks: Sequence[Mark] = (),
-    size: tuple[int, int] = (460, 280),
+    size: tuple[int, int] = (380, 250),
 ) -> str:
     """Lines through points, one for each series.
 

@@ -29,7 +29,7 @@ def feature_page(found: dict[str, Any], opened: Opened) -> str:
             found["histogram"]["counts"],
             Axis("activation", log=True),
             "tokens",
-            (460, 220),
+            (380, 200),
         ),
         "</section><section>",
         _logits(found),

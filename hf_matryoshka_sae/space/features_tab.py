@@ -81,7 +81,7 @@ class FeaturesTab:
     def show(self, current: tuple[str, str], latent: float | None) -> str:
         """A latent's page."""
         if latent is None:
-            return '<p class="quiet">Open a latent: by its number, from the table, or from a search.</p>'
+            raise ValueError("Say which latent: its number.")
         return show_feature(self.endpoints.library.open(*current), int(latent))
 
     def refresh(self, current: tuple[str, str], latent: float | None) -> tuple[Any, str, str]:
@@ -89,7 +89,11 @@ class FeaturesTab:
         opened = self.endpoints.library.open(*current)
         if opened.index is None:
             return gr.update(visible=True), "", '<p class="quiet">There is no index to read from.</p>'
-        page = self.show(current, latent if latent is None or latent < opened.num_latents else None)
+        number = int(latent or 0)
+        if number >= opened.num_latents:
+            gr.Warning(f"This SAE has latents 0 to {opened.num_latents - 1}, so there is no latent {number}.")
+            number = 0
+        page = show_feature(opened, number)
         return gr.update(visible=False), latents_table(opened, "energy", True, "", 1), page
 
     def list(self, current: tuple[str, str], sort: str, ascending: bool, contains: str, page: float | None) -> str:

@@ -1,6 +1,7 @@
 """The page: what is open, six tabs, the endpoints, and links that open all of it."""
 
 import inspect
+import threading
 from importlib.resources import files
 from typing import Any
 
@@ -13,6 +14,7 @@ from .html import escape
 from .library import Library
 from .links import View
 from .messages import told
+from .opened import Pruning
 from .prune_tab import PruneTab
 from .search_tab import SearchTab
 from .tabs import Shown, area
@@ -46,7 +48,7 @@ class Page:
                 self.place = gr.Dropdown([], label="Which of its SAEs", scale=2, min_width=160, interactive=True)
                 self.open = gr.Button("Open", variant="primary", scale=1, min_width=90)
             self.about = area("about")
-            latent = gr.Number(None, precision=0, label="Latent", scale=2, min_width=110, render=False)
+            latent = gr.Number(0, precision=0, label="Latent", scale=2, min_width=110, render=False)
             current = gr.State((default, ""))
             with gr.Tabs() as tabs:  # holds tabs alone: anything else in it would be counted as one
                 self.shown = Shown(current, latent, tabs)
@@ -122,6 +124,18 @@ class Page:
                 concurrency_limit=1,
             )
 
+    def warm(self) -> None:
+        """Open what is shown at first, and measure what of it is shown at first."""
+        try:
+            opened = self.endpoints.library.open(self.default)
+            if opened.index is not None:
+                opened.tree()
+                _ = opened.labels
+            opened.curve("trained")
+            opened.measured(Pruning(width=opened.num_latents))
+        except (ValueError, OSError):
+            pass  # the visitor is told
+
     # What is open
 
     def start(self, request: gr.Request) -> tuple[Any, ...]:
@@ -135,7 +149,14 @@ class Page:
             gr.Warning(f"{error} Opening {self.default} instead.")
             view = View(self.default)
             shown = self._opened(view)
-        return *shown, gr.update(selected=view.tab), view.latent, view.q
+        return *shown, gr.update(selected=view.tab), self._first_latent(view), view.q
+
+    def _first_latent(self, view: View) -> int:
+        """The latent of the link, else the one with most energy."""
+        opened = self.endpoints.library.open(view.sae, view.place)
+        if view.latent is not None or opened.index is None:
+            return view.latent or 0
+        return int(opened.columns()["mean_square"].argmax())
 
     def open_source(self, source: str) -> tuple[Any, ...]:
         """Open a repository or folder."""
@@ -179,14 +200,19 @@ def describe_html(about: dict[str, Any]) -> str:
     )
 
 
-def build_demo(library: Library | None = None, default: str = "embedded") -> gr.Blocks:
+def build_demo(library: Library | None = None, default: str = "embedded", warm: bool = False) -> gr.Blocks:
     """The page, to be launched with [`launch`].
 
     Args:
         library ([`Library`], *optional*): Opens SAEs, and says on which text they are measured.
         default (`str`, *optional*, defaults to `"embedded"`): Repository or folder that is open at first.
+        warm (`bool`, *optional*, defaults to `False`): Open it in a thread right away, so that the first visitor does
+            not wait for it. Nothing else of this process may load a transformers model meanwhile.
     """
-    return Page(library or Library(), default).blocks
+    page = Page(library or Library(), default)
+    if warm:
+        threading.Thread(target=page.warm, daemon=True).start()
+    return page.blocks
 
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:

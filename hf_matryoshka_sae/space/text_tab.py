@@ -33,7 +33,7 @@ class TextTab:
                 self.read = gr.Button("Show its features", variant="primary")
         self.found = area("text-features")
         with gr.Row():
-            self.one = gr.Number(None, precision=0, label="One latent along the text", min_width=160)
+            self.one = gr.Number(0, precision=0, label="One latent along the text", min_width=160)
             self.follow = gr.Button("Follow", min_width=90)
         self.along = area("along")
         gr.Markdown("### Steering: go on with a latent changed")

@@ -29,7 +29,7 @@ class TreeTab:
         self.endpoints = endpoints
         gr.Markdown(ABOUT)
         with gr.Row():
-            self.latent = gr.Number(None, precision=0, label="Only the family of latent (empty: all)")
+            self.latent = gr.Textbox("", label="Only the family of this latent", placeholder="empty: all")
             self.unfolded = gr.Checkbox(False, label="unfolded")
             self.show = gr.Button("Show", min_width=90)
         self.tree = area("tree")
@@ -43,10 +43,13 @@ class TreeTab:
         )
         opens_latents(self.tree, endpoints, shown, feature)
 
-    def draw(self, current: tuple[str, str], latent: float | None = None, unfolded: bool = False) -> str:
+    def draw(self, current: tuple[str, str], latent: str, unfolded: bool) -> str:
         """The tree, or the family of one latent."""
         opened = self.endpoints.library.open(*current)
-        return tree_html(opened, None if latent is None else int(latent), unfolded)
+        latent = latent.strip()
+        if latent and not (latent.isdecimal() and latent.isascii()):
+            raise ValueError(f"A latent is named by its number, got '{latent[:40]}'. Leave it empty for all families.")
+        return tree_html(opened, int(latent) if latent else None, unfolded)
 
     def refresh(self, current: tuple[str, str]) -> str:
         """What the tab shows of an SAE that was just opened."""
