@@ -10,8 +10,12 @@ __all__ = ["Library", "build_demo", "launch"]
 
 
 def __getattr__(name: str):
-    if name in ("build_demo", "launch"):
-        from . import page
+    if name == "build_demo":
+        from .page import build_demo
 
-        return getattr(page, name)
+        return build_demo
+    if name == "launch":
+        from .launching import launch
+
+        return launch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

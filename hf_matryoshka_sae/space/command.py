@@ -10,7 +10,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Start the page from command-line arguments and serve until it is stopped; returns the exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        from .page import build_demo, launch
+        from .launching import launch
+        from .page import build_demo
     except ImportError as error:
         sys.stderr.write(f'error: {error}. The page needs Gradio: pip install "hf_matryoshka_sae[space]"\n')
         return 2

@@ -2,7 +2,6 @@
 
 import inspect
 import threading
-from importlib.resources import files
 from typing import Any
 
 import gradio as gr
@@ -213,15 +212,3 @@ def build_demo(library: Library | None = None, default: str = "embedded", warm: 
     if warm:
         threading.Thread(target=page.warm, daemon=True).start()
     return page.blocks
-
-
-def launch(blocks: gr.Blocks, **options: Any) -> Any:
-    """Start the page, as `gr.Blocks.launch` does, with its looks.
-
-    Args:
-        blocks (`gr.Blocks`): From [`build_demo`].
-        options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
-    """
-    here = files(__package__)
-    looks = {"css": (here / "page.css").read_text(), "js": (here / "page.js").read_text()}
-    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})

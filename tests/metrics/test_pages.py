@@ -56,7 +56,7 @@ def test_fidelity_of_uploads_pastes_and_sums(pages, arrays):
 def test_the_curve_of_uploads_pastes_and_sums(pages, arrays):
     page, (x, files) = pages["progressive_curve"], arrays
     pasted = [files["half.csv"], files["most.csv"]]
-    for summary, table, figure in (
+    for summary, table, charts in (
         page.measure_arrays(files["x.npy"], "", [files["both.npy"]], "", "8, 64", "0.1"),
         page.measure_arrays(files["x.npy"], "", pasted, "", "8 64", "0.1"),
         page.measure_statistics(None, json.dumps([sums_of(x, 0.5, 0.9).to_dict()]), "8, 64", "0.1"),
@@ -66,7 +66,7 @@ def test_the_curve_of_uploads_pastes_and_sums(pages, arrays):
         fvu = [row[column] for row in table["data"]]
         assert fvu == pytest.approx([row["fvu"] for row in sums_of(x, 0.5, 0.9).rows()], rel=1e-3)
         assert "40 tokens" in summary and "An FVU of 0.1 takes **" in summary
-        assert [len(axis.lines[0].get_xdata()) for axis in figure.axes] == [2, 2]
+        assert charts.count("<svg") == 2 and charts.count("<circle") == 4
 
 
 def test_the_examples_can_be_measured(pages):

@@ -5,9 +5,12 @@ from typing import Any
 
 import evaluate
 import gradio as gr
-from matplotlib.figure import Figure
 
 from hf_matryoshka_sae.metrics.uploads import read_array, read_arrays, read_numbers, read_statistics
+from hf_matryoshka_sae.space import launch
+from hf_matryoshka_sae.space.charts import Axis, line_chart
+from hf_matryoshka_sae.space.messages import told
+from hf_matryoshka_sae.space.tabs import area
 
 
 MODULE = str(Path(__file__).with_name("progressive_curve.py"))
@@ -36,6 +39,7 @@ numbers are those of `hf_matryoshka_sae.evaluation`.
 """
 
 
+@told
 def measure_arrays(
     states_file: str | None,
     states_text: str,
@@ -43,33 +47,26 @@ def measure_arrays(
     reconstructions_text: str,
     widths: str,
     fvu_targets: str,
-) -> tuple[str, dict[str, Any], Figure]:
+) -> tuple[str, dict[str, Any], str]:
     """The curve of reconstructions at several widths."""
-    try:
-        states = read_array(states_file, states_text, "hidden states")
-        reconstructions = read_arrays(reconstruction_files, reconstructions_text, "reconstructions")
-        if reconstructions.shape[1:] != states.shape:
-            raise ValueError(
-                f"Hidden states of shape {states.shape} need reconstructions of that shape at each width, got "
-                f"{reconstructions.shape[1:]}."
-            )
-        return _outcome(reconstructions.swapaxes(0, 1), states, widths, fvu_targets)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    states = read_array(states_file, states_text, "hidden states")
+    reconstructions = read_arrays(reconstruction_files, reconstructions_text, "reconstructions")
+    if reconstructions.shape[1:] != states.shape:
+        raise ValueError(
+            f"Hidden states of shape {states.shape} need reconstructions of that shape at each width, got "
+            f"{reconstructions.shape[1:]}."
+        )
+    return _outcome(reconstructions.swapaxes(0, 1), states, widths, fvu_targets)
 
 
-def measure_statistics(
-    file: str | None, text: str, widths: str, fvu_targets: str
-) -> tuple[str, dict[str, Any], Figure]:
+@told
+def measure_statistics(file: str | None, text: str, widths: str, fvu_targets: str) -> tuple[str, dict[str, Any], str]:
     """The curve from sums over tokens: what `ReconstructionSums.to_dict()` holds, as JSON."""
-    try:
-        sums = read_statistics(file, text)
-        return _outcome(sums, sums, widths, fvu_targets)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    sums = read_statistics(file, text)
+    return _outcome(sums, sums, widths, fvu_targets)
 
 
-def _outcome(predictions: Any, references: Any, widths: str, fvu_targets: str) -> tuple[str, dict[str, Any], Figure]:
+def _outcome(predictions: Any, references: Any, widths: str, fvu_targets: str) -> tuple[str, dict[str, Any], str]:
     numbers = read_numbers(widths, "widths")
     if any(number != int(number) for number in numbers):
         raise ValueError(f"Widths are whole numbers, got {widths}.")
@@ -97,19 +94,16 @@ def _table(found: dict[str, Any]) -> dict[str, Any]:
     return {"headers": shown, "data": [[float(f"{value:.5g}") for value in row] for row in rows]}
 
 
-def _plot(found: dict[str, Any]) -> Figure:
-    """FVU and cosine against width. Made without pyplot, which keeps every figure alive."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+def _plot(found: dict[str, Any]) -> str:
+    """FVU and cosine against width."""
     drawn = (("fvu", "fraction of variance unexplained"), ("cossim", "cosine with the hidden state"))
-    for axis, (key, label) in zip(figure.subplots(1, 2), drawn, strict=True):
-        axis.plot(found["width"], found[key], marker="o", markersize=5)
-        axis.set(xlabel="width (latents)", ylabel=label, xscale="log")
-        if len(found["width"]) <= 10:
-            axis.set_xticks(found["width"], [str(width) for width in found["width"]])
-            axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.set_ylim(min(0, 1.05 * min(found[key])), 1.05 * max(1, *found[key]))
-    return figure
+    charts = []
+    for key, label in drawn:
+        values = found[key]
+        axis = Axis(label, low=min(0.0, *values), high=max(1.0, *values))
+        points = list(zip(found["width"], values, strict=True))
+        charts.append(line_chart({label: points}, Axis("width (latents)", log=True), axis))
+    return f'<div class="wide">{"".join(charts)}</div>'
 
 
 def build_demo() -> gr.Blocks:
@@ -147,7 +141,7 @@ def build_demo() -> gr.Blocks:
             text = gr.Textbox(label="or paste it", lines=4, max_lines=8)
             of_statistics = gr.Button("Measure", variant="primary")
         summary = gr.Markdown()
-        plot = gr.Plot(show_label=False, format="png")
+        plot = area("curve")
         table = gr.Dataframe(label="Every width", interactive=False)
         outcome = [summary, table, plot]
         example.click(lambda: EXAMPLE, None, [states[1], reconstructions[1], widths], api_visibility="private")
@@ -159,4 +153,4 @@ def build_demo() -> gr.Blocks:
 demo = build_demo()
 
 if __name__ == "__main__":
-    demo.launch()
+    launch(demo)

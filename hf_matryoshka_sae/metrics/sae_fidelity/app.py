@@ -7,6 +7,8 @@ import evaluate
 import gradio as gr
 
 from hf_matryoshka_sae.metrics.uploads import read_array, read_statistics
+from hf_matryoshka_sae.space import launch
+from hf_matryoshka_sae.space.messages import told
 
 
 MODULE = str(Path(__file__).with_name("sae_fidelity.py"))
@@ -37,25 +39,21 @@ How well does a sparse autoencoder reconstruct hidden states? The numbers are th
 """
 
 
+@told
 def measure_arrays(
     states_file: str | None, states_text: str, reconstructions_file: str | None, reconstructions_text: str
 ) -> list[list[Any]]:
     """Fidelity of reconstructions to hidden states, two arrays of shape (tokens, d_in)."""
-    try:
-        states = read_array(states_file, states_text, "hidden states")
-        reconstructions = read_array(reconstructions_file, reconstructions_text, "reconstructions")
-        return _table(predictions=reconstructions, references=states)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    states = read_array(states_file, states_text, "hidden states")
+    reconstructions = read_array(reconstructions_file, reconstructions_text, "reconstructions")
+    return _table(predictions=reconstructions, references=states)
 
 
+@told
 def measure_statistics(file: str | None, text: str) -> list[list[Any]]:
     """Fidelity from sums over tokens: what `ReconstructionSums.to_dict()` holds, as JSON."""
-    try:
-        sums = read_statistics(file, text)
-        return _table(predictions=sums, references=sums)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    sums = read_statistics(file, text)
+    return _table(predictions=sums, references=sums)
 
 
 def _table(**columns: Any) -> list[list[Any]]:
@@ -106,4 +104,4 @@ def _array_inputs(label: str) -> tuple[gr.File, gr.Textbox]:
 demo = build_demo()
 
 if __name__ == "__main__":
-    demo.launch()
+    launch(demo)

@@ -1,0 +1,18 @@
+"""Starting a page with the looks that all pages of this package share."""
+
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+
+def launch(blocks: gr.Blocks, **options: Any) -> Any:
+    """Start a page, as `gr.Blocks.launch` does, with its looks.
+
+    Args:
+        blocks (`gr.Blocks`): For example from [`build_demo`].
+        options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
+    """
+    here = files(__package__)
+    looks = {"css": (here / "page.css").read_text(), "js": (here / "page.js").read_text()}
+    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})

@@ -1,0 +1,228 @@
+"""The page in a real browser: each tab does what it is for, by mouse and by keyboard, on a desktop and on a phone."""
+
+import json
+import re
+import zipfile
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from hf_matryoshka_sae.assets import embedded_sae_path
+from hf_matryoshka_sae.evaluation.command import main as evaluate
+
+from ..conftest import SERVER
+from .conftest import TOKENS, choose_tab
+
+
+pytestmark = pytest.mark.slow
+
+WIDTH = 448
+
+
+def figures(page) -> dict[str, str]:
+    """The table on the Prune tab: what is in its first column, by title."""
+    rows = page.locator("#figures tbody tr").all()
+    return {row.locator("td").nth(0).inner_text(): row.locator("td").nth(1).inner_text() for row in rows}
+
+
+def prune_to(page, width: int) -> None:
+    page.get_by_label("number input for Width: latents that are kept").fill(str(width))
+    page.get_by_role("button", name="Measure this width").click()
+    page.locator("#figures th", has_text=f"{width:,} latents").wait_for()
+
+
+def test_pruning_shows_what_evaluate_measures(open_page, tmp_path):
+    page = open_page()
+    prune_to(page, WIDTH)
+    shown = figures(page)
+    arguments = ["--widths", str(WIDTH), "--tokens", str(TOKENS), "--selection", "restrict", "--no_baselines"]
+    assert evaluate(["embedded", *arguments, "--output_dir", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    (row,) = result["saes"]["embedded"]
+    assert shown["FVU: fraction of variance unexplained"] == f"{row['fvu']:.4f}"
+    assert shown["recaptured loss (zero ablation)"] == f"{row['recaptured_zero']:.4f}"
+    assert shown["cross-entropy, nats per token"] == f"{row['ce']:.4f}"
+    assert shown["L0: latents that fire per token"] == f"{row['l0']:.2f}"
+    assert shown["RSA (Spearman)"] == f"{row['rsa']['spearman']:.4f}"
+    assert float(shown["size in MB"]) == pytest.approx(WIDTH / 2048 * 2.13, rel=0.02)
+    assert page.locator("#chart .mark text").first.inner_html() == f"{WIDTH}: {row['fvu']:.4f}"
+    assert f"width={WIDTH}" in page.url
+
+
+def test_the_slider_moves_the_marker_by_keyboard(open_page):
+    page = open_page()
+    page.locator("#chart .mark").first.wait_for()
+    before = page.locator("#chart .mark circle").first.get_attribute("cx")
+    slider = page.get_by_role("slider", name=re.compile("Width: latents that are kept"))
+    slider.focus()
+    for _ in range(5):
+        page.keyboard.press("PageDown")
+    page.wait_for_function(
+        "before => Number(document.querySelector('#chart .mark circle').getAttribute('cx')) < before", arg=float(before)
+    )
+    page.locator("#chart .mark text", has_text="about").wait_for()
+
+
+def test_a_text_is_reconstructed_and_continued(open_page):
+    page = open_page(f"?width={WIDTH}")
+    page.get_by_role("button", name="Reconstruct and continue").click()
+    page.locator("#reconstructed td", has_text=f"with {WIDTH} latents").wait_for()
+    assert page.locator("#reconstructed .token").count() > 3
+
+
+def test_a_pruned_sae_is_downloaded_and_loads(open_page, tmp_path):
+    page = open_page("?ranking=energy")
+    prune_to(page, WIDTH)
+    page.get_by_role("button", name="Make a download of this pruning").click()
+    with page.expect_download() as started:
+        page.locator("a[download]").first.click()
+    started.value.save_as(tmp_path / "pruned.zip")
+    with zipfile.ZipFile(tmp_path / "pruned.zip") as file:
+        file.extractall(tmp_path)
+    pruned = AutoModel.from_pretrained(tmp_path / f"embedded-energy-{WIDTH}")
+    whole = AutoModel.from_pretrained(embedded_sae_path())
+    assert pruned.config.num_latents == WIDTH and pruned.prefix_widths == [64, 192, WIDTH]
+    assert sorted(pruned.latent_ids.tolist()) == list(range(WIDTH))
+    assert torch.equal(pruned.W_dec, whole.W_dec[pruned.latent_ids])
+
+
+def test_a_pruned_sae_is_pushed(open_page):
+    SERVER.reset()
+    page = open_page("?width=64")
+    page.get_by_label("or push it to your repository").fill("somebody/pruned")
+    page.get_by_label(re.compile("Token with write access")).fill("hf_loopback")
+    page.get_by_role("button", name="Push to the Hub").click()
+    page.get_by_text("Pushed:").wait_for()
+    page.get_by_label(re.compile("^SAE: a repository")).fill("somebody/pruned")
+    page.get_by_role("button", name="Open", exact=True).first.click()
+    page.locator("#about", has_text=re.compile(r"64 latents.*no feature index")).wait_for()
+    choose_tab(page, "Features")
+    page.get_by_role("button", name="Build the index").wait_for()
+
+
+def test_a_feature_is_opened_from_the_table(open_page, any_width):
+    page = open_page("?tab=features", any_width)
+    link = page.locator("#latents a[data-latent]").nth(5)
+    latent = link.get_attribute("data-latent")
+    link.focus()
+    page.keyboard.press("Enter")
+    page.locator("#feature h2", has_text=f"Latent {latent} ").wait_for()
+    feature = page.locator("#feature")
+    for title in ("How strongly it fires", "Tokens it promotes and suppresses", "Nearest decoder rows"):
+        assert feature.get_by_role("heading", name=title).is_visible()
+    assert feature.locator(".contexts li").count() >= 10
+    assert feature.get_by_text("Prefixes that contain it").is_visible()
+    feature.get_by_text("The same as text").first.click()
+    assert "[[" in feature.locator("pre").first.inner_text()
+    assert f"latent={latent}" in page.url
+
+
+def test_the_table_of_features_is_sorted_and_searched(open_page):
+    page = open_page("?tab=features")
+    page.get_by_label("Fires on a token with").fill("return")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#latents tbody tr').length < 40")
+    rows = page.locator("#latents tbody tr").all_inner_texts()
+    assert rows and all("return" in row.lower() for row in rows)
+
+
+def test_a_pattern_finds_what_it_says(open_page, any_width):
+    page = open_page("?tab=search", any_width)
+    page.get_by_label("Pattern or words").fill(r"[re `\s?\d+`]")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator("#hits tbody tr").first.wait_for()
+    page.locator("#hits a[data-latent]").first.click()
+    page.locator("#feature h2").wait_for()
+    peaks = page.locator("#feature .contexts").first.locator("mark").all_inner_texts()
+    assert len(peaks) >= 10
+    assert sum(bool(re.fullmatch(r"\s?\d+", peak)) for peak in peaks) >= 0.9 * len(peaks)
+
+
+def test_a_tree_unfolds(open_page, any_width):
+    page = open_page("?tab=tree", any_width)
+    first = page.locator("#tree details").first
+    assert not first.locator("ul").first.is_visible()
+    first.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert first.locator("ul").first.is_visible()
+    child = first.locator("ul a[data-latent]").first
+    latent = child.get_attribute("data-latent")
+    child.click()
+    page.locator("#feature h2", has_text=f"Latent {latent} ").wait_for()
+    assert page.locator("#feature").get_by_text("Refines").is_visible()
+
+
+def test_a_text_is_tried_and_steered(open_page, any_width):
+    page = open_page("?tab=try", any_width)
+    page.get_by_label("Your text").fill("It returns 42 items.")
+    page.get_by_role("button", name="Show its features").click()
+    page.locator("#text-features h3", has_text="Token by token").wait_for()
+    page.get_by_label("Latent to change").fill("42")
+    page.get_by_role("button", name="Continue both ways").click()
+    page.locator("#steered td", has_text="latent 42 +").wait_for()
+    page.get_by_label("One latent along the text").fill("42")
+    page.get_by_role("button", name="Follow").click()
+    page.locator("#along .token").first.wait_for()
+
+
+def test_two_prunings_are_compared(open_page, any_width):
+    page = open_page("?tab=compare", any_width)
+    page.get_by_role("button", name="Compare").last.click()
+    page.locator("#comparison h3", has_text="Which features survive").wait_for()
+    assert page.locator("#comparison polyline").count() == 2
+    assert "512 latents are in both" in page.locator("#comparison").inner_text()
+
+
+def test_nothing_is_wider_than_a_phone(open_page):
+    page = open_page("?tab=features", 360)
+    for name in ("Prune", "Features", "Search", "Tree", "Try it", "Compare"):
+        choose_tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_markup_in_a_text_is_text(open_page):
+    page = open_page("?tab=try")
+    page.get_by_label("Your text").fill('<img src=x onerror="document.title=1"> <b>bold</b> <script>alert(1)</script>')
+    page.get_by_role("button", name="Show its features").click()
+    page.locator("#text-features h3", has_text="Token by token").wait_for()
+    assert page.locator("#text-features img, #text-features b, #text-features script").count() == 0
+    assert page.title() != "1"
+    choose_tab(page, "Prune")
+    page.get_by_label("Text", exact=True).fill("<i>slanted</i> &amp; <script>alert(2)</script>")
+    page.get_by_role("button", name="Reconstruct and continue").click()
+    page.locator("#reconstructed .tokens").first.wait_for()
+    assert page.locator("#reconstructed i, #reconstructed script").count() == 0
+    assert "&amp;" in page.locator("#reconstructed p").first.inner_text()
+
+
+def message(page) -> str:
+    """What the page says went wrong."""
+    toast = page.locator(".toast-body").last
+    toast.wait_for()
+    return toast.inner_text()
+
+
+def test_bad_input_is_a_message(open_page):
+    page = open_page("?latent=5000&tab=features")
+    assert "no latent 5000" in message(page)
+    page.get_by_label("Latent", exact=True).fill("99999")
+    page.get_by_role("button", name="Open", exact=True).last.click()
+    page.locator(".toast-body", has_text="numbered 0 to 2047").wait_for()
+    choose_tab(page, "Search")
+    page.get_by_label("Pattern or words").fill("(a")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator(".toast-body", has_text="(a").wait_for()
+    page.get_by_label(re.compile("^SAE: a repository")).fill("nobody/nothing")
+    page.get_by_role("button", name="Open", exact=True).first.click()
+    page.locator(".toast-body", has_text="'nobody/nothing' cannot be opened").wait_for()
+
+
+def test_a_link_opens_what_it_says(open_page):
+    page = open_page("?sae=embedded&width=192&ranking=frequency&tab=prune&latent=7&q=the")
+    assert page.get_by_label("number input for Width: latents that are kept").input_value() == "192"
+    assert page.get_by_label("frequency").first.is_checked()
+    choose_tab(page, "Search")
+    assert page.get_by_label("Pattern or words").input_value() == "the"
+    choose_tab(page, "Features")
+    page.locator("#feature h2", has_text="Latent 7 ").wait_for()
