@@ -109,7 +109,6 @@ def open_page(browser, space):
         )
         page.goto(space + query)
         page.locator("#about p").wait_for()
-        page.locator("#latents table, #latents p").first.wait_for(state="attached")
         return page
 
     yield open_at
