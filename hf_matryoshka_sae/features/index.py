@@ -36,7 +36,7 @@ from .sources import (
 )
 from .store import FeatureIndex
 from .sums import PROBABILITIES
-from .tree import EdgeSums
+from .tree_sums import EdgeSums
 from .windows import NumberedWindows, Position, fired_in, harvested
 
 
