@@ -61,7 +61,7 @@ def parse(source: str, names: Names | None = None) -> tuple[Node, Source]:
     """
     if not isinstance(source, str):
         raise ValueError(f"A pattern is text, got {type(source).__name__}.")
-    patterns, texts = checked_names(names or {}, _RESERVED, _NAME.fullmatch)
+    patterns, texts = checked_names({} if names is None else names, _RESERVED, _NAME.fullmatch)
     whole = Source(source, patterns)
     if len(whole.text) > LONGEST_SOURCE:
         raise ValueError(

@@ -112,7 +112,7 @@ class FeatureIndex:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
         # Of relations, the latents say which values stay with those that are left.
         needed = wanted if self._places is None else list(dict.fromkeys([*wanted, *_deciding(wanted)]))
-        table = _read(lambda: self._latents.read(columns=needed)).select(needed)
+        table = _read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
         return self._moved_table(table.take(self._places), wanted)
@@ -336,5 +336,5 @@ def _opened(path: Path) -> pq.ParquetFile:
 def _read(action):
     try:
         return action()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"The feature index is damaged ({error}). Build or download it again.") from error

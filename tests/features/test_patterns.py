@@ -242,7 +242,7 @@ def test_lines_may_end_as_on_windows(characters):
     assert found[0].int().tolist() == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("names", [3, ["a"], "a", {3: "a"}, {"a": 3}, {"a": None}, {"a": [3]}, {"a": []}, {"a": [""]}])
+@pytest.mark.parametrize("names", [0, ["a"], "a", {3: "a"}, {"a": 3}, {"a": None}, {"a": [3]}, {"a": []}, {"a": [""]}])
 def test_names_of_a_wrong_type_are_said(characters, names):
     with pytest.raises(ValueError, match="`names` is a dictionary|Names in patterns|A name stands for"):
         TokenPattern.compile("[a]", characters, names=names)
