@@ -81,6 +81,7 @@ class _Parser:
         self.whole, self.source, self.names = whole, whole.text, names
         self.at, self.end, self.depth = 0, len(self.source), 0
         self.captured: set[str] = set()
+        self.open: list[str] = []  # captures that are being read
         self.sizes = Sizes()
 
     def error(self, message: str, at: int | None = None) -> ValueError:
@@ -290,11 +291,17 @@ class _Parser:
     def _capture(self, name: str, start: int) -> Node:
         if name in self.names:
             raise self.error(f"'{name}' is a named pattern already; capture under another name.", start)
+        self.open.append(name)
         part = self.choice(closing="]")
+        self.open.pop()
+        if name in self.open or name in self.sizes.of(part).captures:
+            raise self.error(f"'{name}' is captured within its own capture; name one of them otherwise.", start)
         self.captured.add(name)
         return self.made(Capture(name, part, at=start))
 
     def _reference(self, name: str, start: int) -> Node:
+        if name in self.open:
+            raise self.error(f"[{name}] stands within [{name}=...], which has not ended there.", start)
         if name in self.captured:
             return BackReference(name, at=start)
         if name not in self.names:

@@ -128,6 +128,8 @@ class TokenPattern:
                 pattern = regex.compile(f"(?:{self._expression})(?=[\\s\\S]{{{width}}}{_OPEN})", regex.VERSION0)
             except (RecursionError, MemoryError):
                 raise ValueError(f"The pattern {self.source!r:.200} is too large. Repeat and nest less.") from None
+            except regex.error as error:
+                raise ValueError(f"The pattern {self.source!r:.200} cannot be used: {error.msg}.") from error
             self._compiled[width] = pattern
         flags = [_OPEN] * (len(tokens) + 1)
         text, start = self._text(tokens).ljust(width, _NOTHING), 0
