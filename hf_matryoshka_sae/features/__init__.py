@@ -11,7 +11,8 @@ from .search import PatternHit, search_latents, search_words
 from .steering import Steered, steer
 from .store import FeatureIndex
 from .text import TextFeatures, text_features
-from .tree import EdgeSums, LatentTree, build_tree
+from .tree import LatentTree, build_tree
+from .tree_sums import EdgeSums
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig
+from ..activations.language_model import EMBEDDED
 from .index import build_index
 from .latent_pass import IndexSizes
 from .layout import FOLDER
@@ -29,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(_summary(index, parsed.output_dir or parsed.sae))
     except KeyboardInterrupt:
         if accelerator.is_main_process:
-            sys.stderr.write("\nInterrupted. The same command goes on from the last saved state.\n")
+            sys.stderr.write("\nInterrupted. What was done is saved; the same command goes on from there.\n")
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if accelerator.is_main_process:
             sys.stderr.write(f"\nerror: {error}\n")
         return 2
@@ -50,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("sae", metavar="SAE_DIR", help="folder of an SAE, or Hub id (then with --output_dir)")
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
     parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
-    parser.add_argument("--dataset", metavar="PATH", help="text: file, folder or Hub id (default: the embedded text)")
-    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--dataset", metavar="PATH", help="text: file, folder or Hub id (default: embedded)")
+    parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
     parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to look at (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context_tokens", type=int, default=IndexSizes.context_tokens, help="shown of a context")
     parser.add_argument("--seed", type=int, default=0, help="of the random samples (default: %(default)s)")
     parser.add_argument("--output_dir", help=f"folder in which {FOLDER}/ is made (default: the SAE's)")
+    parser.add_argument(
+        "--save_every", type=int, default=5_000_000, help="tokens between two saved states (default: %(default)s)"
+    )
     parser.add_argument("--restart", action="store_true", help="start over instead of going on")
     return parser
 
@@ -68,9 +72,9 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
     for name in ("context_length", "lm_batch_size"):
         if getattr(parsed, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
-    dataset = None
-    if parsed.dataset is not None:
-        dataset = DatasetConfig(parsed.dataset, split=parsed.split, column=parsed.column)
+    path = parsed.dataset or EMBEDDED
+    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
+    dataset = DatasetConfig(path, split=split, column=parsed.column)
     return build_index(
         parsed.sae,
         parsed.model,
@@ -83,6 +87,7 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
         sizes=IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens),
         seed=parsed.seed,
         resume=not parsed.restart,
+        save_every=parsed.save_every,
         device=accelerator.device,
     )
 

@@ -1,11 +1,10 @@
 """`build_index`: one pass over text, from which every latent's page is made."""
 
-import hashlib
 import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
-from ..activations import (
-    DatasetConfig,
-    Documents,
-    TokenStream,
-    load_documents,
-    load_language_model,
-    resolve_hookpoints,
-)
-from ..activations.language_model import EMBEDDED
+from ..activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
 from ..evaluation.distributed import processes
 from ..models import SAEModel
 from .ahead import ahead, shared_cores
@@ -33,11 +23,21 @@ from .best import MOST_POSITIONS
 from .columns import context_tables, latent_columns
 from .latent_pass import IndexSizes, LatentPass, Tree
 from .layout import FOLDER, write_index
-from .progress import States
+from .progress import Recorder, States
+from .sources import (
+    as_config,
+    check_target,
+    described,
+    opened_model,
+    opened_sae,
+    public_name,
+    text_digest,
+    weights_digest,
+)
 from .store import FeatureIndex
 from .sums import PROBABILITIES
-from .tree import EdgeSums
-from .windows import Fired, NumberedWindows, Position, fired_in, harvested
+from .tree_sums import EdgeSums
+from .windows import NumberedWindows, Position, fired_in, harvested
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def build_index(
 
     One pass over the text. Memory depends on the SAE and on `sizes`, not on `tokens`. Under `torch.distributed` each
     process takes its share and all get the index that one process would build. A build that was cut short is
-    continued by the same call, and an index that is there already, built with the same arguments, is opened.
+    continued by the same call, and an index that is there already, built with the same arguments from the same text,
+    is opened. Ctrl-C keeps what was done.
 
     Args:
         sae ([`SAEModel`], `str` or `os.PathLike`): An SAE, its folder, or its Hub id.
@@ -98,8 +99,8 @@ def build_index(
         [`FeatureIndex`].
 
     Raises:
-        `ValueError`: if the model, its hookpoint or the text cannot be found, sizes are out of range, or hidden states
-            are of another width than the SAE's or not finite.
+        `ValueError`: if the SAE, the model, its hookpoint or the text cannot be found, the index cannot be written,
+            sizes are out of range, or weights or hidden states are not finite or of another width than the SAE's.
     """
     sizes = sizes or IndexSizes()
     sizes.check()
@@ -108,27 +109,31 @@ def build_index(
     if save_every < 1:
         raise ValueError(f"`save_every` must be at least 1, got {save_every}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sae, folder = _opened_sae(sae, device)
+    sae, folder = opened_sae(sae, device)
     if tree is None and len(sae.prefix_widths) > 1:
         tree = EdgeSums(sae)
     tree = tree or None
     if output_dir is None and folder is None:
         raise ValueError("Name an `output_dir`: this SAE does not lie, as it is, in a folder it was loaded from.")
     target = Path(output_dir if output_dir is not None else folder).expanduser() / FOLDER
+    check_target(target)
     name = str(model or sae.config.base_model or "") if not isinstance(model, nn.Module) else None
     place = hookpoint or sae.config.hookpoint
     if name == "" or place is None:
         raise ValueError("The SAE's config names no language model or no hookpoint; pass `model` and `hookpoint`.")
-    lm, tokenizer = _opened_model(model if name is None else name, tokenizer, device)
+    lm, tokenizer = opened_model(model if name is None else name, tokenizer, device)
     (place,) = resolve_hookpoints(lm, [place])
-    dataset = _as_config(dataset)
     rank, world = processes()
+    if rank == 0:
+        _warn_of_another_place(sae, place)
+    dataset = as_config(dataset)
     about = {
         "num_latents": sae.config.num_latents,
-        "base_model": _public(name or getattr(lm, "name_or_path", "")) or type(lm).__name__,
-        "tokenizer": _public(getattr(tokenizer, "name_or_path", "")),
+        "base_model": public_name(name or getattr(lm, "name_or_path", "")) or type(lm).__name__,
+        "tokenizer": public_name(getattr(tokenizer, "name_or_path", "")),
         "hookpoint": place,
-        "dataset": _described(dataset) if isinstance(dataset, DatasetConfig) else None,
+        "dataset": described(dataset) if isinstance(dataset, DatasetConfig) else None,
+        "text": text_digest(dataset),
         "tokens_wanted": tokens,
         "context_length": context_length,
         "lm_batch_size": lm_batch_size,
@@ -142,7 +147,9 @@ def build_index(
             name: importlib.metadata.version(name) for name in ("hf_matryoshka_sae", "torch", "transformers")
         },
     }
-    if resume and (finished := _finished(target, about)) is not None:
+    # Of documents that need not end only the first are known: enough to continue, not to take an index for theirs.
+    comparable = isinstance(dataset, (DatasetConfig, list))
+    if resume and comparable and (finished := _finished(target, about)) is not None:
         return finished
     documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
     stream = TokenStream(documents, tokenizer, context_length, lm_batch_size, exclude=exclude, num_epochs=1)
@@ -152,108 +159,46 @@ def build_index(
     if resume and (position := states.load(found)) is not None:
         windows.go_to(position)
     bar = tqdm(total=-(-tokens // world), desc="feature index", unit="tok", disable=rank != 0 or not show, leave=False)
-    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped:
-        bar.update(int(found.sums.tokens))
-        unsaved = 0
+    done = Recorder(found, states, save_every, found.batches_at_once(lm_batch_size, context_length), bar)
+    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, done.kept_when_interrupted():
         batches = _overlapping(fired_in(sae, _overlapping(harvested(windows, lm, place), overlapped)), overlapped)
         with closing(batches):
-            for chunk in _chunks(batches, found.batches_at_once(lm_batch_size, context_length)):
-                found.add(chunk)
-                done = sum(batch.tokens for batch in chunk)
-                bar.update(done)
-                unsaved += done
-                if unsaved >= save_every:
-                    states.save(found, chunk[-1].after)
-                    unsaved = 0
-    if world > 1:
-        states.save(found, Position(windows.position.batches, windows.position.tokens, windows.stream.state_dict()))
-        dist.barrier()
-    if rank == 0:
-        for other in range(1, world):
-            found.merge(states.of(other))
-    if tree is not None:
-        tree.reduce()
-    if rank == 0:
-        _write(target, about, sae, lm, found, sizes, tree)
-        shutil.rmtree(target / _BUILDING, ignore_errors=True)
+            done.add(batches)
+        if world > 1:
+            end = Position(windows.position.batches, windows.position.tokens, windows.stream.state_dict())
+            states.save(found, end)
+            dist.barrier()
+            done.merge(states.of(other) for other in range(1, world) if rank == 0)
+        if tree is not None:
+            tree.reduce()
+        if rank == 0:
+            _write(target, about, sae, lm, found, sizes, tree)
+            shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()
     return FeatureIndex.open(target)
 
 
-def _described(dataset: DatasetConfig) -> dict[str, Any]:
-    return asdict(dataset) | {"path": _public(str(dataset.path))}
-
-
-def _public(name: str) -> str:
-    """A name as others may see it: of a folder of this machine only its own name, as an index is pushed."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
-
-
-def weights_digest(sae: SAEModel) -> str:
-    """SHA-256 over an SAE's tensors, by name: says of which weights an index is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-# What is opened
-
-
-def _opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tuple[SAEModel, Path | None]:
-    """The SAE, and the folder it came from."""
-    if not isinstance(sae, SAEModel):
-        source = str(Path(sae).expanduser()) if Path(sae).expanduser().is_dir() else str(sae)
-        try:
-            sae = AutoModel.from_pretrained(source).eval().to(device)
-        except OSError as error:
-            raise ValueError(f"No SAE can be loaded from {source!r}: {error}") from error
-        if not isinstance(sae, SAEModel):
-            raise ValueError(f"{source!r} is a {type(sae).__name__}, not an SAE.")
-        return sae, _folder_of(sae)
-    folder = _folder_of(sae)
-    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
-    if folder is not None and weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
-        folder = None
-    return sae, folder
-
-
-def _folder_of(sae: SAEModel) -> Path | None:
-    folder = Path(sae.name_or_path or "/nowhere").expanduser()
-    return folder if (folder / "config.json").is_file() else None
-
-
-def _opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -> tuple[nn.Module, Any]:
-    if not isinstance(model, nn.Module):
-        model, own = load_language_model(model, device=device)
-        return model, tokenizer or own
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(getattr(model, "name_or_path", ""))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Pass the `tokenizer` of this {type(model).__name__}: {error}") from error
-    return model.eval(), tokenizer
-
-
-def _as_config(dataset: Any) -> Any:
-    if dataset is None:
-        return DatasetConfig(EMBEDDED, split="heldout")
-    if isinstance(dataset, (str, os.PathLike)):
-        return DatasetConfig(str(dataset))
-    return DatasetConfig(**dataset) if isinstance(dataset, dict) else dataset
+def _warn_of_another_place(sae: SAEModel, place: str) -> None:
+    own = sae.config.hookpoint
+    if own is not None and own.removesuffix(":output") != place:
+        logger.warning(
+            "This SAE reads '%s', as its config says, but the index is built at '%s': what its latents do there is "
+            "not what they were trained to do.",
+            own,
+            place,
+        )
 
 
 def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
     """The index that is there, if it is of the same settings."""
+    if not target.is_dir():
+        return None
     try:
         index = FeatureIndex.open(target)
     except ValueError:
         return None
-    # A list of texts cannot be compared: it may be another one.
-    same = about["dataset"] is not None and all(index.about.get(name) == value for name, value in about.items())
-    return index if same else None
+    return index if all(index.about.get(name) == value for name, value in about.items()) else None
 
 
 # The pass
@@ -262,18 +207,6 @@ def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
 def _overlapping(batches: Generator, overlapped: bool) -> Generator:
     """The same, in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches
-
-
-def _chunks(batches: Iterable[Fired], count: int) -> Iterator[list[Fired]]:
-    """Batches in lists of `count`."""
-    chunk: list[Fired] = []
-    for batch in batches:
-        chunk.append(batch)
-        if len(chunk) == count:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _write(

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from ..models import SAEModel
@@ -147,6 +149,15 @@ class Feature:
             if context.kind != TOP:
                 found.setdefault(int(context.kind), []).append(context)
         return dict(sorted(found.items()))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name could be a repository's; one that could not is a folder's."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def fingerprints(sae: SAEModel) -> np.ndarray:

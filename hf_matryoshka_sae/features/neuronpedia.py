@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .pattern_vocabulary import token_texts
+
+
+_UNFINISHED = ".unfinished"
 
 
 class IndexedContext(Protocol):
@@ -65,7 +70,8 @@ def export_neuronpedia(
 
     Args:
         index ([`FeatureIndex`]): What is written.
-        path (`str` or `os.PathLike`): Folder for `batch-0.json`, `batch-1.json`, ...; it must hold none yet.
+        path (`str` or `os.PathLike`): Folder for `batch-0.json`, `batch-1.json`, ...; it must hold none yet. An export
+            that fails leaves none.
         tokenizer: The language model's, for the texts of tokens.
         model_id (`str`, *optional*): Neuronpedia's name of the language model; by default the last part of its id.
         layer (`int`, *optional*): By default the first number in the hookpoint's path.
@@ -86,23 +92,45 @@ def export_neuronpedia(
     folder = Path(path)
     if any(folder.glob("batch-*.json")):
         raise ValueError(f"{folder} holds batches already; name another folder, or remove them.")
-    folder.mkdir(parents=True, exist_ok=True)
     head = {
         "model_id": model_id or str(index.about.get("base_model", "")).rstrip("/").split("/")[-1],
         "layer": _layer(index.about) if layer is None else layer,
         "sae_set": sae_set,
     }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Batches cannot be written to {folder}: {error}. Name another folder.") from error
     writer = _Writer(index, tokenizer)
     files = []
-    starts = range(0, len(latents), batch_size)
-    for number, start in enumerate(tqdm(starts, desc="neuronpedia", disable=not show, leave=False)):
-        features = [writer.feature(latent) for latent in latents[start : start + batch_size]]
-        file = folder / f"batch-{number}.json"
-        staged = file.with_name(f".{file.name}.{os.getpid()}")
-        staged.write_text(json.dumps(head | {"features": features}, allow_nan=False), encoding="utf-8")
-        os.replace(staged, file)
-        files.append(file)
+    with _staged(folder) as staged:
+        starts = range(0, len(latents), batch_size)
+        for number, start in enumerate(tqdm(starts, desc="neuronpedia", disable=not show, leave=False)):
+            features = [writer.feature(latent) for latent in latents[start : start + batch_size]]
+            file = staged / f"batch-{number}.json"
+            file.write_text(json.dumps(head | {"features": features}, allow_nan=False), encoding="utf-8")
+            files.append(folder / file.name)
     return files
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder of which the files come into `folder` when the block has ended well; otherwise none do."""
+    staged = folder / _UNFINISHED
+    shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
+    staged.mkdir()
+    moved = []
+    try:
+        yield staged
+        for file in sorted(staged.iterdir()):
+            moved.append(folder / file.name)
+            os.replace(file, moved[-1])
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _layer(about: Mapping[str, Any]) -> int:

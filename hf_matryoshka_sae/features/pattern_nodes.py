@@ -30,10 +30,11 @@ class Text(Node):
 
 @dataclass(frozen=True)
 class TokenRegex(Node):
-    """One token, by its own text."""
+    """One token, by its own text; `regex_at` is where the expression begins in the source."""
 
     regex: str
     search: bool
+    regex_at: int = field(compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)

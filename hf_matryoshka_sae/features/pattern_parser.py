@@ -17,8 +17,8 @@ The syntax is that of tokre (github.com/noanabeshima/tokre), whose patterns desc
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 
+from .pattern_limits import DEEPEST, LONGEST_SOURCE, MOST_PARTS, Sizes
 from .pattern_nodes import (
     AnyToken,
     BackReference,
@@ -34,6 +34,7 @@ from .pattern_nodes import (
     TokenRegex,
     walk,
 )
+from .pattern_source import Source, checked_names
 
 
 Names = Mapping[str, str | Sequence[str]]
@@ -44,11 +45,11 @@ _RESERVED = ("BEGIN", "re", "literal_set", "prefix")
 _SPECIAL = "()[]|.+*?{#"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 _DEEPEST = 40  # of nested brackets, so that no pattern exhausts Python's stack
-_LARGEST = 20_000  # parts, with every name replaced by what it stands for
 _MOST = 10_000  # repeats that can be asked for by number
+_MOST_PREFIXED = 500  # parts, each of which is written once for every part before it
 
 
-def parse(source: str, names: Names | None = None) -> tuple[Node, str]:
+def parse(source: str, names: Names | None = None) -> tuple[Node, Source]:
     """The tree of a pattern, and the source that its places refer to: with the named patterns before it.
 
     Args:
@@ -60,40 +61,40 @@ def parse(source: str, names: Names | None = None) -> tuple[Node, str]:
     """
     if not isinstance(source, str):
         raise ValueError(f"A pattern is text, got {type(source).__name__}.")
-    sets: dict[str, Node] = {}
-    lines = ""
-    for name, value in (names or {}).items():
-        if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ValueError(
-                f"Names in patterns are words such as 'vowel' (not {', '.join(_RESERVED)}), got {name!r}."
-            )
-        if not isinstance(value, str):
-            sets[name] = Choice(tuple(Text(text, at=0) for text in value), at=0)
-        elif "\n" in value:
-            raise ValueError(f"A named pattern is one line, got {value!r} for {name!r}.")
-        else:
-            lines += f"{name} = {value}\n"
-    return _Parser(lines + source, sets).pattern(), lines + source
-
-
-def error_at(source: str, at: int, message: str) -> ValueError:
-    """An error that shows its place in the source."""
-    before = source[:at]
-    line, column = before.count("\n") + 1, at - (before.rfind("\n") + 1)
-    text = source.split("\n")[line - 1]
-    return ValueError(f"Pattern, line {line}, column {column + 1}: {message}\n    {text}\n    {' ' * column}^")
+    patterns, texts = checked_names({} if names is None else names, _RESERVED, _NAME.fullmatch)
+    whole = Source(source, patterns)
+    if len(whole.text) > LONGEST_SOURCE:
+        raise ValueError(
+            f"A pattern has at most {LONGEST_SOURCE:,} characters with its names, got {len(whole.text):,}. Give many "
+            "texts as a list: `names={'word': [...]}` and [literal_set word]."
+        )
+    sets: dict[str, Node] = {
+        name: Choice(tuple(Text(text, at=0) for text in value), at=0) for name, value in texts.items()
+    }
+    return _Parser(whole, sets).pattern(), whole
 
 
 class _Parser:
     """Recursive descent over the characters of one source."""
 
-    def __init__(self, source: str, names: dict[str, Node]):
-        self.source, self.names = source, names
-        self.at, self.end, self.depth = 0, len(source), 0
+    def __init__(self, whole: Source, names: dict[str, Node]):
+        self.whole, self.source, self.names = whole, whole.text, names
+        self.at, self.end, self.depth = 0, len(self.source), 0
         self.captured: set[str] = set()
+        self.open: list[str] = []  # captures that are being read
+        self.sizes = Sizes()
 
     def error(self, message: str, at: int | None = None) -> ValueError:
-        return error_at(self.source, self.at if at is None else at, message)
+        return self.whole.error(message, self.at if at is None else at)
+
+    def made(self, node: Node) -> Node:
+        """A part, if it is not too large."""
+        size = self.sizes.of(node)
+        if size.parts > MOST_PARTS:
+            raise self.error("with its names written out, the pattern is too long.")
+        if size.depth > DEEPEST:
+            raise self.error("the pattern's names stand for one another too deep. Write it with fewer.")
+        return node
 
     # Lines
 
@@ -132,9 +133,7 @@ class _Parser:
         if self.at < self.end:
             found = self.source[self.at]
             raise self.error(f"'{found}' closes nothing. Write `\\{found}` for the character.")
-        if sum(1 for _ in islice(walk(node), _LARGEST + 1)) > _LARGEST:
-            raise self.error("with its names written out, the pattern is too long.", start)
-        return node
+        return self.made(node)
 
     # Parts
 
@@ -152,10 +151,11 @@ class _Parser:
         if closing and self._peek() != closing:
             raise self.error(f"'{closing}' is missing here.")
         self.at += len(closing)
-        return parts[0] if len(parts) == 1 else Choice(tuple(parts), at=start)
+        return parts[0] if len(parts) == 1 else self.made(Choice(tuple(parts), at=start))
 
     def joined(self) -> Node:
         start, parts = self.at, []
+        known = 0  # parts in these
         before = ""  # the sign with which the last part began; nothing for text
         while (sign := self._peek()) and sign not in "|)]":
             if sign in "+*?{":
@@ -172,9 +172,13 @@ class _Parser:
             else:
                 parts, sign = parts + self._text(), ""
             before = sign
+            # Now, not at the end: what names stand for may be large, and is walked through in what follows.
+            known += self.sizes.of(parts[-1]).parts if parts else 0
+            if known > MOST_PARTS:
+                raise self.error("with its names written out, the pattern is too long.", start)
         if not parts:
             raise self.error("expected a pattern, there is nothing. `(A)?` makes A optional.", start)
-        return parts[0] if len(parts) == 1 else Joined(tuple(parts), at=start)
+        return parts[0] if len(parts) == 1 else self.made(Joined(tuple(parts), at=start))
 
     def _text(self) -> list[Node]:
         """Text up to the next sign; spaces at its end are for the eye alone."""
@@ -214,13 +218,15 @@ class _Parser:
                 "put the first in parentheses to repeat it.",
                 start,
             )
-        parts[-1] = Repeat(last, low, high, at=last.at)
+        parts[-1] = self.made(Repeat(last, low, high, at=last.at))
 
     def _bounds(self, start: int) -> tuple[int, int | None]:
         found = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
         if found is None or not (found[1] or found[3]):
             raise self.error("expected {2}, {2,}, {,5} or {2,5}. Write `\\{` for the character.", start)
         self.at = found.end()
+        if max(len(found[1]), len(found[3])) > 9:
+            raise self.error(f"repeats go to {_MOST}.", start)
         low = int(found[1] or 0)
         high = low if not found[2] else int(found[3]) if found[3] else None
         if max(low, high or 0) > _MOST or (high is not None and low > high) or high == 0:
@@ -252,7 +258,7 @@ class _Parser:
                 "before the token in the pattern itself: the mask is at the end of a match anyway.",
                 start,
             )
-        return Look(part, ahead, negative, at=start)
+        return self.made(Look(part, ahead, negative, at=start))
 
     # Brackets
 
@@ -285,11 +291,17 @@ class _Parser:
     def _capture(self, name: str, start: int) -> Node:
         if name in self.names:
             raise self.error(f"'{name}' is a named pattern already; capture under another name.", start)
+        self.open.append(name)
         part = self.choice(closing="]")
+        self.open.pop()
+        if name in self.open or name in self.sizes.of(part).captures:
+            raise self.error(f"'{name}' is captured within its own capture; name one of them otherwise.", start)
         self.captured.add(name)
-        return Capture(name, part, at=start)
+        return self.made(Capture(name, part, at=start))
 
     def _reference(self, name: str, start: int) -> Node:
+        if name in self.open:
+            raise self.error(f"[{name}] stands within [{name}=...], which has not ended there.", start)
         if name in self.captured:
             return BackReference(name, at=start)
         if name not in self.names:
@@ -297,7 +309,7 @@ class _Parser:
             near = difflib.get_close_matches(name, known, n=1) or known
             raise self.error(f"nothing is named '{name}' before this. Perhaps {', '.join(near)}?", start)
         node = self.names[name]
-        self.captured |= {part.name for part in walk(node) if isinstance(part, Capture)}
+        self.captured |= self.sizes.of(node).captures
         return node
 
     def _prefix(self, start: int) -> Node:
@@ -306,15 +318,17 @@ class _Parser:
         part = self.choice(closing="]")
         if any(isinstance(node, (Capture, Look, Prefix)) for node in walk(part)):
             raise self.error("[prefix A] takes no captures, look-arounds or other prefixes inside.", start)
-        return Prefix(part, at=start)
+        if self.sizes.of(part).parts > _MOST_PREFIXED:
+            raise self.error(f"[prefix ...] takes up to {_MOST_PREFIXED} parts. Leave the rest behind it.", start)
+        return self.made(Prefix(part, at=start))
 
     def _token_regex(self, start: int) -> Node:
-        regex = self._quoted("[re `\\d+`]")
+        regex, regex_at = self._quoted("[re `\\d+`]")
         option = re.compile(r"\s*(?:,\s*search\s*=\s*(\w+)\s*)?\]").match(self.source, self.at, self.end)
         if option is None or option[1] not in (None, "True", "False"):
             raise self.error("expected `]`, `, search=True]` or `, search=False]` here.")
         self.at = option.end()
-        return TokenRegex(regex, option[1] == "True", at=start)
+        return TokenRegex(regex, option[1] == "True", at=start, regex_at=regex_at)
 
     def _literal_set(self, start: int) -> Node:
         named = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
@@ -328,14 +342,15 @@ class _Parser:
         if self._peek() != "]":
             raise self.error("expected ',' or ']' behind a text in backticks.")
         self.at += 1
-        return Choice(tuple(Text(text, at=start) for text in texts), at=start)
+        return self.made(Choice(tuple(Text(text, at=at) for text, at in texts), at=start))
 
-    def _quoted(self, example: str) -> str:
+    def _quoted(self, example: str) -> tuple[str, int]:
+        """Text in backticks, and where it begins."""
         found = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
         if found is None:
             raise self.error(f"expected something in backticks, as in {example}.")
         self.at = found.end()
-        return found[1]
+        return found[1], found.start(1)
 
     def _peek(self) -> str:
         return self.source[self.at] if self.at < self.end else ""

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 import numpy as np
 import regex
 
+from .pattern_limits import check_token_regex
+
 
 _ANCHOR = "a"
 _CONTEXTS = ("\n", _ANCHOR, "")  # a token that continues a word is found behind the first or the last
 _LOST = "\ufffd"  # how a decoder shows bytes that are no whole character
-_SECONDS = 5.0  # for one regular expression over the whole vocabulary
 
 _known: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -95,33 +96,54 @@ class Vocabulary:
             f"[re `...`] on single tokens."
         )
 
-    def matching(self, pattern: str, search: bool) -> np.ndarray:
+    def matching(self, pattern: str, search: bool, deadline: float) -> np.ndarray:
         """The tokens, ascending, whose text a regular expression matches whole, or in part with `search`.
 
+        Args:
+            pattern (`str`), search (`bool`): The expression.
+            deadline (`float`): On the monotonic clock.
+
         Raises:
-            `ValueError`: if the expression cannot be read or takes too long.
+            [`UnreadableRegex`]: if the expression cannot be read or takes too long.
         """
         key = (pattern, search)
         if key not in self._matching:
-            try:
-                compiled = regex.compile(pattern)
-            except regex.error as error:
-                raise ValueError(f"the regular expression {pattern!r} cannot be read: {error}.") from error
+            compiled = _compiled(pattern)
             matches = compiled.search if search else compiled.fullmatch
-            deadline = time.monotonic() + _SECONDS
             try:
                 found = [
                     token
                     for token, text in enumerate(self.texts)
                     if matches(text, timeout=max(1e-6, deadline - time.monotonic()))
                 ]
-            except TimeoutError:
-                raise ValueError(
-                    f"the regular expression {pattern!r} takes longer than {_SECONDS:g} seconds on this vocabulary. "
-                    "Avoid repeats inside repeats."
+            except (TimeoutError, MemoryError):
+                raise UnreadableRegex(
+                    f"the regular expression {pattern!r:.100} takes too long on this vocabulary. Avoid repeats inside "
+                    "repeats, or allow more time."
                 ) from None
             self._matching[key] = np.array(found, dtype=np.int64)
         return self._matching[key]
+
+
+class UnreadableRegex(ValueError):
+    """A regular expression that cannot be used; `at` says where in it, if that is known."""
+
+    def __init__(self, message: str, at: int | None = None):
+        super().__init__(message)
+        self.at = at
+
+
+def _compiled(pattern: str) -> regex.Pattern:
+    what = f"the regular expression {pattern!r:.100}"
+    try:
+        check_token_regex(pattern)
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise UnreadableRegex(f"{what} cannot be read: {error.msg}.", error.pos) from error
+    except (ValueError, OverflowError) as error:
+        raise UnreadableRegex(f"{what} cannot be used: {error}") from error
+    except (MemoryError, RecursionError):
+        raise UnreadableRegex(f"{what} is too large. Repeat and nest less.") from None
 
 
 def _coders(tokenizer):

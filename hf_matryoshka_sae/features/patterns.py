@@ -10,13 +10,14 @@ a flag for each place, and the expression ends in a look at the flag of the plac
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import regex
 import torch
 from torch import Tensor
 
+from .pattern_limits import check_copies
 from .pattern_nodes import (
     AnyToken,
     BackReference,
@@ -32,14 +33,15 @@ from .pattern_nodes import (
     TokenRegex,
     walk,
 )
-from .pattern_parser import Names, error_at, parse
-from .pattern_vocabulary import Vocabulary, vocabulary_of
+from .pattern_parser import Names, parse
+from .pattern_vocabulary import UnreadableRegex, Vocabulary, vocabulary_of
 
 
 _FIRST, _LAST = 0x20000, 0x10FFFF  # characters without capitals or any other meaning to the engine
 _OPEN, _TAKEN = "o", "x"  # the flags: no match is known to end here, one is
 _NOTHING = "-"  # no token: where padding was
-_LONGEST = 1_000_000  # characters of an expression
+_LONGEST = 250_000  # characters of an expression
+_MOST_WRITTEN = 20 * _LONGEST  # of all its parts together
 _MOST_IN_PREFIX = 64  # repeats that [prefix ...] takes apart
 
 
@@ -62,24 +64,28 @@ class TokenPattern:
         self._compiled: dict[int, regex.Pattern] = {}
 
     @classmethod
-    def compile(cls, source: str, tokenizer, names: Names | None = None) -> "TokenPattern":
+    def compile(cls, source: str, tokenizer, names: Names | None = None, timeout: float = 5.0) -> "TokenPattern":
         """Read a pattern; `pattern_parser` has the syntax.
 
         Args:
             source (`str`): The pattern.
             tokenizer: Whose tokens it is about. Its vocabulary is decoded once and kept as long as it lives.
             names (`dict`, *optional*): More named patterns (`str`), and sets of texts (`list[str]`).
+            timeout (`float`, *optional*, defaults to 5.0): Seconds that it may take to find the tokens it names.
 
         Raises:
-            `ValueError`: if it cannot be read, or its texts are not whole tokens; the message shows the place.
+            `ValueError`: if it cannot be read, is too large or takes too long, or its texts are not whole tokens; the
+                message shows the place.
         """
-        node, whole = parse(source, names)
+        vocabulary = vocabulary_of(tokenizer)
         try:
-            return cls(source, _Expression(node, vocabulary_of(tokenizer)))
-        except _Unwritable as problem:
-            raise error_at(whole, problem.at, str(problem)) from problem.__cause__
-        except RecursionError:
-            raise ValueError("The pattern's names stand for one another too deep. Write it with fewer.") from None
+            node, whole = parse(source, names)
+            try:
+                return cls(source, _Expression(node, vocabulary, time.monotonic() + timeout))
+            except _Unwritable as problem:
+                raise whole.error(str(problem), problem.at) from problem.__cause__
+        except (RecursionError, MemoryError):
+            raise ValueError("The pattern is too large: its parts lie too deep in each other. Nest less.") from None
 
     def mask(self, token_ids: Tensor, timeout: float = 2.0, attention_mask: Tensor | None = None) -> Tensor:
         """Where matches end.
@@ -109,8 +115,8 @@ class TokenPattern:
                 mask[number, places[ends]] = True
         except TimeoutError:
             raise ValueError(
-                f"The pattern {self.source!r} takes longer than {timeout:g} seconds on {tuple(rows.shape)} tokens. "
-                "Avoid repeats inside repeats, give repeats an upper bound as in .{0,20}, or raise `timeout`."
+                f"The pattern {self.source!r:.200} takes longer than {timeout:g} seconds on {tuple(rows.shape)} "
+                "tokens. Avoid repeats inside repeats, give repeats an upper bound as in .{0,20}, or raise `timeout`."
             ) from None
         return mask
 
@@ -118,7 +124,12 @@ class TokenPattern:
         """The last token of each match in one row, each once; flags stand `width` characters behind the places."""
         pattern = self._compiled.get(width)
         if pattern is None:
-            pattern = regex.compile(f"(?:{self._expression})(?=[\\s\\S]{{{width}}}{_OPEN})", regex.VERSION0)
+            try:
+                pattern = regex.compile(f"(?:{self._expression})(?=[\\s\\S]{{{width}}}{_OPEN})", regex.VERSION0)
+            except (RecursionError, MemoryError):
+                raise ValueError(f"The pattern {self.source!r:.200} is too large. Repeat and nest less.") from None
+            except regex.error as error:
+                raise ValueError(f"The pattern {self.source!r:.200} cannot be used: {error.msg}.") from error
             self._compiled[width] = pattern
         flags = [_OPEN] * (len(tokens) + 1)
         text, start = self._text(tokens).ljust(width, _NOTHING), 0
@@ -126,7 +137,10 @@ class TokenPattern:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            found = pattern.search(text + "".join(flags), start, timeout=left)
+            try:
+                found = pattern.search(text + "".join(flags), start, timeout=left)
+            except MemoryError:
+                raise TimeoutError from None  # what it keeps to go back to has grown with time
             if found is None:
                 return
             # Starts before this one have no match that ends at an open place, and never will.
@@ -158,21 +172,31 @@ class _Expression:
     Args:
         node ([`Node`]): The tree.
         vocabulary ([`Vocabulary`]): Of the tokenizer.
+        deadline (`float`): On the monotonic clock.
     """
 
-    def __init__(self, node: Node, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
+    def __init__(self, node: Node, vocabulary: Vocabulary, deadline: float):
+        self.vocabulary, self.deadline, self._written = vocabulary, deadline, 0
         if vocabulary.size + _FIRST > _LAST:
             raise ValueError(f"Patterns take vocabularies of up to {_LAST - _FIRST} tokens, got {vocabulary.size}.")
         self.classes = {part: self._class(part) for part in walk(node) if isinstance(part, TokenRegex)}
-        self.characters = _FIRST + _places(vocabulary.size, list(self.classes.values()))
+        self.characters = _FIRST + _places(vocabulary.size, self.classes, self._in_time)
         self.text = self.write(node)
-
-    def _class(self, node: TokenRegex) -> np.ndarray:
         try:
-            found = self.vocabulary.matching(node.regex, node.search)
+            check_copies(self.text)
         except ValueError as error:
             raise _Unwritable(str(error), node.at) from error
+
+    def _in_time(self, node: Node) -> None:
+        if time.monotonic() > self.deadline:
+            raise _Unwritable("to find the tokens of this pattern takes too long. Name fewer of them.", node.at)
+
+    def _class(self, node: TokenRegex) -> np.ndarray:
+        self._in_time(node)
+        try:
+            found = self.vocabulary.matching(node.regex, node.search, self.deadline)
+        except UnreadableRegex as error:
+            raise _Unwritable(str(error), node.at if error.at is None else node.regex_at + error.at) from error
         if not len(found):
             more = "" if node.search else " A token's leading space counts; `, search=True` looks for a part of it."
             raise _Unwritable(f"no token matches `{node.regex}`.{more}", node.at)
@@ -181,7 +205,8 @@ class _Expression:
     def write(self, node: Node) -> str:
         """The expression of a part."""
         text = self._write(node)
-        if len(text) > _LONGEST:
+        self._written += len(text)
+        if len(text) > _LONGEST or self._written > _MOST_WRITTEN:
             raise _Unwritable("written out, the pattern is too long. Repeat less, or by {n}.", node.at)
         return text
 
@@ -194,6 +219,7 @@ class _Expression:
                 behind = "" if separator is None else f"|(?<={self._tokens([separator])})"
                 return f"(?:\\A{behind})"
             case Text():
+                self._in_time(node)
                 try:
                     return self._tokens(self.vocabulary.tokens(node.text))
                 except ValueError as error:
@@ -238,7 +264,8 @@ class _Expression:
             case _:
                 ways = [f"{self.write(node)}(?={rest})"]
         text = f"(?:{'|'.join(ways)})"
-        if len(text) > _LONGEST:
+        self._written += len(text)
+        if len(text) > _LONGEST or self._written > _MOST_WRITTEN:
             raise _Unwritable("written out, the prefix is too long. Repeat less inside it.", node.at)
         return text
 
@@ -260,10 +287,11 @@ class _Expression:
         return ways
 
 
-def _places(size: int, classes: list[np.ndarray]) -> np.ndarray:
+def _places(size: int, classes: dict[TokenRegex, np.ndarray], in_time: Callable[[Node], None]) -> np.ndarray:
     """A place for each token, so that tokens in the same classes follow each other: `(V,)`."""
     kind = np.zeros(size, dtype=np.int64)
-    for members in classes:
+    for node, members in classes.items():
+        in_time(node)
         kind *= 2
         kind[members] += 1
         kind = np.unique(kind, return_inverse=True)[1].reshape(-1)

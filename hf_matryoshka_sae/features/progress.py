@@ -3,6 +3,10 @@
 import json
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .latent_pass import LatentPass
-from .windows import Position
+from .windows import Fired, Position
 
 
 logger = logging.getLogger(__name__)
@@ -81,3 +85,83 @@ class States:
                 f"The state of process {rank} is not in {self.folder}. All processes need one folder for the index."
             )
         return saved[1]
+
+
+class Recorder:
+    """Adds batches to what is known of the latents, and saves it now and then, and when it is interrupted.
+
+    Args:
+        found ([`LatentPass`]): What is known.
+        states ([`States`]): Where it is saved.
+        save_every (`int`): Tokens between two saved states.
+        at_once (`int`): Batches that are added together.
+        bar: A tqdm bar of tokens.
+    """
+
+    def __init__(self, found: LatentPass, states: States, save_every: int, at_once: int, bar):
+        self.found, self.states, self.save_every, self.at_once, self.bar = found, states, save_every, at_once, bar
+        self._waiting: list[Fired] = []
+        self._unsaved, self._after = 0, None
+        self._whole = True  # nothing is added in part
+        bar.update(int(found.sums.tokens))
+
+    def add(self, batches: Iterable[Fired]) -> None:
+        """Add them all."""
+        for batch in batches:
+            self._waiting.append(batch)
+            if len(self._waiting) == self.at_once:
+                self._add_waiting()
+                if self._unsaved >= self.save_every:
+                    self._save()
+        self._add_waiting()
+
+    def merge(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """Add what other processes know, all of which have saved their own; nothing is saved any more."""
+        self._whole = False
+        for state in states:
+            self.found.merge(state)
+
+    @contextmanager
+    def kept_when_interrupted(self) -> Iterator[None]:
+        """Saves what was done in the block when Ctrl-C ends it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._whole:
+                self._add_waiting()
+                self._save()
+            raise
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        with interrupts_later():
+            self._whole = False
+            self.found.add(self._waiting)
+            self._whole, self._after = True, self._waiting[-1].after
+            done = sum(batch.tokens for batch in self._waiting)
+            self._unsaved += done
+            self._waiting = []
+            self.bar.update(done)
+
+    def _save(self) -> None:
+        if self._after is not None and self._unsaved:
+            self.states.save(self.found, self._after)
+            self._unsaved = 0
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended, so that what is inside happens wholly or not at all."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[-1])

@@ -7,7 +7,7 @@ With mask m (0 or 1 for each token) and activation a, over the kept tokens of he
     recall    = share of the tokens that the pattern matches on which the latent fires
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import regex
@@ -147,9 +147,7 @@ def search_words(
     Raises:
         `ValueError`: if there are no words, or none of them is in the data.
     """
-    words = [words] if isinstance(words, str) else list(words)
-    if not words or not all(word.strip() for word in words):
-        raise ValueError(f"Expected one or more words to look for, got {words}.")
+    words = _checked_words(words)
     vocabulary = vocabulary_of(_tokenizer(data))
 
     def mask(batch: TokenBatch) -> Tensor:
@@ -162,6 +160,19 @@ def search_words(
         return found
 
     return _search(mask, sae, data, top, width, show, f"the words {', '.join(words)}")
+
+
+def _checked_words(words) -> list[str]:
+    words = [words] if isinstance(words, str) else list(words) if isinstance(words, Iterable) else words
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"Expected a word, or a list of words, got {words!r:.80}.")
+    if not words:
+        raise ValueError("Expected one or more words to look for, got an empty list.")
+    if not all(word.strip() for word in words):
+        raise ValueError(
+            f"Expected one or more words to look for, got {words!r:.80}: an empty word is everywhere. Leave it out."
+        )
+    return words
 
 
 def word_mask(words: Sequence[str], tokens: list[int], vocabulary: Vocabulary) -> Tensor:

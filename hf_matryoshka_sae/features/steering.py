@@ -5,7 +5,9 @@ reconstructions, (a' - a) d with d the latent's decoder row, is added to the hid
 reconstruct stays as it is, and where nothing is changed nothing is touched.
 """
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ..activations import resolve_hookpoints
 from ..activations.hookpoints import first_tensor, hooked
 from ..models import SAEModel
 from ..models.sparse_ops import row_norms
-from .text import longest, own_hookpoint, read_text
+from .text import checked_latent, longest, own_hookpoint, read_text
 
 
 MODES = ("add", "clamp", "remove")
@@ -80,18 +82,16 @@ def steer(
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Raises:
-        `ValueError`: if an option is out of range, the model generates no text, the prompt is too long, or the
-            latent's own activation is asked for and it never fires.
+        `ValueError`: if an option is out of range or not finite, the model generates no text, the prompt is too long,
+            or the latent's own activation is asked for and it never fires.
     """
     if mode not in MODES or positions not in ("all", "new"):
         raise ValueError(f"Expected `mode` in {MODES} and `positions` 'all' or 'new', got {mode!r} and {positions!r}.")
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"Expected new tokens and a temperature from 0 on, got {max_new_tokens} and {temperature}.")
+    _check_numbers(strength, unit, max_new_tokens, temperature, seed)
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"{type(model).__name__} generates no text; steering needs a causal language model.")
     sae = sae if width is None else sae.truncate(width)
-    if not 0 <= latent < sae.config.num_latents:
-        raise ValueError(f"At this width latents are numbered 0 to {sae.config.num_latents - 1}, got {latent}.")
+    latent = checked_latent(latent, sae.config.num_latents)
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     ids = _prompt(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
 
@@ -169,6 +169,25 @@ class LatentHook:
         values = flat.new_zeros(len(flat))
         values[pairs.rows[chosen]] = pairs.values[chosen].to(values)
         return values
+
+
+def _check_numbers(strength: float, unit: float | None, max_new_tokens: int, temperature: float, seed: int) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"Expected one or more new tokens, got `max_new_tokens` {max_new_tokens!r}.")
+    if not _is_finite(temperature) or temperature < 0:
+        raise ValueError(f"Expected a temperature from 0 on, got {temperature!r}.")
+    if not isinstance(seed, Integral):
+        raise ValueError(f"`seed` is a whole number, got {seed!r}.")
+    if not _is_finite(strength):
+        raise ValueError(f"`strength` is a finite number, got {strength!r}.")
+    if unit is not None and not _is_finite(unit):
+        raise ValueError(f"`unit` is a finite number such as the latent's largest activation, got {unit!r}.")
+    if unit is not None and not _is_finite(strength * unit):
+        raise ValueError(f"`strength` times `unit` is too large: {strength!r} and {unit!r}.")
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _prompt(tokenizer, prompt: str, room: int) -> Tensor:

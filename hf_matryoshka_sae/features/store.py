@@ -1,6 +1,5 @@
 """A feature index, opened at once and read a latent at a time."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -13,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..models import SAEModel
 from ..models.configuration_sae import nearest
+from .about import read_about
 from .layout import (
     CONTEXTS,
     FOLDER,
-    FORMAT,
     INDEX,
     LATENT_SCHEMA,
     LATENTS,
@@ -30,6 +29,7 @@ from .layout import (
     Context,
     Feature,
     fingerprints,
+    is_hub_id,
 )
 from .sums import bin_edges
 
@@ -65,17 +65,26 @@ class FeatureIndex:
             `ValueError`: if there is no finished index, it is damaged, or of a newer format.
         """
         local = Path(source).expanduser()
+        if not local.is_dir() and not is_hub_id(str(source)):
+            what = "a file, not a folder" if local.exists() else "no folder"
+            raise ValueError(f"'{source}' is {what}. Name the folder of an SAE with an index, or a Hub id.")
         if local.is_dir():
             folder = local / subfolder
             folder = folder if (folder / INDEX).is_file() and (folder / LATENTS).is_file() else folder / FOLDER
             locate = _in_folder(folder)
         else:
             locate = _on_hub(str(source), subfolder, revision, token)
-        return cls(_about(locate(INDEX), source), _checked(locate, source))
+        return cls(read_about(locate(INDEX), source), _checked(locate, source))
 
     @cached_property
     def _latents(self) -> pq.ParquetFile:
-        return _opened(self._path(LATENTS))
+        file = _opened(self._path(LATENTS))
+        if file.metadata.num_rows != self.about["num_latents"]:
+            raise ValueError(
+                f"The feature index is damaged: {LATENTS} has {file.metadata.num_rows} latents, {INDEX} says "
+                f"{self.about['num_latents']}. Build or download it again."
+            )
+        return file
 
     @cached_property
     def _contexts(self) -> pq.ParquetFile:
@@ -96,19 +105,18 @@ class FeatureIndex:
         Raises:
             `ValueError`: for a column there is not.
         """
+        if isinstance(columns, str):
+            raise ValueError(f"`columns` is a list of names, got {columns!r}; write [{columns!r}].")
         wanted = list(SCALARS) if columns is None else list(columns)
         for name in wanted:
             if name not in LATENT_SCHEMA.names:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
-        table = _read(lambda: self._latents.read(columns=wanted))
+        # Of relations, the latents say which values stay with those that are left.
+        needed = wanted if self._places is None else list(dict.fromkeys([*wanted, *_deciding(wanted)]))
+        table = _read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
-        table = table.take(self._places)
-        for name in ("latent", "parent"):
-            if name in wanted:
-                values = self._renumbered(table[name].to_numpy())
-                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int32()))
-        return table
+        return self._moved_table(table.take(self._places), wanted)
 
     def feature(self, latent: int, contexts: bool = True) -> Feature:
         """All that is known of a latent.
@@ -238,8 +246,31 @@ class FeatureIndex:
         numbers[self._places] = np.arange(len(self._places))
         return numbers
 
-    def _renumbered(self, latents: np.ndarray) -> np.ndarray:
-        return self._numbers[latents]
+    def _moved_table(self, table: pa.Table, wanted: list[str]) -> pa.Table:
+        """The columns `wanted`, with latents renumbered and without relations to those that are gone."""
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        moved = {}
+        for name in wanted:
+            if name in RELATIONS:
+                moved[name] = self._moved_lists(columns[RELATIONS[name]], columns[name], renumber=name in _OF_LATENTS)
+            elif name in _OF_LATENTS:
+                moved[name] = pa.array(self._numbers[columns[name].to_numpy()], pa.int32())
+            elif name == "parent_score":
+                there = self._numbers[columns["parent"].to_numpy()] >= 0
+                moved[name] = pa.array(np.where(there, columns[name].to_numpy(), 0), pa.float32())
+            else:
+                moved[name] = columns[name]
+        return pa.table([moved[name] for name in wanted], names=wanted)
+
+    def _moved_lists(self, latents: pa.ListArray, values: pa.ListArray, renumber: bool) -> pa.ListArray:
+        """Lists of what goes with latents, or of these themselves, without those that are gone."""
+        numbers = self._numbers[latents.flatten().to_numpy()]
+        there = numbers >= 0
+        rows = np.repeat(np.arange(len(latents)), latents.value_lengths().to_numpy())
+        sizes = np.bincount(rows[there], minlength=len(latents))
+        kept = numbers if renumber else values.flatten().to_numpy()
+        offsets = pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, pa.array(kept[there], values.type.value_type))
 
     def _moved(self, feature: Feature, latent: int) -> Feature:
         def there(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -254,6 +285,22 @@ class FeatureIndex:
             if feature.parent < 0:
                 feature.parent = feature.parent_score = None
         return feature
+
+
+# Columns of lists, and the one of latents that says which entries stay when latents go
+RELATIONS = {
+    "neighbours": "neighbours",
+    "neighbour_cosines": "neighbours",
+    "cofiring": "cofiring",
+    "cofiring_rates": "cofiring",
+    "children": "children",
+}
+_OF_LATENTS = ("latent", "parent", "neighbours", "cofiring", "children")
+
+
+def _deciding(columns: Iterable[str]) -> list[str]:
+    deciding = RELATIONS | {"parent_score": "parent"}
+    return [deciding[name] for name in columns if name in deciding]
 
 
 # Reading
@@ -272,8 +319,17 @@ def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None):
     def locate(name: str) -> Path:
         try:
             return Path(hf_hub_download(repo, f"{place}/{name}", revision=revision, token=token))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(
+                f"'{repo}' is no folder here, and its feature index cannot be fetched from the Hub: {error}"
+            ) from error
         except EntryNotFoundError:
             return Path(place) / name  # said to be missing where it is read
+        except OSError as error:  # no such repository or revision, no right to read it, no answer
+            raise ValueError(
+                f"'{repo}' is no folder here, and cannot be read from the Hub: {error} Check the name, the revision "
+                "and the token."
+            ) from error
 
     return locate
 
@@ -293,21 +349,6 @@ def _checked(locate, source):
     return check
 
 
-def _about(path: Path, source) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(
-            f"{source} has no finished feature index. Build one with `build_index` or `matryoshka-sae index`."
-        )
-    try:
-        about = json.loads(path.read_text())
-        done = about["done"] and about["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): damaged. Build the index anew.") from error
-    if done != FORMAT:
-        raise ValueError(f"{path} is no finished index of format {FORMAT!r}, but of {about['format']!r}.")
-    return about
-
-
 def _opened(path: Path) -> pq.ParquetFile:
     return _read(lambda: pq.ParquetFile(path, memory_map=True, page_checksum_verification=True))
 
@@ -315,5 +356,5 @@ def _opened(path: Path) -> pq.ParquetFile:
 def _read(action):
     try:
         return action()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"The feature index is damaged ({error}). Build or download it again.") from error

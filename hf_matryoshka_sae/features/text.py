@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,7 @@ class TextFeatures:
         Raises:
             `ValueError`: if there is no such latent at this width.
         """
-        if not 0 <= latent < self.width:
-            raise ValueError(f"At this width latents are numbered 0 to {self.width - 1}, got {latent}.")
+        latent = checked_latent(latent, self.width)
         values = torch.zeros(len(self.tokens))
         chosen = self.pairs.cols == latent
         values[self.pairs.rows[chosen]] = self.pairs.values[chosen].float()
@@ -97,7 +97,7 @@ def text_features(
             there; a warning and `left_out` say so.
 
     Raises:
-        `ValueError`: if the text is empty, or the model has no such hookpoint.
+        `ValueError`: if the text is empty or special tokens alone, or the model has no such hookpoint.
     """
     if top < 1 or max_tokens < 1:
         raise ValueError(f"`top` and `max_tokens` must be at least 1, got {top} and {max_tokens}.")
@@ -125,6 +125,13 @@ def text_features(
     )
 
 
+def checked_latent(latent: int, width: int) -> int:
+    """A latent's number; raises `ValueError` where there is none of it."""
+    if isinstance(latent, bool) or not isinstance(latent, Integral) or not 0 <= latent < width:
+        raise ValueError(f"At this width latents are numbered 0 to {width - 1}, got {latent!r}.")
+    return int(latent)
+
+
 def own_hookpoint(sae: SAEModel, hookpoint: str | None) -> str:
     """The hookpoint asked for, or that of the SAE's config."""
     if hookpoint is None and sae.config.hookpoint is None:
@@ -141,15 +148,29 @@ def read_text(tokenizer, text: str, max_tokens: int) -> tuple[TokenBatch, int]:
     """A text as a token batch of one row, and how many tokens were left out at its end.
 
     Raises:
-        `ValueError`: if the text has no tokens, or there is no room for any beside the special ones.
+        `ValueError`: if the text has no tokens but special ones, or there is no room for others.
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise ValueError(f"Expected a text, got {text!r:.80} of type {type(text).__name__}.")
+    if not text.strip():
         raise ValueError("Expected a text with something in it; this one is empty.")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if set(ids) <= _special(tokenizer):
+        raise ValueError(
+            f"The text {text!r:.80} is special tokens alone, at which no latents are read. Write something beside "
+            "them."
+        )
     whole = next(TokenStream([text], tokenizer, _NO_LIMIT, 1, pack=False, num_epochs=1))
     left_out = max(0, whole.input_ids.shape[1] - max_tokens)
     if not left_out:
         return whole, 0
     return next(TokenStream([text], tokenizer, max_tokens, 1, pack=False, num_epochs=1)), left_out
+
+
+def _special(tokenizer) -> set[int]:
+    """Special tokens; an unknown word is text all the same, unless its token also has a special job."""
+    jobs = {getattr(tokenizer, f"{job}_token_id", None) for job in ("bos", "eos", "sep", "cls", "pad", "mask")}
+    return set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - jobs)
 
 
 def _strongest(pairs: LatentPairs, top: int) -> list[list[tuple[int, float]]]:

@@ -1,11 +1,17 @@
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index, latent_pass
+from hf_matryoshka_sae.activations import DatasetConfig
+from hf_matryoshka_sae.activations.text import IndexedDocuments
+from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index, latent_pass, sources
 from hf_matryoshka_sae.features import index as module
 from hf_matryoshka_sae.features.layout import CONTEXTS, INDEX, LATENTS
+from hf_matryoshka_sae.features.sources import text_digest
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 
 from ..activations import tiny
@@ -148,6 +154,67 @@ def test_a_continued_build_has_the_bytes_of_an_uninterrupted_one(built, tmp_path
     assert sorted(path.name for path in (tmp_path / "features").iterdir()) == sorted(FILES)
 
 
+@pytest.mark.parametrize("where", ["reading", "adding", "writing"])
+def test_an_interrupt_keeps_what_was_done(built, tmp_path, monkeypatch, where):
+    """Ctrl-C, long before the first state would be saved; it comes while text is read, added up or written."""
+    added, harvested, add = [], module.harvested, module.LatentPass.add
+
+    def counted(self, chunk):
+        if where == "adding" and len(added) == 1:
+            signal.raise_signal(signal.SIGINT)  # in the middle
+        add(self, chunk)
+        added.append(sum(batch.tokens for batch in chunk))
+
+    def reading(*arguments):
+        for number, batch in enumerate(harvested(*arguments)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    def writing(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.LatentPass, "add", counted)
+    with monkeypatch.context() as patch:
+        if where != "adding":
+            patch.setattr(module, *{"reading": ("harvested", reading), "writing": ("_write", writing)}[where])
+        with pytest.raises(KeyboardInterrupt):
+            small.build(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(added) == {"reading": 2, "adding": 2, "writing": len(added)}[where]
+    small.build(tmp_path)
+    assert sum(added) == 600  # what was done is not done again
+    assert _bytes(tmp_path) == _bytes(built[1])
+
+
+def test_a_state_of_another_text_is_not_continued(tmp_path, monkeypatch):
+    texts, path = tiny.texts(80), tmp_path / "text.txt"
+    first, second = texts, [*texts[:-1], texts[-1] + " w1"]
+    ways = {
+        "list": lambda texts: texts,
+        "file": lambda texts: path.write_text("\n\n".join(texts)) and str(path),
+        "documents": lambda texts: IndexedDocuments(texts[::-1]),
+    }
+    for name, way in ways.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                small.build(tmp_path / name, texts=way(first), save_every=60)
+        assert list((tmp_path / name / "features" / ".building").iterdir())
+        started = []
+        monkeypatch.setattr(module.States, "load", _seen(module.States.load, started))
+        small.build(tmp_path / name, texts=way(second))
+        assert started == [None], name
+
+
+def _seen(load, results):
+    def loaded(self, found):
+        results.append(load(self, found))
+        return results[-1]
+
+    return loaded
+
+
 def test_a_state_of_other_settings_is_not_continued(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", lambda *arguments: 1 / 0)
@@ -217,6 +284,86 @@ def test_a_finished_index_of_the_same_settings_is_opened(tmp_path, monkeypatch):
     assert len(small.build(tmp_path, texts=str(path))) == small.LATENTS
     with pytest.raises(TypeError):
         small.build(tmp_path, texts=str(path), tokens=500)
+
+
+def test_a_finished_index_of_another_text_is_built_anew(tmp_path, monkeypatch):
+    texts, path, folder = tiny.texts(80), tmp_path / "text.txt", tmp_path / "folder"
+    folder.mkdir()
+    changed = [texts[0] + " w1", *texts[1:]]
+
+    def write(place, texts):
+        place.write_text("\n\n".join(texts))
+        return str(place)
+
+    ways = {
+        "list": lambda texts: texts,
+        "file": lambda texts: write(path, texts),
+        "folder": lambda texts: write(folder / "a.txt", texts) and str(folder),
+    }
+    for name, way in ways.items():
+        small.build(tmp_path / f"of {name}", texts=way(texts))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "LatentPass", None)
+            assert len(small.build(tmp_path / f"of {name}", texts=way(texts))) == small.LATENTS
+            with pytest.raises(TypeError):
+                small.build(tmp_path / f"of {name}", texts=way(changed))
+
+
+def test_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("some text")
+    whole = text_digest(DatasetConfig(str(path)))
+    os.utime(path, (1, 1))
+    assert text_digest(DatasetConfig(str(path))) == whole
+    monkeypatch.setattr(sources, "_READ_WHOLE", 3)
+    by_time = text_digest(DatasetConfig(str(path)))
+    os.utime(path, (2, 2))
+    assert len({whole, by_time, text_digest(DatasetConfig(str(path)))}) == 3
+    assert text_digest(DatasetConfig("someone/corpus")) is None and text_digest(DatasetConfig("embedded")) is None
+
+
+def test_an_index_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "opened_model", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sae" / "features" / INDEX).mkdir(parents=True)
+    for place, message in (("file", "is a file"), ("file/below", "is a file"), ("sae", "is a folder")):
+        with pytest.raises(ValueError, match=f"cannot be written.*{message}"):
+            small.build(tmp_path / place)
+    monkeypatch.setattr(sources.os, "access", lambda place, mode: False)
+    with pytest.raises(ValueError, match="no permission to write"):
+        small.build(tmp_path / "new" / "place")
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    for name, value in (("W_enc", float("inf")), ("b_enc", float("nan")), ("W_dec", float("nan"))):
+        sae = small.make_sae()
+        with torch.no_grad():
+            getattr(sae, name).view(-1)[3] = value
+        with pytest.raises(ValueError, match=f"`{name}` has values that are not finite"):
+            small.build(tmp_path, sae=sae)
+
+
+def test_another_hookpoint_than_the_saes_is_told(tmp_path, caplog):
+    small.build(tmp_path, hookpoint=small.HOOKPOINT)
+    small.build(tmp_path, hookpoint=f"{small.HOOKPOINT}:output")
+    assert "config says" not in caplog.text
+    index = small.build(tmp_path, hookpoint="model.layers.0")
+    assert index.about["hookpoint"] == "model.layers.0"
+    assert "reads 'model.layers.1', as its config says, but the index is built at 'model.layers.0'" in caplog.text
+
+
+def test_a_folder_of_several_saes_is_refused_with_their_names(tmp_path):
+    for place in ("matryoshka/model.layers.1", "topk/model.layers.1"):
+        small.make_sae().save_pretrained(tmp_path / "run" / place)
+    with pytest.raises(ValueError, match="name one of those.* matryoshka/model.layers.1, topk/model.layers.1"):
+        build_index(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no SAE"):
+        (tmp_path / "empty").mkdir()
+        build_index(tmp_path / "empty")
+    for nowhere in ("/nope", "./nope", "~/nope", "a/b/c"):
+        with pytest.raises(ValueError, match=f"no folder '{nowhere}'"):
+            build_index(nowhere)
 
 
 def test_fewer_tokens_than_asked_for_are_told(tmp_path, caplog):

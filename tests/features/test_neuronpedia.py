@@ -103,3 +103,16 @@ def test_what_cannot_be_exported_is_said(tokenizer, tmp_path):
     index.about = index.about | {"hookpoint": "embed"}
     with pytest.raises(ValueError, match="names no layer"):
         export_neuronpedia(index, tmp_path / "d", tokenizer, show=False)
+
+
+def test_an_export_that_fails_is_in_nobodys_way(tokenizer, tmp_path):
+    index = StandIn(tokenizer)
+    with pytest.raises(ValueError, match="0 to 2, got 3"):
+        export_neuronpedia(index, tmp_path, tokenizer, latents=[0, 1, 3], batch_size=1, show=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "batch-7.json").write_text("{")  # of one that was killed
+    files = export_neuronpedia(index, tmp_path, tokenizer, batch_size=1, show=False)
+    assert sorted(tmp_path.iterdir()) == files and len(files) == 3
+    with pytest.raises(ValueError, match="cannot be written"):
+        export_neuronpedia(index, files[0] / "below", tokenizer, show=False)

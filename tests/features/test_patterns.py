@@ -162,6 +162,9 @@ def test_text_that_is_not_whole_tokens_shows_the_tokens(tokenizer):
         ("[nothing]", "column 1: nothing is named 'nothing'"),
         ("[vowl]", "Perhaps vowel"),
         ("[v]b[v=a]", "column 1: nothing is named 'v'"),
+        ("[v=.][v=[v]]", "column 9: \\[v\\] stands within"),
+        ("[v=a[w=b][v=c]]", "column 10: 'v' is captured within"),
+        ("x = [v=a]\n[v=[x]]", "line 2, column 1: 'v' is captured within"),
         ("(?<=[v=.][v])a", "column 1: a look-behind is matched from its end"),
         ("(?:a)", "column 2: expected \\(\\?=A\\)"),
         ("a||b", "column 3: expected a pattern"),
@@ -170,7 +173,7 @@ def test_text_that_is_not_whole_tokens_shows_the_tokens(tokenizer):
         ("v = a", "there is no pattern"),
         ("", "there is no pattern"),
         ("a\\", "column 2: a backslash"),
-        ("[re `(`]", "column 1: the regular expression '\\(' cannot be read"),
+        ("[re `(`]", "column 7: the regular expression '\\(' cannot be read"),
         ("[re `q`]", "column 1: no token matches `q`"),
         ("[re `a`, search=yes]", "search=True"),
         ("[re a]", "expected something in backticks"),
@@ -213,10 +216,94 @@ def test_a_large_vocabulary_compiles_fast():
 
 
 def test_an_error_in_a_name_is_shown_where_it_is(characters):
-    with pytest.raises(ValueError, match=r"column 8: no token matches `q`(.|\n)*    bad = a\[re `q`\]\n           \^"):
+    with pytest.raises(ValueError, match=r"named 'bad', column 2: no token(.|\n)*\n    a\[re `q`\]\n     \^"):
         TokenPattern.compile("[bad]", characters, names={"bad": "a[re `q`]"})
     with pytest.raises(ValueError, match="one line"):
         TokenPattern.compile("[bad]", characters, names={"bad": "a\nb"})
+
+
+@pytest.mark.parametrize(
+    "source, place, caret",
+    [
+        ("[re `ab(`]", "line 1, column 9", "    [re `ab(`]\n            ^"),
+        ("one = a\n[one][re `[a-`]", "line 2, column 14", "    [one][re `[a-`]\n                 ^"),
+        ("[one](", "line 1, column 7", "    [one](\n          ^"),  # a name given beside it is no line of the pattern
+        ("a\t)", "line 1, column 3", "    a\t)\n     \t^"),
+        ("[literal_set `漢`, `a`])", "line 1, column 23", "    [literal_set `漢`, `a`])\n" + " " * 27 + "^"),
+        ("a" * 500 + ")", "line 1, column 501", "    " + "a" * 99 + ")\n" + " " * 103 + "^"),
+        ("[literal_set `a`, `q`]", "line 1, column 20", "    [literal_set `a`, `q`]\n" + " " * 23 + "^"),
+    ],
+)
+def test_a_caret_is_below_the_place(characters, source, place, caret):
+    with pytest.raises(ValueError) as problem:
+        TokenPattern.compile(source, characters, names={"one": "a", "two": ["b"]})
+    assert str(problem.value).startswith(f"Pattern, {place}:") and str(problem.value).endswith("\n" + caret)
+
+
+def test_lines_may_end_as_on_windows(characters):
+    found = TokenPattern.compile("vowel = a\r\n# a comment\r\n[vowel]b\r\n", characters).mask(rows(["abxb"]))
+    assert found[0].int().tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("names", [0, ["a"], "a", {3: "a"}, {"a": 3}, {"a": None}, {"a": [3]}, {"a": []}, {"a": [""]}])
+def test_names_of_a_wrong_type_are_said(characters, names):
+    with pytest.raises(ValueError, match="`names` is a dictionary|Names in patterns|A name stands for"):
+        TokenPattern.compile("[a]", characters, names=names)
+
+
+_CHAIN = "a0 = .\n{}\n[a249]"
+
+HOSTILE = {  # each, without a limit, takes minutes or gigabytes, or exhausts the stack
+    "repeats of repeats": "(.{10000}){10000}",
+    "plus of plus": "(" * 38 + "." + ")+" * 38,
+    "choice of repeats": "|".join([".{10000}"] * 1000),
+    "bounded repeats": "(" * 38 + "." + "){0,9}" * 38,
+    "a number": "(.){" + "9" * 5000 + "}",
+    "doubled names": _CHAIN.format("\n".join(f"a{i} = [a{i - 1}][a{i - 1}]" for i in range(1, 250))),
+    "repeated names": _CHAIN.format("\n".join(f"a{i} = ([a{i - 1}])+" for i in range(1, 250))),
+    "looked-at names": _CHAIN.format("\n".join(f"a{i} = (?=[a{i - 1}])." for i in range(1, 250))),
+    "a long name in many looks": "a = " + "." * 19000 + "\n" + "(?=[a])" * 5000,
+    "a long pattern": "a" * 5_000_000,
+    "a long prefix": "[prefix " + "." * 9000 + "]",
+    "a prefix of repeats": "[prefix (((.){64}){64}){64}]",
+    "a regex with a number": "[re `a{1000000000}`]",
+    "a regex of repeats": "[re `((a{1000}){1000}){1000}`]",
+    "a regex of plus": "[re `" + "(" * 40 + "a" + ")+" * 40 + "`]",
+    "a regex in brackets": "[re `" + "(" * 1000 + "a" + ")" * 1000 + "`]",
+    "a regex behind a comment": "[re `(?#[)((a{1000}){1000}){1000}]`]",
+    "a verbose regex": "[re `(?x)#[\\n((a{1000}){1000}){1000}#]`]",
+    "many wide classes": "a = " + "|".join(f"[re `[{x}{y}].*`]" for x in LETTERS for y in "ab") + "\n" + "[a]" * 900,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_pattern_is_refused_in_time(tokenizer, name):
+    ids = tokenizer("the return of the list " * 40, return_tensors="pt")["input_ids"]
+    start = time.monotonic()
+    message = "takes longer|too (long|deep|large)|go to 1000|at most|takes? (no|up to)|nested more"
+    with pytest.raises(ValueError, match=message):
+        TokenPattern.compile(HOSTILE[name], tokenizer).mask(ids, timeout=0.3)
+    assert time.monotonic() - start < 3
+
+
+def test_finding_tokens_ends_at_the_time_limit(characters, monkeypatch):
+    vocabulary = vocabulary_of(characters)
+    monkeypatch.setattr(vocabulary, "texts", ["a" * 40 + "b"] * len(vocabulary.texts))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="column 1: the regular expression .* takes too long"):
+        TokenPattern.compile("[re `(a|aa)+(a|aa)+c`]", characters, timeout=0.2)
+    with pytest.raises(ValueError, match="takes too long"):
+        TokenPattern.compile("(" + "|".join(["ab"] * 1000) + ")", characters, timeout=0.0)
+    assert time.monotonic() - start < 2
+
+
+def test_large_patterns_of_use_are_read(tokenizer):
+    ids = torch.arange(1000).view(10, 100)
+    words = sorted({text for text in vocabulary_of(tokenizer).texts if text.strip().isalpha()})
+    found = TokenPattern.compile("[literal_set words].{0,50}", tokenizer, names={"words": words}).mask(ids)
+    assert found.any() and len(words) > 500
+    TokenPattern.compile("(.){10000}", tokenizer).mask(ids)
+    TokenPattern.compile("((([re `\\w+`])+.)+.)+ the", tokenizer).mask(ids)
 
 
 def test_masks_are_for_rows_of_ids(characters):

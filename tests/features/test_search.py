@@ -92,6 +92,16 @@ def test_what_cannot_be_searched_is_said(data):
         search_words("xylophonist", sae, data, show=False)
     with pytest.raises(ValueError, match="one or more words"):
         search_words([" "], sae, data, show=False)
+    for words in ("", ["name", ""]):
+        with pytest.raises(ValueError, match="an empty word is everywhere"):
+            search_words(words, sae, data, show=False)
+    with pytest.raises(ValueError, match="got an empty list"):
+        search_words([], sae, data, show=False)
+    for words in (3, None, [3], ["a", None]):
+        with pytest.raises(ValueError, match="Expected a word, or a list of words"):
+            search_words(words, sae, data, show=False)
+    with pytest.raises(ValueError, match="`names` is a dictionary"):
+        search_latents("a", sae, data, show=False, names=3)
     with pytest.raises(ValueError, match="takes longer than 0.2 seconds"):
         search_latents("(.|..)+(.|..)+ the", sae, data, show=False, timeout=0.2)
     with pytest.raises(ValueError, match="`top`"):

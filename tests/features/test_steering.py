@@ -1,5 +1,7 @@
 """Against hidden states changed by hand, and the language model's own generation."""
 
+import math
+
 import pytest
 import torch
 
@@ -153,6 +155,14 @@ def test_what_cannot_be_steered_is_said(lm):
         (dict(temperature=-1), "temperature"),
         (dict(latent=96), "0 to 95, got 96"),
         (dict(latent=40, width=32), "0 to 31, got 40"),
+        *((dict(latent=latent), "0 to 95") for latent in (1.5, "1", True, None)),
+        *((dict(strength=value), "`strength` is a finite") for value in (math.nan, math.inf, None, "1", True)),
+        *((dict(unit=value), "`unit` is a finite") for value in (math.nan, -math.inf, "1")),
+        (dict(strength=1e300, unit=1e300), "too large"),
+        (dict(temperature=math.nan), "temperature"),
+        (dict(max_new_tokens=1.5), "new tokens"),
+        (dict(seed="a"), "`seed`"),
+        (dict(prompt=tokenizer.bos_token), "special tokens alone"),
         (dict(prompt="name " * 300), "too long"),
         (dict(prompt=" "), "empty"),
         (dict(max_new_tokens=400), "no room"),

@@ -137,6 +137,42 @@ def test_a_sorted_and_pruned_sae_finds_its_latents(folder):
     assert narrower.feature(4).latent_id == int(order[4]) and len(narrower) == 5
 
 
+class _TenFamilies:
+    def add(self, pairs):
+        pass
+
+    def reduce(self):
+        pass
+
+    def parents(self):
+        return torch.where(torch.arange(40) < 10, -1, torch.arange(40) % 10), torch.full((40,), 0.75)
+
+
+def test_the_table_of_a_pruned_sae_says_what_its_features_say(tmp_path):
+    index, sae = small.build(tmp_path, tree=_TenFamilies()), small.make_sae()
+    sae.permute_(torch.randperm(40, generator=torch.Generator().manual_seed(0)))
+    view = index.for_sae(sae.truncate(25))
+    lists = ["neighbours", "neighbour_cosines", "cofiring", "cofiring_rates", "children"]
+    table = view.table(["children", "parent_score", *lists[:4], "parent", "latent_id"]).to_pydict()
+    assert list(table) == ["children", "parent_score", *lists[:4], "parent", "latent_id"]
+    assert view.table(["cofiring_rates"]).to_pydict() == {"cofiring_rates": table["cofiring_rates"]}
+    assert view.table(["parent_score"]).to_pydict() == {"parent_score": table["parent_score"]}
+    lost = 0
+    for latent in range(25):
+        feature = view.feature(latent, contexts=False)
+        assert table["latent_id"][latent] == feature.latent_id
+        assert table["neighbours"][latent] == [other for other, _ in feature.neighbours]
+        assert table["neighbour_cosines"][latent] == [value for _, value in feature.neighbours]
+        assert table["cofiring"][latent] == [other for other, _ in feature.cofiring]
+        assert table["cofiring_rates"][latent] == [value for _, value in feature.cofiring]
+        assert table["children"][latent] == feature.children
+        assert table["parent"][latent] == (-1 if feature.parent is None else feature.parent)
+        assert table["parent_score"][latent] == (feature.parent_score or 0)
+        lost += table["parent"][latent] < 0 and index.feature(int(feature.latent_id)).parent is not None
+    whole = index.table(lists).to_pydict()
+    assert lost and any(table["children"]) and sum(map(len, whole["neighbours"])) > sum(map(len, table["neighbours"]))
+
+
 # What is damaged
 
 
@@ -151,6 +187,44 @@ def test_an_unfinished_index_is_refused(copy, tmp_path):
     (copy / "features" / INDEX).unlink()
     with pytest.raises(ValueError, match="no finished feature index"):
         FeatureIndex.open(copy)
+
+
+def test_an_index_that_lacks_what_is_relied_on_is_refused(copy):
+    path = copy / "features" / INDEX
+    about = json.loads(path.read_text())
+    wrong = [
+        *({name: None} for name in ("num_latents", "context_length", "files", "probabilities", "tokens", "weights")),
+        {"num_latents": "40"},
+        {"num_latents": True},
+        {"num_latents": 0},
+        {"files": {LATENTS: 3}},
+        {"files": [1]},
+        {"probabilities": ["a"]},
+        {"context_length": 1.5},
+        {"dataset": "text"},
+    ]
+    for fields in wrong:
+        (name,) = fields
+        less = {key: value for key, value in about.items() if key != name}
+        path.write_text(json.dumps(less if fields[name] is None else about | fields))
+        with pytest.raises(ValueError, match=f"damaged: '{name}' is"):
+            FeatureIndex.open(copy)
+    path.write_text(json.dumps(about | {"num_latents": 41}))
+    with pytest.raises(ValueError, match="damaged: latents.parquet has 40 latents"):
+        FeatureIndex.open(copy).feature(0)
+
+
+def test_what_is_no_folder_and_no_repository_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    for source, message in (
+        ("/nope", "'/nope' is no folder"),
+        ("./nope", "'./nope' is no folder"),
+        ("a/b/c", "'a/b/c' is no folder"),
+        (tmp_path / "file", "is a file, not a folder"),
+        ("someone/nothing", "'someone/nothing' is no folder here, and .* the Hub"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureIndex.open(source)
 
 
 def test_a_damaged_file_is_refused(copy):
@@ -189,6 +263,8 @@ def test_contexts_are_downloaded_when_they_are_asked_for(folder, hub):
     assert feature.latent == 0
     with pytest.raises(ValueError, match="no finished feature index"):
         FeatureIndex.open("me/sae")
+    with pytest.raises(ValueError, match="'me/other' is no folder here, and cannot be read from the Hub"):
+        FeatureIndex.open("me/other")
 
 
 def test_a_feature_is_seen_in_under_100_ms(folder):

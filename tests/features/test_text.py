@@ -77,6 +77,16 @@ def test_what_cannot_be_read_is_said(lm, sae):
     for text in ("", " \n "):
         with pytest.raises(ValueError, match="empty"):
             text_features(sae, *lm, text)
+    bos = lm[1].bos_token
+    for text in (bos, bos * 3):
+        with pytest.raises(ValueError, match="special tokens alone"):
+            text_features(sae, *lm, text)
+    for text in (None, 3, ["a"]):
+        with pytest.raises(ValueError, match="Expected a text, got"):
+            text_features(sae, *lm, text)
+    for latent in (1.5, "1", True, None):
+        with pytest.raises(ValueError, match="numbered 0 to 95"):
+            text_features(sae, *lm, TEXT).activations(latent)
     with pytest.raises(ValueError, match="No module matches"):
         text_features(sae, *lm, TEXT, hookpoint="model.layer.1")
     with pytest.raises(ValueError, match="0 to 95, got 96"):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from hf_matryoshka_sae.features import tree as tree_module
+from hf_matryoshka_sae.features import tree_sums
 from hf_matryoshka_sae.features.tree import EdgeSums, LatentTree, build_tree
 from hf_matryoshka_sae.models import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
 
@@ -49,7 +49,7 @@ def parents_by_hand(acts: torch.Tensor, level: list[int], threshold: float):
 @pytest.mark.parametrize("at_once", [2**22, 50])
 @pytest.mark.parametrize("activation", ["topk", "relu"])
 def test_scores_are_those_of_dense_activations(activation, at_once, monkeypatch):
-    monkeypatch.setattr(tree_module, "_PRODUCTS_AT_ONCE", at_once)
+    monkeypatch.setattr(tree_sums, "_PRODUCTS_AT_ONCE", at_once)
     sae = build(activation=activation)
     data = states()
     with torch.no_grad():
@@ -143,6 +143,37 @@ def test_saved_trees_come_back(tmp_path):
     for name in ("other.json", "absent.json"):
         with pytest.raises(ValueError, match="no tree of latents"):
             LatentTree.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "latent, change, message",
+    [
+        (2, {"parent": 9}, "parent 9; there are 6"),
+        (2, {"parent": -1}, "parent -1"),
+        (2, {"parent": 0.5}, "parent 0.5"),
+        (2, {"parent": True}, "parent True"),
+        (2, {"parent": 3}, "latent 2 is in level 1, its parent 3 in 1"),
+        (4, {"parent": 0}, "its parent 0 in 0"),
+        (0, {"parent": 3}, "latent 0 is in level 0"),  # a cycle: 3 is below 0
+        (3, {"parent": 3}, "its parent 3 in 1"),
+        (1, {"level": -1}, "level -1"),
+        (1, {"level": "0"}, "level '0'"),
+        (1, {"latent": 0}, "node 1 is of latent 0"),
+    ],
+)
+def test_a_file_that_is_no_tree_is_refused(tmp_path, latent, change, message):
+    found = small_tree().to_json()
+    found["nodes"][latent] |= change
+    (tmp_path / "tree.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"no tree of latents .*{message}"):
+        LatentTree.load(tmp_path / "tree.json")
+
+
+def test_a_tree_without_nodes_or_starts_is_refused(tmp_path):
+    for change in ({"nodes": []}, {"nodes": {}}, {"starts": []}, {"starts": [1]}, {"starts": [0, 0]}, {"starts": 3}):
+        (tmp_path / "tree.json").write_text(json.dumps(small_tree().to_json() | change))
+        with pytest.raises(ValueError, match="no tree of latents"):
+            LatentTree.load(tmp_path / "tree.json")
 
 
 class _Balanced(HTMLParser):

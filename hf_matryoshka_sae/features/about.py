@@ -1,0 +1,65 @@
+"""`index.json`, read and checked: an index that says too little of itself is refused when it is opened."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .layout import CONTEXTS, FORMAT, LATENTS
+
+
+def read_about(path: Path, source) -> dict[str, Any]:
+    """What an index is of.
+
+    Args:
+        path (`Path`): Of `index.json`.
+        source: Where the index was looked for, for the message.
+
+    Raises:
+        `ValueError`: if there is no finished index, it is damaged, or of another format.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{source} has no finished feature index. Build one with `build_index` or `matryoshka-sae index`."
+        )
+    try:
+        about = json.loads(path.read_text())
+        done = about["done"] and about["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): damaged. Build the index anew.") from error
+    if done != FORMAT:
+        raise ValueError(f"{path} is no finished index of format {FORMAT!r}, but of {about['format']!r}.")
+    for name, fits in _FIELDS.items():
+        if not fits(about.get(name)):
+            raise ValueError(
+                f"{path} is damaged: {name!r} is {'missing' if name not in about else repr(about[name])[:80]}. Build "
+                "or download the index again."
+            )
+    return about
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_sizes(value) -> bool:
+    return isinstance(value, dict) and all(_is_count(value.get(name)) for name in (LATENTS, CONTEXTS))
+
+
+def _are_probabilities(value) -> bool:
+    return isinstance(value, list) and all(isinstance(one, (int, float)) and 0 <= one <= 1 for one in value)
+
+
+# What is relied on, here and where indices are shown
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "num_latents": lambda value: _is_count(value) and value > 0,
+    "tokens": _is_count,
+    "context_length": lambda value: _is_count(value) and value > 0,
+    "files": _is_sizes,
+    "probabilities": _are_probabilities,
+    "base_model": lambda value: isinstance(value, str),
+    "hookpoint": lambda value: isinstance(value, str),
+    "weights": lambda value: isinstance(value, str),
+    "logits": lambda value: isinstance(value, str),
+    "dataset": lambda value: value is None or isinstance(value, dict),
+}
