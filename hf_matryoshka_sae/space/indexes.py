@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants
 
 from ..features import FeatureIndex, build_index
-from ..features.index import weights_digest
+from ..features.sources import weights_digest
 
 
 if TYPE_CHECKING:

@@ -58,9 +58,8 @@ def test_the_slider_moves_the_marker_by_keyboard(open_page):
     slider.focus()
     for _ in range(5):
         page.keyboard.press("PageDown")
-    page.wait_for_function(
-        "before => Number(document.querySelector('#chart .mark circle').getAttribute('cx')) < before", arg=float(before)
-    )
+    moved = "before => Number(document.querySelector('#chart .mark circle').getAttribute('cx')) < before"
+    page.wait_for_function(moved, arg=float(before))
     page.locator("#chart .mark text", has_text="about").wait_for()
 
 
@@ -94,7 +93,7 @@ def test_a_pruned_sae_is_pushed(open_page):
     page.get_by_label(re.compile("Token with write access")).fill("hf_loopback")
     page.get_by_role("button", name="Push to the Hub").click()
     page.get_by_text("Pushed:").wait_for()
-    page.get_by_label(re.compile("^SAE: a repository")).fill("somebody/pruned")
+    page.get_by_label("SAE: a repository on the Hub").fill("somebody/pruned")
     page.get_by_role("button", name="Open", exact=True).first.click()
     page.locator("#about", has_text=re.compile(r"64 latents.*no feature index")).wait_for()
     choose_tab(page, "Features")
@@ -213,7 +212,7 @@ def test_bad_input_is_a_message(open_page):
     page.get_by_label("Pattern or words").fill("(a")
     page.get_by_role("button", name="Search", exact=True).click()
     page.locator(".toast-body", has_text="(a").wait_for()
-    page.get_by_label(re.compile("^SAE: a repository")).fill("nobody/nothing")
+    page.get_by_label("SAE: a repository on the Hub").fill("nobody/nothing")
     page.get_by_role("button", name="Open", exact=True).first.click()
     page.locator(".toast-body", has_text="'nobody/nothing' cannot be opened").wait_for()
 
