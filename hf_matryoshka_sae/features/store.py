@@ -1,6 +1,7 @@
 """A feature index, opened at once and read a latent at a time."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from numbers import Integral
@@ -48,6 +49,7 @@ class FeatureIndex:
         self.about = about
         self._locate = locate
         self._places = places
+        self._reading = threading.Lock()
 
     @classmethod
     def open(
@@ -90,6 +92,11 @@ class FeatureIndex:
     def _contexts(self) -> pq.ParquetFile:
         return _opened(self._path(CONTEXTS))
 
+    def _read(self, action: Callable[[], Any]) -> Any:
+        """What `action` reads; one at a time, as a parquet file that is open does not bear two threads."""
+        with self._reading:
+            return _read(action)
+
     def _path(self, name: str) -> Path:
         return self._locate(name, self.about["files"][name])
 
@@ -113,7 +120,7 @@ class FeatureIndex:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
         # Of relations, the latents say which values stay with those that are left.
         needed = wanted if self._places is None else list(dict.fromkeys([*wanted, *_deciding(wanted)]))
-        table = _read(lambda: self._latents.read(columns=needed).select(needed))
+        table = self._read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
         return self._moved_table(table.take(self._places), wanted)
@@ -138,7 +145,7 @@ class FeatureIndex:
         """The contexts of a latent alone; raises `ValueError` as [`feature`] does."""
         place = self._place(latent)
         group = place // LATENTS_PER_GROUP[CONTEXTS]
-        table = _read(lambda: self._contexts.read_row_group(group))
+        table = self._read(lambda: self._contexts.read_row_group(group))
         rows = table.filter(pc.equal(table["latent"], place)).drop_columns("latent").to_pylist()
         return [
             Context(
@@ -159,7 +166,7 @@ class FeatureIndex:
         found: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
         columns = ["latent", "kind", "token_ids", "peak"]
         for group in range(self._contexts.num_row_groups):
-            table = _read(lambda group=group: self._contexts.read_row_group(group, columns=columns))
+            table = self._read(lambda group=group: self._contexts.read_row_group(group, columns=columns))
             table = table.filter(pc.equal(table["kind"], TOP)).combine_chunks()
             if not len(table):
                 continue
@@ -178,7 +185,7 @@ class FeatureIndex:
 
     def _feature(self, place: int) -> Feature:
         group, row = divmod(place, LATENTS_PER_GROUP[LATENTS])
-        found = _read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
+        found = self._read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
         pairs = {
             name: list(zip(found.pop(name) or [], found.pop(other) or [], strict=True))
             for name, other in (

@@ -130,8 +130,8 @@ class Opened:
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
-        table = self.require_index().table(["latent", "frequency", "mean_square", "max"])
-        return self._once("columns", lambda: {name: table[name].to_numpy() for name in table.column_names})
+        index = self.require_index()
+        return self._once("columns", lambda: _arrays(index))
 
     # Rankings
 
@@ -251,6 +251,11 @@ class Opened:
                 self._kept[key] = made
                 return made
             return self._kept[key]
+
+
+def _arrays(index: FeatureIndex) -> dict[str, np.ndarray]:
+    table = index.table(["latent", "frequency", "mean_square", "max"])
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def size_mb(sae: SAEModel) -> float:

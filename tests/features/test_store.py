@@ -1,6 +1,7 @@
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import HfApi, constants
 
+from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.features import FeatureIndex, layout, store
 from hf_matryoshka_sae.features.layout import CONTEXTS, INDEX, LATENTS
 
@@ -275,3 +277,11 @@ def test_a_feature_is_seen_in_under_100_ms(folder):
         index.feature(latent)
         times.append(time.perf_counter() - start)
     assert sorted(times)[len(times) // 2] < 0.1
+
+
+def test_threads_read_the_same_index():
+    index = FeatureIndex.open(embedded_sae_path())
+    wanted = {latent: _plain(index.feature(latent)) for latent in range(0, 2048, 64)}
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda latent: (latent, _plain(index.feature(latent))), list(wanted) * 12))
+    assert all(wanted[latent] == feature for latent, feature in found)
