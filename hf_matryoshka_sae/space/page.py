@@ -39,6 +39,8 @@ class Page:
     def __init__(self, library: Library, default: str):
         self.endpoints, self.default = Endpoints(library), default
         with gr.Blocks(title=TITLE, delete_cache=(3600, 3600), analytics_enabled=False) as self.blocks:
+            for name in (*_LIGHT, *_HEAVY):  # first: a handler of the same name would take it
+                self._endpoint(name)
             gr.Markdown(f"# {TITLE}")
             with gr.Row(equal_height=True):
                 self.source = gr.Textbox(
@@ -66,8 +68,6 @@ class Page:
             for tab in (first, second, third, fourth, fifth, sixth):
                 tab.select(None, None, None, js=f"() => showInLink({{tab: '{tab.id}'}})")
             self._wire()
-            for name in (*_LIGHT, *_HEAVY):
-                self._endpoint(name)
 
     def _endpoint(self, name: str) -> None:
         limits: dict[str, Any] = {"concurrency_limit": 20}
