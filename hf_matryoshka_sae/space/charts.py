@@ -49,7 +49,8 @@ def line_chart(
     """Lines through points, one for each series.
 
     Args:
-        series (`dict[str, list[tuple[float, float]]]`): Points by name; a series without points is left out.
+        series (`dict[str, list[tuple[float, float]]]`): Points by name; a series without points is left out, and so
+            are points that have no place: NaN, infinities, and what is not positive on a logarithmic axis.
         x, y ([`Axis`]): What is drawn.
         marks (`Sequence[Mark]`, *optional*): Points to point at.
         size (`tuple[int, int]`, *optional*): Of the drawing; the page scales it.
@@ -57,7 +58,13 @@ def line_chart(
     Returns:
         `str`: HTML: a figure. Names and labels are escaped.
     """
-    series = {name: sorted(points) for name, points in series.items() if points}
+
+    def placed(a: float, b: float) -> bool:
+        return all(math.isfinite(value) and (value > 0 or not axis.log) for value, axis in ((a, x), (b, y)))
+
+    series = {name: sorted(point for point in points if placed(*point)) for name, points in series.items()}
+    series = {name: points for name, points in series.items() if points}
+    marks = [mark for mark in marks if placed(mark.x, mark.y)]
     if not series:
         return '<p class="quiet">Nothing was measured yet.</p>'
     across = _Scale(x, [point[0] for points in series.values() for point in points], _LEFT, size[0] - _RIGHT)

@@ -6,6 +6,7 @@ import torch
 
 from ..features import Context, Feature, reconstruct_text, search_latents, search_words, steer, text_features
 from ..features.pattern_vocabulary import vocabulary_of
+from ..features.text import checked_latent
 from .comparing import compare
 from .library import Library
 from .limits import checked_text, on_gpu
@@ -220,8 +221,7 @@ class Endpoints:
         if not 1 <= new_tokens <= 100:
             raise ValueError(f"A text can be continued by 1 to 100 tokens, got {new_tokens}.")
         chosen = opened.check(Pruning(width=width)).width
-        if not 0 <= latent < chosen:
-            raise ValueError(f"At this width latents are numbered 0 to {chosen - 1}, got {latent}.")
+        latent = checked_latent(latent, chosen)
         unit = None if opened.index is None else opened.index.feature(latent, contexts=False).max
         with self.library.lock:
             found = steer(

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
 from ..assets import embedded_sae_path
@@ -133,7 +135,7 @@ class Library:
         try:
             where = self._resolved(source)
             sae = load(where, info.subfolder, **self._revision(where))
-        except OSError as error:
+        except (OSError, StrictDataclassError) as error:
             raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
         data = self._heldout(model, info.hookpoint)
         width = hookpoint_widths(data.model, [data.hookpoint])[data.hookpoint]
@@ -161,8 +163,20 @@ class Library:
         """The folder, or the id on the Hub."""
         if source == EMBEDDED:
             return str(embedded_sae_path())
-        local = Path(source).expanduser()
-        return str(local) if self.folders and local.is_dir() else source
+        try:
+            local = Path(source).expanduser()
+            is_folder = local.is_dir()
+        except (RuntimeError, OSError) as error:  # nobody's home, or a name that is too long
+            raise ValueError(
+                f"'{source[:80]}' is neither a folder nor a repository on the Hub. Check the name, or open "
+                f"'{EMBEDDED}'."
+            ) from error
+        if is_folder and not self.folders:
+            raise ValueError(
+                f"'{source}' cannot be opened: this page opens repositories on the Hub (user/name) and '{EMBEDDED}', "
+                "no folders of its machine."
+            )
+        return str(local) if is_folder else source
 
     def _revision(self, where: str) -> dict[str, Any]:
         return {} if self.revision is None or Path(where).is_dir() else {"revision": self.revision}

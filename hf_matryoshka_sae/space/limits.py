@@ -15,12 +15,18 @@ def checked_text(text: str, empty: str = "Write or paste a text first.", most: i
     Raises:
         `ValueError`: if it is empty or too long.
     """
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"Expected a text, got {text!r:.80} of type {type(text).__name__}.")
     if not text or not text.strip():
         raise ValueError(empty)
     if len(text) > most:
         raise ValueError(
             f"This is {len(text):,} characters long; at most {most:,} can be read here. Paste a part of it."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"This text holds half a character, at place {error.start:,}. Copy it again.") from error
     return text
 
 

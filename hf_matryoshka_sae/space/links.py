@@ -38,8 +38,9 @@ class View:
         found: dict[str, Any] = {"sae": default}
         problems = []
         for field in fields(cls):
-            text = query.get(field.name, "").strip()
-            if not text:
+            text = query.get(field.name, "")
+            text = text if field.name == "q" else text.strip()  # in a pattern a leading space counts
+            if not text.strip():
                 continue
             if field.name in ("width", "k", "latent"):
                 if not text.isdecimal() or not text.isascii():

@@ -211,7 +211,7 @@ class Opened:
             smaller = with_threshold(ranked, pruning.width, threshold)
         else:
             smaller = ranked.truncate(pruning.width).eval()
-        smaller.config.k = pruning.k
+        smaller.config.k = smaller.k = pruning.k  # the config is saved, the other is used
         return smaller
 
     def measured(self, pruning: Pruning) -> dict[str, Any]:

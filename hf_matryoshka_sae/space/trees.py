@@ -1,5 +1,7 @@
 """The tree of latents as an index has it: parents, scores, levels."""
 
+from numbers import Integral
+
 import numpy as np
 
 from ..features import FeatureIndex
@@ -30,8 +32,8 @@ class IndexTree:
 
     def check(self, latent: int) -> None:
         """Raises `ValueError` if there is no such latent."""
-        if not 0 <= latent < len(self):
-            raise ValueError(f"Latents are numbered 0 to {len(self) - 1}, got {latent}.")
+        if isinstance(latent, bool) or not isinstance(latent, Integral) or not 0 <= latent < len(self):
+            raise ValueError(f"Latents are numbered 0 to {len(self) - 1}, got {latent!r}.")
 
     def score(self, latent: int) -> float:
         """How well its parent explains it."""
