@@ -4,6 +4,7 @@ At the hookpoint the hidden states are replaced by their reconstructions, at eve
 first, which keep theirs as in the evaluation (see `evaluation.language_model`).
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class ReconstructedText:
             of the model as it is and with reconstructions; NaN where it is not predicted from a replaced state.
         fvu (`float`, *optional*): Squared error of the reconstructions over the variance of the text's hidden states;
             `None` with fewer than two.
-        l0 (`float`): Latents that fire per token.
+        l0 (`float`): Latents that fire per token; 0 where no token is read.
         left_out (`int`): Tokens at the end of the text that were too many.
         plain (`str`), spliced (`str`): How the model goes on, as it is and with reconstructions.
     """
@@ -80,7 +81,7 @@ def reconstruct_text(
     if max_new_tokens and not model.can_generate():
         raise ValueError(f"{type(model).__name__} continues no text: a causal language model is needed.")
     sae = sae if width is None else sae.truncate(width)
-    sae.eval()
+    sae = copy.deepcopy(sae).eval() if sae.training else sae
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     room = longest(model) - max_new_tokens
     batch, left_out = read_text(tokenizer, text, min(max_tokens, room))
@@ -103,7 +104,7 @@ def reconstruct_text(
         loss=loss,
         spliced_loss=spliced_loss,
         fvu=float(error / variance) if float(variance) > 0 else None,
-        l0=float((output.latents.values > 0).sum(-1).double().mean()),
+        l0=float((output.latents.values > 0).sum()) / max(1, len(states)),
         left_out=left_out,
         plain=plain,
         spliced=spliced,
