@@ -151,8 +151,9 @@ class Opened:
         k = pruning.k if self.counts else None
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1 latent per token, got {k}.")
-        k = None if k == self.sae.config.k else k
-        return Pruning(pruning.ranking, int(width), None if k is None else min(int(k), int(width)))
+        if k is None or k == self.sae.config.k:
+            return Pruning(pruning.ranking, int(width))
+        return Pruning(pruning.ranking, int(width), min(int(k), int(width)))
 
     def statistics(self) -> LatentStatistics:
         """What each latent does: as saved beside the SAE, else measured on the held-out text."""
