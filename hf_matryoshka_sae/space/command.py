@@ -1,6 +1,7 @@
 """`matryoshka-sae space`: the page, on this machine."""
 
 import argparse
+import importlib.util
 import sys
 
 from ..activations.language_model import EMBEDDED
@@ -14,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
         from .page import build_demo
     except ImportError as error:
         sys.stderr.write(f'error: {error}. The page needs Gradio: pip install "hf_matryoshka_sae[space]"\n')
+        return 2
+    if parsed.mcp and importlib.util.find_spec("mcp") is None:
+        sys.stderr.write('error: --mcp needs a package: pip install "gradio[mcp]"\n')
         return 2
     from transformers.utils import logging
 

@@ -86,7 +86,7 @@ def test_a_pruned_sae_is_downloaded_and_loads(open_page, tmp_path):
     assert torch.equal(pruned.W_dec, whole.W_dec[pruned.latent_ids])
 
 
-def test_a_pruned_sae_is_pushed(open_page):
+def test_a_pruned_sae_is_pushed_opened_and_indexed(open_page):
     SERVER.reset()
     page = open_page("?width=64")
     page.get_by_label("or push it to your repository").fill("somebody/pruned")
@@ -97,7 +97,12 @@ def test_a_pruned_sae_is_pushed(open_page):
     page.get_by_role("button", name="Open", exact=True).first.click()
     page.locator("#about", has_text=re.compile(r"64 latents.*no feature index")).wait_for()
     choose_tab(page, "Features")
-    page.get_by_role("button", name="Build the index").wait_for()
+    assert page.get_by_text("There is no index to read from").is_visible()
+    page.get_by_label("number input for Tokens of text to look at").fill("10000")
+    page.get_by_role("button", name="Build the index").click()
+    page.locator("#latents a[data-latent]").first.click()
+    page.locator("#feature h2").wait_for()
+    assert not page.get_by_role("button", name="Build the index").is_visible()
 
 
 def test_a_feature_is_opened_from_the_table(open_page, any_width):
