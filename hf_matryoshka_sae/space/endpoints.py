@@ -19,6 +19,10 @@ SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation"
 _ALL: list["Endpoints"] = []
 
 
+def _made(number: int) -> "Endpoints":
+    return _ALL[number]
+
+
 class Endpoints:
     """Questions to SAEs by name; `sae` is a repository id, a folder or `embedded`, `place` which of its SAEs.
 
@@ -33,7 +37,7 @@ class Endpoints:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # To a forked process (see `on_gpu`) goes which one this is, not what it has open.
-        return _ALL.__getitem__, (self._number,)
+        return _made, (self._number,)
 
     def describe(self, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """What an SAE is: its family, sizes, language model and hookpoint, and whether it has a feature index."""
