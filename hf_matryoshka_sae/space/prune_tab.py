@@ -1,5 +1,6 @@
 """Prune: how much of an SAE is kept, what that is worth, and taking it along."""
 
+import shutil
 import tempfile
 import time
 import zipfile
@@ -284,7 +285,7 @@ def export(sae: SAEModel, folder: Path, name: str) -> Path:
     """
     for old in folder.glob("*/*.zip"):
         if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
-            old.unlink(missing_ok=True)
+            shutil.rmtree(old.parent, ignore_errors=True)
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{name}.zip"
     with tempfile.TemporaryDirectory(dir=folder) as saved:
         sae.save_pretrained(saved)

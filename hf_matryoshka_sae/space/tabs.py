@@ -1,9 +1,9 @@
 """What the tabs share: where they show HTML, and what is open."""
 
-import os
 from dataclasses import dataclass
 
 import gradio as gr
+from gradio.utils import get_space
 
 from . import html
 
@@ -34,4 +34,4 @@ def area(name: str) -> gr.HTML:
 
 def on_a_space() -> bool:
     """Whether this runs as a Space on the Hub, with visitors who log in there."""
-    return bool(os.environ.get("SPACE_ID"))
+    return get_space() is not None
