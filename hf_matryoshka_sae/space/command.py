@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+import threading
 
 from ..activations.language_model import EMBEDDED
 
@@ -12,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         from .launching import launch
-        from .page import build_demo
+        from .page import WARMING, build_demo
     except ImportError as error:
         sys.stderr.write(f'error: {error}. The page needs Gradio: pip install "hf_matryoshka_sae[space]"\n')
         return 2
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
+        for thread in threading.enumerate():
+            if thread.name == WARMING:
+                thread.join()  # torch aborts a process that ends while a thread of it computes
         return 2
     return 0
 

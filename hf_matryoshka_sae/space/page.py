@@ -22,6 +22,9 @@ from .tree_tab import TreeTab
 
 
 TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"
+WARMING = "warming"
+"""Name of the thread that opens what is shown at first."""
+
 _LIGHT = ("describe", "feature", "latents", "family")
 """Endpoints that only read an index: many at once. The others run a language model, one at a time."""
 
@@ -210,5 +213,5 @@ def build_demo(library: Library | None = None, default: str = "embedded", warm: 
     """
     page = Page(library or Library(), default)
     if warm:
-        threading.Thread(target=page.warm, daemon=True).start()
+        threading.Thread(target=page.warm, name=WARMING, daemon=True).start()
     return page.blocks
