@@ -120,18 +120,28 @@ def test_fvu_and_l0_are_those_of_the_text(lm, sae):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_the_continuation_is_that_of_a_greedy_loop(lm, sae, cached, monkeypatch):
-    model, tokenizer = lm
-    monkeypatch.setattr(model.generation_config, "use_cache", cached)
-    monkeypatch.setattr(model.config, "use_cache", cached)
-    found = reconstruct_text(sae, *lm, TEXT, max_new_tokens=12)
-    ids = ids_of(tokenizer)
-    plain = greedy(model, ids, 12)
-    with replacing(model, sae):
-        spliced = greedy(model, ids, 12)
-    assert found.plain == tokenizer.decode(plain, skip_special_tokens=True)
-    assert found.spliced == tokenizer.decode(spliced, skip_special_tokens=True)
-    assert plain != spliced
+def test_the_continuation_is_that_of_a_greedy_loop(sae, cached):
+    model, tokenizer = small.language_model(), tiny.tokenizer()
+    model.generation_config.use_cache = model.config.use_cache = cached
+    attention, lengths = model.model.layers[2].self_attn, []
+    attention.v_proj.weight.data *= 40  # what stands before has a say
+    attention.o_proj.weight.data *= 40
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: lengths.append(args[0].shape[1]))
+    kept = changed = 0
+    for text in (TEXT, "w7", "w150 w2", "w44 w45 w46"):
+        lengths.clear()
+        found = reconstruct_text(sae, model, tokenizer, text, max_new_tokens=12)
+        assert (1 in lengths) == cached
+        ids = ids_of(tokenizer, text)
+        plain = greedy(model, ids, 12)
+        with replacing(model, sae):
+            spliced = greedy(model, ids, 12)
+        with replacing(model, sae, first=0):
+            kept += greedy(model, ids, 12) != spliced
+        assert found.plain == tokenizer.decode(plain, skip_special_tokens=True)
+        assert found.spliced == tokenizer.decode(spliced, skip_special_tokens=True)
+        changed += plain != spliced
+    assert changed and kept  # which states are replaced makes a difference here
 
 
 def test_a_perfect_sae_changes_nothing(lm):
