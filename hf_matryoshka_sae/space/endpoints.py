@@ -224,6 +224,8 @@ class Endpoints:
         text = checked_text(text)
         if not 1 <= new_tokens <= 100:
             raise ValueError(f"A text can be continued by 1 to 100 tokens, got {new_tokens}.")
+        if temperature and not 0.01 <= temperature <= 10:
+            raise ValueError(f"The temperature must be 0 or lie between 0.01 and 10, got {temperature}.")
         chosen = opened.check(Pruning(width=width)).width
         latent = checked_latent(latent, chosen)
         unit = None if opened.index is None else opened.index.feature(latent, contexts=False).max

@@ -96,17 +96,24 @@ class Library:
         key = (source or "").strip(), place or ""
         found = self._known(key)
         if found is None:
-            with self.lock:
-                found = self._known(key)  # another visitor may have opened it while this one waited
-                if found is None:
-                    found = self._open(*key)
-                    self._keep(key, found)
+            with self.lock:  # another visitor may have opened it while this one waited, or by its place
+                found = self._known(key) or self._known(self._named(key)) or self._open(*key)
+                self._keep(key, found)
         return found
 
     def to(self, device: str) -> None:
         """Move all that is open to a device."""
-        for opened in self._opened.values():
+        with self._guard:
+            everything = list(self._opened.values())
+        for opened in everything:
             opened.to(device)
+
+    def _named(self, key: tuple[str, str]) -> tuple[str, str]:
+        """The same with the place that an empty one stands for, if one of the source is open."""
+        source, place = key
+        if place or not any(other == source for other, _ in self._opened):
+            return key
+        return source, next(iter(self.saes(source)))
 
     def _known(self, key: tuple[str, str]) -> Opened | None:
         with self._guard:

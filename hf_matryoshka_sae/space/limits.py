@@ -1,7 +1,10 @@
 """What a page open to everybody has to bear: long texts, and a GPU that is lent by the call."""
 
 import functools
+import inspect
+import math
 import os
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +31,36 @@ def checked_text(text: str, empty: str = "Write or paste a text first.", most: i
     except UnicodeEncodeError as error:
         raise ValueError(f"This text holds half a character, at place {error.start:,}. Copy it again.") from error
     return text
+
+
+def typed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that refuses values of another type than it says, as those of an API may be anything.
+
+    A number without a fraction is a whole number, however it was written. Raises `ValueError`.
+    """
+    kinds = typing.get_type_hints(method)
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            given.arguments[name] = _as(kinds.get(name), name, value)
+        return method(*given.args, **given.kwargs)
+
+    return checked
+
+
+def _as(kind: Any, name: str, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int and number and value == int(value):
+        return int(value)
+    if kind is float and number:
+        return float(value)
+    if kind not in (int, float) and (kind not in (str, bool) or isinstance(value, kind)):
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+    raise ValueError(f"`{name}` must be {wanted}, got {value!r:.80}.")
 
 
 def on_gpu(method: Callable[..., Any]) -> Callable[..., Any]:

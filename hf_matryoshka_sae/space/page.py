@@ -11,6 +11,7 @@ from .endpoints import Endpoints
 from .features_tab import FeaturesTab
 from .html import escape
 from .library import Library
+from .limits import typed
 from .links import View
 from .messages import told
 from .opened import Pruning
@@ -77,7 +78,7 @@ class Page:
         if name in _HEAVY:
             limits = {"concurrency_limit": 1, "concurrency_id": "model"}
         method = getattr(self.endpoints, name)
-        gr.api(told(method), api_name=name, api_description=inspect.getdoc(method), **limits)
+        gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 
     def _wire(self) -> None:
         everything = [

@@ -45,6 +45,11 @@ def test_the_embedded_sae_is_opened_with_its_model(library):
     assert library.open(" embedded ") is found and library.open("embedded", ROOT) is found
 
 
+def test_an_sae_is_the_same_with_and_without_its_place(tmp_path):
+    library, folder = Library(tokens=300), small_sae(tmp_path)
+    assert library.open(folder, ROOT) is library.open(folder)
+
+
 def test_saes_of_one_model_share_its_text(library, tmp_path):
     other = library.open(small_sae(tmp_path))
     assert other.data.model is library.open("embedded").data.model
