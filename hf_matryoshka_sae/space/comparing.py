@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..models import SAEModel
+from .answers import measured_row
 from .opened import Opened, Pruning
 
 
@@ -51,8 +52,6 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
 
 
 def _figures(opened: Opened, pruning: Pruning) -> dict[str, Any]:
-    from .endpoints import measured_row
-
     return {"sae": opened.source, "place": opened.place, **measured_row(opened, pruning)}
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import gradio as gr
 
 from . import html
-from .endpoints import SORTS, Endpoints, feature_of, list_latents
+from .answers import SORTS, feature_of, list_latents
+from .endpoints import Endpoints
 from .feature_page import feature_page
 from .indexes import build
 from .messages import told

@@ -13,8 +13,9 @@ import gradio as gr
 
 from ..models import SAEModel
 from . import html
+from .answers import measured_row
 from .charts import Axis, Mark, line_chart
-from .endpoints import Endpoints, measured_row
+from .endpoints import Endpoints
 from .messages import told
 from .opened import RANKINGS, Opened, Pruning
 from .tabs import BAR, BARS, Shown, area, on_a_space

@@ -18,7 +18,7 @@ from hf_matryoshka_sae.features import (
     text_features,
 )
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
-from hf_matryoshka_sae.space.endpoints import SORTS
+from hf_matryoshka_sae.space.answers import SORTS
 
 from .conftest import TOKENS
 
