@@ -3,6 +3,7 @@
     python spaces_app/app.py
 
 `MATRYOSHKA_SAE` names a repository to open first, `MATRYOSHKA_DATASET` a data set with a column `text` to measure on.
+With `MATRYOSHKA_OWN_TOKEN` set, visitors read what the Space's own token may read.
 """
 
 import os
@@ -14,11 +15,16 @@ except ImportError:
     pass
 
 from hf_matryoshka_sae.space import Library, build_demo, launch
+from hf_matryoshka_sae.space.limits import forget_own_token
 
+
+ON_A_SPACE = bool(os.environ.get("SPACE_ID"))
+if ON_A_SPACE and not os.environ.get("MATRYOSHKA_OWN_TOKEN"):
+    forget_own_token()  # a secret of the Space's is not for its visitors
 
 library = Library(
     dataset=os.environ.get("MATRYOSHKA_DATASET") or None,
-    folders=not os.environ.get("SPACE_ID"),  # visitors of a Space have no business in its folders
+    public=ON_A_SPACE,
 )
 demo = build_demo(library, os.environ.get("MATRYOSHKA_SAE") or "embedded", warm=True)
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
 
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 delete_patterns=["hf_matryoshka_sae/**"],
             )
         sys.stdout.write(f"{commit.repo_url}\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, httpx.HTTPError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

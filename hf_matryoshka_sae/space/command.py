@@ -23,11 +23,24 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from .library import Library
+    from .limits import UNREACHABLE, forget_own_token
 
     logging.disable_progress_bar()
     try:
-        library = Library(parsed.dataset, parsed.tokens, parsed.context_length, parsed.model, revision=parsed.revision)
-        library.saes(parsed.source)  # what is not there is said now, not on the page
+        public = parsed.share or parsed.host not in ("127.0.0.1", "localhost", "::1")
+        if public:
+            forget_own_token()
+        library = Library(
+            parsed.dataset,
+            parsed.tokens,
+            parsed.context_length,
+            parsed.model,
+            revision=parsed.revision,
+            public=public,
+            shown=[parsed.source],
+        )
+        if (parsed.source, parsed.model, parsed.dataset) != (EMBEDDED, None, None):
+            library.open(parsed.source)  # what is not there is said now, not on the page
         page = build_demo(library, parsed.source, warm=True)
         launch(
             page,
@@ -37,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             mcp_server=parsed.mcp,
             inbrowser=parsed.open,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, *UNREACHABLE) as error:
         sys.stderr.write(f"error: {error}\n")
         for thread in threading.enumerate():
             if thread.name == WARMING:
@@ -63,9 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=10_000, help="of it, to measure on (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
     parser.add_argument("--revision", help="of repositories on the Hub: branch, tag or commit")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s). On any other, as with --share, strangers may come: the "
+        "page then opens no other folder, and neither reads nor pushes with this machine's token",
+    )
     parser.add_argument("--port", type=int, help="to listen on (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="make a public link that lasts a week")
+    parser.add_argument("--share", action="store_true", help="make a public link that lasts a week; see --host")
     parser.add_argument("--mcp", action="store_true", help='serve the API to language models too ("gradio[mcp]")')
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     return parser

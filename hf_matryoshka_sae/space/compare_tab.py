@@ -37,7 +37,8 @@ class CompareTab:
             self.left = self._side("A", "trained")
             self.right = self._side("B", "energy")
         self.compare = gr.Button("Compare", variant="primary")
-        self.outcome = area("comparison")
+        # Links to latents lead where they say: those of B may be of another SAE than the one that is open.
+        self.outcome = area("comparison", selects=False)
         self.compare.click(
             told(self.show),
             [*self.left, *self.right],

@@ -55,6 +55,7 @@ class Endpoints:
             "hookpoint": opened.data.hookpoint,
             "tokens": opened.data.tokens,
             "index_tokens": None if index is None else index.about["tokens"],
+            "index_problem": opened.index_problem if index is None else "",
         }
 
     @on_gpu
@@ -221,6 +222,10 @@ class Endpoints:
         text = checked_text(text)
         if not 1 <= new_tokens <= 100:
             raise ValueError(f"A text can be continued by 1 to 100 tokens, got {new_tokens}.")
+        if isinstance(strength, int | float) and 100 < abs(strength) < float("inf"):
+            raise ValueError(f"The strength must lie between -100 and 100, got {strength}.")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"The seed must lie between 0 and 2^63 - 1, got {seed}.")
         if temperature and not 0.01 <= temperature <= 10:
             raise ValueError(f"The temperature must be 0 or lie between 0.01 and 10, got {temperature}.")
         chosen = opened.check(Pruning(width=width)).width

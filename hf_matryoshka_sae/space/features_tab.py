@@ -9,7 +9,7 @@ from .answers import SORTS, feature_of, list_latents
 from .endpoints import Endpoints
 from .feature_page import feature_page
 from .indexes import build
-from .messages import told
+from .messages import told, warn
 from .opened import Opened
 from .tabs import BARS, Shown, area
 
@@ -29,7 +29,7 @@ class FeaturesTab:
     def __init__(self, endpoints: Endpoints, shown: Shown):
         self.endpoints, self.shown = endpoints, shown
         with gr.Group(visible=False) as self.without:
-            gr.Markdown("### This SAE has no feature index yet\nWhat its latents fire on is read from one.")
+            gr.Markdown("### There is no feature index to read\nWhat latents fire on is read from one.")
             self.tokens = gr.Slider(10_000, 1_000_000, 200_000, step=10_000, label="Tokens of text to look at")
             self.build = gr.Button("Build the index", variant="primary")
         with gr.Row():
@@ -60,7 +60,7 @@ class FeaturesTab:
             self.feature,
             **light,
         )
-        opening.then(None, self.shown.latent, None, js="latent => showInLink({latent, tab: 'features'})")
+        opening.then(None, self.shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)")
         for changed in (self.sort.input, self.ascending.input, self.contains.submit, self.contains.blur):
             changed(lambda: 1, None, self.page, **light).then(told(self.list), order, self.table, **light)
         self.page.submit(told(self.list), order, self.table, **light)
@@ -68,10 +68,10 @@ class FeaturesTab:
             button.click(lambda page, step=step: max(1, int(page or 1) + step), self.page, self.page, **light).then(
                 told(self.list), order, self.table, **light
             )
-        self.build.click(
+        self.built = self.build.click(
             told(self.build_index),
             [self.shown.current, self.tokens],
-            [self.without, self.table],
+            self.without,
             api_visibility="private",
             concurrency_id="model",
             concurrency_limit=1,
@@ -92,7 +92,7 @@ class FeaturesTab:
             return gr.update(visible=True), "", '<p class="quiet">There is no index to read from.</p>'
         number = int(latent or 0)
         if number >= opened.num_latents:
-            gr.Warning(f"This SAE has latents 0 to {opened.num_latents - 1}, so there is no latent {number}.")
+            warn(f"This SAE has latents 0 to {opened.num_latents - 1}, so there is no latent {number}.")
             number = 0
         page = show_feature(opened, number)
         return gr.update(visible=False), latents_table(opened, "energy", True, "", 1), page
@@ -129,7 +129,7 @@ def opens_latents(place: gr.HTML, endpoints: Endpoints, shown: Shown, feature: g
         api_visibility="private",
         show_progress="hidden",
         concurrency_limit=20,
-    ).then(None, shown.latent, None, js="latent => showInLink({latent, tab: 'features'})").then(
+    ).then(None, shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)").then(
         None, None, None, js=_TO_VIEW
     )
 

@@ -1,6 +1,7 @@
 """Where the index of an open SAE is: beside it, or where the page built one."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from huggingface_hub import constants
 
 from ..features import FeatureIndex, build_index
 from ..features.sources import weights_digest
+from .labels import Labels
+from .limits import UNREACHABLE
 
 
 if TYPE_CHECKING:
@@ -20,18 +23,36 @@ def built_folder(opened: "Opened") -> Path:
     return Path(root).expanduser() / "indexes" / weights_digest(opened.sae)[:32]
 
 
-def find_index(opened: "Opened") -> FeatureIndex | None:
-    """The finished index of these weights, if there is one."""
+@dataclass(frozen=True)
+class FoundIndex:
+    """What there is to read of an SAE's latents.
+
+    Args:
+        index ([`FeatureIndex`], *optional*): Of these weights; `None` where there is none that can be read.
+        labels ([`Labels`]): Read from it.
+        problem (`str`): What is wrong with one that cannot be read.
+    """
+
+    index: FeatureIndex | None
+    labels: Labels
+    problem: str = ""
+
+
+def find_index(opened: "Opened") -> FoundIndex:
+    """The finished index of these weights: beside the SAE, or one that the page built."""
+    problem = ""
     for where, subfolder in ((opened.where, opened.subfolder), (str(built_folder(opened)), "")):
-        if subfolder == "" and where != opened.where and not Path(where).is_dir():
+        if where != opened.where and not Path(where).is_dir():
             continue
         try:
-            index = FeatureIndex.open(where, subfolder)
+            index = FeatureIndex.open(where, subfolder, revision=opened.library.revision)
             index.check(opened.sae)
-            return index
-        except (ValueError, OSError):
-            continue  # none there, or that of other weights
-    return None
+            index.contexts(0)
+            return FoundIndex(index, Labels(index, opened.tokenizer))  # which reads contexts, as far as it is not long
+        except (ValueError, *UNREACHABLE) as error:
+            if "damaged" in str(error):  # else there is none, or that of other weights
+                problem = problem or str(error)
+    return FoundIndex(None, Labels(None, opened.tokenizer), problem)
 
 
 def build(opened: "Opened", tokens: int) -> FeatureIndex:

@@ -3,17 +3,19 @@
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 
 from ..activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
 from ..assets import embedded_sae_path
 from ..evaluation import HeldOut, open_heldout
 from ..hub import SAEInfo, list_saes, load
+from .limits import UNREACHABLE
 from .opened import Opened
 
 
@@ -31,7 +33,10 @@ class Library:
         model (`str`, *optional*): The language model of all SAEs; by default what each names.
         keep (`int`, *optional*, defaults to 4): SAEs kept open.
         revision (`str`, *optional*): Of repositories on the Hub.
-        folders (`bool`, *optional*, defaults to `True`): Whether visitors may open folders of this machine.
+        public (`bool`, *optional*, defaults to `False`): Whether strangers visit. Then no folder of this machine is
+            opened but those of `shown`, and nobody pushes with the token of this machine; see also
+            [`forget_own_token`].
+        shown (`Sequence[str]`, *optional*): Folders that strangers may open all the same.
     """
 
     def __init__(
@@ -42,7 +47,8 @@ class Library:
         model: str | None = None,
         keep: int = 4,
         revision: str | None = None,
-        folders: bool = True,
+        public: bool = False,
+        shown: Sequence[str] = (),
     ):
         if tokens < 1 or context_length < 2 or keep < 1:
             raise ValueError(
@@ -51,7 +57,7 @@ class Library:
             )
         self.dataset = DatasetConfig(dataset) if isinstance(dataset, str) else dataset
         self.tokens, self.context_length, self.model, self.keep = tokens, context_length, model, keep
-        self.revision, self.folders = revision, folders
+        self.revision, self.public, self.shown = revision, public, frozenset(shown)
         # A GPU that is lent by the call is not there while an SAE is opened.
         self.device = "cpu" if os.environ.get("SPACES_ZERO_GPU") else None
         # Held by whatever loads or runs a language model: two runs at once are no faster, and transformers'
@@ -76,7 +82,12 @@ class Library:
         where = self._resolved(source)
         try:
             found = list_saes(where, **self._revision(where))
-        except OSError as error:
+        except HFValidationError as error:
+            raise ValueError(
+                f"'{source[:80]}' is neither a folder{'' if self.public else ' here'} nor the name of a repository on "
+                f"the Hub (user/name). Check it, or open '{EMBEDDED}'."
+            ) from error
+        except UNREACHABLE as error:
             raise ValueError(
                 f"'{source}' cannot be opened: there is no such folder here, and the Hub says: {_first_line(error)} "
                 f"Check the name, or open '{EMBEDDED}'."
@@ -96,6 +107,7 @@ class Library:
         key = (source or "").strip(), place or ""
         found = self._known(key)
         if found is None:
+            self.saes(key[0])  # what is not there is said without waiting for others, and nobody waits for the Hub
             with self.lock:  # another visitor may have opened it while this one waited, or by its place
                 found = self._known(key) or self._known(self._named(key)) or self._open(*key)
                 self._keep(key, found)
@@ -139,10 +151,15 @@ class Library:
                 f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can "
                 "be measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
             )
+        if self.public and model != EMBEDDED and Path(model).expanduser().exists():
+            raise ValueError(
+                f"The config of '{source}' names '{model}' as its language model, a folder of some machine. Push it "
+                "with the model's id on the Hub."
+            )
         try:
             where = self._resolved(source)
             sae = load(where, info.subfolder, **self._revision(where))
-        except (OSError, StrictDataclassError) as error:
+        except (*UNREACHABLE, StrictDataclassError) as error:
             raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
         data = self._heldout(model, info.hookpoint)
         width = hookpoint_widths(data.model, [data.hookpoint])[data.hookpoint]
@@ -178,7 +195,7 @@ class Library:
                 f"'{source[:80]}' is neither a folder nor a repository on the Hub. Check the name, or open "
                 f"'{EMBEDDED}'."
             ) from error
-        if is_folder and not self.folders:
+        if is_folder and self.public and source not in self.shown:
             raise ValueError(
                 f"'{source}' cannot be opened: this page opens repositories on the Hub (user/name) and '{EMBEDDED}', "
                 "no folders of its machine."

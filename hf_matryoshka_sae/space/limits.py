@@ -1,4 +1,4 @@
-"""What a page open to everybody has to bear: long texts, and a GPU that is lent by the call."""
+"""What a page open to everybody has to bear: long texts, values of any type, strangers, a GPU lent by the call."""
 
 import functools
 import inspect
@@ -8,8 +8,14 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.utils import httpx
+
 
 MOST_CHARACTERS = 20_000
+
+UNREACHABLE = (OSError, httpx.HTTPError)
+"""What the Hub's client raises where something is not there, or the network is not."""
 
 
 def checked_text(text: str, empty: str = "Write or paste a text first.", most: int = MOST_CHARACTERS) -> str:
@@ -31,6 +37,11 @@ def checked_text(text: str, empty: str = "Write or paste a text first.", most: i
     except UnicodeEncodeError as error:
         raise ValueError(f"This text holds half a character, at place {error.start:,}. Copy it again.") from error
     return text
+
+
+def forget_own_token() -> None:
+    """From here on this process asks the Hub as nobody, unless a token is given: strangers do not read with ours."""
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
 
 
 def typed(method: Callable[..., Any]) -> Callable[..., Any]:

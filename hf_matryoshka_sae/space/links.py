@@ -6,9 +6,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ..activations.language_model import EMBEDDED
+from .opened import RANKINGS
 
 
 TABS = ("prune", "features", "search", "tree", "try", "compare")
+_CHOICES = {"tab": TABS, "ranking": RANKINGS, "kind": ("pattern", "words")}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class View:
         tab (`str`): One of `TABS`.
         ranking (`str`), width (`int`), k (`int`): Of the pruning; 0 is all latents, and k as trained.
         latent (`int`, *optional*): The feature that is shown.
-        q (`str`): What is searched for.
+        q (`str`), kind (`str`): What is searched for, and whether that is a `"pattern"` or `"words"`.
     """
 
     sae: str = EMBEDDED
@@ -31,6 +33,7 @@ class View:
     k: int = 0
     latent: int | None = None
     q: str = ""
+    kind: str = "pattern"
 
     @classmethod
     def of(cls, query: Mapping[str, str], default: str = EMBEDDED) -> tuple["View", list[str]]:
@@ -47,8 +50,8 @@ class View:
                     problems.append(f"{field.name} should be a whole number, got '{text[:40]}'")
                     continue
                 found[field.name] = int(text[:18])
-            elif field.name == "tab" and text not in TABS:
-                problems.append(f"there is no tab '{text[:40]}'; there are {', '.join(TABS)}")
+            elif field.name in _CHOICES and text not in _CHOICES[field.name]:
+                problems.append(f"there is no {field.name} '{text[:40]}'; there are {', '.join(_CHOICES[field.name])}")
             else:
                 found[field.name] = text
         if found.get("latent") is not None and "tab" not in found:

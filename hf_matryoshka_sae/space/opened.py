@@ -1,6 +1,6 @@
 """One open SAE: rankings of its latents, prunings of it, and what each is worth on held-out text.
 
-Nothing here changes after it was made, so that many visitors can look at the same SAE; what was measured is kept.
+Many visitors look at the same SAE: it is not changed, and what was measured is kept.
 """
 
 import threading
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ..evaluation import Dictionary, HeldOut, evaluate_fidelity
@@ -26,8 +27,10 @@ from ..progressive import (
     with_threshold,
 )
 from ..progressive.ranking import sorting_order
-from .indexes import find_index
+from ..progressive.statistics import STATISTICS_FILE
+from .indexes import FoundIndex, find_index
 from .labels import Labels
+from .limits import UNREACHABLE
 from .trees import IndexTree
 
 
@@ -75,8 +78,7 @@ class Opened:
         self.sae, self.data, self.library = sae, data, library
         self.num_latents: int = sae.config.num_latents
         self._kept: dict[Any, Any] = {}
-        self._index: FeatureIndex | None = None
-        self._guard = threading.Lock()
+        self._reading = threading.RLock()  # held by what needs no language model, which does not wait for one
 
     def to(self, device: str) -> None:
         """Move the SAE and the language model."""
@@ -94,19 +96,27 @@ class Opened:
         return self.sae.config.activation_name in _COUNTED and getattr(self.sae.config, "group_size", None) is None
 
     @cached_property
-    def index(self) -> FeatureIndex | None:
-        """Its feature index, if there is one of these weights."""
+    def _found(self) -> FoundIndex:
         return find_index(self)
 
-    @cached_property
+    @property
+    def index(self) -> FeatureIndex | None:
+        """Its feature index, if there is one of these weights that can be read."""
+        return self._found.index
+
+    @property
     def labels(self) -> Labels:
         """What to write beside its latents."""
-        return Labels(self.index, self.tokenizer)
+        return self._found.labels
+
+    @property
+    def index_problem(self) -> str:
+        """What is wrong with the index that is there; empty where there is none, or nothing is wrong."""
+        return self._found.problem
 
     def forget_index(self) -> None:
         """Look for the index anew: one was built."""
-        self.__dict__.pop("index", None)
-        self.__dict__.pop("labels", None)
+        self.__dict__.pop("_found", None)
         for key in ("tree", "columns"):
             self._kept.pop(key, None)
 
@@ -118,20 +128,20 @@ class Opened:
         """
         if self.index is None:
             raise ValueError(
-                "This SAE has no feature index yet. Build it on the Features tab, or with `matryoshka-sae index "
-                f"{self.source}`, and open the SAE again."
+                f"{self.index_problem or 'This SAE has no feature index yet.'} Build it on the Features tab, or with "
+                f"`matryoshka-sae index {self.source}`, and open the SAE again."
             )
         return self.index
 
     def tree(self) -> IndexTree:
         """Parents and children of its latents; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)))
+        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)), lock=self._reading)
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("columns", lambda: _arrays(index))
+        return self._once("columns", lambda: _arrays(index), lock=self._reading)
 
     # Rankings
 
@@ -157,22 +167,26 @@ class Opened:
 
     def statistics(self) -> LatentStatistics:
         """What each latent does: as saved beside the SAE, else measured on the held-out text."""
-        return self._once("statistics", self._statistics)
-
-    def _statistics(self) -> LatentStatistics:
         if self._saved_statistics is not None:
             return self._saved_statistics
-        return latent_statistics(self.sae, self.data, attribution=self.data.has_loss)
+        return self._once("statistics", lambda: latent_statistics(self.sae, self.data, attribution=self.data.has_loss))
 
     @cached_property
     def _saved_statistics(self) -> LatentStatistics | None:
         """Those beside the SAE, if they are of these weights and complete."""
         try:
-            found = LatentStatistics.load(Path(self.where) / self.subfolder)
+            found = LatentStatistics.load(self._file(STATISTICS_FILE))
             found.check(self.sae)
-        except ValueError:
+        except (ValueError, *UNREACHABLE):
             return None
         return None if found.attribution is None and self.data.has_loss else found
+
+    def _file(self, name: str) -> Path:
+        """A file beside the SAE, downloaded if it is on the Hub."""
+        if Path(self.where).is_dir():
+            return Path(self.where) / self.subfolder / name
+        place = f"{self.subfolder}/{name}" if self.subfolder else name
+        return Path(hf_hub_download(self.where, place, revision=self.library.revision))
 
     def places(self, latent: int) -> dict[str, int]:
         """A latent's place in each ranking that needs no measuring first; a width above it holds the latent."""
@@ -184,12 +198,10 @@ class Opened:
 
     def order(self, ranking: str) -> Tensor:
         """The latents `(F,)` in the order of a ranking, most important first."""
-        return self._once(("order", ranking), lambda: self._order(ranking))
-
-    def _order(self, ranking: str) -> Tensor:
         if ranking == "trained":
             return torch.arange(self.num_latents)
-        return sorting_order(self.sae, ranking, self.statistics())
+        statistics = self.statistics()
+        return self._once(("order", ranking), lambda: sorting_order(self.sae, ranking, statistics), lock=self._reading)
 
     def ranked(self, ranking: str) -> SAEModel:
         """The SAE with its latents in the order of a ranking."""
@@ -229,21 +241,30 @@ class Opened:
         """Whether [`measured`] is known already."""
         return ("measured", pruning) in self._kept
 
-    def curve(self, ranking: str) -> list[dict[str, Any]]:
-        """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured."""
-        rows = self._once(("curve", ranking), lambda: self._curve(ranking))
-        known = [self._kept.get(("measured", Pruning(ranking, row["width"]))) for row in rows]
+    def curve(self, ranking: str, k: int | None = None) -> list[dict[str, Any]]:
+        """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured.
+
+        With another k than the SAE was trained with, widths that were not measured have a width alone.
+        """
+        if k is None:
+            rows = self._once(("curve", ranking), lambda: self._curve(ranking))
+        else:
+            rows = [{"width": width} for width in default_widths(self.sae)]
+        known = [self._kept.get(("measured", self.check(Pruning(ranking, row["width"], k)))) for row in rows]
         return [row | (measured or {}) for row, measured in zip(rows, known, strict=True)]
 
     def _curve(self, ranking: str) -> list[dict[str, Any]]:
         subject = Dictionary(self.ranked(ranking), default_widths(self.sae), SELECTION)
         return evaluate_fidelity(self.data, {"sae": subject}, language_model=False)["subjects"]["sae"]
 
-    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None) -> Any:
-        """What `make` gives, made by the first who asks; at most `most` of a kind are kept."""
+    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None, lock: Any = None) -> Any:
+        """What `make` gives, made by the first who asks; at most `most` of a kind are kept.
+
+        The lock is the library's, as language models run one at a time, but for what needs none.
+        """
         if key in self._kept:
             return self._kept[key]
-        with self.library.lock:
+        with lock or self.library.lock:
             if key not in self._kept:
                 made = make()
                 of_kind = [other for other in self._kept if isinstance(other, tuple) and other[0] == key[0]]

@@ -11,9 +11,9 @@ from .endpoints import Endpoints
 from .features_tab import FeaturesTab
 from .html import escape
 from .library import Library
-from .limits import typed
+from .limits import UNREACHABLE, typed
 from .links import View
-from .messages import told
+from .messages import told, warn
 from .opened import Pruning
 from .prune_tab import PruneTab
 from .search_tab import SearchTab
@@ -94,23 +94,37 @@ class Page:
             *self.compare.right[:2],
             self.compare.right[3],
         ]
-        options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        # Not among what runs a language model: what is open already opens at once, whatever others wait for.
+        options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 20}
         started = self.blocks.load(
             told(self.start),
             None,
-            [*everything, self.shown.tabs, self.shown.latent, self.search.query],
+            [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind],
             **options,
         )
+        started.success(None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place})")
         opened = [
             gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options),
             self.place.input(told(self.open_place), [self.shown.current, self.place], everything, **options),
         ]
         for event in opened:
             event.success(
-                None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place, latent: null})"
+                None,
+                [self.source, self.place],
+                None,
+                js="(sae, place) => showInLink({sae, place, latent: null}, true)",
             )
+        current = self.shown.current
+        search = [current, self.search.query, self.search.kind]
+        model: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        started.success(told(self.search.find_linked), search, self.search.hits, **model)
+        self.features.built.success(told(self.describe), current, self.about, api_visibility="private").then(
+            told(self.features.refresh),
+            [current, self.shown.latent],
+            [self.features.without, self.features.table, self.features.feature],
+            api_visibility="private",
+        ).then(told(self.tree.refresh), current, self.tree.tree, api_visibility="private")
         for event in (started, *opened):
-            current = self.shown.current
             pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
             light = {"api_visibility": "private", "show_progress": "hidden"}
             event.success(
@@ -122,9 +136,7 @@ class Page:
                 told(self.prune.show_measured),
                 pruning,
                 [self.prune.chart, self.prune.figures],
-                api_visibility="private",
-                concurrency_id="model",
-                concurrency_limit=1,
+                **model,
             )
 
     def warm(self) -> None:
@@ -136,7 +148,7 @@ class Page:
                 _ = opened.labels
             opened.curve("trained")
             opened.measured(Pruning(width=opened.num_latents))
-        except (ValueError, OSError):
+        except (ValueError, *UNREACHABLE):
             pass  # the visitor is told
 
     # What is open
@@ -145,14 +157,20 @@ class Page:
         """What the page shows at first: what its address says."""
         view, problems = View.of(request.query_params, self.default)
         for problem in problems:
-            gr.Warning(f"In this link, {problem}.")
+            warn(f"In this link, {problem}.")
         try:
             shown = self._opened(view)
-        except (ValueError, OSError) as error:
-            gr.Warning(f"{error} Opening {self.default} instead.")
+        except (ValueError, *UNREACHABLE) as error:
+            if (view.sae, view.place) == (self.default, ""):
+                raise
+            warn(f"{error} Opening {self.default} instead.")
             view = View(self.default)
             shown = self._opened(view)
-        return *shown, gr.update(selected=view.tab), self._first_latent(view), view.q
+        return *shown, gr.update(selected=view.tab), self._first_latent(view), view.q, view.kind
+
+    def describe(self, current: tuple[str, str]) -> str:
+        """What is open, in a line."""
+        return describe_html(self.endpoints.describe(*current))
 
     def _first_latent(self, view: View) -> int:
         """The latent of the link, else the one with most energy."""
@@ -173,18 +191,20 @@ class Page:
         about = self.endpoints.describe(view.sae, view.place)
         latents, k = about["num_latents"], about["k"]
         if view.width > latents:
-            gr.Warning(f"This SAE has {latents:,} latents, so the width {view.width:,} of the link is left out.")
+            warn(f"This SAE has {latents:,} latents, so the width {view.width:,} of the link is left out.")
         width = view.width if 1 <= view.width <= latents else latents
-        chosen = view.k if k is not None and 1 <= view.k else k or 1
-        ranking = view.ranking if view.ranking in ("energy", "frequency", "attribution") else "trained"
+        most = min(latents, 4 * int(k or 1))
+        if k is not None and view.k > most:
+            warn(f"k goes up to {most} here, so the k of the link, {view.k:,}, is left out.")
+        chosen = view.k if 1 <= view.k <= most else k
         return (
             about["sae"],
             gr.update(choices=about["places"], value=about["place"], interactive=len(about["places"]) > 1),
             describe_html(about),
             (about["sae"], about["place"]),
             gr.update(maximum=latents, value=width),
-            gr.update(maximum=min(latents, 4 * int(k or 1)), value=chosen, visible=k is not None),
-            ranking,
+            gr.update(visible=False) if k is None else gr.update(maximum=most, value=chosen, visible=True),
+            view.ranking,
             gr.update(maximum=latents, value=latents),
             *(about["sae"], about["place"]) * 2,
             max(1, latents // 4),
@@ -197,6 +217,7 @@ def describe_html(about: dict[str, Any]) -> str:
     prefixes = f", prefixes {', '.join(f'{width:,}' for width in widths)}" if len(widths) > 1 else ""
     model = f"<code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code>"
     known = "no feature index yet" if about["index_tokens"] is None else f"index of {about['index_tokens']:,} tokens"
+    known = f"its feature index cannot be read: {escape(about['index_problem'])}" if about["index_problem"] else known
     return (
         f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} "
         f"latents{prefixes}, on {model} (width {about['d_in']}); {known}.</p>"

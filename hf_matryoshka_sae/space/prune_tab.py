@@ -95,14 +95,15 @@ class PruneTab:
         outcome = [self.chart, self.figures]
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         slow = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
-        for moved in (self.width.change, self.k.change):
+        # By hand alone: while another SAE is being opened, a slider has the value of the one before.
+        for moved in (self.width.input, self.k.input):
             moved(told(self.show), pruning, outcome, trigger_mode="always_last", **quick)
         for chosen in (self.width.release, self.k.release, self.ranking.input, self.measure.click):
             chosen(told(self.show_measured), pruning, outcome, trigger_mode="always_last", **slow)
         self.whole_curve.click(told(self.measure_curve), pruning, outcome, **slow)
-        self.width.change(None, self.width, None, js="width => showInLink({width})")
-        self.k.change(None, self.k, None, js="k => showInLink({k})")
-        self.ranking.change(None, self.ranking, None, js="ranking => showInLink({ranking})")
+        self.width.input(None, self.width, None, js="width => showInLink({width})")
+        self.k.input(None, self.k, None, js="k => showInLink({k})")
+        self.ranking.input(None, self.ranking, None, js="ranking => showInLink({ranking})")
         gr.on(
             [self.read.click, self.text.submit],
             told(self.reconstruct),
@@ -140,10 +141,10 @@ class PruneTab:
     ) -> Iterator[tuple[str, str]]:
         """Measure every width of the curve, showing each as it comes."""
         opened, pruning = self._pruning(current, ranking, width, k)
-        widths = [row["width"] for row in opened.curve(pruning.ranking)]
+        widths = [row["width"] for row in opened.curve(pruning.ranking, pruning.k)]
         for number, one in enumerate(widths):
             progress((number, len(widths)), desc=f"width {one}")
-            opened.measured(Pruning(pruning.ranking, one))
+            opened.measured(opened.check(Pruning(pruning.ranking, one, pruning.k)))
             yield curve_chart(opened, pruning), figures_table(opened, pruning)
 
     def reconstruct(self, current: tuple[str, str], ranking: str, width: int, k: int, text: str) -> str:
@@ -165,8 +166,11 @@ class PruneTab:
         self, current: tuple[str, str], ranking: str, width: int, k: int, repo: str, token: str, private: bool
     ) -> str:
         """Push the pruned SAE to a repository."""
+        token = (token or "").strip()
+        if self.endpoints.library.public and not token:
+            raise ValueError("Give a token with write access to your repositories: this page pushes with no other.")
         opened, pruning = self._pruning(current, ranking, width, k)
-        return _push(opened.pruned(pruning), repo, token.strip() or None, private)
+        return _push(opened.pruned(pruning), repo, token or None, private)
 
     def push_logged_in(
         self,
@@ -188,7 +192,7 @@ class PruneTab:
 
 def curve_chart(opened: Opened, pruning: Pruning) -> str:
     """FVU, and recaptured loss where it was measured, against width, with a marker at the pruning."""
-    rows = opened.curve(pruning.ranking)
+    rows = opened.curve(pruning.ranking, pruning.k)
     known = opened.measured(pruning) if opened.is_measured(pruning) else None
     panels = (_panel(rows, known, pruning, key) for key in ("fvu", "recaptured_zero"))
     return f'<div class="wide">{"".join(panels)}</div>'
@@ -204,8 +208,7 @@ def _panel(rows: list[dict[str, Any]], known: dict[str, Any] | None, pruning: Pr
     marks = []
     if known is not None and known.get(key) is not None:
         marks = [Mark("", pruning.width, known[key], f"{pruning.width:,}: {known[key]:.4f}")]
-        if pruning.k is None:
-            points = sorted({*points, (pruning.width, known[key])})
+        points = sorted({*points, (pruning.width, known[key])})
     elif len(points) > 1 and key == "fvu":
         value = _between(points, pruning.width)
         marks = [Mark("", pruning.width, value, f"{pruning.width:,}: about {value:.2f}")]

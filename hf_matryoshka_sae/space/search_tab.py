@@ -58,8 +58,12 @@ class SearchTab:
             concurrency_id="model",
             concurrency_limit=1,
         )
-        found.then(None, self.query, None, js="q => showInLink({q, tab: 'search'})")
+        found.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
         opens_latents(self.hits, endpoints, shown, feature)
+
+    def find_linked(self, current: tuple[str, str], query: str, kind: str) -> str:
+        """What a link searches for, if it does."""
+        return self.find(current, query, kind) if query else ""
 
     def find(self, current: tuple[str, str], query: str, kind: str, progress: Any = BARS) -> str:
         """The latents that fire where the pattern matches."""

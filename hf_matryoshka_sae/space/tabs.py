@@ -27,9 +27,9 @@ class Shown:
 BARS, BAR = gr.Progress(track_tqdm=True), gr.Progress()
 
 
-def area(name: str) -> gr.HTML:
-    """A place for HTML in which links to latents select them."""
-    return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=html.SELECTS)
+def area(name: str, selects: bool = True) -> gr.HTML:
+    """A place for HTML; unless `selects` is off, a click on a latent's link selects it instead of following it."""
+    return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=html.SELECTS if selects else None)
 
 
 def on_a_space() -> bool:

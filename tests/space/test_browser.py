@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import zipfile
+from urllib.parse import urlencode
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.evaluation.command import main as evaluate
+from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, TopKSAE, TopKSAEConfig
 
 from ..conftest import SERVER
 from .conftest import TOKENS, choose_tab
@@ -205,6 +208,70 @@ def message(page) -> str:
     toast = page.locator(".toast-body").last
     toast.wait_for()
     return toast.inner_text()
+
+
+MARKUP = '<form action="https://evil.example/"><input><button>Log in</button></form><img src="https://evil.example/p">'
+
+
+@pytest.mark.parametrize("name", ["sae", "place", "tab", "width", "latent", "ranking", "kind"])
+def test_markup_in_a_link_is_text(open_page, name):
+    page = open_page(f"?{urlencode({name: MARKUP})}")
+    assert "<form" in message(page)
+    assert page.locator(".toast-body form, .toast-body img, form[action*=evil]").count() == 0
+
+
+def test_a_link_searches(open_page):
+    page = open_page("?tab=search&q=return&kind=words")
+    page.locator("#hits tbody tr").first.wait_for()
+    assert page.get_by_label("words").is_checked()
+
+
+def test_going_back_leads_to_the_latent_before(open_page):
+    page = open_page("?latent=7")
+    page.locator("#feature h2", has_text="Latent 7 ").wait_for()
+    page.locator("#latents a[data-latent]").nth(12).click()
+    page.wait_for_function("!location.search.includes('latent=7')")
+    page.go_back()
+    page.locator("#feature h2", has_text="Latent 7 ").wait_for()
+
+
+def test_latents_of_a_comparison_lead_to_their_page(open_page):
+    page = open_page("?tab=compare")
+    page.get_by_role("button", name="Compare").last.click()
+    link = page.locator("#comparison a[data-latent]").first
+    latent = link.get_attribute("data-latent")
+    link.click()
+    page.locator("#feature h2", has_text=f"Latent {latent} ").wait_for()
+
+
+def test_saes_of_other_families_and_sizes_open(open_page, tmp_path):
+    place = {"base_model": "embedded", "hookpoint": "model.layers.2"}
+    ReluSAE(ReluSAEConfig(d_in=128, num_latents=300, **place)).save_pretrained(tmp_path / "a" / "model.layers.2")
+    TopKSAE(TopKSAEConfig(d_in=128, num_latents=200, k=5, **place)).save_pretrained(tmp_path / "b" / "model.layers.2")
+    page = open_page(f"?{urlencode({'sae': str(tmp_path)})}")
+    page.locator("#about", has_text="relu_sae").wait_for()
+    page.locator("#figures th", has_text="300 latents").wait_for()
+    assert not page.get_by_label("number input for k: latents per token").is_visible()
+    page.get_by_label("Which of its SAEs").click()
+    page.get_by_role("option", name="b/model.layers.2").click()
+    page.locator("#about", has_text="topk_sae").wait_for()
+    page.locator("#figures th", has_text="200 latents").wait_for()
+    assert page.get_by_label("number input for k: latents per token").input_value() == "5"
+    assert page.locator(".toast-body").count() == 0
+
+
+def test_a_damaged_index_is_said_and_built_anew(open_page, tmp_path):
+    shutil.copytree(embedded_sae_path(), tmp_path / "sae")
+    contexts = tmp_path / "sae" / "features" / "contexts.parquet"
+    content = bytearray(contexts.read_bytes())
+    content[2000:200_000] = bytes(198_000)
+    contexts.write_bytes(content)
+    page = open_page(f"?{urlencode({'sae': str(tmp_path / 'sae'), 'tab': 'features'})}")
+    page.locator("#about", has_text="damaged").wait_for()
+    page.get_by_label("number input for Tokens of text to look at").fill("10000")
+    page.get_by_role("button", name="Build the index").click()
+    page.locator("#latents a[data-latent]").first.wait_for()
+    page.locator("#about", has_text="index of 10,000 tokens").wait_for()
 
 
 def test_bad_input_is_a_message(open_page):

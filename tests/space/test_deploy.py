@@ -122,7 +122,7 @@ def test_the_app_is_made_where_nothing_else_is(folder):
     script = (
         "import threading, app, hf_matryoshka_sae\n"
         "print(hf_matryoshka_sae.__file__)\n"
-        "print(type(app.demo).__name__, app.library.folders)\n"
+        "print(type(app.demo).__name__, app.library.public)\n"
         "print(app.library.open('embedded').num_latents)\n"
         "try: app.library.open('hf_matryoshka_sae/assets/sae')\n"
         "except ValueError as error: print(error)\n"
@@ -132,7 +132,7 @@ def test_the_app_is_made_where_nothing_else_is(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     where, made, latents, closed = done.stdout.splitlines()
     assert Path(where) == folder / "hf_matryoshka_sae" / "__init__.py"
-    assert (made, latents) == ("Blocks False", "2048") and "no folders of its machine" in closed
+    assert (made, latents) == ("Blocks True", "2048") and "no folders of its machine" in closed
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -96,6 +96,7 @@ def test_many_who_come_at_once_open_it_once(monkeypatch):
         return Found()
 
     monkeypatch.setattr(library, "_open", slow)
+    monkeypatch.setattr(library, "saes", lambda source: {ROOT: None})
     found = []
 
     def visit():
@@ -248,7 +249,7 @@ def test_closed_folders_stay_closed(tmp_path, monkeypatch):
     folder = small_sae(tmp_path / "user" / "sae")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    closed = Library(tokens=300, folders=False)
+    closed = Library(tokens=300, public=True)
     for source in (folder, "user/sae", "./user/sae", "~/sae", str(embedded_sae_path()), os.sep, "."):
         with pytest.raises(ValueError, match="cannot be opened"):
             closed.open(source)
