@@ -102,11 +102,12 @@ class FeaturesTab:
         opened = self.endpoints.library.open(*current)
         return latents_table(opened, sort, not ascending, contains or "", int(page or 1))
 
-    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> tuple[Any, str]:
+    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> Any:
         """Build the SAE's index on the page's text."""
-        opened = self.endpoints.library.open(*current)
-        build(opened, int(tokens))
-        return gr.update(visible=False), latents_table(opened, "energy", True, "", 1)
+        found = build(self.endpoints.library.open(*current), int(tokens)).about["tokens"]
+        if found < tokens:
+            gr.Info(f"The page's text has {found:,} tokens, so the index is of these.")
+        return gr.update(visible=False)
 
 
 def show_feature(opened: Opened, latent: int) -> str:

@@ -151,7 +151,8 @@ class Library:
                 f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can "
                 "be measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
             )
-        if self.public and model != EMBEDDED and Path(model).expanduser().exists():
+        ours = self.model is not None or source in self.shown
+        if self.public and not ours and model != EMBEDDED and Path(model).expanduser().exists():
             raise ValueError(
                 f"The config of '{source}' names '{model}' as its language model, a folder of some machine. Push it "
                 "with the model's id on the Hub."

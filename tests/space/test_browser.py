@@ -223,7 +223,7 @@ def test_markup_in_a_link_is_text(open_page, name):
 def test_a_link_searches(open_page):
     page = open_page("?tab=search&q=return&kind=words")
     page.locator("#hits tbody tr").first.wait_for()
-    assert page.get_by_label("words").is_checked()
+    assert page.get_by_role("radio", name="words").is_checked()
 
 
 def test_going_back_leads_to_the_latent_before(open_page):

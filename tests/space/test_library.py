@@ -7,11 +7,13 @@ import threading
 
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.space import Library
+from hf_matryoshka_sae.space import library as library_module
 from hf_matryoshka_sae.space.library import ROOT
 from hf_matryoshka_sae.space.opened import Pruning
 
@@ -257,3 +259,25 @@ def test_closed_folders_stay_closed(tmp_path, monkeypatch):
             closed.saes(source)
     assert closed.open("embedded").place == ROOT
     assert Library(tokens=300).open("user/sae").num_latents == 32
+
+
+def test_strangers_open_no_folder_by_way_of_an_sae(tmp_path, monkeypatch):
+    folder = small_sae(tmp_path / "sae", base_model=str(tmp_path))
+    library = Library(tokens=300, public=True)
+    monkeypatch.setattr(library, "_resolved", lambda source: folder)  # as if it were on the Hub
+    with pytest.raises(ValueError, match="a folder of some machine"):
+        library.open("somebody/sae")
+
+
+def test_what_was_named_at_the_start_is_open_to_strangers(tmp_path):
+    folder = small_sae(tmp_path)
+    assert Library(tokens=300, public=True, shown=[folder]).open(folder).num_latents == 32
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
+    def fails(*_, **__):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(library_module, "list_saes", fails)
+    with pytest.raises(ValueError, match="'somebody/sae' cannot be opened.*Name or service not known"):
+        Library().open("somebody/sae")

@@ -70,3 +70,9 @@ def test_a_page_has_a_login_on_a_space_alone(endpoints, monkeypatch):
     for name in ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL"):
         monkeypatch.setattr(oauth, name, "https://somewhere")
     assert has_login()
+
+
+def test_strangers_push_with_a_token_of_their_own(tab, monkeypatch):
+    monkeypatch.setattr(tab.endpoints.library, "public", True)
+    with pytest.raises(ValueError, match="Give a token"):
+        tab.push_with_token(OPEN, "trained", 64, 16, "somebody/small", " ", True)
