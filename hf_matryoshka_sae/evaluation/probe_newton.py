@@ -43,13 +43,14 @@ class Probes:
     loss: Tensor
 
 
-def class_weights(targets: Tensor, part: Tensor | None = None, balanced: bool = True) -> Tensor:
-    """Each example's weight in each task's loss, `(N, T)` in float64; a task's weights add up to 1.
+def class_weights(targets: Tensor, part: Tensor | None = None) -> Tensor:
+    """Each example's weight in each task's loss, `(N, T)` in float64: each class of a task weighs one half.
+
+    So what knows nothing scores ln 2 = 0.693 on every task, however rare its positives are.
 
     Args:
         targets (`Tensor` of shape `(N, T)`): bool.
         part (`Tensor` of shape `(N,)`, *optional*): bool; the others weigh nothing.
-        balanced (`bool`, *optional*, defaults to `True`): Each class weighs one half, however many its examples are.
 
     Raises:
         `ValueError`: if a class has no example in this part.
@@ -62,8 +63,6 @@ def class_weights(targets: Tensor, part: Tensor | None = None, balanced: bool = 
             f"Each task needs examples of both classes; of the {count} examples of a part, positive are "
             f"{positive.tolist()}. Give more examples, or leave such a task out."
         )
-    if not balanced:
-        return (part.double() / count)[:, None].expand(targets.shape).contiguous()
     negative = (count - positive).double()
     return torch.where(members, 0.5 / positive.double(), 0.5 / negative) * part[:, None]
 
