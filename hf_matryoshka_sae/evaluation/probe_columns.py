@@ -126,9 +126,9 @@ class PairCollector:
         reduce_sum(sizes)
         if sizes.max() > self.max_pairs:
             raise ValueError(
-                f"Probes would keep {int(sizes.max()):,} activations in a process, which is more than `max_pairs` = "
-                f"{self.max_pairs:,} (12 bytes each, and some copies while they are fitted). Give fewer examples, use "
-                "more processes or raise `max_pairs`."
+                f"Probes would keep {int(sizes.max()):,} activations of a dictionary in one process, and its share of "
+                f"`max_pairs` is {self.max_pairs:,}. Give fewer examples or dictionaries, use more processes, or "
+                "raise `max_pairs` (12 bytes each, five times that while they are fitted)."
             )
         none = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))
         triples = tuple(torch.cat(parts) for parts in zip(none, *self._parts, strict=True))

@@ -70,10 +70,8 @@ def _digest(key: bytes, seed: int = 0) -> bytes:
     return blake2b(key, digest_size=16, salt=seed.to_bytes(8, "little", signed=True)).digest()
 
 
-def take_windows(
-    data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int
-) -> tuple[HeldOut, list[TokenTasks]]:
-    """The data and its labels in whole windows, chosen by a hash, of at most `max_tokens` kept tokens or one window."""
+def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) -> tuple[HeldOut, list[TokenTasks]]:
+    """The data and its labels in whole windows, chosen by a hash: at most `max_tokens` kept tokens, or one window."""
     keys = [_window_key(batch, row) for batch in data.batches for row in range(len(batch.input_ids))]
     kept = [int(count) for batch in data.batches for count in batch.keep.sum(1)]
     chosen, left = set(), max_tokens
@@ -91,9 +89,7 @@ def take_windows(
         for batch, some in zip(data.batches, rows, strict=True)
     ]
     filled = [number for number, some in enumerate(rows) if len(some)]
-    taken = [
-        TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks
-    ]
+    taken = [TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks]
     return replace(data, batches=[batches[number] for number in filled]), taken
 
 
@@ -203,8 +199,7 @@ def _read(
     bound = max_pairs // max(1, sum(1 if of.encodes_once else len(of.widths) for of in dictionaries.values()))
     collectors = {
         name: [
-            PairCollector(of.sae.config.num_latents, bound)
-            for _ in range(1 if of.encodes_once else len(of.widths))
+            PairCollector(of.sae.config.num_latents, bound) for _ in range(1 if of.encodes_once else len(of.widths))
         ]
         for name, of in dictionaries.items()
     }

@@ -1,14 +1,20 @@
 """What probing found, as people read it: a table, a plot, a JSON file; and how sure it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from .probe_scores import ALL_CHANNELS, CHANNELS, Key, Scores
 from .report import save_figure, write_json
+from .sparse_probing import SCORES
 
+
+NOTHING = "knows nothing"
+_OF_ALL = "all"
 
 ABOUT = (
     "probe_loss: cross-entropy, in nats on the test part, of a logistic regression on the single latent that predicts "
@@ -86,10 +92,11 @@ class ProbeReport:
             + f", {about['splits']} splits, test share {about['test_share']:g}, selection {about['selection']}"
         ]
         size = max(len(row["subject"]) for row in self.rows)
-        titles = "".join(f" {f'acc k={k}':>8}" for k in about["k"])
+        titles = "".join(f" {f'acc k={k}':>8}" for k in about["k"]) + f" {'acc all':>8}"
         lines.append(f"{'':{size}} {'width':>6} {'probe loss':>10} {'95%':>15} {'gain':>7} {'95%':>16}{titles}")
         for row in self.rows:
-            scores = "".join(f" {_number(row['k_sparse'].get(str(k), {}).get('accuracy')):>8}" for k in about["k"])
+            accuracies = [row["k_sparse"].get(str(k), {}).get("accuracy") for k in [*about["k"], _OF_ALL]]
+            scores = "".join(f" {_number(accuracy):>8}" for accuracy in accuracies)
             gain, bounds = "-", "-"
             if row["gain"] is not None:
                 gain, bounds = f"{row['gain']:.4f}", _interval(row["gain_interval"])
@@ -155,3 +162,77 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+# From scores to rows
+
+
+def report_rows(
+    parts: Sequence[dict[Key, Scores]],
+    kinds: Mapping[str, str],
+    ks: Sequence[int],
+    names: Sequence[str],
+    bootstrap: Bootstrap,
+) -> list[dict[str, Any]]:
+    """A row for each subject and width, over the tasks of all parts."""
+    kinds = {**kinds, CHANNELS: "channels", ALL_CHANNELS: "all channels"}
+    joined = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    channels = next((found["loss"] for (name, _), found in joined.items() if name == CHANNELS), None)
+    rows = [
+        {"subject": name, "kind": kinds[name], "width": width, **_row(found, channels, ks, names, bootstrap)}
+        for (name, width), found in joined.items()
+    ]
+    if channels is not None:
+        nothing = {"loss": np.full_like(channels, np.log(2)), "train_loss": np.full_like(channels, np.log(2))}
+        rows.append(
+            {"subject": NOTHING, "kind": "nothing", "width": None, **_row(nothing, channels, ks, names, bootstrap)}
+        )
+    return rows
+
+
+def _joined(found: Sequence[Scores]) -> dict[str, np.ndarray]:
+    """The tasks of several sets of examples side by side."""
+    joined = {}
+    for name in ("loss", "train_loss", "latents", "k_sparse"):
+        tensors = [torch.stack(values) for each in found if (values := getattr(each, name))]
+        if tensors:
+            joined[name] = torch.cat(tensors, dim=2 if name == "k_sparse" else 1).numpy()
+    return joined
+
+
+def _row(
+    found: dict[str, np.ndarray],
+    channels: np.ndarray | None,
+    ks: Sequence[int],
+    names: Sequence[str],
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    loss = found["loss"]
+    row = {
+        "probe_loss": float(loss.mean()),
+        "probe_loss_interval": bootstrap.interval(loss),
+        "train_loss": float(found["train_loss"].mean()),
+        "gain": None if channels is None else float((channels - loss).mean()),
+        "gain_interval": None if channels is None else bootstrap.interval(channels - loss),
+    }
+    tasks = {
+        name: {"loss": float(loss[:, t].mean()), "train_loss": float(found["train_loss"][:, t].mean())}
+        for t, name in enumerate(names)
+    }
+    if "latents" in found:
+        for t, name in enumerate(names):
+            tasks[name]["latents"] = found["latents"][:, t].tolist()
+    row["k_sparse"] = {}
+    if "k_sparse" in found:
+        scores = found["k_sparse"]
+        # All channels together are one probe, of as many inputs as there are.
+        for number, k in enumerate(ks if "latents" in found else [_OF_ALL]):
+            row["k_sparse"][str(k)] = {}
+            for s, score in enumerate(SCORES):
+                values = scores[:, number, :, s]
+                row["k_sparse"][str(k)][score] = float(values.mean())
+                row["k_sparse"][str(k)][f"{score}_interval"] = bootstrap.interval(values)
+            for t, name in enumerate(names):
+                of_task = {score: float(scores[:, number, t, s].mean()) for s, score in enumerate(SCORES)}
+                tasks[name].setdefault("k_sparse", {})[str(k)] = of_task
+    return {**row, "tasks": tasks}

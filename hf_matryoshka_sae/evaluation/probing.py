@@ -8,33 +8,25 @@ and its mean over tasks. Here a_i is the activation, as a user of the SAE sees i
 activation function); the latent and w, b are chosen on a train part, the loss is that of a test part, and each class
 weighs one half where they had as many examples of each. One fit of all latents gives the best of every prefix.
 
-Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, S splits.
+Shapes: T tasks, P widths, S splits.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..models import SAEModel
 from .baselines import random_dictionary
 from .data import HeldOut
-from .distributed import processes, reduce_sum
-from .probe_columns import LatentColumns, own_latents
+from .distributed import processes
 from .probe_examples import Examples, take_windows, text_batches, text_examples, token_examples
-from .probe_newton import Probes, class_weights, cross_entropy, fit_probes
-from .probe_report import Bootstrap, ProbeReport
+from .probe_report import Bootstrap, ProbeReport, report_rows
+from .probe_scores import Probing
 from .probe_tasks import LabelledTask, TokenTasks, usable_tasks
-from .probes import fit_logistic
-from .sparse_probing import SCORES, classifier_scores, has_scikit_learn, shown_latents, sparse_probes
+from .sparse_probing import has_scikit_learn
 from .subjects import Dictionary
-
-
-CHANNELS, ALL_CHANNELS, NOTHING = "hidden-state channels", "all channels together", "knows nothing"
 
 
 def probe_losses(
@@ -69,8 +61,8 @@ def probe_losses(
             that are no [`Dictionary`], see there.
         k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5 where
             scikit-learn is installed.
-        baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0, and the
-            hidden state's channels: each alone, and all together as the ceiling.
+        baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0; the hidden
+            state's channels: each alone and, where scikit-learn is installed, all together as the ceiling.
         max_tokens (`int`, *optional*, defaults to 10,000): Tokens of token tasks, in whole windows.
         splits (`int`, *optional*, defaults to 3), test_share (`float`, *optional*, defaults to 0.2): How often
             examples are split anew, and into what.
@@ -101,7 +93,7 @@ def probe_losses(
     data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
     if context_length is None:
         context_length = data.batches[0].input_ids.shape[1] if data.batches else 128
-    kinds = {name: "dictionary" for name in dictionaries}
+    kinds = dict.fromkeys(dictionaries, "dictionary")
     if baselines:
         source = data if data.batches else replace(data, batches=text_batches(labelled[0], data, context_length)[0])
         for name, dictionary in list(dictionaries.items()):
@@ -115,9 +107,9 @@ def probe_losses(
     found = [_usable(examples, test_share, least_share, seeds, skipped) for examples in sets]
     names = [name for examples, _ in found for name in examples.names]
     _check_names(names, skipped)
-    probing = _Probing(ridge, ks, baselines, show)
+    probing = Probing(ridge, ks, baselines, show)
     parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
-    rows = _rows(parts, kinds, ks, names, Bootstrap(splits, len(names), resamples, seed))
+    rows = report_rows(parts, kinds, ks, names, Bootstrap(splits, len(names), resamples, seed))
     examples_found: dict[str, int] = {}
     for examples in sets:
         examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
@@ -169,7 +161,10 @@ def _sparse_ks(k: Sequence[int] | None) -> tuple[list[int], list[str]]:
 
 
 def _dictionaries(
-    data: HeldOut, subjects: Mapping[str, Dictionary | SAEModel] | SAEModel, widths: Sequence[int] | None, selection: str
+    data: HeldOut,
+    subjects: Mapping[str, Dictionary | SAEModel] | SAEModel,
+    widths: Sequence[int] | None,
+    selection: str,
 ) -> dict[str, Dictionary]:
     subjects = subjects if isinstance(subjects, Mapping) else {"sae": subjects}
     found = {}
@@ -185,9 +180,7 @@ def _dictionaries(
     return found
 
 
-def _sorted_tasks(
-    data: HeldOut, tasks: Any, max_tokens: int
-) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:
+def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:
     """The data cut to what is read of it, tasks of its tokens, and those of texts."""
     tasks = [tasks] if tasks is None or isinstance(tasks, LabelledTask | TokenTasks) else list(tasks)
     wrong = [type(task).__name__ for task in tasks if not isinstance(task, LabelledTask | TokenTasks | None)]
@@ -224,187 +217,3 @@ def _check_names(names: Sequence[str], skipped: Mapping[str, str]) -> None:
     if not names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise ValueError(f"No task can be probed ({reasons}). Give more tokens or texts, or other tasks.")
-
-
-@dataclass
-class _Found:
-    """What one subject scored on some tasks, at one width; `k_sparse` is `(S, K, T, 3)`, the others `(S, T)`."""
-
-    loss: list[Tensor] = field(default_factory=list)
-    train_loss: list[Tensor] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
-    k_sparse: list[Tensor] = field(default_factory=list)
-
-
-Key = tuple[str, int]
-
-
-@dataclass
-class _Probing:
-    """Everything fitted to one set of examples after the other."""
-
-    ridge: float | None
-    ks: Sequence[int]
-    baselines: bool
-    show: bool
-
-    def run(
-        self, examples: Examples, tests: Sequence[Tensor], dictionaries: Mapping[str, Dictionary]
-    ) -> dict[Key, _Found]:
-        """What each subject scores at each width."""
-        found: dict[Key, _Found] = {}
-        work: list[tuple[str, LatentColumns, list[int]]] = []
-        for name, dictionary in dictionaries.items():
-            columns, widths = examples.latents[name], dictionary.widths
-            each = [widths] if dictionary.encodes_once else [[width] for width in widths]
-            work += [(name, some, at) for some, at in zip(columns, each, strict=True)]
-        if self.baselines:
-            d_in = examples.hidden.shape[1]
-            own, alone = own_latents(d_in), torch.zeros_like(examples.hidden)
-            alone[:, own] = examples.hidden[:, own]
-            work.append((CHANNELS, LatentColumns.of_dense(alone), [d_in]))
-        total = len(tests) * sum(len(own_latents(columns.num_latents)) for _, columns, _ in work)
-        with tqdm(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
-            for name, columns, widths in work:
-                self._columns(name, columns, widths, examples.labels, tests, found, bar)
-        if self.baselines:
-            self._hidden(examples, tests, found)
-        return found
-
-    def _columns(
-        self,
-        name: str,
-        columns: LatentColumns,
-        widths: Sequence[int],
-        labels: Tensor,
-        tests: Sequence[Tensor],
-        found: dict[Key, _Found],
-        bar: tqdm,
-    ) -> None:
-        own, probes = own_latents(columns.num_latents), None
-        for test in tests:
-            ridge = self.ridge or 1 / int((~test).sum())
-            train = columns.among(~test).select(own)
-            probes = fit_probes(train, labels, class_weights(labels, ~test), ridge, probes, bar.update)
-            everywhere = _in_all_processes(probes, own, columns.num_latents)
-            chosen = _best(everywhere.loss, widths)
-            losses = _test_losses(columns, everywhere, chosen, labels, class_weights(labels, test))
-            scores = sparse_probes(columns, labels, test, widths, self.ks) if self.ks else None
-            for p, width in enumerate(widths):
-                at = found.setdefault((name, width), _Found())
-                at.loss.append(losses[p])
-                at.train_loss.append(everywhere.loss.gather(0, chosen[p][None])[0])
-                at.latents.append(chosen[p])
-                if scores is not None:
-                    at.k_sparse.append(scores[p])
-
-    def _hidden(self, examples: Examples, tests: Sequence[Tensor], found: dict[Key, _Found]) -> None:
-        """Logistic regression on the whole hidden state."""
-        at = found.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), _Found())
-        for test in tqdm(tests, desc="probes: all channels", disable=not self.show, leave=False):
-            labels = examples.labels
-            probe = fit_logistic(examples.hidden[~test], labels[~test])
-            scores = probe.scores(examples.hidden)
-            at.loss.append(cross_entropy(scores, labels, class_weights(labels, test)))
-            at.train_loss.append(cross_entropy(scores, labels, class_weights(labels, ~test)))
-            tasks = range(labels.shape[1])
-            of_tasks = [classifier_scores(scores[test, task], labels[test, task]) for task in tasks]
-            at.k_sparse.append(torch.stack(of_tasks)[None])
-
-
-def _in_all_processes(probes: Probes, own: Tensor, num_latents: int) -> Probes:
-    """The probes of all latents, of which each process has fitted some."""
-    tensors = []
-    for part in (probes.weight, probes.bias, probes.loss):
-        whole = part.new_zeros(num_latents, part.shape[1])
-        whole[own] = part
-        tensors.append(reduce_sum(whole)[0])
-    return Probes(*tensors)
-
-
-def _best(loss: Tensor, widths: Sequence[int]) -> Tensor:
-    """The latent of least loss among the first of each width, `(P, T)`; of equal ones the first."""
-    # argsort can be told to be stable, which argmin cannot.
-    return torch.stack([loss[:width].sort(dim=0, stable=True).indices[0] for width in widths])
-
-
-def _test_losses(columns: LatentColumns, probes: Probes, chosen: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The losses `(P, T)` of the chosen latents on examples with weights."""
-    latents, places = chosen.unique(return_inverse=True)
-    x = shown_latents(columns, latents).double()
-    losses = []
-    for some, place in zip(chosen, places, strict=True):
-        scores = x[:, place] * probes.weight.gather(0, some[None]) + probes.bias.gather(0, some[None])
-        losses.append(cross_entropy(scores, labels, weights))
-    return torch.stack(losses)
-
-
-def _rows(
-    parts: Sequence[dict[Key, _Found]],
-    kinds: Mapping[str, str],
-    ks: Sequence[int],
-    names: Sequence[str],
-    bootstrap: Bootstrap,
-) -> list[dict[str, Any]]:
-    """A row for each subject and width, over the tasks of all parts."""
-    kinds = {**kinds, CHANNELS: "channels", ALL_CHANNELS: "all channels"}
-    joined = {key: _joined([part[key] for part in parts]) for key in parts[0]}
-    channels = next((found["loss"] for (name, _), found in joined.items() if name == CHANNELS), None)
-    rows = [
-        {"subject": name, "kind": kinds[name], "width": width, **_row(found, channels, ks, names, bootstrap)}
-        for (name, width), found in joined.items()
-    ]
-    if channels is not None:
-        nothing = {"loss": np.full_like(channels, np.log(2)), "train_loss": np.full_like(channels, np.log(2))}
-        rows.append(
-            {"subject": NOTHING, "kind": "nothing", "width": None, **_row(nothing, channels, ks, names, bootstrap)}
-        )
-    return rows
-
-
-def _joined(found: Sequence[_Found]) -> dict[str, np.ndarray]:
-    """The tasks of several sets of examples side by side."""
-    joined = {}
-    for name in ("loss", "train_loss", "latents", "k_sparse"):
-        tensors = [torch.stack(values) for each in found if (values := getattr(each, name))]
-        if tensors:
-            joined[name] = torch.cat(tensors, dim=2 if name == "k_sparse" else 1).numpy()
-    return joined
-
-
-def _row(
-    found: dict[str, np.ndarray],
-    channels: np.ndarray | None,
-    ks: Sequence[int],
-    names: Sequence[str],
-    bootstrap: Bootstrap,
-) -> dict[str, Any]:
-    loss = found["loss"]
-    row = {
-        "probe_loss": float(loss.mean()),
-        "probe_loss_interval": bootstrap.interval(loss),
-        "train_loss": float(found["train_loss"].mean()),
-        "gain": None if channels is None else float((channels - loss).mean()),
-        "gain_interval": None if channels is None else bootstrap.interval(channels - loss),
-    }
-    tasks = {
-        name: {"loss": float(loss[:, t].mean()), "train_loss": float(found["train_loss"][:, t].mean())}
-        for t, name in enumerate(names)
-    }
-    if "latents" in found:
-        for t, name in enumerate(names):
-            tasks[name]["latents"] = found["latents"][:, t].tolist()
-    row["k_sparse"] = {}
-    if "k_sparse" in found:
-        scores = found["k_sparse"]
-        # All channels together are one probe, of as many inputs as there are.
-        for number, k in enumerate(ks if "latents" in found else ["all"]):
-            row["k_sparse"][str(k)] = {}
-            for s, score in enumerate(SCORES):
-                values = scores[:, number, :, s]
-                row["k_sparse"][str(k)][score] = float(values.mean())
-                row["k_sparse"][str(k)][f"{score}_interval"] = bootstrap.interval(values)
-            for t, name in enumerate(names):
-                of_task = {score: float(scores[:, number, t, s].mean()) for s, score in enumerate(SCORES)}
-                tasks[name].setdefault("k_sparse", {})[str(k)] = of_task
-    return {**row, "tasks": tasks}

@@ -1,11 +1,13 @@
-"""k-sparse probes: a classifier that may look at k latents.
+"""scikit-learn's logistic regressions: k-sparse probes, which may look at k latents, and probes of all channels.
 
 The k latents whose means differ most between the classes, |mean of positives - mean of negatives|, are chosen on the
 train part, and scikit-learn's logistic regression (C = 1) is fitted to them there, each class weighing one half; it is
 scored on the test part. This is SAEBench's sparse probing (Karvonen et al. 2025, arXiv 2503.09532; Gurnee et al.
-2023, arXiv 2305.01610), with weights in the place of equally many examples.
+2023, arXiv 2305.01610), with weights in the place of equally many examples. What is to be a ceiling, a probe of the
+whole hidden state, must not be held back by a ridge that does not suit it: there C is chosen on a part of the train
+examples.
 
-Shapes: N examples, F latents, T tasks, P widths, K values of k.
+Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, K values of k.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,12 @@ from torch import Tensor
 
 from .distributed import processes, reduce_sum
 from .probe_columns import LatentColumns, own_latents
-from .probe_newton import class_weights
+from .probe_newton import class_weights, cross_entropy
 
 
 SCORES = ("accuracy", "f1", "auc")
 _MAX_ITERATIONS = 1000
+_RIDGES = (1.0, 0.1, 0.01, 0.001)  # C, on channels of variance 1 on average
 
 
 def has_scikit_learn() -> bool:
@@ -87,18 +90,54 @@ def shown_latents(columns: LatentColumns, latents: Tensor) -> Tensor:
 
 
 def _score(x: Tensor, target: Tensor, test: Tensor) -> Tensor:
+    # Newton's method: with k inputs by far the fastest of the solvers, to the same optimum.
+    model = _logistic_regression(1.0, "newton-cholesky").fit(x[~test].double().numpy(), target[~test].numpy())
+    return classifier_scores(torch.from_numpy(model.decision_function(x[test].double().numpy())), target[test])
+
+
+def _logistic_regression(strength: float, solver: str):
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError(
             "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]', or leave them out with k=()."
         ) from error
-    # Newton's method: with k inputs by far the fastest of its solvers, to the same optimum.
-    model = LogisticRegression(
-        C=1.0, class_weight="balanced", max_iter=_MAX_ITERATIONS, solver="newton-cholesky", tol=1e-6
-    )
-    model.fit(x[~test].double().numpy(), target[~test].numpy())
-    return classifier_scores(torch.from_numpy(model.decision_function(x[test].double().numpy())), target[test])
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=_MAX_ITERATIONS, solver=solver, tol=1e-5)
+
+
+def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tensor) -> Tensor:
+    """Log-odds `(N, T)` of logistic regressions on all channels.
+
+    Each task's C is that of the least loss on the validation part when fitted to the other train examples; the probe
+    is then fitted to all of them. Tasks without both classes in the validation part have C = 1.
+
+    Args:
+        hidden (`Tensor` of shape `(N, D)`), targets (`Tensor` of shape `(N, T)`): Inputs and bool labels.
+        test (`Tensor` of shape `(N,)`), validation (`Tensor` of shape `(N,)`): Parts, bool; apart from each other.
+
+    Raises:
+        `ImportError`: if scikit-learn is not installed.
+    """
+    rank, world = processes()
+    x = hidden.double()
+    mean = x[~test].mean(0)
+    x = (x - mean) / (x[~test] - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    scores = torch.zeros(targets.shape, dtype=torch.float64)
+    rest = ~test & ~validation
+    for task in range(rank, targets.shape[1], world):
+        target = targets[:, task]
+
+        def fitted(strength: float, part: Tensor, target: Tensor = target) -> Tensor:
+            model = _logistic_regression(strength, "lbfgs").fit(x[part].numpy(), target[part].numpy())
+            return torch.from_numpy(model.decision_function(x.numpy()))
+
+        best = _RIDGES[0]
+        if all(0 < target[part].sum() < part.sum() for part in (rest, validation)):
+            weights = class_weights(target[:, None], validation)
+            losses = [cross_entropy(fitted(c, rest)[:, None], target[:, None], weights).item() for c in _RIDGES]
+            best = _RIDGES[losses.index(min(losses))]
+        scores[:, task] = fitted(best, ~test)
+    return reduce_sum(scores)[0]
 
 
 def classifier_scores(log_odds: Tensor, target: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ WORD_CLASSES = {
     "pronoun": "i you he she it we they me him us them myself yourself himself herself itself ourselves themselves "
     "mine yours hers ours theirs who whom someone somebody something anyone anybody anything everyone everybody "
     "everything nobody nothing none one",
-    "conjunction": "and but or nor so yet if unless because although though while whereas when whenever where wherever "
-    "whether than",
+    "conjunction": "and but or nor so yet if unless because although though while whereas when whenever where "
+    "wherever whether than",
     "auxiliary": "am is are was were be been being have has had having do does did can could may might must shall "
     "should will would cannot",
 }
