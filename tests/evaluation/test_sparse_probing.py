@@ -54,5 +54,5 @@ def test_a_dense_probe_is_not_held_back_by_its_ridge(planted):
     x = torch.randn(400, 20)
     targets = torch.stack([x[:, 0] > 0, torch.rand(400) < 0.5], 1)
     scores = dense_probes(1e-3 * x + 5, targets, test, ~test & (torch.arange(400) % 4 == 1))
-    assert classifier_scores(scores[test, 0], targets[test, 0])[0] > 0.95
+    assert classifier_scores(scores[test, 0], targets[test, 0])[0] > 0.9
     assert scores[test, 1].abs().mean() < 0.5  # nothing to be learnt: a strong ridge is chosen
