@@ -58,9 +58,9 @@ class Examples:
         distinct = dict.fromkeys(self.keys)
         count = round(share * len(distinct))
         if not 0 < count < len(distinct):
+            what = "windows" if self.kind == "tokens" else "texts"
             raise ValueError(
-                f"{len(distinct)} {'windows' if self.kind == 'tokens' else 'texts'} cannot be split with a share of "
-                f"{share} for the test. Give more text."
+                f"{len(distinct)} different {what} cannot be split with a share of {share} for the test. Give more."
             )
         chosen = set(sorted(distinct, key=lambda key: _digest(key, seed + 1))[:count])
         return torch.tensor([key in chosen for key in self.keys])[self.groups]
@@ -94,7 +94,7 @@ def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) ->
 
 
 def _window_key(batch: TokenBatch, row: int) -> bytes:
-    return torch.stack([batch.input_ids[row], batch.keep[row].long()]).numpy().tobytes()
+    return torch.stack([batch.input_ids[row], batch.keep[row].long()]).cpu().numpy().tobytes()
 
 
 def token_examples(

@@ -14,7 +14,7 @@ Shapes: N examples, F latents, T tasks, M activations.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,8 +113,8 @@ def fit_probes(
         weight, bias = start.weight * scale[:, None], start.bias.clone()
     loss = torch.empty_like(weight)
     for some in _blocks(columns, targets.shape[1]):
-        block = columns.select(some)
-        found = _newton(_Objective(block, targets, weights, ridge), weight[some], bias[some])
+        objective = _Objective.of(columns.select(some), targets, weights, ridge)
+        found = _newton(objective, weight[some], bias[some])
         weight[some], bias[some], loss[some] = found
         if progress is not None:
             progress(len(some))
@@ -133,23 +133,35 @@ def _blocks(columns: LatentColumns, tasks: int) -> list[Tensor]:
     return list(torch.arange(columns.num_latents).split(group.unique_consecutive(return_counts=True)[1].tolist()))
 
 
+@dataclass
 class _Objective:
-    """Value, gradient and curvature of the probes of some latents, at points of all their tasks."""
+    """Value, gradient and curvature of the probes of some latents, at points of all their tasks.
 
-    def __init__(self, columns: LatentColumns, targets: Tensor, weights: Tensor, ridge: float):
-        self.columns, self.weights, self.ridge = columns, weights, ridge
+    Args:
+        columns ([`LatentColumns`]): Activations of F latents.
+        weights (`Tensor` of shape `(N, T)`), ridge (`float`): As in [`fit_probes`].
+        positive (`Tensor` of shape `(T,)`): Weight of the positive examples.
+        along (`Tensor` of shape `(F, T)`): Sum of c y a.
+        silent (`Tensor` of shape `(F, T)`): Weight of the examples on which a latent does not fire.
+    """
+
+    columns: LatentColumns
+    weights: Tensor
+    ridge: float
+    positive: Tensor
+    along: Tensor
+    silent: Tensor
+
+    @classmethod
+    def of(cls, columns: LatentColumns, targets: Tensor, weights: Tensor, ridge: float) -> "_Objective":
         positive = weights * targets
-        bare = LatentColumns(columns.rows, torch.ones_like(columns.values), columns.offsets, columns.num_rows)
-        self.positive = positive.sum(0)  # of a task's weights: (T,)
-        self.along = columns.sums(positive)  # sum of c y a: (F, T)
-        self.silent = weights.sum(0) - bare.sums(weights)  # weight of the examples on which a latent is silent
+        firing = replace(columns, values=torch.ones_like(columns.values)).sums(weights)
+        silent = (weights.sum(0) - firing).clamp(min=0)
+        return cls(columns, weights, ridge, positive.sum(0), columns.sums(positive), silent)
 
     def select(self, kept: Tensor) -> "_Objective":
         """The same for some of the latents."""
-        other = object.__new__(_Objective)
-        other.columns, other.weights, other.ridge = self.columns.select(kept), self.weights, self.ridge
-        other.positive, other.along, other.silent = self.positive, self.along[kept], self.silent[kept]
-        return other
+        return replace(self, columns=self.columns.select(kept), along=self.along[kept], silent=self.silent[kept])
 
     def at(self, w: Tensor, b: Tensor) -> Tensor:
         """Value, the gradient by w and b, and the second derivatives by ww, wb and bb: `(6, F, T)`."""

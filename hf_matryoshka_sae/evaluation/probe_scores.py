@@ -85,7 +85,7 @@ class Probing:
     ) -> None:
         own, probes = own_latents(columns.num_latents), None
         for test in tests:
-            ridge = self.ridge or 1 / int((~test).sum())
+            ridge = 1 / int((~test).sum()) if self.ridge is None else self.ridge
             train = columns.among(~test).select(own)
             probes = fit_probes(train, labels, class_weights(labels, ~test), ridge, probes, bar.update)
             everywhere = _in_all_processes(probes, own, columns.num_latents)

@@ -18,6 +18,7 @@ from .token_properties import TokenReader, property_labels, property_names
 
 _LEAST_TEXTS = 20  # of a class, so that some are left for both parts
 _LEAST_TOKENS = 20
+_UNLABELLED = -1  # of a `datasets.ClassLabel`
 
 
 @dataclass
@@ -85,7 +86,7 @@ class LabelledTask:
         names = _class_names(dataset, label)
         by_class: dict[str, list[str]] = {}
         for written, given in zip(texts, labels, strict=True):
-            if written is None or given is None or given == "":
+            if written is None or given is None or given == "" or (names and given == _UNLABELLED):
                 continue
             if not isinstance(written, str):
                 raise ValueError(

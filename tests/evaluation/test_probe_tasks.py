@@ -48,7 +48,8 @@ def test_every_kind_of_data_set_gives_the_same_task():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     numbered = Dataset.from_dict({**data, "label": [0] * 20 + [1] * 20}, features=features)
     expected = LabelledTask.from_dataset(data)
-    for other in (rows, Dataset.from_dict(data), numbered):
+    more = Dataset.from_dict({"text": [*data["text"], "unlabelled"], "label": [*numbered["label"], -1]})
+    for other in (rows, Dataset.from_dict(data), numbered, more.cast(features)):
         task = LabelledTask.from_dataset(other)
         assert task.texts == expected.texts and task.names == expected.names
         assert torch.equal(task.labels, expected.labels)

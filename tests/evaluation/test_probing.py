@@ -257,10 +257,10 @@ def test_labelled_data_of_another_kind(shared):
         ({"test_share": 1.0}, "test_share"),
         ({"k": (0,)}, "at least 1"),
         ({"max_pairs": 100}, "raise `max_pairs`"),
-        ({"test_share": 0.001}, "30 windows cannot be split"),
+        ({"test_share": 0.001}, "30 different windows cannot be split"),
         ({"least_share": 0.45}, "No task can be probed"),
         ({"widths": [99]}, "between 1 and 16"),
-        ({"ridge": -1.0}, "ridge"),
+        ({"ridge": 0.0}, "ridge"),
     ],
 )
 def test_bad_options_are_named(options, message):
