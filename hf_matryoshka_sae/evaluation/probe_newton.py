@@ -127,9 +127,9 @@ def cross_entropy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def _blocks(columns: LatentColumns, tasks: int) -> list[Tensor]:
-    """The latents in groups whose activations fit a few blocks; those that fire often apart."""
+    """The latents in groups of bounded size, or one latent each where it fires often."""
     most = max(1, 4 * _ENTRIES_AT_ONCE // max(1, tasks))
-    group = (columns.offsets[1:] - 1).clamp(min=0) // most
+    group = (columns.offsets[:-1] + torch.arange(columns.num_latents)) // most
     return list(torch.arange(columns.num_latents).split(group.unique_consecutive(return_counts=True)[1].tolist()))
 
 

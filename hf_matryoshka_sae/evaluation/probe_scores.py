@@ -19,6 +19,7 @@ from .subjects import Dictionary
 
 
 CHANNELS, ALL_CHANNELS = "hidden-state channels", "all channels together"
+_VALIDATION = 10**9  # seeds that no split has
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Probing:
         labels = examples.labels
         at = found.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), Scores())
         for number, test in enumerate(tqdm(tests, desc="probes: all channels", disable=not self.show, leave=False)):
-            validation = ~test & examples.held_out(test.double().mean().item(), -1 - number)
+            validation = ~test & examples.held_out(test.double().mean().item(), _VALIDATION + number)
             scores = dense_probes(examples.hidden, labels, test, validation)
             at.loss.append(cross_entropy(scores, labels, class_weights(labels, test)))
             at.train_loss.append(cross_entropy(scores, labels, class_weights(labels, ~test)))
@@ -125,7 +126,7 @@ def _in_all_processes(probes: Probes, own: Tensor, num_latents: int) -> Probes:
 
 def _best(loss: Tensor, widths: Sequence[int]) -> Tensor:
     """The latent of least loss among the first of each width, `(P, T)`; of equal ones the first."""
-    # argsort can be told to be stable, which argmin cannot.
+    # A sort can be told to be stable, which argmin cannot.
     return torch.stack([loss[:width].sort(dim=0, stable=True).indices[0] for width in widths])
 
 

@@ -2,17 +2,19 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from hf_matryoshka_sae.activations import TokenBatch
+from hf_matryoshka_sae.activations import TokenBatch, heldout_batches, load_language_model
 from hf_matryoshka_sae.assets import load_embedded_lm
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, LabelledTask, TokenTasks, probe_losses
+from hf_matryoshka_sae.evaluation.probe_report import Bootstrap, ProbeReport
 from hf_matryoshka_sae.evaluation.token_properties import property_names
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
 
@@ -142,6 +144,16 @@ def has_sklearn() -> bool:
     return has_scikit_learn()
 
 
+def test_intervals_are_those_of_a_mean_of_tasks_and_splits():
+    random = np.random.default_rng(0)
+    of_tasks, of_splits = random.normal(size=(1, 400)), random.normal(size=(50, 1))
+    for values, count in ((np.repeat(of_tasks, 5, 0), 400), (np.repeat(of_splits, 7, 1), 50)):
+        low, high = Bootstrap(*values.shape, resamples=4000).interval(values)
+        half = 1.96 * values.std() / count**0.5
+        assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
+        assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
 def test_no_more_tokens_are_read_than_asked_for():
     data = open_table()
     report = probe(data, max_tokens=200, baselines=False)
@@ -162,6 +174,13 @@ def labelled(count: int = 60) -> LabelledTask:
 def embedded() -> HeldOut:
     model, tokenizer = load_embedded_lm()
     return HeldOut(model.eval(), [], "model.layers.1", None, tokenizer)
+
+
+def told(embedded: HeldOut, sentence: str) -> HeldOut:
+    """A hundred such sentences, no two alike."""
+    nouns = ("cat", "reader", "stone", "apple", "module", "string")
+    texts = [sentence.format(number=number, noun=nouns[number * number % 11 % 6]) for number in range(100)]
+    return replace(embedded, batches=heldout_batches(["".join(texts)], embedded.tokenizer, 64, 3000))
 
 
 def test_texts_are_read_by_the_means_of_their_tokens(embedded):
@@ -202,10 +221,8 @@ def test_pooling_is_a_mean_over_kept_tokens(embedded):
 
 
 def test_texts_and_tokens_go_together(embedded, tmp_path):
-    from hf_matryoshka_sae.evaluation import open_heldout
-
     sae = build_sae(TopKSAEConfig(d_in=128, num_latents=64, k=4)).eval()
-    data = open_heldout("embedded", "model.layers.1", tokens=2000)
+    data = told(embedded, "{number} {noun} walked to a {noun}.")
     properties = TokenTasks.of_properties(data, ["digit", "begins a word", "-ly"])
     report = probe_losses(data, sae, [labelled(), properties], show=False)
     assert list(report.about["tasks"]) == ["digit", "begins a word", "labels: good"]
@@ -226,22 +243,23 @@ def test_texts_and_tokens_go_together(embedded, tmp_path):
 
 
 def test_what_follows_from_the_text_is_the_default(embedded):
-    from hf_matryoshka_sae.evaluation import open_heldout
-
     sae = build_sae(TopKSAEConfig(d_in=128, num_latents=32, k=4)).eval()
-    data = open_heldout("embedded", "model.layers.1", tokens=2500)
+    data = told(
+        embedded,
+        'The old {noun} said: "It is {number}." She quickly walked to the CITY (and its {noun}) while reading, but '
+        "a character of theirs wanted more.\n",
+    )
     report = probe_losses(data, sae, k=(), splits=1, baselines=False, show=False)
     assert {*report.about["tasks"], *report.about["skipped"]} == set(property_names())
-    assert len(report.about["tasks"]) > 15
+    assert len(report.about["tasks"]) > 20
 
 
 def test_labelled_data_of_another_kind(shared):
     from datasets import load_dataset
 
-    from hf_matryoshka_sae.evaluation import open_heldout
-
     rows = load_dataset("parquet", data_files=str(shared / "text/heldout.parquet"), split="train")
-    data = open_heldout(str(shared / "lm"), "model.layers.1", "embedded", tokens=100)
+    model, tokenizer = load_language_model(str(shared / "lm"))
+    data = HeldOut(model, [], "model.layers.1", None, tokenizer)
     task = LabelledTask.from_dataset(rows, label="source", name="source", max_texts=240, max_classes=4)
     assert len(task.classes) == 4
     sae = build_sae(TopKSAEConfig(d_in=128, num_latents=64, k=4)).eval()
@@ -301,8 +319,6 @@ def _one_of_two(rank: int, folder, data: Table) -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    from hf_matryoshka_sae.evaluation.probe_report import ProbeReport
-
     data = open_table(5)
     mp.spawn(_one_of_two, args=(tmp_path, data), nprocs=2)
     alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
