@@ -153,11 +153,12 @@ def _check_options(
 
 
 def _sparse_ks(k: Sequence[int] | None) -> tuple[list[int], list[str]]:
-    if k is not None:
-        return sorted(set(k)), []
     if has_scikit_learn():
-        return [1, 2, 5], []
-    return [], ["k-sparse probes left out: they need scikit-learn (pip install 'hf_matryoshka_sae[probes]')"]
+        return [1, 2, 5] if k is None else sorted(set(k)), []
+    needed = "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]'"
+    if k:
+        raise ImportError(f"{needed}, or leave them out with k=().")
+    return [], [f"left out: k-sparse probes and all channels together ({needed})"]
 
 
 def _dictionaries(

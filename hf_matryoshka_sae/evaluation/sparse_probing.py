@@ -96,12 +96,8 @@ def _score(x: Tensor, target: Tensor, test: Tensor) -> Tensor:
 
 
 def _logistic_regression(strength: float, solver: str):
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]', or leave them out with k=()."
-        ) from error
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=strength, class_weight="balanced", max_iter=_MAX_ITERATIONS, solver=solver, tol=1e-5)
 
 

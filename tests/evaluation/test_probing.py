@@ -13,7 +13,15 @@ from torch import nn
 
 from hf_matryoshka_sae.activations import TokenBatch, heldout_batches, load_language_model
 from hf_matryoshka_sae.assets import load_embedded_lm
-from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, LabelledTask, TokenTasks, probe_losses
+from hf_matryoshka_sae.evaluation import (
+    Dictionary,
+    HeldOut,
+    LabelledTask,
+    TokenTasks,
+    probe_losses,
+    probe_scores,
+    probing,
+)
 from hf_matryoshka_sae.evaluation.probe_report import Bootstrap, ProbeReport
 from hf_matryoshka_sae.evaluation.token_properties import property_names
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
@@ -266,6 +274,16 @@ def test_labelled_data_of_another_kind(shared):
     report = probe_losses(data, sae, task, k=(), splits=1, context_length=32, show=False)
     (channels,) = report.subject("hidden-state channels")
     assert channels["probe_loss"] < 0.66
+
+
+def test_without_scikit_learn_what_needs_it_is_left_out_and_said(monkeypatch):
+    for module in (probing, probe_scores):
+        monkeypatch.setattr(module, "has_scikit_learn", lambda: False)
+    report = probe(open_table(), k=None)
+    assert "pip install" in str(report) and report.about["k"] == []
+    assert "all channels together" not in {row["subject"] for row in report.rows}
+    with pytest.raises(ImportError, match=r"hf_matryoshka_sae\[probes\]"):
+        probe(open_table(), k=(1,))
 
 
 @pytest.mark.parametrize(
