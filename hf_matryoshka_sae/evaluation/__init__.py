@@ -8,6 +8,9 @@ from .first_letter import FirstLetterTask, NotDefined, first_letter_task
 from .geometry import density_metrics, weight_geometry
 from .hedging import hedging_rate
 from .matching import decoder_matching, matched_cosine, maximum_mean_correlation
+from .probe_report import ProbeReport
+from .probe_tasks import LabelledTask, TokenTasks
+from .probing import probe_losses
 from .similarity import TokenSample, representational_similarity
 from .subjects import Dictionary, Subject
 
@@ -18,10 +21,13 @@ __all__ = [
     "FirstLetterTask",
     "HeldOut",
     "Identity",
+    "LabelledTask",
     "NotDefined",
     "PrincipalComponents",
+    "ProbeReport",
     "Subject",
     "TokenSample",
+    "TokenTasks",
     "absorption",
     "absorption_on_task",
     "activation_batches",
@@ -33,6 +39,7 @@ __all__ = [
     "matched_cosine",
     "maximum_mean_correlation",
     "open_heldout",
+    "probe_losses",
     "random_dictionary",
     "representational_similarity",
     "weight_geometry",
