@@ -3,6 +3,7 @@
 from .absorption import AbsorptionThresholds, absorption, absorption_on_task
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, activation_batches, open_heldout
+from .explainability import Explainability, explainability, neuron_dictionary
 from .fidelity import evaluate_fidelity
 from .first_letter import FirstLetterTask, NotDefined, first_letter_task
 from .geometry import density_metrics, weight_geometry
@@ -18,6 +19,7 @@ from .subjects import Dictionary, Subject
 __all__ = [
     "AbsorptionThresholds",
     "Dictionary",
+    "Explainability",
     "FirstLetterTask",
     "HeldOut",
     "Identity",
@@ -34,10 +36,12 @@ __all__ = [
     "decoder_matching",
     "density_metrics",
     "evaluate_fidelity",
+    "explainability",
     "first_letter_task",
     "hedging_rate",
     "matched_cosine",
     "maximum_mean_correlation",
+    "neuron_dictionary",
     "open_heldout",
     "probe_losses",
     "random_dictionary",
