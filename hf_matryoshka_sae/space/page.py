@@ -74,7 +74,7 @@ class Page:
             self._wire()
 
     def _endpoint(self, name: str) -> None:
-        limits: dict[str, Any] = {"concurrency_limit": 20}
+        limits: dict[str, Any] = {"queue": False}  # answered at once
         if name in _HEAVY:
             limits = {"concurrency_limit": 1, "concurrency_id": "model"}
         method = getattr(self.endpoints, name)
