@@ -214,6 +214,8 @@ class Explainer:
             return
         likely = self._likely(run)
         tried = [(place, token) for place in places for token in likely[place] if token != run[place]]
+        if not tried:  # what the model finds likely is what stands there
+            return
         runs = [[*run[:place], token, *run[place + 1 :]] for place, token in tried]
         for (place, token), found in zip(tried, self._activations(latent, runs), strict=True):
             if found >= HALF * whole:
