@@ -15,7 +15,7 @@ from ..activations import TokenBatch, harvest, resolve_hookpoints, spliced_logit
 from ..activations.hookpoints import first_tensor, hooked
 from ..models import SAEModel
 from .pattern_vocabulary import token_texts
-from .steering import _continued, _prompt
+from .steering import continued, prompt_tokens
 from .text import longest, own_hookpoint, read_text
 
 
@@ -93,11 +93,11 @@ def reconstruct_text(
     loss, spliced_loss = (_losses(model, batch, hookpoint, replace) for replace in (None, _reconstruction(sae)))
     plain = spliced = ""
     if max_new_tokens:
-        ids = batch.input_ids if left_out else _prompt(tokenizer, text, room).to(batch.input_ids)
-        plain = _text(tokenizer, _continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
+        ids = batch.input_ids if left_out else prompt_tokens(tokenizer, text, room).to(batch.input_ids)
+        plain = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
         keep = batch.keep[:, : ids.shape[1]]
         with hooked(model, [(hookpoint, _Reconstructing(_reconstruction(sae), keep))]):
-            spliced = _text(tokenizer, _continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
+            spliced = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
     return ReconstructedText(
         tokens=token_texts(tokenizer, batch.input_ids[0].tolist()),
         read=batch.keep[0].cpu(),

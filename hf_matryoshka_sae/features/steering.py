@@ -93,11 +93,11 @@ def steer(
     sae = sae if width is None else sae.truncate(width)
     latent = checked_latent(latent, sae.config.num_latents)
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
-    ids = _prompt(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
+    ids = prompt_tokens(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
 
     def generate(hook) -> list[int]:
         with hooked(model, [] if hook is None else [(hookpoint, hook)]):
-            return _continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
+            return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
 
     if mode == "remove" or unit is not None:
         plain = generate(None)
@@ -190,7 +190,7 @@ def _is_finite(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _prompt(tokenizer, prompt: str, room: int) -> Tensor:
+def prompt_tokens(tokenizer, prompt: str, room: int) -> Tensor:
     """The prompt's tokens `(1, S)`, begun as training text is but not ended."""
     if room < 1:
         raise ValueError("`max_new_tokens` leaves no room for a prompt in what this model can read. Ask for fewer.")
@@ -207,9 +207,10 @@ def _prompt(tokenizer, prompt: str, room: int) -> Tensor:
     return torch.tensor([ids[:end]])
 
 
-def _continued(
+def continued(
     model: nn.Module, tokenizer, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
+    """The tokens with which the model goes on after `ids` `(1, S)`; drawn with `seed` unless the temperature is 0."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     devices = [ids.device] if ids.device.type == "cuda" else []

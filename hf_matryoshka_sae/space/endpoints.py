@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from ..features import reconstruct_text, search_latents, search_words, steer, text_features
+from ..features import TextFeatures, reconstruct_text, search_latents, search_words, steer, text_features
 from ..features.text import checked_latent
 from .answers import feature_of, list_latents, measured_row
 from .comparing import compare
 from .library import Library
 from .limits import checked_text, on_gpu
-from .opened import Pruning
+from .opened import Opened, Pruning
 
 
 _ALL: list["Endpoints"] = []
@@ -124,12 +124,7 @@ class Endpoints:
     ) -> dict[str, Any]:
         """The strongest latents of each token of a text, and of the whole text with their activations along it."""
         opened = self.library.open(sae, place)
-        text = checked_text(text)
-        chosen = opened.check(Pruning(width=width)).width
-        with self.library.lock:
-            found = text_features(
-                opened.sae, opened.data.model, opened.tokenizer, text, opened.data.hookpoint, chosen, top, 512
-            )
+        found = self._features(opened, text, width, top)
         return {
             "tokens": found.tokens,
             "top": [[[latent, value] for latent, value in token] for token in found.top],
@@ -152,13 +147,13 @@ class Endpoints:
     ) -> dict[str, Any]:
         """One latent's activations along a text."""
         opened = self.library.open(sae, place)
-        text = checked_text(text)
-        chosen = opened.check(Pruning(width=width)).width
-        with self.library.lock:
-            found = text_features(
-                opened.sae, opened.data.model, opened.tokenizer, text, opened.data.hookpoint, chosen, 1, 512
-            )
+        found = self._features(opened, text, width, 1)
         return {"tokens": found.tokens, "activations": found.activations(latent).tolist()}
+
+    def _features(self, opened: Opened, text: str, width: int, top: int) -> TextFeatures:
+        text, chosen, data = checked_text(text), opened.check(Pruning(width=width)).width, opened.data
+        with self.library.lock:
+            return text_features(opened.sae, data.model, opened.tokenizer, text, data.hookpoint, chosen, top, 512)
 
     @on_gpu
     def reconstruct(
