@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub.utils import httpx
+from huggingface_hub import constants
+from huggingface_hub.utils import build_hf_headers, httpx
 from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.assets import embedded_sae_path
@@ -15,6 +16,7 @@ from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.space import Library
 from hf_matryoshka_sae.space import library as library_module
 from hf_matryoshka_sae.space.library import ROOT
+from hf_matryoshka_sae.space.limits import forget_own_token
 from hf_matryoshka_sae.space.opened import Pruning
 
 
@@ -281,3 +283,11 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
     monkeypatch.setattr(library_module, "list_saes", fails)
     with pytest.raises(ValueError, match="'somebody/sae' cannot be opened.*Name or service not known"):
         Library().open("somebody/sae")
+
+
+def test_strangers_do_not_read_with_this_machines_token(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    assert build_hf_headers().get("authorization") == "Bearer hf_loopback"
+    forget_own_token()
+    assert "authorization" not in build_hf_headers()
+    assert build_hf_headers(token="hf_theirs")["authorization"] == "Bearer hf_theirs"
