@@ -44,7 +44,7 @@ class Endpoints:
         return {
             "sae": opened.source,
             "place": opened.place,
-            "places": list(self.library.saes(sae)),
+            "places": opened.siblings,
             "type": config.model_type,
             "activation": config.activation_name,
             "d_in": config.d_in,

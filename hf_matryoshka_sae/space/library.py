@@ -171,7 +171,7 @@ class Library:
             )
         if self.model is not None:
             sae.config.base_model = self.model
-        return Opened(source, place, where, info.subfolder, sae.to(data.device), data, self)
+        return Opened(source, place, where, info.subfolder, sae.to(data.device), data, self, list(saes))
 
     def _heldout(self, model: str, hookpoint: str) -> HeldOut:
         """The text, tokenised once for each model, at a hookpoint."""

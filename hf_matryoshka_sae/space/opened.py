@@ -69,13 +69,22 @@ class Opened:
         sae ([`SAEModel`]): In `eval` mode.
         data ([`HeldOut`]): Its language model with held-out tokens, at its hookpoint.
         library ([`Library`]): That it belongs to.
+        siblings (`list[str]`): Places of all SAEs of its source, its own among them.
     """
 
     def __init__(
-        self, source: str, place: str, where: str, subfolder: str, sae: SAEModel, data: HeldOut, library: "Library"
+        self,
+        source: str,
+        place: str,
+        where: str,
+        subfolder: str,
+        sae: SAEModel,
+        data: HeldOut,
+        library: "Library",
+        siblings: list[str],
     ):
         self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
-        self.sae, self.data, self.library = sae, data, library
+        self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
         self.num_latents: int = sae.config.num_latents
         self._kept: dict[Any, Any] = {}
         self._reading = threading.RLock()  # held by what needs no language model, which does not wait for one
