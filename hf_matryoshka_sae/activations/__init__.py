@@ -6,7 +6,7 @@ from .holdout import Split
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
 from .prefetch import PrefetchedStream
-from .splice import has_lm_loss, spliced_logits, spliced_losses
+from .splice import has_lm_loss, is_masked_lm, spliced_logits, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
 from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
@@ -37,6 +37,7 @@ __all__ = [
     "has_lm_loss",
     "heldout_batches",
     "hookpoint_widths",
+    "is_masked_lm",
     "load_documents",
     "load_language_model",
     "resolve_hookpoints",

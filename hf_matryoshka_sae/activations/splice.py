@@ -25,6 +25,11 @@ def has_lm_loss(model: nn.Module) -> bool:
     return model.get_output_embeddings() is not None
 
 
+def is_masked_lm(model: nn.Module) -> bool:
+    """Whether the model guesses masked tokens, and not the next ones."""
+    return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
 def spliced_losses(
     model: nn.Module,
     batch: TokenBatch,
@@ -116,7 +121,7 @@ class _Splice:
 
 def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens the model reads, positions at which it is scored, and the right answers, all `[B, S]`."""
-    if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    if not is_masked_lm(model):
         scored = batch.keep.clone()
         scored[:, -1] = False
         scored[:, :-1] &= batch.attention_mask[:, 1:].bool()

@@ -1,5 +1,6 @@
 """What an SAE is worth: fidelity per prefix width, geometry, matching, absorption, and baselines beside them."""
 
+from .ablation import AblationSparsity, ablation_sparsity
 from .absorption import AbsorptionThresholds, absorption, absorption_on_task
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, activation_batches, open_heldout
@@ -17,6 +18,7 @@ from .subjects import Dictionary, Subject
 
 
 __all__ = [
+    "AblationSparsity",
     "AbsorptionThresholds",
     "Dictionary",
     "Explainability",
@@ -30,6 +32,7 @@ __all__ = [
     "Subject",
     "TokenSample",
     "TokenTasks",
+    "ablation_sparsity",
     "absorption",
     "absorption_on_task",
     "activation_batches",

@@ -24,7 +24,7 @@ from .distributed import processes
 from .firing import FiringSums
 from .geometry import checked_widths
 from .n2g import Explained, Explainer, firing_examples, score
-from .report import save_figure
+from .report import draw_widths, save_figure
 
 
 SCORES = ("f1", "precision", "recall", "correlation")
@@ -75,17 +75,8 @@ class Explainability:
 
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axis = figure.subplots()
-        for name, rows in self.rows.items():
-            if name == NEURONS:  # of one width
-                axis.axhline(rows[-1]["f1"], color="gray", linestyle=":", label=NEURONS)
-                continue
-            widths, middle = [row["width"] for row in rows], [row["f1"] for row in rows]
-            below = [max(0.0, row["f1"] - row["f1_interval"][0]) for row in rows]
-            above = [max(0.0, row["f1_interval"][1] - row["f1"]) for row in rows]
-            axis.errorbar(widths, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
-        axis.set(xlabel="width (latents)", ylabel="F1 of N2G patterns (mean over latents)", xscale="log", ylim=(0, 1))
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+        draw_widths(axis, self.rows, "f1", flat=(NEURONS,))
+        axis.set(ylabel="F1 of N2G patterns (mean over latents)", ylim=(0, 1))
         save_figure(figure, Path(path))
 
 
@@ -126,20 +117,9 @@ def explainability(
     Raises:
         `ValueError`: if there is no SAE, widths it does not have, or nothing fires often enough.
     """
-    if not saes:
-        raise ValueError("Name at least one SAE to explain.")
     if per_group < 1 or least < 1:
         raise ValueError(f"`per_group` and `least` must be at least 1, got {per_group} and {least}.")
-    subjects: dict[str, tuple[SAEModel, list[int]]] = {}
-    for name, sae in saes.items():
-        chosen = checked_widths(widths, sae)
-        subjects[name] = sae.eval(), chosen
-        if baselines:
-            subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, examples, chosen, seed=seed), chosen
-    if baselines:
-        first = next(iter(saes.values()))
-        neurons = neuron_dictionary(examples, k=max(1, round(_l0(first, examples))))
-        subjects[NEURONS] = neurons, [neurons.config.num_latents]
+    subjects = with_baselines(saes, examples, widths, baselines, seed)
     rows, found = {}, {}
     for name, (sae, chosen) in subjects.items():
         counts = _counts(sae, examples)
@@ -164,6 +144,40 @@ def explainability(
         "seed": seed,
     }
     return Explainability(rows, found, about)
+
+
+def with_baselines(
+    saes: Mapping[str, SAEModel],
+    data: HeldOut,
+    widths: Sequence[int] | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+) -> dict[str, tuple[SAEModel, list[int]]]:
+    """SAEs and the widths at which they are judged, each followed by a random dictionary, and after all the neurons.
+
+    Args:
+        saes (`dict[str, SAEModel]`): By name; of one hookpoint.
+        data ([`HeldOut`]): On which the baselines are fitted.
+        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
+        baselines (`bool`, *optional*, defaults to `True`): Add them.
+        seed (`int`, *optional*, defaults to 0): Of the random directions.
+
+    Raises:
+        `ValueError`: if there is no SAE, or widths it does not have.
+    """
+    if not saes:
+        raise ValueError("Name at least one SAE.")
+    subjects: dict[str, tuple[SAEModel, list[int]]] = {}
+    for name, sae in saes.items():
+        chosen = checked_widths(widths, sae)
+        subjects[name] = sae.eval(), chosen
+        if baselines:
+            subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, data, chosen, seed=seed), chosen
+    if baselines:
+        first = next(iter(saes.values()))
+        neurons = neuron_dictionary(data, k=max(1, round(_l0(first, data))))
+        subjects[NEURONS] = neurons, [neurons.config.num_latents]
+    return subjects
 
 
 def _explain(
