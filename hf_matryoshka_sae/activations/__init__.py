@@ -9,7 +9,7 @@ from .prefetch import PrefetchedStream
 from .splice import has_lm_loss, is_masked_lm, spliced_logits, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
-from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents
+from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents, open_dataset
 from .tokens import TokenBatch, TokenStream, heldout_batches
 from .windows import WindowShuffle
 
@@ -40,6 +40,7 @@ __all__ = [
     "is_masked_lm",
     "load_documents",
     "load_language_model",
+    "open_dataset",
     "resolve_hookpoints",
     "spliced_logits",
     "spliced_losses",

@@ -201,7 +201,7 @@ def load_documents(
     """
     if config.path == EMBEDDED:
         return IndexedDocuments(_embedded(config.split), None, None, shuffle, seed, rank, world_size)
-    dataset = _open(config)
+    dataset = open_dataset(config)
     columns = dataset.column_names
     if columns is not None and config.column not in columns:
         raise _missing_column(config.column, columns)
@@ -229,7 +229,12 @@ def _embedded(split: str) -> list[str]:
     return embedded_text("heldout") if split == "heldout" else embedded_text()
 
 
-def _open(config: DatasetConfig):
+def open_dataset(config: DatasetConfig) -> Any:
+    """The rows of a data set that is on the Hub or in files, all columns.
+
+    Raises:
+        `ValueError`: if there is none, or it cannot be read.
+    """
     import datasets
 
     files = _local_files(config)

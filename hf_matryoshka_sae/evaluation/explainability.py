@@ -37,7 +37,7 @@ class Explainability:
 
     Args:
         rows (`dict[str, list[dict]]`): By name, for each width: `width`, `latents` (drawn), `explainable` (share of
-            its latents that fire often enough), each of `SCORES`, and `f1_interval`.
+            its latents that fire often enough), and each of `SCORES`, with an `_interval`.
         latents (`dict[str, list[Explained]]`): The drawn latents of each.
         about (`dict`): Of the run: tokens, examples, seed.
     """
@@ -235,33 +235,33 @@ def _rows(
     values = [np.array([table[latent] for latent in group]).reshape(-1, len(SCORES)) for group in drawn]
     generator = np.random.default_rng(seed)
     means = [group.mean(0) if len(group) else np.zeros(len(SCORES)) for group in values]
-    samples = [_resampled(group[:, 0], resamples, generator) for group in values]
+    samples = [_resampled(group, resamples, generator) for group in values]
     rows = []
     for number, width in enumerate(widths, start=1):
         weights = np.array(alive[:number], dtype=float)
         if not weights.sum():
-            scores, interval = np.zeros(len(SCORES)), [0.0, 0.0]
+            scores, intervals = np.zeros(len(SCORES)), np.zeros((len(SCORES), 2))
         else:
             weights /= weights.sum()
             scores = sum(weight * mean for weight, mean in zip(weights, means, strict=False))
             drawn_again = sum(weight * sample for weight, sample in zip(weights, samples, strict=False))
-            interval = np.quantile(drawn_again, [0.025, 0.975]).tolist()
+            intervals = np.quantile(drawn_again, [0.025, 0.975], axis=0).T
         rows.append(
             {
                 "width": width,
                 "latents": sum(map(len, drawn[:number])),
                 "explainable": sum(alive[:number]) / width,
                 **dict(zip(SCORES, map(float, scores), strict=True)),
-                "f1_interval": interval,
+                **{f"{key}_interval": spans.tolist() for key, spans in zip(SCORES, intervals, strict=True)},
             }
         )
     return rows
 
 
 def _resampled(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """The mean of each resample, `(resamples,)`."""
+    """The mean of each resample of the rows, `(resamples, scores)`."""
     if not len(values):
-        return np.zeros(resamples)
+        return np.zeros((resamples, values.shape[1]))
     return values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
 
 

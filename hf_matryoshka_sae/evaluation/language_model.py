@@ -6,10 +6,13 @@
     kl                       E[KL(clean || spliced)] over predictions, nats
     kl_score                 (KL_zero - KL_spliced) / KL_zero
 
+    compute_share            training compute of a model of that loss over that of this one, see [`LossScaling`]
+
 Cross-entropy and KL are counted where hidden states were replaced; special tokens keep theirs.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,6 +77,43 @@ class LossBaselines:
             "kl": kl,
             "kl_score": (self.zero_kl - kl) / self.zero_kl if self.zero_kl else None,
         }
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """How a language model's loss falls with its training compute: L(C) = irreducible + (constant / C)^exponent.
+
+    A model of loss L was then trained with ((L_clean - irreducible) / (L - irreducible))^(1 / exponent) of the compute
+    of one with L_clean; the constant cancels. Gao et al. 2024 (arXiv 2406.04093) state the loss of a spliced model so.
+
+    Args:
+        exponent (`float`): Above 0.
+        irreducible (`float`, *optional*, defaults to 0): Nats per token, below the loss of every model compared; of
+            the same text and tokenizer as the losses.
+    """
+
+    exponent: float
+    irreducible: float = 0.0
+
+    def __post_init__(self):
+        if not self.exponent > 0 or not self.irreducible >= 0:
+            raise ValueError(
+                "A scaling law needs an exponent above 0 and an irreducible loss of at least 0, got "
+                f"{self.exponent} and {self.irreducible}."
+            )
+
+    def compute_share(self, clean_ce: float, ce: float) -> float:
+        """The share of training compute at which a model would have loss `ce`.
+
+        Raises:
+            `ValueError`: if the irreducible loss is not below both losses.
+        """
+        if self.irreducible >= min(clean_ce, ce):
+            raise ValueError(
+                f"The irreducible loss, {self.irreducible:.4f} nats, must be below the language model's on this text, "
+                f"{min(clean_ce, ce):.4f}. Is the scaling law one of this kind of text and tokenizer?"
+            )
+        return ((clean_ce - self.irreducible) / (ce - self.irreducible)) ** (1 / self.exponent)
 
 
 def _recaptured(ablated: float, spliced: float, clean: float) -> float | None:

@@ -10,7 +10,8 @@ from typing import Any
 ABOUT = (
     "fvu: squared error over the variance about the held-out mean. recaptured: (ablated - spliced) / "
     "(ablated - clean) cross-entropy, with the hidden states replaced by zero (zero) or by their mean (mean) as the "
-    "ablation. kl: from the clean model's predictions, in nats. rsa: rank correlation of the tokens' cosine "
+    "ablation. compute: training compute of a model of that loss, as a share of this one's, by the scaling law that "
+    "was given. kl: from the clean model's predictions, in nats. rsa: rank correlation of the tokens' cosine "
     "similarities before and after. dead: share of the prefix's latents that never fire on the held-out tokens. "
     "selection mask: all latents compete for places, those past the width are dropped; the same as encoding the "
     "prefix alone wherever a threshold decides."
@@ -23,6 +24,7 @@ _COLUMNS = (
     ("CE", "ce", 8, ".4f"),
     ("recaptured", "recaptured_zero", 11, ".4f"),
     ("(mean abl.)", "recaptured_mean", 11, ".4f"),
+    ("compute", "compute_share", 8, ".2%"),
     ("KL", "kl", 8, ".4f"),
     ("RSA", "rsa", 7, ".4f"),
     ("dead", "dead", 7, ".2%"),

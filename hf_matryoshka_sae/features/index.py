@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
 from ..evaluation.distributed import processes
 from ..models import SAEModel
+from ..models.digests import weights_digest
 from .ahead import ahead, shared_cores
 from .best import MOST_POSITIONS
 from .columns import context_tables, latent_columns
@@ -32,7 +33,6 @@ from .sources import (
     opened_sae,
     public_name,
     text_digest,
-    weights_digest,
 )
 from .store import FeatureIndex
 from .sums import PROBABILITIES

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from ..activations import DatasetConfig, Documents, load_language_model
 from ..activations.language_model import EMBEDDED
 from ..models import CONFIGS, SAEModel
+from ..models.digests import weights_digest
 from .layout import CONTEXTS, INDEX, LATENTS, is_hub_id
 
 
@@ -95,15 +96,6 @@ def check_finite(sae: SAEModel) -> None:
                 f"The SAE's `{name}` has values that are not finite, so its activations mean nothing. Load it again, "
                 "or take an earlier checkpoint of its run."
             )
-
-
-def weights_digest(sae: SAEModel) -> str:
-    """SHA-256 over an SAE's tensors, by name: says of which weights an index is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # The language model

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from ..models import SAEConfig, SAEModel
+from ..models.digests import folder_digest
 from ..training import RunConfig, load_run_config
-from ..training.provenance import read_provenance, weights_digest
+from ..training.provenance import read_provenance
 from .layout import SAEFolder
 from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, name_in_run, read_json
 
@@ -128,7 +129,7 @@ def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
     config = load_run_config(run_dir / "run.yaml") if (run_dir / "run.yaml").is_file() else None
     provenance = read_provenance(run_dir)
     places = {_place(sae.folder, run_dir): sae for sae in saes}
-    weights = {place: weights_digest(sae.folder) for place, sae in places.items()}
+    weights = {place: folder_digest(sae.folder) for place, sae in places.items()}
     compared = {result["hookpoint"]: result for result in evaluations(run_dir, weights)}
     closing = {result["hookpoint"]: result for result in read_json(run_dir / "results.json").get("results", [])}
     found = []

@@ -17,9 +17,10 @@ from transformers import AutoModel
 
 from ..activations import load_language_model, resolve_hookpoints
 from ..evaluation import HeldOut
-from ..evaluation.command import evaluate
+from ..evaluation.core import evaluate
 from ..evaluation.report import ABOUT, plot, write_json
 from ..models import SAEModel
+from ..models.digests import folder_digest
 from ..progressive import (
     LatentStatistics,
     decoder_spectrum,
@@ -31,7 +32,7 @@ from ..progressive import (
 )
 from ..progressive.statistics import STATISTICS_FILE
 from ..training import RunConfig, load_run_config
-from ..training.provenance import describe_model, weights_digest
+from ..training.provenance import describe_model
 from ..training.setup import open_heldout_text
 from .layout import SAEFolder, find_saes
 
@@ -93,7 +94,7 @@ def is_measured(folder: Path, name: str, weights: str | None = None) -> bool:
         name (`str`): Such as `"progressive_curve"`.
         weights (`str`, *optional*): Digest of the weights, where it is known already.
     """
-    return bool(read_json(folder / MEASURED_FILE).get(name) == (weights or weights_digest(folder)))
+    return bool(read_json(folder / MEASURED_FILE).get(name) == (weights or folder_digest(folder)))
 
 
 def evaluations(run_dir: Path, weights: Mapping[str, str | None]) -> list[dict[str, Any]]:
@@ -147,7 +148,7 @@ def _load(sae: SAEFolder, device: torch.device) -> SAEModel:
 
 
 def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
-    weights = weights_digest(place.folder)
+    weights = folder_digest(place.folder)
     missing = [
         name
         for name, file in _FILES.items()
@@ -213,7 +214,7 @@ def _write_power_laws(sae: SAEModel, statistics: LatentStatistics, folder: Path)
 
 
 def _evaluate(group: Sequence[SAEFolder], hookpoint: str, bench: _Bench) -> None:
-    weights = {_place(sae, bench.folder): weights_digest(sae.folder) for sae in group}
+    weights = {_place(sae, bench.folder): folder_digest(sae.folder) for sae in group}
     before = evaluations(bench.folder, weights)
     if any(_at(result) == hookpoint and weights.keys() <= result["weights"].keys() for result in before):
         return

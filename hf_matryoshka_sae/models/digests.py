@@ -1,4 +1,5 @@
-"""Digests of blocks of rows: what lets a reader of the first latents check them, without the rest of the file.
+"""Digests: of blocks of rows, which let a reader of the first latents check them without the rest of the file, and
+of all weights, which say to what a result belongs.
 
 The Hub's own checksum is of a whole file. A pushed SAE carries `model.digests.json` beside its weights: the ends of
 blocks of rows (all prefix widths, powers of two, and every 64th of the dictionary), and for each tensor a digest of
@@ -7,9 +8,10 @@ each block. They find damage on the way, as a checksum does; they are no signatu
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 DIGESTS_NAME = "model.digests.json"
@@ -76,3 +78,22 @@ def first_wrong_row(
             return begin
         begin = end
     return None
+
+
+def weights_digest(sae: nn.Module) -> str:
+    """SHA-256 over an SAE's tensors, by name: says of which weights a result is."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        found.update(name.encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def folder_digest(folder: Path) -> str | None:
+    """SHA-256 of the files of an SAE's weights, over all shards; `None` where there are none."""
+    found, files = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                found.update(block)
+    return found.hexdigest() if files else None

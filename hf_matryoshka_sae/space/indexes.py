@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants
 
 from ..features import FeatureIndex, build_index
-from ..features.sources import weights_digest
+from ..models.digests import weights_digest
 from .labels import Labels
 from .limits import UNREACHABLE
 

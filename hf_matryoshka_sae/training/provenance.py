@@ -4,7 +4,6 @@ Beside `run.yaml`, which says what was asked for: the command, versions, hardwar
 resumed run, and for each SAE the normalisation folded into it and the threshold that was solved for.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ from torch import nn
 
 from ..activations.language_model import EMBEDDED
 from ..evaluation.report import write_json
+from ..models.digests import folder_digest
 from .config import RunConfig
 from .learner import Learner
 
@@ -89,7 +89,7 @@ class Provenance:
             "input_scaling": learner.spec.input_scaling,
             "mean_norm": float(learner.mean.norm()),
             "scale": float(learner.scale),
-            "weights": weights_digest(folder),
+            "weights": folder_digest(folder),
         }
         if threshold is not None:
             found["calibration"] = {
@@ -119,16 +119,6 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def weights_digest(folder: Path) -> str | None:
-    """SHA-256 of an SAE's weights, over all shards; `None` where there are none. Results belong to these weights."""
-    digest, files = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

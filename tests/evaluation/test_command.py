@@ -10,7 +10,7 @@ import torch
 
 from hf_matryoshka_sae import cli
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout, weight_geometry
-from hf_matryoshka_sae.evaluation.command import open_saes
+from hf_matryoshka_sae.evaluation.opening import open_saes
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, TopKSAEConfig, build_sae
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_matryoshka_sae.models.digests import folder_digest
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training import trainer as trainer_module
 from hf_matryoshka_sae.training.provenance import (
     describe_model,
     read_provenance,
     typed_command,
-    weights_digest,
     without_places,
     without_secrets,
 )
@@ -51,7 +51,7 @@ def test_a_run_says_what_was_folded_in_and_calibrated(finished):
     assert sae["calibration"]["threshold"] == pytest.approx(weights["threshold"][0].item(), rel=1e-5)
     assert (sae["calibration"]["l0"], sae["calibration"]["tokens"]) == (4, 1024)
     assert sae["mean_norm"] > 0 and sae["scale"] > 0
-    assert sae["weights"] == weights_digest(finished / "nested/model.layers.1")
+    assert sae["weights"] == folder_digest(finished / "nested/model.layers.1")
     assert found["tokens"] == 8 * 128
     assert found["language_model"]["class"] == "LlamaForCausalLM"
     (session,) = found["sessions"]
@@ -127,11 +127,11 @@ def test_secrets_and_places_in_other_texts():
 
 
 def test_the_digest_changes_with_the_weights_and_covers_all_shards(tmp_path):
-    assert weights_digest(tmp_path) is None
+    assert folder_digest(tmp_path) is None
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"a")
-    one = weights_digest(tmp_path)
+    one = folder_digest(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"b")
-    assert weights_digest(tmp_path) != one
+    assert folder_digest(tmp_path) != one
 
 
 def test_a_model_without_a_config_is_described_too():

@@ -1,0 +1,8 @@
+"""The full evaluation: every section one after the other, within a budget, resumable, as one report."""
+
+from .budget import run_sections
+from .report import FOLDER, SUITE_FILE, write_report
+from .sections import SECTIONS, Bench, Found, Section
+
+
+__all__ = ["FOLDER", "SECTIONS", "SUITE_FILE", "Bench", "Found", "Section", "run_sections", "write_report"]
