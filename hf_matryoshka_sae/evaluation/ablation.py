@@ -187,7 +187,9 @@ class _Ablations:
             clean = _last_logits(data.model, window, positions)
             assert hook.state is not None, "the hookpoint was resolved before"
             group, latents, firing, values = self._drawn(token, self.sae.encode_pairs(hook.state.to(self.sae.W_enc)))
-            effects = [clean.new_zeros(0, 2, dtype=torch.float64)]
+            if not len(values):
+                return
+            effects = []
             for removed in (values[:, None] * self.sae.W_dec[latents]).split(max(1, _LOGITS // clean.numel())):
                 hook.removed = removed
                 logits = _last_logits(data.model, window.expand(len(removed), -1), positions)
@@ -214,8 +216,7 @@ class _Ablations:
         """The ablations of all processes, in the order of their tokens."""
         filled = torch.zeros(tokens, self.per_group * len(self.widths), 7, dtype=torch.float64)
         for rows in self.found:
-            if len(rows):
-                filled[int(rows[0, 0]), : len(rows)] = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            filled[int(rows[0, 0]), : len(rows)] = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         reduce_sum(filled)
         return filled[filled[..., 6] > 0].numpy()
 
@@ -261,6 +262,8 @@ def _effects(ablated: Tensor, clean: Tensor) -> Tensor:
 def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int, seed: int) -> list[dict[str, Any]]:
     """A row for each width, from the groups below it."""
     firing, sums = _by_token(table, len(widths))
+    if not len(firing):
+        raise ValueError("Nothing fires on the tokens that were drawn, so nothing can be ablated. Draw more `tokens`.")
     again = np.random.default_rng(seed).integers(len(firing), size=(resamples, len(firing)))
     rows = []
     for number, width in enumerate(widths, start=1):

@@ -18,6 +18,7 @@ from ..training import RunConfig, load_run_config
 from ..training.provenance import read_provenance
 from .layout import SAEFolder
 from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, name_in_run, read_json
+from .suite_facts import SuiteFacts, read_suite
 
 
 _PLOTS = "plots"
@@ -44,6 +45,7 @@ class SAEFacts:
         baselines (`dict[str, dict[int, dict]]`): By name (`random`, `principal components`, `identity`) and width.
         curve (`dict`), power_law (`dict`): The files of these names.
         made (`dict`): What the run's `provenance.json` says of it.
+        suite ([`SuiteFacts`], *optional*): What a full evaluation found.
         plots (`dict[str, Path]`): Pictures by their place in the repository.
     """
 
@@ -57,6 +59,7 @@ class SAEFacts:
     curve: dict[str, Any] = field(default_factory=dict)
     power_law: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    suite: SuiteFacts | None = None
     plots: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -140,6 +143,7 @@ def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
             facts.made = {}  # the folder now holds other weights than the run left there
         else:
             _add_results(facts, name_in_run(sae, run_dir), closing.get(sae.hookpoint), compared.get(sae.hookpoint))
+        _add_suite(facts, read_suite([run_dir, sae.folder], weights[place]))
         found.append(facts)
     found.sort(key=lambda facts: not facts.is_matryoshka)
     plots = {}
@@ -203,3 +207,16 @@ def _add_results(
             if key in result["saes"]:
                 facts.baselines[title] = {row["width"]: row for row in result["saes"][key]}
         return
+
+
+def _add_suite(facts: SAEFacts, suite: SuiteFacts | None) -> None:
+    """The full evaluation; its reconstruction where there is no other."""
+    if suite is None:
+        return
+    facts.suite = suite
+    for name, path in suite.plots().items():
+        facts.plots["/".join(filter(None, (_PLOTS, facts.subfolder, f"suite-{name}.png")))] = path
+    if not facts.rows and suite.fidelity is not None:
+        facts.rows = suite.fidelity["rows"][suite.name]
+        facts.measured = {**suite.fidelity["facts"], "dataset": suite.place["dataset"]}
+        facts.baselines = suite.baselines()

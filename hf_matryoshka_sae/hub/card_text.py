@@ -142,6 +142,11 @@ def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, 
     return path, f"{link}{name}, split {code(data.split)}, column {code(data.column)}"
 
 
+def text_words(path: str) -> str:
+    """Held-out text that an evaluation names."""
+    return dataset(DatasetConfig(path, split="heldout" if path == EMBEDDED else "train"))[1]
+
+
 def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
     """The text of the training (`train`) and of the evaluation (`heldout`): Hub ids and words."""
     if run.config is None:
@@ -196,6 +201,14 @@ def baselines(sae: SAEFacts) -> str:
             others = [sae.baselines[key].get(row["width"], {}) for key, _ in found]
             cells += [number(each.get(metric), ".4f") for each in (row, *others)]
     return table(titles, rows)
+
+
+def interpretability(sae: SAEFacts) -> str:
+    """Every metric of a full evaluation beside its baselines; empty where none was made."""
+    if sae.suite is None or not sae.suite.sections:
+        return ""
+    titles, rows = sae.suite.rows()
+    return table(titles, [[cell.replace("**", "") or "–" for cell in row] for row in rows], ("Of",))
 
 
 def power_laws(sae: SAEFacts) -> str:

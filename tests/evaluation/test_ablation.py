@@ -166,6 +166,22 @@ def test_what_changes_every_logit_alike_changes_nothing():
     assert both["fraction"] == pytest.approx(1 / 100)
 
 
+def test_tokens_on_which_nothing_fires_are_passed_over(llama):
+    sae = relu_sae(16, 10)
+    with torch.no_grad():
+        sae.b_enc.sub_(3.0)
+    options = dict(per_group=100, positions=4, baselines=False, show=False)
+    states = torch.cat(list(llama.activations()))
+    assert 0 < (sae.encode(states).to_dense() > 0).any(1).float().mean() < 0.9
+    found = ablation_sparsity({"it": sae}, llama, tokens=1000, **options)
+    expected = by_hand(llama, sae, positions=4)
+    assert found.rows["it"][-1]["pairs"] == len(expected)
+    with torch.no_grad():
+        sae.b_enc.sub_(100.0)
+    with pytest.raises(ValueError, match="Nothing fires on the tokens"):
+        ablation_sparsity({"it": sae}, llama, tokens=1000, **options)
+
+
 def test_the_same_call_gives_the_same_result_and_a_plot(llama, tmp_path):
     sae = relu_sae(16, 24)
     first, again = (ablation_sparsity({"it": sae}, llama, [8, 24], tokens=8, positions=4, show=False) for _ in "ab")

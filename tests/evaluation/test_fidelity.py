@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_matryoshka_sae.activations import load_language_model
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity, open_heldout
+from hf_matryoshka_sae.evaluation.language_model import LossScaling
 from hf_matryoshka_sae.models import CONFIGS, MODELS
 
 
@@ -119,3 +120,15 @@ def test_what_does_not_fit_is_said(data):
         evaluate_fidelity([torch.zeros(4, 7)], {"it": Dictionary(sae)}, similarity_tokens=20, show=False)
     with pytest.raises(ValueError, match="no held-out tokens"):
         evaluate_fidelity([], {"it": Dictionary(sae)}, similarity_tokens=20, show=False)
+
+
+def test_a_share_of_compute_is_that_of_the_law():
+    """Against losses made by the law from compute that is known."""
+    law = LossScaling(exponent=0.3, irreducible=1.7)
+    losses = {compute: 1.7 + (1e3 / compute) ** 0.3 for compute in (1e6, 1e7)}
+    assert law.compute_share(losses[1e7], losses[1e6]) == pytest.approx(0.1)
+    assert law.compute_share(losses[1e6], losses[1e6]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="must be below the language model's on this text, 1.5"):
+        law.compute_share(1.5, 3.0)
+    with pytest.raises(ValueError, match="exponent above 0"):
+        LossScaling(0.0)

@@ -42,8 +42,8 @@ def run_sections(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        `list[dict]`: For each section `name`, `title`, `about`, `columns`, `rows`, `text`, `notes`, `plot` (a file's
-        name or `None`), `size`, `full`, `unit`, `seconds`; and `left_out`, the reason, where there are no results.
+        `list[dict]`: For each section `name`, `title`, `about`, `columns`, `rows`, `text`, `notes`, `facts`, `size`,
+        `full`, `unit`, `seconds`, `plot` (a file's name or `None`); and `left_out`, the reason, where nothing was run.
 
     Raises:
         `ValueError`: if the budget is not above 0.
@@ -113,7 +113,7 @@ def _run(
     result = {**about, "size": size, "seconds": time.monotonic() - began}
     if processes()[0] == 0:
         _write(folder, result, found)
-    return {**result, "rows": found.rows, "text": found.text, "notes": found.notes, "plot": _plot_name(result, found)}
+    return {**result, **_kept(result, found)}
 
 
 def _told(value: Any, several: bool) -> Any:
@@ -121,13 +121,13 @@ def _told(value: Any, several: bool) -> Any:
     return broadcast_object_list([value])[0] if several else value
 
 
-def _plot_name(result: dict[str, Any], found: Found) -> str | None:
-    return None if found.plot is None else f"{result['name']}.png"
+def _kept(result: dict[str, Any], found: Found) -> dict[str, Any]:
+    plot = None if found.plot is None else f"{result['name']}.png"
+    return {"rows": found.rows, "text": found.text, "notes": found.notes, "facts": found.facts, "plot": plot}
 
 
 def _write(folder: Path, result: dict[str, Any], found: Found) -> None:
-    plot = _plot_name(result, found)
+    kept = _kept(result, found)
     if found.plot is not None:
-        found.plot(folder / plot)
-    kept = {"rows": found.rows, "text": found.text, "notes": found.notes, "plot": plot, "details": found.details}
-    write_json(folder / f"{result['name']}.json", {**result, **kept})
+        found.plot(folder / kept["plot"])
+    write_json(folder / f"{result['name']}.json", {**result, **kept, "details": found.details})

@@ -11,6 +11,9 @@ from ..report import write_json
 FOLDER = "evaluation_suite"
 SUITE_FILE = "suite.json"
 
+FLAT = {"neurons": "neurons", "channels": "channels", "all channels": "all channels"}
+"""Baselines that have one number for all widths, and what the tables call them."""
+
 _LESS = 90  # per cent of the full size: below that a cut is told
 
 
@@ -26,7 +29,8 @@ def write_report(folder: Path, places: Sequence[dict[str, Any]], minutes: float 
     Returns:
         `Path`: That of `report.md`.
     """
-    kept = ("name", "title", "columns", "rows", "size", "full", "unit", "seconds", "notes", "left_out", "plot")
+    kept = ("name", "title", "about", "columns", "rows", "facts", "size", "full", "unit", "seconds", "notes")
+    kept += ("left_out", "plot")
     told = [
         {**place, "sections": [{key: each[key] for key in kept if key in each} for each in place["sections"]]}
         for place in places
@@ -102,20 +106,17 @@ def metric_lines(
 ) -> list[list[str]]:
     """One metric of an SAE, of its random dictionary, and of baselines that have one number for all widths."""
     lines = []
-    for subject, label in ((name, "**SAE**"), (f"random ({name})", "random"), *_FLAT.items()):
+    for subject, label in ((name, "**SAE**"), (f"random ({name})", "random"), *FLAT.items()):
         found = {row["width"]: row for row in rows.get(subject, []) if row.get(key) is not None}
         if not found:
             continue
-        if subject in _FLAT:
+        if subject in FLAT:
             (last, *_) = list(found.values())[::-1]
             cells = ["", *[""] * (len(widths) - 2), cell(last, key, form)][-len(widths) :]
         else:
             cells = [cell(found[width], key, form) if width in found else "" for width in widths]
         lines.append(["" if lines else title, label, *cells])
     return lines
-
-
-_FLAT = {"neurons": "neurons", "channels": "channels", "all channels": "all channels"}
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:

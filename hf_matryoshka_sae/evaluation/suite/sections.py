@@ -91,6 +91,7 @@ class Found:
         details (`Any`): Everything, JSON-able.
         plot (`Callable`, *optional*): Draws to the path it is given.
         notes (`list[str]`, *optional*): What a reader has to know.
+        facts (`dict`, *optional*): What goes for all rows, such as losses of the language model.
     """
 
     rows: Rows
@@ -98,6 +99,7 @@ class Found:
     details: Any
     plot: Callable[[Path], None] | None = None
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def fidelity(bench: Bench, tokens: int) -> Found:
     result = evaluate(data, bench.saes, bench.widths, bench.selection, scaling=bench.scaling)
     drawn = result | {"saes": {name: rows for name, rows in result["saes"].items() if name != IDENTITY}}
     text = f"{report.table([result])}\n\n{details([result])}"
-    return Found(_flat(result["saes"]), text, result, lambda path: report.plot([drawn], path))
+    facts = {key: value for key, value in result.items() if key != "saes"}
+    return Found(_flat(result["saes"]), text, result, lambda path: report.plot([drawn], path), facts=facts)
 
 
 def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
