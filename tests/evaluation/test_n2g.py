@@ -8,7 +8,8 @@ from transformers import AutoModel
 from hf_matryoshka_sae.activations import harvest
 from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
-from hf_matryoshka_sae.evaluation.explainability import explainability, neuron_dictionary
+from hf_matryoshka_sae.evaluation.drawn_latents import neuron_dictionary
+from hf_matryoshka_sae.evaluation.explainability import explainability
 from hf_matryoshka_sae.evaluation.n2g import Explainer, firing_examples, latent_values, score
 from hf_matryoshka_sae.evaluation.n2g_trie import START, WILDCARD, PatternTrie
 from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, SAEModel
