@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +98,7 @@ class AnswerCache:
         self._waiting: dict[str, Future[Reply]] = {}
         self._used: set[str] = set()
         self._lock = threading.Lock()
-        self.stopped = False  # set, it lets nothing more be asked: threads end at their next question
+        self._end: BaseException | None = None
         if self.path is not None and self.path.exists():
             self._read()
 
@@ -123,14 +123,17 @@ class AnswerCache:
         return len(self._replies)
 
     def ask(self, judge: Judge, messages: Sequence[Message]) -> Reply:
-        """The judge's answer, from the file where it is there; threads with the same question wait for one answer."""
+        """The judge's answer, from the file where it is there; threads with the same question wait for one answer.
+
+        An error of the judge ends the run: whoever asks from then on gets it too.
+        """
         key = answer_key(judge, messages)
         with self._lock:
             if key in self._replies:
                 return self._count(key, cached=True)
             waiting = self._waiting.get(key)
-            if self.stopped:
-                raise CancelledError("The run that asks is over.")
+            if self._end is not None:
+                raise self._end
             mine = waiting is None
             if mine:
                 waiting = self._waiting[key] = Future()
@@ -142,6 +145,7 @@ class AnswerCache:
                 self._store(key, reply)
                 self._count(key, cached=False)
         except BaseException as error:
+            self.end(error)
             waiting.set_exception(error)
             raise
         else:
@@ -150,6 +154,11 @@ class AnswerCache:
             with self._lock:
                 del self._waiting[key]
         return reply
+
+    def end(self, reason: BaseException) -> None:
+        """Let nothing more be asked: threads end at their next question, with the first reason given."""
+        with self._lock:
+            self._end = self._end or reason
 
     def _count(self, key: str, cached: bool) -> Reply:
         if key not in self._used:  # the same question twice in a run costs once

@@ -202,8 +202,8 @@ def _each(
             for done in as_completed(futures):
                 done.result()
                 bar.update()
-        except BaseException:
-            answers.stopped = True
+        except BaseException as error:
+            answers.end(error)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
