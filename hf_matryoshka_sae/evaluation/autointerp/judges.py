@@ -55,7 +55,7 @@ class ChatModelJudge:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model.eval().requires_grad_(False).to(device)
         self._max_tokens, self._lock = max_tokens, threading.Lock()
-        self.name = Path(model).name if Path(model).is_dir() else model
+        self.name = Path(model).resolve().name if Path(model).is_dir() else model
         self.settings = {"max_tokens": max_tokens, "temperature": 0, "weights": _fingerprint(self._model)}
 
     def ask(self, messages: Sequence[Message]) -> Reply:

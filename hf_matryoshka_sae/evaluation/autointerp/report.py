@@ -83,8 +83,13 @@ class AutoInterp:
                 _draw(axis, name, rows, score)
             axis.axhline(_SAYS_NOTHING[score], color="black", linewidth=0.8, linestyle="--", label="says nothing")
             axis.set(xlabel="width (latents)", ylabel=f"{score} (mean over latents)", xscale="log")
+            axis.set_ylim(min(axis.get_ylim()[0], _SAYS_NOTHING[score] - 0.1), 1.02)
             axis.grid(alpha=0.3, which="both")
-        figure.axes[0].legend(fontsize=8)
+            widths = sorted({row["width"] for name, rows in self.rows.items() if name != NEURONS for row in rows})
+            if len(widths) <= 12:
+                axis.set_xticks(widths, [str(width) for width in widths])
+                axis.minorticks_off()
+        figure.axes[-1].legend(fontsize=8)
         figure.suptitle(f"Automated interpretability ({self.title})")
         save_figure(figure, Path(path))
 

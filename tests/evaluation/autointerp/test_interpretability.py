@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -101,6 +102,24 @@ def test_what_is_shown_is_as_many_passages_as_said(sae, text):
         assert 11 <= count <= 21 and len(re.findall(r"^\d+: ", question, re.MULTILINE)) == count
 
 
+def test_explanations_and_questions_are_from_different_texts(sae, text):
+    judge = Called(oracle)
+    run(sae, text, judge, workers=1)
+    examples, test = (_lines(data) for data in text)
+    for question in judge.asked:
+        if "What do the marked tokens" in question:
+            for passage in re.findall("^- (.*)$", question, re.MULTILINE):
+                assert passage.replace("«", "").replace("»", "") in examples
+        elif "passages of text" in question:
+            for passage in re.findall(r"^\d+: (.*)$", question, re.MULTILINE):
+                assert passage.replace("«", "").replace("»", "") in test
+
+
+def _lines(data: HeldOut) -> str:
+    rows = [row for batch in data.batches for row in data.tokenizer.batch_decode(batch.input_ids)]
+    return "|".join(rows).replace("\n", "⏎")
+
+
 def test_a_judge_that_always_says_no_scores_as_chance(sae, text):
     def no(question: str) -> str:
         if "What do the marked" in question:
@@ -123,6 +142,15 @@ def test_what_says_nothing_is_counted_not_dropped(sae, text, answer, kind):
     other = {"malformed": "refusals", "refusals": "malformed"}[kind]
     assert row[kind] == 3 * 16 and row[other] == 0 and row["latents"] == 3
     assert (row["detection"], row["fuzzing"], row["simulation"]) == (0.5, 0.5, 0.0)
+
+
+def test_a_malformed_simulation_counts_as_silence(sae, text):
+    def answering(question: str) -> str:
+        answer = oracle(question)
+        return "nowhere" if "0 (not at all)" in question and "10" not in answer else answer
+
+    (row,) = run(sae, text, Called(answering)).rows["planted"]
+    assert row["malformed"] == 3 * 10 and row["simulation"] == pytest.approx(1.0)
 
 
 def test_without_an_explanation_nothing_more_is_asked(sae, text):
@@ -190,6 +218,22 @@ def test_an_error_ends_all_threads_soon(sae, text):
     with pytest.raises(ValueError, match="the judge is gone"):
         run(sae, text, judge, workers=3)
     assert len(judge.asked) <= 10 + 3  # what was on its way
+
+
+def test_an_interruption_ends_all_threads_soon(sae, text, monkeypatch):
+    class Interrupted(module.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    def slow(question: str) -> str:
+        time.sleep(0.01)
+        return oracle(question)
+
+    judge = Called(slow)
+    monkeypatch.setattr(module, "tqdm", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(sae, text, judge, workers=1)
+    assert 18 <= len(judge.asked) <= 30  # of 52; the next latent had begun
 
 
 def test_a_judge_that_is_not_there_is_known_before_the_work(sae, text, chat, monkeypatch):
