@@ -89,7 +89,8 @@ class AutoInterp:
             if len(widths) <= 12:
                 axis.set_xticks(widths, [str(width) for width in widths])
                 axis.minorticks_off()
-        figure.axes[-1].legend(fontsize=8)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8)
         figure.suptitle(f"Automated interpretability ({self.title})")
         save_figure(figure, Path(path))
 
