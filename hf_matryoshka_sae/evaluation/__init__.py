@@ -4,7 +4,8 @@ from .ablation import AblationSparsity, ablation_sparsity
 from .absorption import AbsorptionThresholds, absorption, absorption_on_task
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, activation_batches, open_heldout
-from .explainability import Explainability, explainability, neuron_dictionary
+from .drawn_latents import neuron_dictionary
+from .explainability import Explainability, explainability
 from .fidelity import evaluate_fidelity
 from .first_letter import FirstLetterTask, NotDefined, first_letter_task
 from .geometry import density_metrics, weight_geometry

@@ -29,7 +29,7 @@ from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from .data import HeldOut
 from .distributed import processes, reduce_sum
-from .explainability import NEURONS, with_baselines
+from .drawn_latents import NEURONS, with_baselines
 from .report import draw_widths, save_figure
 
 

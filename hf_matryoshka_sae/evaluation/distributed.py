@@ -23,3 +23,13 @@ def reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
             if moved is not tensor:
                 tensor.copy_(moved)
     return tensors
+
+
+def gathered(found: list) -> list:
+    """What all processes found, in their order."""
+    _, world = processes()
+    if world == 1:
+        return found
+    parts: list[list] = [[] for _ in range(world)]
+    dist.all_gather_object(parts, found)
+    return [one for part in parts for one in part]

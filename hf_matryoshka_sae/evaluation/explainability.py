@@ -1,8 +1,6 @@
 """How well patterns of tokens explain latents, at each width, beside a random dictionary and the model's neurons.
 
-Latents are drawn from each group that a width adds, and a width's score is the mean over its latents, estimated by
-groups: sum over groups of (latents in the group that fire) * (mean of those drawn) / (latents that fire). Intervals
-span the 2.5th to the 97.5th percentile of bootstrap resamples of the drawn latents, within groups.
+Latents are drawn and a width's scores estimated as in `drawn_latents.py`.
 
 Explained are latents that fire at least `least` times in the text that examples come from; what fires less cannot be
 explained by examples, and its share is reported.
@@ -13,22 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from ..models import SAEModel, TopKSAE, TopKSAEConfig
-from .baselines import random_dictionary
+from ..models import SAEModel
 from .data import HeldOut
-from .distributed import processes
-from .firing import FiringSums
-from .geometry import checked_widths
+from .distributed import gathered, processes
+from .drawn_latents import NEURONS, DrawnLatents, firing_counts, with_baselines
 from .n2g import Explained, Explainer, firing_examples, score
 from .report import draw_widths, save_figure
 
 
 SCORES = ("f1", "precision", "recall", "correlation")
-RANDOM, NEURONS = "random", "neurons"
 
 
 @dataclass
@@ -97,7 +90,7 @@ def explainability(
     """Explain latents by patterns and test the patterns on other text.
 
     Args:
-        saes (`dict[str, SAEModel]`): By name; of one hookpoint.
+        saes (`dict[str, SAEModel]`): By name; of one hookpoint. Several processes share the latents.
         examples ([`HeldOut`]): Text that examples come from.
         test ([`HeldOut`]): Other text, that patterns are tested on; of the same model and hookpoint.
         widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
@@ -119,20 +112,18 @@ def explainability(
     """
     if per_group < 1 or least < 1:
         raise ValueError(f"`per_group` and `least` must be at least 1, got {per_group} and {least}.")
-    subjects = with_baselines(saes, examples, widths, baselines, seed)
     rows, found = {}, {}
-    for name, (sae, chosen) in subjects.items():
-        counts = _counts(sae, examples)
-        drawn = _drawn(counts, chosen, per_group, least, seed)
-        if not any(drawn):
+    for name, (sae, chosen) in with_baselines(saes, examples, widths, baselines, seed).items():
+        drawn = DrawnLatents.of(firing_counts(sae, examples) >= least, chosen, per_group, seed)
+        if not drawn.latents:
             raise ValueError(
                 f"No latent of `{name}` fires on at least {least} of the {examples.tokens} tokens that examples come "
                 "from. Give more text, or a smaller `least`."
             )
-        latents = [latent for group in drawn for latent in group]
-        explained = _explain(name, sae, latents, examples, test, examples_per_latent, substitutes, seed, show)
+        explained = _explain(name, sae, drawn.latents, examples, test, examples_per_latent, substitutes, seed, show)
         found[name] = explained
-        rows[name] = _rows(explained, drawn, counts, chosen, least, resamples, seed)
+        values = {one.latent: [getattr(one, key) for key in SCORES] for one in explained}
+        rows[name] = drawn.rows(values, SCORES, resamples, seed)
     about = {
         "hookpoint": test.hookpoint,
         "example_tokens": examples.tokens,
@@ -144,40 +135,6 @@ def explainability(
         "seed": seed,
     }
     return Explainability(rows, found, about)
-
-
-def with_baselines(
-    saes: Mapping[str, SAEModel],
-    data: HeldOut,
-    widths: Sequence[int] | None = None,
-    baselines: bool = True,
-    seed: int = 0,
-) -> dict[str, tuple[SAEModel, list[int]]]:
-    """SAEs and the widths at which they are judged, each followed by a random dictionary, and after all the neurons.
-
-    Args:
-        saes (`dict[str, SAEModel]`): By name; of one hookpoint.
-        data ([`HeldOut`]): On which the baselines are fitted.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
-        baselines (`bool`, *optional*, defaults to `True`): Add them.
-        seed (`int`, *optional*, defaults to 0): Of the random directions.
-
-    Raises:
-        `ValueError`: if there is no SAE, or widths it does not have.
-    """
-    if not saes:
-        raise ValueError("Name at least one SAE.")
-    subjects: dict[str, tuple[SAEModel, list[int]]] = {}
-    for name, sae in saes.items():
-        chosen = checked_widths(widths, sae)
-        subjects[name] = sae.eval(), chosen
-        if baselines:
-            subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, data, chosen, seed=seed), chosen
-    if baselines:
-        first = next(iter(saes.values()))
-        neurons = neuron_dictionary(data, k=max(1, round(_l0(first, data))))
-        subjects[NEURONS] = neurons, [neurons.config.num_latents]
-    return subjects
 
 
 def _explain(
@@ -193,101 +150,7 @@ def _explain(
 ) -> list[Explained]:
     from_text, on_text = (firing_examples(sae, data, latents, show) for data in (examples, test))
     explainer = Explainer(sae, examples, count, substitutes, seed)
-    bar = tqdm(latents, desc=f"explaining {name}", disable=not show or processes()[0] != 0, leave=False)
-    return [score(one, explainer.explain(one, from_text), on_text, count) for one in bar]
-
-
-@torch.no_grad()
-def _counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
-    """On how many tokens each latent fires, `(F,)`; every process reads all of the text."""
-    sums = FiringSums(sae.config.num_latents)
-    for batch in data.batches:
-        sums.add(sae.encode_pairs(data.states(batch.to(data.device)).to(sae.W_enc)))
-    return sums.fired.cpu().numpy()
-
-
-def _l0(sae: SAEModel, data: HeldOut) -> float:
-    return float(_counts(sae, data).sum() / data.tokens)
-
-
-def _drawn(counts: np.ndarray, widths: list[int], per_group: int, least: int, seed: int) -> list[list[int]]:
-    """Latents of each group between two widths that fire often enough, some of them."""
-    generator = np.random.default_rng(seed)
-    groups = []
-    for start, stop in zip([0, *widths[:-1]], widths, strict=True):
-        alive = np.flatnonzero(counts[start:stop] >= least) + start
-        groups.append(sorted(generator.permutation(alive)[:per_group].tolist()))
-    return groups
-
-
-def _rows(
-    explained: list[Explained],
-    drawn: list[list[int]],
-    counts: np.ndarray,
-    widths: list[int],
-    least: int,
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """A row for each width, from the groups below it."""
-    table = {one.latent: [getattr(one, key) for key in SCORES] for one in explained}
-    alive = [int((counts[start:stop] >= least).sum()) for start, stop in zip([0, *widths[:-1]], widths, strict=True)]
-    values = [np.array([table[latent] for latent in group]).reshape(-1, len(SCORES)) for group in drawn]
-    generator = np.random.default_rng(seed)
-    means = [group.mean(0) if len(group) else np.zeros(len(SCORES)) for group in values]
-    samples = [_resampled(group, resamples, generator) for group in values]
-    rows = []
-    for number, width in enumerate(widths, start=1):
-        weights = np.array(alive[:number], dtype=float)
-        if not weights.sum():
-            scores, intervals = np.zeros(len(SCORES)), np.zeros((len(SCORES), 2))
-        else:
-            weights /= weights.sum()
-            scores = sum(weight * mean for weight, mean in zip(weights, means, strict=False))
-            drawn_again = sum(weight * sample for weight, sample in zip(weights, samples, strict=False))
-            intervals = np.quantile(drawn_again, [0.025, 0.975], axis=0).T
-        rows.append(
-            {
-                "width": width,
-                "latents": sum(map(len, drawn[:number])),
-                "explainable": sum(alive[:number]) / width,
-                **dict(zip(SCORES, map(float, scores), strict=True)),
-                **{f"{key}_interval": spans.tolist() for key, spans in zip(SCORES, intervals, strict=True)},
-            }
-        )
-    return rows
-
-
-def _resampled(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """The mean of each resample of the rows, `(resamples, scores)`."""
-    if not len(values):
-        return np.zeros((resamples, values.shape[1]))
-    return values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
-
-
-@torch.no_grad()
-def neuron_dictionary(data: HeldOut, k: int) -> TopKSAE:
-    """The dimensions of the hidden states as a dictionary: of each token the k that differ most from their mean.
-
-    Latent d is dimension d above its mean, latent D + d the same below it; decoder rows are unit vectors.
-
-    Args:
-        data ([`HeldOut`]): Whose hidden states.
-        k (`int`): Dimensions per token; at most D.
-    """
-    total, count = None, 0
-    for batch in data.batches:
-        states = data.states(batch.to(data.device)).double()
-        total = states.sum(0) if total is None else total + states.sum(0)
-        count += len(states)
-    if total is None:
-        raise ValueError("There are no hidden states to take neurons from.")
-    d_in = len(total)
-    config = TopKSAEConfig(d_in=d_in, num_latents=2 * d_in, k=min(k, d_in), hookpoint=data.hookpoint)
-    sae = TopKSAE(config).eval()
-    unit = torch.eye(d_in)
-    sae.W_enc.copy_(torch.cat([unit, -unit]))
-    sae.W_dec.copy_(torch.cat([unit, -unit]))
-    sae.b_enc.zero_()
-    sae.b_dec.copy_((total / count).float())
-    return sae.to(data.device)
+    rank, world = processes()
+    bar = tqdm(latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
+    found = gathered([score(one, explainer.explain(one, from_text), on_text, count) for one in bar])
+    return sorted(found, key=lambda one: one.latent)

@@ -51,6 +51,16 @@ class PatternTrie:
         self.patterns += not node.values
         node.values.append(float(value))
 
+    def items(self) -> list[tuple[list[int], float]]:
+        """The patterns, in the order of the text, and the activation each predicts; the largest first."""
+        found, stack = [], [(self._root, ())]
+        while stack:
+            node, pattern = stack.pop()
+            if node.values:
+                found.append((list(pattern), float(np.mean(node.values))))
+            stack += [(child, (key, *pattern)) for key, child in node.children.items()]
+        return sorted(found, key=lambda item: -item[1])
+
     def predict(self, windows: np.ndarray) -> np.ndarray:
         """The activation on every token, 0 where no pattern ends.
 

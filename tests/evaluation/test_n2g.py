@@ -8,13 +8,13 @@ from transformers import AutoModel
 from hf_matryoshka_sae.activations import harvest
 from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
-from hf_matryoshka_sae.evaluation.explainability import explainability, neuron_dictionary
+from hf_matryoshka_sae.evaluation.drawn_latents import neuron_dictionary
+from hf_matryoshka_sae.evaluation.explainability import explainability
 from hf_matryoshka_sae.evaluation.n2g import Explainer, firing_examples, latent_values, score
 from hf_matryoshka_sae.evaluation.n2g_trie import START, WILDCARD, PatternTrie
-from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, SAEModel
+from hf_matryoshka_sae.models import SAEModel
 
-
-EMBEDDING = "model.embed_tokens"
+from .planted import EMBEDDING, frequent, planted
 
 
 def matches(pattern: list[int], window: list[int], end: int) -> bool:
@@ -64,6 +64,15 @@ def test_a_pattern_seen_twice_predicts_the_mean():
     assert trie.patterns == 1 and trie.predict(np.array([[1, 2]]))[0, 1] == 2.0
 
 
+def test_a_trie_lists_what_was_added():
+    trie = PatternTrie()
+    patterns = {(1, 2): [1.0, 2.0], (2,): [4.0], (START, WILDCARD, 2): [3.0], (3,): [0.5]}
+    for pattern, values in patterns.items():
+        for value in values:
+            trie.add(pattern, value)
+    assert trie.items() == [([2], 4.0), ([START, WILDCARD, 2], 3.0), ([1, 2], 1.5), ([3], 0.5)]
+
+
 @pytest.mark.parametrize("pattern", [[], [START], [1, START, 2]])
 def test_a_pattern_is_tokens(pattern):
     with pytest.raises(ValueError, match="A pattern is tokens"):
@@ -78,31 +87,6 @@ def text() -> tuple[HeldOut, HeldOut]:
         open_heldout("embedded", dataset={"path": "embedded", "split": "train"}, tokens=8_000, **options),
         open_heldout("embedded", dataset={"path": "embedded", "split": "heldout"}, tokens=8_000, **options),
     )
-
-
-def planted(data: HeldOut, tokens: list[int]) -> SAEModel:
-    """An SAE whose latent n fires on token n of a list alone: the embedding of that token, and a threshold."""
-    rows = data.model.get_input_embeddings().weight.detach().float()
-    sae = ReluSAE(ReluSAEConfig(d_in=rows.shape[1], num_latents=len(tokens), hookpoint=EMBEDDING)).eval()
-    with torch.no_grad():
-        own = rows[tokens]
-        # A whitened direction tells every token from all others.
-        solved = torch.linalg.lstsq(rows.double(), torch.eye(len(rows), dtype=torch.float64)[:, tokens]).solution.T
-        scores = rows.double() @ solved.T
-        best = scores[tokens, torch.arange(len(tokens))]
-        scores[tokens, torch.arange(len(tokens))] = -torch.inf
-        second = scores.amax(0)
-        assert (best > second).all()
-        sae.W_enc.copy_(solved.float())
-        sae.b_enc.copy_((-(best + second) / 2).float())
-        sae.W_dec.copy_(own)
-        sae.b_dec.zero_()
-    return sae
-
-
-def frequent(data: HeldOut, count: int) -> list[int]:
-    ids = torch.cat([batch.input_ids[batch.keep] for batch in data.batches])
-    return ids.bincount().argsort(descending=True)[2 : 2 + count].tolist()
 
 
 def test_a_planted_token_is_found_with_an_f1_of_one(text):

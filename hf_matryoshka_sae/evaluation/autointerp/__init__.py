@@ -1,0 +1,23 @@
+"""Automated interpretability: latents explained by a language model, and the explanations examined on other text."""
+
+from .answers import AnswerCache, Cost, Judge, Reply
+from .endpoint import EndpointJudge
+from .examination import Interpreted, PassageCounts
+from .interpretability import automated_interpretability
+from .judges import ChatModelJudge, open_judge
+from .report import AutoInterp
+
+
+__all__ = [
+    "AnswerCache",
+    "AutoInterp",
+    "ChatModelJudge",
+    "Cost",
+    "EndpointJudge",
+    "Interpreted",
+    "Judge",
+    "PassageCounts",
+    "Reply",
+    "automated_interpretability",
+    "open_judge",
+]
