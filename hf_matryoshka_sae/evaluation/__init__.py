@@ -2,6 +2,7 @@
 
 from .ablation import AblationSparsity, ablation_sparsity
 from .absorption import AbsorptionThresholds, absorption, absorption_on_task
+from .autointerp import AutoInterp, automated_interpretability, open_judge
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut, activation_batches, open_heldout
 from .drawn_latents import neuron_dictionary
@@ -21,6 +22,7 @@ from .subjects import Dictionary, Subject
 __all__ = [
     "AblationSparsity",
     "AbsorptionThresholds",
+    "AutoInterp",
     "Dictionary",
     "Explainability",
     "FirstLetterTask",
@@ -37,6 +39,7 @@ __all__ = [
     "absorption",
     "absorption_on_task",
     "activation_batches",
+    "automated_interpretability",
     "decoder_matching",
     "density_metrics",
     "evaluate_fidelity",
@@ -47,6 +50,7 @@ __all__ = [
     "maximum_mean_correlation",
     "neuron_dictionary",
     "open_heldout",
+    "open_judge",
     "probe_losses",
     "random_dictionary",
     "representational_similarity",

@@ -14,6 +14,7 @@ from ..activations import DatasetConfig, open_dataset, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
 from ..models import SAEModel
 from ..models.digests import folder_digest, weights_digest
+from .autointerp import open_judge
 from .core import ABOUT_ALL, IDENTITY, details, evaluate
 from .data import HeldOut, open_heldout
 from .language_model import LossScaling
@@ -79,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--minutes", type=float, help="to spend; smaller samples are taken where they have to be")
     suite.add_argument("--labelled", metavar="PATH", help="texts with labels, to probe for: file, folder or Hub id")
     suite.add_argument("--label", default="label", help="their column of labels (default: %(default)s)")
+    suite.add_argument(
+        "--judge",
+        help="explains latents: folder or Hub id of a chat model, https://host/v1#model, or endpoint:MODEL (token in "
+        "JUDGE_TOKEN; default: N2G's patterns stand in)",
+    )
+    suite.add_argument("--prompts", metavar="FOLDER", help="with the judge's prompts (default: the package's)")
     suite.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--output_dir", help="default: beside the SAE where it is a folder, else runs/evaluate")
     return parser
@@ -95,12 +102,13 @@ def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
     for name in ("tokens", "context_length"):
         if getattr(parsed, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
-    if parsed.suite == "core" and (parsed.minutes or parsed.labelled):
-        raise ValueError("--minutes and --labelled belong to --suite full.")
+    if parsed.suite == "core" and (parsed.minutes or parsed.labelled or parsed.judge or parsed.prompts):
+        raise ValueError("--minutes, --labelled, --judge and --prompts belong to --suite full.")
     if parsed.suite == "full" and parsed.no_baselines:
         raise ValueError("--suite full has baselines beside every figure; leave --no_baselines away.")
     scaling = None if parsed.lm_exponent is None else LossScaling(parsed.lm_exponent, parsed.lm_irreducible)
     labelled = [_labelled(parsed)] if parsed.labelled else []
+    judge = open_judge(parsed.judge)  # early: it may not be there
     saes, folder = open_saes(parsed.sae, parsed.subfolder)
     output = Path(parsed.output_dir) if parsed.output_dir else folder or Path("runs/evaluate")
     opened: dict[str, HeldOut] = {}
@@ -115,7 +123,8 @@ def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
             result = evaluate(data, group, parsed.widths, parsed.selection, not parsed.no_baselines, scaling)
             results.append({**about, **result})
             continue
-        bench = Bench(data, group, parsed.widths, parsed.selection, labelled, scaling, parsed.seed)
+        bench = Bench(data, group, parsed.widths, parsed.selection, labelled, scaling, judge, parsed.prompts)
+        bench.seed, bench.answers = parsed.seed, output / FOLDER / "answers.jsonl"
         places.append({**about, **_suite(parsed, bench, about, output, folder)})
     if not accelerator.is_main_process:
         return
@@ -136,7 +145,7 @@ def _suite(
 ) -> dict[str, Any]:
     """Everything about the SAEs of one place."""
     options = ("widths", "selection", "tokens", "context_length", "split", "column", "labelled", "label", "seed")
-    law = ("lm_exponent", "lm_irreducible", "minutes")
+    law = ("lm_exponent", "lm_irreducible", "minutes", "judge", "prompts")
     key = {name: getattr(parsed, name) for name in (*options, *law)}
     digests = {name: weights_digest(sae) for name, sae in bench.saes.items()}
     inside = bench.data.hookpoint.replace(":", "-")

@@ -15,6 +15,7 @@ from ...models import SAEModel
 from .. import report
 from ..ablation import ablation_sparsity
 from ..absorption import absorption_on_task
+from ..autointerp import automated_interpretability
 from ..core import ABOUT_ALL, IDENTITY, details, evaluate
 from ..data import HeldOut
 from ..explainability import explainability
@@ -40,6 +41,9 @@ class Bench:
         selection (`str`, *optional*, defaults to `"mask"`): Where a metric can be had with either; see [`Dictionary`].
         labelled (`list[LabelledTask]`, *optional*): Tasks to probe beside those made from the tokens.
         scaling ([`LossScaling`], *optional*): Of the language model's loss.
+        judge (`Judge` or `str`, *optional*): Who explains latents; see [`automated_interpretability`].
+        prompts (`str`, *optional*): Folder with the judge's.
+        answers (`Path`, *optional*): Where its answers are kept.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
     """
 
@@ -49,6 +53,9 @@ class Bench:
     selection: str = "mask"
     labelled: list[LabelledTask] = field(default_factory=list)
     scaling: LossScaling | None = None
+    judge: Any = None
+    prompts: str | None = None
+    answers: Path | None = None
     seed: int = 0
 
     def tokens(self, count: int) -> HeldOut:
@@ -173,6 +180,24 @@ def patterns(bench: Bench, per_group: int) -> Found:
     return Found(found.rows, str(found), found.to_dict(), found.plot)
 
 
+def explanations(bench: Bench, per_group: int) -> Found:
+    """Automated interpretability; only the main process has it."""
+    found = automated_interpretability(
+        bench.saes,
+        *bench.halves,
+        bench.judge,
+        bench.widths,
+        per_group,
+        cache=bench.answers,
+        prompts=bench.prompts,
+        seed=bench.seed,
+    )
+    if found is None:
+        return Found({}, "", {})
+    notes = [f"Judge: {found.about['judge']}"]
+    return Found(found.rows, str(found), found.to_dict(), found.plot, notes)
+
+
 def ablation(bench: Bench, tokens: int) -> Found:
     """Ablation sparsity."""
     found = ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed)
@@ -263,6 +288,24 @@ SECTIONS = (
         "intervals over them. explainable: share of latents that fire often enough to be explained by examples.",
         (("f1", "N2G, F1", ".3f"), ("correlation", "simulation by N2G, r", ".3f")),
         patterns,
+        "latents a group",
+        1,
+        8,
+        share=4,
+    ),
+    Section(
+        "autointerp",
+        "Automated interpretability",
+        "A judge explains latents from passages and is examined on other text: which passages a latent fires in "
+        "(detection), whether the tokens marked are the right ones (fuzzing), both as balanced accuracy, 0.5 by "
+        "chance; how strongly it fires on each token (simulation, Pearson's r). Without a judge N2G's patterns "
+        "answer. Intervals over latents.",
+        (
+            ("detection", "detection, balanced accuracy", ".3f"),
+            ("fuzzing", "fuzzing, balanced accuracy", ".3f"),
+            ("simulation", "simulation, r", ".3f"),
+        ),
+        explanations,
         "latents a group",
         1,
         8,
