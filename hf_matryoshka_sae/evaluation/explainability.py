@@ -138,7 +138,7 @@ def explainability(
             subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, examples, chosen, seed=seed), chosen
     if baselines:
         first = next(iter(saes.values()))
-        neurons = neuron_dictionary(examples, k=max(1, round(_l0(first, examples))))
+        neurons = neuron_dictionary(examples, k=max(1, round(mean_l0(first, examples))))
         subjects[NEURONS] = neurons, [neurons.config.num_latents]
     rows, found = {}, {}
     for name, (sae, chosen) in subjects.items():
@@ -192,7 +192,8 @@ def _counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
     return sums.fired.cpu().numpy()
 
 
-def _l0(sae: SAEModel, data: HeldOut) -> float:
+def mean_l0(sae: SAEModel, data: HeldOut) -> float:
+    """How many latents fire per token; every process reads all of the text."""
     return float(_counts(sae, data).sum() / data.tokens)
 
 
