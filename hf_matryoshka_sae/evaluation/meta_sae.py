@@ -15,18 +15,18 @@ Shapes: F latents, D `d_in`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models import BatchTopKSAEConfig, SAEModel, build_sae
 from .distributed import processes
 from .geometry import checked_widths, unit_rows
-from .report import save_figure, write_json
+from .report import save_figure, seed_interval, write_json
+from .seeds import derived_seed
 
 
 K = 4
@@ -160,7 +160,8 @@ def _directions(name: str, sae: SAEModel, width: int) -> Tensor:
 
 
 def _random_rows(shape: torch.Size, seed: int) -> Tensor:
-    return unit_rows(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))[0]
+    generator = torch.Generator().manual_seed(derived_seed(seed, "rows"))  # not those that the meta-SAE starts from
+    return unit_rows(torch.randn(shape, generator=generator))[0]
 
 
 def explained_variance(
@@ -171,14 +172,14 @@ def explained_variance(
     Activations are chosen among all rows together, k of each on average, as in the batches of training.
     """
     generator = torch.Generator().manual_seed(seed)
-    mean = rows.mean(0)
+    middle = rows.mean(0)
     count = len(rows) // _SHARE
     directions = torch.randn(count, rows.shape[1], generator=generator).to(rows)
     sae = build_sae(BatchTopKSAEConfig(d_in=rows.shape[1], num_latents=count, k=min(K, count))).to(rows.device).train()
     with torch.no_grad():
         sae.W_dec.copy_(unit_rows(directions)[0])
         sae.W_enc.copy_(sae.W_dec)
-        sae.b_dec.copy_(mean)
+        sae.b_dec.copy_(middle)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     for _ in range(steps):
         batch = rows
@@ -193,19 +194,15 @@ def explained_variance(
             bar.update()
     with torch.no_grad():
         error = sae.prefix_errors(sae.encode_pairs(rows), rows, [count])[0].sum()
-        return 1 - (error / (rows - mean).square().sum(1).mean()).item()
+        return 1 - (error / (rows - middle).square().sum(1).mean()).item()
 
 
 def _row(subject: str, kind: str, width: int, values: list[float]) -> dict[str, Any]:
-    middle, interval = float(np.mean(values)), None
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-        interval = [middle - half, middle + half]
     return {
         "subject": subject,
         "kind": kind,
         "width": width,
-        "explained": middle,
-        "interval": interval,
+        "explained": mean(values),
+        "interval": seed_interval(values),
         "seeds": values,
     }

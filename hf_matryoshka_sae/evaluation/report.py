@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 
@@ -98,6 +99,17 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle("Held-out reconstruction at every width")
     save_figure(figure, path)
+
+
+def seed_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95% interval of a mean over independent seeds, by Student's t; `None` of one seed."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    middle = mean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [middle - half, middle + half]
 
 
 def save_figure(figure: Any, path: Path) -> None:
