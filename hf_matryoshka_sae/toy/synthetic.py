@@ -27,7 +27,7 @@ from ..evaluation.seeds import derived_seed
 
 _FILL = 0.8  # a parent that always had a child on could not be told from its children
 _LEAST_MAGNITUDE = 0.1
-_BLOCK_ENTRIES = 2**23
+_BLOCK_ENTRIES, _BLOCK_ROWS = 2**23, 20_000  # drawn at once: the cost of a draw does not depend on the batch
 
 
 @dataclass
@@ -188,6 +188,6 @@ class SyntheticModel:
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Hidden states `(batch_size, D)` without end; equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
-        whole = max(1, _BLOCK_ENTRIES // (batch_size * self.num_features))
+        whole = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // self.num_features) // batch_size)
         while True:
             yield from self.sample(whole * batch_size, generator)[1].split(batch_size)
