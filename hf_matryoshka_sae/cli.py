@@ -13,6 +13,7 @@ _PASSED_ON = {
     "pull": "download SAEs from the Hub, or only their first latents",
     "convert": "turn an SAE of another library into one of this, or the other way round",
     "toy": "train SAEs on a tree of known features and compare what they found",
+    "synthetic": "train recipes on many known features and compare what each found, at every width",
 }
 
 
@@ -69,6 +70,10 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
             from .toy.command import main as toy
 
             return toy(rest)
+        case "synthetic":
+            from .toy.benchmark import main as synthetic
+
+            return synthetic(rest)
     from .demo import demo
 
     return demo(parsed.output_dir)

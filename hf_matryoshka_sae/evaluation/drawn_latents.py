@@ -47,8 +47,7 @@ def with_baselines(
         if baselines:
             subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, data, chosen, seed=seed), chosen
     if baselines:
-        l0 = float(firing_counts(next(iter(saes.values())), data).sum() / data.tokens)
-        neurons = neuron_dictionary(data, k=max(1, round(l0)))
+        neurons = neuron_dictionary(data, k=max(1, round(mean_l0(next(iter(saes.values())), data))))
         subjects[NEURONS] = neurons, [neurons.config.num_latents]
     return subjects
 
@@ -60,6 +59,11 @@ def firing_counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
     for batch in data.batches:
         sums.add(sae.encode_pairs(data.states(batch.to(data.device)).to(sae.W_enc)))
     return sums.fired.cpu().numpy()
+
+
+def mean_l0(sae: SAEModel, data: HeldOut) -> float:
+    """How many latents fire per token; every process reads all of the text."""
+    return float(firing_counts(sae, data).sum() / data.tokens)
 
 
 @torch.no_grad()

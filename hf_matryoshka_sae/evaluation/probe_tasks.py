@@ -3,6 +3,7 @@
 Shapes: N texts, C classes, B windows, S tokens in a window, T tasks.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,48 @@ class LabelledTask:
         if len(classes) == 2:  # the second is the first's complement
             labels, classes = labels[:, 1:], classes[1:]
         return cls(name, texts, labels, classes)
+
+
+def attribute_task(
+    dataset: Any,
+    columns: tuple[str, str],
+    text: str = "text",
+    name: str = "labels",
+    max_texts: int = 2000,
+    seed: int = 0,
+) -> LabelledTask:
+    """Two attributes of each text: texts with both, as equal a number of each combination as there is.
+
+    Args:
+        dataset (`datasets.Dataset`, a mapping of columns, or a sequence of rows as mappings): What is labelled.
+        columns (`tuple[str, str]`): Two columns of labels, of two classes each.
+        text (`str`, *optional*), name (`str`, *optional*), max_texts (`int`, *optional*, defaults to 2000), seed
+            (`int`, *optional*): As in [`LabelledTask.from_dataset`].
+
+    Raises:
+        `ValueError`: for columns that are not there, a label that has not two classes, or a combination of fewer than
+            20 texts.
+    """
+    texts, *labels = (_column(dataset, column) for column in (text, *columns))
+    classes = []
+    for column, of_texts in zip(columns, labels, strict=True):
+        found = sorted({str(given) for given in of_texts if given not in (None, "")})
+        if len(found) != 2:
+            raise ValueError(
+                f"Column '{column}' must have two classes, it has {len(found)}: {found[:5]}. Take rows of two of them."
+            )
+        classes.append(found)
+    combined = {", ".join(pair): pair for pair in itertools.product(*classes)}
+    both = [None if None in pair or "" in pair else ", ".join(map(str, pair)) for pair in zip(*labels, strict=True)]
+    task = LabelledTask.from_dataset({"text": texts, "label": both}, name=name, max_texts=max_texts, seed=seed)
+    if len(task.names) < len(combined):
+        raise ValueError(
+            f"Each combination of {' and '.join(columns)} needs {_LEAST_TEXTS} texts; those that have them are "
+            f"{'; '.join(task.classes)}. Give more texts."
+        )
+    places = [[combined[label][at] == classes[at][1] for label in task.classes] for at in (0, 1)]
+    attributes = torch.stack([task.labels[:, place].any(1) for place in places], 1)
+    return LabelledTask(name, task.texts, attributes, [f"{c} {of[1]}" for c, of in zip(columns, classes, strict=True)])
 
 
 def _column(dataset: Any, column: str) -> list:

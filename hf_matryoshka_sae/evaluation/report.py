@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 
@@ -127,6 +128,17 @@ def draw_widths(axis: Any, rows: dict[str, list[dict[str, Any]]], key: str, flat
     axis.set(xlabel="width (latents)", xscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+
+
+def seed_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95% interval of a mean over independent seeds, by Student's t; `None` of one seed."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    middle = mean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [middle - half, middle + half]
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The tree-of-features toy model (Nabeshima 2024): a world whose features are known, and what SAEs make of it."""
+"""Worlds whose features are known, and what SAEs make of them: a small tree (Nabeshima 2024), and a large world."""
 
 from .matching import Match, match
 from .model import ToyModel
+from .recovery import recovery, supervised_sae
+from .synthetic import SyntheticModel, World
 from .training import toy_spec, train_toy
 from .tree import FeatureTree, Node, load_tree, random_tree
 
@@ -10,10 +12,14 @@ __all__ = [
     "FeatureTree",
     "Match",
     "Node",
+    "SyntheticModel",
     "ToyModel",
+    "World",
     "load_tree",
     "match",
     "random_tree",
+    "recovery",
+    "supervised_sae",
     "toy_spec",
     "train_toy",
 ]

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..evaluation.report import write_json
+from ..evaluation.seeds import derived_seed
 from .matching import Match, match
 from .model import ToyModel
 from .plots import plot_activations, plot_cosines
@@ -79,7 +80,7 @@ def _run(parsed: argparse.Namespace) -> None:
                 bar.set_description(f"{family}, seed {seed}")
                 spec = toy_spec(family, tree.num_features, target_l0)
                 sae = train_toy(model, spec, accelerator, parsed.steps, seed, lambda *_: bar.update())
-                matches[family] = match(model, sae, seed=seed + 2**33)
+                matches[family] = match(model, sae, seed=derived_seed(seed, "measure"))
                 results.append({"seed": seed, "family": family, **matches[family].summary(tree.names)})
             _write(folder, parsed.steps, target_l0, tree, results)
             _plot(folder, tree, matches, seed)

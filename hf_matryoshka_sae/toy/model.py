@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..evaluation.seeds import derived_seed
 from .tree import FeatureTree
 
 
@@ -28,7 +29,7 @@ class ToyModel:
 
     def __init__(self, tree: FeatureTree, seed: int = 0):
         self.tree = tree
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "directions"))
         size = tree.num_features
         rows, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
         self.directions = rows * (1 + _NORM_SPREAD * torch.randn(size, 1, generator=generator))

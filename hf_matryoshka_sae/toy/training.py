@@ -10,11 +10,14 @@ from itertools import islice
 from accelerate import Accelerator
 
 from ..activations import estimate_statistics
+from ..evaluation.seeds import derived_seed
 from ..models import SAEModel, build_sae
+from ..training.calibration import calibrate_threshold
 from ..training.config import SAESpec
 from ..training.initialization import initialize, input_scaling
 from ..training.learner import Learner
 from .model import ToyModel
+from .synthetic import SyntheticModel
 
 
 STEPS = 40_000
@@ -45,22 +48,24 @@ def toy_spec(family: str, num_latents: int, target_l0: float = PUBLISHED_L0) -> 
 
 
 def train_toy(
-    model: ToyModel,
+    model: ToyModel | SyntheticModel,
     spec: SAESpec,
     accelerator: Accelerator,
     steps: int = STEPS,
     seed: int = 0,
     on_step: Callable[[int, Learner], None] | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> SAEModel:
     """Train an SAE on a toy model.
 
     Args:
-        model ([`ToyModel`]): Where hidden states come from.
+        model ([`ToyModel`] or [`SyntheticModel`]): Where hidden states come from.
         spec ([`SAESpec`]): For example that of [`toy_spec`].
         accelerator (`Accelerator`): Of one process.
-        steps (`int`, *optional*, defaults to 40,000): Of 200 samples each.
+        steps (`int`, *optional*, defaults to 40,000): Optimizer steps.
         seed (`int`, *optional*, defaults to 0): Of first weights, prefixes and samples.
         on_step (`Callable`, *optional*): Called after each step with its number, from 0, and the learner.
+        batch_size (`int`, *optional*, defaults to 200): Samples of a step.
 
     Returns:
         [`SAEModel`] that takes raw hidden states, in `eval` mode.
@@ -68,26 +73,31 @@ def train_toy(
     Raises:
         `ValueError`: if there is no step to do, or there are several processes.
     """
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if min(steps, batch_size) < 1:
+        raise ValueError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
     if accelerator.num_processes > 1:
         raise ValueError(f"The toy model trains in one process, got {accelerator.num_processes}.")
-    learner = _learner(model, spec, accelerator, steps, seed)
-    for step, x in enumerate(islice(model.batches(BATCH_SIZE, seed), steps)):
+    learner = _learner(model, spec, accelerator, steps, batch_size, seed)
+    for step, x in enumerate(islice(model.batches(batch_size, seed), steps)):
         learner.accumulate(x, step)
         learner.step(step)
         if on_step is not None:
             on_step(step, learner)
     sae = learner.finished()
+    if sae.config.activation_name == "batch_topk":
+        sample = next(model.batches(_SAMPLE, derived_seed(seed, "calibration"))).to(learner.mean)
+        calibrate_threshold(sae, ((sample - learner.mean) / learner.scale).split(batch_size), learner.k)
     sae.fold_normalization_(learner.mean, learner.scale)
     return sae.cpu()
 
 
-def _learner(model: ToyModel, spec: SAESpec, accelerator: Accelerator, steps: int, seed: int) -> Learner:
-    # Seeds of samples must differ: the scale is measured on others than those trained on.
-    sample = next(model.batches(_SAMPLE, seed + 2**32))
+def _learner(
+    model: ToyModel | SyntheticModel, spec: SAESpec, accelerator: Accelerator, steps: int, batch_size: int, seed: int
+) -> Learner:
+    # The scale is measured on other samples than those trained on.
+    sample = next(model.batches(_SAMPLE, derived_seed(seed, "scale")))
     statistics = estimate_statistics([{"toy": sample}], len(sample))["toy"]
     mean, scale = input_scaling(spec, statistics, sample)
     sae = build_sae(spec.sae_config(sample.shape[1], "toy", "toy"))
     initialize(sae, spec, (sample - mean) / scale, (statistics.mean - mean) / scale, seed)
-    return Learner(spec.type, "toy", sae, spec, mean, scale, accelerator, steps, BATCH_SIZE, seed)
+    return Learner(spec.type, "toy", sae, spec, mean, scale, accelerator, steps, batch_size, seed)
