@@ -194,8 +194,8 @@ def write_report(root: Path, rows: list[dict], given: dict[str, Any], asked: dic
         "from separate SAEs as many as from a prefix of their width. Probes on properties of tokens"
         + (f" and on the texts' `{asked['label']}`" if asked["label"] else "")
         + ". A pruned SAE's latents are those of the whole. Mean over seeds ± half of the 95% t-interval.",
-        "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Paired differences over "
-        "seeds, in favour of the pruned:\n\n" + "\n".join(verdict(rows, widths)),
+        "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Differences in favour of the "
+        "pruned, paired over seeds; undecided where the 95% interval holds 0:\n\n" + "\n".join(verdict(rows, widths)),
         *(table(rows, widths, metric) for metric in METRICS),
         "![Interpretability against width](interpretability.png)",
     ]
@@ -213,17 +213,20 @@ def write_report(root: Path, rows: list[dict], given: dict[str, Any], asked: dic
 
 
 def verdict(rows: list[dict], widths: list[int]) -> list[str]:
-    """For each metric at which widths a pruned SAE is above the Matryoshka, and at which below."""
+    """For each metric at which widths a pruned SAE is better than the Matryoshka, and at which worse."""
     lines = []
     for metric, (title, sign, form) in METRICS.items():
         for base in ("topk", "batch_topk"):
-            told = []
+            told, found = [], {"the pruned is better": [], "the Matryoshka is better": [], "undecided": []}
             for width in widths:
                 gain = sign * (values(rows, base, width, metric) - values(rows, "matryoshka", width, metric))
                 interval = Interval.of(gain)
+                told.append(f"{interval.text('+' + form)} at {width}")
                 sure = interval.half is not None and abs(interval.mean) > interval.half
-                told.append(f"{interval.text('+' + form)} at {width}" + (" (sure)" if sure else ""))
-            lines.append(f"- **{title}**, {METHODS[base]} over Matryoshka: {'; '.join(told)}.")
+                better = "the pruned is better" if interval.mean > 0 else "the Matryoshka is better"
+                found[better if sure else "undecided"].append(str(width))
+            said = "; ".join(f"{what} at {', '.join(where)}" for what, where in found.items() if where)
+            lines.append(f"- **{title}**, {METHODS[base]}: {said}. By width {', '.join(told)}.")
     return lines
 
 

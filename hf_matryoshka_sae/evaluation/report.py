@@ -126,6 +126,10 @@ def draw_widths(axis: Any, rows: dict[str, list[dict[str, Any]]], key: str, flat
         widths = [row["width"] for row in found]
         axis.errorbar(widths, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
     axis.set(xlabel="width (latents)", xscale="log")
+    widths = sorted({row["width"] for name, found in rows.items() if name not in flat for row in found})
+    if len(widths) <= 12:
+        axis.set_xticks(widths, list(map(str, widths)), rotation=45 if len(widths) > 8 else 0)
+        axis.minorticks_off()
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
 

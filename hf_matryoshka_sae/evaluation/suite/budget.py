@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ..distributed import processes
 from ..report import write_json
-from .sections import Bench, Found, Section
+from .bench import Bench, Found
+from .sections import Section
 
 
 _WORTH_IT = 1.5  # times the least size; below that another run only costs time

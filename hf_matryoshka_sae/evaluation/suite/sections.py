@@ -1,112 +1,19 @@
-"""The sections of the full evaluation: each gives rows by dictionary and width, a text, a plot and its details.
+"""The sections of the full evaluation, in their order.
 
 A section has one size that its cost grows with (tokens, latents of a group), from `least`, which is just enough to
 show something, to `full`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from ...activations import TokenBatch
-from ...models import SAEModel
-from .. import report
-from ..ablation import ablation_sparsity
-from ..absorption import absorption_on_task
-from ..autointerp import automated_interpretability
-from ..core import ABOUT_ALL, IDENTITY, details, evaluate
-from ..data import HeldOut
-from ..explainability import explainability
-from ..first_letter import NotDefined, first_letter_task
-from ..language_model import LossScaling
-from ..probe_tasks import LabelledTask
-from ..probing import probe_losses
+from ..core import ABOUT_ALL
+from .bench import Bench, Found
+from .measures import ablation, absorption, composition, explanations, fidelity, patterns, probes, removal
 
 
-Rows = dict[str, list[dict[str, Any]]]
 Column = tuple[str, str, str]
 """A key of rows, its title, and the format of its values."""
-
-
-@dataclass
-class Bench:
-    """What is evaluated, and on what.
-
-    Args:
-        data ([`HeldOut`]): Language model and held-out tokens.
-        saes (`dict[str, SAEModel]`): By name, all of one hookpoint.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
-        selection (`str`, *optional*, defaults to `"mask"`): Where a metric can be had with either; see [`Dictionary`].
-        labelled (`list[LabelledTask]`, *optional*): Tasks to probe beside those made from the tokens.
-        scaling ([`LossScaling`], *optional*): Of the language model's loss.
-        judge (`Judge` or `str`, *optional*): Who explains latents; see [`automated_interpretability`].
-        prompts (`str`, *optional*): Folder with the judge's.
-        answers (`Path`, *optional*): Where its answers are kept.
-        seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
-    """
-
-    data: HeldOut
-    saes: dict[str, SAEModel]
-    widths: Sequence[int] | None = None
-    selection: str = "mask"
-    labelled: list[LabelledTask] = field(default_factory=list)
-    scaling: LossScaling | None = None
-    judge: Any = None
-    prompts: str | None = None
-    answers: Path | None = None
-    seed: int = 0
-
-    def tokens(self, count: int) -> HeldOut:
-        """About so many of the tokens, from all over the text."""
-        return replace(self.data, batches=_spread(self.data.batches, count))
-
-    @cached_property
-    def halves(self) -> tuple[HeldOut, HeldOut]:
-        """Text to explain latents by, and other text to test that on."""
-        batches = self.data.batches
-        if len(batches) > 1:
-            parts = batches[::2], batches[1::2]
-        else:  # by windows
-            (batch,) = batches
-            parts = tuple([_rows_of(batch, slice(start, None, 2))] for start in (0, 1))
-        if not all(int(batch.keep.sum()) for part in parts for batch in part[:1]):
-            raise ValueError(
-                "There is too little held-out text to explain latents by one half and test it on another."
-            )
-        return tuple(replace(self.data, batches=list(part)) for part in parts)
-
-
-def _spread(batches: Sequence[TokenBatch], count: int) -> list[TokenBatch]:
-    total = sum(int(batch.keep.sum()) for batch in batches)
-    wanted = max(1, round(len(batches) * min(1.0, count / max(1, total))))
-    return [batches[index * len(batches) // wanted] for index in range(wanted)]
-
-
-def _rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.keep[rows], batch.padded)
-
-
-@dataclass
-class Found:
-    """What a section found.
-
-    Args:
-        rows (`dict[str, list[dict]]`): By dictionary or baseline, each with a `width`.
-        text (`str`): Its table.
-        details (`Any`): Everything, JSON-able.
-        plot (`Callable`, *optional*): Draws to the path it is given.
-        notes (`list[str]`, *optional*): What a reader has to know.
-        facts (`dict`, *optional*): What goes for all rows, such as losses of the language model.
-    """
-
-    rows: Rows
-    text: str
-    details: Any
-    plot: Callable[[Path], None] | None = None
-    notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,116 +38,6 @@ class Section:
     least: int
     full: int
     share: float
-
-
-def fidelity(bench: Bench, tokens: int) -> Found:
-    """Reconstruction, loss, similarity, weights and firing."""
-    data = bench.tokens(tokens)
-    result = evaluate(data, bench.saes, bench.widths, bench.selection, scaling=bench.scaling)
-    drawn = result | {"saes": {name: rows for name, rows in result["saes"].items() if name != IDENTITY}}
-    text = f"{report.table([result])}\n\n{details([result])}"
-    facts = {key: value for key, value in result.items() if key != "saes"}
-    return Found(_flat(result["saes"]), text, result, lambda path: report.plot([drawn], path), facts=facts)
-
-
-def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
-    """The rows with numbers only: similarity is its rank correlation."""
-    return {
-        name: [
-            {key: value["spearman"] if key == "rsa" else value for key, value in row.items() if _plain(key, value)}
-            for row in found
-        ]
-        for name, found in rows.items()
-    }
-
-
-def _plain(key: str, value: Any) -> bool:
-    return key == "rsa" or not isinstance(value, dict)
-
-
-def probes(bench: Bench, tokens: int) -> Found:
-    """Probe loss and k-sparse probes."""
-    tasks = [None, *bench.labelled]
-    found = probe_losses(
-        bench.data, bench.saes, tasks, bench.widths, selection=bench.selection, max_tokens=tokens, seed=bench.seed
-    )
-    rows: Rows = {}
-    for row in found.rows:
-        flat = {key: value for key, value in row.items() if key not in ("k_sparse", "tasks", "subject")}
-        for k, scores in row["k_sparse"].items():
-            flat[f"accuracy_{k}"] = scores["accuracy"]
-            flat[f"accuracy_{k}_interval"] = scores.get("accuracy_interval")
-        rows.setdefault(row["subject"], []).append(flat)
-    return Found(rows, str(found), {**found.about, "rows": found.rows}, found.plot, list(found.about["notes"]))
-
-
-def patterns(bench: Bench, per_group: int) -> Found:
-    """N2G."""
-    found = explainability(bench.saes, *bench.halves, bench.widths, per_group, seed=bench.seed)
-    return Found(found.rows, str(found), found.to_dict(), found.plot)
-
-
-def explanations(bench: Bench, per_group: int) -> Found:
-    """Automated interpretability; only the main process has it."""
-    found = automated_interpretability(
-        bench.saes,
-        *bench.halves,
-        bench.judge,
-        bench.widths,
-        per_group,
-        cache=bench.answers,
-        prompts=bench.prompts,
-        seed=bench.seed,
-    )
-    if found is None:
-        return Found({}, "", {})
-    notes = [f"Judge: {found.about['judge']}"]
-    return Found(found.rows, str(found), found.to_dict(), found.plot, notes)
-
-
-def ablation(bench: Bench, tokens: int) -> Found:
-    """Ablation sparsity."""
-    found = ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed)
-    return Found(found.rows, str(found), found.to_dict(), found.plot)
-
-
-def absorption(bench: Bench, size: int) -> Found:
-    """Absorption and splitting of first letters, where the language model knows them."""
-    data = bench.data
-    try:
-        task = first_letter_task(data.model, data.tokenizer, data.hookpoint, seed=bench.seed)
-    except NotDefined as error:
-        return Found({}, str(error), {"defined": False, "reason": str(error)}, notes=[str(error)])
-    results = {
-        name: absorption_on_task(sae, task, bench.widths, selection="restrict") for name, sae in bench.saes.items()
-    }
-    first = next(iter(results.values()))
-    if not first["defined"]:
-        return Found({}, first["reason"], results, notes=[first["reason"]])
-    keys = ("width", "l0", "full_absorption", "absorption_fraction", "split_latents", "num_letters", "reason")
-    rows = {name: [{key: row.get(key) for key in keys} for row in found["rows"]] for name, found in results.items()}
-    lines = [f"{'width':>8} {'fraction':>9} {'full':>9} {'latents a letter':>17} {'letters':>8}"]
-    for name, found in rows.items():
-        lines.append(f"  {name}")
-        for row in found:
-            cells = [row[key] for key in ("absorption_fraction", "full_absorption", "split_latents")]
-            told = " ".join(
-                f"{'-' if cell is None else format(cell, '.4f'):>{size}}"
-                for cell, size in zip(cells, (9, 9, 17), strict=True)
-            )
-            lines.append(f"{row['width']:>8} {told} {row['num_letters']:>8}")
-    notes = list(dict.fromkeys(note for found in results.values() for note in found["notes"]))
-    return Found(rows, "\n".join(lines), results, lambda path: _plot_absorption(rows, path), notes)
-
-
-def _plot_absorption(rows: Rows, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    report.draw_widths(axis, rows, "absorption_fraction")
-    axis.set(ylabel="absorbed fraction of first letters", ylim=(0, None))
-    report.save_figure(figure, path)
 
 
 SECTIONS = (
@@ -321,6 +118,33 @@ SECTIONS = (
         "tokens",
         8,
         64,
+        share=1.5,
+    ),
+    Section(
+        "removal",
+        "Concept removal: SCR and TPP",
+        "Of the accuracy that a probe loses to a spurious attribute, the share that comes back where the 20 latents "
+        "that speak most for that attribute are taken out (SCR); what a class's probe loses where the 20 that speak "
+        "most for the class are, less what other classes' lose (TPP). On properties of tokens. Intervals over splits "
+        "and over pairs or classes.",
+        (("scr", "SCR, 20 latents", ".3f"), ("tpp", "TPP, 20 latents", ".3f")),
+        removal,
+        "tokens",
+        3_000,
+        10_000,
+        share=2,
+    ),
+    Section(
+        "composition",
+        "Composition (meta-SAE)",
+        "Share of the variance of decoder rows that a BatchTopK SAE of a quarter as many latents, 4 at a time, "
+        "explains; lower is less composed, and only the distance to random rows of the same shape says something. "
+        "Intervals over seeds.",
+        (("explained", "variance of rows explained", ".3f"),),
+        composition,
+        "steps",
+        1_500,
+        1_500,
         share=1.5,
     ),
     Section(
