@@ -194,8 +194,9 @@ def write_report(root: Path, rows: list[dict], given: dict[str, Any], asked: dic
         "from separate SAEs as many as from a prefix of their width. Probes on properties of tokens"
         + (f" and on the texts' `{asked['label']}`" if asked["label"] else "")
         + ". A pruned SAE's latents are those of the whole. Mean over seeds ± half of the 95% t-interval.",
-        "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Differences in favour of the "
-        "pruned, paired over seeds; undecided where the 95% interval holds 0:\n\n" + "\n".join(verdict(rows, widths)),
+        "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Differences in favour of "
+        "the pruned, paired over seeds; undecided where the 95% interval holds 0:\n\n"
+        + "\n".join(verdict(rows, widths)),
         *(table(rows, widths, metric) for metric in METRICS),
         "![Interpretability against width](interpretability.png)",
     ]
