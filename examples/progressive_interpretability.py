@@ -195,7 +195,7 @@ def write_report(root: Path, rows: list[dict], given: dict[str, Any], asked: dic
         + (f" and on the texts' `{asked['label']}`" if asked["label"] else "")
         + ". A pruned SAE's latents are those of the whole. Mean over seeds ± half of the 95% t-interval.",
         "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Differences in favour of "
-        "the pruned, paired over seeds; undecided where the 95% interval holds 0:\n\n"
+        "the pruned, paired over seeds; undecided where 0 is in the 95% interval:\n\n"
         + "\n".join(verdict(rows, widths)),
         *(table(rows, widths, metric) for metric in METRICS),
         "![Interpretability against width](interpretability.png)",
