@@ -119,7 +119,9 @@ class Benchmark:
                     )
         results = self._collected(seeds)
         write_json(self.folder / "synthetic.json", results)
-        (self.folder / "synthetic.md").write_text(markdown(results))
+        temporary = self.folder / "synthetic.md.tmp"
+        temporary.write_text(markdown(results))
+        temporary.replace(self.folder / "synthetic.md")
         plot(results, self.folder / "synthetic.png")
         return results
 
