@@ -47,7 +47,8 @@ def run_sections(
         `full`, `unit`, `seconds`, `plot` (a file's name or `None`); and `left_out`, the reason, where nothing was run.
 
     Raises:
-        `ValueError`: if the budget is not above 0.
+        `ValueError`: if the budget is not above 0, or the first section refuses what it is given; what a later one
+            refuses is left out, with the reason.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be above 0, got {minutes:g}.")
@@ -63,7 +64,8 @@ def run_sections(
         if found is None:
             waiting = sum(each.share for each in sections[number:] if kept[each.name] is None)
             allowed = None if minutes is None else (minutes * 60 - spent) * section.share / waiting
-            found = _run(bench, section, allowed, folder, key, several)
+            # What the first section refuses is refused; a later one may not be defined for these SAEs and this text.
+            found = _run(bench, section, allowed, folder, key, several, needed=number == 0)
             spent += found["seconds"]
         results.append(found)
     return results
@@ -89,7 +91,13 @@ def digest(key: dict[str, Any], section: Section) -> str:
 
 
 def _run(
-    bench: Bench, section: Section, allowed: float | None, folder: Path, key: dict[str, Any], several: bool
+    bench: Bench,
+    section: Section,
+    allowed: float | None,
+    folder: Path,
+    key: dict[str, Any],
+    several: bool,
+    needed: bool,
 ) -> dict[str, Any]:
     """One section at the size that the time allows; written down."""
     about = {
@@ -105,7 +113,12 @@ def _run(
     if _told(allowed is not None and allowed <= 0, several):
         return {**about, "size": 0, "seconds": 0.0, "rows": {}, "left_out": "no time was left"}
     size = section.full if allowed is None else section.least
-    found = section.run(bench, size)
+    try:
+        found = section.run(bench, size)
+    except ValueError as error:
+        if needed:
+            raise
+        return {**about, "size": 0, "seconds": time.monotonic() - began, "rows": {}, "left_out": str(error)}
     taken = time.monotonic() - began
     larger = min(section.full, int(section.least * (allowed - taken) / taken)) if allowed is not None else 0
     larger = _told(larger, several)

@@ -162,9 +162,9 @@ def _plot_removal(rows: Rows, path: Path) -> None:
     report.save_figure(figure, path)
 
 
-def composition(bench: Bench, steps: int) -> Found:
+def composition(bench: Bench, seeds: int) -> Found:
     """Meta-SAEs."""
-    found = meta_sae(bench.saes, bench.widths, steps=steps)
+    found = meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds))
     rows: Rows = {}
     for row in found.rows:
         rows.setdefault(row["subject"], []).append(

@@ -139,12 +139,12 @@ SECTIONS = (
         "Composition (meta-SAE)",
         "Share of the variance of decoder rows that a BatchTopK SAE of a quarter as many latents, 4 at a time, "
         "explains; lower is less composed, and only the distance to random rows of the same shape says something. "
-        "Intervals over seeds.",
+        "Intervals over seeds, where there are several.",
         (("explained", "variance of rows explained", ".3f"),),
         composition,
-        "steps",
-        1_500,
-        1_500,
+        "seeds",
+        1,
+        1,
         share=1.5,
     ),
     Section(

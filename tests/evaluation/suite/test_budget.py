@@ -118,3 +118,17 @@ def test_time_spent_before_a_kill_counts(clock, tmp_path):
 def test_a_budget_of_nothing_is_refused(clock, tmp_path):
     with pytest.raises(ValueError, match="`minutes` must be above 0, got 0"):
         run_sections(None, tmp_path, [section(clock, "a", 1.0)], {}, minutes=0, show=False)
+
+
+def test_what_a_later_section_refuses_is_left_out_and_tried_again(clock, tmp_path):
+    def refuses(bench, size):
+        raise ValueError("There are no capitals in this text.")
+
+    first = section(clock, "a", 1.0)
+    second = Section(**{**vars(section(clock, "b", 1.0)), "run": refuses})
+    _, left = run_sections(None, tmp_path, [first, second], {}, show=False)
+    assert left["left_out"] == "There are no capitals in this text." and left["rows"] == {}
+    _, done = run_sections(None, tmp_path, [first, section(clock, "b", 1.0)], {}, show=False)
+    assert done["size"] == 100
+    with pytest.raises(ValueError, match="no capitals"):
+        run_sections(None, tmp_path, [second], {}, show=False)
