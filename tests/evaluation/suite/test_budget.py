@@ -131,4 +131,4 @@ def test_what_a_later_section_refuses_is_left_out_and_tried_again(clock, tmp_pat
     _, done = run_sections(None, tmp_path, [first, section(clock, "b", 1.0)], {}, show=False)
     assert done["size"] == 100
     with pytest.raises(ValueError, match="no capitals"):
-        run_sections(None, tmp_path, [second], {}, show=False)
+        run_sections(None, tmp_path / "anew", [second], {}, show=False)
