@@ -42,6 +42,8 @@ class Grid:
             raise ValueError(f"`sweep.saes_per_run` must be at least 1, got {self.saes_per_run}.")
         if isinstance(self.hold_out, float) and not 0 <= self.hold_out < 1:
             raise ValueError(f"`sweep.hold_out` must lie in [0, 1), got {self.hold_out}.")
+        if not isinstance(self.hold_out, float | list):
+            raise ValueError(f"`sweep.hold_out` must be a share or a list of [num_latents, k], got {self.hold_out!r}.")
         if isinstance(self.hold_out, list):
             for pair in self.hold_out:
                 if not isinstance(pair, list) or tuple(pair) not in self.pairs:

@@ -71,6 +71,8 @@ def _draw_compute(axis: "Axes", report: ScalingReport, colours: dict) -> None:
         at_k = [point for point in report.points if point.k == k and point.flops is not None]
         _draw_points(axis, at_k, "flops", colour, alpha=0.35)
         best = frontier(report.points, k)
+        if not best:
+            continue
         axis.plot([p.flops for p in best], [p.loss for p in best], "o", color=colour, markersize=5)
         if k in report.compute:
             law = report.compute[k]
@@ -126,7 +128,10 @@ def _draw_predicted(axis: "Axes", report: ScalingReport) -> None:
 def _draw_points(axis: "Axes", points: Sequence[Point], column: str, colour: object, alpha: float = 1.0) -> None:
     for held_out, style in ((False, dict(marker="o", linestyle="none", markersize=4)), (True, _HELD_OUT)):
         chosen = [point for point in points if point.held_out == held_out]
-        axis.plot([getattr(p, column) for p in chosen], [p.loss for p in chosen], color=colour, alpha=alpha, **style)
+        if chosen:
+            axis.plot(
+                [getattr(p, column) for p in chosen], [p.loss for p in chosen], color=colour, alpha=alpha, **style
+            )
 
 
 def _draw_law(axis: "Axes", law, grid: np.ndarray, colour: object, label: str) -> None:
@@ -149,6 +154,8 @@ def _label(axis: "Axis", values: set[int]) -> None:
 def _finish(axis: "Axes") -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+    if not np.isfinite(axis.dataLim.minpos).all():
+        return  # nothing is drawn
     axis.grid(alpha=0.3, which="both")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)

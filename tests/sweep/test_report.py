@@ -86,7 +86,9 @@ def test_held_out_errors_are_what_the_definitions_say():
 
 
 def test_a_plane_predicts_exactly_where_the_losses_are_one():
-    points = [Point(n, k, n**-0.3 * k**-0.5, held_out=(n, k) == (512, 8)) for n in (256, 512, 1024) for k in (4, 8, 16)]
+    points = [
+        Point(n, k, n**-0.3 * k**-0.5, held_out=(n, k) == (512, 8)) for n in (256, 512, 1024) for k in (4, 8, 16)
+    ]
     report = fit_points(points, resamples=0)
     assert report.budgets[0].held_out["plane"] == pytest.approx(0, abs=1e-10)
     assert not report.compute  # there is no compute column
