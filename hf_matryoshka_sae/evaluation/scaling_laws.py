@@ -269,7 +269,7 @@ def _fit(law: type, inputs: tuple[np.ndarray, ...], loss: np.ndarray, resamples:
     if irreducible:
         _check_determined(law, first, second, full)
     else:
-        found = np.linalg.lstsq(first, logs, rcond=None)[0]
+        found = _solve_alone(first, logs)
     errors = logs - _log_loss(first, second, found)
     samples, resampled = _resample(first, second, logs, full, resamples, seed)
     values = law._public(found[None])[0]
@@ -345,6 +345,14 @@ def _solve(first: np.ndarray, second: np.ndarray, logs: np.ndarray, near: np.nda
     )
     best = min(solutions, key=lambda solution: solution.cost).x
     return np.concatenate([np.linalg.solve(r1, best[:size]), np.linalg.solve(r2, best[size:])])
+
+
+def _solve_alone(first: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """The same without an irreducible term."""
+    q, r = _orthogonal(first)
+    start = q.T @ logs
+    errors = dict(fun=lambda values: q @ values - logs, jac=lambda values: q, loss="soft_l1", f_scale=_ROBUST)
+    return np.linalg.solve(r, optimize.least_squares(x0=start, **errors).x)
 
 
 def _orthogonal(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

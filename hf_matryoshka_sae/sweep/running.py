@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..activations import has_cache
 from ..training import Interrupted, RunConfig, train
 from ..training.setup import open_harvest
 from ..training.trainer import make_accelerator
@@ -77,7 +78,7 @@ def _build_cache(runs: Sequence[RunConfig]) -> None:
     """Several runs must not build the cache they share at once, nor one that is too small for the largest."""
     largest = {run.activation_cache: run for run in sorted(runs, key=lambda run: run.tokens)}
     for folder, run in largest.items():
-        if folder is not None:
+        if folder is not None and not has_cache(folder):
             accelerator = make_accelerator(run)
             open_harvest(run, accelerator, run.batch_size // run.gradient_accumulation_steps).stream.close()
 

@@ -27,7 +27,7 @@ SWEEP = {
     "lm_batch_size": 8,
     "shuffle_tokens": 4096,
     "normalization_tokens": 2048,
-    "eval_tokens": 1000,
+    "eval_tokens": 250,
     "calibration_tokens": 1000,
     "checkpoint_every": 2,
     "log_every": 2,
@@ -94,6 +94,7 @@ def test_a_sweep_leaves_its_runs_its_points_and_its_report(finished):
     assert report["budgets"][1]["held_out"].keys() >= {"joint", "nearest", "mean"}
 
 
+@pytest.mark.slow
 def test_an_sae_is_the_one_that_an_ordinary_run_of_its_spec_trains(finished, tmp_path):
     run = load_run_config(finished / "tokens-2048" / "run.yaml")
     run.output_dir, run.activation_cache, run.saes = str(tmp_path), str(tmp_path / "cache"), run.saes[:1]
@@ -121,6 +122,7 @@ def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
         (finished / run.output_dir / "run.yaml").unlink()
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch, capsys):
     steps = []
 
