@@ -12,7 +12,7 @@ from ..train import main
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the sweep's process is gone
+    os.read(0, 1)  # returns when the sweep's process is gone; a read of sys.stdin would hold a lock at the end
     os.kill(os.getpid(), signal.SIGTERM)  # the trainer saves a checkpoint and ends
 
 
