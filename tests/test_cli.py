@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hf_matryoshka_sae import cli, demo
+from hf_matryoshka_sae.sweep import load_sweep
 from hf_matryoshka_sae.training import RunConfig, load_run_config
 
 
@@ -63,14 +64,15 @@ def test_the_readme_run_is_a_valid_config():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_is_a_valid_config(path):
-    load_run_config(path)
+    load = load_sweep if path.name.startswith("sweep") else load_run_config
+    load(path)
 
 
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("train", "evaluate", "push", "pull", "convert", "toy", "demo"))
+    assert all(name in printed for name in ("train", "sweep", "evaluate", "push", "pull", "convert", "toy", "demo"))
 
 
 def test_train_help_lists_every_field(capsys):
@@ -82,6 +84,7 @@ def test_train_help_lists_every_field(capsys):
 @pytest.mark.parametrize(
     "command, flag",
     [
+        ("sweep", "--points"),
         ("evaluate", "--widths"),
         ("push", "--dry_run"),
         ("pull", "--width"),

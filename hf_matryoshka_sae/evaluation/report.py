@@ -158,7 +158,12 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary name, then rename."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)

@@ -347,14 +347,17 @@ def load_run_config(path: str | Path | None, flags: list[str] | None = None) -> 
     Raises:
         `ValueError`: for a file that is missing or no YAML, and whatever [`RunConfig.from_dict`] raises.
     """
-    data: Any = {}
-    if path is not None:
-        try:
-            data = yaml.safe_load(Path(path).read_text())
-        except FileNotFoundError as error:
-            raise ValueError(f"There is no config file {path}.") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
-    return RunConfig.from_dict(override(data, flags or []))
+    return RunConfig.from_dict(override(read_yaml(path) if path is not None else {}, flags or []))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `ValueError` where it is missing, no YAML, or holds no fields."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no config file {path}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
+    return data

@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
 # Fields that may differ between an interrupted run and the one that goes on with it.
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
@@ -112,7 +112,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.resume and any(self.folder.glob("checkpoint-*")):
                 before = (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
-                changed = [key for key in fields if key not in _FREE_TO_CHANGE and before.get(key) != fields[key]]
+                changed = [key for key in fields if key not in FREE_TO_CHANGE and before.get(key) != fields[key]]
                 if changed:
                     raise ValueError(
                         f"{self.folder} holds an unfinished run that differs in {', '.join(changed)} (see {path}). "
