@@ -1,4 +1,4 @@
-"""What an SAE is worth: fidelity per prefix width, geometry, matching, absorption, and baselines beside them."""
+"""What an SAE is worth: fidelity, features, interpretability and effects per prefix width, baselines beside them."""
 
 from .ablation import AblationSparsity, ablation_sparsity
 from .absorption import AbsorptionThresholds, absorption, absorption_on_task

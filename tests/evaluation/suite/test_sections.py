@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from hf_matryoshka_sae.activations import TokenBatch
-from hf_matryoshka_sae.evaluation import HeldOut, evaluate_fidelity
+from hf_matryoshka_sae.assets import embedded_sae_path
+from hf_matryoshka_sae.evaluation import HeldOut, LossScaling, evaluate_fidelity, open_heldout
+from hf_matryoshka_sae.evaluation.sparse_probing import has_scikit_learn
 from hf_matryoshka_sae.evaluation.subjects import Dictionary
 from hf_matryoshka_sae.evaluation.suite import SECTIONS, Bench, Section, run_sections, write_report
 from hf_matryoshka_sae.evaluation.suite.report import cuts, metric_lines
@@ -128,3 +130,25 @@ def test_rows_of_a_metric_stand_under_their_widths():
         ["", "neurons", "", "0.3"],
     ]
     assert metric_lines(rows, "it", "none", "None", ".1f", [4, 8]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_every_section_runs_on_the_embedded_sae(section, tmp_path):
+    sae = AutoModel.from_pretrained(embedded_sae_path()).eval()
+    data = open_heldout("embedded", sae.config.hookpoint, tokens=12_000)
+    bench = Bench(data, {"it": sae}, widths=[64, 448], scaling=LossScaling(0.1))
+    found = section.run(bench, section.least)
+    json.dumps([found.rows, found.details, found.facts, found.notes])
+    assert found.text
+    if not found.rows:  # absorption: too few letters
+        assert section.name == "absorption" and "not defined" in found.text
+        return
+    assert [row["width"] for row in found.rows["it"]] == [64, 448]
+    for key, _, form in section.columns:
+        if section.name == "probes" and key != "probe_loss" and not has_scikit_learn():
+            continue
+        assert all(format(row[key], form) for row in found.rows["it"])
+    assert "random (it)" in found.rows or section.name == "composition"
+    found.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
