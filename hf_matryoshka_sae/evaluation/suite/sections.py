@@ -130,9 +130,21 @@ SECTIONS = (
         (("scr", "SCR, 20 latents", ".3f"), ("tpp", "TPP, 20 latents", ".3f")),
         removal,
         "tokens",
-        3_000,
+        8_000,
         10_000,
         share=2,
+    ),
+    Section(
+        "absorption",
+        "Absorption and splitting",
+        "On the first-letter task (Chanin et al. 2024): fraction of a letter's direction that latents of single words "
+        "have absorbed, and how many latents a letter is split into.",
+        (("absorption_fraction", "absorbed fraction", ".4f"), ("split_latents", "latents a letter", ".2f")),
+        absorption,
+        "task",
+        1,
+        1,
+        share=1,
     ),
     Section(
         "composition",
@@ -146,17 +158,5 @@ SECTIONS = (
         1,
         1,
         share=1.5,
-    ),
-    Section(
-        "absorption",
-        "Absorption and splitting",
-        "On the first-letter task (Chanin et al. 2024): fraction of a letter's direction that latents of single words "
-        "have absorbed, and how many latents a letter is split into.",
-        (("absorption_fraction", "absorbed fraction", ".4f"), ("split_latents", "latents a letter", ".2f")),
-        absorption,
-        "task",
-        1,
-        1,
-        share=1,
     ),
 )
