@@ -18,6 +18,7 @@ from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, bui
 from .data import HasActivations
 from .distributed import reduce_sum
 from .geometry import checked_widths, groups, unit_rows
+from .seeds import derived_seed
 from .similarity import TokenSample, checked_batches
 
 
@@ -146,7 +147,9 @@ def random_dictionary(
     if not fired.any():
         raise ValueError("No latent of the SAE fires on these hidden states; there is no L0 to match.")
     random = build_sae(_config(sae.config, fired.sum().item() / len(x))).to(x.device).eval()
-    directions = torch.randn(random.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+    # Not the seed itself: an SAE trained with it may have begun with those very directions.
+    generator = torch.Generator().manual_seed(derived_seed(seed, "random dictionary"))
+    directions = torch.randn(random.W_dec.shape, generator=generator)
     random.W_dec.copy_(unit_rows(directions)[0])
     random.b_dec.copy_(x.double().mean(0))
     thresholds, scales = x.new_zeros(len(random.W_dec)), x.new_ones(len(random.W_dec))

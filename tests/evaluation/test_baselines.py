@@ -7,6 +7,8 @@ import torch
 from hf_matryoshka_sae import CONFIGS, MatryoshkaSAEConfig, TopKSAEConfig, build_sae
 from hf_matryoshka_sae.evaluation import baselines
 from hf_matryoshka_sae.evaluation.baselines import Identity, PrincipalComponents, random_dictionary
+from hf_matryoshka_sae.training import SAESpec
+from hf_matryoshka_sae.training.initialization import initialize
 
 
 D, F, PREFIXES = 8, 40, [6, 15, 40]
@@ -122,6 +124,18 @@ def test_silent_groups_stay_silent_and_a_silent_sae_is_an_error():
         sae.b_enc.fill_(-1e3)
     with pytest.raises(ValueError, match="no L0 to match"):
         random_dictionary(sae, x)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_random_directions_are_not_those_that_training_with_the_seed_begins_with(seed):
+    x = _data()
+    sae = _sae("relu", x)
+    spec = SAESpec.from_dict({"type": "relu", "num_latents": F}, "")
+    initialize(sae, spec, x, x.mean(0), seed)
+    sae.b_enc.detach().fill_(1.0)
+    random = random_dictionary(sae, x, seed=seed)
+    cosines = torch.cosine_similarity(random.W_dec, sae.W_dec, dim=1)
+    assert cosines.mean().abs() < 0.3 and cosines.max() < 0.999
 
 
 def test_training_beats_random_directions():
