@@ -1,14 +1,17 @@
 """Meta-SAEs: composed rows are explained, random ones less; the explained share by hand; what does not matter."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hf_matryoshka_sae.evaluation import meta_sae as module
 from hf_matryoshka_sae.evaluation.meta_sae import explained_variance, meta_sae
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, TopKSAEConfig, build_sae
+
+
+module = import_module("hf_matryoshka_sae.evaluation.meta_sae")  # the package has a function of that name
 
 
 D, F = 64, 256
