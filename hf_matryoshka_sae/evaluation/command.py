@@ -12,9 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig, open_dataset, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
-from ..models import SAEModel
 from ..models.digests import folder_digest, weights_digest
-from .autointerp import open_judge
+from .autointerp import greet, open_judge
 from .core import ABOUT_ALL, IDENTITY, details, evaluate
 from .data import HeldOut, open_heldout
 from .language_model import LossScaling
@@ -104,13 +103,17 @@ def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
     if parsed.suite == "core" and (parsed.minutes or parsed.labelled or parsed.judge or parsed.prompts):
         raise ValueError("--minutes, --labelled, --judge and --prompts belong to --suite full.")
+    if parsed.minutes is not None and not parsed.minutes > 0:
+        raise ValueError(f"`minutes` must be above 0, got {parsed.minutes:g}.")
     if parsed.suite == "full" and parsed.no_baselines:
         raise ValueError("--suite full has baselines beside every figure; leave --no_baselines away.")
     scaling = None if parsed.lm_exponent is None else LossScaling(parsed.lm_exponent, parsed.lm_irreducible)
     labelled = [_labelled(parsed)] if parsed.labelled else []
-    judge = open_judge(parsed.judge)  # early: it may not be there
+    judge = open_judge(parsed.judge)
     saes, folder = open_saes(parsed.sae, parsed.subfolder)
     output = Path(parsed.output_dir) if parsed.output_dir else folder or Path("runs/evaluate")
+    if judge is not None and accelerator.is_main_process:
+        greet(judge, output / FOLDER / "answers.jsonl")  # it may not be there, and its turn comes late
     opened: dict[str, HeldOut] = {}
     results, places = [], []
     for (model, hookpoint), group in by_place(saes, parsed.model, parsed.hookpoint).items():
@@ -125,7 +128,7 @@ def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
             continue
         bench = Bench(data, group, parsed.widths, parsed.selection, labelled, scaling, judge, parsed.prompts)
         bench.seed, bench.answers = parsed.seed, output / FOLDER / "answers.jsonl"
-        places.append({**about, **_suite(parsed, bench, about, output, folder)})
+        places.append({**about, **_suite(parsed, bench, about, output)})
     if not accelerator.is_main_process:
         return
     if parsed.suite == "full":
@@ -140,9 +143,7 @@ def _labelled(parsed: argparse.Namespace) -> LabelledTask:
     return LabelledTask.from_dataset(dataset, parsed.column, parsed.label, Path(parsed.labelled).stem)
 
 
-def _suite(
-    parsed: argparse.Namespace, bench: Bench, about: dict[str, Any], output: Path, folder: Path | None
-) -> dict[str, Any]:
+def _suite(parsed: argparse.Namespace, bench: Bench, about: dict[str, Any], output: Path) -> dict[str, Any]:
     """Everything about the SAEs of one place."""
     options = ("widths", "selection", "tokens", "context_length", "split", "column", "labelled", "label", "seed")
     law = ("lm_exponent", "lm_irreducible", "minutes", "judge", "prompts")
@@ -157,15 +158,10 @@ def _suite(
         "tokens": bench.data.tokens,
         "selection": parsed.selection,
         "saes": list(bench.saes),
-        "weights": {name: folder_digest(_place_of(folder, sae)) for name, sae in bench.saes.items() if folder},
+        "weights": {name: folder_digest(Path(sae.name_or_path)) for name, sae in bench.saes.items()},
         "folder": inside,
         "sections": sections,
     }
-
-
-def _place_of(folder: Path, sae: SAEModel) -> Path:
-    """The folder that an SAE was loaded from."""
-    return Path(getattr(sae, "name_or_path", "") or folder)
 
 
 def _open(parsed: argparse.Namespace, model: str, hookpoint: str, device: torch.device) -> HeldOut:

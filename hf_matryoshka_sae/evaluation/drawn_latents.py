@@ -24,22 +24,28 @@ RANDOM, NEURONS = "random", "neurons"
 
 
 def with_baselines(
-    saes: Mapping[str, SAEModel], data: HeldOut, widths: Sequence[int] | None, baselines: bool, seed: int
+    saes: Mapping[str, SAEModel] | SAEModel, data: HeldOut, widths: Sequence[int] | None, baselines: bool, seed: int
 ) -> dict[str, tuple[SAEModel, list[int]]]:
     """SAEs with their widths, each followed by a random dictionary of its shape, and the neurons last.
 
     Args:
-        saes (`Mapping[str, SAEModel]`): By name; of one hookpoint.
+        saes (`Mapping[str, SAEModel]`, or one [`SAEModel`]): By name; of one hookpoint.
         data ([`HeldOut`]): What random dictionaries are calibrated on, and whose neurons.
         widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
         baselines (`bool`): Whether there are any.
         seed (`int`): Of the random directions.
 
     Raises:
-        `ValueError`: if there is no SAE, or widths that one does not have.
+        `ValueError`: if there is no SAE, one whose weights are not finite, or widths that one does not have.
     """
+    saes = {"sae": saes} if isinstance(saes, SAEModel) else saes
     if not saes:
-        raise ValueError("Name at least one SAE to explain.")
+        raise ValueError("Name at least one SAE.")
+    for name, sae in saes.items():
+        if not isinstance(sae, SAEModel):
+            raise ValueError(f"What is measured must be SAEs; `{name}` is a {type(sae).__name__}.")
+        if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
+            raise ValueError(f"The weights of `{name}` are not all finite: it is damaged, or its training diverged.")
     subjects: dict[str, tuple[SAEModel, list[int]]] = {}
     for name, sae in saes.items():
         chosen = checked_widths(widths, sae)
@@ -126,7 +132,7 @@ class DrawnLatents:
 
     def rows(
         self, values: Mapping[int, Sequence[float]], names: Sequence[str], resamples: int, seed: int
-    ) -> list[dict[str, float | int | list[float]]]:
+    ) -> list[dict[str, float | int | list[float] | None]]:
         """A row for each width, from the groups below it.
 
         Args:
@@ -136,7 +142,8 @@ class DrawnLatents:
 
         Returns:
             `list[dict]`: `width`, `latents` (drawn), `explainable` (share that is eligible), each score's mean by its
-            name, and its interval as `<name>_interval`. Zeros where nothing is eligible.
+            name, and its interval as `<name>_interval`: `None` where one latent was drawn from a group of more. Zeros
+            where nothing is eligible.
         """
         size = len(names)
         tables = [np.array([values[latent] for latent in group]).reshape(-1, size) for group in self.groups]
@@ -148,14 +155,16 @@ class DrawnLatents:
             weights = np.array(self.eligible[:number], dtype=float)
             weights /= max(1.0, weights.sum())
             scores = np.tensordot(weights, means[:number], 1)
-            intervals = np.quantile(np.tensordot(weights, samples[:number], 1), [0.025, 0.975], axis=0).T
+            intervals = np.quantile(np.tensordot(weights, samples[:number], 1), [0.025, 0.975], axis=0).T.tolist()
+            if any(len(group) == 1 < count for group, count in zip(self.groups[:number], self.eligible, strict=False)):
+                intervals = [None] * size  # how much one latent stands for others cannot be told
             rows.append(
                 {
                     "width": width,
                     "latents": sum(map(len, self.groups[:number])),
                     "explainable": sum(self.eligible[:number]) / width,
                     **dict(zip(names, scores.tolist(), strict=True)),
-                    **{f"{name}_interval": bounds for name, bounds in zip(names, intervals.tolist(), strict=True)},
+                    **{f"{name}_interval": bounds for name, bounds in zip(names, intervals, strict=True)},
                 }
             )
         return rows

@@ -54,10 +54,11 @@ class Explainability:
         for name, rows in self.rows.items():
             lines += [f"  {name}", f"  {head}"]
             for row in rows:
-                low, high = row["f1_interval"]
+                interval = row["f1_interval"]
+                told = "-" if interval is None else f"{interval[0]:.3f} {interval[1]:.3f}"
                 lines.append(
                     f"  {row['width']:>8d} {row['latents']:>6d} {row['explainable']:>12.1%} {row['f1']:>7.3f} "
-                    f"{f'{low:.3f} {high:.3f}':>15} {row['precision']:>10.3f} {row['recall']:>7.3f} "
+                    f"{told:>15} {row['precision']:>10.3f} {row['recall']:>7.3f} "
                     f"{row['correlation']:>7.3f}"
                 )
         return "\n".join(lines)

@@ -125,6 +125,9 @@ def meta_sae(
             f"{lr} and {list(seeds)}."
         )
     saes = saes if isinstance(saes, Mapping) else {"sae": saes}
+    if not saes or not all(isinstance(sae, SAEModel) for sae in saes.values()):
+        found = {name: type(sae).__name__ for name, sae in saes.items()}
+        raise ValueError(f"Expected one SAE or several by name, got {found or 'none'}.")
     chosen = {name: checked_widths(widths, sae) for name, sae in saes.items()}
     decoders = {(name, width): _directions(name, saes[name], width) for name in saes for width in chosen[name]}
     runs = len(decoders) * len(seeds) * (1 + baselines) * steps

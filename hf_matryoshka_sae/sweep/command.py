@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from ..training import Interrupted
 from .config import load_sweep
 from .plan import is_finished, own_cache, plan_runs
-from .points import Point, finished_points, read_points
+from .points import Point, finished_points, read_points, write_points
 from .report import fit_points
 from .running import default_processes, train_runs
 
@@ -65,6 +65,8 @@ def _run(parsed: argparse.Namespace, flags: list[str]) -> None:
         points, folder = read_points(parsed.points), Path(parsed.output_dir or "runs/scaling")
     else:
         points, folder = _train(parsed, flags)
+    if parsed.points is None:
+        write_points(points, folder / "sweep.csv")  # worth having even where no law fits
     report = fit_points(points, parsed.resamples)
     report.save(folder)
     sys.stdout.write(f"{report}\nSaved {', '.join(str(folder / name) for name in ('report.md', 'scaling.png'))}, ")
@@ -77,6 +79,8 @@ def _train(parsed: argparse.Namespace, flags: list[str]) -> tuple[list[Point], P
     processes = default_processes() if parsed.processes is None else parsed.processes
     if processes < 1:
         raise ValueError(f"--processes must be at least 1, got {processes}.")
+    if not parsed.fit_only:
+        sweep.check_laws()
     runs = plan_runs(sweep, processes, add=not parsed.fit_only)
     if not parsed.fit_only:
         train_runs([run for run in runs if not is_finished(run)], processes)

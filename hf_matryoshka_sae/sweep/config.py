@@ -10,6 +10,9 @@ from ..training.config import read_yaml
 from ..training.fields import from_dict, override
 
 
+_LEAST_OF_K, _LEAST_JOINT = 3, 6  # constants of the laws
+
+
 @dataclass
 class Grid:
     """The section `sweep:`; one SAE is trained for each combination of size, k and tokens."""
@@ -98,6 +101,18 @@ class Sweep:
         if len(run.hookpoints) > 1 or set("*?[") & set(run.hookpoints[0]):
             raise ValueError(f"A sweep is about one hookpoint without wildcards, got {run.hookpoints}.")
         return sweep
+
+    def check_laws(self) -> None:
+        """Raises `ValueError` if its points, those held out left out, are too few for any law."""
+        fitted = set(self.grid.pairs) - self.grid.held_out(self.fields.get("seed", 0))
+        at_k = max(sum(k == each for _, each in fitted) for k in self.grid.k)
+        if at_k * len(self.grid.tokens) <= _LEAST_OF_K and len(fitted) <= _LEAST_JOINT:
+            raise ValueError(
+                f"The sweep has {len(fitted)} (num_latents, k) to fit, at most {at_k} sizes for one k, and "
+                f"{len(self.grid.tokens)} token budgets: too few for any law. L(F) needs more than {_LEAST_OF_K} "
+                f"sizes at one k, L(F, k) more than {_LEAST_JOINT} pairs. List more, or lower `sweep.hold_out` "
+                f"({self.grid.hold_out})."
+            )
 
     @property
     def folder(self) -> Path:

@@ -200,6 +200,13 @@ def test_what_cannot_be_done_is_said(llama):
         ablation_sparsity({"it": sae}, llama, tokens=0, show=False)
     with pytest.raises(ValueError, match="at least one SAE"):
         ablation_sparsity({}, llama, positions=4, show=False)
+    with pytest.raises(ValueError, match="`head` is a Linear"):
+        ablation_sparsity({"head": llama.model.lm_head}, llama, positions=4, show=False)
+    damaged = relu_sae(16, 10)
+    with torch.no_grad():
+        damaged.W_dec[3] = torch.nan
+    with pytest.raises(ValueError, match="weights of `sae` are not all finite"):
+        ablation_sparsity(damaged, llama, positions=4, show=False)
     headless = HeldOut(llama.model.model, llama.batches, "layers.0")
     with pytest.raises(ValueError, match="predicts no next token"):
         ablation_sparsity({"it": sae}, headless, show=False)

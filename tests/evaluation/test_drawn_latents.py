@@ -30,3 +30,15 @@ def test_a_width_without_eligible_latents_has_zeros():
     rows = drawn.rows({2: [0.7]}, ["score"], resamples=10, seed=0)
     assert rows[0]["score"] == 0 and rows[0]["score_interval"] == [0, 0] and rows[0]["explainable"] == 0
     assert rows[1]["score"] == pytest.approx(0.7) and rows[1]["latents"] == 1
+
+
+def test_one_latent_of_many_says_nothing_of_how_much_they_differ():
+    eligible = np.ones(6, dtype=bool)
+    eligible[1:3] = False  # of the first group one alone is eligible, and drawn
+    drawn = DrawnLatents.of(eligible, [3, 6], per_group=2, seed=0)
+    values = {latent: [float(latent)] for latent in drawn.latents}
+    first, both = drawn.rows(values, ["score"], 50, 0)
+    assert first["score_interval"] == [0.0, 0.0] and both["score_interval"] is not None
+    single = DrawnLatents.of(np.ones(6, dtype=bool), [3, 6], per_group=1, seed=0)
+    for row in single.rows({latent: [1.0] for latent in single.latents}, ["score"], 50, 0):
+        assert row["score"] == 1.0 and row["score_interval"] is None

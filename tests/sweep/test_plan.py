@@ -142,3 +142,14 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path, grid, fields, message)
     plan_runs(sweep(tmp_path))
     with pytest.raises(ValueError, match=message):
         plan_runs(sweep(tmp_path, grid, **fields))
+
+
+def test_a_grid_too_small_for_any_law_is_told_before_training():
+    sweep().check_laws()
+    sweep(grid={"num_latents": [64, 128, 256, 512], "k": [4], "tokens": [2560], "hold_out": 0.0}).check_laws()
+    for grid in (
+        {"num_latents": [64, 128], "tokens": [2560]},
+        {"num_latents": [64, 128, 256, 512], "k": [4], "tokens": [2560], "hold_out": 0.25},
+    ):
+        with pytest.raises(ValueError, match="too few for any law. L.F. needs more than 3 sizes"):
+            sweep(grid=grid).check_laws()

@@ -3,7 +3,7 @@
 from .answers import AnswerCache, Cost, Judge, Reply
 from .endpoint import EndpointJudge
 from .examination import Interpreted, PassageCounts
-from .interpretability import automated_interpretability
+from .interpretability import automated_interpretability, greet
 from .judges import ChatModelJudge, open_judge
 from .report import AutoInterp
 
@@ -19,5 +19,6 @@ __all__ = [
     "PassageCounts",
     "Reply",
     "automated_interpretability",
+    "greet",
     "open_judge",
 ]

@@ -27,9 +27,18 @@ from .readers import STAND_IN, JudgeReader, PatternReader, Reader
 from .report import AutoInterp
 
 
-_GREETING = [{"role": "user", "content": "Are you there? Answer with the word yes."}]
+GREETING = [{"role": "user", "content": "Are you there? Answer with the word yes."}]
 _EXAMPLES, _TEST = 0, 1
 """What the passages of a latent are drawn for: each draws for itself."""
+
+
+def greet(judge: Judge, cache: str | Path | None = None) -> None:
+    """Ask a judge one thing, or find in the cache that it has answered.
+
+    Raises:
+        `ValueError`: if it cannot be asked.
+    """
+    AnswerCache(cache).ask(judge, GREETING)
 
 
 def automated_interpretability(
@@ -96,7 +105,7 @@ def automated_interpretability(
     counts, templates, answers = passages or PassageCounts(), Questions(prompts), AnswerCache(cache)
     judge = open_judge(judge) if judge is None or isinstance(judge, str) else judge
     if judge is not None and processes()[0] == 0:
-        answers.ask(judge, _GREETING)  # whether it answers at all is known before the long work
+        answers.ask(judge, GREETING)  # whether it answers at all is known before the long work
     subjects = with_baselines(saes, examples, widths, baselines, seed)
     if processes()[0] != 0:  # an answer is paid for once
         return None

@@ -98,16 +98,18 @@ class AutoInterp:
 def _draw(axis: Any, name: str, rows: Sequence[dict[str, Any]], score: str) -> None:
     if name == NEURONS:  # of one width
         axis.axhline(rows[-1][score], color="gray", linestyle=":", label=NEURONS)
-        axis.axhspan(*rows[-1][f"{score}_interval"], color="gray", alpha=0.12)
+        if rows[-1][f"{score}_interval"] is not None:
+            axis.axhspan(*rows[-1][f"{score}_interval"], color="gray", alpha=0.12)
         return
     widths, middle = [row["width"] for row in rows], [row[score] for row in rows]
-    below = [max(0.0, row[score] - row[f"{score}_interval"][0]) for row in rows]
-    above = [max(0.0, row[f"{score}_interval"][1] - row[score]) for row in rows]
+    bounds = [row[f"{score}_interval"] or (row[score], row[score]) for row in rows]
+    below = [max(0.0, value - low) for value, (low, _) in zip(middle, bounds, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(middle, bounds, strict=True)]
     axis.errorbar(widths, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
 
 
-def _interval(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.3f} {bounds[1]:.3f}"
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.3f} {bounds[1]:.3f}"
 
 
 def _cost(cost: dict[str, Any]) -> str:

@@ -80,7 +80,16 @@ def explanations(bench: Bench, per_group: int) -> Found:
     )
     if found is None:
         return Found({}, "", {})
-    notes = [f"Judge: {found.about['judge']}"]
+    told = found.about["judge"]
+    notes = [told[:1].upper() + told[1:] if found.about["stand_in"] else f"Judge: {told}"]
+    every = [rows[-1] for rows in found.rows.values()]
+    unusable = sum(row["malformed"] + row["refusals"] for row in every)
+    if unusable:
+        asked = sum(row["questions"] for row in every)
+        notes.append(
+            f"{unusable} of {asked} answers were refusals or malformed, and count as saying nothing: see `refusals` "
+            "and `malformed` by dictionary"
+        )
     return Found(found.rows, str(found), found.to_dict(), found.plot, notes)
 
 

@@ -64,15 +64,18 @@ def cuts(sections: Sequence[dict[str, Any]]) -> list[str]:
         if section.get("left_out"):
             lines.append(f"{section['title']}: left out, {section['left_out']}")
         elif section["size"] * 100 < section["full"] * _LESS:
-            lines.append(f"{section['title']}: {section['size']:,} {section['unit']} instead of {section['full']:,}")
+            lines.append(
+                f"{section['title']}: about {section['size']:,} {section['unit']} instead of {section['full']:,}"
+            )
     return lines
 
 
 def _place(place: dict[str, Any]) -> list[str]:
     parts = [
         f"## {place['model']}, {place['hookpoint']}",
-        f"{place['tokens']:,} held-out tokens of `{place['dataset']}`; selection {place['selection']} where nothing "
-        "else is said.",
+        f"{place['tokens']:,} held-out tokens of `{place['dataset']}`, of which each section takes some from all over "
+        f"the text; selection {place['selection']} where nothing else is said. random: a dictionary of random "
+        "directions that fires as often. In brackets 95% intervals, and the width of what has but one.",
         *(summary(place, name) for name in place["saes"]),
     ]
     for section in place["sections"]:
@@ -98,7 +101,9 @@ def summary(place: dict[str, Any], name: str) -> str:
     if not lines:
         return ""
     head = [["metric", "", *(f"{width:,}" for width in widths)], ["---", "---", *["---:"] * len(widths)]]
-    return f"**{name}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
+    notes = [f"- {each['title']}: {note}" for each in place["sections"] for note in each.get("notes", [])]
+    return "\n\n".join(filter(None, [f"**{name}**", table, "\n".join(notes)]))
 
 
 def metric_lines(
@@ -115,6 +120,8 @@ def metric_lines(
             cells = ["", *[""] * (len(widths) - 2), cell(last, key, form)][-len(widths) :]
         else:
             cells = [cell(found[width], key, form) if width in found else "" for width in widths]
+        if subject in FLAT:
+            label = f"{label} ({list(found)[-1]:,})"
         lines.append(["" if lines else title, label, *cells])
     return lines
 

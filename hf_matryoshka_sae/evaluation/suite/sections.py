@@ -83,10 +83,10 @@ SECTIONS = (
         "Do patterns of tokens, made from examples of a latent's firing, say where it fires on other text? F1, "
         "precision and recall of firing, and Pearson's correlation with the activations; means over drawn latents, "
         "intervals over them. explainable: share of latents that fire often enough to be explained by examples.",
-        (("f1", "N2G, F1", ".3f"), ("correlation", "simulation by N2G, r", ".3f")),
+        (("f1", "N2G, F1", ".3f"), ("correlation", "simulation by N2G on all tokens, r", ".3f")),
         patterns,
-        "latents a group",
-        1,
+        "latents of each group",
+        2,
         8,
         share=4,
     ),
@@ -100,11 +100,11 @@ SECTIONS = (
         (
             ("detection", "detection, balanced accuracy", ".3f"),
             ("fuzzing", "fuzzing, balanced accuracy", ".3f"),
-            ("simulation", "simulation, r", ".3f"),
+            ("simulation", "simulation on passages, r", ".3f"),
         ),
         explanations,
-        "latents a group",
-        1,
+        "latents of each group",
+        2,
         8,
         share=4,
     ),

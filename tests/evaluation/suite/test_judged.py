@@ -46,3 +46,11 @@ def test_a_judge_that_is_not_there_is_told_before_the_long_work(tmp_path, capsys
     )
     assert status == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_a_judge_that_nobody_answers_for_is_told_before_the_long_work_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(command, "run_sections", lambda *_, **__: pytest.fail("the long work began"))
+    flags = ["embedded", "--suite", "full", "--judge", "http://127.0.0.1:9/v1", "--output_dir", str(tmp_path)]
+    assert command.main(flags) == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err

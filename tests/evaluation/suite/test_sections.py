@@ -110,7 +110,7 @@ def test_the_report_has_every_number_and_says_what_was_cut(bench, tmp_path):
     text = path.read_text()
     for row in found[0]["rows"]["it"]:
         assert f"{row['fraction']:.4f} [{row['fraction_interval'][0]:.4f}" in text
-    assert "- Sparsity of downstream effects: 3 tokens instead of 64" in text
+    assert "- Sparsity of downstream effects: about 3 tokens instead of 64" in text
     assert "- Another: left out, no time was left" in text
     assert "](model.layers.0/ablation.png)" in text and (tmp_path / "model.layers.0/ablation.png").is_file()
     assert json.loads((tmp_path / "suite.json").read_text())["places"][0]["weights"] == {"it": "abc"}
@@ -127,7 +127,7 @@ def test_rows_of_a_metric_stand_under_their_widths():
     assert metric_lines(rows, "it", "f1", "F1", ".1f", [4, 8]) == [
         ["F1", "**SAE**", "0.5 [0.4 0.6]", ""],
         ["", "random", "0.1", "0.2"],
-        ["", "neurons", "", "0.3"],
+        ["", "neurons (32)", "", "0.3"],
     ]
     assert metric_lines(rows, "it", "none", "None", ".1f", [4, 8]) == []
 
