@@ -11,6 +11,7 @@ irreducible term takes a share of the lowest losses from nothing to nearly all. 
 ln k, ln n and their product are nearly the same direction on any grid that people train.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ _FEWEST_RESAMPLES = 20
 
 
 @dataclass
-class ScalingLaw:
+class ScalingLaw(ABC):
     """What a fit found; `str()` says it in a line.
 
     Args:
@@ -63,9 +64,9 @@ class ScalingLaw:
     names: ClassVar[tuple[str, ...]]
 
     @staticmethod
+    @abstractmethod
     def _features(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The columns that the two exponents are linear in."""
-        raise NotImplementedError
 
     @staticmethod
     def _public(constants: np.ndarray) -> np.ndarray:
@@ -73,8 +74,8 @@ class ScalingLaw:
         return constants
 
     @property
-    def _coefficients(self) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _coefficients(self) -> np.ndarray: ...
 
     def _predict(self, *inputs: Any) -> np.ndarray:
         inputs = np.broadcast_arrays(*(np.asarray(values, dtype=np.float64) for values in inputs))

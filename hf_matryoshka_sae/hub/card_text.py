@@ -208,7 +208,8 @@ def interpretability(sae: SAEFacts) -> str:
     if sae.suite is None or not sae.suite.sections:
         return ""
     titles, rows = sae.suite.rows()
-    return table(titles, [[cell.replace("**", "") or "–" for cell in row] for row in rows], ("Of",))
+    cells = [[title, label.replace("**", ""), *(cell or "–" for cell in values)] for title, label, *values in rows]
+    return table(titles, cells, ("Of",))
 
 
 def power_laws(sae: SAEFacts) -> str:
