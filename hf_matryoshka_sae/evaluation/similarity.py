@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from .data import HasActivations, activation_batches
-from .distributed import processes
+from .distributed import processes, shared_group
 
 
 # The finalising steps of splitmix64 (Steele et al. 2014), as signed numbers.
@@ -134,8 +134,8 @@ def _gather(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     world = processes()[1]
     all_keys = [torch.empty_like(padded_keys) for _ in range(world)]
     all_rows = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(all_keys, padded_keys)
-    dist.all_gather(all_rows, padded)
+    dist.all_gather(all_keys, padded_keys, group=shared_group())
+    dist.all_gather(all_rows, padded, group=shared_group())
     keys, rows = torch.cat(all_keys).cpu(), torch.cat(all_rows)
     known = keys != nothing
     return keys[known], rows[known.to(rows.device)]

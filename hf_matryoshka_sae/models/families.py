@@ -5,11 +5,11 @@ Each family is stateless; its tensors belong to the model. `select` sees blocks 
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_group_max, select_topk
+from .sharding import Layout
 from .sparse_ops import row_norms
 
 
@@ -58,7 +58,7 @@ class Relu:
         return {}
 
     @staticmethod
-    def select(model: nn.Module, blocks: EncoderBlocks, group: dist.ProcessGroup | None) -> Selection:
+    def select(model: nn.Module, blocks: EncoderBlocks, layout: Layout | None) -> Selection:
         """Tokens, latents and pre-activations of the pairs that take part."""
         return select_above(blocks, 0.0)
 
@@ -72,11 +72,11 @@ class TopK(Relu):
     """The k largest of a token, if positive (Gao et al. 2024); or the largest of each group of latents."""
 
     @staticmethod
-    def select(model, blocks, group):
+    def select(model, blocks, layout):
         group_size = getattr(model.config, "group_size", None)
         if group_size is not None:
             return select_group_max(blocks, model.latent_ids[: blocks.num_latents] // group_size)
-        return select_topk(blocks, int(model.k))
+        return select_topk(blocks, int(model.k), layout=layout)
 
     @staticmethod
     def values(model, pre, cols):
@@ -95,9 +95,9 @@ class BatchTopK(TopK):
         return {"threshold": 0.0}
 
     @staticmethod
-    def select(model, blocks, group):
+    def select(model, blocks, layout):
         if model.training:
-            return select_batch_topk(blocks, model.k, group)
+            return select_batch_topk(blocks, model.k, layout)
         return select_above(blocks, model.threshold[: blocks.num_latents].clamp(min=0))
 
 
@@ -113,7 +113,7 @@ class JumpReLU(Relu):
         return {"threshold": float(model.config.initial_threshold)}
 
     @staticmethod
-    def select(model, blocks, group):
+    def select(model, blocks, layout):
         threshold = model.threshold[: blocks.num_latents].detach()
         # In training the kernel's window reaches below the threshold: silent latents there move it too.
         return select_above(blocks, threshold - model.config.bandwidth / 2 if model.training else threshold)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,6 +35,7 @@ from .families import FAMILIES
 from .partial_download import DROPPED
 from .reshaping import Reshaping
 from .selection import EncoderBlocks
+from .sharding import Layout
 from .sparse_ops import (
     InputNorm,
     LatentPairs,
@@ -140,7 +140,7 @@ class SAEModel(Reshaping, PreTrainedModel):
         x: Tensor,
         width: int | None = None,
         selection: str = "restrict",
-        group: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
     ) -> LatentPairs:
         """The latents of `(N, D)` hidden states as pairs; what training and [`encode`] are built on.
 
@@ -150,7 +150,8 @@ class SAEModel(Reshaping, PreTrainedModel):
             selection (`str`, *optional*, defaults to `"restrict"`):
                 `"restrict"`: latents past `width` are never computed, so places are competed for inside the prefix;
                 `"mask"`: all latents compete, then those past `width` are dropped.
-            group (`ProcessGroup`, *optional*): Processes that share one batch in BatchTopK training.
+            layout ([`Layout`], *optional*):
+                Processes that share one batch or one dictionary in training; this one gets the pairs of its own.
         """
         if selection not in ("restrict", "mask"):
             raise ValueError(f"`selection` must be 'restrict' or 'mask', got {selection!r}.")
@@ -162,7 +163,7 @@ class SAEModel(Reshaping, PreTrainedModel):
         with torch.no_grad():
             factors = None if scale is None else scale[:encoded]
             blocks = EncoderBlocks(x, self.W_enc[:encoded], self.b_enc[:encoded], b_dec, factors)
-            rows, cols, pre = self.family.select(self, blocks, group)
+            rows, cols, pre = self.family.select(self, blocks, layout)
             if encoded > width:
                 inside = cols < width
                 rows, cols, pre = rows[inside], cols[inside], pre[inside]
@@ -224,15 +225,18 @@ class SAEModel(Reshaping, PreTrainedModel):
         return prefixes * scale + shift
 
     def prefix_errors(
-        self, pairs: LatentPairs, x: Tensor, widths: list[int], frozen: bool = False
+        self, pairs: LatentPairs, x: Tensor, widths: list[int], frozen: bool = False, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor]:
         """The squared error `(P,)` at each of `widths`, and the residual `(N, D)` of the last: what training needs.
 
-        See [`sparse_ops.prefix_errors`]. With `frozen` the decoder gets no gradient.
+        See [`sparse_ops.prefix_errors`]. With `frozen` the decoder gets no gradient; with shards in `layout`, `widths`
+        are those of the whole dictionary, and the decodes of all shards are summed.
         """
         assert pairs.input_norm is None, "errors are those of what the encoder sees"
         W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
-        return prefix_errors(self._to_decode(pairs, widths, W_dec), W_dec, b_dec, x, widths)
+        if layout is not None:
+            widths = layout.own_widths(widths)
+        return prefix_errors(self._to_decode(pairs, widths, W_dec), W_dec, b_dec, x, widths, layout)
 
     def _to_decode(self, pairs: LatentPairs, widths: list[int], W_dec: Tensor) -> LatentPairs:
         """The pairs below the last width, scaled so that they go with the rows of `W_dec` as they are."""

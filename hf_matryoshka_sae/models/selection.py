@@ -17,9 +17,10 @@ import threading
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from .sharding import Layout, cut_of_batch, cut_of_rows
 
 
 _GROUP = 32
@@ -67,7 +68,7 @@ class EncoderBlocks:
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         buffer = self._take_buffer()
-        for start in range(0, self.num_latents, self.block_latents):
+        for start in range(0, self.num_latents, max(1, self.block_latents)):  # a shard may hold none
             stop = min(start + self.block_latents, self.num_latents)
             rows, biases = (part[start:stop].to(self.dtype) for part in (self._W_enc, self._b_enc))
             width = _whole_groups(len(rows))
@@ -115,7 +116,13 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     return _joined(found)
 
 
-def select_topk(blocks: EncoderBlocks, k: int, static: bool | None = None) -> Selection:
+def select_topk(
+    blocks: EncoderBlocks,
+    k: int,
+    static: bool | None = None,
+    layout: Layout | None = None,
+    capacity_factor: float | None = None,
+) -> Selection:
     """The `k` largest entries of each row, positive or not; of equal ones the lowest latent wins.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), eq. 3; its ReLU is left to the caller.
@@ -124,12 +131,20 @@ def select_topk(blocks: EncoderBlocks, k: int, static: bool | None = None) -> Se
         blocks ([`EncoderBlocks`]): The pre-activations.
         k (`int`): Latents kept per token (all where there are fewer).
         static (`bool`, *optional*): Never let the host wait for the device; by default everywhere but on a CPU.
+        layout ([`Layout`], *optional*): With shards, the largest of all shards are meant; each gets those of its own
+            latents. How many these are only the data knows, so the host waits.
+        capacity_factor (`float`, *optional*): Other than the layout's.
 
     Returns:
-        Tokens, latents and pre-activations, `(N k,)` each, sorted by token, then by latent.
+        Tokens, latents and pre-activations, `(N k,)` each without shards, sorted by token, then by latent.
     """
-    k = min(int(k), blocks.num_latents)
-    return _select_largest(blocks, k, per_row=True, static=static)
+    own = min(int(k), blocks.num_latents)
+    chosen = _select_largest(blocks, own, per_row=True, static=static)
+    if layout is None or layout.shards == 1:
+        return chosen
+    values = chosen[2].view(blocks.num_rows, own)
+    kept = cut_of_rows(values, int(k), layout, capacity_factor).flatten().nonzero().squeeze(1)
+    return tuple(part[kept] for part in chosen)
 
 
 def select_group_max(blocks: EncoderBlocks, groups: Tensor) -> Selection:
@@ -161,31 +176,40 @@ def select_group_max(blocks: EncoderBlocks, groups: Tensor) -> Selection:
 
 
 def select_batch_topk(
-    blocks: EncoderBlocks, k: float, group: dist.ProcessGroup | None = None, static: bool | None = None
+    blocks: EncoderBlocks, k: float, layout: Layout | None = None, static: bool | None = None
 ) -> Selection:
     """The `int(k N)` largest entries of the whole batch, positive or not (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Of equal entries the lowest (token, latent) wins. With `group` the batch is the joined batch of its processes, in
-    the order of their ranks.
+    Of equal entries the lowest (token, latent) wins. With `layout` the batch is the joined batch of its replicas, and
+    the latents are those of all its shards.
 
     Args:
-        blocks ([`EncoderBlocks`]): The pre-activations; every process of `group` holds as many rows.
+        blocks ([`EncoderBlocks`]): The pre-activations; every process holds as many rows.
         k (`float`): Latents kept per token on average.
-        group (`ProcessGroup`, *optional*): Processes that share one batch. How many pairs fall to a process is known
-            only after the cut: the host waits once, and entries that are not positive are left out.
+        layout ([`Layout`], *optional*): Processes that share one batch. How many pairs fall to a process is known only
+            after the cut: the host waits once, and entries that are not positive are left out.
         static (`bool`, *optional*): As for [`select_topk`].
 
     Returns:
-        Tokens, latents and pre-activations, `(int(k N),)` each without `group`.
+        Tokens, latents and pre-activations, `(int(k N),)` each in one process.
     """
-    world = dist.get_world_size(group) if group is not None else 1
     size = blocks.num_rows * blocks.num_latents
-    count = min(int(k * blocks.num_rows * world), size * world)
-    chosen = _select_largest(blocks, min(count, size), per_row=False, static=static)
-    if world == 1:
-        return chosen
-    kept = _cut_over_processes(chosen[2], count, group).nonzero().squeeze(1)
-    return tuple(part[kept] for part in chosen)
+    if layout is None or layout.processes == 1:
+        return _select_largest(blocks, min(int(k * blocks.num_rows), size), per_row=False, static=static)
+    tokens = blocks.num_rows * layout.replicas
+    count = min(int(k * tokens), layout.num_latents * tokens)
+    if count == 0:
+        return _select_largest(blocks, 0, per_row=False, static=static)
+    layout.selections += 1
+    capacity, kept = layout.capacity(count, layout.processes), None
+    while kept is None:
+        chosen = _select_largest(blocks, min(capacity, size), per_row=False, static=static)
+        kept = cut_of_batch(chosen[2], chosen[0], count, capacity, layout)
+        if kept is None:
+            capacity = count
+            layout.fallbacks += 1
+    found = kept.nonzero().squeeze(1)
+    return tuple(part[found] for part in chosen)
 
 
 def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bool | None) -> Selection:
@@ -346,14 +370,3 @@ def _first_largest_of_all(keys: Tensor, count: int) -> Tensor:
         cut = cut | (best << shift)
     equal = keys == cut
     return ((keys > cut) | (equal & (equal.cumsum(0) <= wanted))).nonzero_static(size=count).squeeze(1)
-
-
-def _cut_over_processes(values: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
-    """Mask of this process's chosen entries that are positive and among the `count` largest of all processes."""
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, values.contiguous(), group=group)
-    joined = torch.cat(gathered)
-    cut = joined.topk(count, sorted=False).values.min() if count else torch.inf
-    before = sum(((part == cut).sum() for part in gathered[: dist.get_rank(group)]), (joined > cut).sum())
-    equal = values == cut
-    return ((values > cut) | (equal & (equal.cumsum(0) <= count - before))) & (values > 0)

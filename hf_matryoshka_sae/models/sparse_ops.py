@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 # Not `from . import`: where this package is not installed, the loader of remote code does not see that.
 from .dense_ops import decode_groups, decoder_gradients, latent_gradients, worthwhile
 from .dense_ops import spread as spread_dense
+from .sharding import Layout, all_sum
 from .triton_ops import gather_sum as triton_gather_sum
 from .triton_ops import pair_dot as triton_pair_dot
 from .triton_ops import usable as triton_usable
@@ -304,11 +305,17 @@ class _PrefixErrors(torch.autograd.Function):
 
     The error of prefix p is e_p = b_dec - x + the groups up to p. Backward: with G_p = 2 / N * dL/dsse_p * e_p, group
     g receives the suffix sum S_g of G_p over p >= g. Both ways are P passes over [N, D].
+
+    Of a sharded dictionary each process decodes its own pairs, and one sum over the shards makes the groups. What
+    follows is the same on all of them, so the way back needs no exchange; b_dec's gradient is left to the first shard.
     """
 
     @staticmethod
-    def forward(ctx, values, W_dec, b_dec, x, index, widths):
+    def forward(ctx, values, W_dec, b_dec, x, index, widths, layout):
         errors, saved = _decode_groups(ctx, values, W_dec, index, widths)
+        ctx.counts_bias = layout is None or layout.shard == 0
+        if layout is not None and layout.shards > 1:
+            errors = all_sum(errors, layout.shard_group)
         errors[:, 0] += b_dec - x
         for p in range(1, errors.shape[1]):
             errors[:, p] += errors[:, p - 1]
@@ -330,8 +337,9 @@ class _PrefixErrors(torch.autograd.Function):
         for p in range(errors.shape[1] - 2, -1, -1):
             torch.addcmul(suffix[:, p + 1], errors[:, p], factors[p], out=suffix[:, p])
         need = ctx.needs_input_grad
-        grad_b_dec, grad_x = suffix[:, 0].sum(0) if need[2] else None, -suffix[:, 0] if need[3] else None
-        return *_decode_gradients(ctx, saved, suffix), grad_b_dec, grad_x, None, None
+        grad_b_dec = suffix[:, 0].sum(0) if need[2] and ctx.counts_bias else None
+        grad_x = -suffix[:, 0] if need[3] else None
+        return *_decode_gradients(ctx, saved, suffix), grad_b_dec, grad_x, None, None, None
 
 
 def encode_pairs(
@@ -375,7 +383,12 @@ def decode_prefixes(pairs: LatentPairs, W_dec: Tensor, widths: list[int]) -> Ten
 
 
 def prefix_errors(
-    pairs: LatentPairs, W_dec: Tensor, b_dec: Tensor, x: Tensor, widths: list[int]
+    pairs: LatentPairs,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor,
+    widths: list[int],
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The squared error of every prefix, at the cost of one decode.
 
@@ -383,9 +396,11 @@ def prefix_errors(
         pairs ([`LatentPairs`]), W_dec (`Tensor` of shape `(F, D)`), widths (`list[int]`): As in [`decode_prefixes`].
         b_dec (`Tensor` of shape `(D,)`): Part of every reconstruction.
         x (`Tensor` of shape `(N, D)`): What is reconstructed.
+        layout ([`Layout`], *optional*): With shards, pairs, rows and widths are those of this process, and the errors
+            are those of the whole dictionary. Gradients to `b_dec` are then to be summed over the shards.
 
     Returns:
         The errors `(P,)`, summed over D and averaged over tokens, and the residual `x - reconstruction` `(N, D)` of
         the last prefix; both differentiable.
     """
-    return _PrefixErrors.apply(pairs.values, W_dec, b_dec, x, pairs.index, tuple(widths))
+    return _PrefixErrors.apply(pairs.values, W_dec, b_dec, x, pairs.index, tuple(widths), layout)

@@ -80,7 +80,7 @@ def _build_cache(runs: Sequence[RunConfig]) -> None:
     for folder, run in largest.items():
         if folder is not None and not has_cache(folder):
             accelerator = make_accelerator(run)
-            open_harvest(run, accelerator, run.batch_size // run.gradient_accumulation_steps).stream.close()
+            open_harvest(run, accelerator, run.batch_size // run.gradient_accumulation_steps).close()
 
 
 def _start(run: RunConfig, slot: int, processes: int) -> subprocess.Popen:

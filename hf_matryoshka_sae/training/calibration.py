@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..models import SAEModel
+from ..models.sharding import Layout, all_sum
 from .growth import BatchTopKOnBase
-from .losses import all_sum
 
 
 # More values than this per token cannot be above a sensible threshold; keeps memory at a few k per token.
@@ -20,9 +20,7 @@ _MARGIN = 1.5
 
 
 @torch.no_grad()
-def calibrate_threshold(
-    sae: SAEModel, batches: Iterable[Tensor], k: float, group: dist.ProcessGroup | None = None
-) -> float:
+def calibrate_threshold(sae: SAEModel, batches: Iterable[Tensor], k: float, layout: Layout | None = None) -> float:
     """Set `sae.threshold` so that `k` latents of the full width fire per token, and return it.
 
     Every prefix gets the same threshold, so that restricting to a prefix equals masking. A frozen base keeps its own;
@@ -33,20 +31,21 @@ def calibrate_threshold(
         batches (`Iterable[Tensor]`): `(N, D)` hidden states, at least a few batches; rows that are not finite are
             left out.
         k (`float`): Latents per token to aim at.
-        group (`ProcessGroup`, *optional*): Processes that share the calibration.
+        layout ([`Layout`], *optional*): Processes that share the calibration, or the dictionary.
 
     Raises:
         `ValueError`: if there is no finite hidden state.
     """
     base = sae.family.width if isinstance(sae.family, BatchTopKOnBase) else 0
     kept, tokens, fixed = [], 0, 0
-    training, sae.k = sae.training, min(_MARGIN * k, sae.config.num_latents)
+    layout = layout or Layout(sae.config.num_latents)
+    training, sae.k = sae.training, min(_MARGIN * k, layout.num_latents)
     sae.train()
     try:
         for x in batches:
             finite = x.isfinite().all(-1)
             x = torch.where(finite[:, None], x, 0.0).to(sae.W_enc)  # all processes keep as many rows
-            pairs = sae.encode_pairs(x, group=group)
+            pairs = sae.encode_pairs(x, layout=layout)
             usable, outer = finite[pairs.rows], pairs.cols >= base
             kept.append(pairs.values[usable & outer])
             fixed += int((usable & ~outer).sum())
@@ -56,10 +55,11 @@ def calibrate_threshold(
         sae.k = k
     device = sae.W_enc.device
     values = torch.cat(kept).sort().values if kept else torch.zeros(0, device=device)
-    total, fixed = all_sum(torch.tensor([tokens, fixed], dtype=torch.int64, device=device), group).tolist()
+    counts = torch.tensor([tokens, fixed], dtype=torch.int64, device=device)
+    total, fixed = all_sum(counts, layout.replica_group).tolist()
     if not total:
         raise ValueError("No finite hidden states to calibrate the threshold on. Raise `calibration_tokens`.")
-    threshold = _value_with_count_above(values, k * total - fixed, group)
+    threshold = _value_with_count_above(values, k * total - fixed, layout.group)
     sae.threshold[base:].fill_(threshold)
     return threshold
 

@@ -121,6 +121,12 @@ class SAESpec:
     sort_every: int = 0
     """Put latents in order of their energy every so many steps (0: never). By default `type: matryoshka` does so every
     50, unless it goes on from a trained SAE."""
+    latent_shards: int | None = None
+    """Other than the run's."""
+    processes: list[int] | None = None
+    """Train this one only on these processes of the run (ranks); by default on all that hold SAEs."""
+    device: str | None = None
+    """Train this one on another device of its process, for example `cuda:1`."""
     input_scaling: Literal["center", "rms", "norm", "none"] = "center"
     """`center`, `rms`: (x - mean) / c, x / c with E||x||^2 = 1, so that centred squared errors are FVUs; `norm`: x / c
     with mean ||x|| = sqrt(d); `none`: raw x."""
@@ -269,6 +275,18 @@ class RunConfig:
     overlap: bool | None = None
     """Run the language model ahead in a thread of its own; by default where there is a GPU or a core that torch's
     threads leave free. Results are the same; half of `shuffle_tokens` more hidden states are held."""
+    latent_shards: int = 1
+    """Split every dictionary over this many processes by its latents, where it does not fit one device. The others
+    are replicas that see different tokens."""
+    capacity_factor: float = 4.0
+    """With shards: how many times its even share of the k places a shard may fill before it sends all candidates.
+    Results do not depend on it."""
+    data_streams: int | None = None
+    """Independent readers of the data; by default one for each process that runs the language model. With the same
+    number, batches are the same on any number of processes."""
+    lm_processes: int | None = None
+    """Only the first so many processes run the language model, ahead of the others, which hold the SAEs; by default
+    all do both."""
     activation_cache: str | None = None
     """Folder in which hidden states are kept, to be shared by several runs."""
     normalization_tokens: int = 65_536
@@ -297,6 +315,10 @@ class RunConfig:
         for name in ("tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.capacity_factor < 1:
+            raise ValueError(f"`capacity_factor` must be at least 1, got {self.capacity_factor}.")
+        if self.data_streams is not None and self.data_streams < 1:
+            raise ValueError(f"`data_streams` must be at least 1, got {self.data_streams}.")
         if not self.saes:
             raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
         if not self.hookpoints:

@@ -8,16 +8,16 @@ import copy
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..models import MatryoshkaSAE, MatryoshkaSAEConfig, SAEConfig, SAEModel
 from ..models.configuration_sae import PREFIX_ACTIVATIONS
 from ..models.families import BatchTopK
 from ..models.selection import EncoderBlocks, Selection, select_above, select_batch_topk
+from ..models.sharding import Layout, all_sum
 from .config import SAESpec
 from .initialization import initialize
-from .losses import all_sum, level_weights
+from .losses import level_weights
 
 
 _ROWS = 1024  # hidden states of the sample that are encoded at once
@@ -250,16 +250,17 @@ class BatchTopKOnBase(BatchTopK):
     def __init__(self, width: int):
         self.width = width
 
-    def select(self, model: SAEModel, blocks: EncoderBlocks, group: dist.ProcessGroup | None) -> Selection:
+    def select(self, model: SAEModel, blocks: EncoderBlocks, layout: Layout | None) -> Selection:
         """Tokens, latents and pre-activations of the pairs that take part."""
         if not model.training:
-            return super().select(model, blocks, group)
+            return super().select(model, blocks, layout)
         rows, cols, pre = select_above(_part(blocks, 0, self.width), model.threshold[: self.width].clamp(min=0))
-        world = dist.get_world_size(group) if group is not None else 1
-        tokens = max(1, blocks.num_rows * world)
-        left = int(model.k * tokens) - int(all_sum(rows.new_tensor(len(rows)), group))
+        layout = layout or Layout(blocks.num_latents)
+        assert layout.shards == 1, "a frozen base is not sharded"
+        tokens = max(1, blocks.num_rows * layout.replicas)
+        left = int(model.k * tokens) - int(all_sum(rows.new_tensor(len(rows)), layout.group))
         # Half a place more: the product with `tokens` must not round below the whole number.
-        outer = select_batch_topk(_part(blocks, self.width, None), (max(0, left) + 0.5) / tokens, group)
+        outer = select_batch_topk(_part(blocks, self.width, None), (max(0, left) + 0.5) / tokens, layout)
         order = torch.cat([rows, outer[0]]).argsort(stable=True)
         joined = (rows, outer[0]), (cols, outer[1] + self.width), (pre, outer[2])
         return tuple(torch.cat(parts)[order] for parts in joined)

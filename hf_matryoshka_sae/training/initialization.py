@@ -1,13 +1,19 @@
 """How a dictionary starts, and how raw hidden states become what it is trained on."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..activations import ActivationStatistics
+from ..evaluation.seeds import derived_seed
 from ..models import SAEModel
+from ..models.sharding import Layout
 from .config import SAESpec
+
+
+_BLOCK_ENTRIES = 2**26  # drawn at once
 
 
 def input_scaling(spec: SAESpec, statistics: ActivationStatistics, sample: Tensor) -> tuple[Tensor, float]:
@@ -34,7 +40,9 @@ def input_scaling(spec: SAESpec, statistics: ActivationStatistics, sample: Tenso
 
 
 @torch.no_grad()
-def initialize(sae: SAEModel, spec: SAESpec, sample: Tensor, mean: Tensor, seed: int) -> None:
+def initialize(
+    sae: SAEModel, spec: SAESpec, sample: Tensor, mean: Tensor, seed: int, layout: Layout | None = None
+) -> None:
     """Give a new SAE its first weights; equal in every process.
 
     Args:
@@ -43,15 +51,16 @@ def initialize(sae: SAEModel, spec: SAESpec, sample: Tensor, mean: Tensor, seed:
         sample (`Tensor` of shape `(N, D)`): Normalised hidden states.
         mean (`Tensor` of shape `(D,)`): Mean of the normalised hidden states.
         seed (`int`): Of the random directions.
+        layout ([`Layout`], *optional*): Of a sharded dictionary, of which `sae` holds the latents of this process.
     """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(sae.W_dec.shape, generator=generator).to(sae.W_dec)
-    units = directions / directions.norm(dim=1, keepdim=True)
-    sae.W_dec.copy_(units * spec.decoder_init_norm)
-    if spec.encoder_init == "normal":
-        sae.W_enc.copy_(directions / math.sqrt(sae.config.d_in) * spec.encoder_init_scale)
-    else:
-        sae.W_enc.copy_(sae.W_dec * spec.encoder_init_scale)
+    layout = layout or Layout(sae.config.num_latents)
+    for rows, directions in _directions(layout, sae.config.d_in, seed):
+        directions = directions.to(sae.W_dec)
+        sae.W_dec[rows] = directions / directions.norm(dim=1, keepdim=True) * spec.decoder_init_norm
+        if spec.encoder_init == "normal":
+            sae.W_enc[rows] = directions / math.sqrt(sae.config.d_in) * spec.encoder_init_scale
+        else:
+            sae.W_enc[rows] = sae.W_dec[rows] * spec.encoder_init_scale
     sae.b_enc.zero_()
     if spec.b_dec_init == "mean":
         sae.b_dec.copy_(mean)
@@ -59,6 +68,23 @@ def initialize(sae: SAEModel, spec: SAESpec, sample: Tensor, mean: Tensor, seed:
         sae.b_dec.copy_(geometric_median(sample[:32768]))
     else:
         sae.b_dec.zero_()
+
+
+def _directions(layout: Layout, d_in: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """Normal numbers for the rows of this process, block by block: which rows, and theirs.
+
+    Blocks are those of the whole dictionary, each with a seed of its own, so that a shard draws what one process would,
+    and hardly more than it keeps.
+    """
+    start, stop = layout.rows
+    size = max(1, _BLOCK_ENTRIES // d_in)
+    for number, first in enumerate(range(0, layout.num_latents, size)):
+        last = min(first + size, layout.num_latents)
+        if first < stop and last > start:
+            own = seed if number == 0 else derived_seed(seed, f"directions {number}")
+            block = torch.randn(last - first, d_in, generator=torch.Generator().manual_seed(own))
+            low, high = max(first, start), min(last, stop)
+            yield slice(low - start, high - start), block[low - first : high - first]
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

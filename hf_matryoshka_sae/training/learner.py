@@ -9,10 +9,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..models import SAEModel
+from ..models import SAEConfig, SAEModel
+from ..models.sharding import Layout, all_sum, exchange_rows
 from .config import SAESpec
 from .growth import FrozenBase
-from .losses import Objective, all_sum, level_weights
+from .losses import Objective, level_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 
 
@@ -46,13 +47,17 @@ class Learner:
 
     Args:
         name (`str`): Folder of the results, `<sae name>/<hookpoint>`.
-        sae ([`SAEModel`]): Initialised, in normalised units.
+        sae ([`SAEModel`]): Initialised, in normalised units; of a sharded dictionary the latents of this process.
         spec ([`SAESpec`]): Objective and optimiser.
         mean (`Tensor` of shape `(D,)`), scale (`float`): The normalisation.
         accelerator (`Accelerator`): Owns devices and processes.
         steps (`int`), batch_size (`int`): Optimizer steps of the run; tokens in each, over all processes.
         seed (`int`): Of the random prefixes.
         base ([`FrozenBase`], *optional*): The first latents, where these are not trained.
+        layout ([`Layout`], *optional*): The processes that train it, this one among them; by default all of them, each
+            with the whole dictionary.
+        config ([`SAEConfig`], *optional*): Of the whole dictionary; by default the SAE's.
+        device (`torch.device`, *optional*): Where it is trained; by default the accelerator's.
     """
 
     def __init__(
@@ -68,11 +73,17 @@ class Learner:
         batch_size: int,
         seed: int = 0,
         base: FrozenBase | None = None,
+        layout: Layout | None = None,
+        config: SAEConfig | None = None,
+        device: torch.device | None = None,
     ):
-        device = accelerator.device
+        self.config = sae.config if config is None else config
+        self.layout = layout = layout or _data_parallel(accelerator, self.config.num_latents)
+        # Accelerate's wrapper would give every process the first one's weights, and knows no group but all of them.
+        wrapped = layout.shards == 1 and device is None and layout.replicas == accelerator.num_processes
+        device = device or accelerator.device
         self.name, self.hookpoint, self.spec = name, hookpoint, spec
         self.accelerator, self.steps, self.batch_size, self.seed = accelerator, steps, batch_size, seed
-        self.group = dist.group.WORLD if accelerator.num_processes > 1 else None
         self.mean, self.scale = mean.to(device), scale
         self.sae = sae.to(device).train()
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
@@ -87,14 +98,18 @@ class Learner:
             if parameter.requires_grad
         ]
         optimizer = torch.optim.Adam(groups, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
-        self.objective, self.optimizer = accelerator.prepare(Objective(self.sae, spec, self.group), optimizer)
+        self.objective, self.optimizer = Objective(self.sae, spec, layout), accelerator.prepare(optimizer)
+        self._reduces = not wrapped and layout.processes > 1
+        if wrapped:
+            self.objective = accelerator.prepare(self.objective)
 
         num_latents = sae.config.num_latents
-        self.k = getattr(sae.config, "k", None)
+        self.k = getattr(self.config, "k", None)
         self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
         # To know whether any latent is dead the host must wait for the device: not at every step of a long window.
         self.dead_every = max(1, self.dead_tokens // batch_size // 16)
-        self.dead: Tensor | None = None  # the dead latents, ascending; `None` where there are none
+        # The dead latents of this process, ascending, `None` where none has any; how many there are in all.
+        self.dead, self.num_dead = None, 0
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
         sparsity = spec.sparsity_coefficient or 0.0
@@ -126,9 +141,9 @@ class Learner:
         spec, sae = self.spec, self.sae
         if self.k is not None:
             sae.k = annealed_k(spec, self.k, step, self.steps)
-        widths = sae.prefix_widths
+        widths = self.config.widths
         if spec.random_prefixes:
-            widths = random_prefix_widths(spec, sae.config.num_latents, self.seed, step)
+            widths = random_prefix_widths(spec, self.config.num_latents, self.seed, step)
         x = x.to(device=self.mean.device, dtype=torch.float32, non_blocking=True)
         finite = torch.isfinite(x).all()
         x = (torch.where(finite, x, 0.0) - self.mean) / self.scale
@@ -136,18 +151,21 @@ class Learner:
         weights = level_weights(spec, len(widths), step / self.steps)
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
-        loss, statistics = self.objective(x, self.dead, widths, weights, sparsity)
+        num_dead = self.num_dead if self.layout.shards > 1 else None
+        with self.accelerator.autocast():
+            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
         spec = self.spec
+        if self._reduces:
+            self._reduce_gradients()
         if self.base is not None:
             self.base.silence(self.sae)
         self._project_gradient()
-        gradients = [parameter.grad for _, parameter in self._parameters() if parameter.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = self._gradient_norm()
         finite = torch.isfinite(self.grad_norm)
         # The fused kernel reads both on the device: clipping makes no copy, and skipping needs no answer from it.
         optimizer = self.optimizer.optimizer
@@ -155,12 +173,34 @@ class Learner:
         if spec.grad_clip is not None:
             optimizer.grad_scale = ((self.grad_norm + 1e-6) / spec.grad_clip).clamp(min=1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * learning_rate(spec, self.sae.config, step, self.steps)
+            group["lr"] = group["lr_scale"] * learning_rate(spec, self.config, step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._project_decoder(finite)
         self._average()
         self._count(step, finite)
+
+    @torch.no_grad()
+    def _reduce_gradients(self) -> None:
+        """Average over replicas what each computed; `b_dec`, to which all shards add, is summed over them as well."""
+        layout = self.layout
+        for name, parameter in self._parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            group = layout.group if name == "b_dec" else layout.replica_group
+            if group is not None:
+                dist.all_reduce(parameter.grad, group=group)
+                parameter.grad /= layout.replicas
+
+    def _gradient_norm(self) -> Tensor:
+        """The length of the whole dictionary's gradient."""
+        named = [(name, parameter.grad) for name, parameter in self._parameters() if parameter.grad is not None]
+        if self.layout.shards == 1:
+            return torch.nn.utils.get_total_norm([gradient for _, gradient in named])
+        counted = [gradient for name, gradient in named if name != "b_dec" or self.layout.shard == 0]
+        return all_sum(torch.nn.utils.get_total_norm(counted).square(), self.layout.shard_group).sqrt()
 
     def skipped(self) -> tuple[int, int, int]:
         """Steps left out because of hidden states, because of gradients, and in a row just now; the host waits."""
@@ -216,20 +256,29 @@ class Learner:
             self._find_dead()
 
     def _means_over_batch(self) -> dict[str, Tensor]:
-        """Each statistic averaged over micro-batches and processes."""
-        keys = list(self._micro[0])
-        parts = [torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys]
-        packed = all_sum(torch.cat([part.flatten() for part in parts]), self.group)
-        packed = packed / (len(self._micro) * self.accelerator.num_processes)
+        """Each statistic averaged over micro-batches and replicas; `l0`, of which a shard knows its part, summed."""
+        layout, keys = self.layout, list(self._micro[0])
+        sums = {key: torch.stack([entry[key] for entry in self._micro]).sum(0) for key in keys}
+        count = len(self._micro) * layout.replicas
         self._micro.clear()
-        shares = packed.split([part.numel() for part in parts])
-        return {key: share.view(part.shape) for key, share, part in zip(keys, shares, parts, strict=True)}
+        if layout.shards == 1:
+            return _summed(sums, layout.group, count)
+        of_latents = {key: sums.pop(key) for key in ("fired", "energy") if key in sums}
+        once = 1.0 if layout.shard == 0 else 0.0
+        sums = {key: value if key == "l0" else value * once for key, value in sums.items()}
+        return _summed(of_latents, layout.replica_group, count) | _summed(sums, layout.group, count)
 
     def _find_dead(self) -> None:
         silent = self.tokens_since_fired >= self.dead_tokens
         silent[: self.fixed] = False  # cannot be revived
+        self._set_dead(silent)
+
+    def _set_dead(self, silent: Tensor) -> None:
         dead = silent.nonzero().squeeze(1)
-        self.dead = dead if len(dead) else None
+        self.num_dead = len(dead)
+        if self.layout.shards > 1:
+            self.num_dead = int(all_sum(silent.sum(), self.layout.shard_group))
+        self.dead = dead if self.num_dead else None
 
     def _control_sparsity(self, step: int, finite: Tensor) -> None:
         """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do (Nabeshima 2024)."""
@@ -242,19 +291,28 @@ class Learner:
     @torch.no_grad()
     def _sort(self) -> None:
         """Put latents in order of energy; weights, moments, averages and counters move together."""
+        tensors = self._rows()
+        tensors.pop("weights/latent_ids")  # those of a dictionary in training are its places
+        if self.layout.shards > 1:
+            self._sort_over_shards(tensors)
+            return
         order = self.energy.argsort(descending=True, stable=True)
-        tensors = [parameter for name, parameter in self._parameters() if name != "b_dec"]
-        if self.sae.config.activation_name == "batch_topk":
-            tensors.append(self.sae.threshold)
-        for parameter in list(tensors):
-            state = self.optimizer.state.get(parameter, {})
-            tensors += [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
-        if self.average is not None:
-            tensors += [tensor for name, tensor in self.average.items() if name != "b_dec"]
-        for tensor in [*tensors, self.energy, self.tokens_since_fired]:
+        for tensor in tensors.values():
             tensor.copy_(tensor[order])
         if self.dead is not None:
             self.dead = order.argsort()[self.dead].sort().values
+
+    def _sort_over_shards(self, tensors: dict[str, Tensor]) -> None:
+        start, stop = self.layout.rows
+        energy = self.energy.new_zeros(self.layout.num_latents)
+        energy[start:stop] = self.energy
+        order = all_sum(energy, self.layout.shard_group).argsort(descending=True, stable=True)
+        silent = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
+        if self.dead is not None:
+            silent[self.dead] = True
+        for tensor in (*tensors.values(), silent):
+            exchange_rows(tensor, order, self.layout)
+        self._set_dead(silent)
 
     def statistics(self, step: int) -> StepStatistics:
         """What the last step told; moves numbers to the host."""
@@ -263,12 +321,16 @@ class Learner:
             loss=self.last["loss"].item(),
             fvu=[sse / variance for sse in self.last["sse"].tolist()],
             l0=self.last["l0"].item(),
-            dead=(self.tokens_since_fired >= self.dead_tokens).float().mean().item(),
+            dead=self._share_dead(),
             auxk=self.last["auxk"].item(),
             sparsity=self.sparsity.item(),
-            lr=learning_rate(self.spec, self.sae.config, step, self.steps),
+            lr=learning_rate(self.spec, self.config, step, self.steps),
             grad_norm=float(self.grad_norm),
         )
+
+    def _share_dead(self) -> float:
+        silent = (self.tokens_since_fired >= self.dead_tokens).sum()
+        return all_sum(silent, self.layout.shard_group).item() / self.layout.num_latents
 
     # The end, and checkpoints
 
@@ -294,42 +356,91 @@ class Learner:
             parameter.requires_grad_(True)
         return sae
 
+    def _rows(self) -> dict[str, Tensor]:
+        """Every tensor of which each latent has a row, by name; not copies."""
+        size = self.sae.config.num_latents
+        found = {f"weights/{name}": tensor for name, tensor in self.sae.state_dict().items() if name != "b_dec"}
+        for name, tensor in self._moments().items():
+            if not name.startswith("b_dec/") and tensor.ndim and len(tensor) == size:
+                found[f"optimizer/{name}"] = tensor
+        if self.average is not None:
+            found |= {f"average/{name}": tensor for name, tensor in self.average.items() if name != "b_dec"}
+        if self.energy is not None:
+            found["energy"] = self.energy
+        return found | {"tokens_since_fired": self.tokens_since_fired}
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as `<parameter>/<key>`."""
+        state = self.optimizer.optimizer.state
+        named = [(name, state.get(parameter, {})) for name, parameter in self._parameters()]
+        return {f"{name}/{key}": value for name, entries in named for key, value in entries.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        moments = self.optimizer.state_dict()
-        return {
-            "weights": dict(self.sae.state_dict()),
-            "optimizer": {str(index): dict(state) for index, state in moments["state"].items()},
-            "average": self.average,
-            "energy": self.energy,
-            "tokens_since_fired": self.tokens_since_fired,
+        """Everything that the next step depends on.
+
+        Returns:
+            `dict`: `rows`, tensors with a row for each latent of this process, and `shared`, a tree of all the rest,
+            which is equal on all processes. Tensors are not copies.
+        """
+        rows = self._rows()
+        if self.dead is not None:
+            rows["dead"] = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(0, self.dead, True)
+        shared = {
+            "b_dec": self.sae.b_dec.detach(),
+            "optimizer": {name: value for name, value in self._moments().items() if f"optimizer/{name}" not in rows},
+            "average": None if self.average is None else self.average["b_dec"],
             "mean": self.mean,
             "scale": self.scale,
             "bandwidth": getattr(self.sae.config, "bandwidth", None),
             "sparsity": self.sparsity.item(),
             "updates": self.updates,
-            "dead": self.dead,
             "skipped": self._skipped,
             "base": None if self.base is None else self.base.raw,
         }
+        return {"rows": rows, "shared": shared}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what [`state_dict`] gave."""
-        self.sae.load_state_dict(state["weights"])
-        moments = self.optimizer.state_dict()
-        moments["state"] = {int(index): entry for index, entry in state["optimizer"].items()}
-        self.optimizer.load_state_dict(moments)
-        device = self.mean.device
+        """Go on from what [`state_dict`] gave, with the rows of this process's latents."""
+        rows, shared, device = dict(state["rows"]), state["shared"], self.mean.device
+        self._load_moments(
+            {name.removeprefix("optimizer/"): rows.pop(name) for name in list(rows) if name.startswith("optimizer/")}
+            | shared["optimizer"]
+        )
+        dead = rows.pop("dead", None)
+        targets = self._rows()
+        for name, value in rows.items():
+            targets[name].copy_(value)
+        self.sae.b_dec.copy_(shared["b_dec"])
         if self.average is not None:
-            self.average = {name: tensor.to(device) for name, tensor in state["average"].items()}
-        if self.energy is not None:
-            self.energy = state["energy"].to(device)
-        self.tokens_since_fired = state["tokens_since_fired"].to(device)
-        self.mean, self.scale = state["mean"].to(device), state["scale"]
-        if state["bandwidth"] is not None:
-            self.sae.config.bandwidth = state["bandwidth"]
-        self.sparsity, self.updates = torch.tensor(state["sparsity"], device=device), state["updates"]
-        self._skipped = state["skipped"].to(device)
-        self.dead = None if state["dead"] is None else state["dead"].to(device)
+            self.average["b_dec"].copy_(shared["average"])
+        self.mean, self.scale = shared["mean"].to(device), shared["scale"]
+        if shared["bandwidth"] is not None:
+            self.sae.config.bandwidth = shared["bandwidth"]
+        self.sparsity, self.updates = torch.tensor(shared["sparsity"], device=device), shared["updates"]
+        self._skipped = shared["skipped"].to(device)
+        self._set_dead(
+            torch.zeros_like(self.tokens_since_fired, dtype=torch.bool) if dead is None else dead.to(device)
+        )
         if self.base is not None:
-            self.base.raw = state["base"]
+            self.base.raw = shared["base"]
+
+    def _load_moments(self, moments: dict[str, Tensor]) -> None:
+        state, parameters = self.optimizer.optimizer.state, dict(self._parameters())
+        for name, value in moments.items():
+            owner, key = name.rsplit("/", 1)
+            state[parameters[owner]][key] = value.to(self.mean.device)
+
+
+def _data_parallel(accelerator: Accelerator, num_latents: int) -> Layout:
+    """Every process has the whole dictionary."""
+    world = accelerator.num_processes
+    group = dist.group.WORLD if world > 1 else None
+    return Layout(num_latents, accelerator.process_index, world, replica_group=group, group=group)
+
+
+def _summed(values: dict[str, Tensor], group: dist.ProcessGroup | None, count: int) -> dict[str, Tensor]:
+    """Sums over the processes of `group`, in one reduction, divided by `count`."""
+    packed = all_sum(torch.cat([value.flatten() for value in values.values()]), group) / count
+    shares = packed.split([value.numel() for value in values.values()])
+    return {key: share.view(value.shape) for (key, value), share in zip(values.items(), shares, strict=True)}

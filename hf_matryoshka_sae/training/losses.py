@@ -4,7 +4,8 @@
 
 error_p is the squared error of prefix p, summed over D and averaged over tokens unless the spec says otherwise. Every
 quantity that is not linear in the batch (BatchTopK's cut, variances, L0 against a target) is taken over the joined
-batch of all processes, so that averaged gradients equal those of one process.
+batch of all processes, so that averaged gradients equal those of one process. Of a sharded dictionary every process
+knows the whole loss, and has the gradients of its own latents; that of b_dec is the sum over the shards.
 
 Shapes: N tokens of this process, D `d_in`, F `num_latents`, P prefixes.
 """
@@ -18,6 +19,7 @@ from torch.nn.functional import embedding, linear
 
 from ..models import SAEModel
 from ..models.selection import EncoderBlocks, select_topk
+from ..models.sharding import Layout, all_sum
 from ..models.sparse_ops import LatentPairs, PairIndex, encode_pairs, prefix_errors
 from .config import SAESpec
 
@@ -71,18 +73,6 @@ def _shared(share: float, power: float, count: int) -> list[float]:
     return [*(share * weight / sum(inner) for weight in inner), 1 - share] if inner else [1.0]
 
 
-def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the processes of `group` (no gradient)."""
-    value = value.detach().clone()
-    if group is not None:
-        dist.all_reduce(value, group=group)
-    return value
-
-
-def _world(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if group is not None else 1
-
-
 def variance(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`mean over tokens of ||x - mean||^2` over the joined batch, for `(N, D)` rows; no gradient."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
@@ -98,14 +88,15 @@ class Objective(nn.Module):
     Args:
         sae ([`SAEModel`]): Trained in normalised units.
         spec ([`SAESpec`]): Which objective.
-        group (`ProcessGroup`, *optional*): Processes that share one batch.
+        layout ([`Layout`], *optional*): Processes that share one batch or one dictionary.
     """
 
-    def __init__(self, sae: SAEModel, spec: SAESpec, group: dist.ProcessGroup | None = None):
+    def __init__(self, sae: SAEModel, spec: SAESpec, layout: Layout | None = None):
         super().__init__()
         if spec.multi_topk and sae.config.activation_name != "topk":
             raise ValueError(f"`multi_topk` is for TopK, not for {sae.config.activation_name}.")
-        self.sae, self.spec, self.group = sae, spec, group
+        self.sae, self.spec = sae, spec
+        self.layout = layout or Layout(sae.config.num_latents)
 
     def forward(
         self,
@@ -114,19 +105,22 @@ class Objective(nn.Module):
         widths: list[int],
         weights: list[float],
         sparsity: Tensor | float,
+        num_dead: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch.
 
         Args:
             x (`Tensor` of shape `(N, D)`): Normalised hidden states.
-            dead (`Tensor`, *optional*): The dead latents, ascending; `None` where there are none.
-            widths (`list[int]`): Prefix widths of this step.
+            dead (`Tensor`, *optional*): The dead latents of this process, ascending; `None` where the whole dictionary
+                has none.
+            widths (`list[int]`): Prefix widths of this step, of the whole dictionary.
             weights (`list[float]`): What [`level_weights`] gives for them.
             sparsity (`Tensor` or `float`): Coefficient of the sparsity penalty.
+            num_dead (`int`, *optional*): Dead latents of the whole dictionary; by default those of `dead`.
 
         Returns:
-            The loss, and detached statistics of this process: `sse` (P,), `variance`, `l0`, `fired` (F,),
-            `energy` (F,): the mean of `(a * ||d||)^2`, `auxk`.
+            The loss, and detached statistics of this process: `sse` (P,), `variance`, `auxk`; of its latents alone
+            `l0`, `fired` (F,), `energy` (F,): the mean of `(a * ||d||)^2`.
         """
         loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
         if isinstance(sparsity, Tensor) or sparsity:
@@ -135,7 +129,7 @@ class Objective(nn.Module):
             loss = loss + self._gate_error(x, pairs)
         auxk = loss.new_zeros(())
         if self.spec.auxk_coefficient and dead is not None:
-            auxk = self._auxk(x, residual, dead)
+            auxk = self._auxk(x, residual, dead, len(dead) if num_dead is None else num_dead)
             loss = loss + self.spec.auxk_coefficient * auxk
         return loss, self._statistics(pairs, sse.detach(), x, auxk)
 
@@ -147,34 +141,37 @@ class Objective(nn.Module):
         if spec.multi_topk:
             k = int(self.sae.k)
             with _annealed(self.sae, min(4 * k, widths[-1])):
-                wide = self.sae.encode_pairs(x, group=self.group)
+                wide = self.sae.encode_pairs(x, layout=self.layout)
+        if spec.multi_topk and self.layout.shards == 1:
             pairs = wide.keep(_best(wide, k))
         else:
-            pairs = self.sae.encode_pairs(x, group=self.group)
-        sse, residual = self.sae.prefix_errors(pairs, x, widths)
+            pairs = self.sae.encode_pairs(x, layout=self.layout)
+        sse, residual = self.sae.prefix_errors(pairs, x, widths, layout=self.layout)
         error = self._weighted(sse, x, weights)
         if spec.multi_topk:
-            error = error + self._weighted(self.sae.prefix_errors(wide, x, widths)[0], x, weights) / 8
+            wider = self.sae.prefix_errors(wide, x, widths, layout=self.layout)[0]
+            error = error + self._weighted(wider, x, weights) / 8
         return error, pairs, sse, residual
 
     def _weighted(self, sse: Tensor, x: Tensor, weights: list[float]) -> Tensor:
         levels = list(sse.unbind())
         if self.spec.bias_level:
-            levels = [(self.sae.b_dec - x).square().sum(-1).mean(), *levels]
+            b_dec = self.sae.b_dec if self.layout.shard == 0 else self.sae.b_dec.detach()  # shards' gradients add up
+            levels = [(b_dec - x).square().sum(-1).mean(), *levels]
         # Numbers, not a tensor of weights: nothing is copied to the device.
         error = sum(weight * level for weight, level in zip(weights, levels, strict=True))
         if self.spec.error_unit == "mean":
             return error / x.shape[1]
-        return error / variance(x, self.group) if self.spec.error_unit == "fvu" else error
+        return error / variance(x, self.layout.replica_group) if self.spec.error_unit == "fvu" else error
 
     def _penalty(self, pairs: LatentPairs, widths: list[int], weights: list[float]) -> Tensor:
         name, num_rows = self.sae.config.activation_name, pairs.num_rows
         if name == "jumprelu":
             l0 = pairs.gate.sum() / num_rows
             if self.spec.target_l0 is None:
-                return l0
+                return self._over_shards(l0)
             # The value of the joined batch with the gradient of this process's share.
-            l0 = l0 + all_sum(l0, self.group) / _world(self.group) - l0.detach()
+            l0 = l0 + all_sum(l0, self.layout.group) / self.layout.replicas - l0.detach()
             return (l0 / self.spec.target_l0 - 1).square()
         strength = torch.relu(pairs.gate) if name == "gated" else pairs.values
         strength = strength * self.sae.W_dec.norm(dim=1)[pairs.cols]
@@ -182,15 +179,22 @@ class Objective(nn.Module):
             strength = torch.log1p(strength / 0.1)
         # A latent pays in every prefix that holds it.
         levels = weights[-len(widths) :]
-        share = sum((pairs.cols < width) * (level / sum(levels)) for width, level in zip(widths, levels, strict=True))
-        return (strength * share).sum() / num_rows
+        own = zip(self.layout.own_widths(widths), levels, strict=True)
+        share = sum((pairs.cols < width) * (level / sum(levels)) for width, level in own)
+        return self._over_shards((strength * share).sum() / num_rows)
+
+    def _over_shards(self, value: Tensor) -> Tensor:
+        """The sum over the shards with the gradient of this process's part."""
+        if self.layout.shards == 1:
+            return value
+        return value + (all_sum(value, self.layout.shard_group) - value.detach())
 
     def _gate_error(self, x: Tensor, pairs: LatentPairs) -> Tensor:
         """`||x - (relu(gate) W_dec + b_dec)||^2` with a frozen decoder (arXiv 2404.16014, eq. 8)."""
         gate = pairs.with_values(torch.relu(pairs.gate))
-        return self.sae.prefix_errors(gate, x, [pairs.num_latents], frozen=True)[0][0]
+        return self.sae.prefix_errors(gate, x, [self.layout.num_latents], frozen=True, layout=self.layout)[0][0]
 
-    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
         """What the dead latents that come nearest to firing leave of the residual (arXiv 2406.04093, section A.2).
 
         `residual` is x - reconstruction: b_dec is taken off once, and what is decoded here adds none.
@@ -205,17 +209,19 @@ class Objective(nn.Module):
         if sae.config.scale_by_decoder_norm:
             norms = W_dec.norm(dim=1)
             W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-        few = len(dead) <= _DENSE_AUXK * wanted
-        error = (_few_dead if few else _many_dead)(
-            x, residual, W_enc, b_enc, b_dec, W_dec, wanted, torch.relu if spec.auxk_rectify else torch.clone
-        )
+        tensors = x, residual, W_enc, b_enc, b_dec, W_dec, wanted
+        activation = torch.relu if spec.auxk_rectify else torch.clone
+        if self.layout.shards == 1 and num_dead <= _DENSE_AUXK * wanted:
+            error = _few_dead(*tensors, activation)
+        else:
+            error = _many_dead(*tensors, activation, self.layout)
         if spec.error_unit == "mean":
             error = error / x.shape[1]
         if spec.auxk_normalize:
-            spread = variance(residual, self.group)
+            spread = variance(residual, self.layout.replica_group)
             spread = spread / x.shape[1] if spec.error_unit == "mean" else spread
             error = torch.where(spread > 0, error / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
-        return error * min(len(dead) / wanted, 1.0) if spec.auxk_scale_by_dead else error
+        return error * min(num_dead / wanted, 1.0) if spec.auxk_scale_by_dead else error
 
     @torch.no_grad()
     def _statistics(self, pairs: LatentPairs, sse: Tensor, x: Tensor, auxk: Tensor) -> dict[str, Tensor]:
@@ -240,6 +246,8 @@ class Objective(nn.Module):
 # Up to so many times the places to be filled, all dead latents are computed: three small matmuls are cheaper than the
 # pairs, of which a token has half of D.
 _DENSE_AUXK = 4
+# Gao et al. give the dead half the capacity of the others: a token has more of them, which spread more evenly.
+_AUXK_CAPACITY = 2.0
 
 
 def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Tensor:
@@ -251,13 +259,15 @@ def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Te
     return (activation(values) @ W_dec - residual).square().sum(-1).mean()
 
 
-def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Tensor:
-    """The same from pairs."""
+def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation, layout: Layout) -> Tensor:
+    """The same from pairs; of the dead of all shards, each of which may have none."""
     blocks = EncoderBlocks(x.detach(), W_enc.detach(), b_enc.detach(), None if b_dec is None else b_dec.detach())
-    rows, cols, pre = select_topk(blocks, wanted)
+    factor = min(layout.capacity_factor, _AUXK_CAPACITY)
+    rows, cols, pre = select_topk(blocks, wanted, layout=layout, capacity_factor=factor)
     index = PairIndex(rows, cols, len(x), len(W_enc))
     values = activation(encode_pairs(x, W_enc, b_enc, b_dec, pre, index))
-    return prefix_errors(LatentPairs(index, values), W_dec, W_dec.new_zeros(x.shape[1]), residual, [len(W_dec)])[0][0]
+    pairs, no_bias = LatentPairs(index, values), W_dec.new_zeros(x.shape[1])
+    return prefix_errors(pairs, W_dec, no_bias, residual, [len(W_dec)], layout)[0][0]
 
 
 @contextmanager

@@ -75,29 +75,8 @@ class Provenance:
             "saes": before.get("saes", {}),
         }
 
-    def add_sae(self, learner: Learner, folder: Path, threshold: float | None, tokens: int) -> None:
-        """Write down what was folded into a saved SAE.
-
-        Args:
-            learner ([`Learner`]): Trained it.
-            folder (`Path`): Where it was saved.
-            threshold (`float`, *optional*): That was solved for, in normalised units.
-            tokens (`int`): That it was solved for on.
-        """
-        found: dict[str, Any] = {
-            "hookpoint": learner.hookpoint,
-            "input_scaling": learner.spec.input_scaling,
-            "mean_norm": float(learner.mean.norm()),
-            "scale": float(learner.scale),
-            "weights": folder_digest(folder),
-        }
-        if threshold is not None:
-            found["calibration"] = {
-                "threshold": threshold * float(learner.scale),  # in the units of the saved SAE
-                "l0": float(learner.k),
-                "tokens": tokens,
-                "from_latent": learner.fixed,  # a frozen base keeps its own
-            }
+    def add_sae(self, folder: Path, found: dict[str, Any]) -> None:
+        """Write down what [`describe_sae`] told of a saved SAE."""
         self.record["saes"][folder.relative_to(self.path.parent).as_posix()] = found
 
     def save(self, step: int, skipped: int) -> None:
@@ -106,6 +85,32 @@ class Provenance:
         self.record |= {"tokens": step * self.config.batch_size, "skipped_steps": skipped}
         if self.accelerator.is_main_process:
             write_json(self.path, self.record)
+
+
+def describe_sae(learner: Learner, folder: Path, threshold: float | None, tokens: int) -> dict[str, Any]:
+    """What was folded into a saved SAE.
+
+    Args:
+        learner ([`Learner`]): Trained it.
+        folder (`Path`): Where it was saved.
+        threshold (`float`, *optional*): That was solved for, in normalised units.
+        tokens (`int`): That it was solved for on.
+    """
+    found: dict[str, Any] = {
+        "hookpoint": learner.hookpoint,
+        "input_scaling": learner.spec.input_scaling,
+        "mean_norm": float(learner.mean.norm()),
+        "scale": float(learner.scale),
+        "weights": folder_digest(folder),
+    }
+    if threshold is not None:
+        found["calibration"] = {
+            "threshold": threshold * float(learner.scale),  # in the units of the saved SAE
+            "l0": float(learner.k),
+            "tokens": tokens,
+            "from_latent": learner.fixed,  # a frozen base keeps its own
+        }
+    return found
 
 
 def _is_here(path: str) -> bool:

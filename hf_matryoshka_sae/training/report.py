@@ -8,15 +8,14 @@ from accelerate import Accelerator
 
 from ..evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ..evaluation.report import ABOUT, plot, table, write_json
-from ..models import SAEModel
 
 
-def evaluate(data: HeldOut, saes: dict[str, SAEModel], show: bool = True) -> dict[str, Any]:
+def evaluate(data: HeldOut, saes: dict[str, Dictionary], show: bool = True) -> dict[str, Any]:
     """Reconstruction and recaptured language-model loss of the SAEs of one hookpoint.
 
     Args:
         data ([`HeldOut`]): The language model and held-out tokens; every process evaluates its share.
-        saes (`dict[str, SAEModel]`): By name; in `eval()` mode, taking raw hidden states.
+        saes (`dict[str, Dictionary]`): By name; taking raw hidden states.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
@@ -25,7 +24,7 @@ def evaluate(data: HeldOut, saes: dict[str, SAEModel], show: bool = True) -> dic
     Raises:
         `ValueError`: if there are no held-out tokens.
     """
-    result = evaluate_fidelity(data, {name: Dictionary(sae) for name, sae in saes.items()}, show=show)
+    result = evaluate_fidelity(data, saes, show=show)
     rows = result.pop("subjects")
     return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows}
 

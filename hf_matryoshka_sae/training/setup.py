@@ -1,17 +1,16 @@
-"""From a run's fields to its parts: language model, stream of hidden states, dictionaries."""
+"""From a run's fields to its hidden states: the language model, the readers of data, what is known of both."""
 
-import fnmatch
+import itertools
 import logging
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from ..activations import (
     ActivationStatistics,
@@ -32,11 +31,9 @@ from ..activations import (
     load_language_model,
     resolve_hookpoints,
 )
-from ..models import SAEModel, build_sae
-from .config import RunConfig, SAESpec
-from .growth import grown_start
-from .initialization import initialize, input_scaling
-from .learner import Learner
+from .config import RunConfig
+from .feed import owner
+from .placement import readers
 
 
 logger = logging.getLogger(__name__)
@@ -49,66 +46,110 @@ class Harvest:
     """The language model and what flows out of it.
 
     Args:
-        model (`nn.Module`): The language model.
         hookpoints (`list[str]`): Resolved.
-        stream ([`ActivationStream`], [`CachedActivationStream`] or [`PrefetchedStream`]): Endless shuffled batches of
-            hidden states on the SAEs' device, with a state.
+        shapes (`dict[str, tuple[int, torch.dtype]]`): Width of each hookpoint, and the type of its rows.
+        streams (`dict[int, stream]`): This process's readers by number: endless shuffled batches of hidden states on
+            the SAEs' device, each with a state ([`ActivationStream`], [`CachedActivationStream`] or
+            [`PrefetchedStream`]).
         statistics (`dict[str, ActivationStatistics]`): Of each hookpoint.
         sample (`dict[str, Tensor]`): Some hidden states of each hookpoint, equal in all processes.
-        heldout (`list[TokenBatch]`): Held-out tokens, the same in every process.
+        model (`nn.Module`, *optional*): The language model; `None` where this process only holds SAEs.
+        heldout (`list[TokenBatch]`): Held-out tokens, the same in every process that has a model.
         mask_token_id (`int`, *optional*): Of a masked language model's tokenizer.
     """
 
-    model: nn.Module
     hookpoints: list[str]
-    stream: Any
+    shapes: dict[str, tuple[int, torch.dtype]]
+    streams: dict[int, Any]
     statistics: dict[str, ActivationStatistics]
     sample: dict[str, Tensor]
-    heldout: list[TokenBatch]
+    model: nn.Module | None = None
+    heldout: list[TokenBatch] = field(default_factory=list)
     mask_token_id: int | None = None
 
+    def close(self) -> None:
+        """End what the readers run in the background."""
+        for stream in self.streams.values():
+            stream.close()
 
-def open_harvest(config: RunConfig, accelerator: Accelerator, batch_size: int) -> Harvest:
+
+def open_harvest(config: RunConfig, accelerator: Accelerator, rows: int, streams: int | None = None) -> Harvest:
     """Load the language model, open the data and estimate each hookpoint's statistics.
 
     Everything that can be wrong with model, data or hookpoints is found here, before anything is trained.
+
+    Args:
+        config ([`RunConfig`]), accelerator (`Accelerator`): The run and its processes.
+        rows (`int`): Hidden states in a batch of each reader.
+        streams (`int`, *optional*): Readers of the run; by default one for each process with a language model.
     """
-    lm_device = _lm_device(config, accelerator)
-    model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, lm_device)
-    hookpoints = resolve_hookpoints(model, config.hookpoints)
-    heldout = open_heldout_text(config, tokenizer)
-    stream = _stream(config, accelerator, model, tokenizer, hookpoints, batch_size)
-    if overlaps(config.overlap, lm_device, accelerator.num_processes):
-        stream = PrefetchedStream(stream)
-    statistics = estimate_statistics(stream, -(-config.normalization_tokens // accelerator.num_processes))
+    rank, number_of_readers = accelerator.process_index, readers(config, accelerator.num_processes)
+    streams = streams or number_of_readers
+    model, heldout, mask_token_id, hookpoints, own = None, [], None, [], {}
+    if rank < number_of_readers:
+        model, heldout, mask_token_id, tokenizer = open_language_model(config, accelerator)
+        hookpoints = resolve_hookpoints(model, config.hookpoints)
+        mine = [number for number in range(streams) if owner(number, streams, number_of_readers) == rank]
+        own = _streams(config, accelerator, model, tokenizer, hookpoints, rows, mine, streams)
     sample = {name: [] for name in hookpoints}
-    for rows in stream.peek(_SAMPLE):
-        for name, states in rows.items():
-            sample[name].append(states.float())
-    sample = broadcast({name: torch.cat(parts) for name, parts in sample.items()})
+    for part in own[0].peek(_SAMPLE) if 0 in own else ():
+        for name, states in part.items():
+            sample[name].append(states)
+    (shapes, sizes), sample = _agree(sample, accelerator)
+    empty = [{name: torch.empty(0, width, device=accelerator.device) for name, (width, _) in shapes.items()}]
+    each = -(-config.normalization_tokens // streams)
+    peeked = itertools.chain(empty, *(stream.peek(each) for stream in own.values()))
+    statistics = estimate_statistics(peeked, each * streams)
     for name, found in statistics.items():
         logger.info(
             f"{name}: d_in {len(found.mean)}, scale {found.scale:.4g}, largest |mean|/std of a dimension "
             f"{found.outlier_ratio:.3g}"
         )
-    return Harvest(model, hookpoints, stream, statistics, sample, heldout, tokenizer.mask_token_id)
+    return Harvest(list(shapes), shapes, own, statistics, sample, model, heldout, mask_token_id)
+
+
+def open_language_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, list, int | None, Any]:
+    """The language model of a run, its held-out tokens, its mask token, and its tokenizer."""
+    device = _lm_device(config, accelerator)
+    model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, device)
+    return model, open_heldout_text(config, tokenizer), tokenizer.mask_token_id, tokenizer
+
+
+def _agree(sample: dict[str, list[Tensor]], accelerator: Accelerator) -> tuple[tuple[dict, dict], dict[str, Tensor]]:
+    """The widths, types and sizes of the first process's sample, and the sample itself, in all processes."""
+    joined = {name: torch.cat(parts) for name, parts in sample.items() if parts}
+    shapes = {name: (rows.shape[1], rows.dtype) for name, rows in joined.items()}
+    told = [(shapes, {name: len(rows) for name, rows in joined.items()})]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(told, 0)
+    shapes, sizes = told[0]
+    for name, (width, _) in shapes.items():
+        rows = joined.get(name, torch.empty(sizes[name], width, device=accelerator.device)).float()
+        joined[name] = broadcast(rows) if accelerator.num_processes > 1 else rows
+    return told[0], {name: joined[name] for name in shapes}
 
 
 def _lm_device(config: RunConfig, accelerator: Accelerator) -> torch.device:
     """Where the language model runs; raises `ValueError` for a device that is not there or that processes share."""
     if config.lm_device is None:
         return accelerator.device
-    try:
-        device = torch.device(config.lm_device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it cannot use
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`lm_device: {config.lm_device}` cannot be used: {reason}") from error
+    device = usable_device(config.lm_device, "lm_device")
     if device.type != "cpu" and accelerator.num_processes > 1:
         raise ValueError(
             f"`lm_device: {config.lm_device}` would hold the language models of all {accelerator.num_processes} "
             "processes. Leave it out, so that each runs beside its SAEs, or take `cpu`."
         )
+    return device
+
+
+def usable_device(name: str, field: str) -> torch.device:
+    """A device of this process; raises `ValueError`, which names the `field` that asks for it, where it is not there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it cannot use
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`{field}: {name}` cannot be used: {reason}") from error
     return device
 
 
@@ -130,12 +171,41 @@ def overlaps(wanted: bool | None, lm_device: torch.device, processes: int = 1) -
     return cores - processes * torch.get_num_threads() >= processes
 
 
+def _streams(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: Any,
+    hookpoints: list[str],
+    rows: int,
+    mine: list[int],
+    streams: int,
+) -> dict[int, ActivationStream | CachedActivationStream | PrefetchedStream]:
+    """This process's readers. Two threads cannot share a language model: of several live ones none reads ahead."""
+    found = {
+        number: _stream(config, accelerator, model, tokenizer, hookpoints, rows, number, streams) for number in mine
+    }
+    device = next(model.parameters()).device
+    if len(found) == 1 and overlaps(config.overlap, device, accelerator.num_processes):
+        found = {number: PrefetchedStream(stream) for number, stream in found.items()}
+    return found
+
+
 def _stream(
-    config: RunConfig, accelerator: Accelerator, model: nn.Module, tokenizer, hookpoints: list[str], batch_size: int
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: Any,
+    hookpoints: list[str],
+    batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> ActivationStream | CachedActivationStream:
-    """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    text = _token_stream(config, tokenizer, accelerator)
+    """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be.
+
+    `rank` and `world_size` are those of the stream among the run's streams.
+    """
+    text = _token_stream(config, tokenizer, rank, world_size)
     shuffled = config.shuffle and config.pack
     tokens = WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text
     dtype = torch.float32 if accelerator.device.type == "cpu" else None
@@ -189,15 +259,15 @@ def _documents(config: RunConfig, tokenizer, held_out: bool, **options):
     return Split(documents, config.eval_fraction, held_out) if splits else documents
 
 
-def _token_stream(config: RunConfig, tokenizer, accelerator: Accelerator) -> TokenStream:
+def _token_stream(config: RunConfig, tokenizer, rank: int, world_size: int) -> TokenStream:
     documents = _documents(
         config,
         tokenizer,
         held_out=False,
         shuffle=config.shuffle,
         seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=rank,
+        world_size=world_size,
     )
     return TokenStream(
         documents,
@@ -236,104 +306,3 @@ def open_heldout_text(config: RunConfig, tokenizer: Any) -> list[TokenBatch]:
         raise ValueError(
             f"No held-out text: {error} Name an `eval_dataset`, or raise `eval_fraction` ({config.eval_fraction:g})."
         ) from error
-
-
-def build_learners(config: RunConfig, accelerator: Accelerator, harvest: Harvest) -> list[Learner]:
-    """Every dictionary of the run at each of its hookpoints.
-
-    Raises:
-        `ValueError`: if a spec does not fit its hookpoint, two dictionaries share a folder, or `init_from` or
-            `grow_from` holds none that fits.
-    """
-    learners: list[Learner] = []
-    for index, spec in enumerate(config.saes):
-        for hookpoint in _hookpoints_of(spec, harvest.hookpoints):
-            learner = _build(config, accelerator, harvest, spec, hookpoint, config.seed + index)
-            if any((other.name, other.hookpoint) == (learner.name, hookpoint) for other in learners):
-                raise ValueError(f"Two entries of `saes` are both called {learner.name!r}. Give each a `name`.")
-            learners.append(learner)
-    return learners
-
-
-def _hookpoints_of(spec: SAESpec, hookpoints: list[str]) -> list[str]:
-    if spec.hookpoints is None:
-        return hookpoints
-    chosen = [name for name in hookpoints if any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.hookpoints)]
-    if not chosen:
-        raise ValueError(f"`hookpoints` {spec.hookpoints} of an SAE are none of the run's: {', '.join(hookpoints)}.")
-    return chosen
-
-
-def _build(
-    config: RunConfig, accelerator: Accelerator, harvest: Harvest, spec: SAESpec, hookpoint: str, seed: int
-) -> Learner:
-    statistics, sample = harvest.statistics[hookpoint], harvest.sample[hookpoint]
-    mean, scale = input_scaling(spec, statistics, sample)
-    mean = mean.to(sample)
-    d_in = len(mean)
-    source, base = spec.init_from or config.init_from, None
-    if spec.grow_from:
-        start = load_start(spec.grow_from, spec, hookpoint, d_in, "grow_from")
-        sae, base = grown_start(start, spec, hookpoint, mean, scale, sample, seed)
-    elif source:
-        start = load_start(source, spec, hookpoint, d_in)
-        sae = build_sae(spec.sae_config(d_in, config.model, hookpoint, like=start.config))
-        _take_over(sae, start, mean, scale, spec)
-    else:
-        sae = build_sae(spec.sae_config(d_in, config.model, hookpoint))
-        initialize(sae, spec, (sample - mean) / scale, (statistics.mean.to(sample) - mean) / scale, seed)
-    name = spec.folder(sae.config)
-    return Learner(name, hookpoint, sae, spec, mean, scale, accelerator, config.steps, config.batch_size, seed, base)
-
-
-def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> SAEModel:
-    """The trained SAE that a run goes on from, or whose dictionary it makes larger.
-
-    Args:
-        source (`str`): A folder with an SAE, a run's folder, or a repository.
-        spec ([`SAESpec`]): Its type must be the SAE's, unless that is to grow.
-        hookpoint (`str`): Looked for as a subfolder first.
-        d_in (`int`): Width of the hidden states now.
-        field (`str`, *optional*, defaults to `"init_from"`): Or `"grow_from"`: who asks.
-
-    Raises:
-        `ValueError`: if there is none, or it does not fit.
-    """
-    place = hookpoint.replace(":", "-")
-    root, asked = Path(source), f"`{field}: {source}`"
-    folders = [root / place, *sorted(root.glob(f"*/{place}")), root]
-    named = [folder for folder in folders if (folder / "config.json").is_file()]
-    if root.is_dir() and not named:
-        raise ValueError(f"{asked} holds no SAE: looked for config.json there and in {place}/.")
-    if spec.name and (root / spec.name / place) in named:
-        named = [root / spec.name / place]
-    if field == "grow_from" and len(named) > 1:
-        raise ValueError(f"{asked} holds several SAEs, name one: {', '.join(str(path.parent) for path in named)}.")
-    try:
-        sae = AutoModel.from_pretrained(named[0]) if named else AutoModel.from_pretrained(source, subfolder=place)
-    except OSError as error:
-        raise ValueError(f"{asked} cannot be loaded: {error}") from error
-    if not isinstance(sae, SAEModel):
-        raise ValueError(f"{asked} is a {type(sae).__name__}, not an SAE.")
-    kind = sae.config.model_type.removesuffix("_sae")
-    if kind != spec.type and field == "init_from":
-        raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
-    for unlike in ("input_normalization", "output_hookpoint"):
-        if getattr(sae.config, unlike) is not None:
-            raise ValueError(
-                f"{asked} holds an SAE with `{unlike}: {getattr(sae.config, unlike)}`. Such can be loaded, measured "
-                "and pruned, but not trained on."
-            )
-    if sae.config.d_in != d_in:
-        raise ValueError(f"{asked} reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}.")
-    return sae
-
-
-def _take_over(sae: SAEModel, start: SAEModel, mean: Tensor, scale: float, spec: SAESpec) -> None:
-    """Give `sae` the weights of `start`, in the units of this run."""
-    if spec.unit_norm_decoder:
-        start.fold_decoder_norm_()
-    start.fold_normalization_(-mean / scale, 1 / scale)
-    sae.load_state_dict(start.state_dict())
-    if hasattr(sae.config, "bandwidth"):
-        sae.config.bandwidth = start.config.bandwidth

@@ -17,16 +17,16 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from ..evaluation import HeldOut
-from ..models import SAEModel
-from .calibration import calibrate_threshold
-from .checkpoints import Checkpoints
+from .building import build_learners
+from .checkpoints import Checkpoint, Checkpoints
+from .closing import Closing
 from .config import RunConfig
+from .feed import Feed
 from .learner import Learner
 from .metrics_log import MetricsLog
+from .placement import place, processes_of, readers
 from .provenance import Provenance
-from .report import evaluate, write_report
-from .setup import Harvest, build_learners, open_harvest
+from .setup import Harvest, open_harvest
 
 
 logger = get_logger(__name__)
@@ -42,7 +42,12 @@ FREE_TO_CHANGE = {
     "trackers",
     "output_dir",
     "overlap",
+    "latent_shards",
+    "capacity_factor",
+    "lm_processes",
 }
+# The same of an entry of `saes`: where it is trained changes nothing.
+_PLACES = ("latent_shards", "processes", "device")
 
 
 class Interrupted(Exception):
@@ -91,19 +96,35 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.provenance = Provenance(self.folder, config, accelerator)
         self._claim_folder()
-        parts = accelerator.num_processes * config.gradient_accumulation_steps
+        self.checkpoints = Checkpoints(self.folder, config.keep_checkpoints)
+        found = self.checkpoints.load() if config.resume else None
+        processes = accelerator.num_processes
+        self.readers = readers(config, processes)
+        self.streams = self._number_of_streams(found)
+        parts = self.streams * config.gradient_accumulation_steps
         if config.batch_size % parts:
             raise ValueError(
-                f"`batch_size` ({config.batch_size}) must be a multiple of processes x gradient_accumulation_steps "
-                f"({accelerator.num_processes} x {config.gradient_accumulation_steps})."
+                f"`batch_size` ({config.batch_size}) must be a multiple of streams of data x "
+                f"gradient_accumulation_steps ({self.streams} x {config.gradient_accumulation_steps}); there is a "
+                "stream for each process that runs the language model, or as many as `data_streams` says."
             )
-        self.micro_batch = config.batch_size // parts
-        self.harvest: Harvest = open_harvest(config, accelerator, self.micro_batch)
-        self.learners: list[Learner] = build_learners(config, accelerator, self.harvest)
-        self.checkpoints = Checkpoints(
-            self.folder, config.keep_checkpoints, accelerator.process_index, accelerator.wait_for_everyone
+        processes_of(config, processes, self.streams)  # what does not divide is said before anything is loaded
+        self.rows = config.batch_size // parts  # of each stream in a micro-batch
+        self.harvest: Harvest = open_harvest(config, accelerator, self.rows, self.streams)
+        self.placements = place(config, self.harvest.hookpoints, processes, self.streams)
+        self.learners: list[Learner] = build_learners(config, accelerator, self.harvest, self.placements)
+        self.feed = Feed(
+            self.harvest.streams,
+            self.placements,
+            self.harvest.shapes,
+            self.rows,
+            accelerator.process_index,
+            self.readers,
+            accelerator.device,
+            ahead=config.lm_processes is not None,
         )
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
+        self.start = 0 if found is None else self._resume(*found)
 
     def _claim_folder(self) -> None:
         """Write the run's YAML; go on only with a run of the same fields."""
@@ -112,7 +133,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.resume and any(self.folder.glob("checkpoint-*")):
                 before = (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
-                changed = [key for key in fields if key not in FREE_TO_CHANGE and before.get(key) != fields[key]]
+                changed = [key for key in _differing(before, fields) if key not in FREE_TO_CHANGE]
                 if changed:
                     raise ValueError(
                         f"{self.folder} holds an unfinished run that differs in {', '.join(changed)} (see {path}). "
@@ -123,19 +144,23 @@ class Trainer:
             temporary.replace(path)
         self.accelerator.wait_for_everyone()
 
+    def _number_of_streams(self, found: tuple[int, Checkpoint] | None) -> int:
+        """Readers of the data: those that the run began with, or as the fields say."""
+        if found is not None:
+            return found[1].tree("run")["streams"]
+        return self.config.data_streams or self.readers
+
     def run(self) -> list[dict[str, Any]]:
         """Train from the newest checkpoint, or the start, to the end."""
         try:
             return self._run()
         finally:
-            self.harvest.stream.close()
+            self.feed.close()
 
     def _run(self) -> list[dict[str, Any]]:
-        accelerator, config = self.accelerator, self.config
-        start = self._resume() if config.resume else 0
+        accelerator, config, start = self.accelerator, self.config, self.start
         self.provenance.begin(start, self.harvest.model)
         log = MetricsLog(accelerator, self.folder, config, start)
-        stream = iter(self.harvest.stream)
         began, seen = time.monotonic(), 0
         bar = tqdm(
             total=config.steps * config.batch_size,
@@ -147,18 +172,19 @@ class Trainer:
         )
         with _interrupt_flag() as stop:
             for step in range(start, config.steps):
-                self._step(stream, step)
+                self._step(step)
                 seen += config.batch_size
                 bar.update(config.batch_size)
                 done = step + 1
                 logs = done % config.log_every == 0 or done == config.steps
                 skipped = self._look_for_skips() if logs or accelerator.device.type == "cpu" else False
                 if logs and not skipped:
-                    statistics = {learner.name: learner.statistics(step) for learner in self.learners}
+                    statistics = self._statistics(step)
                     first = next(iter(statistics.values()))
-                    bar.set_postfix(FVU=f"{first.fvu[-1]:.3f}", L0=f"{first.l0:.1f}", dead=f"{first.dead:.1%}")
-                    speed = seen / (time.monotonic() - began)
-                    log.write(done, {name: asdict(value) for name, value in statistics.items()}, speed, self.skipped)
+                    bar.set_postfix(
+                        FVU=f"{first['fvu'][-1]:.3f}", L0=f"{first['l0']:.1f}", dead=f"{first['dead']:.1%}"
+                    )
+                    log.write(done, statistics, seen / (time.monotonic() - began), self.skipped)
                 if self._any(stop.is_set()):
                     self._stop(done)
                 if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
@@ -166,36 +192,52 @@ class Trainer:
         bar.close()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
-        results = self._finish(stream)
+        closing = Closing(config, accelerator, self.harvest, self.placements, self.learners, self.provenance)
+        results = closing.run(self.feed, self.rows, self.folder, self.skipped)
         log.close()
         return results
 
     # One step
 
-    def _step(self, stream, step: int) -> None:
+    def _step(self, step: int) -> None:
         """One optimizer step of every dictionary; what is not finite changes nothing."""
-        batches = [next(stream) for _ in range(self.config.gradient_accumulation_steps)]
-        for batch in batches:
+        rank = self.accelerator.process_index
+        own = [placement for placement in self.placements if rank in placement.ranks]
+        for _ in range(self.config.gradient_accumulation_steps):
+            self.feed.advance()
             with self.accelerator.accumulate(*(learner.objective for learner in self.learners)):
-                for learner in self.learners:
-                    learner.accumulate(batch[learner.hookpoint], step)
+                for learner, placement in zip(self.learners, own, strict=True):
+                    learner.accumulate(self.feed.rows(learner.hookpoint, placement.streams_of(rank)), step)
         for learner in self.learners:
             learner.step(step)
+
+    def _statistics(self, step: int) -> dict[str, dict[str, Any]]:
+        """What each dictionary's last step told, in the main process; of dictionaries elsewhere too."""
+        found = {learner.name: asdict(learner.statistics(step)) for learner in self.learners}
+        if all(0 in placement.ranks for placement in self.placements):
+            return found
+        told: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(told, found)
+        return {name: statistics for part in told for name, statistics in part.items()}
 
     def _look_for_skips(self) -> bool:
         """Warn of steps that were left out, and end a run that has only such; whether the last one was.
 
         The host waits for the device here, so on a GPU this is done when metrics are logged.
         """
-        found = [learner.skipped() for learner in self.learners]
+        found = [learner.skipped() for learner in self.learners] or [(0, 0, 0)]
         states, gradients, in_a_row = (max(counts) for counts in zip(*found, strict=True))
+        if any(len(placement.ranks) < self.accelerator.num_processes for placement in self.placements):
+            counts = torch.tensor([states, gradients, in_a_row], device=self.accelerator.device)
+            dist.all_reduce(counts, dist.ReduceOp.MAX)
+            states, gradients, in_a_row = counts.tolist()
         if states + gradients > self.skipped:
             what = "hidden states" if states > self._skipped_for_states else "gradients"
             what += " with NaN or infinite values"
             self.skipped, self._skipped_for_states = states + gradients, states
             logger.warning(f"A step was skipped: {what} ({self.skipped} so far).")
             if in_a_row >= _PATIENCE:
-                hookpoints = ", ".join(dict.fromkeys(learner.hookpoint for learner in self.learners))
+                hookpoints = ", ".join(self.harvest.hookpoints)
                 raise ValueError(
                     f"{in_a_row} steps in a row had {what} at {hookpoints}. The weights are unharmed and the last "
                     "checkpoint stands. Try `model_dtype: float32`, another hookpoint, or a lower `lr`."
@@ -212,32 +254,35 @@ class Trainer:
 
     # Checkpoints
 
-    def _resume(self) -> int:
-        found = self.checkpoints.load()
-        if found is None:
-            return 0
-        step, shared, own = found
-        if shared["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"The checkpoint was written by {shared['processes']} processes, now there are "
-                f"{self.accelerator.num_processes}. Start as many, or start over with --resume false."
-            )
-        for learner, state in zip(self.learners, shared["learners"], strict=True):
-            learner.load_state_dict(state)
-        counts = [learner.skipped() for learner in self.learners]
+    def _resume(self, step: int, checkpoint: Checkpoint) -> int:
+        names = {self._name(learner): learner for learner in self.learners}
+        for name, learner in names.items():
+            rows = checkpoint.rows(name, *learner.layout.rows)
+            learner.load_state_dict({"rows": rows, "shared": checkpoint.tree(name)})
+        counts = [learner.skipped() for learner in self.learners] or [(0, 0, 0)]
         self.skipped, self._skipped_for_states = max(sum(count[:2]) for count in counts), max(c[0] for c in counts)
-        self.harvest.stream.load_state_dict(own["stream"])
+        self.feed.load_state_dict({number: checkpoint.tree(f"stream-{number}") for number in self.feed.streams})
         logger.info(f"Going on from step {step} of {self.config.steps} in {self.folder}.")
         return step
 
     def _save(self, step: int) -> Path:
-        shared = {
-            "processes": self.accelerator.num_processes,
-            "learners": [learner.state_dict() for learner in self.learners],
-        }
-        path = self.checkpoints.save(step, shared, {"stream": self.harvest.stream.state_dict()})
+        trees: dict[str, Any] = {f"stream-{number}": state for number, state in self.feed.state_dict().items()}
+        if self.accelerator.is_main_process:
+            trees["run"] = {"streams": self.streams, "processes": self.accelerator.num_processes}
+        rows = {}
+        for learner in self.learners:
+            if learner.layout.replica == 0:
+                name, state = self._name(learner), learner.state_dict()
+                rows[name] = learner.layout.rows[0], state["rows"]
+                if learner.layout.shard == 0:
+                    trees[name] = state["shared"]
+        path = self.checkpoints.save(step, trees, rows)
         self.provenance.save(step, self.skipped)
         return path
+
+    def _name(self, learner: Learner) -> str:
+        """Of a dictionary's files in a checkpoint."""
+        return f"{learner.name}@{learner.hookpoint}".replace("/", "_").replace(":", "-")
 
     def _stop(self, step: int) -> None:
         path = self._save(step)
@@ -245,57 +290,17 @@ class Trainer:
             f"Stopped after step {step} of {self.config.steps}; saved {path}. Run the same command again to go on."
         )
 
-    # The end
 
-    def _finish(self, stream) -> list[dict[str, Any]]:
-        """Calibrate, fold, save, load back, evaluate."""
-        calibration = self._calibration_batches(stream)
-        self.harvest.stream.close()  # from here on the language model is the evaluation's
-        for learner in self.learners:
-            self._save_sae(learner, calibration)
-        self.accelerator.wait_for_everyone()
-        results, harvest = [], self.harvest
-        for hookpoint in harvest.hookpoints:
-            saes = {
-                learner.name: self._load_sae(learner) for learner in self.learners if learner.hookpoint == hookpoint
-            }
-            if saes:
-                data = HeldOut(harvest.model, harvest.heldout, hookpoint, harvest.mask_token_id)
-                results.append(evaluate(data, saes))
-        if self.accelerator.is_main_process:
-            write_report(results, self.folder, self.accelerator)
-        self.provenance.save(self.config.steps, self.skipped)
-        self.accelerator.wait_for_everyone()
-        return results
+def _differing(before: dict[str, Any], fields: dict[str, Any]) -> list[str]:
+    """Fields of a run that are not what they were, whatever processes it runs on."""
 
-    def _calibration_batches(self, stream) -> list[dict[str, torch.Tensor]]:
-        if not any(learner.sae.config.activation_name == "batch_topk" for learner in self.learners):
-            return []
-        tokens_each = -(-self.config.calibration_tokens // self.accelerator.num_processes)
-        return [next(stream) for _ in range(max(1, -(-tokens_each // self.micro_batch)))]
+    def essence(data: dict[str, Any], key: str) -> Any:
+        value = data.get(key)
+        if key != "saes" or not isinstance(value, list):
+            return value
+        return [{name: entry[name] for name in entry if name not in _PLACES} for entry in value]
 
-    def _save_sae(self, learner: Learner, calibration: list[dict[str, torch.Tensor]]) -> None:
-        sae: SAEModel = learner.finished()
-        threshold, path = None, self._place(learner)
-        if sae.config.activation_name == "batch_topk":
-            batches = (
-                (batch[learner.hookpoint].to(learner.mean).float() - learner.mean) / learner.scale
-                for batch in calibration
-            )
-            threshold = calibrate_threshold(sae, batches, learner.k, learner.group)
-        sae.fold_normalization_(learner.mean, learner.scale)
-        if learner.base is not None:
-            learner.base.restore(sae)
-        if self.accelerator.is_main_process:
-            sae.save_pretrained(path)
-            tokens = len(calibration) * self.micro_batch * self.accelerator.num_processes
-            self.provenance.add_sae(learner, path, threshold, tokens)
-
-    def _place(self, learner: Learner) -> Path:
-        return self.folder / learner.name / learner.hookpoint.replace(":", "-")
-
-    def _load_sae(self, learner: Learner) -> SAEModel:
-        return type(learner.sae).from_pretrained(self._place(learner)).to(next(self.harvest.model.parameters()).device)
+    return [key for key in fields if essence(before, key) != essence(fields, key)]
 
 
 @contextmanager

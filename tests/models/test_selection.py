@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.models.selection import EncoderBlocks, select_above, select_batch_topk, select_topk
+from hf_matryoshka_sae.models.sharding import Layout
 
 from .reference import batch_topk_mask, topk_mask
 
@@ -133,12 +134,16 @@ BATCHES = {
 }
 
 
+def replicas_of(num_latents: int, rank: int) -> Layout:
+    return Layout(num_latents, rank, 2, replica_group=dist.group.WORLD, group=dist.group.WORLD)
+
+
 def _select_on_rank(rank: int, folder: str, joined: dict, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         for name, (pre, k) in joined.items():
             mine = pre.chunk(2)[rank]
-            rows, cols, _ = select_batch_topk(blocks_of(mine), k, dist.group.WORLD)
+            rows, cols, _ = select_batch_topk(blocks_of(mine), k, replicas_of(pre.shape[1], rank))
             results.put((rank, name, rows.tolist(), cols.tolist()))
         dist.barrier()
     finally:

@@ -126,11 +126,11 @@ def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
 def test_interrupted_it_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch, capsys):
     steps = []
 
-    def counted(self, stream, step, before=trainer_module.Trainer._step):
+    def counted(self, step, before=trainer_module.Trainer._step):
         steps.append((self.config.tokens, step))
         if len(steps) == 7:
             signal.raise_signal(signal.SIGINT)
-        return before(self, stream, step)
+        return before(self, step)
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
     assert sweep(tmp_path) == 130

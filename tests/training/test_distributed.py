@@ -67,7 +67,7 @@ def outcome(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
         if name == "batch_topk":
             sae = one.finished()
             chunks = (data(step).chunk(world)[rank] for step in range(10, 20))
-            result["threshold"] = torch.tensor(calibrate_threshold(sae, chunks, 3, one.group))
+            result["threshold"] = torch.tensor(calibrate_threshold(sae, chunks, 3, one.layout))
         found[name] = result
     return found
 

@@ -154,11 +154,11 @@ def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, t
     names, source = ["nested-batch_topk", "jumprelu"], tmp_path / "sources"
     steps = []
 
-    def counted(self, stream, step, before=trainer_module.Trainer._step):
+    def counted(self, step, before=trainer_module.Trainer._step):
         steps.append(step)
         if len(steps) == 8:
             signal.raise_signal(signal.SIGINT)
-        return before(self, stream, step)
+        return before(self, step)
 
     for name in names:
         load(runs[0] / "base", name).save_pretrained(source / "base" / name / HOOKPOINT)

@@ -66,10 +66,10 @@ def test_families_without_calibration_name_none(tmp_path):
 
 
 def test_sessions_of_a_resumed_run_add_up(tmp_path, monkeypatch):
-    def interrupted(self, stream, step, before=trainer_module.Trainer._step):
+    def interrupted(self, step, before=trainer_module.Trainer._step):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
-        return before(self, stream, step)
+        return before(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module.Trainer, "_step", interrupted)

@@ -91,11 +91,11 @@ def test_the_same_command_again_gives_the_same_weights(finished, tmp_path):
 def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_the_same(finished, tmp_path, monkeypatch):
     steps = []
 
-    def counted(self, stream, step, before=trainer_module.Trainer._step):
+    def counted(self, step, before=trainer_module.Trainer._step):
         steps.append(step)
         if len(steps) == 8:
             signal.raise_signal(signal.SIGINT)
-        return before(self, stream, step)
+        return before(self, step)
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
     with pytest.raises(Interrupted, match=r"after step 8 of 20.*same command"):
@@ -115,10 +115,10 @@ def readers():
 def test_reading_ahead_changes_no_weight_even_after_an_interruption(finished, tmp_path, monkeypatch, overlap):
     threads = []
 
-    def counted(self, stream, step, before=trainer_module.Trainer._step):
+    def counted(self, step, before=trainer_module.Trainer._step):
         if len(threads) == 7:
             signal.raise_signal(signal.SIGINT)
-        good = before(self, stream, step)
+        good = before(self, step)
         threads.append(len(readers()))
         return good
 
@@ -133,10 +133,10 @@ def test_reading_ahead_changes_no_weight_even_after_an_interruption(finished, tm
 
 
 def test_a_failing_step_leaves_no_thread(tmp_path, monkeypatch):
-    def failing(self, stream, step, before=trainer_module.Trainer._step):
+    def failing(self, step, before=trainer_module.Trainer._step):
         if step == 2:
             raise RuntimeError("out of memory")
-        return before(self, stream, step)
+        return before(self, step)
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -304,16 +304,17 @@ def test_a_missing_column_and_empty_text_are_said(tmp_path):
 
 
 def spoil(monkeypatch, when):
-    def spoiled(self, stream, step, before=trainer_module.Trainer._step):
-        def batches():
-            for batch in stream:
-                if when(step):
-                    batch = {name: states.clone() for name, states in batch.items()}
-                    for states in batch.values():
-                        states[3, 1] = torch.nan
-                yield batch
+    def spoiled(self, step, before=trainer_module.Trainer._step):
+        def rows(*key, given=self.feed.rows):
+            states = given(*key)
+            if when(step):
+                states = states.clone()
+                states[3, 1] = torch.nan
+            return states
 
-        return before(self, batches(), step)
+        with monkeypatch.context() as patch:
+            patch.setattr(self.feed, "rows", rows)
+            return before(self, step)
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", spoiled)
 

@@ -1,0 +1,118 @@
+"""Hidden states on their way from the processes that read them to those that train on them.
+
+A run has Q independent readers ("streams"), each owned by one process that runs the language model. A batch is the
+rows of all streams in order; a replica of a dictionary takes its share of the streams. So a run with the same Q sees
+the same batches on any number of processes, and goes on with another number where it was interrupted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .placement import Placement
+
+
+def owner(stream: int, streams: int, readers: int) -> int:
+    """The process that reads a stream."""
+    return stream * readers // streams
+
+
+class Feed:
+    """Gives a process the rows that its dictionaries need, batch by batch.
+
+    Args:
+        streams (`dict[int, stream]`): This process's streams by number.
+        placements (`list[Placement]`): Of all dictionaries of all processes.
+        shapes (`dict[str, tuple[int, torch.dtype]]`): Width and type of the rows of each hookpoint.
+        rows (`int`): Rows of a stream in a batch.
+        rank (`int`), readers (`int`): This process, and how many read.
+        device (`torch.device`): Where received rows go.
+        ahead (`bool`): Have the next batch on its way while one is trained on; for processes that only read.
+    """
+
+    def __init__(
+        self,
+        streams: dict[int, Any],
+        placements: Sequence[Placement],
+        shapes: dict[str, tuple[int, torch.dtype]],
+        rows: int,
+        rank: int,
+        readers: int,
+        device: torch.device,
+        ahead: bool = False,
+    ):
+        self.streams, self._iterators = streams, {number: iter(stream) for number, stream in streams.items()}
+        self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, rows, rank, device, ahead
+        wanted = {
+            (number, placement.hookpoint, owner(number, placement.streams, readers), target)
+            for placement in placements
+            for target in placement.ranks
+            for number in placement.streams_of(target)
+        }
+        # In one order everywhere, so that sends and receives meet.
+        self._routes = sorted(route for route in wanted if route[2] != route[3] and rank in route[2:])
+        self._own = [(number, name) for number, name, _, target in sorted(wanted) if target == rank]
+        self._drawn: dict[int, dict[str, Tensor]] = {}  # rows of a saved state that were on their way
+        self._pending: tuple[dict, list] | None = None
+        self._batch: dict[tuple[int, str], Tensor] = {}
+        self._joined: dict[tuple, Tensor] = {}
+
+    def advance(self) -> None:
+        """Go to the next batch."""
+        pending = self._pending or self._send()
+        for work in pending[1]:
+            work.wait()
+        self._batch, self._joined = pending[0], {}
+        self._pending = self._send() if self._ahead else None
+
+    def _send(self) -> tuple[dict, list]:
+        """Draw from this process's streams, and have what others need on its way."""
+        drawn = {number: self._drawn.pop(number, None) or next(it) for number, it in self._iterators.items()}
+        batch = {(number, name): rows for number, found in drawn.items() for name, rows in found.items()}
+        operations = []
+        for number, name, source, target in self._routes:
+            if source == self._rank:
+                rows = batch[number, name].contiguous()
+                operations.append(dist.P2POp(dist.isend, rows, target))
+            else:
+                width, dtype = self._shapes[name]
+                rows = torch.empty(self._rows, width, dtype=dtype, device=self._device)
+                operations.append(dist.P2POp(dist.irecv, rows, source))
+            batch[number, name] = rows
+        return batch, dist.batch_isend_irecv(operations) if operations else []
+
+    def rows(self, hookpoint: str, streams: tuple[int, ...]) -> Tensor:
+        """The rows `(n, D)` of some streams, in their order, in the batch at hand."""
+        key = (hookpoint, streams)
+        if key not in self._joined:
+            parts = [self._batch[number, hookpoint] for number in streams]
+            self._joined[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._joined[key]
+
+    def state_dict(self) -> dict[int, Any]:
+        """The state of each of this process's streams, with the rows that are on their way."""
+        on_the_way = {} if self._pending is None else self._pending[0]
+        found = {}
+        for number, stream in self.streams.items():
+            drawn = {name: rows for (of, name), rows in on_the_way.items() if of == number}
+            found[number] = {"stream": stream.state_dict(), "drawn": drawn or self._drawn.get(number)}
+        return found
+
+    def load_state_dict(self, states: dict[int, Any]) -> None:
+        """Go on from what [`state_dict`] gave, here or in the processes that owned these streams."""
+        for number, stream in self.streams.items():
+            stream.load_state_dict(states[number]["stream"])
+            if states[number]["drawn"]:
+                self._drawn[number] = {name: rows.to(self._device) for name, rows in states[number]["drawn"].items()}
+
+    def close(self) -> None:
+        """End what runs in the background, and let go of the rows."""
+        if self._pending is not None:
+            for work in self._pending[1]:
+                work.wait()
+        self._pending, self._batch, self._joined = None, {}, {}
+        for stream in self.streams.values():
+            stream.close()
