@@ -164,13 +164,33 @@ def _pieces_index(source, where: dict) -> str | None:
 
 
 @dataclass(frozen=True)
-class _WeightFile:
-    """A file, on this machine, with latents `start` to `stop` of some tensors (all, where `names` is not given)."""
+class WeightFile:
+    """A file on this machine with latents of an SAE.
+
+    Args:
+        path (`str` or `Path`): The file.
+        names (`list[str]`, *optional*): Tensors to take from it; all where not given.
+        start (`int`), stop (`int`): It holds the latents from the first to before the second.
+    """
 
     path: str | Path
     names: list[str] | None
     start: int
     stop: int
+
+
+def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile]:
+    """The files of the weights in a folder, whichever way they are split.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of a saved SAE.
+        num_latents (`int`): F, by its config.
+
+    Raises:
+        `ValueError` or `SafetensorError`: if an index does not fit.
+        `OSError`: if there are no weights.
+    """
+    return _weight_files(folder, {}, None, 0, None, num_latents)
 
 
 def _read_rows(
@@ -188,7 +208,7 @@ def _read_rows(
         return _join(files, start, num_latents if stop is None else stop)
 
 
-def _join(files: list[_WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:
+def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:
     """The rows of the dictionary from `start` to `stop`, out of the files that have them."""
     state: dict[str, torch.Tensor] = {}
     expected: set[str] | None = None
@@ -233,7 +253,7 @@ def _same_names(path: str | Path, names: set[str], expected: set[str] | None) ->
 
 def _weight_files(
     source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
-) -> list[_WeightFile]:
+) -> list[WeightFile]:
     """The files that have latents `start` to `stop`, and what has no latent axis."""
     index = _pieces_index(source, where)
     if index is not None:
@@ -243,7 +263,7 @@ def _weight_files(
         return [_piece(source, piece, where, commit, start, stop) for piece in _asked(pieces, start, stop)]
     single = _file(source, SAFE_WEIGHTS_NAME, where, commit, stop, optional=True)
     if single is not None:
-        return [_WeightFile(single, None, 0, num_latents)]
+        return [WeightFile(single, None, 0, num_latents)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     try:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
@@ -253,7 +273,7 @@ def _weight_files(
     for name, shard in weight_map.items():
         shards.setdefault(shard, []).append(name)
     paths = {shard: _file(source, shard, where, commit, stop) for shard in shards}
-    return [_WeightFile(paths[shard], names, 0, num_latents) for shard, names in shards.items()]
+    return [WeightFile(paths[shard], names, 0, num_latents) for shard, names in shards.items()]
 
 
 def _asked(pieces: list[Piece], start: int, stop: int | None) -> list[Piece]:
@@ -263,13 +283,13 @@ def _asked(pieces: list[Piece], start: int, stop: int | None) -> list[Piece]:
     ]
 
 
-def _piece(source, piece: Piece, where: dict, commit: str | None, start: int, stop: int | None) -> _WeightFile:
+def _piece(source, piece: Piece, where: dict, commit: str | None, start: int, stop: int | None) -> WeightFile:
     """A piece, of which at least the rows between these are there."""
     width = None
     if stop is not None:
         width = min(stop, piece.stop) - piece.start if start < piece.stop else 0
     path = _file(source, piece.file, where, commit, width, piece=piece)
-    return _WeightFile(path, None, piece.start, piece.stop)
+    return WeightFile(path, None, piece.start, piece.stop)
 
 
 def _file(

@@ -180,8 +180,9 @@ def is_weights(name: str) -> bool:
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold tensors of an SAE, by name."""
-    return sorted(path for path in folder.glob("*.safetensors") if is_weights(path.name))
+    """The files of a folder that hold tensors of an SAE, variants among them, by name."""
+    pieces = [path for path in folder.glob("latents-*.safetensors") if _PIECE.fullmatch(path.name)]
+    return sorted([*folder.glob("model*.safetensors"), *pieces])
 
 
 def _size(size: int | str) -> int:
