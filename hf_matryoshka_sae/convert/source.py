@@ -22,14 +22,14 @@ from huggingface_hub.utils import httpx
 # What libraries call the weights of an SAE. Anything else is looked at only where none of these is found.
 _WEIGHTS = re.compile(
     r"sae_weights\.safetensors|sae\.safetensors|params\.safetensors|params\.npz|ae\.pt|ae_\d+\.pt|sae\.pt|\d+\.pt"
-    r"|layer\d+\.sae\.pt|final\.safetensors|model\.safetensors|model\.safetensors\.index\.json|pytorch_model\.bin"
+    r"|layer\d+\.sae\.pt|final\.safetensors|model\.safetensors|model\.safetensors\.index\.json|latents\.index\.json|pytorch_model\.bin"
 )
 _OTHER_WEIGHTS = re.compile(r".*\.(pt|pth|safetensors|npz)")
 # What lies beside SAEs: examples of nearly a gigabyte, statistics, states of training.
 _NO_WEIGHTS = re.compile(
     r"(examples|sparsity|statistics|expected|activation_whitening|activations_store_state|optimizer.*)\.safetensors"
     r"|(trainer_state|optimizer.*|scheduler.*|rng_state.*|training_args)\.(pt|pth)"
-    r"|model-\d{5}-of-\d{5}\.safetensors"
+    r"|(model|latents)-\d{5,}-of-\d{5,}\.safetensors"
 )
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = 20

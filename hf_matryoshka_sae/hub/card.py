@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from ..models import SAEModel
+from ..models.checkpoint_files import weight_files
+from ..models.pieces import WHOLE_TENSORS
 from . import card_text
 from .card_data import RunFacts, SAEFacts, facts_of, read_run
 from .card_snippets import snippets, with_package, without_package
@@ -96,16 +98,21 @@ def sae_card(
 
 def _same(sae: SAEModel, folder: Path) -> bool:
     """Whether the SAE still is the one in the folder: it may have been pruned, sorted or trained on."""
+    state, seen = sae.state_dict(), set()
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            state = sae.state_dict()
-            return state.keys() == set(file.keys()) and all(
-                state[name].shape == (there := file.get_tensor(name)).shape
-                and bool((state[name].cpu() == there.to(state[name].dtype)).all())
-                for name in state
-            )
-    except (OSError, SafetensorError):
+        for part in weight_files(folder, sae.config.num_latents):
+            with safe_open(part.path, framework="pt") as file:
+                for name in file.keys():
+                    if name not in state:
+                        return False
+                    mine = state[name] if name in WHOLE_TENSORS else state[name][part.start : part.stop]
+                    there = file.get_tensor(name)
+                    if mine.shape != there.shape or not bool((mine.cpu() == there.to(mine.dtype)).all()):
+                        return False
+                    seen.add(name)
+    except (OSError, ValueError, SafetensorError):
         return False
+    return seen == state.keys()
 
 
 # Rendering

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from ..models import SAEConfig, SAEModel
+from ..models.checkpoint_files import weight_files
 from ..models.digests import folder_digest
 from ..training import RunConfig, load_run_config
 from ..training.provenance import read_provenance
@@ -170,7 +171,7 @@ def _read_sae(sae: SAEFolder, weights: str | None) -> SAEFacts:
         config = AutoConfig.from_pretrained(sae.folder)
     except OSError as error:
         raise ValueError(f"The config of the SAE in '{sae.folder}' cannot be read: {error}") from error
-    facts = SAEFacts(sae.name, sae.subfolder, config, _range(_thresholds(sae.folder)))
+    facts = SAEFacts(sae.name, sae.subfolder, config, _range(_thresholds(sae.folder, config.num_latents)))
     measured = read_json(sae.folder / MEASURED_FILE)
     for name in (CURVE, POWER_LAW):
         if measured.get(name) != weights:
@@ -181,12 +182,17 @@ def _read_sae(sae: SAEFolder, weights: str | None) -> SAEFacts:
     return facts
 
 
-def _thresholds(folder: Path) -> torch.Tensor | None:
-    path = folder / "model.safetensors"
-    if not path.is_file():  # in shards: not worth the search
+def _thresholds(folder: Path, num_latents: int) -> torch.Tensor | None:
+    found = []
+    try:
+        files = weight_files(folder, num_latents)
+    except OSError:  # no weights
         return None
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("threshold") if "threshold" in file.keys() else None
+    for part in files:
+        with safe_open(part.path, framework="pt") as file:
+            if "threshold" in file.keys():
+                found.append(file.get_tensor("threshold"))
+    return torch.cat(found) if found else None
 
 
 def _range(thresholds: torch.Tensor | None) -> tuple[float, float] | None:

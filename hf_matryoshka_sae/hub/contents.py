@@ -17,8 +17,9 @@ from ..features import FeatureIndex
 from ..features.layout import FOLDER as INDEX_FOLDER
 from ..features.layout import INDEX
 from ..models import MODELS, SAECollection, SAECollectionConfig
-from ..models.checkpoint_files import WHOLE_TENSORS
+from ..models.checkpoint_files import weight_files
 from ..models.digests import DIGESTS_NAME, digest, row_digests
+from ..models.pieces import WHOLE_TENSORS, is_weights
 from ..progressive.statistics import STATISTICS_FILE
 from .card import card_assets, run_card
 from .layout import SAEFolder
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 Content = Path | bytes
 
 _CONFIG = "config.json"
-_WEIGHTS = "model*.safetensors*"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Repository:
             return False
         folder, _, last = name.rpartition("/")
         parent, _, last_folder = folder.rpartition("/")
-        beside_config = fnmatchcase(last, _WEIGHTS) or last in (DIGESTS_NAME, STATISTICS_FILE)
+        beside_config = _is_weights(last) or last in (DIGESTS_NAME, STATISTICS_FILE)
         own = beside_config and folder in self.folders
         own |= last_folder == INDEX_FOLDER and parent in self.folders
         pictures = any(name.startswith(f"plots/{place}/" if place else "plots/") for place in self.folders)
@@ -102,12 +102,16 @@ def sae_files(sae: SAEFolder) -> dict[str, Content]:
     config = _public(json.loads((sae.folder / _CONFIG).read_text()))
     config["auto_map"] = _auto_map(*_classes(config))
     files: dict[str, Content] = {_CONFIG: _json(config)}
-    files |= {path.name: path for path in sorted(sae.folder.glob(_WEIGHTS))}
+    files |= {path.name: path for path in sorted(sae.folder.iterdir()) if _is_weights(path.name)}
     files[DIGESTS_NAME] = _json(_digests(sae.folder))
     if (sae.folder / STATISTICS_FILE).is_file():
         files[STATISTICS_FILE] = sae.folder / STATISTICS_FILE
     files |= _index_files(sae.folder)
     return {f"{sae.subfolder}/{name}" if sae.subfolder else name: content for name, content in files.items()}
+
+
+def _is_weights(name: str) -> bool:
+    return is_weights(name) or fnmatchcase(name, "model*.safetensors*")  # of variants too
 
 
 def _index_files(folder: Path) -> dict[str, Content]:
@@ -132,10 +136,14 @@ def check_sae(folder: Path) -> None:
     """Read a saved SAE's files as far as needed to know that they are whole; raises `ValueError` where not."""
     try:
         config = AutoConfig.from_pretrained(folder)
-        shapes = {}
-        for path in _weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+        shapes: dict[str, list[int]] = {}
+        for part in weight_files(folder, config.num_latents):
+            with safe_open(part.path, framework="pt") as file:
+                for name in file.keys():
+                    rows, *others = file.get_slice(name).get_shape()
+                    if name not in WHOLE_TENSORS and rows != part.stop - part.start:
+                        raise ValueError(f"{name} in {part.path} has {rows} rows, not {part.stop - part.start}")
+                    shapes[name] = [shapes.get(name, [0])[0] + rows, *others]
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The SAE in {folder} is damaged or half-written ({error}). Save it again.") from error
     expected = [config.num_latents, config.d_in]
@@ -146,28 +154,24 @@ def check_sae(folder: Path) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-
-
 def _digests(folder: Path) -> dict[str, Any]:
-    """Digests of the rows of all tensors, one tensor in memory at a time."""
+    """Digests of the rows of all tensors, one tensor of a file in memory at a time; blocks end where files do."""
     config = AutoConfig.from_pretrained(folder)
-    found: dict[str, Any] = {}
+    files = weight_files(folder, config.num_latents)
+    widths = [*config.widths, *(part.stop for part in files)]
+    found: dict[str, Any] = row_digests({}, config.num_latents, widths, WHOLE_TENSORS)
     headers: dict[str, str] = {}
-    for path in _weight_files(folder):
-        with open(path, "rb") as raw:
+    for part in files:
+        with open(part.path, "rb") as raw:
             length = raw.read(8)
-            headers[path.name] = digest(length + raw.read(int.from_bytes(length, "little")))
-        with safe_open(path, framework="pt") as file:
+            headers[Path(part.path).name] = digest(length + raw.read(int.from_bytes(length, "little")))
+        with safe_open(part.path, framework="pt") as file:
             for name in file.keys():
-                one = row_digests({name: file.get_tensor(name)}, config.num_latents, config.widths, WHOLE_TENSORS)
-                found = {
-                    key: value | found.get(key, {}) if isinstance(value, dict) else value for key, value in one.items()
-                }
+                tensor = {name: file.get_tensor(name)}
+                one = row_digests(tensor, config.num_latents, widths, WHOLE_TENSORS, part.start)
+                found["whole"] |= one["whole"]
+                for row_name, digests in one["rows"].items():
+                    found["rows"].setdefault(row_name, []).extend(digests)
     return {**found, "headers": headers}
 
 

@@ -21,6 +21,7 @@ from ..evaluation.core import evaluate
 from ..evaluation.report import ABOUT, plot, write_json
 from ..models import SAEModel
 from ..models.digests import folder_digest
+from ..models.pieces import tensor_files
 from ..progressive import (
     LatentStatistics,
     decoder_spectrum,
@@ -174,7 +175,7 @@ def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
 def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None) -> LatentStatistics:
     """Those in the folder, if they are of these weights; ones that a user made from newer weights are kept."""
     path, noted = folder / STATISTICS_FILE, read_json(folder / MEASURED_FILE).get(_STATISTICS)
-    newest = max((file.stat().st_mtime for file in folder.glob("model*.safetensors")), default=0.0)
+    newest = max((file.stat().st_mtime for file in tensor_files(folder)), default=0.0)
     if path.is_file() and (noted == weights or (noted is None and path.stat().st_mtime >= newest)):
         try:
             statistics = LatentStatistics.load(folder)

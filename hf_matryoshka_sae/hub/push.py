@@ -43,9 +43,9 @@ def push(
     """Push the SAEs of a run, with their card, in one commit.
 
     The repository holds `<hookpoint>/{config.json, model.safetensors, statistics.safetensors}` (`<name>/<hookpoint>/`
-    where several SAEs of a run are pushed), an index of them as `config.json`, the card, its plots, and at the root
-    the code with which they load where this package is not installed. SAEs that were pushed there before, from
-    another run, stay; the card is that of this run.
+    where several SAEs of a run are pushed; weights of a large one may lie in pieces), an index of them as
+    `config.json`, the card, its plots, and at the root the code with which they load where this package is not
+    installed. SAEs that were pushed there before, from another run, stay; the card is that of this run.
 
     Args:
         run_dir (`str` or `Path`): Folder of a run; or of one SAE, which then lies at the root of the repository.

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written whole or not at all, read whole or only the first latents."""
+"""The files of a checkpoint: written whole or not at all, read whole or only some of the latents."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,22 +24,21 @@ from transformers.utils import (
     resolve_revision,
 )
 
-from .digests import DIGESTS_NAME
+from .configuration_sae import CONFIGS, SAEConfig
+from .digests import DIGESTS_NAME, digests_of_piece
 from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
+from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
 
-
-WHOLE_TENSORS = {"b_dec"}  # has no latent axis
 
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
 def staged_files(target: Path, keep_others: bool = False, last: str = "config.json") -> Iterator[Path]:
     """A folder to write a checkpoint's files to; when the block ends they take their places in `target`.
 
-    Every file is complete before it takes its name, the file `last` comes last, and nothing changes where the block
-    raises.
+    Every file is complete before it takes its name, the file `last` comes last, before it the index of pieces, and
+    nothing changes where the block raises.
 
     Args:
         target (`Path`): Where the files belong; made if it is not there.
@@ -51,24 +50,28 @@ def staged_files(target: Path, keep_others: bool = False, last: str = "config.js
     try:
         yield staging
         written = {file.name for file in staging.iterdir()}
-        for name in written - {last}:
+        if PIECES_INDEX_NAME in written:
+            # An earlier index would speak of a mixture of earlier and new pieces.
+            (target / PIECES_INDEX_NAME).unlink(missing_ok=True)
+        ordered = sorted(written, key=lambda name: (name == last, name == PIECES_INDEX_NAME))
+        for name in ordered[:-1]:
             os.replace(staging / name, target / name)
-        # Weights of an earlier save in other shards; `model.safetensors` would be read before a new index.
-        for file in [] if keep_others else list(target.iterdir()):
-            if _WEIGHTS.fullmatch(file.name) and file.name not in written:
-                file.unlink()
+        # Weights of an earlier save in other files; they would be read, or an index that is left speak of them.
+        earlier = [] if keep_others else [path.name for path in target.iterdir() if is_weights(path.name)]
+        for name in sorted(set(earlier) - written, key=lambda name: name != PIECES_INDEX_NAME):
+            (target / name).unlink()
         os.replace(staging / last, target / last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
-    """The config and the tensors of the first `width` latents.
+def read_prefix(config_class, source, width: int | None, kwargs: dict) -> tuple:
+    """The config and the tensors of the first `width` latents, or of all.
 
     Args:
         config_class (`type`): Class of the config.
         source (`str` or `os.PathLike`): Folder or repository id.
-        width (`int`): Latents to read.
+        width (`int`, *optional*): Latents to read; all where not given.
         kwargs (`dict`): What `from_pretrained` got; where the files are is read from it.
 
     Returns:
@@ -86,43 +89,181 @@ def read_prefix(config_class, source, width: int, kwargs: dict) -> tuple:
         config = config_class.from_pretrained(source, **where, **overrides)
     else:
         config = copy.deepcopy(config)
-    config.truncated(width)  # a width it does not have is refused before anything is fetched
-    try:
-        state = _read_rows(source, where, commit, width, config.num_latents)
-    except FileNotFoundError:
-        if commit is None or where.get("local_files_only"):
-            raise
-        # Another process has completed the file meanwhile, and it lies elsewhere now.
-        state = _read_rows(source, where, commit, width, config.num_latents)
-    for name, value in config.truncated(width).items():
+    # A width it does not have is refused before anything is fetched.
+    changed = {} if width is None else config.truncated(width)
+    state = _read_rows(source, where, commit, 0, width, config.num_latents)
+    for name, value in changed.items():
         setattr(config, name, value)
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = state["W_enc"].dtype if "W_enc" in state else torch.float32
     return config, state
 
 
-def _read_rows(source, where: dict, commit: str | None, width: int, num_latents: int) -> dict[str, torch.Tensor]:
-    """The first `width` rows of every tensor."""
-    state = {}
-    for path, names in _weight_files(source, where, commit, width):
-        with safe_open(path, framework="pt") as file:
-            for name in names or file.keys():
-                rows = file.get_slice(name)
-                if name not in WHOLE_TENSORS and rows.get_shape()[0] != num_latents:
+def read_latents(
+    source: str | os.PathLike, start: int, stop: int, **where
+) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
+    """Some latents of a dictionary, and `b_dec`: what a process loads that holds a part of it.
+
+    In a folder no other rows are read. From the Hub, those before `start` are fetched too that lie in the same file
+    as the first of these: the cache holds a file from its beginning on. So of a dictionary in pieces a part costs its
+    own pieces, and of one in a single file all that comes before `stop`.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder or repository id.
+        start (`int`), stop (`int`): The latents from the first to before the second.
+        where: As in `from_pretrained`: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
+            `force_download`.
+
+    Returns:
+        `tuple[SAEConfig, dict[str, Tensor]]`: The config of the whole dictionary, and a state dict of `stop - start`
+        rows of each tensor, as they are stored, and `b_dec` whole.
+
+    Raises:
+        `ValueError`: if the range does not fit the dictionary, or a file is damaged.
+        `OSError`: if the files are not there or cannot be fetched.
+    """
+    unknown = where.keys() - set(_FILE_KEYS)
+    if unknown:
+        raise TypeError(f"read_latents() got unexpected arguments: {sorted(unknown)}.")
+    found, commit = _pinned(source, where)
+    fields, _ = SAEConfig.get_config_dict(source, **found)
+    kinds = {config.model_type: config for config in CONFIGS.values()}
+    if fields.get("model_type") not in kinds:
+        raise ValueError(f"{source} is no SAE: its config names the model type {fields.get('model_type')!r}.")
+    config = kinds[fields["model_type"]].from_pretrained(source, **found)
+    if not 0 <= start < stop <= config.num_latents:
+        raise ValueError(
+            f"`start` and `stop` must be a range of latents between 0 and num_latents ({config.num_latents}), got "
+            f"{start!r} and {stop!r}."
+        )
+    try:
+        return config, _read_rows(source, found, commit, start, stop, config.num_latents)
+    except SafetensorError as error:
+        forget_partial_files(source, where)
+        raise ValueError(damaged(source, error)) from error
+
+
+def damaged(source, error: Exception) -> str:
+    """What to say of weights that cannot be read."""
+    return (
+        f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: save or download it "
+        "again."
+    )
+
+
+def in_pieces(source, kwargs: dict) -> bool:
+    """Whether the weights lie in pieces, which transformers cannot read; by the arguments of `from_pretrained`."""
+    if kwargs.get("variant"):
+        return False
+    where, _ = _pinned(source, kwargs)
+    return _pieces_index(source, where) is not None
+
+
+def _pieces_index(source, where: dict) -> str | None:
+    return cached_file(source, PIECES_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file on this machine with latents of an SAE.
+
+    Args:
+        path (`str` or `Path`): The file.
+        names (`list[str]`, *optional*): Tensors to take from it; all where not given.
+        start (`int`), stop (`int`): It holds the latents from the first to before the second.
+    """
+
+    path: str | Path
+    names: list[str] | None
+    start: int
+    stop: int
+
+
+def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile]:
+    """The files of the weights in a folder, whichever way they are split.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of a saved SAE.
+        num_latents (`int`): F, by its config.
+
+    Raises:
+        `ValueError` or `SafetensorError`: if an index does not fit.
+        `OSError`: if there are no weights.
+    """
+    return _weight_files(folder, {}, None, 0, None, num_latents)
+
+
+def _read_rows(
+    source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
+) -> dict[str, torch.Tensor]:
+    """The rows from `start` to `stop` of every tensor, and those that have no latent axis."""
+    try:
+        files = _weight_files(source, where, commit, start, stop, num_latents)
+        return _join(files, start, num_latents if stop is None else stop)
+    except FileNotFoundError:
+        if commit is None or where.get("local_files_only"):
+            raise
+        # Another process has completed a file meanwhile, and it lies elsewhere now.
+        files = _weight_files(source, where, commit, start, stop, num_latents)
+        return _join(files, start, num_latents if stop is None else stop)
+
+
+def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:
+    """The rows of the dictionary from `start` to `stop`, out of the files that have them."""
+    state: dict[str, torch.Tensor] = {}
+    expected: set[str] | None = None
+    for part in files:
+        begin, end = max(start, part.start), min(stop, part.stop)
+        with safe_open(part.path, framework="pt") as file:
+            names = part.names or file.keys()
+            if part.names is None:
+                expected = _same_names(part.path, set(names) - WHOLE_TENSORS, expected)
+            for name in names:
+                stored = file.get_slice(name)
+                if name in WHOLE_TENSORS:
+                    state[name] = file.get_tensor(name)
+                    continue
+                if stored.get_shape()[0] != part.stop - part.start:
                     raise ValueError(
-                        f"{name} in {path} has {rows.get_shape()[0]} rows where the config says {num_latents}."
+                        f"{name} in {part.path} has {stored.get_shape()[0]} rows where the config or index says "
+                        f"{part.stop - part.start}."
                     )
-                state[name] = file.get_tensor(name) if name in WHOLE_TENSORS else rows[:width]
+                if begin >= end:  # a first piece that is here for what has no latent axis
+                    continue
+                rows = stored[begin - part.start : end - part.start]  # a view of the file: nothing is read yet
+                if len(rows) == stop - start:
+                    state[name] = rows
+                    continue
+                if name not in state:
+                    state[name] = rows.new_empty(stop - start, *rows.shape[1:])
+                if (state[name].dtype, state[name].shape[1:]) != (rows.dtype, rows.shape[1:]):
+                    raise ValueError(f"{name} in {part.path} is of another type or shape than in the piece before.")
+                state[name][begin - start : end - start] = rows
     return state
 
 
+def _same_names(path: str | Path, names: set[str], expected: set[str] | None) -> set[str]:
+    """The names of a piece's tensors, which should be those of the pieces before it."""
+    if expected is not None and names != expected:
+        raise ValueError(
+            f"{path} does not hold the same tensors as the pieces before it: {', '.join(sorted(names ^ expected))}."
+        )
+    return names
+
+
 def _weight_files(
-    source, where: dict, commit: str | None, width: int | None
-) -> list[tuple[str | Path, list[str] | None]]:
-    """The files of the weights, and which tensors to take from each (all, where not said)."""
-    single = _file(source, SAFE_WEIGHTS_NAME, where, commit, width, optional=True)
+    source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
+) -> list[WeightFile]:
+    """The files that have latents `start` to `stop`, and what has no latent axis."""
+    index = _pieces_index(source, where)
+    if index is not None:
+        pieces = read_index(index)
+        if pieces[-1].stop != num_latents:
+            raise ValueError(f"{index} is of {pieces[-1].stop} latents where the config says {num_latents}.")
+        return [_piece(source, piece, where, commit, start, stop) for piece in _asked(pieces, start, stop)]
+    single = _file(source, SAFE_WEIGHTS_NAME, where, commit, stop, optional=True)
     if single is not None:
-        return [(single, None)]
+        return [WeightFile(single, None, 0, num_latents)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     try:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
@@ -131,19 +272,51 @@ def _weight_files(
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, []).append(name)
-    return [(_file(source, shard, where, commit, width), names) for shard, names in shards.items()]
+    paths = {shard: _file(source, shard, where, commit, stop) for shard in shards}
+    return [WeightFile(paths[shard], names, 0, num_latents) for shard, names in shards.items()]
 
 
-def _file(source, name: str, where: dict, commit: str | None, width: int | None, optional: bool = False):
+def _asked(pieces: list[Piece], start: int, stop: int | None) -> list[Piece]:
+    """The pieces with any of these latents; and the first, which has what has no latent axis."""
+    return [
+        piece for piece in pieces if piece.start == 0 or (start < piece.stop and (stop or piece.stop) > piece.start)
+    ]
+
+
+def _piece(source, piece: Piece, where: dict, commit: str | None, start: int, stop: int | None) -> WeightFile:
+    """A piece, of which at least the rows between these are there."""
+    width = None
+    if stop is not None:
+        width = min(stop, piece.stop) - piece.start if start < piece.stop else 0
+    path = _file(source, piece.file, where, commit, width, piece=piece)
+    return WeightFile(path, None, piece.start, piece.stop)
+
+
+def _file(
+    source,
+    name: str,
+    where: dict,
+    commit: str | None,
+    width: int | None,
+    optional: bool = False,
+    piece: Piece | None = None,
+):
     """A file with at least the first `width` rows of its tensors; from the Hub, no more than those is fetched."""
+
+    def published(again: bool) -> dict | None:
+        digests = _published_digests(source, where, again)
+        return digests if digests is None or piece is None else digests_of_piece(digests, piece.start, piece.stop)
+
     if not Path(source).is_dir() and commit is not None:
         part = _partial_file(source, name, where, commit)
         force = bool(where.get("force_download"))
         whole = None if force else part.whole()
         if whole is not None:
             return whole
+        if piece is not None and width is None and not part.begun:
+            return cached_file(source, name, **where)
         try:
-            return part.fetch(width, WHOLE_TENSORS, lambda again: _published_digests(source, where, again), force)
+            return part.fetch(width, WHOLE_TENSORS, published, force)
         except RangesRefused as reason:
             warn_of_whole_file(part.filename, part.repo_id, reason)
             part.forget()
@@ -222,7 +395,7 @@ def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:
         return [], where, None
     folder = references / commit / (where.get("subfolder") or "")
     return (
-        [_partial_file(source, path.name, where, commit) for path in folder.glob("model*.safetensors")],
+        [_partial_file(source, path.name, where, commit) for path in folder.glob("*.safetensors")],
         where,
         commit,
     )

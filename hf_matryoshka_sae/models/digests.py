@@ -10,8 +10,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
+
+from .pieces import tensor_files
+from .safetensors_file import as_bytes
 
 
 DIGESTS_NAME = "model.digests.json"
@@ -30,7 +32,9 @@ def digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:_HEX_DIGITS]
 
 
-def row_digests(state: dict[str, Tensor], num_rows: int, widths: list[int], whole: set[str]) -> dict:
+def row_digests(
+    state: dict[str, Tensor], num_rows: int, widths: list[int], whole: set[str], first_row: int = 0
+) -> dict:
     """What `model.digests.json` holds for the tensors of an SAE.
 
     Args:
@@ -38,24 +42,39 @@ def row_digests(state: dict[str, Tensor], num_rows: int, widths: list[int], whol
         num_rows (`int`): F.
         widths (`list[int]`): Prefix widths; blocks end there too.
         whole (`set[str]`): Tensors without a latent axis.
+        first_row (`int`, *optional*, defaults to 0): Which latent the first of the rows in `state` is.
 
     Returns:
-        `dict` with `blocks` (where they end), `rows` (a digest per block of each tensor) and `whole`.
+        `dict` with `blocks` (where they end), `rows` (a digest of each tensor for each block that lies inside the
+        rows) and `whole`.
     """
     ends = block_ends(num_rows, widths)
     blocks = list(zip([0, *ends], ends, strict=False))
-    by_row = {name: tensor for name, tensor in state.items() if name not in whole}
+
+    def digests(rows: Tensor) -> list[str]:
+        inside = [(a - first_row, b - first_row) for a, b in blocks if first_row <= a and b <= first_row + len(rows)]
+        return [digest(as_bytes(rows[a:b])) for a, b in inside]
+
     return {
         "algorithm": f"sha256, {_HEX_DIGITS} hex digits",
         "blocks": ends,
-        "rows": {name: [digest(_bytes(tensor[a:b])) for a, b in blocks] for name, tensor in by_row.items()},
-        "whole": {name: digest(_bytes(state[name])) for name in sorted(whole & state.keys())},
+        "rows": {name: digests(tensor) for name, tensor in state.items() if name not in whole},
+        "whole": {name: digest(as_bytes(state[name])) for name in sorted(whole & state.keys())},
     }
 
 
-def _bytes(rows: Tensor) -> memoryview:
-    # As bytes: numpy has no bfloat16.
-    return memoryview(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def digests_of_piece(published: dict, start: int, stop: int) -> dict:
+    """What `model.digests.json` says of a file that holds the latents from `start` to before `stop`, counted from
+    its own first row. A block that begins before the file has `None`: it cannot be checked."""
+    ends = published.get("blocks", ())
+    inside = [i for i, end in enumerate(ends) if start < end <= stop]
+    cut = [i for i in inside if (ends[i - 1] if i else 0) < start]
+
+    def of_piece(digests: list[str]) -> list[str | None]:
+        return [None if i in cut else digests[i] for i in inside if i < len(digests)]
+
+    rows = {name: of_piece(digests) for name, digests in published.get("rows", {}).items()}
+    return {**published, "blocks": [ends[i] - start for i in inside], "rows": rows}
 
 
 def first_wrong_row(
@@ -74,7 +93,7 @@ def first_wrong_row(
         return None if digest(read(0, have)) == published["whole"][name] else 0
     begin = 0
     for end, expected in zip(published.get("blocks", ()), published.get("rows", {}).get(name, ()), strict=False):
-        if start < end <= have and digest(read(begin, end)) != expected:
+        if start < end <= have and expected is not None and digest(read(begin, end)) != expected:
             return begin
         begin = end
     return None
@@ -85,13 +104,13 @@ def weights_digest(sae: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
         found.update(name.encode())
-        found.update(_bytes(tensor))
+        found.update(as_bytes(tensor))
     return found.hexdigest()
 
 
 def folder_digest(folder: Path) -> str | None:
-    """SHA-256 of the files of an SAE's weights, over all shards; `None` where there are none."""
-    found, files = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    """SHA-256 of the files of an SAE's weights, over all shards or pieces; `None` where there are none."""
+    found, files = hashlib.sha256(), tensor_files(folder)
     for path in files:
         with open(path, "rb") as file:
             while block := file.read(2**22):

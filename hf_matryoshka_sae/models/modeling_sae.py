@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .checkpoint_files import complete_partial_files, forget_partial_files, read_prefix, staged_files
+from .checkpoint_files import (
+    complete_partial_files,
+    damaged,
+    forget_partial_files,
+    in_pieces,
+    read_prefix,
+    staged_files,
+)
 from .configuration_sae import (
     BatchTopKSAEConfig,
     GatedSAEConfig,
@@ -33,6 +40,7 @@ from .configuration_sae import (
 )
 from .families import FAMILIES
 from .partial_download import DROPPED
+from .pieces import allocate_files, plan_files, write_index, write_latents
 from .reshaping import Reshaping
 from .selection import EncoderBlocks
 from .sharding import Layout
@@ -296,15 +304,28 @@ class SAEModel(Reshaping, PreTrainedModel):
     # Files
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers, but every file is complete before it takes its name; the config comes last."""
+        """As in transformers, but every file is complete before it takes its name; the config comes last.
+
+        A dictionary larger than `max_shard_size` (by default "5GB") is written in pieces by latents, see `pieces.py`:
+        transformers' shards would hold each tensor whole.
+        """
         if kwargs.pop("push_to_hub", False):
             names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
             pushed = {name: kwargs[name] for name in names if name in kwargs}
             self.push_to_hub(pushed.pop("repo_id", Path(save_directory).name), **pushed)
             for name in ("repo_id", "commit_message", "private", "create_pr", "revision"):
                 kwargs.pop(name, None)
+        size = kwargs.setdefault("max_shard_size", "5GB")
         with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
-            super().save_pretrained(staging, **kwargs)
+            state = kwargs.get("state_dict") or self.state_dict()
+            plan = plan_files(state, self.config.num_latents, size)
+            if len(plan.pieces) == 1 or kwargs.get("variant") or kwargs.get("distributed_checkpoint"):
+                super().save_pretrained(staging, **kwargs)
+                return
+            super().save_pretrained(staging, **kwargs | {"state_dict": {}})  # the config alone
+            allocate_files(staging, plan)
+            write_latents(staging, plan, 0, state, show=True)
+            write_index(staging, plan)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Push to the root of a repository, in one commit; arguments as in transformers.
@@ -333,7 +354,7 @@ class SAEModel(Reshaping, PreTrainedModel):
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            if source is not None and width is not None:
+            if source is not None and (width is not None or in_pieces(source, kwargs)):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
                 pretrained_model_name_or_path = None
@@ -349,10 +370,7 @@ class SAEModel(Reshaping, PreTrainedModel):
             ) from error
         except (SafetensorError, json.JSONDecodeError) as error:
             forget_partial_files(source, kwargs)
-            raise ValueError(
-                f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "
-                "save or download it again."
-            ) from error
+            raise ValueError(damaged(source, error)) from error
         broken = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
         if broken:
             forget_partial_files(source, kwargs)

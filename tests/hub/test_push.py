@@ -11,19 +11,22 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_matryoshka_sae import MatryoshkaSAE, TopKSAE
+from hf_matryoshka_sae import MatryoshkaSAE, TopKSAE, convert
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.features import FeatureIndex, build_index
+from hf_matryoshka_sae.hub.card import _same
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
+from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
 from hf_matryoshka_sae.training.config import RunConfig
 
 from ..conftest import SERVER
 from ..hub_server import HubServer
 from ..models.reference import F, hidden_states, make_sae
-from ..models.test_saving import assert_same_tensors
+from ..models.test_saving import assert_same_tensors, save
 
 
 REPO = "tester/run"
@@ -229,16 +232,56 @@ def test_an_sae_at_the_root_and_saes_in_folders_do_not_hide_each_other(hub, tmp_
     assert_same_tensors(AutoModel.from_pretrained("tester/alone"), sae.truncate(4))
 
 
-@pytest.mark.parametrize(("first", "second"), [(400, "5GB"), ("5GB", 400)], ids=["shards to one", "one to shards"])
-def test_weights_of_an_earlier_push_in_other_shards_are_taken_away(hub, tmp_path, first, second):
+@pytest.mark.parametrize("second", ["one file", "shards", "pieces"])
+@pytest.mark.parametrize("first", ["one file", "shards", "pieces"])
+def test_weights_of_an_earlier_push_in_other_files_are_taken_away(hub, tmp_path, first, second):
     (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
     folder = tmp_path / "run" / "matryoshka" / "layers.0"
-    for size in (first, second):
-        sae.save_pretrained(folder, max_shard_size=size)
+    for layout in (first, second):
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        (folder / PIECES_INDEX_NAME).unlink(missing_ok=True)
+        save(sae, folder, layout)
         push(tmp_path / "run")
-    there = {name.split("/")[1] for name in hub.files(REPO) if name.startswith("layers.0/model")}
-    assert there == {path.name for path in folder.glob("model*")} | {DIGESTS_NAME}
+    there = {name.split("/")[1] for name in hub.files(REPO) if name.startswith("layers.0/")}
+    assert there == {path.name for path in folder.iterdir()} | {DIGESTS_NAME}
     assert_same_tensors(AutoModel.from_pretrained(REPO, subfolder="layers.0"), sae)
+
+
+def test_pieces_are_pushed_with_digests_of_their_rows_listed_and_loaded_by_width(hub, tmp_path):
+    (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
+    sae.save_pretrained(tmp_path / "run" / "matryoshka" / "layers.0", max_shard_size=400)
+    push(tmp_path / "run")
+    files = hub.files(REPO)
+    digests = json.loads(files[f"layers.0/{DIGESTS_NAME}"])
+    pieces = json.loads(files[f"layers.0/{PIECES_INDEX_NAME}"])["pieces"]
+    stops = [piece["stop"] for piece in pieces]
+    assert set(stops) <= set(digests["blocks"]) and len(stops) > 1
+    assert set(digests["headers"]) == {piece["file"] for piece in pieces}
+    del digests["headers"]
+    assert digests == row_digests(sae.state_dict(), F, [*sae.prefix_widths, *stops], WHOLE_TENSORS)
+    assert list(sae_hub.list_saes(REPO)) == ["layers.0"] and sae_hub.list_saes(REPO)["layers.0"].num_latents == F
+    for width in (1, stops[0], stops[0] + 1, F, None):
+        expected = sae if width is None else sae.truncate(width)
+        assert_same_tensors(sae_hub.load(REPO, width=width), expected)
+        assert_same_tensors(convert.load(REPO, width=width, dtype=torch.float32), expected)
+    sae.save_pretrained(tmp_path / "run" / "matryoshka" / "layers.0")
+    push(tmp_path / "run")
+    assert hub.files(REPO)["README.md"] == files["README.md"]  # thresholds and all
+
+
+def test_an_sae_that_was_loaded_from_pieces_is_known_again_on_its_card(hub, tmp_path):
+    (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
+    folder = tmp_path / "run" / "matryoshka" / "layers.0"
+    sae.save_pretrained(folder, max_shard_size=400)
+    loaded = AutoModel.from_pretrained(folder)
+    assert _same(loaded, folder)
+    with torch.no_grad():
+        loaded.b_enc[-1] += 1
+    assert not _same(loaded, folder) and not _same(loaded.truncate(3), folder)
+    loaded.push_to_hub("tester/alone", max_shard_size=400)
+    assert PIECES_INDEX_NAME in hub.files("tester/alone")
+    assert_same_tensors(AutoModel.from_pretrained("tester/alone"), loaded)
 
 
 def test_a_branch_is_made_and_main_stays(hub, tmp_path):
@@ -289,7 +332,7 @@ def test_a_private_repository_needs_its_token_which_is_written_nowhere(hub, tmp_
 # What cannot be pushed
 
 
-@pytest.mark.parametrize("damage", ["half", "no weights", "other shapes"])
+@pytest.mark.parametrize("damage", ["half", "no weights", "other shapes", "no piece", "short piece", "half an index"])
 def test_a_damaged_sae_is_refused_before_anything_is_sent(hub, tmp_path, damage):
     save_run(tmp_path / "run")
     weights = tmp_path / "run" / "matryoshka" / "layers.0" / "model.safetensors"
@@ -297,9 +340,19 @@ def test_a_damaged_sae_is_refused_before_anything_is_sent(hub, tmp_path, damage)
         weights.write_bytes(weights.read_bytes()[:300])
     elif damage == "no weights":
         weights.unlink()
-    else:
+    elif damage == "other shapes":
         config = weights.with_name("config.json")
         config.write_text(config.read_text().replace('"d_in": 6', '"d_in": 8'))
+    else:
+        make_sae("matryoshka-batch_topk", torch.float32).save_pretrained(weights.parent, max_shard_size=400)
+        piece = sorted(weights.parent.glob("latents-*.safetensors"))[1]
+        index = weights.parent / PIECES_INDEX_NAME
+        if damage == "no piece":
+            piece.unlink()
+        elif damage == "short piece":
+            save_file({name: tensor[:1].clone() for name, tensor in load_file(piece).items()}, piece)
+        else:
+            index.write_text(index.read_text()[:100])
     with pytest.raises(ValueError, match="Save it again"):
         push(tmp_path / "run")
     assert not hub.requests

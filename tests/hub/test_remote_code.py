@@ -77,8 +77,11 @@ def results(sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
     saes = {variant: make_sae(variant, torch.float32, hookpoint=f"layers.{i}") for i, variant in enumerate(VARIANTS)}
     saes["normalised"] = make_sae("topk", torch.float32, hookpoint="layers.x", input_normalization="layer_norm")
-    for sae in saes.values():
-        sae.save_pretrained(tmp_path / "run" / "sae" / sae.config.hookpoint)
+    saes["pieces"] = make_sae("gated", torch.float32, hookpoint="layers.p")
+    for name, sae in saes.items():
+        size = 400 if name == "pieces" else "5GB"
+        sae.save_pretrained(tmp_path / "run" / "sae" / sae.config.hookpoint, max_shard_size=size)
+    assert (tmp_path / "run" / "sae" / "layers.p" / "latents.index.json").is_file()
     commit = sae_hub.push(tmp_path / "run", "tester/all", measure=False, show=False)
     HfApi().create_tag("tester/all", tag="v1", revision=commit.oid)
     x = hidden_states(40, dtype=torch.float32)

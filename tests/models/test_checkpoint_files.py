@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import Counter
 
 import pytest
 import torch
@@ -12,20 +13,19 @@ from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_matryoshka_sae.models import checkpoint_files
 
 from .reference import VARIANTS, D, F, hidden_states, make_sae
-from .test_saving import assert_same_tensors
+from .test_saving import assert_same_tensors, save
 
 
-SHARDING = {"one file": "5GB", "shards": 400}
+layouts = pytest.mark.parametrize("layout", ["one file", "shards", "pieces"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+@layouts
 @pytest.mark.parametrize("width", [1, 2, 6, F])
-def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, shard_size):
+def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, layout):
     sae = make_sae(variant, torch.float32)
     sae.permute_(torch.randperm(F))
-    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (tmp_path / "model.safetensors").exists() == (shard_size == "5GB")
+    save(sae, tmp_path, layout)
     loaded, small = type(sae).from_pretrained(tmp_path, width=width), sae.truncate(width)
     assert_same_tensors(loaded, small)
     assert loaded.config.truncated(width) == small.config.truncated(width) and not loaded.training
@@ -35,10 +35,10 @@ def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, 
     assert torch.equal(loaded(x).loss, small(x).loss)
 
 
-@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
-def test_auto_model_subfolder_and_dtype_work_with_a_width(tmp_path, shard_size):
+@layouts
+def test_auto_model_subfolder_and_dtype_work_with_a_width(tmp_path, layout):
     sae = make_sae("matryoshka-topk", torch.float32)
-    sae.save_pretrained(tmp_path / "layers.3", max_shard_size=shard_size)
+    save(sae, tmp_path / "layers.3", layout)
     loaded = AutoModel.from_pretrained(tmp_path, subfolder="layers.3", width=6, dtype=torch.bfloat16)
     assert_same_tensors(loaded, sae.truncate(6).to(torch.bfloat16))
     by_class = MatryoshkaSAE.from_pretrained(str(tmp_path), subfolder="layers.3", width=6)
@@ -94,10 +94,10 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path):
 # What is read
 
 
-@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
-def test_later_rows_have_no_influence(tmp_path, shard_size):
+@layouts
+def test_later_rows_have_no_influence(tmp_path, layout):
     sae = make_sae("matryoshka-jumprelu", torch.float32)
-    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
+    save(sae, tmp_path, layout)
     for path in tmp_path.glob("*.safetensors"):
         state = load_file(path)
         for name, tensor in state.items():
@@ -110,7 +110,7 @@ def test_later_rows_have_no_influence(tmp_path, shard_size):
 class CountingFile:
     """A safetensors file that notes how many elements of each tensor are taken out."""
 
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
 
     def __init__(self, *args, **kwargs):
         self.file = _safe_open(*args, **kwargs)
@@ -127,7 +127,7 @@ class CountingFile:
 
     def get_tensor(self, name):
         tensor = self.file.get_tensor(name)
-        self.taken[name] = tensor.numel()
+        self.taken[name] += tensor.numel()
         return tensor
 
     def get_slice(self, name):
@@ -143,20 +143,20 @@ class CountingSlice:
 
     def __getitem__(self, index):
         tensor = self.rows[index]
-        self.file.taken[self.name] = tensor.numel()
+        self.file.taken[self.name] += tensor.numel()
         return tensor
 
 
 _safe_open = checkpoint_files.safe_open
 
 
-@pytest.mark.parametrize("shard_size", SHARDING.values(), ids=SHARDING)
+@layouts
 @pytest.mark.parametrize("variant", ["relu", "gated", "matryoshka-jumprelu"])
-def test_only_the_asked_rows_are_taken_from_the_file(tmp_path, monkeypatch, variant, shard_size):
+def test_only_the_asked_rows_are_taken_from_the_file(tmp_path, monkeypatch, variant, layout):
     sae = make_sae(variant)
-    sae.save_pretrained(tmp_path, max_shard_size=shard_size)
+    save(sae, tmp_path, layout)
     monkeypatch.setattr(checkpoint_files, "safe_open", CountingFile)
-    monkeypatch.setattr(CountingFile, "taken", {})
+    monkeypatch.setattr(CountingFile, "taken", Counter())
     AutoModel.from_pretrained(tmp_path, width=4)
     expected = {name: tensor[:4].numel() for name, tensor in sae.state_dict().items()} | {"b_dec": D}
     assert CountingFile.taken == expected

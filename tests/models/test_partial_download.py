@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
-from safetensors.torch import save
+from safetensors import torch as safetensors_torch
 from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel, TopKSAE
@@ -21,7 +21,7 @@ from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, digest, r
 
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, hidden_states, make_sae
-from .test_saving import assert_same_tensors
+from .test_saving import assert_same_tensors, save
 
 
 REPO = "tester/sae"
@@ -32,9 +32,14 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-def put(hub: HubServer, sae: SAEModel, folder, digests: bool = True, subfolder: str = "", **how) -> None:
+layouts = pytest.mark.parametrize("layout", ["one file", "shards", "pieces"])
+
+
+def put(
+    hub: HubServer, sae: SAEModel, folder, digests: bool = True, subfolder: str = "", layout: str = "one file"
+) -> None:
     """Commit a saved SAE to the loopback Hub."""
-    sae.save_pretrained(folder, **how)
+    save(sae, folder, layout, 40_000)
     files = {f"{subfolder}{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
     if digests:
         found = row_digests(sae.state_dict(), sae.config.num_latents, sae.prefix_widths, WHOLE_TENSORS)
@@ -63,11 +68,11 @@ def weights_sent(hub: HubServer) -> int:
     return sum(request.sent for request in found)
 
 
-@pytest.mark.parametrize("shard_size", ["5GB", 40_000], ids=["one file", "shards"])
+@layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path, dtype, shard_size):
+def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path, dtype, layout):
     sae = large(dtype)
-    put(hub, sae, tmp_path / "saved", max_shard_size=shard_size)
+    put(hub, sae, tmp_path / "saved", layout=layout)
     shards, before = len(list((tmp_path / "saved").glob("*.safetensors"))), 0
     for width in (1, 32, 20, 300, 512):
         assert_same_tensors(AutoModel.from_pretrained(REPO, width=width), sae.truncate(width))
@@ -159,11 +164,11 @@ def test_force_download_starts_over(hub, tmp_path):
 # Where there is no connection
 
 
-@pytest.mark.parametrize("shard_size", ["5GB", 40_000], ids=["one file", "shards"])
+@layouts
 @pytest.mark.parametrize("how", ["offline", "local_files_only"])
-def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tmp_path, monkeypatch, how, shard_size):
+def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
-    put(hub, sae, tmp_path / "saved", max_shard_size=shard_size)
+    put(hub, sae, tmp_path / "saved", layout=layout)
     AutoModel.from_pretrained(REPO, width=20)
     hub.requests.clear()
     offline = {"local_files_only": True} if how == "local_files_only" else {}
@@ -338,7 +343,7 @@ def test_rows_other_than_the_config_says_are_refused(hub, tmp_path):
     sae = large()
     put(hub, sae, tmp_path / "saved")
     state = sae.state_dict() | {"W_dec": sae.W_dec[:100].clone()}
-    hub.add(REPO, {"model.safetensors": save(state, {"format": "pt"}), DIGESTS_NAME: b"{}"})
+    hub.add(REPO, {"model.safetensors": safetensors_torch.save(state, {"format": "pt"}), DIGESTS_NAME: b"{}"})
     with pytest.raises(ValueError, match="W_dec"):
         MatryoshkaSAE.from_pretrained(REPO, width=90)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_matryoshka_sae import MODELS, SAEModel, TopKSAE
+from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
 
 from .reference import VARIANTS, D, F, assert_close, hidden_states, make_sae
 
@@ -107,6 +109,18 @@ def test_every_class_is_registered_for_its_config(tmp_path):
         assert type(AutoModel.from_pretrained(folder)) is model_class
 
 
+def save(sae: SAEModel, folder, layout: str, size: int = 400) -> None:
+    """Save in one file, in pieces by latents, or in the shards of transformers, as repositories of before have."""
+    if layout == "shards":
+        PreTrainedModel.save_pretrained(sae, folder, max_shard_size=size)
+    else:
+        sae.save_pretrained(folder, max_shard_size="5GB" if layout == "one file" else size)
+    names = {"one file": "model.safetensors", "shards": SAFE_WEIGHTS_INDEX_NAME, "pieces": PIECES_INDEX_NAME}
+    assert {other: (folder / name).exists() for other, name in names.items()} == {
+        other: other == layout for other in names
+    }
+
+
 # Damage
 
 
@@ -165,10 +179,11 @@ def test_a_damaged_file_is_refused_with_its_place_and_what_to_do(saved, load, da
 
 
 @pytest.mark.parametrize(("text", "width"), [("{", None), ("{", 4), ("", None), ("", 4), ("{}", 4)])
-def test_a_damaged_index_is_refused(saved, text, width):
-    folder, sae = saved
-    sae.save_pretrained(folder, max_shard_size=400)
-    (folder / "model.safetensors.index.json").write_text(text)
+@pytest.mark.parametrize("layout", ["shards", "pieces"])
+def test_a_damaged_index_is_refused(tmp_path, layout, text, width):
+    sae, folder = make_sae("matryoshka-jumprelu", torch.float32), tmp_path
+    save(sae, folder, layout)
+    (folder / {"shards": SAFE_WEIGHTS_INDEX_NAME, "pieces": PIECES_INDEX_NAME}[layout]).write_text(text)
     with pytest.raises(ValueError, match="damaged or half-written"):
         type(sae).from_pretrained(folder, width=width)
 
@@ -216,12 +231,16 @@ def test_an_interrupted_save_leaves_earlier_files_and_no_litter(saved, tmp_path,
         assert_same_tensors(AutoModel.from_pretrained(folder), sae)
 
 
-@pytest.mark.parametrize(("first", "second"), [("5GB", 400), (400, "5GB"), (400, 700)], ids=str)
-def test_a_save_in_other_shards_replaces_the_earlier_one(tmp_path, first, second):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("5GB", 400), (400, "5GB"), (400, 700), (400, 420), ("shards", 400), ("shards", "5GB")],
+    ids=str,
+)
+def test_a_save_in_other_pieces_replaces_the_earlier_one(tmp_path, first, second):
     old, new = make_sae("matryoshka-relu"), make_sae("topk")
     (tmp_path / "README.md").write_text("kept")
     (tmp_path / "model_notes.txt").write_text("kept")
-    old.save_pretrained(tmp_path, max_shard_size=first)
+    save(old, tmp_path, "shards") if first == "shards" else old.save_pretrained(tmp_path, max_shard_size=first)
     new.save_pretrained(tmp_path, max_shard_size=second)
     alone = tmp_path / "alone"
     new.save_pretrained(alone, max_shard_size=second)
