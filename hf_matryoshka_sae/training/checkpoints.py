@@ -52,20 +52,20 @@ def save_tree(path: Path, tree: Any) -> None:
         raise TypeError(f"{name} of type {type(node).__name__} cannot be saved.")
 
     skeleton = strip(tree, "")
-    write_tensors(path.with_suffix(".safetensors"), tensors)
-    path.with_suffix(".json").write_text(json.dumps(skeleton))
+    write_tensors(f"{path}.safetensors", tensors)  # not with_suffix: a name may have dots
+    Path(f"{path}.json").write_text(json.dumps(skeleton))
 
 
 def load_tree(path: Path) -> Any:
     """What [`save_tree`] wrote to `path`; tensors come back on the CPU."""
-    tensors = load_file(path.with_suffix(".safetensors"))
+    tensors = load_file(f"{path}.safetensors")
 
     def fill(node: Any) -> Any:
         if isinstance(node, dict):
             return tensors[node[_TENSOR]] if set(node) == {_TENSOR} else {key: fill(node[key]) for key in node}
         return [fill(value) for value in node] if isinstance(node, list) else node
 
-    return fill(json.loads(path.with_suffix(".json").read_text()))
+    return fill(json.loads(Path(f"{path}.json").read_text()))
 
 
 class Checkpoint:
