@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from transformers.utils import logging as transformers_logging
 
-    from .training import Interrupted, load_run_config, train
+    from .training import Interrupted, LostProcess, load_run_config, train
 
     transformers_logging.disable_progress_bar()  # ours is the one to watch
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stopped:
         sys.stderr.write(f"\n{stopped}\n")
         return 130
+    except LostProcess as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 1
     except ValueError as error:
         sys.stderr.write(f"\nerror: {error}\n")
         return 2

@@ -2,6 +2,7 @@
 
 from .config import RunConfig, SAESpec, load_run_config
 from .trainer import Interrupted, train
+from .watchdog import LostProcess
 
 
-__all__ = ["Interrupted", "RunConfig", "SAESpec", "load_run_config", "train"]
+__all__ = ["Interrupted", "LostProcess", "RunConfig", "SAESpec", "load_run_config", "train"]

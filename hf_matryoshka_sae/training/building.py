@@ -3,7 +3,6 @@
 import copy
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModel
@@ -67,7 +66,6 @@ def _build(
         whole = spec.sae_config(d_in, config.model, hookpoint, like=None if start is None else start.config)
         layout = meshes.layout(placement, whole.num_latents, config.capacity_factor)
         sae = build_sae(_own_config(whole, layout))
-        sae.latent_ids.copy_(torch.arange(*layout.rows))
         if start is not None:
             _take_over(sae, start, mean, scale, spec, layout)
         else:

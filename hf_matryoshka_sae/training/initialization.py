@@ -61,6 +61,7 @@ def initialize(
             sae.W_enc[rows] = directions / math.sqrt(sae.config.d_in) * spec.encoder_init_scale
         else:
             sae.W_enc[rows] = sae.W_dec[rows] * spec.encoder_init_scale
+    sae.latent_ids.copy_(torch.arange(*layout.rows))
     sae.b_enc.zero_()
     if spec.b_dec_init == "mean":
         sae.b_dec.copy_(mean)
@@ -73,8 +74,8 @@ def initialize(
 def _directions(layout: Layout, d_in: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """Normal numbers for the rows of this process, block by block: which rows, and theirs.
 
-    Blocks are those of the whole dictionary, each with a seed of its own, so that a shard draws what one process would,
-    and hardly more than it keeps.
+    Blocks are those of the whole dictionary, each with a seed of its own, so that a shard draws what one process
+    would, and hardly more than it keeps.
     """
     start, stop = layout.rows
     size = max(1, _BLOCK_ENTRIES // d_in)

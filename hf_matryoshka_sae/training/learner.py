@@ -316,7 +316,7 @@ class Learner:
 
     def statistics(self, step: int) -> StepStatistics:
         """What the last step told; moves numbers to the host."""
-        variance = max(self.last["variance"].item(), 1e-30)
+        variance = max((self.last["square"] - self.last["mean"].square().sum()).item(), 1e-30)
         return StepStatistics(
             loss=self.last["loss"].item(),
             fvu=[sse / variance for sse in self.last["sse"].tolist()],

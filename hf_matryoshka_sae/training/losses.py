@@ -119,7 +119,7 @@ class Objective(nn.Module):
             num_dead (`int`, *optional*): Dead latents of the whole dictionary; by default those of `dead`.
 
         Returns:
-            The loss, and detached statistics of this process: `sse` (P,), `variance`, `auxk`; of its latents alone
+            The loss, and detached statistics of this process: `sse` (P,), `mean` (D,) and `square` of x, `auxk`; of its latents alone
             `l0`, `fired` (F,), `energy` (F,): the mean of `(a * ||d||)^2`.
         """
         loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
@@ -230,7 +230,8 @@ class Objective(nn.Module):
         fired.index_add_(0, pairs.cols, active.float())
         statistics = {
             "sse": sse.float(),
-            "variance": (x - x.mean(0)).square().sum(-1).mean().float(),
+            "mean": x.mean(0).float(),
+            "square": x.square().sum(-1).mean().float(),
             "l0": active.sum().float() / pairs.num_rows,
             "fired": fired,
             "auxk": auxk.detach().float(),

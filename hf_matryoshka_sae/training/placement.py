@@ -85,8 +85,8 @@ def processes_of(config: RunConfig, processes: int, streams: int) -> list[tuple[
             )
         if streams % (len(ranks) // shards):
             raise ValueError(
-                f"{streams} streams of data cannot be shared evenly by the {len(ranks) // shards} replicas of `{entry}`"
-                f" ({len(ranks)} processes / {shards} shards). Set `data_streams` to a multiple of the replicas."
+                f"{streams} streams of data cannot be shared evenly by the {len(ranks) // shards} replicas of "
+                f"`{entry}` ({len(ranks)} processes / {shards} shards). Set `data_streams` to a multiple of these."
             )
         if spec.grow_from is not None and shards > 1:
             raise ValueError(f"`{entry}` has `grow_from` and cannot be sharded: set its `latent_shards: 1`.")

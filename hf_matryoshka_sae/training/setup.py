@@ -143,7 +143,7 @@ def _lm_device(config: RunConfig, accelerator: Accelerator) -> torch.device:
 
 
 def usable_device(name: str, field: str) -> torch.device:
-    """A device of this process; raises `ValueError`, which names the `field` that asks for it, where it is not there."""
+    """A device of this process; raises `ValueError` with the `field` that asks for it where it is not there."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

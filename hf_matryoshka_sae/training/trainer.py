@@ -27,6 +27,7 @@ from .metrics_log import MetricsLog
 from .placement import place, processes_of, readers
 from .provenance import Provenance
 from .setup import Harvest, open_harvest
+from .watchdog import Watchdog
 
 
 logger = get_logger(__name__)
@@ -53,6 +54,8 @@ _PLACES = ("latent_shards", "processes", "device")
 class Interrupted(Exception):
     """The run was asked to stop; a checkpoint has been saved."""
 
+    on_all_processes = True
+
 
 def train(config: RunConfig) -> list[dict[str, Any]]:
     """Run a training to its end: SAEs, metrics, table and plot in `config.output_dir`.
@@ -66,8 +69,11 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
     Raises:
         `ValueError`: for whatever does not fit, before anything is trained where that can be seen.
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
+        [`LostProcess`]: where another process of the run has ended.
     """
-    return Trainer(config).run()
+    accelerator = make_accelerator(config)
+    with Watchdog(accelerator, Path(config.output_dir)):
+        return Trainer(config, accelerator).run()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -90,9 +96,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 class Trainer:
     """Holds a run's parts; [`train`] is the way in."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, accelerator: Accelerator | None = None):
         self.config = config
-        self.accelerator = accelerator = make_accelerator(config)
+        self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.folder = Path(config.output_dir)
         self.provenance = Provenance(self.folder, config, accelerator)
         self._claim_folder()
