@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.models.checkpoint_files import read_latents, staged_files
+from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.models.pieces import (
     PIECES_INDEX_NAME,
     WHOLE_TENSORS,
@@ -228,13 +229,19 @@ def test_processes_that_each_write_their_latents_make_the_files_that_one_makes(t
     assert_same_tensors(AutoModel.from_pretrained(tmp_path / "many"), sae)
 
 
-def test_rows_of_other_tensors_than_planned_are_refused(tmp_path):
+def test_rows_other_than_planned_are_refused(tmp_path):
     state = by_rule()
     plan = plan_files(state, 512, "20KB")
     allocate_files(tmp_path, plan)
-    del state["threshold"]
-    with pytest.raises(ValueError, match="Rows of .*threshold.* should be written"):
-        write_latents(tmp_path, plan, 0, state)
+    for wrong in ({"threshold": state["threshold"][1:]}, {"more": state["threshold"]}):
+        with pytest.raises(ValueError, match="As many rows of each of .*'threshold'.* should be written, got .*: 512"):
+            write_latents(tmp_path, plan, 0, state | wrong)
+    for first in (-1, 1):
+        with pytest.raises(ValueError, match=f"512 rows from {first} on do not lie in a dictionary of 512 latents"):
+            write_latents(tmp_path, plan, first, state)
+    for name in state:
+        with pytest.raises(ValueError, match="should be written"):
+            write_latents(tmp_path, plan, 0, {other: state[other] for other in state if other != name})
 
 
 # Some latents
@@ -295,7 +302,7 @@ def test_latents_of_what_is_no_sae_are_refused(tmp_path):
 # The Hub
 
 
-def test_without_pieces_no_width_fetches_a_piece_past_it(hub, tmp_path):
+def test_a_width_fetches_no_piece_a_piece_past_it(hub, tmp_path):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout="pieces")
     files = pieces_of(tmp_path / "saved")
@@ -331,10 +338,20 @@ def test_rows_of_a_piece_that_were_damaged_on_the_way_are_found(hub, tmp_path, m
 
 def sae_hub_digests(hub: HubServer, sae, ends: list[int]) -> None:
     """Digests as a push makes them: blocks end where pieces do."""
-    from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
-
     found = row_digests(sae.state_dict(), 512, [*sae.prefix_widths, *ends], WHOLE_TENSORS)
     hub.add(REPO, {DIGESTS_NAME: json.dumps(found).encode()})
+
+
+def test_latents_whose_connection_stays_broken_say_so_and_go_on(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    sae = large()
+    put(hub, sae, tmp_path / "saved", layout="pieces")
+    read_latents(REPO, 0, 1)
+    hub.fail(2, "drop", times=1000)
+    with pytest.raises(OSError, match="same call again goes on"):
+        read_latents(REPO, 0, 300)
+    hub.fail(1, "drop", times=0)
+    assert torch.equal(read_latents(REPO, 0, 300)[1]["W_dec"], sae.W_dec[:300])
 
 
 # Damage
