@@ -30,6 +30,7 @@ from .partial_download import DROPPED, NotInCache, PartialFile, RangesRefused, w
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
 
 
+_ATTEMPTS = 5
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -209,15 +210,15 @@ def _read_rows(
     source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
 ) -> dict[str, torch.Tensor]:
     """The rows from `start` to `stop` of every tensor, and those that have no latent axis."""
-    try:
-        files = _weight_files(source, where, commit, start, stop, num_latents)
-        return _join(files, start, num_latents if stop is None else stop)
-    except FileNotFoundError:
-        if commit is None or where.get("local_files_only"):
-            raise
-        # Another process has completed a file meanwhile, and it lies elsewhere now.
-        files = _weight_files(source, where, commit, start, stop, num_latents)
-        return _join(files, start, num_latents if stop is None else stop)
+    for attempt in range(_ATTEMPTS):
+        try:
+            files = _weight_files(source, where, commit, start, stop, num_latents)
+            return _join(files, start, num_latents if stop is None else stop)
+        except FileNotFoundError:
+            # Another process may have completed a file, or begun it anew, so that it lies elsewhere now.
+            if commit is None or where.get("local_files_only") or attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:

@@ -51,7 +51,7 @@ def test_everything_that_fits_a_file_is_one_file_as_transformers_has_it():
     ]
 
 
-@pytest.mark.parametrize("limit", [1, 600, 700, 5000, 40_000, 200_000])
+@pytest.mark.parametrize("limit", [1, 600, 700, 5000, 5440, 40_000, 200_000])
 @pytest.mark.parametrize("latents", [1, 64, 509])
 def test_pieces_keep_to_the_bound_and_are_as_few_and_as_equal_as_can_be(limit, latents):
     sae = TopKSAE(TopKSAEConfig(d_in=64, num_latents=latents, k=1))
@@ -206,18 +206,30 @@ def by_rule() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", ["20KB", "5GB"], ids=["pieces", "one file"])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_processes_that_each_write_their_latents_make_the_files_that_one_makes(tmp_path, shards, size):
+@pytest.mark.parametrize("ends", [[0, 512], [0, 170, 170, 341, 512]], ids=["one", "four"])
+def test_parts_written_in_any_order_make_the_files_that_one_makes(tmp_path, ends, size):
     sae = large()
     sae.load_state_dict(by_rule())
     sae.save_pretrained(tmp_path / "one", max_shard_size=size)
-    ends = [512 * shard // shards for shard in range(shards + 1)]
+    with staged_files(tmp_path / "many") as staging:
+        plan = plan_files(by_rule(), 512, size)
+        allocate_files(staging, plan)
+        for first, last in reversed(list(zip(ends, ends[1:], strict=False))):
+            write_part(staging, first, last, size)
+        write_index(staging, plan)
+        sae.config.save_pretrained(staging)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path):
+    sae, size = large(), "20KB"
+    sae.load_state_dict(by_rule())
+    sae.save_pretrained(tmp_path / "one", max_shard_size=size)
     with staged_files(tmp_path / "many") as staging:
         plan = plan_files(by_rule(), 512, size)
         allocate_files(staging, plan)
         context = multiprocessing.get_context("spawn")
-        parts = zip(ends, ends[1:], strict=False)
-        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in parts]
+        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in ((0, 230), (230, 512))]
         for worker in workers:
             worker.start()
         for worker in workers:
