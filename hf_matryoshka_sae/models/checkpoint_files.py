@@ -26,10 +26,11 @@ from transformers.utils import (
 
 from .configuration_sae import CONFIGS, SAEConfig
 from .digests import DIGESTS_NAME, digests_of_piece
-from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
+from .partial_download import DROPPED, NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
 
 
+_ATTEMPTS = 5
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -136,19 +137,31 @@ def read_latents(
             f"`start` and `stop` must be a range of latents between 0 and num_latents ({config.num_latents}), got "
             f"{start!r} and {stop!r}."
         )
-    try:
+    with failures_named(source, where):
         return config, _read_rows(source, found, commit, start, stop, config.num_latents)
-    except SafetensorError as error:
-        forget_partial_files(source, where)
-        raise ValueError(damaged(source, error)) from error
 
 
-def damaged(source, error: Exception) -> str:
-    """What to say of weights that cannot be read."""
-    return (
-        f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: save or download it "
-        "again."
-    )
+@contextmanager
+def failures_named(source, kwargs: dict) -> Iterator[None]:
+    """Say what a broken connection and damaged files mean, and drop what was fetched of the latter in part.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder or repository id.
+        kwargs (`dict`): What `from_pretrained` got.
+    """
+    try:
+        yield
+    except DROPPED as error:
+        raise OSError(
+            f"The connection to the Hub broke while {source} was fetched ({error}). What came is kept: the same "
+            "call again goes on from there."
+        ) from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        forget_partial_files(source, kwargs)
+        raise ValueError(
+            f"The weights of {source} cannot be read ({error}). The file is damaged or half-written: "
+            "save or download it again."
+        ) from error
 
 
 def in_pieces(source, kwargs: dict) -> bool:
@@ -197,15 +210,15 @@ def _read_rows(
     source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
 ) -> dict[str, torch.Tensor]:
     """The rows from `start` to `stop` of every tensor, and those that have no latent axis."""
-    try:
-        files = _weight_files(source, where, commit, start, stop, num_latents)
-        return _join(files, start, num_latents if stop is None else stop)
-    except FileNotFoundError:
-        if commit is None or where.get("local_files_only"):
-            raise
-        # Another process has completed a file meanwhile, and it lies elsewhere now.
-        files = _weight_files(source, where, commit, start, stop, num_latents)
-        return _join(files, start, num_latents if stop is None else stop)
+    for attempt in range(_ATTEMPTS):
+        try:
+            files = _weight_files(source, where, commit, start, stop, num_latents)
+            return _join(files, start, num_latents if stop is None else stop)
+        except FileNotFoundError:
+            # Another process may have completed a file, or begun it anew, so that it lies elsewhere now.
+            if commit is None or where.get("local_files_only") or attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:

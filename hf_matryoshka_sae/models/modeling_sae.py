@@ -8,13 +8,11 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -22,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoint_files import (
     complete_partial_files,
-    damaged,
+    failures_named,
     forget_partial_files,
     in_pieces,
     read_prefix,
@@ -39,7 +37,6 @@ from .configuration_sae import (
     check_width,
 )
 from .families import FAMILIES
-from .partial_download import DROPPED
 from .pieces import allocate_files, plan_files, write_index, write_latents
 from .reshaping import Reshaping
 from .selection import EncoderBlocks
@@ -353,7 +350,7 @@ class SAEModel(Reshaping, PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
-        try:
+        with failures_named(source, kwargs):
             if source is not None and (width is not None or in_pieces(source, kwargs)):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
@@ -363,14 +360,6 @@ class SAEModel(Reshaping, PreTrainedModel):
             # Mismatches are reported below: transformers raises a RuntimeError that names no tensor.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except DROPPED as error:
-            raise OSError(
-                f"The connection to the Hub broke while {source} was fetched ({error}). What came is kept: the same "
-                "call again goes on from there."
-            ) from error
-        except (SafetensorError, json.JSONDecodeError) as error:
-            forget_partial_files(source, kwargs)
-            raise ValueError(damaged(source, error)) from error
         broken = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
         if broken:
             forget_partial_files(source, kwargs)

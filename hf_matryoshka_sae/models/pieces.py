@@ -7,7 +7,7 @@
 
 transformers puts each tensor whole into one file, which for millions of latents is too large a file. Who writes which
 rows leaves no trace: the files are planned from sizes alone, so a dictionary that is spread over processes is written
-by all of them at once, each its own rows, and no process holds the whole:
+by all of them at once, each its own rows, into a folder that all of them see, and no process holds the whole:
 
     plan = plan_files(my_rows, num_latents, max_bytes)      # on every process: equal everywhere
     allocate_files(folder, plan)                            # on one, before the others begin
@@ -123,12 +123,19 @@ def write_latents(
         tensors (`Mapping[str, Tensor]`): State dict of these rows; what has no latent axis is written by those who
             have the first latent.
         show (`bool`, *optional*, defaults to `False`): Show a progress bar.
+
+    Raises:
+        `ValueError`: for other tensors than planned, or rows past the end.
+        `OSError`: if a file cannot be written.
     """
-    missing = plan.specs.keys() ^ tensors.keys()
-    if missing:
-        raise ValueError(f"Rows of {sorted(plan.specs)} should be written, got {sorted(tensors)}.")
     rows = {name: tensor for name, tensor in tensors.items() if name not in WHOLE_TENSORS}
-    count = len(next(iter(rows.values())))
+    counts = {len(tensor) for tensor in rows.values()}
+    if plan.specs.keys() != tensors.keys() or len(counts) != 1:
+        found = {name: len(tensor) for name, tensor in rows.items()}
+        raise ValueError(f"As many rows of each of {sorted(plan.specs)} should be written, got {found}.")
+    (count,) = counts
+    if not 0 <= first_row <= plan.num_latents - count:
+        raise ValueError(f"{count} rows from {first_row} on do not lie in a dictionary of {plan.num_latents} latents.")
     for piece in logging.tqdm(plan.pieces, desc="Writing latents", disable=not show):
         start, stop = max(piece.start, first_row), min(piece.stop, first_row + count)
         if start >= stop:

@@ -224,10 +224,11 @@ def requests_of_a_pull(hub: HubServer) -> int:
     return hub.counted
 
 
+@pytest.mark.parametrize("layout", ["one file", "pieces"])
 @pytest.mark.parametrize("how", ["drop", "503", "truncate"])
-def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how):
+def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
-    put(hub, sae, tmp_path / "saved")
+    put(hub, sae, tmp_path / "saved", layout=layout)
     total = requests_of_a_pull(hub)
     assert total >= 8
     survived = 0

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.models.checkpoint_files import read_latents, staged_files
+from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.models.pieces import (
     PIECES_INDEX_NAME,
     WHOLE_TENSORS,
@@ -50,7 +51,7 @@ def test_everything_that_fits_a_file_is_one_file_as_transformers_has_it():
     ]
 
 
-@pytest.mark.parametrize("limit", [1, 600, 700, 5000, 40_000, 200_000])
+@pytest.mark.parametrize("limit", [1, 600, 700, 5000, 5440, 40_000, 200_000])
 @pytest.mark.parametrize("latents", [1, 64, 509])
 def test_pieces_keep_to_the_bound_and_are_as_few_and_as_equal_as_can_be(limit, latents):
     sae = TopKSAE(TopKSAEConfig(d_in=64, num_latents=latents, k=1))
@@ -205,18 +206,30 @@ def by_rule() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", ["20KB", "5GB"], ids=["pieces", "one file"])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_processes_that_each_write_their_latents_make_the_files_that_one_makes(tmp_path, shards, size):
+@pytest.mark.parametrize("ends", [[0, 512], [0, 170, 170, 341, 512]], ids=["one", "four"])
+def test_parts_written_in_any_order_make_the_files_that_one_makes(tmp_path, ends, size):
     sae = large()
     sae.load_state_dict(by_rule())
     sae.save_pretrained(tmp_path / "one", max_shard_size=size)
-    ends = [512 * shard // shards for shard in range(shards + 1)]
+    with staged_files(tmp_path / "many") as staging:
+        plan = plan_files(by_rule(), 512, size)
+        allocate_files(staging, plan)
+        for first, last in reversed(list(zip(ends, ends[1:], strict=False))):
+            write_part(staging, first, last, size)
+        write_index(staging, plan)
+        sae.config.save_pretrained(staging)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path):
+    sae, size = large(), "20KB"
+    sae.load_state_dict(by_rule())
+    sae.save_pretrained(tmp_path / "one", max_shard_size=size)
     with staged_files(tmp_path / "many") as staging:
         plan = plan_files(by_rule(), 512, size)
         allocate_files(staging, plan)
         context = multiprocessing.get_context("spawn")
-        parts = zip(ends, ends[1:], strict=False)
-        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in parts]
+        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in ((0, 230), (230, 512))]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -228,13 +241,19 @@ def test_processes_that_each_write_their_latents_make_the_files_that_one_makes(t
     assert_same_tensors(AutoModel.from_pretrained(tmp_path / "many"), sae)
 
 
-def test_rows_of_other_tensors_than_planned_are_refused(tmp_path):
+def test_rows_other_than_planned_are_refused(tmp_path):
     state = by_rule()
     plan = plan_files(state, 512, "20KB")
     allocate_files(tmp_path, plan)
-    del state["threshold"]
-    with pytest.raises(ValueError, match="Rows of .*threshold.* should be written"):
-        write_latents(tmp_path, plan, 0, state)
+    for wrong in ({"threshold": state["threshold"][1:]}, {"more": state["threshold"]}):
+        with pytest.raises(ValueError, match="As many rows of each of .*'threshold'.* should be written, got .*: 512"):
+            write_latents(tmp_path, plan, 0, state | wrong)
+    for first in (-1, 1):
+        with pytest.raises(ValueError, match=f"512 rows from {first} on do not lie in a dictionary of 512 latents"):
+            write_latents(tmp_path, plan, first, state)
+    for name in state:
+        with pytest.raises(ValueError, match="should be written"):
+            write_latents(tmp_path, plan, 0, {other: state[other] for other in state if other != name})
 
 
 # Some latents
@@ -295,7 +314,7 @@ def test_latents_of_what_is_no_sae_are_refused(tmp_path):
 # The Hub
 
 
-def test_without_pieces_no_width_fetches_a_piece_past_it(hub, tmp_path):
+def test_a_width_fetches_no_piece_a_piece_past_it(hub, tmp_path):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout="pieces")
     files = pieces_of(tmp_path / "saved")
@@ -331,10 +350,20 @@ def test_rows_of_a_piece_that_were_damaged_on_the_way_are_found(hub, tmp_path, m
 
 def sae_hub_digests(hub: HubServer, sae, ends: list[int]) -> None:
     """Digests as a push makes them: blocks end where pieces do."""
-    from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
-
     found = row_digests(sae.state_dict(), 512, [*sae.prefix_widths, *ends], WHOLE_TENSORS)
     hub.add(REPO, {DIGESTS_NAME: json.dumps(found).encode()})
+
+
+def test_latents_whose_connection_stays_broken_say_so_and_go_on(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    sae = large()
+    put(hub, sae, tmp_path / "saved", layout="pieces")
+    read_latents(REPO, 0, 1)
+    hub.fail(2, "drop", times=1000)
+    with pytest.raises(OSError, match="same call again goes on"):
+        read_latents(REPO, 0, 300)
+    hub.fail(1, "drop", times=0)
+    assert torch.equal(read_latents(REPO, 0, 300)[1]["W_dec"], sae.W_dec[:300])
 
 
 # Damage
