@@ -169,5 +169,5 @@ def whole_config(learner: Learner, sae: SAEModel):
     config = copy.deepcopy(sae.config)
     for name in sae.config.truncated(sae.config.num_latents):
         setattr(config, name, getattr(learner.config, name))
-    config.architectures = [type(sae).__name__]
+    config.architectures, config.dtype = [type(sae).__name__], str(sae.dtype).removeprefix("torch.")
     return config

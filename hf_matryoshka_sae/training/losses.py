@@ -119,9 +119,8 @@ class Objective(nn.Module):
             num_dead (`int`, *optional*): Dead latents of the whole dictionary; by default those of `dead`.
 
         Returns:
-            The loss, and detached statistics of this process: `sse` (P,), `auxk`, `mean` (D,) and `square` of x; of its
-            latents alone
-            `l0`, `fired` (F,), `energy` (F,): the mean of `(a * ||d||)^2`.
+            The loss, and detached statistics of this process: `sse` (P,), `auxk`, `mean` (D,) and `square` of x; of
+            its latents alone `l0`, `fired` (F,), `energy` (F,): the mean of `(a * ||d||)^2`.
         """
         loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
         if isinstance(sparsity, Tensor) or sparsity:

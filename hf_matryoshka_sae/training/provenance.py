@@ -52,7 +52,7 @@ class Provenance:
         self.began = time.monotonic()
         self.record: dict[str, Any] = {}
 
-    def begin(self, step: int, model: nn.Module) -> None:
+    def begin(self, step: int, model: nn.Module | None) -> None:
         """Open a session at a step: the first of a run, or one that goes on with what is on record."""
         config = self.config
         before = read_provenance(self.path.parent) if step else {}
@@ -70,7 +70,7 @@ class Provenance:
         self.record = {
             "format": 1,
             "sessions": [*before.get("sessions", []), session],
-            "language_model": describe_model(model),
+            "language_model": {} if model is None else describe_model(model),  # the main process has one
             "on_this_machine": sorted(name for name, path in local.items() if _is_here(path)),
             "saes": before.get("saes", {}),
         }
