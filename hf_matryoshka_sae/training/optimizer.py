@@ -196,7 +196,7 @@ def _written(state: dict[str, Tensor], name: str, moment: Tensor, dice: "_Dice",
 
 
 # A float32 without its last 20 bits: exponent and 3 bits of the fraction. 1.0, the largest of a row, is code 255; code
-# 0 is 2^-32, never zero: it stands below a fraction line.
+# 0 is 1.125 * 2^-32, never zero: it stands below a fraction line.
 _LOWEST = (0x3F800000 >> 20) - 255
 
 
@@ -228,10 +228,10 @@ def _to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
 
 
 class _Dice:
-    """Random numbers of 31 bits that are a function of seed, parameter, step, row and column.
+    """Random numbers of 20 bits that are a function of seed, parameter, step, row and column.
 
-    Number of row i and column j is a_i + b_j, with a, b random: any two numbers are independent, which is all that the
-    mean and the spread of a sum of rounding errors depend on, at the cost of one addition each.
+    That of row i and column j is the upper part of a_i b_j modulo 2^32, with a (odd) and b random (multiplicative
+    hashing): a hash of rows and of columns, and for each entry one product.
 
     Args:
         seed (`int`), number (`int`): Of the run; of the parameter.
@@ -248,13 +248,13 @@ class _Dice:
     def roll(self, first: int, count: int) -> None:
         """Go to `count` rows from number `first` on."""
         numbers = torch.arange(first, first + count, device=self.device)
-        self.rows = _short(_mixed(self.key ^ numbers)).view(-1, *(1 for _ in self.shape))
+        self.rows = (_short(_mixed(self.key ^ numbers)) | 1).view(-1, *(1 for _ in self.shape))
 
     def __call__(self, kind: int) -> Tensor:
-        """Numbers `(count, D)` of one kind for these rows, int32."""
+        """Numbers `(count, D)` of one kind for these rows, int32, of which the last 20 bits count."""
         size = self.shape.numel()
         columns = torch.arange(size, device=self.device) + (kind + 1) * 2**40
-        return self.rows + _short(_mixed(self.key ^ columns)).view(self.shape)
+        return (self.rows * _short(_mixed(self.key ^ columns)).view(self.shape)).bitwise_right_shift_(12)
 
 
 def _mixed(numbers: Tensor) -> Tensor:
@@ -266,5 +266,5 @@ def _mixed(numbers: Tensor) -> Tensor:
 
 
 def _short(numbers: Tensor) -> Tensor:
-    """30 bits each, so that the sum of two stays in 31."""
-    return (numbers & (2**30 - 1)).int()
+    """The upper half of int64 numbers."""
+    return (numbers >> 32).int()
