@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .sparse_ops import row_norms
+from .sparse_ops import matrix_vector, row_norms
 
 
 class Reshaping:
@@ -42,7 +42,7 @@ class Reshaping:
         if self.config.input_normalization is not None:
             raise ValueError("An SAE that normalises each hidden state by itself cannot take a normalisation for all.")
         mean = mean.to(self.b_dec)
-        shift = 0 if self.config.apply_b_dec_to_input else self.W_enc @ mean
+        shift = 0 if self.config.apply_b_dec_to_input else matrix_vector(self.W_enc, mean)
         if self.config.activation_name == "gated":
             self.b_mag.copy_(self.b_mag * scale - self.r_mag.exp() * shift)
         self.b_enc.copy_(self.b_enc * scale - shift)

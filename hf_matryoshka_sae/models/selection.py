@@ -38,7 +38,8 @@ class EncoderBlocks:
     """The pre-activations `((x - b_dec) W_enc^T + b_enc) * scale`, computed a block of latents at a time.
 
     Iterating gives `(first latent, block)`, latents ascending. A block `(N, B)` is padded with -inf to whole groups
-    and is overwritten by the next one. Under autocast the product is taken in its type.
+    and is overwritten by the next one. The product is taken in the wider type of the hidden states and the weights,
+    under autocast in its type.
 
     Args:
         x (`Tensor` of shape `(N, D)`): Hidden states.
@@ -61,7 +62,8 @@ class EncoderBlocks:
         fitting = _BLOCK_ENTRIES.get(x.device.type, 2**27) // max(1, len(x))
         self.block_latents = min(_whole_groups(block_latents or max(1, fitting)), _whole_groups(len(W_enc)))
         autocast = torch.is_autocast_enabled(x.device.type)
-        self.dtype = torch.get_autocast_dtype(x.device.type) if autocast else W_enc.dtype
+        wider = torch.promote_types(x.dtype, W_enc.dtype)
+        self.dtype = torch.get_autocast_dtype(x.device.type) if autocast else wider
         self._x = (x if b_dec is None else x - b_dec).to(self.dtype)
         self._W_enc, self._b_enc, self._scale = W_enc, b_enc, scale
 

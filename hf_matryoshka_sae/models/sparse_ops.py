@@ -25,6 +25,8 @@ from .triton_ops import pair_dot as triton_pair_dot
 from .triton_ops import usable as triton_usable
 
 
+_ROWS = 2**16  # rows of a matrix that are converted at once
+
 InputNorm = tuple[Tensor, Tensor]
 """What was taken off each token's hidden state, and what it was then divided by: `(..., 1)` each."""
 
@@ -60,6 +62,19 @@ class SparseLatents:
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths of rows, `(F,)`; never 0, so that a row of zeros can be divided by its own."""
     return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def matrix_vector(rows: Tensor, vector: Tensor) -> Tensor:
+    """`rows @ vector` in the type of `vector`, without a copy of all rows where theirs is another."""
+    return torch.cat([part.to(vector.dtype) @ vector for part in rows.split(_ROWS)])
+
+
+def vector_matrix(vector: Tensor, rows: Tensor) -> Tensor:
+    """`vector @ rows`, likewise."""
+    if vector.dtype == rows.dtype:
+        return vector @ rows
+    parts = zip(vector.split(_ROWS), rows.split(_ROWS), strict=True)
+    return sum(weights @ part.to(vector.dtype) for weights, part in parts)
 
 
 @dataclass
@@ -177,13 +192,19 @@ def pairs_from_slots(values: Tensor, indices: Tensor, num_latents: int) -> Laten
 # The two kernels
 
 
-def gather_sum(values: Tensor, source: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """`out[b] = sum of values[m] * source[index[m]]` over the pairs m from `offsets[b]` to `offsets[b + 1]`."""
+def gather_sum(
+    values: Tensor, source: Tensor, index: Tensor, offsets: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`out[b] = sum of values[m] * source[index[m]]` over the pairs m from `offsets[b]` to `offsets[b + 1]`.
+
+    The sum is taken in float32 at least, and then rounded to `dtype` (by default what the kernel gives).
+    """
     if triton_usable(source):
-        return triton_gather_sum(values, source, index, offsets)
-    return F.embedding_bag(
+        return triton_gather_sum(values, source, index, offsets, dtype or torch.float32)
+    out = F.embedding_bag(
         index, source, offsets, mode="sum", per_sample_weights=values.to(source.dtype), include_last_offset=True
     )
+    return out.to(dtype or out.dtype)
 
 
 def pair_dot(left: Tensor, bags: Tensor, offsets: Tensor, right: Tensor, cols: Tensor) -> Tensor:
@@ -215,51 +236,52 @@ class _EncodePairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, scale, pre, index):
         ctx.save_for_backward(x, W_enc, b_dec, scale, pre)
-        ctx.index, ctx.read_type = index, _read_type(W_enc)
-        return pre.to(
-            W_enc.dtype, copy=True
-        )  # gradients come back in the masters' type, also where the matmul was bf16
+        ctx.index, ctx.read_type, ctx.dtype = index, _read_type(W_enc), b_enc.dtype
+        # Gradients come back in the biases' type, also where the matmul or the matrices are bf16.
+        return pre.to(b_enc.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, W_enc, b_dec, scale, pre = ctx.saved_tensors
         index, need = ctx.index, ctx.needs_input_grad
-        grad = grad.to(W_enc.dtype)
+        grad = grad.to(ctx.dtype)
         grads = [None] * 5
         if need[4]:
-            grads[4] = torch.zeros_like(scale).index_add_(0, index.cols, grad * pre / scale[index.cols])
+            to_scale = grad * pre / scale[index.cols]
+            grads[4] = to_scale.new_zeros(len(scale)).index_add_(0, index.cols, to_scale).to(scale.dtype)
         if scale is not None:
             grad = grad * scale[index.cols]
-        grad_b = W_enc.new_zeros(len(W_enc)).index_add_(0, index.cols, grad)
+        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, index.cols, grad)
         centred = (x if b_dec is None else x - b_dec).to(ctx.read_type)
         spread = index.spread(grad) if index.dense else None
         if need[0]:
-            to_x = gather_sum(grad, W_enc, index.cols, index.by_token) if spread is None else spread @ W_enc
+            sparse = spread is None
+            to_x = gather_sum(grad, W_enc, index.cols, index.by_token) if sparse else spread.to(W_enc.dtype) @ W_enc
             grads[0] = to_x.to(x.dtype)
         if need[1] and spread is None:
             order, offsets = index.by_latent
-            grads[1] = gather_sum(grad[order], centred, index.rows[order], offsets).to(W_enc.dtype)
+            grads[1] = gather_sum(grad[order], centred, index.rows[order], offsets, W_enc.dtype)
         elif need[1]:
             grads[1] = (spread.T.to(centred.dtype) @ centred).to(W_enc.dtype)
         if need[2]:
             grads[2] = grad_b
         if need[3]:
-            grads[3] = -(grad_b @ W_enc)  # the batch is summed before the mat-vec
+            grads[3] = -vector_matrix(grad_b, W_enc)  # the batch is summed before the mat-vec
         return *grads, None, None
 
 
 def _decode_groups(
-    ctx, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...]
+    ctx, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum over each group's pairs, `(N, P, D)`, in one pass, and what its backward pass needs."""
+    """The sum over each group's pairs, `(N, P, D)` in `dtype`, in one pass, and what its backward pass needs."""
     source = W_dec.to(_read_type(W_dec))
     ctx.index, ctx.W_dtype, ctx.widths = index, W_dec.dtype, widths
     if index.dense:
         out = decode_groups(index.spread(values.to(source.dtype)), source, widths)
-        return out.to(W_dec.dtype), (values, source, None, None)
+        return out.to(dtype), (values, source, None, None)
     bags, offsets = index.by_group(widths)
-    out = gather_sum(values, source, index.cols, offsets).to(W_dec.dtype)
+    out = gather_sum(values, source, index.cols, offsets, dtype)
     return out.view(index.num_rows, len(widths), W_dec.shape[1]), (values, source, bags, offsets)
 
 
@@ -281,7 +303,7 @@ def _decode_gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Ten
         grad_values = pair_dot(grad, bags, offsets, source, ctx.index.cols).to(values.dtype)
     if ctx.needs_input_grad[1]:
         order, of_latent = ctx.index.by_latent
-        grad_W = gather_sum(values[order], grad, bags[order], of_latent).to(ctx.W_dtype)
+        grad_W = gather_sum(values[order], grad, bags[order], of_latent, ctx.W_dtype)
     return grad_values, grad_W
 
 
@@ -290,7 +312,7 @@ class _DecodeGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, W_dec, index, widths):
-        groups, saved = _decode_groups(ctx, values, W_dec, index, widths)
+        groups, saved = _decode_groups(ctx, values, W_dec, index, widths, W_dec.dtype)
         ctx.save_for_backward(*saved)
         return groups
 
@@ -312,7 +334,7 @@ class _PrefixErrors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, W_dec, b_dec, x, index, widths, layout):
-        errors, saved = _decode_groups(ctx, values, W_dec, index, widths)
+        errors, saved = _decode_groups(ctx, values, W_dec, index, widths, b_dec.dtype)
         ctx.counts_bias = layout is None or layout.shard == 0
         if layout is not None and layout.shards > 1:
             errors = all_sum(errors, layout.shard_group)

@@ -69,19 +69,22 @@ if triton is not None:
     _pair_dot_kernel = triton.jit(_pair_dot_kernel)
 
 
-def gather_sum(values: Tensor, source: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+def gather_sum(
+    values: Tensor, source: Tensor, index: Tensor, offsets: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`out[b] = sum of values[m] * source[index[m]]` over the pairs m from `offsets[b]` to `offsets[b + 1]`.
 
     Args:
         values (`Tensor` of shape `(M,)`), index (`Tensor` of shape `(M,)`): Weight and row of each pair.
         source (`Tensor` of shape `(R, D)`): Rows.
         offsets (`Tensor` of shape `(B + 1,)`): Where each bag begins, and the end of the last.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the sums, which are taken in float32.
 
     Returns:
-        `Tensor` of shape `(B, D)`, float32.
+        `Tensor` of shape `(B, D)`.
     """
     num_bags, width = len(offsets) - 1, source.shape[1]
-    out = torch.empty(num_bags, width, device=source.device, dtype=torch.float32)
+    out = torch.empty(num_bags, width, device=source.device, dtype=dtype)
     if out.numel():
         grid = (num_bags, triton.cdiv(width, _BLOCK_D))
         arguments = (part.contiguous() for part in (values, source, index, offsets))

@@ -106,6 +106,10 @@ class SAESpec:
     """JumpReLU: learning rate of the thresholds relative to the others'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_eps: float = 1e-8
+    optimizer_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What Adam's moments are kept in: 8, 4 or 2 bytes for each weight."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What `W_enc` and `W_dec`, and so their gradients, are kept in, in training and in the saved file."""
     lr_warmup_steps: int | None = None
     lr_decay_fraction: float = 1.0
     """Share of the steps at the end over which the rate falls to `lr_end`."""
@@ -166,6 +170,11 @@ class SAESpec:
         for name in ("random_prefixes", "sort_every"):
             if self.freeze_base and getattr(self, name):
                 raise ValueError(f"`{name}` would move a frozen base. Set `{name}: 0`, or `freeze_base: false`.")
+        if self.freeze_base and self.weights_dtype != "float32":
+            raise ValueError(
+                f"`weights_dtype: {self.weights_dtype}` would round a frozen base. Leave it out, or set `freeze_base: "
+                "false`."
+            )
 
     @classmethod
     def from_dict(cls, data: dict, where: str) -> "SAESpec":

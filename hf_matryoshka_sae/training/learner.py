@@ -14,6 +14,7 @@ from ..models.sharding import Layout, all_sum, exchange_rows
 from .config import SAESpec
 from .growth import FrozenBase
 from .losses import Objective, level_weights
+from .optimizer import build_optimizer, store_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 
 
@@ -86,6 +87,7 @@ class Learner:
         self.accelerator, self.steps, self.batch_size, self.seed = accelerator, steps, batch_size, seed
         self.mean, self.scale = mean.to(device), scale
         self.sae = sae.to(device).train()
+        store_weights(self.sae, spec)
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
         self.base, self.fixed = base, 0 if base is None else base.width
         if base is not None:
@@ -93,11 +95,16 @@ class Learner:
         scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
         scales["threshold"] = spec.threshold_lr_scale
         groups = [
-            {"params": [parameter], "lr_scale": scales.get(name, 1.0)}
+            {
+                "params": [parameter],
+                "lr_scale": scales.get(name, 1.0),
+                "unit_rows": name == "W_dec" and spec.unit_norm_decoder,
+                "first_row": 0 if name == "b_dec" else layout.rows[0],
+            }
             for name, parameter in self._parameters()
             if parameter.requires_grad
         ]
-        optimizer = torch.optim.Adam(groups, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
+        optimizer = build_optimizer(groups, spec, seed)
         self.objective, self.optimizer = Objective(self.sae, spec, layout), accelerator.prepare(optimizer)
         self._reduces = not wrapped and layout.processes > 1
         if wrapped:
@@ -116,10 +123,12 @@ class Learner:
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
             sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
-        self.average = copy.deepcopy(dict(self._parameters())) if spec.ema_decay is not None else None
-        if self.average is not None:
-            for tensor in self.average.values():
-                tensor.requires_grad_(False).zero_()
+        self.average: dict[str, Tensor] | None = None
+        if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
+            self.average = {
+                name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                for name, parameter in self._parameters()
+            }
         self.updates = 0
         # Steps left out: for hidden states, for gradients that were not finite; and how many in a row just now.
         self._skipped = torch.zeros(3, dtype=torch.int64, device=device)
@@ -214,14 +223,17 @@ class Learner:
             # vecdot forms the product first: in pieces it stays in the cache, and no copy of W_dec is made.
             size = max(1, _PIECE.get(gradient.device.type, 2**26) // gradient.shape[1])
             for part, rows in zip(gradient.split(size), self.sae.W_dec.split(size), strict=True):
-                along = torch.linalg.vecdot(part, rows)
-                part.addcmul_(along[:, None], rows, value=-1)
+                exact, rows = part.float(), rows.float()
+                exact.addcmul_(torch.linalg.vecdot(exact, rows)[:, None], rows, value=-1)
+                if exact is not part:
+                    part.copy_(exact)
 
     @torch.no_grad()
     def _project_decoder(self, changed: Tensor | None = None) -> None:
-        if self.spec.unit_norm_decoder:
+        rounded = self.sae.W_dec.dtype != torch.float32
+        if self.spec.unit_norm_decoder and not (rounded and changed is not None):  # rounded once, by the optimizer
             rows = self.sae.W_dec[self.fixed :]
-            norms = rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
             if changed is not None:  # dividing again would round again
                 norms = torch.where(changed, norms, 1.0)
             rows.div_(norms)
@@ -233,7 +245,7 @@ class Learner:
         self.updates += 1
         if self.average is not None:
             for name, parameter in self._parameters():
-                self.average[name].lerp_(parameter, 1 - self.spec.ema_decay)
+                self.average[name].lerp_(parameter.float(), 1 - self.spec.ema_decay)
 
     @torch.no_grad()
     def _count(self, step: int, finite: Tensor) -> None:
@@ -342,9 +354,10 @@ class Learner:
         if self.average is not None and self.updates:
             correction = 1 - self.spec.ema_decay**self.updates
             for name, parameter in sae.named_parameters():
-                parameter.copy_(self.average[name] / correction)
-            if self.spec.unit_norm_decoder:
-                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+                mean = self.average[name] / correction
+                if name == "W_dec" and self.spec.unit_norm_decoder:
+                    mean = mean.div_(mean.norm(dim=1, keepdim=True).clamp(min=1e-12))
+                parameter.copy_(mean)
         competing = sae.config.activation_name in ("topk", "batch_topk")
         if not self.spec.unit_norm_decoder and (sae.config.scale_by_decoder_norm or not competing):
             # Elsewhere it would change which latents win.

@@ -204,7 +204,7 @@ class Objective(nn.Module):
         if spec.auxk_detach_residual:
             residual = residual.detach()
         # Sparse gradients: rows of latents that are alive are not touched.
-        W_enc, W_dec = embedding(dead, sae.W_enc, sparse=True), embedding(dead, sae.W_dec, sparse=True)
+        W_enc, W_dec = (embedding(dead, W, sparse=True).to(sae.b_enc.dtype) for W in (sae.W_enc, sae.W_dec))
         b_enc, b_dec = sae.b_enc[dead], sae.b_dec if sae.config.apply_b_dec_to_input else None
         if sae.config.scale_by_decoder_norm:
             norms = W_dec.norm(dim=1)
@@ -239,7 +239,9 @@ class Objective(nn.Module):
         if self.spec.sort_every:
             energy = torch.zeros_like(fired).index_add_(0, pairs.cols, pairs.values.square().float())
             if not self.spec.unit_norm_decoder:
-                energy *= self.sae.W_dec.square().sum(1).float()
+                W_dec = self.sae.W_dec
+                wide = torch.promote_types(W_dec.dtype, torch.float32)
+                energy *= torch.linalg.vector_norm(W_dec, dim=1, dtype=wide).square().float()
             statistics["energy"] = energy / pairs.num_rows
         return statistics
 

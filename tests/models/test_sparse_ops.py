@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from hf_matryoshka_sae.models import sparse_ops
 from hf_matryoshka_sae.models.families import jumprelu
 from hf_matryoshka_sae.models.sparse_ops import (
     LatentPairs,
@@ -226,3 +227,47 @@ def test_jumprelu_compares_bf16_values_with_unrounded_thresholds():
     assert gate.item() == 1 and torch.equal(values, z)
     values.float().sum().backward()
     assert theta.grad.dtype == torch.float32 and theta.grad.item() == pytest.approx(-0.1 / 0.5)
+
+
+# Matrices of fewer bits
+
+
+@pytest.mark.parametrize("widths", [[31], [3, 17, 31]], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_bfloat16_matrices_cost_their_own_rounding_alone(widths, density):
+    """Sums are taken in float32 and rounded once: what comes out is within a few last bits of float64.
+
+    Hidden states, biases and latents are float32, and so are the errors and the gradients of the biases.
+    """
+    num_rows, num_latents, d_in = 300, 31, 40
+    rows, cols = (torch.rand(num_rows, num_latents) < density).nonzero(as_tuple=True)
+    index = PairIndex(rows, cols, num_rows, num_latents)
+    shapes = {"W_enc": (num_latents, d_in), "b_enc": (num_latents,), "b_dec": (d_in,), "W_dec": (num_latents, d_in)}
+    weights = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    weights = {name: tensor.bfloat16() if name[0] == "W" else tensor for name, tensor in weights.items()}
+    x, mix = torch.randn(num_rows, d_in), torch.rand(len(widths))
+
+    def outcome(dtype):
+        own = {name: (tensor.to(dtype) if dtype else tensor).requires_grad_() for name, tensor in weights.items()}
+        W_enc, b_enc, b_dec, W_dec = own.values()
+        states = x.to(dtype) if dtype else x
+        pre = ((states - b_dec) @ W_enc.to(states.dtype).T + b_enc)[rows, cols]
+        values = torch.relu(encode_pairs(states, W_enc, b_enc, b_dec, pre, index))
+        sse, residual = prefix_errors(LatentPairs(index, values), W_dec, b_dec, states, widths)
+        loss = (sse * mix.to(sse.dtype)).sum() + residual.square().mean()
+        gradients = torch.autograd.grad(loss, own.values())
+        assert all(gradient.dtype == tensor.dtype for gradient, tensor in zip(gradients, own.values(), strict=True))
+        return values.detach(), sse.detach(), residual.detach(), *gradients
+
+    found, expected = outcome(None), outcome(torch.float64)
+    assert [part.dtype for part in found[:3]] == [torch.float32] * 3
+    for part, exact in zip(found, expected, strict=True):
+        assert (part.double() - exact).norm() < 0.006 * exact.norm()
+
+
+def test_products_with_a_vector_need_no_copy_of_all_rows(monkeypatch):
+    rows, vector, weights = torch.randn(50, 7).bfloat16(), torch.randn(7), torch.randn(50)
+    for size in (2**16, 8):
+        monkeypatch.setattr(sparse_ops, "_ROWS", size)
+        assert torch.allclose(sparse_ops.matrix_vector(rows, vector), rows.float() @ vector, atol=1e-5)
+        assert torch.allclose(sparse_ops.vector_matrix(weights, rows), weights @ rows.float(), atol=1e-5)

@@ -38,6 +38,13 @@ def test_gather_sum_adds_up_in_float32(sizes, d_in, dtype):
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_are_rounded_once_to_the_type_asked_for():
+    source = torch.randn(11, 37, device=DEVICE)
+    values, index, _, offsets = bags_of([3, 0, 1, 20, 8], 11)
+    out = triton_ops.gather_sum(values, source, index, offsets, torch.bfloat16)
+    assert torch.equal(out, triton_ops.gather_sum(values, source, index, offsets).bfloat16())
+
+
 @TYPES
 @WIDTHS
 @pytest.mark.parametrize("sizes", [[3, 0, 1, 20, 8], [0, 0], []], ids=str)

@@ -138,3 +138,16 @@ def test_prefix_fractions_become_widths():
     assert spec.sae_config(8, "lm", "layer").prefix_widths == [4, 8, 16, 32, 64]
     with pytest.raises(ValueError, match="add up to 1"):
         SAESpec.from_dict({"prefix_fractions": [0.5, 0.1]}, "").sae_config(8, "lm", "layer")
+
+
+def test_types_of_weights_and_moments_are_checked():
+    spec = SAESpec.from_dict({"optimizer_dtype": "int8", "weights_dtype": "bfloat16"}, "")
+    assert (spec.optimizer_dtype, spec.weights_dtype) == ("int8", "bfloat16")
+    assert SAESpec().optimizer_dtype == SAESpec().weights_dtype == "float32"
+    for name, value in (("optimizer_dtype", "float16"), ("weights_dtype", "int8")):
+        with pytest.raises(ValueError, match=f"`saes.0.{name}` is '{value}'"):
+            SAESpec.from_dict({name: value}, "saes.0.")
+    grown = {"grow_from": "base", "num_latents": 50, "weights_dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="would round a frozen base. Leave it out"):
+        SAESpec.from_dict(grown, "")
+    SAESpec.from_dict({**grown, "freeze_base": False}, "")

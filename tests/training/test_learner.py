@@ -12,6 +12,7 @@ from hf_matryoshka_sae.training.learner import Learner
 
 
 D, F, K, N, STEPS = 8, 64, 4, 128, 40
+SMALLEST = {"weights_dtype": "bfloat16", "optimizer_dtype": "int8"}
 
 
 def learner(accumulation=1, steps=STEPS, d_in=D, device="cpu", mixed_precision=None, **fields):
@@ -98,6 +99,19 @@ def test_sorting_changes_nothing_but_the_order(ema):
     assert torch.equal(sorting.tokens_since_fired, plain.tokens_since_fired[order])
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_sorting_moves_every_tensor_of_the_moments(moments):
+    one = train(learner(type="batch_topk", optimizer_dtype=moments, auxk_coefficient=0.0), 5)
+    one.energy = torch.rand(F)
+    order = one.energy.argsort(descending=True)
+    state = one.optimizer.state[one.sae.W_dec]
+    before = {key: value.clone() for key, value in state.items()}
+    one._sort()
+    assert len(before) == (5 if moments == "int8" else 3)
+    for key, value in before.items():
+        assert torch.equal(state[key], value if key == "step" else value[order]), key
+
+
 def test_sorting_orders_by_energy():
     one = train(learner(type="batch_topk", sort_every=1))
     assert (one.energy.diff() <= 0).all()
@@ -172,8 +186,9 @@ def test_auxk_brings_dead_latents_back():
     assert shares[1] < 0.75 * shares[0]
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights():
-    one = train(learner(type="matryoshka"), 3)
+@pytest.mark.parametrize("fields", [{}, SMALLEST], ids=str)
+def test_a_gradient_that_is_not_finite_leaves_the_weights(fields):
+    one = train(learner(type="matryoshka", **fields), 3)
     before = [parameter.clone() for parameter in one.sae.parameters()]
     one.accumulate(torch.full((N, D), torch.nan), 3)
     one.step(3)
@@ -196,7 +211,14 @@ def test_the_average_is_the_bias_corrected_running_mean_of_the_weights():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9}, {"type": "jumprelu", "k": None}]
+    "fields",
+    [
+        {"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9},
+        {"type": "jumprelu", "k": None},
+        {"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9, **SMALLEST},
+        {"type": "jumprelu", "k": None, "optimizer_dtype": "bfloat16"},
+    ],
+    ids=str,
 )
 def test_a_resumed_learner_goes_on_bit_for_bit(fields):
     whole = train(learner(**fields), 12)
@@ -230,3 +252,82 @@ def test_geometric_median_is_the_point_of_least_total_distance():
     total = (points - found).norm(dim=1).sum()
     for _ in range(50):
         assert total <= (points - found - 0.05 * torch.randn(3)).norm(dim=1).sum() + 1e-3
+
+
+# Fewer bits
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "matryoshka", "ema_decay": 0.9, "sort_every": 5},
+        {"type": "topk", "auxk_coefficient": 1.0, "dead_tokens": 3 * N, "grad_clip": 1.0},
+        {"type": "jumprelu", "k": None, "target_l0": 4.0},
+        {"type": "gated", "k": None, "target_l0": 4.0},
+        {"preset": "saelens"},
+    ],
+    ids=str,
+)
+def test_fewer_bits_learn_as_well(fields, weights, moments):
+    """Within what another seed's first weights would change, of steps as large as these."""
+    fvus = []
+    for bits in ({}, {"weights_dtype": weights, "optimizer_dtype": moments}):
+        torch.manual_seed(0)
+        one = train(learner(steps=60, **fields, **bits), 60)
+        fvus.append(one.statistics(59).fvu[-1])
+    assert fvus[1] < 1.2 * fvus[0]
+    assert one.sae.W_enc.dtype == one.sae.W_dec.dtype == getattr(torch, weights)
+    assert one.sae.b_enc.dtype == one.sae.b_dec.dtype == torch.float32
+    if one.spec.unit_norm_decoder:
+        rounding = 1e-6 if weights == "float32" else 2**-7
+        assert (one.sae.W_dec.float().norm(dim=1) - 1).abs().max() < rounding
+
+
+@pytest.mark.parametrize(
+    ("fields", "each"),
+    [
+        ({}, 16),
+        ({"optimizer_dtype": "bfloat16"}, 12),
+        ({"optimizer_dtype": "int8"}, 10),
+        ({"weights_dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 8),
+        (SMALLEST, 6),
+    ],
+)
+def test_memory_really_falls(fields, each):
+    """Bytes for each entry of the matrices: weight, gradient, two moments; then a row's scales and the biases."""
+    one = learner(type="topk", d_in=256, **fields)
+    for step in range(2):
+        one.accumulate(torch.randn(N, 256), step)
+        if step == 0:
+            one.step(step)
+    tensors = [*one.sae.parameters(), *(parameter.grad for parameter in one.sae.parameters())]
+    tensors += [tensor for state in one.optimizer.state.values() for tensor in state.values()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    rest = 16 * (F + 256) + (2 * 2 * 4 * F if "int8" in fields.values() else 0) + 4 * 4
+    assert held == each * 2 * F * 256 + rest
+
+
+@pytest.mark.parametrize("fields", [{}, {"unit_norm_decoder": False}, {"ema_decay": 0.5}], ids=str)
+def test_bfloat16_weights_are_saved_as_they_are(fields, tmp_path):
+    one = train(learner(type="matryoshka", apply_b_dec_to_input=False, **fields, **SMALLEST), 20)
+    sae, x = one.finished(), next(batches(1))
+    with torch.no_grad():
+        sae.threshold.fill_(0.1)
+        inside = sae.float().eval()((x - one.mean) / one.scale)
+        sae = one.finished().eval()
+        sae.threshold.fill_(0.1)
+        sae.fold_normalization_(one.mean, one.scale)
+        sae.save_pretrained(tmp_path)
+        loaded = type(sae).from_pretrained(tmp_path)
+        assert loaded.W_dec.dtype == torch.bfloat16
+        assert loaded.threshold.dtype == torch.float32
+        assert torch.equal(loaded.W_dec, sae.W_dec) and torch.equal(loaded.W_enc, sae.W_enc)
+        if one.spec.unit_norm_decoder:
+            assert torch.allclose(loaded.W_dec.float().norm(dim=1), torch.ones(F), atol=2**-7)
+        wide = type(sae).from_pretrained(tmp_path, dtype=torch.float32)
+        expected = inside.reconstruction * one.scale + one.mean
+        assert torch.allclose(wide(x).reconstruction, expected, atol=1e-4)
+        error = (loaded(x).reconstruction.float() - expected).norm() / expected.norm()
+        assert error < 0.03

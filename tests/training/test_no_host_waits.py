@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_matryoshka_sae.models import selection
 
-from .test_learner import N, batches, learner
+from .test_learner import SMALLEST, N, batches, learner
 
 
 ASKING = {
@@ -69,6 +69,8 @@ def test_asking_is_noticed():
         {"type": "matryoshka", "random_prefixes": 4},
         {"type": "matryoshka", "activation": "topk", "error_unit": "fvu"},
         {"preset": "saelens"},
+        {"type": "matryoshka", "sort_every": 1, "grad_clip": 1.0, **SMALLEST},
+        {"type": "topk", "optimizer_dtype": "bfloat16"},
     ],
     ids=str,
 )
