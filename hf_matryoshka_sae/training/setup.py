@@ -135,51 +135,68 @@ def _stream(
 ) -> ActivationStream | CachedActivationStream:
     """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    text = _token_stream(config, tokenizer, accelerator)
-    shuffled = config.shuffle and config.pack
-    tokens = WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text
-    dtype = torch.float32 if accelerator.device.type == "cpu" else None
-    buffer_tokens = max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length)
-    live = ActivationStream(
-        model,
-        tokens,
-        hookpoints,
-        batch_size,
-        buffer_tokens,
-        device=accelerator.device,
-        dtype=dtype,
-        seed=config.seed + rank,
-        max_norm_factor=config.max_norm_factor,
+    live, fingerprint = live_stream(
+        config, accelerator.device, model, tokenizer, hookpoints, batch_size, rank, world_size
     )
     if config.activation_cache is None:
         return live
-    fingerprint = cache_fingerprint(
-        model,
-        text,
-        config.dataset,
-        hookpoints,
-        dtype,
-        max_norm_factor=config.max_norm_factor,
-        documents=[
-            config.shuffle,
-            config.window_pool_tokens,
-            config.seed,
-            config.eval_fraction if config.eval_dataset is None else None,
-        ],
-    )
+    needed = config.tokens + config.calibration_tokens
     if not has_cache(config.activation_cache):
-        needed = -(-(config.tokens + config.calibration_tokens) // world_size)
-        build_cache(config.activation_cache, live, needed, fingerprint, rank)
-    return CachedActivationStream(
+        share = -(-needed // world_size)
+        build_cache(config.activation_cache, live, share, fingerprint, rank, world_size, config.activation_cache_dtype)
+    cached = CachedActivationStream(
         config.activation_cache,
         fingerprint,
         hookpoints,
         batch_size,
-        buffer_tokens,
+        live.buffer_tokens,
         device=accelerator.device,
+        dtype=live.dtype,
         seed=config.seed,
         rank=rank,
         world_size=world_size,
+        stored_as=config.activation_cache_dtype,
+    )
+    if cached.num_cached < needed and accelerator.is_main_process:
+        logger.warning(
+            f"The activation cache has {cached.num_cached} rows, the run needs {needed}: it will read them "
+            f"{needed / cached.num_cached:.3g} times."
+        )
+    return cached
+
+
+def live_stream(
+    config: RunConfig,
+    device: torch.device,
+    model: nn.Module,
+    tokenizer: Any,
+    hookpoints: list[str],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> tuple[ActivationStream, dict[str, Any]]:
+    """One of `world_size` shares of a run's hidden states as the model gives them, and the fingerprint of all."""
+    text = _token_stream(config, tokenizer, rank, world_size)
+    shuffled = config.shuffle and config.pack
+    live = ActivationStream(
+        model,
+        WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text,
+        hookpoints,
+        batch_size,
+        max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length),
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else None,
+        seed=config.seed + rank,
+        max_norm_factor=config.max_norm_factor,
+    )
+    documents = [
+        config.shuffle,
+        config.window_pool_tokens,
+        config.seed,
+        config.eval_fraction if config.eval_dataset is None else None,
+    ]
+    return live, cache_fingerprint(
+        model, text, config.dataset, hookpoints, max_norm_factor=config.max_norm_factor, documents=documents
     )
 
 
@@ -189,15 +206,15 @@ def _documents(config: RunConfig, tokenizer, held_out: bool, **options):
     return Split(documents, config.eval_fraction, held_out) if splits else documents
 
 
-def _token_stream(config: RunConfig, tokenizer, accelerator: Accelerator) -> TokenStream:
+def _token_stream(config: RunConfig, tokenizer, rank: int, world_size: int) -> TokenStream:
     documents = _documents(
         config,
         tokenizer,
         held_out=False,
         shuffle=config.shuffle,
         seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=rank,
+        world_size=world_size,
     )
     return TokenStream(
         documents,
