@@ -5,9 +5,9 @@ per hookpoint. Each writer leaves a record, `writer-<writer>-of-<writers>.json`,
 `index.json` joins the records, so that a cache without it is half-written.
 
 Rows are stored as they are (`fp32`, `fp16`, `bf16`) or as `int8`. An int8 row is
-`mean + channel_scale * row_scale * q`: mean and channel_scale are `[D]`, of the shard, row_scale is one number of the
-row, and q lies in -127..127. With a scale per row alone, or one per row and group of channels, the few channels that
-are a hundred times larger than the rest in many language models would set the step of all their neighbours.
+`center + channel_scale * row_scale * q`: center and channel_scale are `[D]`, of the shard; row_scale is one number of
+the row, and q lies in -127..127. With a scale per row alone, or one per row and group of channels, the few channels
+that are a hundred times larger than the rest in many language models would set the step of all their neighbours.
 """
 
 import json
@@ -28,6 +28,7 @@ STORED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 _RAW = {torch.int32: np.int32, torch.int16: np.int16, torch.int8: np.int8}
 _LARGEST = 127
+_ROWS_OF_MEDIAN = 4096
 
 
 @dataclass
@@ -132,12 +133,12 @@ def encode(hookpoint: str, rows: Tensor, dtype: str) -> dict[str, Tensor]:
 def _quantized(hookpoint: str, rows: Tensor) -> dict[str, Tensor]:
     finite = rows.isfinite().all(1)
     kept = rows[finite] if finite.any() else rows.new_zeros(1, rows.shape[1])
-    mean = kept.mean(0)
-    # Of rows brought to one length: a token a thousand times the others does not say what a channel needs.
-    units = torch.nn.functional.normalize(kept - mean)
+    # The median, and lengths of rows taken out: tokens a thousand times the others do not say what a channel needs.
+    center = kept[:: -(-len(kept) // _ROWS_OF_MEDIAN)].median(0).values
+    units = torch.nn.functional.normalize(kept - center)
     channel_scale = units.square().mean(0).sqrt()
-    channel_scale = channel_scale.where(channel_scale > 0, 1.0)  # a channel that does not change is its mean
-    units = (rows - mean) / channel_scale
+    channel_scale = channel_scale.where(channel_scale > 0, 1.0)  # a channel that does not change is its center
+    units = (rows - center) / channel_scale
     row_scale = units.abs().amax(1) / _LARGEST
     steps = (units / row_scale.where(row_scale > 0, 1.0)[:, None]).round()
     return {
@@ -145,7 +146,7 @@ def _quantized(hookpoint: str, rows: Tensor) -> dict[str, Tensor]:
         hookpoint: steps.where(finite[:, None], 0.0).to(torch.int8),
         f"{hookpoint}.row_scale": row_scale.where(finite, torch.nan),
         f"{hookpoint}.channel_scale": channel_scale,
-        f"{hookpoint}.mean": mean,
+        f"{hookpoint}.center": center,
     }
 
 
@@ -155,7 +156,7 @@ def layout(hookpoint: str, dtype: str, rows: int, width: int) -> dict[str, tuple
     arrays: dict[str, tuple[type, tuple[int, ...]]] = {hookpoint: (raw, (rows, width))}
     if dtype == "int8":
         arrays[f"{hookpoint}.row_scale"] = np.float32, (rows,)
-        arrays |= {f"{hookpoint}.{name}": (np.float32, (width,)) for name in ("channel_scale", "mean")}
+        arrays |= {f"{hookpoint}.{name}": (np.float32, (width,)) for name in ("channel_scale", "center")}
     return arrays
 
 
@@ -178,11 +179,11 @@ def decode(arrays: dict[str, np.ndarray], hookpoint: str, rows: slice, dtype: st
         out.copy_(values)
         return
     row_scale = torch.from_numpy(np.array(arrays[f"{hookpoint}.row_scale"][rows]))
-    channel_scale, mean = (
-        torch.from_numpy(np.array(arrays[f"{hookpoint}.{name}"])) for name in ("channel_scale", "mean")
+    channel_scale, center = (
+        torch.from_numpy(np.array(arrays[f"{hookpoint}.{name}"])) for name in ("channel_scale", "center")
     )
     units = values.float().mul_(row_scale[:, None])
     if out.dtype == torch.float32:
-        torch.addcmul(mean, units, channel_scale, out=out)
+        torch.addcmul(center, units, channel_scale, out=out)
     else:
-        out.copy_(torch.addcmul(mean, units, channel_scale))
+        out.copy_(torch.addcmul(center, units, channel_scale))

@@ -206,7 +206,7 @@ def test_int8_is_not_harmed_by_massive_channels_and_tokens_or_rows_that_are_not_
         true, found = rows[usual][:, columns], out[usual][:, columns]
         error = (found - true).square().sum() / (true - true.mean(0)).square().sum()
         assert error < 3e-4
-    torch.testing.assert_close(out[33], rows[33], rtol=0.02, atol=30)
+    assert (out[33] - rows[33]).norm() < 0.03 * rows[33].norm()  # it alone moves channel 9, which has no width else
     assert torch.equal(out[usual][:, 7], rows[usual][:, 7])
     torch.testing.assert_close(out[usual][:, 9], rows[usual][:, 9], rtol=1e-3, atol=0)
 
