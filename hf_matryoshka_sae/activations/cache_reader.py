@@ -77,7 +77,7 @@ class CachedActivationStream(ShuffledStream):
     ):
         super().__init__(hookpoints, batch_size, buffer_tokens, batch_size, seed)
         storage = CacheStorage(place)
-        self.index = _checked_index(storage, fingerprint, stored_as)
+        self.index = checked_index(storage, fingerprint, stored_as)
         self.num_cached = self.index.rows
         if self.num_cached < world_size * batch_size:
             raise ValueError(
@@ -129,7 +129,17 @@ class CachedActivationStream(ShuffledStream):
         self._reader = self._reader_at(self.tokens_seen)
 
 
-def _checked_index(storage: CacheStorage, fingerprint: dict[str, Any], stored_as: str | None) -> CacheIndex:
+def checked_index(storage: CacheStorage, fingerprint: dict[str, Any], stored_as: str | None) -> CacheIndex:
+    """The index of a cache that is complete, undamaged and what a run asks for.
+
+    Args:
+        storage ([`CacheStorage`]): where it is.
+        fingerprint (`dict`): what the run would harvest.
+        stored_as (`str`, *optional*): how its rows must be stored.
+
+    Raises:
+        `ValueError`: it is not; the message says in what.
+    """
     index = read_index(storage)
     differing = differing_fields(fingerprint, index.fingerprint)
     if stored_as not in (None, index.dtype):

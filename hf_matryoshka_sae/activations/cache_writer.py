@@ -111,7 +111,8 @@ def build_cache(
         record = {"format_version": FORMAT_VERSION, "asked": asked, **found}
         storage.write(f"writer-{name}.json", json.dumps(record).encode())
     _barrier()
-    _write_index(storage, world_size)
+    if _is_first():
+        _write_index(storage, world_size)
     _barrier()
 
 
@@ -147,6 +148,11 @@ def _barrier() -> None:
         dist.barrier()
 
 
+def _is_first() -> bool:
+    """Of the processes of this launch."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def _write_shards(
     storage: CacheStorage, prefix: str, stream: ActivationStream, tokens: int, dtype: str
 ) -> dict[str, Any]:
@@ -154,8 +160,7 @@ def _write_shards(
     rows_per_shard = max(stream.batch_size, stream.buffer_tokens // 2)
     shards: dict[str, Any] = {}
     moments: dict[str, Moments] = {}
-    is_quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
-    with tqdm(total=tokens, unit="token", unit_scale=True, desc="caching activations", disable=is_quiet) as bar:
+    with tqdm(total=tokens, unit="token", unit_scale=True, desc="caching activations", disable=not _is_first()) as bar:
         for number, rows in enumerate(_gathered(stream, tokens, rows_per_shard, bar)):
             arrays = {}
             for hookpoint, values in rows.items():
