@@ -94,13 +94,21 @@ class CachedActivationStream(ShuffledStream):
         self._shards = Shards(storage, self.index, self.hookpoints, self._order.shares)
         self._buffer = _Waiting(batch_size, buffer_tokens, self._peek)
         self._warned = False
-        self._reader = self._reader_at(0)
+        self._seek(0)
+
+    def _seek(self, position: int) -> None:
+        self._position, self._reader = position, self._reader_at(position)
 
     def _reader_at(self, position: int) -> "_Reader":
         return _Reader(self._shards, self._order, position, self.index, self.hookpoints, self._dtype)
 
     def _read(self) -> dict[str, Tensor]:
-        rows = self._reader.take(self.batch_size)
+        try:
+            rows = self._reader.take(self.batch_size)
+        except OSError:  # of a store elsewhere: whoever tries again gets the same rows
+            self._seek(self._position)
+            raise
+        self._position += self.batch_size
         if self._reader.epoch and not self._warned:
             logger.warning("All %d cached rows have been read once; reading them again.", self.num_cached)
             self._warned = True
@@ -126,7 +134,7 @@ class CachedActivationStream(ShuffledStream):
         self.tokens_seen = state["tokens_seen"]
         self._ahead.clear()
         self._buffer.restart(self.tokens_seen)
-        self._reader = self._reader_at(self.tokens_seen)
+        self._seek(self.tokens_seen)
 
 
 def checked_index(storage: CacheStorage, fingerprint: dict[str, Any], stored_as: str | None) -> CacheIndex:

@@ -87,10 +87,11 @@ class Shards:
             weakref.finalize(self, _clear, self._fetchers, self._folder)
 
     def announce(self, shard: int) -> "Future[MappedShard]":
-        """Begin to fetch a shard that will be needed."""
+        """Begin to fetch a shard that will be needed; one that could not be fetched is tried again."""
         with self._lock:
-            if shard not in self._open:
-                if len(self._open) >= 2 * SHARDS_AT_ONCE:
+            found = self._open.get(shard)
+            if found is None or (found.done() and found.exception() is not None):
+                if found is None and len(self._open) >= 2 * SHARDS_AT_ONCE:
                     self._forget(next(iter(self._open)))
                 self._open[shard] = self._opened(shard)
             self._open.move_to_end(shard)
@@ -110,14 +111,7 @@ class Shards:
         Raises:
             `OSError`: it cannot be read; the next call tries again.
         """
-        found = self.announce(shard)
-        try:
-            return found.result()
-        except OSError:
-            with self._lock:
-                if self._open.get(shard) is found:
-                    del self._open[shard]
-            raise
+        return self.announce(shard).result()
 
     def _opened(self, shard: int) -> "Future[MappedShard]":
         if self._folder is not None:
