@@ -160,30 +160,40 @@ def layout(hookpoint: str, dtype: str, rows: int, width: int) -> dict[str, tuple
     return arrays
 
 
-def decode(arrays: dict[str, np.ndarray], hookpoint: str, rows: slice, dtype: str, out: Tensor) -> None:
-    """Rows of a shard, in the type of `out` `[n, D]`, which they are written to.
+def decode(
+    arrays: dict[str, np.ndarray],
+    hookpoint: str,
+    first: int,
+    end: int,
+    stored: str,
+    out: np.ndarray,
+    dtype: torch.dtype,
+) -> None:
+    """Rows of a shard in a run's type.
 
     Args:
         arrays (`dict[str, np.ndarray]`): the shard's, as [`layout`] describes them.
         hookpoint (`str`): which rows.
-        rows (`slice`): n of them.
-        dtype (`str`): how they are stored.
-        out (`Tensor`): floats.
+        first, end (`int`): the first of n rows, and the one after the last.
+        stored (`str`): how they are stored.
+        out (`np.ndarray`): `[n, D]`, the bits of the result are written to it.
+        dtype (`torch.dtype`): type of the result.
     """
-    stored = STORED_DTYPES[dtype]
-    if stored == out.dtype:  # nothing but a copy
-        out.view(BITS[stored]).numpy()[:] = arrays[hookpoint][rows]
+    if STORED_DTYPES[stored] is dtype:
+        out[:] = arrays[hookpoint][first:end]
         return
-    values = torch.from_numpy(np.array(arrays[hookpoint][rows])).view(stored)  # few enough to stay in the processor
-    if dtype != "int8":
-        out.copy_(values)
+    # Few enough to stay in the processor's cache.
+    values = torch.from_numpy(np.array(arrays[hookpoint][first:end])).view(STORED_DTYPES[stored])
+    result = torch.from_numpy(out).view(dtype)
+    if stored != "int8":
+        result.copy_(values)
         return
-    row_scale = torch.from_numpy(np.array(arrays[f"{hookpoint}.row_scale"][rows]))
+    row_scale = torch.from_numpy(np.array(arrays[f"{hookpoint}.row_scale"][first:end]))
     channel_scale, center = (
         torch.from_numpy(np.array(arrays[f"{hookpoint}.{name}"])) for name in ("channel_scale", "center")
     )
     units = values.float().mul_(row_scale[:, None])
-    if out.dtype == torch.float32:
-        torch.addcmul(center, units, channel_scale, out=out)
+    if dtype == torch.float32:
+        torch.addcmul(center, units, channel_scale, out=result)
     else:
-        out.copy_(torch.addcmul(center, units, channel_scale))
+        result.copy_(torch.addcmul(center, units, channel_scale))

@@ -22,15 +22,20 @@ class Block:
 
     Args:
         epoch (`int`): pass over the cache.
-        windows (`list[tuple[int, int, int]]`): shard, first row, row after the last.
+        windows (`list[list[int]]`): shard, first row, row after the last.
         order (`np.ndarray`): numbers of the block's rows, window after window, in the order in which they are given.
         next_shards (`list[int]`): which will be taken together after those of this block.
     """
 
     epoch: int
-    windows: list[tuple[int, int, int]]
+    windows: list[list[int]]
     order: np.ndarray
     next_shards: list[int]
+
+    @property
+    def shards(self) -> list[int]:
+        """Those of the windows."""
+        return sorted({shard for shard, _, _ in self.windows})
 
 
 class ReadingOrder:
@@ -83,13 +88,15 @@ class ReadingOrder:
 
     def _mixed(
         self, shards: list[int], generator: np.random.Generator
-    ) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray]]:
-        windows = [window for shard in shards for window in self._windows(shard)]
-        order = generator.permutation(len(windows))
-        for part in np.array_split(order, -(-len(windows) // WINDOWS_IN_BLOCK)):
-            chosen = [windows[i] for i in part.tolist()]
-            yield chosen, generator.permutation(sum(end - first for _, first, end in chosen))
+    ) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+        windows = generator.permutation(np.concatenate([self._windows(shard) for shard in shards]))
+        # One permutation for all blocks: which windows are in a block, and where, is random already.
+        order = generator.permutation(self._window_rows * WINDOWS_IN_BLOCK)
+        for part in np.array_split(windows, -(-len(windows) // WINDOWS_IN_BLOCK)):
+            rows = int((part[:, 2] - part[:, 1]).sum())
+            yield part.tolist(), order if rows == len(order) else order[order < rows]
 
-    def _windows(self, shard: int) -> list[tuple[int, int, int]]:
+    def _windows(self, shard: int) -> np.ndarray:
         first, end = self.shares[shard]
-        return [(shard, row, min(row + self._window_rows, end)) for row in range(first, end, self._window_rows)]
+        starts = np.arange(first, end, self._window_rows)
+        return np.stack([np.full_like(starts, shard), starts, np.minimum(starts + self._window_rows, end)], 1)

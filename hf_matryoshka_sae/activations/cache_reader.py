@@ -7,7 +7,8 @@ when follows from the seed and the number of rows given out.
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .stream import ShuffledStream, to_device
 logger = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 2**17  # of the widest hookpoint: long enough for a disk to read in one go
-_BLOCKS_AHEAD = 16  # which the operating system is asked to read before they are needed
+_BLOCKS_AHEAD = 6  # which the operating system is asked to read before they are needed
 
 
 class CachedActivationStream(ShuffledStream):
@@ -92,15 +93,15 @@ class CachedActivationStream(ShuffledStream):
         shard_rows = [shard.rows for shard in self.index.shards.values()]
         self._order = ReadingOrder(shard_rows, window_rows, seed, rank, world_size)
         self._shards = Shards(storage, self.index, self.hookpoints, self._order.shares)
-        self._buffer = _Waiting(batch_size, buffer_tokens, self._peek)
+        widths = {name: self.index.widths[name] for name in hookpoints}
+        # It knows nothing of this stream, so that a forgotten one is collected at once, with its maps and files.
+        self._reader_at = partial(_Reader, self._shards, self._order, self.index.dtype, widths, self._dtype)
+        self._buffer = _Waiting(batch_size, buffer_tokens, self._reader_at, device)
         self._warned = False
         self._seek(0)
 
     def _seek(self, position: int) -> None:
         self._position, self._reader = position, self._reader_at(position)
-
-    def _reader_at(self, position: int) -> "_Reader":
-        return _Reader(self._shards, self._order, position, self.index, self.hookpoints, self._dtype)
 
     def _read(self) -> dict[str, Tensor]:
         try:
@@ -112,15 +113,7 @@ class CachedActivationStream(ShuffledStream):
         if self._reader.epoch and not self._warned:
             logger.warning("All %d cached rows have been read once; reading them again.", self.num_cached)
             self._warned = True
-        return self._placed(rows)
-
-    def _placed(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: to_device(values, self._device) for name, values in rows.items()}
-
-    def _peek(self, position: int, count: int, chunk_size: int) -> Iterator[dict[str, Tensor]]:
-        reader = self._reader_at(position)
-        for start in range(0, count, chunk_size):
-            yield self._placed(reader.take(min(chunk_size, count - start)))
+        return _on(self._device, rows)
 
     def _row_device(self) -> torch.device | str:
         return self._device
@@ -171,17 +164,16 @@ class _Reader:
         self,
         shards: Shards,
         order: ReadingOrder,
-        position: int,
-        index: CacheIndex,
-        hookpoints: Sequence[str],
+        stored: str,
+        widths: dict[str, int],
         dtype: torch.dtype,
+        position: int,
     ):
-        self._shards, self._stored, self._dtype = shards, index.dtype, dtype
-        self._widths = {name: index.widths[name] for name in hookpoints}
+        self._shards, self._stored, self._widths, self._dtype = shards, stored, widths, dtype
         self._pools: dict[str, np.ndarray] = {}
         self._blocks = order.blocks(position)
         self._ahead: deque[Block] = deque()
-        self._first = True
+        self._announced: list[int] | None = None
         self._left = np.empty(0, dtype=np.int64)  # places in the pools, in the order in which they are given out
         self.epoch = 0
 
@@ -206,33 +198,43 @@ class _Reader:
     def _fill(self) -> None:
         """The next block into the pools."""
         block = self._next_block()
-        for shard in block.next_shards:
-            self._shards.announce(shard)
         rows = sum(end - first for _, first, end in block.windows)
         for name, width in self._widths.items():
             if name not in self._pools or len(self._pools[name]) < rows:
                 self._pools[name] = self._empty(rows, width)
-        filled = 0
-        for shard, first, end in block.windows:
-            opened = self._shards.get(shard)
-            part = slice(first - opened.first_row, end - opened.first_row)
-            for name, pool in self._pools.items():
-                place = torch.from_numpy(pool[filled : filled + end - first]).view(self._dtype)
-                decode(opened.arrays, name, part, self._stored, place)
-            filled += end - first
+        opened = {shard: self._shards.get(shard) for shard in block.shards}
+        for name, pool in self._pools.items():
+            filled = 0
+            for number, first, end in block.windows:
+                shard, place = opened[number], pool[filled : filled + end - first]
+                decode(
+                    shard.arrays,
+                    name,
+                    first - shard.first_row,
+                    end - shard.first_row,
+                    self._stored,
+                    place,
+                    self._dtype,
+                )
+                filled += end - first
         self.epoch, self._left = block.epoch, block.order
 
     def _next_block(self) -> Block:
         while len(self._ahead) < _BLOCKS_AHEAD:
             block = next(self._blocks)
-            if self._first:  # later ones were announced as the next
-                self._first = False
-                for shard in {shard for shard, _, _ in block.windows}:
-                    self._shards.announce(shard)
+            if not self._ahead:  # at the start; later ones were announced as those that come next
+                self._shards.announce(block.shards)
             self._ahead.append(block)
-            for window in block.windows:
-                self._shards.will_need(*window)
-        return self._ahead.popleft()
+            self._shards.will_need(block)
+        block = self._ahead.popleft()
+        if block.next_shards is not self._announced:
+            self._announced = block.next_shards
+            self._shards.announce(block.next_shards)
+        return block
+
+
+def _on(device: torch.device | str, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: to_device(values, device) for name, values in rows.items()}
 
 
 class _Waiting:
@@ -241,11 +243,12 @@ class _Waiting:
     Args:
         capacity (`int`): rows held at most.
         seen (`int`): rows that `peek` shows at most.
-        rows_from (`Callable`): the rows from a position on, in chunks.
+        reader_at (`Callable`): a [`_Reader`] at a position.
+        device (`torch.device`): where the rows go.
     """
 
-    def __init__(self, capacity: int, seen: int, rows_from):
-        self._capacity, self._seen, self._rows_from = capacity, seen, rows_from
+    def __init__(self, capacity: int, seen: int, reader_at: Callable[[int], _Reader], device: torch.device | str):
+        self._capacity, self._seen, self._reader_at, self._device = capacity, seen, reader_at, device
         self.restart(0)
 
     def restart(self, position: int) -> None:
@@ -270,4 +273,7 @@ class _Waiting:
 
     def peek(self, count: int, chunk_size: int) -> Iterator[dict[str, Tensor]]:
         """The rows that will be drawn, read for themselves."""
-        return self._rows_from(self._position, min(count, self._seen), chunk_size)
+        reader, left = self._reader_at(self._position), min(count, self._seen)
+        while left > 0:
+            yield _on(self._device, reader.take(min(chunk_size, left)))
+            left -= chunk_size

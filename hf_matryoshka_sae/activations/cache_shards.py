@@ -7,6 +7,7 @@ cache of no more shards than that is fetched once.
 
 import math
 import mmap
+import os
 import shutil
 import tempfile
 import threading
@@ -19,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from .cache_format import CacheIndex, layout
-from .cache_order import SHARDS_AT_ONCE
+from .cache_order import SHARDS_AT_ONCE, WINDOWS_IN_BLOCK, Block
 from .cache_storage import CacheStorage
 
 
 _PIECE = 2**24  # bytes fetched at once
 _FETCHED_AT_ONCE = 4
+_CAN_ASK = hasattr(mmap, "MADV_WILLNEED") and hasattr(os, "RWF_NOWAIT")  # Linux
 
 
 class MappedShard:
@@ -38,8 +40,8 @@ class MappedShard:
     """
 
     def __init__(self, path: Path, arrays: dict[str, tuple[int, type, tuple[int, ...]]], first_row: int = 0):
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = path.open("rb")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self.path, self.first_row = path, first_row
         self._offsets = {name: offset for name, (offset, _, _) in arrays.items()}
         self.arrays = {
@@ -47,16 +49,22 @@ class MappedShard:
             for name, (offset, raw, shape) in arrays.items()
         }
 
-    def will_need(self, hookpoints: Sequence[str], rows: slice) -> None:
-        """Ask the operating system to read some rows from the disk, without waiting for them."""
-        if not hasattr(mmap, "MADV_WILLNEED"):  # on Windows
-            return
+    def will_need(self, hookpoints: Sequence[str], first: int, end: int) -> None:
+        """Ask the operating system to read rows of the shard from the disk, without waiting for them."""
         for name in hookpoints:
-            row_bytes = self.arrays[name].strides[0]
-            start = self._offsets[name] + rows.start * row_bytes
+            start, stop = self._bytes(name, first), self._bytes(name, end)
             aligned = start - start % mmap.PAGESIZE
-            end = self._offsets[name] + rows.stop * row_bytes
-            self._map.madvise(mmap.MADV_WILLNEED, aligned, min(end, len(self._map)) - aligned)
+            self._map.madvise(mmap.MADV_WILLNEED, aligned, min(stop, len(self._map)) - aligned)
+
+    def in_memory(self, hookpoint: str, row: int) -> bool:
+        """Whether a row can be read at once; asking is much cheaper than having it read again in vain."""
+        try:
+            return os.preadv(self._file.fileno(), [bytearray(1)], self._bytes(hookpoint, row), os.RWF_NOWAIT) == 1
+        except OSError:  # it cannot, or this file system does not say
+            return False
+
+    def _bytes(self, hookpoint: str, row: int) -> int:
+        return self._offsets[hookpoint] + (row - self.first_row) * self.arrays[hookpoint].strides[0]
 
 
 class Shards:
@@ -86,24 +94,11 @@ class Shards:
             self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, "activation-fetcher")
             weakref.finalize(self, _clear, self._fetchers, self._folder)
 
-    def announce(self, shard: int) -> "Future[MappedShard]":
-        """Begin to fetch a shard that will be needed; one that could not be fetched is tried again."""
+    def announce(self, shards: Sequence[int]) -> None:
+        """Begin to fetch shards that will be needed."""
         with self._lock:
-            found = self._open.get(shard)
-            if found is None or (found.done() and found.exception() is not None):
-                if found is None and len(self._open) >= 2 * SHARDS_AT_ONCE:
-                    self._forget(next(iter(self._open)))
-                self._open[shard] = self._opened(shard)
-            self._open.move_to_end(shard)
-            return self._open[shard]
-
-    def will_need(self, shard: int, first: int, end: int) -> None:
-        """Have some rows read from the disk, if the shard is open."""
-        with self._lock:
-            found = self._open.get(shard)
-        if found is not None and found.done() and found.exception() is None:
-            opened = found.result()
-            opened.will_need(self._hookpoints, slice(first - opened.first_row, end - opened.first_row))
+            for shard in shards:
+                self._begin(shard)
 
     def get(self, shard: int) -> MappedShard:
         """A shard, after waiting for it if need be.
@@ -111,7 +106,32 @@ class Shards:
         Raises:
             `OSError`: it cannot be read; the next call tries again.
         """
-        return self.announce(shard).result()
+        with self._lock:
+            found = self._begin(shard)
+        return found.result()
+
+    def will_need(self, block: Block) -> None:
+        """Have a block's rows read from the disk, as far as its shards are open."""
+        if not _CAN_ASK:
+            return
+        with self._lock:
+            found = {shard: self._open.get(shard) for shard in block.shards}
+        ready = {shard: waiting for shard, waiting in found.items() if waiting is not None and waiting.done()}
+        opened = {shard: waiting.result() for shard, waiting in ready.items() if waiting.exception() is None}
+        windows = [(opened[shard], first, end) for shard, first, end in block.windows if shard in opened]
+        name = self._hookpoints[0]
+        if not all(shard.in_memory(name, first) for shard, first, _ in windows[:: WINDOWS_IN_BLOCK // 4]):
+            for shard, first, end in windows:
+                shard.will_need(self._hookpoints, first, end)
+
+    def _begin(self, shard: int) -> "Future[MappedShard]":
+        found = self._open.get(shard)
+        if found is None or (found.done() and found.exception() is not None):
+            if found is None and len(self._open) >= 2 * SHARDS_AT_ONCE:
+                self._forget(next(iter(self._open)))
+            self._open[shard] = self._opened(shard)
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
     def _opened(self, shard: int) -> "Future[MappedShard]":
         if self._folder is not None:

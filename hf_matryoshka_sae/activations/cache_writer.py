@@ -206,10 +206,11 @@ def _moments(hookpoint: str, rows: Tensor, encoded: dict[str, Tensor], dtype: st
     raw[hookpoint] = encoded[hookpoint].view(BITS[STORED_DTYPES[dtype]]).numpy()
     found = None
     for start in range(0, len(rows), _ROWS_COMPARED):
-        part = slice(start, start + _ROWS_COMPARED)
-        stored = torch.empty(rows[part].shape)
-        decode(raw, hookpoint, part, dtype, stored)
-        here = Moments.of(rows[part], stored)
+        part = rows[start : start + _ROWS_COMPARED]
+        stored = torch.empty(part.shape)
+        bits = stored.view(torch.int32).numpy()
+        decode(raw, hookpoint, start, start + len(part), dtype, bits, stored.dtype)
+        here = Moments.of(part, stored)
         found = here if found is None else found + here
     return found
 

@@ -1,6 +1,5 @@
 """Caches that are not in a local folder: in memory, behind plain HTTP, on the (loopback) Hub."""
 
-import gc
 import re
 import threading
 from functools import partial
@@ -146,7 +145,6 @@ def test_the_disk_holds_a_few_shards_and_is_empty_in_the_end(local, http, tmp_pa
     assert 1 <= most <= 3  # two, and one whose fetching had begun
     assert torch.equal(_batches(http.url, local[1]), _batches(*local))
     del stream
-    gc.collect()
     assert not list((tmp_path / "disk").iterdir())
 
 
