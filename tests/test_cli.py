@@ -84,6 +84,7 @@ def test_train_help_lists_every_field(capsys):
 @pytest.mark.parametrize(
     "command, flag",
     [
+        ("cache", "--shard"),
         ("sweep", "--points"),
         ("evaluate", "--widths"),
         ("push", "--dry_run"),

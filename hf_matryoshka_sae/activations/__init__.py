@@ -1,7 +1,10 @@
 """Hidden states of any transformers model: text, token batches, an early-exit forward pass, shuffled activations."""
 
 from .buffer import ShuffleBuffer
-from .cache import CachedActivationStream, build_cache, cache_fingerprint, has_cache
+from .cache_fingerprint import cache_fingerprint
+from .cache_format import has_cache
+from .cache_reader import CachedActivationStream
+from .cache_writer import build_cache, wait_for_cache
 from .holdout import Split
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
@@ -44,4 +47,5 @@ __all__ = [
     "resolve_hookpoints",
     "spliced_logits",
     "spliced_losses",
+    "wait_for_cache",
 ]

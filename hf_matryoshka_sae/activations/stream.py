@@ -179,6 +179,11 @@ class ActivationStream(ShuffledStream):
         self.num_outliers += len(outlier) - len(kept)
         return {name: values.index_select(0, kept) for name, values in rows.items()}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return self._dtype or next(self.model.parameters()).dtype
+
     def _row_device(self) -> torch.device | str:
         return self._device or self._read_device()
 

@@ -113,11 +113,12 @@ class Closing:
         if learner.base is not None:
             learner.base.restore(sae)
         layout = learner.layout
-        if layout.shards > 1:
-            save_own_rows(sae, whole_config(learner, sae), layout, folder / path)
-        elif layout.replica == 0:
-            sae.save_pretrained(folder / path)
         first = layout.replica == layout.shard == 0
+        if layout.shards > 1 or (first and not self.accelerator.is_main_process):
+            # transformers saves nothing in any process but the first
+            save_own_rows(sae, whole_config(learner, sae), layout, folder / path)
+        elif first:
+            sae.save_pretrained(folder / path)
         return {path: describe_sae(learner, folder / path, threshold, tokens)} if first else {}
 
     def _evaluate_together(self, folder: Path) -> list[dict[str, Any]]:

@@ -297,7 +297,10 @@ class RunConfig:
     """Only the first so many processes run the language model, ahead of the others, which hold the SAEs; by default
     all do both."""
     activation_cache: str | None = None
-    """Folder in which hidden states are kept, to be shared by several runs."""
+    """Folder in which hidden states are kept, to be shared by several runs, or a URL that fsspec knows (`s3://...`,
+    `hf://datasets/user/repo/...`). `matryoshka-sae cache` builds it beforehand; otherwise the run does."""
+    activation_cache_dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    """How the cache's rows must be stored; by default a run reads any, and one that builds it stores its own type."""
     normalization_tokens: int = 65_536
 
     eval_dataset: DatasetConfig | None = None

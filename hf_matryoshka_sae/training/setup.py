@@ -30,6 +30,7 @@ from ..activations import (
     load_documents,
     load_language_model,
     resolve_hookpoints,
+    wait_for_cache,
 )
 from .config import RunConfig
 from .feed import owner
@@ -91,6 +92,8 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, rows: int, streams
         hookpoints = resolve_hookpoints(model, config.hookpoints)
         mine = [number for number in range(streams) if owner(number, streams, number_of_readers) == rank]
         own = _streams(config, accelerator, model, tokenizer, hookpoints, rows, mine, streams)
+    elif config.activation_cache is not None and not has_cache(config.activation_cache):
+        wait_for_cache()
     sample = {name: [] for name in hookpoints}
     for part in own[0].peek(_SAMPLE) if 0 in own else ():
         for name, states in part.items():
@@ -181,75 +184,88 @@ def _streams(
     mine: list[int],
     streams: int,
 ) -> dict[int, ActivationStream | CachedActivationStream | PrefetchedStream]:
-    """This process's readers. Two threads cannot share a language model: of several live ones none reads ahead."""
-    found = {
-        number: _stream(config, accelerator, model, tokenizer, hookpoints, rows, number, streams) for number in mine
-    }
+    """This process's readers: hidden states as they are needed, or from the run's cache, built first if need be."""
+    parts = config, accelerator.device, model, tokenizer, hookpoints, rows
+    if config.activation_cache is not None and not has_cache(config.activation_cache):
+        rank, writers = accelerator.process_index, readers(config, accelerator.num_processes)
+        live, fingerprint = live_stream(*parts, rank, writers)
+        share = -(-(config.tokens + config.calibration_tokens) // writers)
+        build_cache(config.activation_cache, live, share, fingerprint, rank, writers, config.activation_cache_dtype)
+    found: dict[int, Any] = {}
+    for number in mine:
+        live, fingerprint = live_stream(*parts, number, streams)
+        cached = config.activation_cache is not None
+        found[number] = _cached(config, accelerator, live, fingerprint, number, streams) if cached else live
+    # Two threads cannot share a language model.
     device = next(model.parameters()).device
     if len(found) == 1 and overlaps(config.overlap, device, accelerator.num_processes):
         found = {number: PrefetchedStream(stream) for number, stream in found.items()}
     return found
 
 
-def _stream(
+def _cached(
     config: RunConfig,
     accelerator: Accelerator,
+    live: ActivationStream,
+    fingerprint: dict[str, Any],
+    number: int,
+    streams: int,
+) -> CachedActivationStream:
+    """The rows of the run's cache that fall to one of its streams."""
+    cached = CachedActivationStream(
+        config.activation_cache,
+        fingerprint,
+        live.hookpoints,
+        live.batch_size,
+        live.buffer_tokens,
+        device=accelerator.device,
+        dtype=live.dtype,
+        seed=config.seed,
+        rank=number,
+        world_size=streams,
+        stored_as=config.activation_cache_dtype,
+    )
+    needed = config.tokens + config.calibration_tokens
+    if cached.num_cached < needed and number == 0:
+        logger.warning(
+            f"The activation cache has {cached.num_cached} rows, the run needs {needed}: it will read them "
+            f"{needed / cached.num_cached:.3g} times."
+        )
+    return cached
+
+
+def live_stream(
+    config: RunConfig,
+    device: torch.device,
     model: nn.Module,
     tokenizer: Any,
     hookpoints: list[str],
     batch_size: int,
     rank: int,
     world_size: int,
-) -> ActivationStream | CachedActivationStream:
-    """Hidden states harvested as they are needed, or read from the run's activation cache, built first if need be.
-
-    `rank` and `world_size` are those of the stream among the run's streams.
-    """
+) -> tuple[ActivationStream, dict[str, Any]]:
+    """One of `world_size` shares of a run's hidden states as the model gives them, and the fingerprint of all."""
     text = _token_stream(config, tokenizer, rank, world_size)
     shuffled = config.shuffle and config.pack
-    tokens = WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text
-    dtype = torch.float32 if accelerator.device.type == "cpu" else None
-    buffer_tokens = max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length)
     live = ActivationStream(
         model,
-        tokens,
+        WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text,
         hookpoints,
         batch_size,
-        buffer_tokens,
-        device=accelerator.device,
-        dtype=dtype,
+        max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length),
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else None,
         seed=config.seed + rank,
         max_norm_factor=config.max_norm_factor,
     )
-    if config.activation_cache is None:
-        return live
-    fingerprint = cache_fingerprint(
-        model,
-        text,
-        config.dataset,
-        hookpoints,
-        dtype,
-        max_norm_factor=config.max_norm_factor,
-        documents=[
-            config.shuffle,
-            config.window_pool_tokens,
-            config.seed,
-            config.eval_fraction if config.eval_dataset is None else None,
-        ],
-    )
-    if not has_cache(config.activation_cache):
-        needed = -(-(config.tokens + config.calibration_tokens) // world_size)
-        build_cache(config.activation_cache, live, needed, fingerprint, rank)
-    return CachedActivationStream(
-        config.activation_cache,
-        fingerprint,
-        hookpoints,
-        batch_size,
-        buffer_tokens,
-        device=accelerator.device,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
+    documents = [
+        config.shuffle,
+        config.window_pool_tokens,
+        config.seed,
+        config.eval_fraction if config.eval_dataset is None else None,
+    ]
+    return live, cache_fingerprint(
+        model, text, config.dataset, hookpoints, max_norm_factor=config.max_norm_factor, documents=documents
     )
 
 

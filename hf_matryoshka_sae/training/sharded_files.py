@@ -16,7 +16,8 @@ _MAX_BYTES = "5GB"
 
 
 def save_own_rows(sae: SAEModel, config: SAEConfig, layout: Layout, folder: Path, max_bytes: int | str = _MAX_BYTES):
-    """Save a dictionary of which every process of `layout` holds a part; all of them call this.
+    """Save a dictionary of which every process of `layout` holds a part; all of them call this. (Where it is whole on
+    each, one does.)
 
     The files are those that one process with the whole dictionary would write.
 
@@ -50,19 +51,22 @@ def save_own_rows(sae: SAEModel, config: SAEConfig, layout: Layout, folder: Path
         if first:
             write_index(staging, plan)
             config.save_pretrained(staging)
-    dist.barrier(layout.group)
+    if layout.shards > 1:
+        dist.barrier(layout.group)
 
 
 def _agreed(layout: Layout, value, error: OSError | None) -> list:
     """What each process says; raises everywhere where one failed."""
-    told = [None] * layout.processes
-    dist.all_gather_object(told, (value, None if error is None else str(error)), group=layout.group)
+    said = (value, None if error is None else str(error))
+    told = [said] * layout.processes
+    if layout.shards > 1:
+        dist.all_gather_object(told, said, group=layout.group)
     if error is not None:
         raise error
     for rank, (_, reason) in enumerate(told):
         if reason is not None:
             raise OSError(f"Process {rank} of those that hold this dictionary could not write its latents: {reason}")
-    return [said for said, _ in told]
+    return [value for value, _ in told]
 
 
 def load_own_rows(model_class: type[SAEModel], config: SAEConfig, source: str | Path, layout: Layout, **where):

@@ -1,0 +1,169 @@
+"""Bytes per second out of an activation cache, in shuffled windows, against sequential reads of the same files.
+
+    python benchmarks/activation_cache.py
+    python benchmarks/activation_cache.py --width 4096 --rows 65536
+
+A cache of random rows is written for each type, and read by: numpy's memory map from the first row to the last, copied
+batch by batch into torch tensors, in one process (the measure of all) and in two, each with its half of the shards;
+`CachedActivationStream`, in one process and in two that read disjoint shares. Counted are the bytes of the rows as
+tensors of the run's type: what is stored for bf16 and fp32, float32 for int8, whose measure is the map of the fp32
+cache. The clock includes opening the cache. Contenders take turns, so that what else the machine does weighs on all.
+Ratios are given twice: the median over the turns of a contender's speed over the measure's in the same turn, and the
+fastest turn of the one over the fastest of the other, where other work weighs least. Warm: all files have just
+been read. Cold: the kernel was asked to drop them (`posix_fadvise`), which a hypervisor's cache below may undo.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_matryoshka_sae.activations import CachedActivationStream, build_cache
+
+
+HOOKPOINT = "layer"
+FINGERPRINT = {"hookpoints": [HOOKPOINT]}
+BATCH, BUFFER = 2048, 131_072  # as runs have them by default
+MAPPED = {"bf16": np.uint16, "fp32": np.float32}
+CONTENDERS = ("map", "map x 2", "ours", "ours x 2")
+
+
+class Random:
+    """What `build_cache` takes rows from."""
+
+    def __init__(self, width: int):
+        self.hookpoints, self.batch_size, self.buffer_tokens, self.dtype = [HOOKPOINT], BATCH, BUFFER, torch.float32
+        self.width = width
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield {HOOKPOINT: torch.randn(BATCH, self.width)}
+
+
+def read_map(folder: Path, dtype: str, part: int, parts: int) -> int:
+    """Bytes of all batches of some shards, in order."""
+    index, read = json.loads((folder / "index.json").read_text()), 0
+    for name, shard in list(index["shards"].items())[part::parts]:
+        shape = (shard["rows"], index["widths"][HOOKPOINT])
+        rows = np.memmap(folder / name, MAPPED[dtype], "r", shard["offsets"][HOOKPOINT], shape)
+        for start in range(0, len(rows), BATCH):
+            read += torch.from_numpy(np.array(rows[start : start + BATCH])).nbytes
+    return read
+
+
+def read_ours(folder: Path, dtype: str, part: int, parts: int) -> int:
+    """Bytes of an epoch of whole batches."""
+    stream = CachedActivationStream(
+        folder, FINGERPRINT, [HOOKPOINT], BATCH, BUFFER, rank=part, world_size=parts, stored_as=dtype
+    )
+    return sum(next(stream)[HOOKPOINT].nbytes for _ in range(stream.num_cached // parts // BATCH))
+
+
+def work(pipe) -> None:
+    """A process that reads what it is told to, when both are ready."""
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        read, folder, dtype, part, parts, barrier_at = job
+        time.sleep(max(0.0, barrier_at - time.time()))
+        start = time.time()
+        count = read(folder, dtype, part, parts)
+        pipe.send((count, start, time.time()))
+
+
+def measure(pipes, contender: str, folder: Path, dtype: str, of: Path) -> list[float]:
+    """Bytes per second: of each process, then of all together."""
+    parts = 2 if contender.endswith("x 2") else 1
+    read, place = (read_map, of) if contender.startswith("map") else (read_ours, folder)
+    kind = ("fp32" if dtype == "int8" else dtype) if read is read_map else dtype
+    start = time.time() + 0.05
+    for part in range(parts):
+        pipes[part].send((read, place, kind, part, parts, start))
+    found = [pipes[part].recv() for part in range(parts)]
+    each = [count / (end - begin) for count, begin, end in found]
+    whole = max(end for *_, end in found) - min(begin for _, begin, _ in found)
+    return [*each, sum(count for count, *_ in found) / whole]
+
+
+def forget(*folders: Path) -> None:
+    """Have the kernel drop the files' pages."""
+    for folder in folders:
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def remember(*folders: Path) -> None:
+    """Read the files."""
+    for folder in folders:
+        for path in folder.iterdir():
+            path.read_bytes()
+
+
+def build(folder: Path, dtype: str, args: argparse.Namespace) -> None:
+    build_cache(folder, Random(args.width), args.rows, FINGERPRINT, dtype=dtype)
+    index = json.loads((folder / "index.json").read_text())
+    sys.stdout.write(f"{dtype}: {sum(s['bytes'] for s in index['shards'].values()) / 1e6:,.0f} MB, ")
+    sys.stdout.write(f"error (FVU) {index['errors'][HOOKPOINT]:.2g}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2**18)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", help="on the disk to measure (default: temporary files)")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    ends = [context.Pipe() for _ in range(2)]
+    processes = [context.Process(target=work, args=(end,), daemon=True) for _, end in ends]
+    for process in processes:
+        process.start()
+    pipes = [pipe for pipe, _ in ends]
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        folders = {dtype: Path(place) / dtype for dtype in ("bf16", "fp32", "int8")}
+        for dtype, folder in folders.items():
+            build(folder, dtype, args)
+        os.sync()
+        jobs = [(state, dtype) for state in ("warm", "cold") for dtype in folders]
+        found = {job: {contender: [] for contender in CONTENDERS} for job in jobs}
+        for _ in tqdm(range(args.repeats), desc="turns"):
+            for state, dtype in jobs:
+                folder, of = folders[dtype], folders["fp32" if dtype == "int8" else dtype]
+                for contender in CONTENDERS:
+                    remember(folder, of) if state == "warm" else forget(folder, of)
+                    found[state, dtype][contender].append(measure(pipes, contender, folder, dtype, of))
+    for pipe in pipes:
+        pipe.send(None)
+    write(found)
+
+
+def write(found: dict) -> None:
+    """The table: medians of GB/s and of ratios, ratios of the fastest."""
+    sys.stdout.write("\n| | stored | reader | each, GB/s | together, GB/s | each / map | together / map | fastest |\n")
+    sys.stdout.write("|---|---|---|---:|---:|---:|---:|---:|\n")
+    for (state, dtype), contenders in found.items():
+        base = [runs[-1] for runs in contenders["map"]]
+        for contender, runs in contenders.items():
+            columns = list(zip(*runs, strict=True))
+            speeds = [f"{statistics.median(column) / 1e9:.2f}" for column in columns]
+            ratios = [
+                f"{statistics.median(value / of for value, of in zip(column, base, strict=True)):.2f}"
+                for column in columns
+            ]
+            fastest = f"{max(columns[-1]) / max(base):.2f}"
+            row = (state, dtype, contender, ", ".join(speeds[:-1]), speeds[-1], ", ".join(ratios[:-1]), ratios[-1])
+            sys.stdout.write(f"| {' | '.join(row)} | {fastest} |\n")
+
+
+if __name__ == "__main__":
+    main()
