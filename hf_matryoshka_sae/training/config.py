@@ -116,6 +116,8 @@ class SAESpec:
     k_anneal_steps: int | None = None
     """Reach `k` after so many steps; a tenth of the run by default."""
     ema_decay: float | None = None
+    optimizer_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
     unit_norm_decoder: bool = True
     train_b_enc: bool = True
     sort_every: int = 0
@@ -284,6 +286,8 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16"] | None = None
     """By default what `accelerate config` says."""
     gradient_accumulation_steps: int = 1
+    latent_shards: int = 1
+    capacity_factor: float = 4.0
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints (0: only when interrupted)."""
     keep_checkpoints: int = 2

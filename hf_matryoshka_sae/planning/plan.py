@@ -1,0 +1,197 @@
+"""Every layout of a run on some devices: memory, traffic, time; and which is best, or what would make one fit."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..training.config import RunConfig
+from .counts import Mesh, Part, step_parts
+from .devices import Device
+from .memory import Memory, memory
+from .traffic import Transfer, step_traffic
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A layout and what it costs.
+
+    Args:
+        mesh ([`Mesh`]): Replicas and shards.
+        device ([`Device`]): Each of them.
+        memory ([`Memory`]): On a device.
+        compute (`tuple` of [`Part`]), traffic (`tuple` of [`Transfer`]): Of a step.
+        steps (`int`): Of the run.
+    """
+
+    mesh: Mesh
+    device: Device
+    memory: Memory
+    compute: tuple[Part, ...]
+    traffic: tuple[Transfer, ...]
+    steps: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the device's headroom free."""
+        return self.memory.peak <= self.device.usable
+
+    @property
+    def step_seconds(self) -> float:
+        """Nothing is counted as overlapping: parts and transfers follow each other."""
+        return sum(part.seconds(self.device) for part in self.compute) + self.traffic_seconds
+
+    @property
+    def traffic_seconds(self) -> float:
+        """Of a step."""
+        return sum(transfer.seconds for transfer in self.traffic)
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps."""
+        return self.steps * self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers for a JSON file: bytes and seconds."""
+        return {
+            "replicas": self.mesh.replicas,
+            "latent_shards": self.mesh.shards,
+            "fits": self.fits,
+            "peak_bytes": self.memory.peak,
+            "peak_phase": self.memory.peak_phase,
+            "memory": self.memory.phases,
+            "host_bytes": self.memory.host,
+            "compute": {
+                part.name: {"flops": part.flops, "bytes": part.moved, "seconds": part.seconds(self.device)}
+                for part in self.compute
+            },
+            "traffic": {move.name: {"bytes": move.sent, "seconds": move.seconds} for move in self.traffic},
+            "step_seconds": self.step_seconds,
+            "run_seconds": self.run_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layouts of a run.
+
+    Args:
+        work ([`Workload`]): The run.
+        device ([`Device`]): Each device.
+        layouts (`tuple` of [`LayoutPlan`]): From all replicas to all shards.
+        skipped (`tuple[str, ...]`): Layouts that the batch cannot be divided over.
+    """
+
+    work: Workload
+    device: Device
+    layouts: tuple[LayoutPlan, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> LayoutPlan | None:
+        """The fastest that fits."""
+        return min(
+            (layout for layout in self.layouts if layout.fits), key=lambda plan: plan.step_seconds, default=None
+        )
+
+
+def make_plan(work: Workload, devices: int, device: Device) -> Plan:
+    """Work out every layout R x S of `devices`.
+
+    Raises:
+        `ValueError`: if `devices` is not positive, or the batch can be divided over no layout.
+    """
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}.")
+    meshes = [Mesh(devices // shards, shards) for shards in range(1, devices + 1) if devices % shards == 0]
+    layouts, skipped = [], []
+    for mesh in meshes:
+        # Each process reads its own share of the batch.
+        if work.batch_size % (mesh.devices * work.accumulation):
+            skipped.append(str(mesh))
+        elif any(mesh.shards > shape.num_latents for shape in work.dictionaries):
+            skipped.append(str(mesh))
+        else:
+            layouts.append(plan_layout(work, mesh, device))
+    if not layouts:
+        raise ValueError(
+            f"`batch_size` ({work.batch_size}) must be a multiple of devices x gradient_accumulation_steps "
+            f"({devices} x {work.accumulation}), and no dictionary smaller than {devices} latents."
+        )
+    return Plan(work, device, tuple(layouts), tuple(skipped))
+
+
+def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
+    """What one layout costs."""
+    return LayoutPlan(
+        mesh,
+        device,
+        memory(work, mesh, device),
+        tuple(step_parts(work, mesh, device)),
+        tuple(step_traffic(work, mesh, device)),
+        work.steps,
+    )
+
+
+def yaml_lines(config: RunConfig, layout: LayoutPlan) -> list[str]:
+    """The lines of the run's YAML that ask for a layout."""
+    lines = [f"latent_shards: {layout.mesh.shards}"]
+    if config.gradient_accumulation_steps > 1:
+        lines.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
+    return lines
+
+
+# Tried in this order where nothing fits: what changes no result first, then what rounds.
+_SMALLER_TYPES = (
+    ({}, ""),
+    ({"moment_bytes": 2}, "optimizer_dtype: bfloat16"),
+    ({"moment_bytes": 1}, "optimizer_dtype: int8"),
+    ({"moment_bytes": 1, "weight_bytes": 2}, "optimizer_dtype: int8, weights_dtype: bfloat16"),
+)
+_MOST_MICRO_BATCHES, _MOST_DEVICES = 64, 4096
+
+
+def what_would_fit(work: Workload, devices: int, device: Device) -> list[str]:
+    """Where no layout fits: the options with which one would, and the number of devices that would be enough."""
+    hints = []
+    for fields, lines in _SMALLER_TYPES:
+        found = _with_micro_batches(_with_types(work, fields), devices, device)
+        if found is not None:
+            hints.append(_hint(found, work, lines, devices))
+            break
+    # As they are asked for, the types take more devices.
+    count = 2 * devices
+    while count <= _MOST_DEVICES:
+        found = _with_micro_batches(work, count, device)
+        if found is not None:
+            hints.append(_hint(found, work, "", count))
+            break
+        count *= 2
+    return hints or [f"No option helps on up to {_MOST_DEVICES} devices: take a smaller dictionary."]
+
+
+def _with_types(work: Workload, fields: dict[str, int]) -> Workload:
+    shapes = (
+        replace(shape, **{name: min(size, getattr(shape, name)) for name, size in fields.items()})
+        for shape in work.dictionaries
+    )
+    return replace(work, dictionaries=tuple(shapes))
+
+
+def _with_micro_batches(work: Workload, devices: int, device: Device) -> Plan | None:
+    parts = work.accumulation
+    while parts <= _MOST_MICRO_BATCHES and work.batch_size % (devices * parts) == 0:
+        plan = make_plan(replace(work, accumulation=parts), devices, device)
+        if plan.best is not None:
+            return plan
+        parts *= 2
+    return None
+
+
+def _hint(plan: Plan, work: Workload, lines: str, devices: int) -> str:
+    best = plan.best
+    assert best is not None
+    settings = [lines] if lines else []
+    if plan.work.accumulation > work.accumulation:
+        settings.append(f"gradient_accumulation_steps: {plan.work.accumulation}")
+    settings.append(f"latent_shards: {best.mesh.shards}")
+    return f"{devices} devices with {', '.join(settings)} ({best.memory.peak / 1e9:.1f} GB each)"

@@ -1,0 +1,192 @@
+"""A plan as a table, as markdown and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.report import save_figure
+from ..training.config import RunConfig
+from .plan import LayoutPlan, Plan, what_would_fit, yaml_lines
+
+
+_SMALL = 0.005  # parts below this share of the peak are shown together
+
+
+def report(plan: Plan, config: RunConfig, markdown: bool = False) -> str:
+    """What the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
+    devices = plan.layouts[0].mesh.devices
+    sections = [_heading(plan, devices), _layouts(plan, markdown)]
+    if plan.skipped:
+        sections.append(f"Left out, the batch or the latents cannot be divided: {', '.join(plan.skipped)}.")
+    shown = plan.best or min(plan.layouts, key=lambda layout: layout.memory.peak)
+    sections += [_memory(shown, markdown), _step(shown, markdown), _advice(plan, shown, config, devices)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _heading(plan: Plan, devices: int) -> str:
+    work, device = plan.work, plan.device
+    lines = [
+        f"{shape.name}: d_in {shape.d_in:,}, {shape.num_latents:,} latents, {shape.parameters:,} parameters, "
+        f"k {shape.k:g}, {shape.prefixes} prefix{'es' * (shape.prefixes > 1)}."
+        for shape in work.dictionaries
+    ]
+    lines.append(
+        f"{work.tokens:,} tokens in {work.steps:,} steps of {work.batch_size:,}"
+        + (f" ({work.accumulation} micro-batches)" if work.accumulation > 1 else "")
+        + f", {work.product} products; language model: {work.lm.parameters:,} parameters."
+    )
+    lines.append(
+        f"{devices} x {device.name}: {device.memory / 1e9:.1f} GB, of which {device.usable / 1e9:.1f} may be used."
+    )
+    return "\n".join(lines)
+
+
+def _layouts(plan: Plan, markdown: bool) -> str:
+    head = ["replicas x shards", "fits", "GB", "at", "traffic GB", "traffic s", "step s", "run"]
+    rows = [
+        [
+            str(layout.mesh),
+            "yes" if layout.fits else "no",
+            f"{layout.memory.peak / 1e9:.1f}",
+            layout.memory.peak_phase,
+            f"{sum(move.sent for move in layout.traffic) / 1e9:.3g}",
+            f"{layout.traffic_seconds:.3g}",
+            f"{layout.step_seconds:.3g}",
+            duration(layout.run_seconds),
+        ]
+        for layout in plan.layouts
+    ]
+    return table(head, rows, markdown)
+
+
+def _memory(layout: LayoutPlan, markdown: bool) -> str:
+    peak = layout.memory.peak
+    shown = {name: size for name, size in layout.memory.parts.items() if size >= _SMALL * peak}
+    rows = [[name, f"{size / 1e9:.2f}"] for name, size in sorted(shown.items(), key=lambda item: -item[1])]
+    rest = peak - sum(shown.values())
+    rows += [["the rest", f"{rest / 1e9:.2f}"]] * (rest > 0) + [["all", f"{peak / 1e9:.2f}"]]
+    title = f"Memory of a device at {layout.mesh}, at its peak ({layout.memory.peak_phase}):"
+    if layout.memory.host:
+        title += f"\n(Each process also needs {layout.memory.host / 1e9:.1f} GB of the host's to write a checkpoint.)"
+    return title + "\n\n" + table(["part", "GB"], rows, markdown)
+
+
+def _step(layout: LayoutPlan, markdown: bool) -> str:
+    rows = [
+        [part.name, f"{part.flops / 1e12:.4g}", f"{part.moved / 1e9:.4g}", f"{part.seconds(layout.device):.3g}"]
+        for part in layout.compute
+    ]
+    rows += [
+        [f"send: {move.name}", "", f"{move.sent / 1e9:.4g}", f"{move.seconds:.3g}"]
+        for move in layout.traffic
+        if move.sent
+    ]
+    rows.append(["all", "", "", f"{layout.step_seconds:.3g}"])
+    return f"A step on a device at {layout.mesh} (nothing overlaps):\n\n" + table(
+        ["part", "TFLOP", "GB", "seconds"], rows, markdown
+    )
+
+
+def _advice(plan: Plan, shown: LayoutPlan, config: RunConfig, devices: int) -> str:
+    if plan.best is None:
+        hints = "\n".join(f"- {hint}" for hint in what_would_fit(plan.work, devices, plan.device))
+        return f"Nothing fits; the smallest layout is {shown.mesh}. What would fit:\n{hints}"
+    lines = "\n".join(f"    {line}" for line in yaml_lines(config, shown))
+    return (
+        f"Fastest that fits: {shown.mesh}, {duration(shown.run_seconds)} for the run. Start {devices} processes and "
+        f"set:\n\n{lines}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
+    """Columns of text, the first to the left; as markdown, or aligned for a terminal."""
+    if markdown:
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    )
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for a JSON file: bytes and seconds."""
+    device = plan.device
+    return {
+        "device": {
+            "name": device.name,
+            "memory": device.memory,
+            "usable": device.usable,
+            "flops": device.flops,
+            "matmul_share": device.matmul_share,
+            "bandwidth": device.bandwidth,
+            "memory_share": device.memory_share,
+            "link": device.link,
+            "network": device.network,
+            "per_machine": device.per_machine,
+        },
+        "steps": plan.work.steps,
+        "recommended": None if plan.best is None else str(plan.best.mesh),
+        "layouts": [layout.to_dict() for layout in plan.layouts],
+        "skipped": list(plan.skipped),
+    }
+
+
+def plot(plan: Plan, path: str | Path) -> None:
+    """Draw each layout's memory by part beside the device's, and its time by part, to a PNG.
+
+    Args:
+        plan ([`Plan`]): What to draw.
+        path (`str` or `Path`): The PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [str(layout.mesh) for layout in plan.layouts]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    _stack(left, names, [{name: size / 1e9 for name, size in layout.memory.parts.items()} for layout in plan.layouts])
+    left.axhline(plan.device.memory / 1e9, color="black", label=f"{plan.device.name}")
+    left.axhline(plan.device.usable / 1e9, color="black", linestyle=":", label="of which usable")
+    peaks = [layout.memory.peak for layout in plan.layouts]
+    if max(peaks) > 20 * min(*peaks, plan.device.memory):
+        left.set_yscale("symlog", linthresh=plan.device.memory / 1e9)
+    left.set(xlabel="replicas x shards", ylabel="GB per device at the peak", title="Memory")
+    times = [
+        {part.name: part.seconds(plan.device) for part in layout.compute}
+        | {f"send: {move.name}": move.seconds for move in layout.traffic}
+        for layout in plan.layouts
+    ]
+    _stack(right, names, times)
+    right.set(xlabel="replicas x shards", ylabel="seconds", title="A step (nothing overlaps)")
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    save_figure(figure, Path(path))
+
+
+def _stack(axis: Any, names: list[str], bars: list[dict[str, float]]) -> None:
+    from matplotlib import colormaps
+
+    parts = list(
+        dict.fromkeys(name for bar in bars for name, size in bar.items() if size > _SMALL * sum(bar.values()))
+    )
+    below = [0.0] * len(bars)
+    for number, part in enumerate(parts):
+        sizes = [bar.get(part, 0.0) for bar in bars]
+        axis.bar(names, sizes, bottom=below, label=part, color=colormaps["tab20"](number % 20))
+        below = [a + b for a, b in zip(below, sizes, strict=True)]
+    rest = [sum(bar.values()) - size for bar, size in zip(bars, below, strict=True)]
+    axis.bar(names, rest, bottom=below, label="the rest", color="lightgrey")
