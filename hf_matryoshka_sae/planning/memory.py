@@ -126,10 +126,11 @@ def _passes(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) 
     tokens, latents = micro_batch(work, mesh), local_latents(shape.num_latents, mesh)
     product, width, matrix = BYTES[work.product], shape.d_in, _matrix(shape, mesh)
     block, chosen = block_latents(tokens, latents, device), candidates(work, shape, mesh)
-    selection = tokens * chosen * 40
-    if shape.activation in ("topk", "batch_topk") and mesh.devices > 1:
+    competing = shape.activation in ("topk", "batch_topk")
+    selection = tokens * chosen * 40 if competing else 0.0
+    if competing and mesh.devices > 1:
         selection += tokens * chosen * mesh.devices * 4  # gathered values
-    if device.kind == "cuda" and shape.activation in ("topk", "batch_topk"):
+    if device.kind == "cuda" and competing:
         selection += selection_bytes_held(tokens, block, chosen)
     parts = {
         "batch": tokens * width * 4 * _BATCH_COPIES,

@@ -140,7 +140,7 @@ def yaml_lines(config: RunConfig, layout: LayoutPlan) -> list[str]:
     return lines
 
 
-# Tried in this order where nothing fits: what changes no result first, then what rounds.
+# Tried in this order where nothing fits: as asked for, then what rounds ever more.
 _SMALLER_TYPES = (
     ({}, ""),
     ({"moment_bytes": 2}, "optimizer_dtype: bfloat16"),
@@ -151,21 +151,20 @@ _MOST_MICRO_BATCHES, _MOST_DEVICES = 64, 4096
 
 
 def what_would_fit(work: Workload, devices: int, device: Device) -> list[str]:
-    """Where no layout fits: the options with which one would, and the number of devices that would be enough."""
-    hints = []
+    """Where no layout fits: how many devices would be enough, and the options with which fewer are.
+
+    More micro-batches are tried first (they change no result), and twice as many devices each time.
+    """
+    hints, fewest = [], _MOST_DEVICES + 1
     for fields, lines in _SMALLER_TYPES:
-        found = _with_micro_batches(_with_types(work, fields), devices, device)
-        if found is not None:
-            hints.append(_hint(found, work, lines, devices))
-            break
-    # As they are asked for, the types take more devices.
-    count = 2 * devices
-    while count <= _MOST_DEVICES:
-        found = _with_micro_batches(work, count, device)
-        if found is not None:
-            hints.append(_hint(found, work, "", count))
-            break
-        count *= 2
+        count = devices
+        while count < fewest:
+            found = _with_micro_batches(_with_types(work, fields), count, device)
+            if found is not None:
+                hints.append(_hint(found, work, lines))
+                fewest = count
+                break
+            count *= 2
     return hints or [f"No option helps on up to {_MOST_DEVICES} devices: take a smaller dictionary."]
 
 
@@ -187,11 +186,11 @@ def _with_micro_batches(work: Workload, devices: int, device: Device) -> Plan | 
     return None
 
 
-def _hint(plan: Plan, work: Workload, lines: str, devices: int) -> str:
+def _hint(plan: Plan, work: Workload, lines: str) -> str:
     best = plan.best
     assert best is not None
     settings = [lines] if lines else []
     if plan.work.accumulation > work.accumulation:
         settings.append(f"gradient_accumulation_steps: {plan.work.accumulation}")
     settings.append(f"latent_shards: {best.mesh.shards}")
-    return f"{devices} devices with {', '.join(settings)} ({best.memory.peak / 1e9:.1f} GB each)"
+    return f"{best.mesh.devices} devices with {', '.join(settings)} ({best.memory.peak / 1e9:.1f} GB each)"

@@ -161,9 +161,12 @@ def plot(plan: Plan, path: str | Path) -> None:
     _stack(left, names, [{name: size / 1e9 for name, size in layout.memory.parts.items()} for layout in plan.layouts])
     left.axhline(plan.device.memory / 1e9, color="black", label=f"{plan.device.name}")
     left.axhline(plan.device.usable / 1e9, color="black", linestyle=":", label="of which usable")
-    peaks = [layout.memory.peak for layout in plan.layouts]
-    if max(peaks) > 20 * min(*peaks, plan.device.memory):
-        left.set_yscale("symlog", linthresh=plan.device.memory / 1e9)
+    peaks = [layout.memory.peak / 1e9 for layout in plan.layouts]
+    # Layouts far from fitting would flatten the others.
+    top = min(1.15 * max(*peaks, plan.device.memory / 1e9), 5 * plan.device.memory / 1e9)
+    left.set_ylim(0, top)
+    for name, peak in zip(names, peaks, strict=True):
+        left.text(name, min(peak, 0.95 * top), f"{peak:.4g}", ha="center", va="bottom")
     left.set(xlabel="replicas x shards", ylabel="GB per device at the peak", title="Memory")
     times = [
         {part.name: part.seconds(plan.device) for part in layout.compute}
