@@ -73,14 +73,18 @@ def block_latents(tokens: int, num_latents: int, device: Device) -> int:
     return min(-(-fitting // _GROUP), -(-num_latents // _GROUP)) * _GROUP
 
 
-def candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
-    """Pairs per token that a shard selects before the cut over all shards."""
-    if shape.activation not in ("topk", "batch_topk"):
-        return shape.k / mesh.shards
-    if mesh.shards > 1:
-        return min(ceil(shape.k * work.capacity_factor / mesh.shards), shape.k)
-    # Without shards a process may win all places of the joined batch.
-    return shape.k * (mesh.replicas if shape.activation == "batch_topk" else 1)
+def own_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
+    """Pairs per token that a process selects among its own latents, before the cut over all processes."""
+    if shape.activation == "batch_topk":
+        return sent_candidates(work, shape, mesh)
+    return shape.k if shape.activation == "topk" else shape.k / mesh.shards
+
+
+def sent_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
+    """Values per token that a process sends: `capacity_factor` times its even share of the k places."""
+    if shape.activation == "batch_topk":  # the places of all replicas' tokens, over all processes
+        return min(shape.k * mesh.replicas, shape.k * work.capacity_factor / mesh.shards)
+    return min(shape.k, ceil(shape.k * work.capacity_factor / mesh.shards))
 
 
 def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
@@ -103,6 +107,13 @@ def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
     for name, same in found.items():
         parts.append(Part(name, sum(p.flops for p in same), sum(p.moved for p in same), same[0].dtype))
     return parts
+
+
+def language_model_part(work: Workload, readers: int) -> Part:
+    """What each of the processes does that run the language model."""
+    tokens, dtype = work.batch_size / readers, "float32" if work.lm.bytes_each == 4 else "bfloat16"
+    weights = tokens / work.window_tokens * work.lm.parameters * work.lm.bytes_each
+    return Part("language model", tokens * work.lm.flops_per_token, weights, dtype)
 
 
 def _of_dictionary(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) -> list[Part]:
@@ -144,7 +155,7 @@ def _selection_bytes(
     work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device, entries: float, blocks: int, block: int
 ) -> float:
     """Passes over blocks, and over the keys of groups and their members (`models.selection`)."""
-    product, chosen = BYTES[work.product], candidates(work, shape, mesh)
+    product, chosen = BYTES[work.product], own_candidates(work, shape, mesh)
     if shape.activation not in ("topk", "batch_topk"):
         return entries * (product + 2) + entries / 2 * 60
     if device.kind == "cpu":

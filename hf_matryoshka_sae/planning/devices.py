@@ -6,6 +6,7 @@ them is an assumption, written into the device as `matmul_share` and `memory_sha
 
 import os
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -126,26 +127,26 @@ def _this_machine(processes: int) -> Device:
     )
 
 
-def _best_time(work: Callable[[], object], seconds: float = 0.3) -> float:
-    """The shortest of several runs: other work on the machine only makes it longer."""
+def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
+    """The median of several runs: whatever else the machine does now, it will do to the training too."""
     work()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    times, began = [], time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:
     """Operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
     x, weights = torch.ones(512, 128, dtype=dtype), torch.ones(16384, 128, dtype=dtype)
     out = torch.empty(512, 16384, dtype=dtype)
-    return 2 * 512 * 128 * 16384 / _best_time(lambda: torch.mm(x, weights.T, out=out))
+    return 2 * 512 * 128 * 16384 / _usual_time(lambda: torch.mm(x, weights.T, out=out))
 
 
 def _copy_rate() -> float:
     """Bytes per second read and written by a copy that fits no cache."""
     source = torch.ones(2**25)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_time(lambda: target.copy_(source))
+    return 2 * source.nbytes / _usual_time(lambda: target.copy_(source))

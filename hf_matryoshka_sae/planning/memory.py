@@ -1,8 +1,7 @@
 """What a device holds, part by part, in each phase of a run; its peak is that of the largest phase.
 
-Phases: the start (first weights are drawn), a step, a checkpoint, and the end (a copy of the dictionary is finished
-and saved while the optimizer's state is still there). On a CPU a checkpoint is written from the same memory; on an
-accelerator it is the host's.
+Phases: the start (weights are made and first values drawn), a step, a checkpoint (written from where the tensors lie,
+in chunks), and the end (a copy of the dictionary is finished and saved while the optimizer's state is still there).
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from ..training.setup import overlaps
-from .counts import Mesh, block_latents, candidates, local_latents, micro_batch, selection_bytes_held
+from .counts import (
+    Mesh,
+    block_latents,
+    local_latents,
+    micro_batch,
+    own_candidates,
+    selection_bytes_held,
+    sent_candidates,
+)
 from .devices import Device
 from .workload import BYTES, DictionaryShape, Workload
 
@@ -19,8 +26,7 @@ from .workload import BYTES, DictionaryShape, Workload
 _PAIR = 72
 # Tensors of the size of the batch: raw, normalised, centred, and what statistics form of them.
 _BATCH_COPIES = 6
-# `save_tree` clones the state it writes, and the clones stay until Python's garbage collector comes by.
-CHECKPOINT_COPIES = 1
+_DRAWN = 4 * 2**26  # bytes of the first weights that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,9 @@ class Memory:
 
     Args:
         phases (`dict[str, dict[str, float]]`): For each phase its parts.
-        host (`float`): Bytes of the host's memory that a process on an accelerator needs to write a checkpoint.
     """
 
     phases: dict[str, dict[str, float]]
-    host: float
 
     @property
     def peak_phase(self) -> str:
@@ -55,21 +59,41 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
     """The phases of a run on one device of a mesh."""
     held = _held(work, mesh, device)
     matrices = [_matrix(shape, mesh) * shape.weight_bytes for shape in work.dictionaries]
-    state = held["weights"] + held["optimizer state"] + held["average"] + held["counters"]
-    on_cpu = device.kind == "cpu"
-    copies = {"checkpoint copy": CHECKPOINT_COPIES * state} if on_cpu else {}
     begun = {name: held[name] for name in ("process", "language model", "shuffle buffer", "weights", "counters")}
-    finished = {"finished copy": 2 * max(matrices)}
-    block = {"encoder block": _block(work, mesh, device)} if on_cpu else {}
-    phases = {
-        "start": begun | {"first weights": 3 * max(matrices)},
-        "step": held | _step(work, mesh, device),
-        "checkpoint": held | block | copies,
-        "end": held | block | copies | finished,
-    }
-    if on_cpu:
-        phases["checkpoint"]["shuffle buffer copy"] = 2 * held["shuffle buffer"]
-    return Memory(phases, 0.0 if on_cpu else CHECKPOINT_COPIES * state)
+    block = {"encoder block": _block(work, mesh, device)} if device.kind == "cpu" else {}  # kept from step to step
+    finished = {"finished copy": 2 * max(matrices) + max(_unaveraged(work, mesh))}
+    if work.lm_processes:  # those that hold dictionaries load it for the closing evaluation
+        finished["language model"] = _language_model(work)
+    return Memory(
+        {
+            "start": begun | {"first weights": 3 * min(max(matrices), _DRAWN)},
+            "step": held | _step(work, mesh, device),
+            "checkpoint": held | block | {"shuffle buffer copy": held["shuffle buffer"]},
+            "end": held | block | finished,
+        }
+    )
+
+
+def reader_bytes(work: Workload, device: Device) -> float:
+    """What a process holds that only runs the language model (`lm_processes`)."""
+    return device.process + _language_model(work) + _shuffle_buffer(work, work.lm_processes or 1, device)
+
+
+def _language_model(work: Workload) -> float:
+    """Weights, and what a forward pass has at once."""
+    return (work.lm.parameters + work.window_tokens * work.lm.hidden) * work.lm.bytes_each
+
+
+def _shuffle_buffer(work: Workload, readers: int, device: Device) -> float:
+    """Hidden states that wait, of which half as many again are read ahead."""
+    rows = max(work.buffer_tokens, 2 * work.batch_size // (work.accumulation * readers) + work.window_tokens)
+    ahead = 1.5 if overlaps(work.overlap, torch.device(device.kind), readers) else 1.0
+    return rows * ahead * sum(work.lm.widths.values()) * (4 if device.kind == "cpu" else work.lm.bytes_each)
+
+
+def _unaveraged(work: Workload, mesh: Mesh) -> list[float]:
+    """The quotient by which an average becomes a weight, a matrix at a time."""
+    return [_matrix(shape, mesh) * 4 * shape.averaged for shape in work.dictionaries]
 
 
 def _matrix(shape: DictionaryShape, mesh: Mesh) -> int:
@@ -78,17 +102,12 @@ def _matrix(shape: DictionaryShape, mesh: Mesh) -> int:
 
 def _held(work: Workload, mesh: Mesh, device: Device) -> dict[str, float]:
     """What is there through the whole of training."""
-    shapes, row_bytes = work.dictionaries, 4 if device.kind == "cpu" else work.lm.bytes_each
+    shapes, reads = work.dictionaries, not work.lm_processes
     counts = [local_latents(shape.num_latents, mesh) for shape in shapes]
-    own_tokens = work.batch_size // (mesh.devices * work.accumulation)
-    buffered = max(work.buffer_tokens, 2 * own_tokens + work.window_tokens)
-    ahead = 1.5 if overlaps(work.overlap, torch.device(device.kind), mesh.devices) else 1.0
-    width = sum(work.lm.widths.values())
-    activations = work.window_tokens * work.lm.hidden * work.lm.bytes_each
     return {
-        "process": device.process + work.pool_tokens * (5 if device.kind == "cpu" else 0),
-        "language model": work.lm.parameters * work.lm.bytes_each + activations,
-        "shuffle buffer": buffered * ahead * width * row_bytes,
+        "process": device.process + (5 * work.pool_tokens if device.kind == "cpu" and reads else 0),
+        "language model": _language_model(work) if reads else 0.0,
+        "shuffle buffer": _shuffle_buffer(work, mesh.devices, device) if reads else 0.0,
         "weights": sum(
             2 * _matrix(shape, mesh) * shape.weight_bytes + 16 * n for shape, n in zip(shapes, counts, strict=True)
         ),
@@ -125,11 +144,12 @@ def _step(work: Workload, mesh: Mesh, device: Device) -> dict[str, float]:
 def _passes(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) -> dict[str, float]:
     tokens, latents = micro_batch(work, mesh), local_latents(shape.num_latents, mesh)
     product, width, matrix = BYTES[work.product], shape.d_in, _matrix(shape, mesh)
-    block, chosen = block_latents(tokens, latents, device), candidates(work, shape, mesh)
+    block, chosen = block_latents(tokens, latents, device), own_candidates(work, shape, mesh)
     competing = shape.activation in ("topk", "batch_topk")
     selection = tokens * chosen * 40 if competing else 0.0
     if competing and mesh.devices > 1:
-        selection += tokens * chosen * mesh.devices * 4  # gathered values
+        over = mesh.devices if shape.activation == "batch_topk" else mesh.shards
+        selection += 2 * tokens * sent_candidates(work, shape, mesh) * over * 4  # gathered values, joined
     if device.kind == "cuda" and competing:
         selection += selection_bytes_held(tokens, block, chosen)
     parts = {
@@ -155,6 +175,5 @@ def _auxk(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) ->
     if dead <= 4 * shape.auxk:
         return rows + 4 * tokens * dead * 4
     block = block_latents(tokens, int(dead), device)
-    wanted = min(shape.auxk, shape.auxk * 2 / mesh.shards)  # the capacity factor of AuxK is 2
-    keys = selection_bytes_held(tokens, block, wanted) if device.kind == "cuda" else 0
-    return rows + tokens * wanted * (_PAIR + 20) + keys
+    keys = selection_bytes_held(tokens, block, shape.auxk) if device.kind == "cuda" else 0
+    return rows + tokens * shape.auxk * (_PAIR + 20) + keys

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..training.config import RunConfig
-from .counts import Mesh, Part, step_parts
+from .counts import Mesh, Part, language_model_part, step_parts
 from .devices import Device
-from .memory import Memory, memory
+from .memory import Memory, memory, reader_bytes
 from .traffic import Transfer, step_traffic
 from .workload import Workload
 
@@ -21,6 +21,8 @@ class LayoutPlan:
         memory ([`Memory`]): On a device.
         compute (`tuple` of [`Part`]), traffic (`tuple` of [`Transfer`]): Of a step.
         steps (`int`): Of the run.
+        reader_bytes (`float`), reader_seconds (`float`): Memory of the processes that only run the language model
+            (`lm_processes`), and their time for a step; 0 without such.
     """
 
     mesh: Mesh
@@ -29,16 +31,19 @@ class LayoutPlan:
     compute: tuple[Part, ...]
     traffic: tuple[Transfer, ...]
     steps: int
+    reader_bytes: float = 0.0
+    reader_seconds: float = 0.0
 
     @property
     def fits(self) -> bool:
         """Whether the peak leaves the device's headroom free."""
-        return self.memory.peak <= self.device.usable
+        return max(self.memory.peak, self.reader_bytes) <= self.device.usable
 
     @property
     def step_seconds(self) -> float:
-        """Nothing is counted as overlapping: parts and transfers follow each other."""
-        return sum(part.seconds(self.device) for part in self.compute) + self.traffic_seconds
+        """Parts and transfers follow each other; only readers of their own work at the same time."""
+        own = sum(part.seconds(self.device) for part in self.compute) + self.traffic_seconds
+        return max(own, self.reader_seconds)
 
     @property
     def traffic_seconds(self) -> float:
@@ -59,7 +64,6 @@ class LayoutPlan:
             "peak_bytes": self.memory.peak,
             "peak_phase": self.memory.peak_phase,
             "memory": self.memory.phases,
-            "host_bytes": self.memory.host,
             "compute": {
                 part.name: {"flops": part.flops, "bytes": part.moved, "seconds": part.seconds(self.device)}
                 for part in self.compute
@@ -102,11 +106,17 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
     """
     if devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}.")
-    meshes = [Mesh(devices // shards, shards) for shards in range(1, devices + 1) if devices % shards == 0]
+    readers = work.lm_processes or devices
+    holders = devices - (work.lm_processes or 0)
+    if holders < 1:
+        raise ValueError(
+            f"`lm_processes: {work.lm_processes}` leaves none of {devices} processes for the dictionaries."
+        )
+    meshes = [Mesh(holders // shards, shards) for shards in range(1, holders + 1) if holders % shards == 0]
     layouts, skipped = [], []
     for mesh in meshes:
-        # Each process reads its own share of the batch.
-        if work.batch_size % (mesh.devices * work.accumulation):
+        # Each reader has its own share of the batch, and each replica that of as many readers.
+        if work.batch_size % (readers * work.accumulation) or readers % mesh.replicas:
             skipped.append(str(mesh))
         elif any(mesh.shards > shape.num_latents for shape in work.dictionaries):
             skipped.append(str(mesh))
@@ -114,8 +124,8 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
             layouts.append(plan_layout(work, mesh, device))
     if not layouts:
         raise ValueError(
-            f"`batch_size` ({work.batch_size}) must be a multiple of devices x gradient_accumulation_steps "
-            f"({devices} x {work.accumulation}), and no dictionary smaller than {devices} latents."
+            f"`batch_size` ({work.batch_size}) must be a multiple of readers x gradient_accumulation_steps "
+            f"({readers} x {work.accumulation}), and no dictionary smaller than {holders} latents."
         )
     return Plan(work, device, tuple(layouts), tuple(skipped))
 
@@ -129,6 +139,8 @@ def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
         tuple(step_parts(work, mesh, device)),
         tuple(step_traffic(work, mesh, device)),
         work.steps,
+        reader_bytes(work, device) if work.lm_processes else 0.0,
+        language_model_part(work, work.lm_processes).seconds(device) if work.lm_processes else 0.0,
     )
 
 
@@ -193,4 +205,5 @@ def _hint(plan: Plan, work: Workload, lines: str) -> str:
     if plan.work.accumulation > work.accumulation:
         settings.append(f"gradient_accumulation_steps: {plan.work.accumulation}")
     settings.append(f"latent_shards: {best.mesh.shards}")
-    return f"{best.mesh.devices} devices with {', '.join(settings)} ({best.memory.peak / 1e9:.1f} GB each)"
+    devices = best.mesh.devices + (work.lm_processes or 0)
+    return f"{devices} devices with {', '.join(settings)} ({best.memory.peak / 1e9:.1f} GB each)"

@@ -13,7 +13,7 @@ _SMALL = 0.005  # parts below this share of the peak are shown together
 
 def report(plan: Plan, config: RunConfig, markdown: bool = False) -> str:
     """What the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
-    devices = plan.layouts[0].mesh.devices
+    devices = plan.layouts[0].mesh.devices + (plan.work.lm_processes or 0)
     sections = [_heading(plan, devices), _layouts(plan, markdown)]
     if plan.skipped:
         sections.append(f"Left out, the batch or the latents cannot be divided: {', '.join(plan.skipped)}.")
@@ -65,8 +65,8 @@ def _memory(layout: LayoutPlan, markdown: bool) -> str:
     rest = peak - sum(shown.values())
     rows += [["the rest", f"{rest / 1e9:.2f}"]] * (rest > 0) + [["all", f"{peak / 1e9:.2f}"]]
     title = f"Memory of a device at {layout.mesh}, at its peak ({layout.memory.peak_phase}):"
-    if layout.memory.host:
-        title += f"\n(Each process also needs {layout.memory.host / 1e9:.1f} GB of the host's to write a checkpoint.)"
+    if layout.reader_bytes:
+        title += f"\n(Processes that only run the language model hold {layout.reader_bytes / 1e9:.1f} GB.)"
     return title + "\n\n" + table(["part", "GB"], rows, markdown)
 
 
@@ -80,6 +80,8 @@ def _step(layout: LayoutPlan, markdown: bool) -> str:
         for move in layout.traffic
         if move.sent
     ]
+    if layout.reader_seconds:
+        rows.append(["meanwhile: language model", "", "", f"{layout.reader_seconds:.3g}"])
     rows.append(["all", "", "", f"{layout.step_seconds:.3g}"])
     return f"A step on a device at {layout.mesh} (nothing overlaps):\n\n" + table(
         ["part", "TFLOP", "GB", "seconds"], rows, markdown

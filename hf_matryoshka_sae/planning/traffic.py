@@ -7,7 +7,7 @@ sends through as many network ports as it has devices in a machine, side by side
 
 from dataclasses import dataclass
 
-from .counts import Mesh, candidates, local_latents, micro_batch
+from .counts import Mesh, local_latents, micro_batch, sent_candidates
 from .devices import Device
 from .workload import Workload
 
@@ -43,7 +43,7 @@ def step_traffic(work: Workload, mesh: Mesh, device: Device) -> list[Transfer]:
     if shards > 1:
         gathers["activations"] = tokens * sum(work.lm.widths.values()) * work.lm.bytes_each
     for shape in work.dictionaries:
-        chosen = tokens * candidates(work, shape, mesh) * 4
+        chosen = tokens * sent_candidates(work, shape, mesh) * 4
         if shape.activation == "batch_topk":
             gathers["values over all"] += chosen * mesh.devices
         elif shape.activation == "topk":

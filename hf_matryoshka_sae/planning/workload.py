@@ -4,6 +4,7 @@ The language model is built from its config alone, in fake tensors that have sha
 to the last hookpoint is counted by torch's own counter of operations.
 """
 
+import fnmatch
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
 from ..assets import embedded_lm_path
 from ..training.config import RunConfig, SAESpec
-from ..training.setup import hookpoints_of
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class DictionaryShape:
         sort_every (`int`): Steps between sortings by energy (0: never).
         auxk (`int`): Dead latents that fit a token's residual; 0 without AuxK.
         unit_norm (`bool`): Whether rows of the decoder are projected at each step.
-        random_prefixes (`bool`), decodes (`int`): Sums over pairs per step: 1, or 2 with `multi_topk` or a gate.
+        decodes (`int`): Sums over pairs per step: 1, or 2 with `multi_topk` or a gate.
     """
 
     name: str
@@ -105,10 +105,9 @@ class Workload:
         buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold.
         window_tokens (`int`): Tokens of one forward pass of the language model.
         pool_tokens (`int`): Tokens of the pool of windows.
-        row_bytes (`int` or `None`): Of a number in a hidden state as it is kept; `None`: 4 on a CPU, else the
-            language model's.
         overlap (`bool`, *optional*): The run's.
         capacity_factor (`float`): As in the run.
+        lm_processes (`int`, *optional*): Processes that run the language model and hold no dictionaries.
         dead_share (`float`): Of the latents, for AuxK.
     """
 
@@ -124,6 +123,7 @@ class Workload:
     overlap: bool | None
     capacity_factor: float
     dead_share: float
+    lm_processes: int | None = None
 
     @property
     def steps(self) -> int:
@@ -153,8 +153,11 @@ def read_workload(
     dictionaries = tuple(
         _shape(spec, spec.sae_config(lm.widths[hookpoint], config.model, hookpoint), hookpoint)
         for spec in config.saes
-        for hookpoint in hookpoints_of(spec, list(lm.widths))
+        for hookpoint in lm.widths
+        if spec.hookpoints is None or any(fnmatch.fnmatchcase(hookpoint, pattern) for pattern in spec.hookpoints)
     )
+    if not dictionaries:
+        raise ValueError(f"No dictionary is trained at any of the run's hookpoints: {', '.join(lm.widths)}.")
     return Workload(
         dictionaries,
         lm,
@@ -168,6 +171,7 @@ def read_workload(
         config.overlap,
         config.capacity_factor,
         dead_share,
+        getattr(config, "lm_processes", None),
     )
 
 

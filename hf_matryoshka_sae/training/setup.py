@@ -247,7 +247,7 @@ def build_learners(config: RunConfig, accelerator: Accelerator, harvest: Harvest
     """
     learners: list[Learner] = []
     for index, spec in enumerate(config.saes):
-        for hookpoint in hookpoints_of(spec, harvest.hookpoints):
+        for hookpoint in _hookpoints_of(spec, harvest.hookpoints):
             learner = _build(config, accelerator, harvest, spec, hookpoint, config.seed + index)
             if any((other.name, other.hookpoint) == (learner.name, hookpoint) for other in learners):
                 raise ValueError(f"Two entries of `saes` are both called {learner.name!r}. Give each a `name`.")
@@ -255,8 +255,7 @@ def build_learners(config: RunConfig, accelerator: Accelerator, harvest: Harvest
     return learners
 
 
-def hookpoints_of(spec: SAESpec, hookpoints: list[str]) -> list[str]:
-    """Those of the run's hookpoints at which a dictionary is trained. Raises `ValueError` where there are none."""
+def _hookpoints_of(spec: SAESpec, hookpoints: list[str]) -> list[str]:
     if spec.hookpoints is None:
         return hookpoints
     chosen = [name for name in hookpoints if any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.hookpoints)]
