@@ -9,7 +9,8 @@ from ..evaluation.report import write_json, write_text
 from ..training.config import load_run_config
 from .devices import DEVICES, find_device
 from .plan import make_plan
-from .report import plot, report, to_dict
+from .plots import plot
+from .report import report, to_dict
 from .workload import read_workload
 
 

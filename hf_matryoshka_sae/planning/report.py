@@ -1,24 +1,30 @@
-"""A plan as a table, as markdown and as a picture."""
+"""A plan as text: tables for a terminal or as markdown, and what to set."""
 
-from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import save_figure
 from ..training.config import RunConfig
 from .plan import LayoutPlan, Plan, what_would_fit, yaml_lines
 
 
-_SMALL = 0.005  # parts below this share of the peak are shown together
+SMALL = 0.005
+"""Parts below this share are shown together."""
 
 
 def report(plan: Plan, config: RunConfig, markdown: bool = False) -> str:
     """What the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
     devices = plan.layouts[0].mesh.devices + (plan.work.lm_processes or 0)
-    sections = [_heading(plan, devices), _layouts(plan, markdown)]
+    sections = [_heading(plan, devices), layout_table(plan, markdown)]
     if plan.skipped:
         sections.append(f"Left out, the batch or the latents cannot be divided: {', '.join(plan.skipped)}.")
     shown = plan.best or min(plan.layouts, key=lambda layout: layout.memory.peak)
-    sections += [_memory(shown, markdown), _step(shown, markdown), _advice(plan, shown, config, devices)]
+    sections += [
+        f"Memory of a device at {shown.mesh}, at its peak ({shown.memory.peak_phase}):",
+        memory_table(shown, markdown),
+    ]
+    if shown.reader_bytes:
+        sections.append(f"Processes that only run the language model hold {shown.reader_bytes / 1e9:.1f} GB.")
+    sections += [f"A step on a device at {shown.mesh} (nothing overlaps):", step_table(shown, markdown)]
+    sections.append(_advice(plan, shown, config, devices))
     return "\n\n".join(sections) + "\n"
 
 
@@ -40,7 +46,8 @@ def _heading(plan: Plan, devices: int) -> str:
     return "\n".join(lines)
 
 
-def _layouts(plan: Plan, markdown: bool) -> str:
+def layout_table(plan: Plan, markdown: bool = False) -> str:
+    """Every layout: whether it fits, its peak, its traffic and its time."""
     head = ["replicas x shards", "fits", "GB", "at", "traffic GB", "traffic s", "step s", "run"]
     rows = [
         [
@@ -58,19 +65,18 @@ def _layouts(plan: Plan, markdown: bool) -> str:
     return table(head, rows, markdown)
 
 
-def _memory(layout: LayoutPlan, markdown: bool) -> str:
+def memory_table(layout: LayoutPlan, markdown: bool = False) -> str:
+    """What a device holds at its peak, part by part."""
     peak = layout.memory.peak
-    shown = {name: size for name, size in layout.memory.parts.items() if size >= _SMALL * peak}
+    shown = {name: size for name, size in layout.memory.parts.items() if size >= SMALL * peak}
     rows = [[name, f"{size / 1e9:.2f}"] for name, size in sorted(shown.items(), key=lambda item: -item[1])]
     rest = peak - sum(shown.values())
     rows += [["the rest", f"{rest / 1e9:.2f}"]] * (rest > 0) + [["all", f"{peak / 1e9:.2f}"]]
-    title = f"Memory of a device at {layout.mesh}, at its peak ({layout.memory.peak_phase}):"
-    if layout.reader_bytes:
-        title += f"\n(Processes that only run the language model hold {layout.reader_bytes / 1e9:.1f} GB.)"
-    return title + "\n\n" + table(["part", "GB"], rows, markdown)
+    return table(["part", "GB"], rows, markdown)
 
 
-def _step(layout: LayoutPlan, markdown: bool) -> str:
+def step_table(layout: LayoutPlan, markdown: bool = False) -> str:
+    """What a step costs a device, part by part."""
     rows = [
         [part.name, f"{part.flops / 1e12:.4g}", f"{part.moved / 1e9:.4g}", f"{part.seconds(layout.device):.3g}"]
         for part in layout.compute
@@ -83,9 +89,7 @@ def _step(layout: LayoutPlan, markdown: bool) -> str:
     if layout.reader_seconds:
         rows.append(["meanwhile: language model", "", "", f"{layout.reader_seconds:.3g}"])
     rows.append(["all", "", "", f"{layout.step_seconds:.3g}"])
-    return f"A step on a device at {layout.mesh} (nothing overlaps):\n\n" + table(
-        ["part", "TFLOP", "GB", "seconds"], rows, markdown
-    )
+    return table(["part", "TFLOP", "GB", "seconds"], rows, markdown)
 
 
 def _advice(plan: Plan, shown: LayoutPlan, config: RunConfig, devices: int) -> str:
@@ -144,54 +148,3 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "layouts": [layout.to_dict() for layout in plan.layouts],
         "skipped": list(plan.skipped),
     }
-
-
-def plot(plan: Plan, path: str | Path) -> None:
-    """Draw each layout's memory by part beside the device's, and its time by part, to a PNG.
-
-    Args:
-        plan ([`Plan`]): What to draw.
-        path (`str` or `Path`): The PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [str(layout.mesh) for layout in plan.layouts]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    _stack(left, names, [{name: size / 1e9 for name, size in layout.memory.parts.items()} for layout in plan.layouts])
-    left.axhline(plan.device.memory / 1e9, color="black", label=f"{plan.device.name}")
-    left.axhline(plan.device.usable / 1e9, color="black", linestyle=":", label="of which usable")
-    peaks = [layout.memory.peak / 1e9 for layout in plan.layouts]
-    # Layouts far from fitting would flatten the others.
-    top = min(1.15 * max(*peaks, plan.device.memory / 1e9), 5 * plan.device.memory / 1e9)
-    left.set_ylim(0, top)
-    for name, peak in zip(names, peaks, strict=True):
-        left.text(name, min(peak, 0.95 * top), f"{peak:.4g}", ha="center", va="bottom")
-    left.set(xlabel="replicas x shards", ylabel="GB per device at the peak", title="Memory")
-    times = [
-        {part.name: part.seconds(plan.device) for part in layout.compute}
-        | {f"send: {move.name}": move.seconds for move in layout.traffic}
-        for layout in plan.layouts
-    ]
-    _stack(right, names, times)
-    right.set(xlabel="replicas x shards", ylabel="seconds", title="A step (nothing overlaps)")
-    for axis in (left, right):
-        axis.legend(fontsize=7)
-    save_figure(figure, Path(path))
-
-
-def _stack(axis: Any, names: list[str], bars: list[dict[str, float]]) -> None:
-    from matplotlib import colormaps
-
-    parts = list(
-        dict.fromkeys(name for bar in bars for name, size in bar.items() if size > _SMALL * sum(bar.values()))
-    )
-    below = [0.0] * len(bars)
-    for number, part in enumerate(parts):
-        sizes = [bar.get(part, 0.0) for bar in bars]
-        axis.bar(names, sizes, bottom=below, label=part, color=colormaps["tab20"](number % 20))
-        below = [a + b for a, b in zip(below, sizes, strict=True)]
-    rest = [sum(bar.values()) - size for bar, size in zip(bars, below, strict=True)]
-    axis.bar(names, rest, bottom=below, label="the rest", color="lightgrey")
