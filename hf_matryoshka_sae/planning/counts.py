@@ -89,17 +89,7 @@ def sent_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float
 
 def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
     """Every part of a step on one device, summed over the run's dictionaries."""
-    share = work.batch_size / mesh.devices
-    passes = share / work.window_tokens
-    lm_type = "float32" if work.lm.bytes_each == 4 else "bfloat16"
-    parts = [
-        Part(
-            "language model",
-            share * work.lm.flops_per_token,
-            passes * work.lm.parameters * work.lm.bytes_each,
-            lm_type,
-        )
-    ]
+    parts = [] if work.lm_processes else [language_model_part(work, mesh.devices)]
     found: dict[str, list[Part]] = {}
     for shape in work.dictionaries:
         for part in _of_dictionary(work, shape, mesh, device):

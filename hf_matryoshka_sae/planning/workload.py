@@ -223,7 +223,8 @@ def look_up(config: RunConfig) -> LanguageModel:
     dtype = getattr(torch, config.model_dtype) if config.model_dtype else lm_config.dtype or torch.float32
     text = lm_config.get_text_config()
     with FakeTensorMode():
-        model = model_class(lm_config).from_config(lm_config, dtype=dtype).eval()
+        # Eager attention consists of matmuls that are counted; the fused kernels do as much work.
+        model = model_class(lm_config).from_config(lm_config, dtype=dtype, attn_implementation="eager").eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         hookpoints = resolve_hookpoints(model, config.hookpoints)
         try:
