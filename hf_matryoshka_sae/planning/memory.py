@@ -1,7 +1,8 @@
 """What a device holds, part by part, in each phase of a run; its peak is that of the largest phase.
 
 Phases: the start (weights are made and first values drawn), a step, a checkpoint (written from where the tensors lie,
-in chunks), and the end (a copy of the dictionary is finished and saved while the optimizer's state is still there).
+in chunks), the end (a copy of the dictionary is finished and saved while the optimizer's state is still there), and the
+closing evaluation (of dictionaries loaded back; on a CPU their files are mapped, and the encoder is read whole).
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .workload import BYTES, DictionaryShape, Workload
 _PAIR = 72
 # Tensors of the size of the batch: raw, normalised, centred, and what statistics form of them.
 _BATCH_COPIES = 6
+_EVALUATION = 0.3e9  # measured: similarities of sampled tokens, logits
 _DRAWN = 4 * 2**26  # bytes of the first weights that are drawn at once
 
 
@@ -62,14 +64,17 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
     begun = {name: held[name] for name in ("process", "language model", "shuffle buffer", "weights", "counters")}
     block = {"encoder block": _block(work, mesh, device)} if device.kind == "cpu" else {}  # kept from step to step
     finished = {"finished copy": 2 * max(matrices) + max(_unaveraged(work, mesh))}
-    if work.lm_processes:  # those that hold dictionaries load it for the closing evaluation
-        finished["language model"] = _language_model(work)
+    loaded = (1 if device.kind == "cpu" else 2) * sum(matrices)
+    evaluated = {"saved dictionary": loaded, "evaluation": _EVALUATION}
+    if work.lm_processes:  # those that hold dictionaries load it only now
+        evaluated["language model"] = _language_model(work)
     return Memory(
         {
             "start": begun | {"first weights": 3 * min(max(matrices), _DRAWN)},
             "step": held | _step(work, mesh, device),
             "checkpoint": held | block | {"shuffle buffer copy": held["shuffle buffer"]},
             "end": held | block | finished,
+            "evaluation": held | block | evaluated,
         }
     )
 

@@ -71,7 +71,7 @@ def test_readers_of_their_own():
     assert {str(layout.mesh) for layout in plan.layouts} == {"2 x 1", "1 x 2"}
     layout = plan.layouts[0]
     assert "language model" not in {part.name for part in layout.compute} and layout.reader_bytes > 0
-    assert layout.memory.phases["step"]["language model"] == 0 < layout.memory.phases["end"]["language model"]
+    assert layout.memory.phases["step"]["language model"] == 0 < layout.memory.phases["evaluation"]["language model"]
     slow = replace(layout, reader_seconds=1e6)
     assert slow.step_seconds == 1e6  # the dictionaries wait for hidden states
     with pytest.raises(ValueError, match="leaves none"):
