@@ -1,8 +1,8 @@
 """What a device holds, part by part, in each phase of a run; its peak is that of the largest phase.
 
 Phases: the start (weights are made and first values drawn), a step, a checkpoint (written from where the tensors lie,
-in chunks), the end (a copy of the dictionary is finished and saved while the optimizer's state is still there), and the
-closing evaluation (of dictionaries loaded back; on a CPU their files are mapped, and the encoder is read whole).
+in chunks), the end (a copy of the dictionary is finished and saved while the optimizer's state is still there), and
+the closing evaluation (of dictionaries loaded back; on a CPU their files are mapped, and the encoder is read whole).
 """
 
 from dataclasses import dataclass
