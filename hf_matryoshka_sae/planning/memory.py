@@ -27,7 +27,7 @@ from .workload import BYTES, DictionaryShape, Workload
 _PAIR = 72
 # Tensors of the size of the batch: raw, normalised, centred, and what statistics form of them.
 _BATCH_COPIES = 6
-_EVALUATION = 0.15e9  # measured: similarities of sampled tokens, logits
+_EVALUATION = 0.2e9  # measured: similarities of sampled tokens, logits
 _DRAWN = 4 * 2**26  # bytes of the first weights that are drawn at once
 
 
