@@ -64,8 +64,10 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
     begun = {name: held[name] for name in ("process", "language model", "shuffle buffer", "weights", "counters")}
     block = {"encoder block": _block(work, mesh, device)} if device.kind == "cpu" else {}  # kept from step to step
     finished = {"finished copy": 2 * max(matrices) + max(_unaveraged(work, mesh))}
-    loaded = (1 if device.kind == "cpu" else 2) * sum(matrices)
-    evaluated = {"saved dictionary": loaded, "evaluation": _EVALUATION}
+    mapped = device.kind == "cpu" and mesh.shards == 1
+    evaluated = {"saved dictionary": (1 if mapped else 2) * sum(matrices), "evaluation": _EVALUATION}
+    if mesh.shards > 1:  # a shard's rows are read, then copied into its model
+        evaluated["evaluation"] = max(_EVALUATION, 2 * max(matrices))
     if work.lm_processes:  # those that hold dictionaries load it only now
         evaluated["language model"] = _language_model(work)
     return Memory(
