@@ -66,7 +66,7 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
     finished = {"finished copy": 2 * max(matrices) + max(_unaveraged(work, mesh))}
     mapped = device.kind == "cpu" and mesh.shards == 1
     evaluated = {"saved dictionary": (1 if mapped else 2) * sum(matrices), "evaluation": _EVALUATION}
-    if mesh.shards > 1:  # a shard's rows are read, then copied into its model
+    if mesh.shards > 1 and device.kind == "cpu":  # a shard's rows are read, then copied into its model
         evaluated["evaluation"] = max(_EVALUATION, 2 * max(matrices))
     if work.lm_processes:  # those that hold dictionaries load it only now
         evaluated["language model"] = _language_model(work)
