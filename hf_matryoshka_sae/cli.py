@@ -7,6 +7,7 @@ import sys
 _PASSED_ON = {
     "train": "train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)",
     "cache": "harvest hidden states once, for several runs and machines",
+    "plan": "work out memory, traffic and time of a training run on some devices",
     "sweep": "train a grid of SAEs and fit scaling laws to their losses",
     "evaluate": "measure saved SAEs at every width on held-out text, beside their baselines",
     "index": "index what the latents of an SAE mean: contexts, logit effects, neighbours, parents",
@@ -48,6 +49,10 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
             from .training.cache_command import main as cache
 
             return cache(rest or ["--help"])
+        case "plan":
+            from .planning.command import main as plan
+
+            return plan(rest or ["--help"])
         case "sweep":
             from .sweep.command import main as sweep
 

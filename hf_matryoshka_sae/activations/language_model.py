@@ -39,7 +39,7 @@ def load_language_model(
     else:
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
-            model = _model_class(config).from_pretrained(name, revision=revision, dtype=dtype or "auto")
+            model = model_class(config).from_pretrained(name, revision=revision, dtype=dtype or "auto")
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except OSError as error:
             raise ValueError(
@@ -49,7 +49,8 @@ def load_language_model(
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def _model_class(config):
+def model_class(config) -> type:
+    """The class of the model with the head that its checkpoint has."""
     architecture = (config.architectures or [""])[0]
     if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return AutoModelForCausalLM

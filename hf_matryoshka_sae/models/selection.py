@@ -107,13 +107,17 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, sorted by token, then by latent.
     """
-    found = []
+    found, mask = [], None
     for start, block in blocks:
         limit = threshold
         if isinstance(threshold, Tensor):
-            limit = threshold[start : start + block.shape[1]]
+            limit = threshold.detach()[start : start + block.shape[1]]
             limit = F.pad(limit, (0, block.shape[1] - len(limit)))
-        rows, cols = (block > limit).nonzero(as_tuple=True)
+        # One mask for all blocks: the small results that stay would lie between masks that come and go, and malloc
+        # could not use their places again.
+        mask = block.new_empty(block.numel(), dtype=torch.bool) if mask is None else mask
+        above = torch.gt(block, limit, out=mask[: block.numel()].view_as(block))
+        rows, cols = above.nonzero(as_tuple=True)
         found.append((rows, cols + start, block[rows, cols]))
     return _joined(found)
 

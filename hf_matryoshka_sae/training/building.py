@@ -1,13 +1,14 @@
 """From a run's fields to its dictionaries: new ones, those of a trained SAE, or a larger one around it."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig
 
-from ..models import SAEConfig, SAEModel, build_sae
+from ..models import MODELS, SAEConfig, SAEModel, build_sae
 from ..models.sharding import Layout
 from .config import RunConfig, SAESpec
 from .growth import grown_start
@@ -15,6 +16,7 @@ from .initialization import initialize, input_scaling
 from .learner import Learner
 from .placement import Meshes, Placement, place, readers
 from .setup import Harvest, usable_device
+from .sharded_files import load_own_rows
 
 
 def build_learners(
@@ -57,17 +59,17 @@ def _build(
     d_in = len(mean)
     source, base, start = spec.init_from or config.init_from, None, None
     if spec.grow_from:
-        start = load_start(spec.grow_from, spec, hookpoint, d_in, "grow_from")
-        sae, base = grown_start(start, spec, hookpoint, mean, scale, sample, seed)
+        grown = load_start(spec.grow_from, spec, hookpoint, d_in, "grow_from")
+        sae, base = grown_start(grown, spec, hookpoint, mean, scale, sample, seed)
         whole, layout = sae.config, meshes.layout(placement, sae.config.num_latents, config.capacity_factor)
     else:
         if source:
-            start = load_start(source, spec, hookpoint, d_in)
+            start = find_start(source, spec, hookpoint, d_in)
         whole = spec.sae_config(d_in, config.model, hookpoint, like=None if start is None else start.config)
         layout = meshes.layout(placement, whole.num_latents, config.capacity_factor)
-        sae = build_sae(_own_config(whole, layout))
+        sae = build_sae(own_config(whole, layout))
         if start is not None:
-            _take_over(sae, start, mean, scale, spec, layout)
+            _take_over(sae, start.load(layout), mean, scale, spec)
         else:
             normalised = (sample - mean) / scale
             initialize(sae, spec, normalised, (statistics.mean.to(sample) - mean) / scale, seed, layout)
@@ -89,7 +91,7 @@ def _build(
     )
 
 
-def _own_config(config: SAEConfig, layout: Layout) -> SAEConfig:
+def own_config(config: SAEConfig, layout: Layout) -> SAEConfig:
     """The config of the latents that this process holds."""
     start, stop = layout.rows
     own = copy.deepcopy(config)
@@ -98,8 +100,41 @@ def _own_config(config: SAEConfig, layout: Layout) -> SAEConfig:
     return own
 
 
+@dataclass(frozen=True)
+class Start:
+    """A trained SAE that a run begins with.
+
+    Args:
+        asked (`str`): The field that names it, for messages.
+        source (`str`): Folder or repository.
+        subfolder (`str`): In the repository.
+        config ([`SAEConfig`]): Of the whole dictionary.
+    """
+
+    asked: str
+    source: str
+    subfolder: str
+    config: SAEConfig
+
+    def load(self, layout: Layout | None = None) -> SAEModel:
+        """The SAE; of a sharded dictionary the latents of this process, and no others are read."""
+        model = MODELS[type(self.config)]
+        try:
+            if layout is None or layout.shards == 1:
+                return model.from_pretrained(self.source, subfolder=self.subfolder)
+            own = own_config(self.config, layout)
+            return load_own_rows(model, own, self.source, layout, subfolder=self.subfolder)
+        except OSError as error:
+            raise ValueError(f"{self.asked} cannot be loaded: {error}") from error
+
+
 def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> SAEModel:
-    """The trained SAE that a run goes on from, or whose dictionary it makes larger.
+    """The trained SAE that a run goes on from, or whose dictionary it makes larger; as [`find_start`] finds it."""
+    return find_start(source, spec, hookpoint, d_in, field).load()
+
+
+def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> Start:
+    """Where the trained SAE is that a run goes on from, or whose dictionary it makes larger.
 
     Args:
         source (`str`): A folder with an SAE, a run's folder, or a repository.
@@ -121,33 +156,32 @@ def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
         named = [root / spec.name / place]
     if field == "grow_from" and len(named) > 1:
         raise ValueError(f"{asked} holds several SAEs, name one: {', '.join(str(path.parent) for path in named)}.")
+    found, subfolder = (str(named[0]), "") if named else (source, place)
     try:
-        sae = AutoModel.from_pretrained(named[0]) if named else AutoModel.from_pretrained(source, subfolder=place)
+        config = AutoConfig.from_pretrained(found, subfolder=subfolder)
     except OSError as error:
         raise ValueError(f"{asked} cannot be loaded: {error}") from error
-    if not isinstance(sae, SAEModel):
-        raise ValueError(f"{asked} is a {type(sae).__name__}, not an SAE.")
-    kind = sae.config.model_type.removesuffix("_sae")
+    if not isinstance(config, SAEConfig):
+        raise ValueError(f"{asked} is a {config.model_type}, not an SAE.")
+    kind = config.model_type.removesuffix("_sae")
     if kind != spec.type and field == "init_from":
         raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
     for unlike in ("input_normalization", "output_hookpoint"):
-        if getattr(sae.config, unlike) is not None:
+        if getattr(config, unlike) is not None:
             raise ValueError(
-                f"{asked} holds an SAE with `{unlike}: {getattr(sae.config, unlike)}`. Such can be loaded, measured "
+                f"{asked} holds an SAE with `{unlike}: {getattr(config, unlike)}`. Such can be loaded, measured "
                 "and pruned, but not trained on."
             )
-    if sae.config.d_in != d_in:
-        raise ValueError(f"{asked} reads hidden states of width {sae.config.d_in}; {hookpoint} has {d_in}.")
-    return sae
+    if config.d_in != d_in:
+        raise ValueError(f"{asked} reads hidden states of width {config.d_in}; {hookpoint} has {d_in}.")
+    return Start(asked, found, subfolder, config)
 
 
-def _take_over(sae: SAEModel, start: SAEModel, mean: Tensor, scale: float, spec: SAESpec, layout: Layout) -> None:
+def _take_over(sae: SAEModel, start: SAEModel, mean: Tensor, scale: float, spec: SAESpec) -> None:
     """Give `sae` the weights of `start`, in the units of this run."""
     if spec.unit_norm_decoder:
         start.fold_decoder_norm_()
     start.fold_normalization_(-mean / scale, 1 / scale)
-    rows = slice(*layout.rows)
-    whole = start.state_dict()
-    sae.load_state_dict({name: value if name == "b_dec" else value[rows] for name, value in whole.items()})
+    sae.load_state_dict(start.state_dict())
     if hasattr(sae.config, "bandwidth"):
         sae.config.bandwidth = start.config.bandwidth

@@ -38,34 +38,35 @@ _ROWS = re.compile(r"(.+)-rows-(\d+)-(\d+)\.safetensors")
 def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None to `path`.safetensors and `path`.json."""
     tensors: dict[str, Tensor] = {}
-
-    def strip(node: Any, name: str) -> Any:
-        if isinstance(node, Tensor):
-            tensors[name] = node
-            return {_TENSOR: name}
-        if isinstance(node, dict):
-            return {str(key): strip(value, f"{name}/{key}") for key, value in node.items()}
-        if isinstance(node, list | tuple):
-            return [strip(value, f"{name}/{i}") for i, value in enumerate(node)]
-        if node is None or isinstance(node, bool | int | float | str):
-            return node
-        raise TypeError(f"{name} of type {type(node).__name__} cannot be saved.")
-
-    skeleton = strip(tree, "")
+    skeleton = _stripped(tree, "", tensors)
     write_tensors(f"{path}.safetensors", tensors)  # not with_suffix: a name may have dots
     Path(f"{path}.json").write_text(json.dumps(skeleton))
 
 
+def _stripped(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree with names in place of its tensors, which are put into `tensors`."""
+    if isinstance(node, Tensor):
+        tensors[name] = node
+        return {_TENSOR: name}
+    if isinstance(node, dict):
+        return {str(key): _stripped(value, f"{name}/{key}", tensors) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_stripped(value, f"{name}/{i}", tensors) for i, value in enumerate(node)]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"{name} of type {type(node).__name__} cannot be saved.")
+
+
 def load_tree(path: Path) -> Any:
     """What [`save_tree`] wrote to `path`; tensors come back on the CPU."""
-    tensors = load_file(f"{path}.safetensors")
+    return _filled(json.loads(Path(f"{path}.json").read_text()), load_file(f"{path}.safetensors"))
 
-    def fill(node: Any) -> Any:
-        if isinstance(node, dict):
-            return tensors[node[_TENSOR]] if set(node) == {_TENSOR} else {key: fill(node[key]) for key in node}
-        return [fill(value) for value in node] if isinstance(node, list) else node
 
-    return fill(json.loads(Path(f"{path}.json").read_text()))
+def _filled(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, dict):
+        named = set(node) == {_TENSOR}
+        return tensors[node[_TENSOR]] if named else {key: _filled(node[key], tensors) for key in node}
+    return [_filled(value, tensors) for value in node] if isinstance(node, list) else node
 
 
 class Checkpoint:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.models.sharding import Layout
-from hf_matryoshka_sae.training.building import _own_config
+from hf_matryoshka_sae.training.building import own_config
 from hf_matryoshka_sae.training.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.config import SAESpec
 from hf_matryoshka_sae.training.initialization import initialize
@@ -62,7 +62,7 @@ def outcome(rank: int, replicas: int, shards: int) -> dict[str, dict[str, torch.
         whole = spec.sae_config(D, "lm", "layer")
         layout = meshes.layout(placement, F, 1.5)
         start, stop = layout.rows
-        sae = build_sae(_own_config(whole, layout))
+        sae = build_sae(own_config(whole, layout))
         sample = torch.randn(64, D, generator=torch.Generator().manual_seed(99))
         initialize(sae, spec, sample, sample.mean(0), 0, layout)
         one = Learner(name, "layer", sae, spec, torch.zeros(D), 1.0, accelerator, 10, N, 3, None, layout, whole)
