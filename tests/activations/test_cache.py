@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 
@@ -19,6 +20,7 @@ from hf_matryoshka_sae.activations import (
 )
 from hf_matryoshka_sae.activations import cache_reader as cache_reader_module
 from hf_matryoshka_sae.activations.cache_format import STORED_DTYPES, decode, encode, read_index
+from hf_matryoshka_sae.activations.cache_order import ReadingOrder
 from hf_matryoshka_sae.activations.cache_storage import CacheStorage
 
 from . import tiny
@@ -89,6 +91,22 @@ def test_readers_divide_the_cache(cache, world_size, epoch):
     parts = [_epoch(_open(cache, rank=rank, world_size=world_size), epoch) for rank in range(world_size)]
     assert torch.equal(_sorted(torch.cat(parts)), _sorted(cache[2]))
     assert max(map(len, parts)) - min(map(len, parts)) <= len(_open(cache).index.shards)
+
+
+@pytest.mark.parametrize("rows", [[1] * 12, [5, 1, 1, 2, 1, 1, 30]])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_small_shards_are_divided_evenly(rows, world_size):
+    orders = [ReadingOrder(rows, 4, 0, rank, world_size) for rank in range(world_size)]
+    counts = [order.rows_per_epoch for order in orders]
+    assert sum(counts) == sum(rows) and max(counts) - min(counts) <= 2
+    seen = [
+        (shard, row)
+        for order in orders
+        for block in itertools.takewhile(lambda block: not block.epoch, order.blocks(0))
+        for shard, first, end in block.windows
+        for row in range(first, end)
+    ]
+    assert sorted(seen) == [(shard, row) for shard, count in enumerate(rows) for row in range(count)]
 
 
 def test_a_block_mixes_rows_of_many_windows_of_several_shards(tmp_path, monkeypatch):
