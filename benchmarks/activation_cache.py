@@ -8,8 +8,9 @@ batch by batch into torch tensors, in one process (the measure of all) and in tw
 `CachedActivationStream`, in one process and in two that read disjoint shares. Counted are the bytes of the rows as
 tensors of the run's type: what is stored for bf16 and fp32, float32 for int8, whose measure is the map of the fp32
 cache. The clock includes opening the cache. Contenders take turns, so that what else the machine does weighs on all.
-Ratios are given twice: the median over the turns of a contender's speed over the measure's in the same turn, and the
-fastest turn of the one over the fastest of the other, where other work weighs least. Warm: all files have just
+Ratios are medians over the turns of a contender's speed over the measure's in the same turn, by the clock and by the
+time the processes had a core: where other work fills the cores, two processes get hardly more of them than one, and
+only the latter says what they would do alone (waiting for the disk is not in it). Warm: all files have just
 been read. Cold: the kernel was asked to drop them (`posix_fadvise`), which a hypervisor's cache below may undo.
 """
 
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +76,13 @@ def work(pipe) -> None:
     while (job := pipe.recv()) is not None:
         read, folder, dtype, part, parts, barrier_at = job
         time.sleep(max(0.0, barrier_at - time.time()))
-        start = time.time()
+        start, used = time.time(), time.process_time()
         count = read(folder, dtype, part, parts)
-        pipe.send((count, start, time.time()))
+        pipe.send((count, start, time.time(), time.process_time() - used))
 
 
 def measure(pipes, contender: str, folder: Path, dtype: str, of: Path) -> list[float]:
-    """Bytes per second: of each process, then of all together."""
+    """Bytes per second: of each process, of all together, and of all if each had a core to itself."""
     parts = 2 if contender.endswith("x 2") else 1
     read, place = (read_map, of) if contender.startswith("map") else (read_ours, folder)
     kind = ("fp32" if dtype == "int8" else dtype) if read is read_map else dtype
@@ -89,9 +90,9 @@ def measure(pipes, contender: str, folder: Path, dtype: str, of: Path) -> list[f
     for part in range(parts):
         pipes[part].send((read, place, kind, part, parts, start))
     found = [pipes[part].recv() for part in range(parts)]
-    each = [count / (end - begin) for count, begin, end in found]
-    whole = max(end for *_, end in found) - min(begin for _, begin, _ in found)
-    return [*each, sum(count for count, *_ in found) / whole]
+    each = [count / (end - begin) for count, begin, end, _ in found]
+    whole = max(end for _, _, end, _ in found) - min(begin for _, begin, _, _ in found)
+    return [*each, sum(count for count, *_ in found) / whole, sum(count / used for count, _, _, used in found)]
 
 
 def forget(*folders: Path) -> None:
@@ -148,21 +149,24 @@ def main() -> None:
 
 
 def write(found: dict) -> None:
-    """The table: medians of GB/s and of ratios, ratios of the fastest."""
-    sys.stdout.write("\n| | stored | reader | each, GB/s | together, GB/s | each / map | together / map | fastest |\n")
+    """The table: medians of GB/s and of ratios to the map in one process."""
+    sys.stdout.write(
+        "\n| | stored | reader | each, GB/s | together, GB/s | each / map | together / map | by core time |\n"
+    )
     sys.stdout.write("|---|---|---|---:|---:|---:|---:|---:|\n")
     for (state, dtype), contenders in found.items():
-        base = [runs[-1] for runs in contenders["map"]]
+        clock, core = ([runs[i] for runs in contenders["map"]] for i in (-2, -1))
         for contender, runs in contenders.items():
-            columns = list(zip(*runs, strict=True))
-            speeds = [f"{statistics.median(column) / 1e9:.2f}" for column in columns]
-            ratios = [
-                f"{statistics.median(value / of for value, of in zip(column, base, strict=True)):.2f}"
-                for column in columns
-            ]
-            fastest = f"{max(columns[-1]) / max(base):.2f}"
-            row = (state, dtype, contender, ", ".join(speeds[:-1]), speeds[-1], ", ".join(ratios[:-1]), ratios[-1])
-            sys.stdout.write(f"| {' | '.join(row)} | {fastest} |\n")
+            *each, together, alone = zip(*runs, strict=True)
+            row = [state, dtype, contender]
+            row += [", ".join(f"{statistics.median(column) / 1e9:.2f}" for column in each)]
+            row += [f"{statistics.median(together) / 1e9:.2f}"]
+            row += [", ".join(_ratio(column, clock) for column in each), _ratio(together, clock), _ratio(alone, core)]
+            sys.stdout.write(f"| {' | '.join(row)} |\n")
+
+
+def _ratio(values: Sequence[float], of: Sequence[float]) -> str:
+    return f"{statistics.median(value / other for value, other in zip(values, of, strict=True)):.2f}"
 
 
 if __name__ == "__main__":

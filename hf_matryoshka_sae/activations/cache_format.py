@@ -142,9 +142,9 @@ def _quantized(hookpoint: str, rows: Tensor) -> dict[str, Tensor]:
     row_scale = units.abs().amax(1) / _LARGEST
     steps = (units / row_scale.where(row_scale > 0, 1.0)[:, None]).round()
     return {
-        # A row that is not finite comes back as NaN: it is for the trainer to see.
+        # The scale of a row that is not finite is not either, and so it comes back as NaN, for the trainer to see.
         hookpoint: steps.where(finite[:, None], 0.0).to(torch.int8),
-        f"{hookpoint}.row_scale": row_scale.where(finite, torch.nan),
+        f"{hookpoint}.row_scale": row_scale,
         f"{hookpoint}.channel_scale": channel_scale,
         f"{hookpoint}.center": center,
     }

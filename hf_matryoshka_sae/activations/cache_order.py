@@ -1,9 +1,9 @@
 """In which order the rows of a cache are read: a pure function of a seed and a position; resuming is seeking.
 
 Shards are permuted in each epoch and taken several at once. What a reader has of them is cut into windows of
-contiguous rows; windows of all these shards are permuted together, a few dozen make a block, and the rows of a block
-are permuted. Rows of a shard were mixed over a whole shuffle buffer when they were written, so each window is a sample
-of many texts.
+contiguous rows; windows of all these shards are permuted together, a number of them make a block, and the rows of a
+block are permuted. Rows of a shard were mixed over a whole shuffle buffer when they were written, so each window is a
+sample of many texts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 
 SHARDS_AT_ONCE = 8
-WINDOWS_IN_BLOCK = 32
+WINDOWS_IN_BLOCK = 16
 
 
 @dataclass

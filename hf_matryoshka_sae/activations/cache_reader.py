@@ -26,7 +26,7 @@ from .stream import ShuffledStream, to_device
 
 logger = logging.getLogger(__name__)
 
-_WINDOW_BYTES = 2**17  # of the widest hookpoint: long enough for a disk to read in one go
+_WINDOW_BYTES = 2**18  # of the widest hookpoint: long enough for a disk to read in one go
 _BLOCKS_AHEAD = 6  # which the operating system is asked to read before they are needed
 
 
@@ -34,7 +34,7 @@ class CachedActivationStream(ShuffledStream):
     """Batches from a cache, endless, with the interface of [`ActivationStream`].
 
     In each epoch shards are taken in another order, several at a time; windows of contiguous rows of all of them are
-    drawn at random, and the rows of a few dozen windows are mixed. Readers have disjoint shares of the rows, which
+    drawn at random, and the rows of 16 windows at a time are mixed. Readers have disjoint shares of the rows, which
     together are all of them. Local shards are memory-mapped. Of others the share is fetched by byte ranges to the
     local disk's temporary files, at most 16 shards' at a time.
 
