@@ -85,6 +85,11 @@ def _best(devices: int, *flags: str) -> LayoutPlan:
     return best
 
 
+def eight_step() -> str:
+    """A step on eight devices, at a width that they hold."""
+    return step_table(one(8, 2048, *TYPES["moments int8"]), markdown=True)
+
+
 def eight() -> str:
     """One machine, by width: what fits, or what would."""
     rows = []
@@ -189,7 +194,7 @@ def widths() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     part.__name__: part
-    for part in (state, layouts, held, step, eight, hints, micro_batches, prefixes, bandwidths, widths)
+    for part in (state, layouts, held, step, eight, eight_step, hints, micro_batches, prefixes, bandwidths, widths)
 }
 
 
