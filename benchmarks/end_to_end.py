@@ -81,10 +81,10 @@ def ours(kind: str, args: argparse.Namespace, work: Path, out: Path) -> dict[str
         trainer = Trainer(config)
     finish = trainer._finish
 
-    def finish_untimed(stream) -> list:
+    def finish_untimed() -> list:
         nonlocal ended
         ended = now()
-        return finish(stream)
+        return finish()
 
     with patch.object(trainer, "_finish", finish_untimed):
         trainer.run()

@@ -78,7 +78,7 @@ def trained(config: RunConfig) -> dict[str, list[dict]]:
     accelerator = Accelerator()
     harvest = open_harvest(config, accelerator, config.batch_size)
     learners = [_begin(config, spec, harvest, accelerator) for spec in config.saes]
-    stream = iter(harvest.stream)
+    stream = iter(harvest.streams[0])
     for step in tqdm(range(config.steps), desc=f"seed {config.seed}"):
         states = next(stream)[harvest.hookpoints[0]]
         for one in learners:
@@ -87,7 +87,7 @@ def trained(config: RunConfig) -> dict[str, list[dict]]:
     calibration = [
         next(stream)[harvest.hookpoints[0]] for _ in range(-(-config.calibration_tokens // config.batch_size))
     ]
-    harvest.stream.close()
+    harvest.close()
     with tempfile.TemporaryDirectory() as folder:
         saes = {one.name: Dictionary(_loaded(one, calibration, Path(folder) / one.name)) for one in learners}
     data = HeldOut(harvest.model, harvest.heldout, harvest.hookpoints[0], harvest.mask_token_id)

@@ -29,7 +29,7 @@ class Timed:
     def __init__(self, config: RunConfig):
         self.trainer, self.made, self.rates, self.longest_wait = Trainer(config), 0, [], 0.0
         self.read = 0
-        self.stream = iter(self.trainer.harvest.stream)
+        self.advance, self.trainer.feed.advance = self.trainer.feed.advance, self._advance
         self.trainer.harvest.model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.steps(3)
         self.rates.clear()
@@ -37,21 +37,20 @@ class Timed:
     def _count(self, module, args, kwargs) -> None:
         self.read += kwargs["input_ids"].numel()
 
-    def __next__(self) -> dict[str, torch.Tensor]:
+    def _advance(self) -> None:
         began = time.perf_counter()
-        batch = next(self.stream)
+        self.advance()
         self.longest_wait = max(self.longest_wait, time.perf_counter() - began)
-        return batch
 
     def steps(self, count: int) -> None:
         """Make `count` steps and note the tokens per second."""
         self.read, began = 0, time.perf_counter()
         for _ in range(count):
-            self.trainer._step(self, self.made)
+            self.trainer._step(self.made)
             self.made += 1
         tokens = min(self.read, count * self.trainer.config.batch_size)
         self.rates.append(tokens / (time.perf_counter() - began))
-        self.trainer.harvest.stream.close()  # nothing is read while the other is timed
+        self.trainer.harvest.close()  # nothing is read while the other is timed
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from hf_matryoshka_sae.training.trainer import Trainer
 
 def harvest_ratio(trainer: Trainer, batches: int, repeats: int) -> dict[str, float]:
     """Tokens per second of the bare truncated forward and of the stream, and their ratio."""
-    stream = trainer.harvest.stream
+    stream = trainer.harvest.streams[0]
     device = trainer.accelerator.device
     ready = [next(stream.token_stream) for _ in range(batches)]
     tokens = sum(batch.input_ids.numel() for batch in ready)
@@ -77,26 +77,24 @@ def timed(work, device: torch.device) -> float:
 
 def whole_run(trainer: Trainer, steps: int) -> dict:
     """Tokens per second of training steps, the share of time in each part, and the operators that take most."""
-    stream = iter(trainer.harvest.stream)
     for step in range(3):
-        trainer._step(stream, step)
-    parts = {"harvest": 0.0, "step": 0.0}
+        trainer._step(step)
+    parts, advance = {"harvest": 0.0, "step": 0.0}, trainer.feed.advance
 
-    class Timed:
-        def __next__(self):
-            start = time.perf_counter()
-            batch = next(stream)
-            parts["harvest"] += time.perf_counter() - start
-            return batch
+    def timed() -> None:
+        start = time.perf_counter()
+        advance()
+        parts["harvest"] += time.perf_counter() - start
 
+    trainer.feed.advance = timed
     start = time.perf_counter()
     for step in range(3, steps + 3):
-        trainer._step(Timed(), step)
+        trainer._step(step)
     total = time.perf_counter() - start
     parts["step"] = total - parts["harvest"]
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for step in range(steps + 3, steps + 13):
-            trainer._step(stream, step)
+            trainer._step(step)
     top = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
     everything = sum(event.self_cpu_time_total for event in profiled.key_averages())
     return {

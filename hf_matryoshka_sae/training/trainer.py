@@ -198,10 +198,13 @@ class Trainer:
         bar.close()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
-        closing = Closing(config, accelerator, self.harvest, self.placements, self.learners, self.provenance)
-        results = closing.run(self.feed, self.rows, self.folder, self.skipped)
+        results = self._finish()
         log.close()
         return results
+
+    def _finish(self) -> list[dict[str, Any]]:
+        closing = Closing(self.config, self.accelerator, self.harvest, self.placements, self.learners, self.provenance)
+        return closing.run(self.feed, self.rows, self.folder, self.skipped)
 
     # One step
 
