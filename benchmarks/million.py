@@ -42,13 +42,14 @@ _PRUNE = f"""
 import json, sys
 from transformers import AutoModel
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout
-from hf_matryoshka_sae.progressive import latent_statistics, prune
+from hf_matryoshka_sae.progressive import prune
 sae = AutoModel.from_pretrained(sys.argv[1])
 data = open_heldout("embedded", sae.config.hookpoint, tokens=4000)
-small = prune(sae, 16_384, statistics=latent_statistics(sae, data))
+small = prune(sae, 16_384, activations=data)
 small.save_pretrained(sys.argv[2])
 pruned = AutoModel.from_pretrained(sys.argv[2])
-found = evaluate_fidelity(data, {{"pruned": Dictionary(pruned), "first": Dictionary(sae.truncate(16_384))}}, language_model=False, similarity_tokens=0)
+subjects = {{"pruned": Dictionary(pruned), "first": Dictionary(sae.truncate(16_384))}}
+found = evaluate_fidelity(data, subjects, language_model=False, similarity_tokens=0)
 rows = {{name: rows[-1]["fvu"] for name, rows in found["subjects"].items()}}
 print(json.dumps({{"latents": pruned.config.num_latents, "fvu": rows, "peak": {_PEAK}}}))
 """
@@ -110,7 +111,8 @@ def main() -> None:
             "",
             f"    {' '.join(['python', 'benchmarks/million.py', *sys.argv[1:]])}",
             "",
-            f"{date.today()}, {platform.machine()}, {threads} thread(s), Python {platform.python_version()}, {versions}.",
+            f"{date.today()}, {platform.machine()}, {threads} thread(s), Python {platform.python_version()}, "
+            f"{versions}.",
             "",
             "| phase | latents | peak GB | planned GB | seconds |",
             "| --- | ---: | ---: | ---: | ---: |",

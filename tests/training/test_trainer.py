@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE
+from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training import trainer as trainer_module
 from hf_matryoshka_sae.training.setup import _lm_device, overlaps
@@ -187,7 +188,7 @@ def test_processes_do_not_share_a_language_models_device(tmp_path, monkeypatch):
 def test_a_broken_newest_checkpoint_is_passed_over(finished, tmp_path, caplog):
     train(config(tmp_path, keep_checkpoints=3))
     newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
-    (newest / "shared.safetensors").write_bytes(b"broken")
+    next(newest.glob("nested@*-rows-*.safetensors")).write_bytes(b"broken")
     with caplog.at_level("WARNING"):
         train(config(tmp_path, keep_checkpoints=3))
     assert "is broken" in caplog.text
@@ -331,14 +332,16 @@ def test_nan_without_end_stops_the_run_with_a_message(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="20 steps in a row.*model.layers.1"):
         train(config(tmp_path, tokens=60 * 256))
     newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
-    assert all(tensor.isfinite().all() for tensor in load_file(newest / "shared.safetensors").values())
+    rows = load_file(next(newest.glob("nested@*-rows-*.safetensors")))
+    assert {"weights/W_dec", "optimizer/W_dec/exp_avg"} <= rows.keys()
+    assert all(tensor.isfinite().all() for tensor in rows.values())
 
 
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer_module.SAEModel, "save_pretrained", full)
+    monkeypatch.setattr(SAEModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         train(config(tmp_path))
     monkeypatch.undo()
