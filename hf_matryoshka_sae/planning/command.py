@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         "--devices_per_machine", type=int, help="default: 8; with cpu the processes on this machine, 1 by default"
     )
     parser.add_argument("--d_in", type=int, help="width of the hidden states, where the model cannot be looked up")
-    parser.add_argument("--lm_parameters", type=int, help="its size, given with --d_in; 0 where it runs elsewhere")
+    parser.add_argument(
+        "--lm_parameters",
+        type=lambda text: int(float(text)),
+        metavar="NUMBER",
+        help="its size, such as 8e9, given with --d_in; 0 where it runs elsewhere",
+    )
     parser.add_argument(
         "--dead_share", type=float, default=0.1, help="of the latents, which AuxK revives (default: %(default)s)"
     )

@@ -196,11 +196,23 @@ class Trainer:
                 if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
                     self._save(done)
         bar.close()
+        self._tell_fallbacks()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
         results = self._finish()
         log.close()
         return results
+
+    def _tell_fallbacks(self) -> None:
+        """Say where shards often had more winners than they send at first: that costs a second exchange."""
+        for learner in self.learners:
+            layout = learner.layout
+            if layout.fallbacks > 0.05 * layout.selections:
+                logger.info(
+                    f"{learner.name}: in {layout.fallbacks} of {layout.selections} selections a shard had more "
+                    f"winners than `capacity_factor: {layout.capacity_factor:g}` foresees, and everything was sent. Results "
+                    "are the same; a higher factor would be faster."
+                )
 
     def _finish(self) -> list[dict[str, Any]]:
         closing = Closing(self.config, self.accelerator, self.harvest, self.placements, self.learners, self.provenance)
