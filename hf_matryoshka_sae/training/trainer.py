@@ -210,8 +210,8 @@ class Trainer:
             if layout.fallbacks > 0.05 * layout.selections:
                 logger.info(
                     f"{learner.name}: in {layout.fallbacks} of {layout.selections} selections a shard had more "
-                    f"winners than `capacity_factor: {layout.capacity_factor:g}` foresees, and everything was sent. Results "
-                    "are the same; a higher factor would be faster."
+                    f"winners than `capacity_factor: {layout.capacity_factor:g}` foresees, and everything was sent. "
+                    "Results are the same; a higher factor would be faster."
                 )
 
     def _finish(self) -> list[dict[str, Any]]:
