@@ -5,6 +5,7 @@ long because some work takes hours. Here every process watches the next one thro
 """
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch.distributed as dist
 from accelerate import Accelerator
 
+
+logger = logging.getLogger(__name__)
 
 _EVERY = 1.0  # seconds between looks
 _SILENT = 40.0  # seconds after which a process on another machine counts as gone
@@ -50,11 +53,17 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world > 1:
-            self._store = self._open_store()
-            here = {"host": socket.gethostname(), "pid": os.getpid()}
-            self._store.set(f"who/{self.rank}", json.dumps(here))
-            self._next = (self.rank + 1) % self.world
-            self._watched = json.loads(self._store.get(f"who/{self._next}"))
+            try:
+                self._store = self._open_store()
+                here = {"host": socket.gethostname(), "pid": os.getpid()}
+                self._store.set(f"who/{self.rank}", json.dumps(here))
+                self._next = (self.rank + 1) % self.world
+                self._watched = json.loads(self._store.get(f"who/{self._next}"))
+            except RuntimeError as error:  # a network that lets only some ports through, say
+                logger.warning(
+                    f"Processes cannot watch each other ({error}): if one dies, the others may wait for it."
+                )
+                return self
             self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
             self._thread.start()
         return self
