@@ -5,6 +5,9 @@
 One run trains all families on the embedded language model: in one process, with two shards, with two replicas of two
 shards, and as the last, but one of the four processes is killed on the way and two go on from the last checkpoint.
 Differences of weights are relative to the largest of the tensor. Prints a table and writes it to `sharded.md`.
+
+Adam divides a gradient by its own size. Where that is rounding alone, it makes a whole step of it, whose direction is
+chance; with an `adam_eps` above the rounding it does not. Both are measured: 1e-4, and what runs take by default.
 """
 
 import argparse
@@ -55,9 +58,10 @@ RUN = {
 }
 
 
-def start(folder: Path, processes: int, steps: int, num_latents: int, **fields) -> list[subprocess.Popen]:
+def start(folder: Path, processes: int, steps: int, num_latents: int, eps: float, **fields) -> list[subprocess.Popen]:
     """The processes of a run, without a launcher that would end the others when one dies."""
-    saes = [{"name": name, "num_latents": num_latents, **family} for name, family in FAMILIES.items()]
+    shape = {"num_latents": num_latents, "adam_eps": eps}
+    saes = [{"name": name, **shape, **family} for name, family in FAMILIES.items()]
     run = {**RUN, "saes": saes, "tokens": steps * 512, "checkpoint_every": 4, "output_dir": str(folder / "run")}
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(run | fields))
@@ -112,28 +116,44 @@ def differences(run: Path, alone: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+def section(root: Path, steps: int, num_latents: int, eps: float) -> list[str]:
+    """The table of one `adam_eps`, and what was said of the killed process."""
+    shape = steps, num_latents, eps
+    root.mkdir()
+    alone = finished(root / "one", 1, *shape)
+    columns = {
+        "1 x 2": differences(finished(root / "two", 2, *shape, latent_shards=2), alone),
+        "2 x 2": differences(finished(root / "four", 4, *shape, latent_shards=2), alone),
+    }
+    seconds, said = killed(root / "killed", 4, *shape, latent_shards=2)
+    columns["killed, resumed"] = differences(finished(root / "killed", 2, *shape, latent_shards=2), alone)
+    heads = [f"{what}, {name}" for name in columns for what in ("weights", "losses")]
+    rows = [[name, *(f"{value:.1e}" for found in columns.values() for value in found[name])] for name in FAMILIES]
+    return [
+        f"`adam_eps: {eps:g}`",
+        "",
+        f"| family | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(heads)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"One of four killed: all had ended {seconds:.1f} s later, and two went on. The first said:",
+        "",
+        f"> {said.replace(f'{root}/killed/', '')}",
+        "",
+    ]
+
+
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--num_latents", type=int, default=514)
+    parser.add_argument("--adam_eps", type=float, nargs="+", default=[1e-4, 1e-8])
     parser.add_argument("--output", default=str(HERE / "sharded.md"))
     parsed = parser.parse_args()
-    shape = parsed.steps, parsed.num_latents
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        alone = finished(root / "one", 1, *shape)
-        columns = {
-            "1 x 2": differences(finished(root / "two", 2, *shape, latent_shards=2), alone),
-            "2 x 2": differences(finished(root / "four", 4, *shape, latent_shards=2), alone),
-        }
-        seconds, said = killed(root / "killed", 4, *shape, latent_shards=2)
-        resumed = finished(root / "killed", 2, *shape, latent_shards=2)
-        columns["2 x 2, killed, then 1 x 2"] = differences(resumed, alone)
-        said = said.replace(f"{root}/killed/", "")
+        sections = [section(Path(folder, f"{eps}"), parsed.steps, parsed.num_latents, eps) for eps in parsed.adam_eps]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate"))
-    heads = [f"{what} {name}" for name in columns for what in ("weights", "losses")]
-    rows = [[name, *(f"{value:.1e}" for found in columns.values() for value in found[name])] for name in FAMILIES]
     text = "\n".join(
         [
             "# Sharded latents beside one process",
@@ -142,16 +162,11 @@ def main() -> None:
             "",
             f"{date.today()}, {platform.machine()}, gloo, Python {platform.python_version()}, {versions}.",
             f"{parsed.num_latents} latents, {parsed.steps} steps. Largest differences from one process "
-            "(replicas x shards):",
+            "(replicas x shards); of weights relative to the largest of the tensor.",
+            "Adam divides a gradient by its own size: where that is rounding alone, it makes a whole step of it, whose",
+            "direction is chance. An `adam_eps` above the rounding shows what sharding itself changes.",
             "",
-            f"| family | {' | '.join(heads)} |",
-            f"| --- |{' ---: |' * len(heads)}",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-            f"Killed: all processes had ended {seconds:.1f} s later. The first said:",
-            "",
-            f"> {said}",
-            "",
+            *(line for part in sections for line in part),
         ]
     )
     write_text(Path(parsed.output), text)
