@@ -1,9 +1,10 @@
 """In which order the rows of a cache are read: a pure function of a seed and a position; resuming is seeking.
 
 Shards are permuted in each epoch and taken several at once. What a reader has of them is cut into windows of
-contiguous rows; windows of all these shards are permuted together, a number of them make a block, and the rows of a
-block are permuted. Rows of a shard were mixed over a whole shuffle buffer when they were written, so each window is a
-sample of many texts.
+contiguous rows, elsewhere in each epoch; windows of all these shards are permuted together, a number of them make a
+block, and the runs of which they consist, a few rows each, are permuted. A run stays together: the order of rows in a
+batch means nothing to training, and copying row by row would halve the speed. Rows of a shard were mixed over a whole
+shuffle buffer when they were written, so that neighbours in a run come from different texts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,23 +14,23 @@ import numpy as np
 
 
 SHARDS_AT_ONCE = 8
-WINDOWS_IN_BLOCK = 16
+WINDOWS_IN_BLOCK = 32
 
 
 @dataclass
 class Block:
-    """Rows that are mixed with each other.
+    """Runs of rows that are mixed with each other.
 
     Args:
         epoch (`int`): pass over the cache.
         windows (`list[list[int]]`): shard, first row, row after the last.
-        order (`np.ndarray`): numbers of the block's rows, window after window, in the order in which they are given.
+        runs (`list[list[int]]`): pieces of the windows, in the order in which they are given; likewise.
         next_shards (`list[int]`): which will be taken together after those of this block.
     """
 
     epoch: int
     windows: list[list[int]]
-    order: np.ndarray
+    runs: list[list[int]]
     next_shards: list[int]
 
     @property
@@ -43,7 +44,8 @@ class ReadingOrder:
 
     Args:
         shard_rows (`list[int]`): rows of each shard.
-        window_rows (`int`): rows of a window.
+        run_rows (`int`): rows that stay together.
+        window_rows (`int`): rows of a window, a multiple of it.
         seed (`int`): of the permutations.
         rank, world_size (`int`): which share of the rows; all together have each row once.
 
@@ -51,8 +53,10 @@ class ReadingOrder:
         rows_per_epoch (`int`): in this share.
     """
 
-    def __init__(self, shard_rows: Sequence[int], window_rows: int, seed: int, rank: int, world_size: int):
-        self._window_rows, self._seed, self._rank = window_rows, seed % 2**63, rank
+    def __init__(
+        self, shard_rows: Sequence[int], run_rows: int, window_rows: int, seed: int, rank: int, world_size: int
+    ):
+        self._run_rows, self._window_rows, self._seed, self._rank = run_rows, window_rows, seed % 2**63, rank
         # Turns, so that no reader has the smaller part of every shard.
         parts = [(rows, (rank + shard) % world_size) for shard, rows in enumerate(shard_rows)]
         self.shares = [(part * rows // world_size, (part + 1) * rows // world_size) for rows, part in parts]
@@ -74,11 +78,13 @@ class ReadingOrder:
                     continue
                 following = groups[number + 1] if number + 1 < len(groups) else self._groups(epoch + 1)[0]
                 generator = np.random.default_rng((self._seed, epoch, number, self._rank))
-                for windows, order in self._mixed(shards, generator):
-                    taken = min(skipped, len(order))
-                    skipped -= taken
-                    if taken < len(order):
-                        yield Block(epoch, windows, order[taken:], following)
+                for windows, runs in self._mixed(shards, generator):
+                    ends = np.cumsum(runs[:, 2] - runs[:, 1])
+                    left = runs[np.searchsorted(ends, skipped, side="right") :]
+                    if len(left):
+                        left[0, 1] = left[0, 2] - (ends[-len(left)] - skipped)
+                        yield Block(epoch, windows.tolist(), left.tolist(), following)
+                    skipped = max(0, skipped - int(ends[-1]))
             epoch += 1
 
     def _groups(self, epoch: int) -> list[list[int]]:
@@ -86,17 +92,21 @@ class ReadingOrder:
         shards = np.random.default_rng((self._seed, epoch)).permutation(len(self.shares))
         return [group.tolist() for group in np.array_split(shards, -(-len(shards) // SHARDS_AT_ONCE))]
 
-    def _mixed(
-        self, shards: list[int], generator: np.random.Generator
-    ) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-        windows = generator.permutation(np.concatenate([self._windows(shard) for shard in shards]))
-        # One permutation for all blocks: which windows are in a block, and where, is random already.
-        order = generator.permutation(self._window_rows * WINDOWS_IN_BLOCK)
+    def _mixed(self, shards: list[int], generator: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        phases = generator.integers(self._window_rows, size=len(shards))
+        windows = np.concatenate([self._windows(*shard) for shard in zip(shards, phases, strict=True)])
+        windows = generator.permutation(windows)
         for part in np.array_split(windows, -(-len(windows) // WINDOWS_IN_BLOCK)):
-            rows = int((part[:, 2] - part[:, 1]).sum())
-            yield part.tolist(), order if rows == len(order) else order[order < rows]
+            yield part, generator.permutation(self._cut(part))
 
-    def _windows(self, shard: int) -> np.ndarray:
+    def _windows(self, shard: int, phase: int) -> np.ndarray:
         first, end = self.shares[shard]
-        starts = np.arange(first, end, self._window_rows)
-        return np.stack([np.full_like(starts, shard), starts, np.minimum(starts + self._window_rows, end)], 1)
+        cuts = np.unique(np.r_[first, np.arange(first + phase, end, self._window_rows), end])
+        return np.stack([np.full(len(cuts) - 1, shard), cuts[:-1], cuts[1:]], 1)
+
+    def _cut(self, windows: np.ndarray) -> np.ndarray:
+        """The runs of windows."""
+        starts = windows[:, 1:2] + np.arange(0, self._window_rows, self._run_rows)
+        ends = np.minimum(starts + self._run_rows, windows[:, 2:])
+        runs = np.stack([np.broadcast_to(windows[:, :1], starts.shape), starts, ends], 2)
+        return runs[starts < ends]

@@ -96,40 +96,73 @@ def test_readers_divide_the_cache(cache, world_size, epoch):
 @pytest.mark.parametrize("rows", [[1] * 12, [5, 1, 1, 2, 1, 1, 30]])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_small_shards_are_divided_evenly(rows, world_size):
-    orders = [ReadingOrder(rows, 4, 0, rank, world_size) for rank in range(world_size)]
+    orders = [ReadingOrder(rows, 2, 4, 0, rank, world_size) for rank in range(world_size)]
     counts = [order.rows_per_epoch for order in orders]
     assert sum(counts) == sum(rows) and max(counts) - min(counts) <= 2
     seen = [
         (shard, row)
         for order in orders
         for block in itertools.takewhile(lambda block: not block.epoch, order.blocks(0))
-        for shard, first, end in block.windows
+        for shard, first, end in block.runs
         for row in range(first, end)
     ]
     assert sorted(seen) == [(shard, row) for shard, count in enumerate(rows) for row in range(count)]
 
 
 def test_a_block_mixes_rows_of_many_windows_of_several_shards(tmp_path, monkeypatch):
-    """Sixteen windows of the eight shards that are open at a time, in no order."""
+    """Runs of 32 windows of the eight shards that are open at a time, in no order."""
     model, fingerprint = tiny.llama(), _fingerprint(tiny.llama())
     build_cache(tmp_path, _source(model), 200 * 60, fingerprint)
-    monkeypatch.setattr(cache_reader_module, "_WINDOW_BYTES", 5 * 16 * 4)
+    monkeypatch.setattr(cache_reader_module, "_RUN_BYTES", 2 * 16 * 4)
+    monkeypatch.setattr(cache_reader_module, "_WINDOW_BYTES", 6 * 16 * 4)
     stream = CachedActivationStream(tmp_path, fingerprint, HOOKPOINTS, 150, 2000)
     assert len(stream.index.shards) >= 56
     block = next(stream._order.blocks(0))
     assert len(block.shards) >= 5
-    assert all(end - first <= 5 for _, first, end in block.windows)
-    assert len(block.windows) >= 15
-    assert np.abs(np.corrcoef(block.order, np.arange(len(block.order)))[0, 1]) < 0.4
+    assert all(end - first <= 6 for _, first, end in block.windows)
+    assert all(end - first <= 2 for _, first, end in block.runs)
+    assert len(block.windows) >= 30
+    window_of = [
+        next(i for i, (s, a, b) in enumerate(block.windows) if s == shard and a <= first < end <= b)
+        for shard, first, end in block.runs
+    ]
+    assert np.abs(np.corrcoef(window_of, np.arange(len(window_of)))[0, 1]) < 0.4
+    rows_of = sorted((shard, row) for shard, first, end in block.runs for row in range(first, end))
+    assert rows_of == sorted((shard, row) for shard, first, end in block.windows for row in range(first, end))
 
 
-def test_memory_is_a_number_of_rows_whatever_the_size_of_the_cache(cache):
-    for buffer_tokens in (60, 130, 300):
-        stream = CachedActivationStream(cache[0], cache[1], HOOKPOINTS, 30, buffer_tokens)
-        for _ in range(50):
-            next(stream)
-            held = len(stream._buffer) + 30 + max(map(len, stream._reader._pools.values()))
-            assert held <= max(buffer_tokens, 30 + 30 + 16)
+def test_neighbours_of_one_epoch_are_not_all_those_of_the_next():
+    order = ReadingOrder([1000], 4, 16, 0, 0, 1)
+    starts = {0: set(), 1: set()}
+    for block in itertools.takewhile(lambda block: block.epoch < 2, order.blocks(0)):
+        starts[block.epoch] |= {first for _, first, _ in block.runs}
+    assert len(starts[0] & starts[1]) < 0.1 * len(starts[0])
+
+
+def test_a_position_within_a_run_is_found():
+    order = ReadingOrder([50, 33, 7], 4, 12, 5, 0, 1)
+
+    def rows(position):
+        for block in order.blocks(position):
+            for shard, first, end in block.runs:
+                yield from ((block.epoch, shard, row) for row in range(first, end))
+
+    expected = list(itertools.islice(rows(0), 300))
+    for position in range(200):
+        assert list(itertools.islice(rows(position), 100)) == expected[position : position + 100]
+
+
+def test_a_batch_is_of_many_runs_however_small(cache):
+    stream = _open(cache)
+    sizes = [end - first for _, first, end in next(stream._order.blocks(0)).runs]
+    assert max(sizes) <= 30 // 16
+
+
+def test_no_rows_wait(cache):
+    stream = _open(cache)
+    for _ in range(50):
+        next(stream)
+        assert len(stream._buffer) == 0
 
 
 def test_resumed_equals_uninterrupted(cache):
@@ -200,7 +233,7 @@ def _unshuffled(stream):
     starts = np.cumsum([0, *(shard.rows for shard in stream.index.shards.values())])
     taken = 0
     for block in stream._order.blocks(0):
-        places = np.concatenate([np.arange(starts[s] + i, starts[s] + j) for s, i, j in block.windows])[block.order]
+        places = np.concatenate([np.arange(starts[s] + i, starts[s] + j) for s, i, j in block.runs])
         rows[places] = _stacked(stream._reader.take(len(places)))
         taken += len(places)
         if taken == stream.num_cached:
