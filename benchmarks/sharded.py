@@ -163,8 +163,8 @@ def main() -> None:
             f"{date.today()}, {platform.machine()}, gloo, Python {platform.python_version()}, {versions}.",
             f"{parsed.num_latents} latents, {parsed.steps} steps. Largest differences from one process "
             "(replicas x shards); of weights relative to the largest of the tensor.",
-            "Adam divides a gradient by its own size: where that is rounding alone, it makes a whole step of it, whose",
-            "direction is chance. An `adam_eps` above the rounding shows what sharding itself changes.",
+            "Adam divides a gradient by its own size: where that is rounding alone, it makes a whole step of it,",
+            "whose direction is chance. An `adam_eps` above the rounding shows what sharding itself changes.",
             "",
             *(line for part in sections for line in part),
         ]
