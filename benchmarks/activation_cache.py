@@ -7,11 +7,12 @@ A cache of random rows is written for each type, and read by: numpy's memory map
 batch by batch into torch tensors, in one process (the measure of all) and in two, each with its half of the shards;
 `CachedActivationStream`, in one process and in two that read disjoint shares. Counted are the bytes of the rows as
 tensors of the run's type: what is stored for bf16 and fp32, float32 for int8, whose measure is the map of the fp32
-cache. The clock includes opening the cache. Contenders take turns, so that what else the machine does weighs on all.
-Ratios are medians over the turns of a contender's speed over the measure's in the same turn, by the clock and by the
-time the processes had a core: where other work fills the cores, two processes get hardly more of them than one, and
-only the latter says what they would do alone (waiting for the disk is not in it). Warm: all files have just
-been read. Cold: the kernel was asked to drop them (`posix_fadvise`), which a hypervisor's cache below may undo.
+cache. Both put each batch in a new array and drop it before the next, so that its memory is used again as far as the
+allocator does so. The clock includes opening the cache. Contenders take turns, so that what else the machine does
+weighs on all. Ratios are medians over the turns of a contender's speed over the measure's in the same turn, by the
+clock and by the time the processes had a core: where other work fills the cores, two processes get hardly more of them
+than one, and only the latter says what they would do alone (waiting for the disk is not in it). Warm: all files have
+just been read. Cold: the kernel was asked to drop them (`posix_fadvise`), which a hypervisor's cache below may undo.
 """
 
 import argparse
