@@ -135,11 +135,15 @@ def _records(storage: CacheStorage) -> dict[str, dict[str, Any]]:
 
 
 def _check_agreement(storage: CacheStorage, asked: dict[str, Any], before: dict[str, Any]) -> None:
-    differing = differing_fields(asked["fingerprint"], before["fingerprint"]) + [
-        f"{field} is {before[field]} there, {asked[field]} here"
-        for field in ("writers", "tokens", "dtype")
-        if asked[field] != before[field]
-    ]
+    same = asked["fingerprint"] == before["fingerprint"]
+    if same and any(asked[field] != before[field] for field in ("writers", "tokens", "dtype")):
+        missing, writers = ", ".join(map(str, missing_writers(storage))), before["writers"]
+        raise ValueError(
+            f"'{storage}' holds an activation cache that is not complete: of {writers} parts ({before['tokens']} rows "
+            f"each, {before['dtype']}) part {missing} has not ended. End it, with --shard {missing} --of {writers} of "
+            "the command that began it, or give another folder."
+        )
+    differing = differing_fields(asked["fingerprint"], before["fingerprint"])
     if asked["fingerprint"]["hookpoints"] != before["fingerprint"]["hookpoints"]:
         differing.append(f"hookpoints are {before['fingerprint']['hookpoints']} there")
     if differing:

@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=STORED_DTYPES, help="how rows are stored (default: as the language model gives them)"
     )
-    parser.add_argument("--tokens", type=float, help="rows in all parts together (default: what the run needs)")
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        help="rows in all parts together (default: `tokens` and `calibration_tokens` of the run)",
+    )
     parser.add_argument("--shard", type=int, default=0, metavar="i", help="write part i, from 0 on, of --of")
     parser.add_argument("--of", type=int, default=1, metavar="n", help="parts, each by a launch of its own")
     parser.add_argument("--info", metavar="FOLDER", help="build nothing, tell what a cache is and check its files")
@@ -103,7 +107,7 @@ def _info(place: str) -> None:
             raise ValueError(f"'{damaged}' is missing or has not the size it had when the cache was written.")
         sys.stdout.write(f"All {len(index.shards)} shards have their sizes.\n")
     elif missing_writers(storage):
-        sys.stdout.write(describe(storage))
+        raise ValueError(describe(storage).rstrip())
     else:
         read_index(storage)  # says what is wrong
 

@@ -153,7 +153,7 @@ class Learner(LearnerState):
         widths = self.config.widths
         if spec.random_prefixes:
             widths = random_prefix_widths(spec, self.config.num_latents, self.seed, step)
-        x = x.to(device=self.mean.device, dtype=torch.float32, non_blocking=True)
+        x = x.to(self.mean, non_blocking=True)
         finite = torch.isfinite(x).all()
         x = (torch.where(finite, x, 0.0) - self.mean) / self.scale
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0

@@ -115,7 +115,8 @@ def open_language_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn
     """The language model of a run, its held-out tokens, its mask token, and its tokenizer."""
     device = _lm_device(config, accelerator)
     model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, device)
-    return model, open_heldout_text(config, tokenizer), tokenizer.mask_token_id, tokenizer
+    heldout = open_heldout_text(config, tokenizer, accelerator.num_processes)
+    return model, heldout, tokenizer.mask_token_id, tokenizer
 
 
 def _agree(sample: dict[str, list[Tensor]], accelerator: Accelerator) -> tuple[tuple[dict, dict], dict[str, Tensor]]:
@@ -295,8 +296,10 @@ def _token_stream(config: RunConfig, tokenizer, rank: int, world_size: int) -> T
     )
 
 
-def open_heldout_text(config: RunConfig, tokenizer: Any) -> list[TokenBatch]:
+def open_heldout_text(config: RunConfig, tokenizer: Any, processes: int = 1) -> list[TokenBatch]:
     """The held-out tokens of a run: `eval_dataset`, or the share of the documents that training leaves out.
+
+    Batches are so small that each of `processes` gets one.
 
     Raises:
         `ValueError`: if there are none.
@@ -306,13 +309,16 @@ def open_heldout_text(config: RunConfig, tokenizer: Any) -> list[TokenBatch]:
         dataset = DatasetConfig("embedded", split="heldout")
     if dataset is None:
         dataset = _documents(config, tokenizer, held_out=True)
+    windows = config.lm_batch_size
+    if processes > 1:
+        windows = max(1, min(windows, config.eval_tokens // (config.context_length * processes)))
     try:
         return heldout_batches(
             dataset,
             tokenizer,
             config.context_length,
             config.eval_tokens,
-            config.lm_batch_size,
+            windows,
             pack=config.pack,
             exclude=config.exclude,
         )

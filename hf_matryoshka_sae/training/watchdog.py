@@ -7,6 +7,7 @@ long because some work takes hours. Here every process watches the next one thro
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,14 @@ _GRACE = 8.0  # seconds in which a process may end by itself
 
 class LostProcess(RuntimeError):
     """Another process of the run has ended."""
+
+
+class _Terminated(SystemExit):
+    """The process was asked to end."""
+
+
+def _leave(number, frame):
+    raise _Terminated(128 + number)
 
 
 class Watchdog:
@@ -50,9 +59,12 @@ class Watchdog:
         self._ended = threading.Event()
         self._found = threading.Event()
         self._thread: threading.Thread | None = None
+        self._before = None  # what SIGTERM did
 
     def __enter__(self) -> "Watchdog":
         if self.world > 1:
+            if threading.current_thread() is threading.main_thread():
+                self._before = signal.signal(signal.SIGTERM, _leave)
             try:
                 self._store = self._open_store()
                 here = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -79,9 +91,19 @@ class Watchdog:
         return store or dist.TCPStore(address, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
 
     def __exit__(self, kind, error, traceback) -> None:
+        if self._before is not None:
+            # A launcher that has lost a process asks the others to end at once; why, they are about to say.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            self._close(error)
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+
+    def _close(self, error: BaseException | None) -> None:
         if self._thread is None:
             return
-        consequence = isinstance(error, RuntimeError)
+        consequence = isinstance(error, RuntimeError | _Terminated)
         if consequence:
             self._found.wait(_GRACE)
         self._ended.set()
