@@ -180,7 +180,7 @@ class Learner(LearnerState):
         optimizer = self.optimizer.optimizer
         optimizer.found_inf = (~finite).float()
         if spec.grad_clip is not None:
-            optimizer.grad_scale = ((self.grad_norm + 1e-6) / spec.grad_clip).clamp(min=1.0)
+            optimizer.grad_scale = ((self.grad_norm + 1e-6) / spec.grad_clip).clamp(min=1.0).float()
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(spec, self.config, step, self.steps)
         self.optimizer.step()
@@ -233,7 +233,8 @@ class Learner(LearnerState):
         rounded = self.sae.W_dec.dtype != torch.float32
         if self.spec.unit_norm_decoder and not (rounded and changed is not None):  # rounded once, by the optimizer
             rows = self.sae.W_dec[self.fixed :]
-            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide).clamp(min=1e-12)
             if changed is not None:  # dividing again would round again
                 norms = torch.where(changed, norms, 1.0)
             rows.div_(norms)

@@ -51,8 +51,9 @@ def build_optimizer(groups: list[dict[str, Any]], spec: SAESpec, seed: int = 0) 
 @torch.no_grad()
 def store_weights(sae: SAEModel, spec: SAESpec) -> None:
     """Store `W_enc` and `W_dec` as `weights_dtype` says; biases and thresholds stay float32."""
-    for weight in (sae.W_enc, sae.W_dec):
-        weight.data = weight.data.to(getattr(torch, spec.weights_dtype))
+    if spec.weights_dtype != "float32":
+        for weight in (sae.W_enc, sae.W_dec):
+            weight.data = weight.data.to(getattr(torch, spec.weights_dtype))
 
 
 class LowPrecisionAdam(torch.optim.Optimizer):
