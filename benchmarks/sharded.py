@@ -164,9 +164,9 @@ def main() -> None:
             f"{parsed.num_latents} latents, {parsed.steps} steps. Largest differences from one process "
             "(replicas x shards); of weights relative to the largest of the tensor.",
             "Adam divides a gradient by its own size: where that is rounding alone, it makes a whole step of it,",
-            "whose direction is chance. And where a pre-activation comes within rounding of a threshold or a cut, a pair",
-            "more or less takes part. tests/training/test_sharded_learner.py holds all families to 1e-5 in few steps, and",
-            "at 514 latents in float64, where neither happens.",
+            "whose direction is chance. And where a pre-activation comes within rounding of a threshold or a cut, a",
+            "pair more or less takes part. tests/training/test_sharded_learner.py holds all families to 1e-5 in few",
+            "steps, and at 514 latents in float64, where neither happens.",
             "",
             *(line for part in sections for line in part),
         ]

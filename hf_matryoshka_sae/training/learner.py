@@ -230,7 +230,7 @@ class Learner(LearnerState):
 
     @torch.no_grad()
     def _project_decoder(self, changed: Tensor | None = None) -> None:
-        rounded = self.sae.W_dec.dtype != torch.float32
+        rounded = self.sae.W_dec.dtype == torch.bfloat16
         if self.spec.unit_norm_decoder and not (rounded and changed is not None):  # rounded once, by the optimizer
             rows = self.sae.W_dec[self.fixed :]
             wide = torch.promote_types(rows.dtype, torch.float32)
