@@ -45,6 +45,20 @@ SHAPES = [
 ]
 
 
+# Where there is /proc, the peak is read there: the other measure begins with what the parent had.
+_RUN = """
+import sys
+from pathlib import Path
+from hf_matryoshka_sae.train import main
+status = main(sys.argv[2:])
+told = Path("/proc/self/status")
+if told.exists():
+    peak = next(line for line in told.read_text().splitlines() if line.startswith("VmHWM"))
+    Path(sys.argv[1]).write_text(str(int(peak.split()[1]) * 1024))
+sys.exit(status)
+"""
+
+
 def flags(entry: dict, batch_size: int, folder: str) -> list[str]:
     """The command-line flags of a run of a few steps."""
     fields = {
@@ -67,15 +81,16 @@ def flags(entry: dict, batch_size: int, folder: str) -> list[str]:
 
 def run(arguments: list[str], folder: Path, batch_size: int) -> tuple[float, float]:
     """Train in a process of its own: bytes at its peak, and seconds of a step."""
-    command = [sys.executable, "-m", "hf_matryoshka_sae.train", *arguments]
+    command = [sys.executable, "-c", _RUN, str(folder / "peak.txt"), *arguments]
     log = folder / "log.txt"
     with open(log, "wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=output)
         _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"The run ended with status {status}: {log.read_text()[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * unit, _step_seconds(folder / "metrics.jsonl", batch_size)
+    peak, unit = folder / "peak.txt", 1 if sys.platform == "darwin" else 1024
+    peak_bytes = int(peak.read_text()) if peak.exists() else usage.ru_maxrss * unit
+    return peak_bytes, _step_seconds(folder / "metrics.jsonl", batch_size)
 
 
 def _step_seconds(path: Path, batch_size: int) -> float:
