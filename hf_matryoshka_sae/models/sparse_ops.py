@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 # Not `from . import`: where this package is not installed, the loader of remote code does not see that.
 from .dense_ops import decode_groups, decoder_gradients, latent_gradients, worthwhile
 from .dense_ops import spread as spread_dense
-from .sharding import Layout, all_sum
+from .sharding import Layout
 from .triton_ops import gather_sum as triton_gather_sum
 from .triton_ops import pair_dot as triton_pair_dot
 from .triton_ops import usable as triton_usable
@@ -337,7 +338,7 @@ class _PrefixErrors(torch.autograd.Function):
         errors, saved = _decode_groups(ctx, values, W_dec, index, widths, b_dec.dtype)
         ctx.counts_bias = layout is None or layout.shard == 0
         if layout is not None and layout.shards > 1:
-            errors = all_sum(errors, layout.shard_group)
+            dist.all_reduce(errors, group=layout.shard_group)
         errors[:, 0] += b_dec - x
         for p in range(1, errors.shape[1]):
             errors[:, p] += errors[:, p - 1]

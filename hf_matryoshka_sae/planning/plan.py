@@ -124,8 +124,9 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
             layouts.append(plan_layout(work, mesh, device))
     if not layouts:
         raise ValueError(
-            f"`batch_size` ({work.batch_size}) must be a multiple of readers x gradient_accumulation_steps "
-            f"({readers} x {work.accumulation}), and no dictionary smaller than {holders} latents."
+            f"`batch_size` ({work.batch_size}) must be a multiple of processes that run the language model x "
+            f"gradient_accumulation_steps ({readers} x {work.accumulation}), and every dictionary must have at least "
+            f"{holders} latents, one for each process that holds it."
         )
     return Plan(work, device, tuple(layouts), tuple(skipped))
 

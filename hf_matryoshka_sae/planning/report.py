@@ -98,8 +98,8 @@ def _advice(plan: Plan, shown: LayoutPlan, config: RunConfig, devices: int) -> s
         return f"Nothing fits; the smallest layout is {shown.mesh}. What would fit:\n{hints}"
     lines = "\n".join(f"    {line}" for line in yaml_lines(config, shown))
     return (
-        f"Fastest that fits: {shown.mesh}, {duration(shown.run_seconds)} for the run. Start {devices} processes and "
-        f"set:\n\n{lines}"
+        f"Fastest that fits: {shown.mesh}, {duration(shown.run_seconds)} for the run. Processes to start: {devices}. "
+        f"Fields to set:\n\n{lines}"
     )
 
 

@@ -59,7 +59,7 @@ def _build(
     d_in = len(mean)
     source, base, start = spec.init_from or config.init_from, None, None
     if spec.grow_from:
-        grown = load_start(spec.grow_from, spec, hookpoint, d_in, "grow_from")
+        grown = find_start(spec.grow_from, spec, hookpoint, d_in, "grow_from").load()
         sae, base = grown_start(grown, spec, hookpoint, mean, scale, sample, seed)
         whole, layout = sae.config, meshes.layout(placement, sae.config.num_latents, config.capacity_factor)
     else:
@@ -126,11 +126,6 @@ class Start:
             return load_own_rows(model, own, self.source, layout, subfolder=self.subfolder)
         except OSError as error:
             raise ValueError(f"{self.asked} cannot be loaded: {error}") from error
-
-
-def load_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> SAEModel:
-    """The trained SAE that a run goes on from, or whose dictionary it makes larger; as [`find_start`] finds it."""
-    return find_start(source, spec, hookpoint, d_in, field).load()
 
 
 def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str = "init_from") -> Start:

@@ -119,6 +119,8 @@ class Trainer:
         self.harvest: Harvest = open_harvest(config, accelerator, self.rows, self.streams)
         self.placements = place(config, self.harvest.hookpoints, processes, self.streams)
         self.learners: list[Learner] = build_learners(config, accelerator, self.harvest, self.placements)
+        rank = accelerator.process_index
+        self.streams_of_learners = [place.streams_of(rank) for place in self.placements if rank in place.ranks]
         self.feed = Feed(
             self.harvest.streams,
             self.placements,
@@ -222,13 +224,11 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         """One optimizer step of every dictionary; what is not finite changes nothing."""
-        rank = self.accelerator.process_index
-        own = [placement for placement in self.placements if rank in placement.ranks]
         for _ in range(self.config.gradient_accumulation_steps):
             self.feed.advance()
             with self.accelerator.accumulate(*(learner.objective for learner in self.learners)):
-                for learner, placement in zip(self.learners, own, strict=True):
-                    learner.accumulate(self.feed.rows(learner.hookpoint, placement.streams_of(rank)), step)
+                for learner, streams in zip(self.learners, self.streams_of_learners, strict=True):
+                    learner.accumulate(self.feed.rows(learner.hookpoint, streams), step)
         for learner in self.learners:
             learner.step(step)
 
