@@ -1,14 +1,16 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make a virtual environment first.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make a virtual environment first, with
+# the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+LATEST ?= .venv-latest
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-latest lock lint
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VENV)/bin/python -m pip install -q -e ".[dev]"
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 install: $(VENV)/.installed
@@ -18,6 +20,24 @@ demo: install
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+# The quick tests with the newest versions that pyproject.toml admits, in an environment of their own.
+test-latest:
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(LATEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager torch
+	$(LATEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e ".[dev]"
+	$(LATEST)/bin/python -m pip list --format=freeze
+	$(LATEST)/bin/python -m pytest -m "not slow"
+
+# Take the newest versions, of all but torch, into constraints.txt. Commit it only with `make test` green.
+lock:
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(LATEST)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(LATEST)/bin/python -m pip install -q -e ".[dev]"
+	grep '^#' constraints.txt > constraints.txt.tmp
+	$(LATEST)/bin/python -m pip list --format=freeze | sed 's/+[a-z0-9]*$$//' | tr 'A-Z_' 'a-z-' \
+	  | grep -Ev '^(pip|setuptools|wheel|triton|nvidia-.*|cuda-.*|hf-matryoshka-sae)==' | sort >> constraints.txt.tmp
+	mv constraints.txt.tmp constraints.txt
 
 lint: install
 	$(VENV)/bin/ruff check .

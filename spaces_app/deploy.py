@@ -5,17 +5,38 @@ python spaces_app/deploy.py your-name/your-space --dry_run /tmp/space
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import httpx
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent / "hf_matryoshka_sae"
+ROOT = HERE.parent
+PACKAGE = ROOT / "hf_matryoshka_sae"
+
+
+def tested_versions() -> dict[str, str]:
+    """Read the version of each package in `constraints.txt`, by its normalised name."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def requirements(versions: dict[str, str]) -> str:
+    """The Space's `requirements.txt`: what the package needs, and ZeroGPU's helper, at the tested versions.
+
+    Gradio is missing: the Hub installs it, at the `sdk_version` of the front matter.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [Requirement(line).name for line in project["dependencies"]] + ["spaces"]
+    return "".join(f"{name}=={versions[canonicalize_name(name)]}\n" for name in names)
 
 
 def assemble(target: Path) -> None:
@@ -27,8 +48,12 @@ def assemble(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not empty. Name a folder that is not there yet.")
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("app.py", "README.md", "requirements.txt"):
-        shutil.copyfile(HERE / name, target / name)
+    versions = tested_versions()
+    shutil.copyfile(HERE / "app.py", target / "app.py")
+    (target / "requirements.txt").write_text(requirements(versions))
+    page = (HERE / "README.md").read_text()
+    page = re.sub(r"^sdk_version: .*$", f"sdk_version: {versions['gradio']}", page, count=1, flags=re.MULTILINE)
+    (target / "README.md").write_text(page)
     shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 

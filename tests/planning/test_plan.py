@@ -59,7 +59,7 @@ def test_nothing_helps():
 def test_layouts_that_do_not_divide():
     plan = make_plan(workload({"type": "topk", "num_latents": 4, "k": 2}), 8, DEVICE)
     assert plan.skipped == ("1 x 8",)
-    with pytest.raises(ValueError, match="multiple of readers"):
+    with pytest.raises(ValueError, match="processes that run the language model x"):
         make_plan(workload(), 3, DEVICE)
     with pytest.raises(ValueError, match="at least 1"):
         make_plan(workload(), 0, DEVICE)
