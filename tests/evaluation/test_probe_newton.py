@@ -56,7 +56,7 @@ def test_every_probe_minimises_the_written_loss(problem):
         unit = (x[:, i] / (scale[i] if scale[i] else 1)).numpy()
         for t in range(targets.shape[1]):
             given = (unit, targets[:, t].double().numpy(), weights[:, t].numpy(), RIDGE)
-            # The loss is convex: its minimum is where its gradient vanishes, which is found to more digits than by values.
+            # Convex, so its minimum is where its gradient vanishes, which is found to more digits than by values.
             best = root(gradient, np.zeros(2), given, jac=jacobian, tol=1e-14)
             assert np.abs(gradient(best.x, *given)).max() < 1e-10
             found = np.array([probes.weight[i, t] * (scale[i] if scale[i] else 1), probes.bias[i, t]])
