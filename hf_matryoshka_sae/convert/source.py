@@ -190,8 +190,8 @@ def find_weights(paths: Sequence[str], inside: str = "") -> list[str]:
 
 
 def _hidden(path: str) -> bool:
-    """Whether it belongs to a half-finished save or a checkpoint of training."""
-    return any(part.startswith((".", "checkpoint-")) for part in path.strip("/").split("/")[:-1])
+    """Whether it belongs to a half-finished save, a checkpoint of training, or an earlier run that was moved aside."""
+    return any(part.startswith((".", "checkpoint-", "before-")) for part in path.strip("/").split("/")[:-1])
 
 
 def _is_step(path: str, found: Sequence[str]) -> bool:

@@ -55,8 +55,8 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     found = []
     for path in sorted(folder.rglob("config.json")):
         hookpoint, place = _hookpoint(path.parent), path.parent.relative_to(folder).as_posix()
-        # What a killed save or checkpoint left behind is nobody's SAE.
-        if hookpoint is None or any(part.startswith((".", "checkpoint-")) for part in place.split("/")):
+        # What a killed save or checkpoint left behind is nobody's SAE, what a run moved aside another run's.
+        if hookpoint is None or any(part.startswith((".", "checkpoint-", "before-")) for part in place.split("/")):
             continue
         last = hookpoint.replace(":", "-")
         name = place.removesuffix(last).rstrip("/") if last and place.endswith(last) else place
