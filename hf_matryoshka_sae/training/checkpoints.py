@@ -217,9 +217,10 @@ class Checkpoints:
         outcomes = self._gathered((result, None if error is None else str(error)))
         for rank, (_, reason) in enumerate(outcomes):
             if reason is not None:
-                by = f" by process {rank}" if self.world > 1 else ""
+                where = f" in process {rank}" if self.world > 1 else ""
                 raise OSError(
-                    f"{final} could not be written{by}: {reason}. What was saved before is there."
+                    f"{final} could not be saved{where}: {reason}. What was saved before is whole: mend this and run "
+                    "the same command again to go on."
                 ) from error
         return [value for value, _ in outcomes]
 

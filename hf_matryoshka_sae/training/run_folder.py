@@ -1,5 +1,6 @@
 """A run's folder: whose run is in it, what of it a run goes on from, what is moved aside where one starts over."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -202,6 +203,9 @@ def move_aside(folder: Path, paths: Iterable[Path]) -> Path | None:
         target = aside / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
+        if path.parent != folder:
+            with contextlib.suppress(OSError):  # an SAE's folder that holds more
+                path.parent.rmdir()
     checkpoints = sum(path.name.startswith("checkpoint-") for path in paths)
     logger.warning(
         f"What an earlier run had saved in {folder} is in {aside} now ({checkpoints} checkpoints, "
