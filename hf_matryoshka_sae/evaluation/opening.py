@@ -1,6 +1,7 @@
 """Saved SAEs, from a folder or the Hub, by the place in a language model where they read."""
 
 import json
+import re
 from pathlib import Path
 
 from transformers import AutoModel
@@ -8,6 +9,9 @@ from transformers import AutoModel
 from ..activations.language_model import EMBEDDED
 from ..assets import embedded_sae_path
 from ..models import CONFIGS, SAEModel
+
+
+_ASIDE = re.compile(r"\.|before-\d{8}-\d{6}")
 
 
 def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEModel], Path | None]:
@@ -38,7 +42,7 @@ def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEM
 
 def _is_aside(place: Path) -> bool:
     """Whether it is what a killed save left, or of an earlier run that was moved aside."""
-    return any(part.startswith((".", "before-")) for part in place.parts)
+    return any(map(_ASIDE.match, place.parts))
 
 
 def _is_sae(folder: Path) -> bool:
