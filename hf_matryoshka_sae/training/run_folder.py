@@ -174,14 +174,22 @@ class RunFolder:
         """What an earlier run left; nothing where it has not come to anything that is worth keeping."""
         self.checkpoints.restore()
         saes = read_provenance(self.path).get("saes")
-        named = {Path(place) for place in [*(saes if isinstance(saes, dict) else ()), *places]}
-        inside = sorted(place for place in named if not place.is_absolute() and ".." not in place.parts)
+        others = [place for place in (saes if isinstance(saes, dict) else ()) if not self._begins_with(place)]
         saved = [path for _, path in self.checkpoints.all()]
-        saved += [path for path in (self.path / place for place in inside) if (path / "config.json").is_file()]
+        for place in sorted(map(Path, {*others, *places})):
+            inside = not place.is_absolute() and ".." not in place.parts
+            if inside and (self.path / place / "config.json").is_file():
+                saved.append(self.path / place)
         records = [path for path in (self.path / name for name in _RECORDS) if path.exists()]
         # A run that was killed before its first checkpoint only leaves a log; who asks to start over may want it.
         worth = {"results.json"} if self.config.resume else {"results.json", "metrics.jsonl"}
         return saved + records if saved or worth & {path.name for path in records} else []
+
+    def _begins_with(self, place: str) -> bool:
+        """Whether this run goes on from, or grows, a saved SAE in its own folder."""
+        named = [spec.init_from or spec.grow_from or self.config.init_from for spec in self.config.saes]
+        saved = (self.path / place).resolve()
+        return any(source and saved.is_relative_to(Path(source).expanduser().resolve()) for source in named)
 
 
 def move_aside(folder: Path, paths: Iterable[Path]) -> Path | None:

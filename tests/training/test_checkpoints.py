@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
 
@@ -183,7 +184,9 @@ def test_a_manifest_that_is_none_is_passed_over(tmp_path, manifest, caplog):
 def test_files_outside_a_checkpoint_are_not_read(tmp_path):
     path = store(tmp_path).save(1, {"run": {}}) / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"files": {"../secret": "0", **manifest["files"]}}))
+    (tmp_path / "outside").write_bytes(b"")
+    digest = hashlib.sha256(b"").hexdigest()
+    path.write_text(json.dumps(manifest | {"files": {"../outside": digest, **manifest["files"]}}))
     assert store(tmp_path).load() is None
 
 

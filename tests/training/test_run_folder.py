@@ -74,6 +74,15 @@ def test_starting_over_keeps_what_it_saves_and_loses_nothing(tmp_path, caplog):
         assert (step, checkpoint.tree("run")["seed"], run.run_id) == (100, 0, first)
 
 
+def test_an_sae_that_a_run_begins_with_stays_where_it_is_named(tmp_path):
+    trained(tmp_path, 20, finished=True)
+    grown = [{"type": "matryoshka", "name": "grown", "grow_from": str(tmp_path), "num_latents": 256}]
+    with opened(tmp_path, resume=False, saes=grown) as (run, _):
+        run.claim(0, ["grown/model.layers.1"])
+    assert (tmp_path / PLACE / "config.json").is_file()
+    assert [path.name for path in tmp_path.glob("before-*/checkpoint-*")] == ["checkpoint-00000020"]
+
+
 def test_starting_over_twice_within_a_second_keeps_both(tmp_path):
     for _ in range(3):
         trained(tmp_path, 5, resume=False)
