@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 
@@ -96,6 +97,8 @@ class RunFolder:
         """
         known, new, candidates = in_main_process(self.accelerator, self._survey)
         found = self.checkpoints.load(candidates) if candidates else None
+        if found is not None:
+            in_main_process(self.accelerator, lambda: self._check_seed(found[1]))
         self.run_id = new if found is None or known is None else known
         self.checkpoints.about = {"run_id": self.run_id, "fields": self.config.to_dict()}
         return found
@@ -147,6 +150,25 @@ class RunFolder:
             f"{self.path} holds {kind} run that differs in {told} (see {record}). Give another `output_dir`, or start "
             "over with --resume false, which moves aside what is there."
         )
+
+    def _check_seed(self, checkpoint: Checkpoint) -> None:
+        """Raise `ValueError` for weights of another seed: an earlier version could leave such in a run's folder.
+
+        Its manifests hold no fields, but the generator of the shuffle buffer knows what it was seeded with.
+        """
+        if "fields" in read_manifest(checkpoint.path):
+            return
+        generator = torch.Generator()
+        try:
+            generator.set_state(checkpoint.tree("stream-0")["stream"]["buffer"]["generator"])
+        except (OSError, KeyError):  # a reader of a cache has none
+            return
+        if generator.initial_seed() != self.config.seed:
+            raise ValueError(
+                f"{checkpoint.path} was made with seed {generator.initial_seed()}, not {self.config.seed} as "
+                f"{self.path / _RUN_FILE} says: it is of an earlier run. Give another `output_dir`, or start over "
+                "with --resume false, which moves aside what is there."
+            )
 
     def _is_finished(self, step: int, fields: dict[str, Any]) -> bool:
         try:

@@ -5,6 +5,7 @@ import types
 from contextlib import contextmanager
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -31,7 +32,9 @@ def trained(folder, *steps, finished=False, **fields):
         (folder / "provenance.json").write_text(json.dumps({"run_id": run.run_id, "saes": {PLACE: {}}}))
         (folder / "metrics.jsonl").write_text("a line\n")
         for step in steps:
-            run.checkpoints.save(step, {"run": {"streams": 1, "step": step, "seed": run.config.seed}})
+            generator = torch.Generator().manual_seed(run.config.seed).get_state()
+            stream = {"stream": {"buffer": {"generator": generator}}}
+            run.checkpoints.save(step, {"run": {"step": step, "seed": run.config.seed}, "stream-0": stream})
     if finished:
         (folder / PLACE).mkdir(parents=True)
         (folder / PLACE / "config.json").write_text("{}")
@@ -94,6 +97,15 @@ def test_weights_of_one_seed_are_never_gone_on_from_under_another(tmp_path):
     fields = yaml.safe_load((tmp_path / "run.yaml").read_text())
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**fields, "seed": 1}))  # which an earlier version left so
     with pytest.raises(ValueError, match=r"differs in seed \(0 there, 1 here\)"), opened(tmp_path, seed=1):
+        pass
+
+
+def test_another_seeds_weights_that_an_earlier_version_left_are_refused(tmp_path):
+    trained(tmp_path, 100)
+    as_an_earlier_version_wrote(tmp_path)
+    fields = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**fields, "seed": 1}))
+    with pytest.raises(ValueError, match="was made with seed 0, not 1"), opened(tmp_path, seed=1):
         pass
 
 
