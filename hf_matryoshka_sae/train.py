@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     except LostProcess as error:
         sys.stderr.write(f"\nerror: {error}\n")
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")
         return 2
     return 0

@@ -237,7 +237,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     """
     import datasets
 
-    files = _local_files(config)
+    files = local_files(config)
     if files is None:
         return _open_hub(config)
     kind = _LOADERS[files[0].suffix]
@@ -269,7 +269,7 @@ def _open_hub(config: DatasetConfig):
         ) from error
 
 
-def _local_files(config: DatasetConfig) -> list[Path] | None:
+def local_files(config: DatasetConfig) -> list[Path] | None:
     """Files of a local data set; None when the path reads as a Hub id."""
     path = Path(config.path).expanduser()
     if path.is_dir():

@@ -1,6 +1,7 @@
 """Saved SAEs, from a folder or the Hub, by the place in a language model where they read."""
 
 import json
+import re
 from pathlib import Path
 
 from transformers import AutoModel
@@ -8,6 +9,9 @@ from transformers import AutoModel
 from ..activations.language_model import EMBEDDED
 from ..assets import embedded_sae_path
 from ..models import CONFIGS, SAEModel
+
+
+_ASIDE = re.compile(r"\.|before-\d{8}-\d{6}")
 
 
 def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEModel], Path | None]:
@@ -29,11 +33,16 @@ def open_saes(source: str, subfolder: str | None = None) -> tuple[dict[str, SAEM
         return {source.rsplit("/")[-1]: _load(source, subfolder)}, None
     folder = Path(source).expanduser() / (subfolder or "")
     found = [folder] if _is_sae(folder) else sorted(path.parent for path in folder.rglob("config.json"))
-    found = [path for path in found if _is_sae(path)]
+    found = [path for path in found if _is_sae(path) and not _is_aside(path.relative_to(folder))]
     if not found:
         raise ValueError(f"'{folder}' holds no SAE: no config.json in or under it is that of an SAE.")
     saes = {path: _load(str(path)) for path in found}
     return {_name(path, folder, sae): sae for path, sae in saes.items()}, folder
+
+
+def _is_aside(place: Path) -> bool:
+    """Whether it is what a killed save left, or of an earlier run that was moved aside."""
+    return any(map(_ASIDE.match, place.parts))
 
 
 def _is_sae(folder: Path) -> bool:

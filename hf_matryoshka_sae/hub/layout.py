@@ -5,6 +5,7 @@ several keeps the names. A folder that is an SAE itself becomes a repository who
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from ..models import CONFIGS
 
 
 MODEL_TYPES = frozenset(config.model_type for config in CONFIGS.values())
+_NO_SAE = re.compile(r"\.|checkpoint-|before-\d{8}-\d{6}")
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     found = []
     for path in sorted(folder.rglob("config.json")):
         hookpoint, place = _hookpoint(path.parent), path.parent.relative_to(folder).as_posix()
-        # What a killed save or checkpoint left behind is nobody's SAE.
-        if hookpoint is None or any(part.startswith((".", "checkpoint-")) for part in place.split("/")):
+        # What a killed save or checkpoint left behind is nobody's SAE, what a run moved aside another run's.
+        if hookpoint is None or any(map(_NO_SAE.match, place.split("/"))):
             continue
         last = hookpoint.replace(":", "-")
         name = place.removesuffix(last).rstrip("/") if last and place.endswith(last) else place

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stopped:
         sys.stderr.write(f"\n{stopped or 'Stopped.'}\n")
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")
         return 2
     return 0

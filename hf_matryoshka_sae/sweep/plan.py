@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from ..activations.language_model import EMBEDDED, load_language_model
 from ..evaluation.report import write_text
 from ..training import RunConfig, load_run_config
-from ..training.trainer import FREE_TO_CHANGE
+from ..training.run_folder import FREE_TO_CHANGE
 from .config import Sweep
 
 

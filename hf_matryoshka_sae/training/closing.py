@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..evaluation import Dictionary, HeldOut
@@ -118,7 +119,10 @@ class Closing:
             # transformers saves nothing in any process but the first
             save_own_rows(sae, whole_config(learner, sae), layout, folder / path)
         elif first:
-            sae.save_pretrained(folder / path)
+            try:
+                sae.save_pretrained(folder / path)
+            except SafetensorError as error:  # how that library tells of a full disk
+                raise OSError(f"{folder / path} could not be saved: {error}") from error
         return {path: describe_sae(learner, folder / path, threshold, tokens)} if first else {}
 
     def _evaluate_together(self, folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from ..activations import DatasetConfig
 from ..models import CONFIGS, SAEConfig
 from ..models.configuration_sae import nearest
 from .fields import from_dict, override
-from .presets import PRESETS, defaults_for
+from .presets import PRESETS, defaults_for, set_by_preset
 
 
 LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
@@ -208,7 +208,7 @@ class SAESpec:
         known = {entry.name for entry in dataclasses.fields(cls)}
         for name in given:
             if name not in known:
-                hint = " Use `target_l0`." if name == "k" else ""
+                hint = set_by_preset(name, self.preset) or (" Use `target_l0`." if name == "k" else "")
                 raise ValueError(f"`{name}` is no field of an SAE of `type: {self.type}`.{hint}")
         if isinstance(given.get("k"), float) and given["k"] == int(given["k"]):
             given["k"] = int(given["k"])

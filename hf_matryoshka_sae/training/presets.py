@@ -163,6 +163,15 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def set_by_preset(name: str, preset: str | None) -> str:
+    """A sentence that a field which does not fit comes from a preset; empty where none sets it."""
+    fields = PRESETS.get(preset or "", {})
+    # Widths are worked out from a preset's fractions.
+    if name not in fields and not (name == "prefix_widths" and "prefix_fractions" in fields):
+        return ""
+    return f" It comes from `preset: {preset}`, which is for `type: {fields['type']}`: leave out one of the two."
+
+
 def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     """The default recipe for an entry of `saes` that names no preset.
 

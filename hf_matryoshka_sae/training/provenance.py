@@ -45,15 +45,20 @@ class Provenance:
         folder (`Path`): The run's folder.
         config ([`RunConfig`]): The run.
         accelerator (`Accelerator`): Its devices and processes are written down.
+        run_id (`str`): Of the run, however often it was interrupted.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator):
+    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator, run_id: str):
         self.path, self.config, self.accelerator = folder / PROVENANCE_FILE, config, accelerator
+        self.run_id = run_id
         self.began = time.monotonic()
         self.record: dict[str, Any] = {}
 
     def begin(self, step: int, model: nn.Module | None) -> None:
-        """Open a session at a step: the first of a run, or one that goes on with what is on record."""
+        """Open a session at a step: the first of a run, or one that goes on with what is on record.
+
+        The run's id is on the disk from here on, before its first checkpoint is.
+        """
         config = self.config
         before = read_provenance(self.path.parent) if step else {}
         session = {
@@ -69,11 +74,14 @@ class Provenance:
             local["eval_dataset"] = config.eval_dataset.path
         self.record = {
             "format": 1,
+            "run_id": self.run_id,
             "sessions": [*before.get("sessions", []), session],
             "language_model": {} if model is None else describe_model(model),  # the main process has one
             "on_this_machine": sorted(name for name, path in local.items() if _is_here(path)),
             "saes": before.get("saes", {}),
         }
+        if before.get("run_id") != self.run_id:
+            self.save(step, 0)
 
     def add_sae(self, folder: Path, found: dict[str, Any]) -> None:
         """Write down what [`describe_sae`] told of a saved SAE."""

@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ..evaluation.distributed import gathered
 from .building import build_learners
-from .checkpoints import Checkpoint, Checkpoints
-from .closing import Closing
+from .checkpoints import Checkpoint
+from .closing import Closing, place_of
 from .config import RunConfig
 from .feed import Feed
 from .learner import Learner
 from .metrics_log import MetricsLog
 from .placement import place, processes_of, readers
 from .provenance import Provenance
+from .run_folder import RunFolder
 from .setup import Harvest, open_harvest
 from .watchdog import Watchdog
 
@@ -34,21 +35,6 @@ logger = get_logger(__name__)
 
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
-# Fields that may differ between an interrupted run and the one that goes on with it.
-FREE_TO_CHANGE = {
-    "resume",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "trackers",
-    "output_dir",
-    "overlap",
-    "latent_shards",
-    "capacity_factor",
-    "lm_processes",
-}
-# The same of an entry of `saes`: where it is trained changes nothing.
-_PLACES = ("latent_shards", "processes", "device")
 
 
 class Interrupted(Exception):
@@ -67,13 +53,15 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         `list[dict]`: For each hookpoint what [`report.evaluate`] gives.
 
     Raises:
-        `ValueError`: for whatever does not fit, before anything is trained where that can be seen.
+        `ValueError`: for whatever does not fit, before anything is trained where that can be seen; where another run
+            holds `config.output_dir`, at once.
+        `OSError`: if `config.output_dir` cannot be written to, or the disk is full.
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
     accelerator = make_accelerator(config)
-    with Watchdog(accelerator, Path(config.output_dir)):
-        return Trainer(config, accelerator).run()
+    with Watchdog(accelerator, Path(config.output_dir)), RunFolder(config, accelerator) as folder:
+        return Trainer(config, accelerator, folder).run()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -94,16 +82,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 class Trainer:
-    """Holds a run's parts; [`train`] is the way in."""
+    """Holds a run's parts; [`train`] is the way in. Nothing is written before [`run`]."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator | None = None):
+    def __init__(self, config: RunConfig, accelerator: Accelerator | None = None, run_folder: RunFolder | None = None):
         self.config = config
         self.accelerator = accelerator = accelerator or make_accelerator(config)
-        self.folder = Path(config.output_dir)
-        self.provenance = Provenance(self.folder, config, accelerator)
-        self._claim_folder()
-        self.checkpoints = Checkpoints(self.folder, config.keep_checkpoints)
-        found = self.checkpoints.load() if config.resume else None
+        self.run_folder = run_folder or RunFolder(config, accelerator)
+        self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
+        found = self.run_folder.open()
+        self.provenance = Provenance(self.folder, config, accelerator, self.run_folder.run_id)
         processes = accelerator.num_processes
         self.readers = readers(config, processes)
         self.streams = self._number_of_streams(found)
@@ -134,24 +121,6 @@ class Trainer:
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
         self.start = 0 if found is None else self._resume(*found)
 
-    def _claim_folder(self) -> None:
-        """Write the run's YAML; go on only with a run of the same fields."""
-        path, fields = self.folder / "run.yaml", self.config.to_dict()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.config.resume and any(self.folder.glob("checkpoint-*")):
-                before = (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
-                changed = [key for key in _differing(before, fields) if key not in FREE_TO_CHANGE]
-                if changed:
-                    raise ValueError(
-                        f"{self.folder} holds an unfinished run that differs in {', '.join(changed)} (see {path}). "
-                        "Give another `output_dir`, or start over with --resume false."
-                    )
-            temporary = path.with_suffix(".yaml.tmp")
-            temporary.write_text(yaml.safe_dump(fields, sort_keys=False))
-            temporary.replace(path)
-        self.accelerator.wait_for_everyone()
-
     def _number_of_streams(self, found: tuple[int, Checkpoint] | None) -> int:
         """Readers of the data: those that the run began with, or as the fields say."""
         if found is not None:
@@ -167,6 +136,7 @@ class Trainer:
 
     def _run(self) -> list[dict[str, Any]]:
         accelerator, config, start = self.accelerator, self.config, self.start
+        self.run_folder.claim(start, gathered([place_of(learner) for learner in self.learners]))
         self.provenance.begin(start, self.harvest.model)
         log = MetricsLog(accelerator, self.folder, config, start)
         began, seen = time.monotonic(), 0
@@ -310,18 +280,6 @@ class Trainer:
         raise Interrupted(
             f"Stopped after step {step} of {self.config.steps}; saved {path}. Run the same command again to go on."
         )
-
-
-def _differing(before: dict[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Fields of a run that are not what they were, whatever processes it runs on."""
-
-    def essence(data: dict[str, Any], key: str) -> Any:
-        value = data.get(key)
-        if key != "saes" or not isinstance(value, list):
-            return value
-        return [{name: entry[name] for name in entry if name not in _PLACES} for entry in value]
-
-    return [key for key in fields if essence(before, key) != essence(fields, key)]
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def test_the_report_is_what_the_functions_give(tmp_path, capsys):
 def test_all_saes_of_a_folder_at_the_widths_given(tmp_path):
     saved(tmp_path / "run/nested" / HOOKPOINT)
     topk = saved(tmp_path / "run/plain" / HOOKPOINT, TopKSAEConfig)
+    saved(tmp_path / "run/before-20260101-000000/plain" / HOOKPOINT)  # of an earlier run
     (tmp_path / "run/checkpoint-1").mkdir()
     (tmp_path / "run/checkpoint-1/config.json").write_text('{"model_type": "llama"}')
     out = tmp_path / "out"

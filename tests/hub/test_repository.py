@@ -43,6 +43,7 @@ def repo(hub, folder):
 
 
 def test_the_saes_of_a_folder_are_found_without_litter(folder):
+    make_sae("relu").save_pretrained(folder / "before-20260101-000000" / "sae" / "layers.0")  # of an earlier run
     found = find_saes(folder)
     assert [sae.subfolder for sae in found] == ["layers.0", "layers.1", "layers.10.mlp-input"]
     assert {sae.name for sae in found} == {"sae"} and [sae.hookpoint for sae in found] == list(HOOKPOINTS)

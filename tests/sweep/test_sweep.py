@@ -151,6 +151,12 @@ def test_nothing_finished_is_said(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_a_message(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert sweep(tmp_path) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_processes_train_what_one_trains(finished, tmp_path):
     assert sweep(tmp_path, "--processes", "2", sweep={"tokens": [2048]}) == 0

@@ -107,6 +107,12 @@ def test_fields_of_another_family_are_refused():
         SAESpec.from_dict({"type": "topk", "activation": "relu"}, "").sae_config(8, "lm", "layer")
 
 
+@pytest.mark.parametrize("fields", [{}, {"activation": None}])
+def test_a_field_that_the_preset_set_is_said_to_be_its(fields):
+    with pytest.raises(ValueError, match=r"It comes from `preset: paper`, which is for `type: matryoshka`"):
+        RunConfig.from_dict(changed(saes=[{"type": "topk", "num_latents": 64, "preset": "paper", "k": 4, **fields}]))
+
+
 def test_a_run_wins_over_its_preset():
     spec = SAESpec.from_dict({"preset": "paper", "lr": 1e-2}, "")
     assert (spec.lr, spec.level_weights) == (1e-2, "sum")

@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -200,6 +202,37 @@ def test_another_run_in_the_same_folder_is_refused(finished):
         train(config(finished[0], batch_size=512))
 
 
+def test_a_start_that_failed_claims_nothing(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.jsonl"):
+        train(config(tmp_path, dataset={"path": "nowhere.jsonl"}))
+    assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_over_goes_on_as_itself_and_leaves_the_earlier_one_whole(finished, tmp_path, monkeypatch):
+    train(config(tmp_path / "alone", seed=1))
+    folder = tmp_path / "again"
+    shutil.copytree(finished[0], folder)
+
+    def interrupted(self, step, before=trainer_module.Trainer._step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return before(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "_step", interrupted)
+        with pytest.raises(Interrupted, match="saved .*checkpoint-00000003"):
+            train(config(folder, seed=1, resume=False))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000003"]
+    train(config(folder, seed=1))
+    assert equal(weights(folder), weights(tmp_path / "alone"))
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
+    (aside,) = folder.glob("before-*")
+    assert equal(weights(aside), weights(finished[0]))
+    with pytest.raises(ValueError, match="holds a finished run that differs in seed"):
+        train(config(folder))
+
+
 def test_runs_share_an_activation_cache_and_a_stale_one_is_refused(finished, tmp_path):
     fields = {"activation_cache": str(tmp_path / "cache")}
     (live,), (cached,) = finished[1], train(config(tmp_path / "first", **fields))
@@ -337,9 +370,10 @@ def test_nan_without_end_stops_the_run_with_a_message(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in rows.values())
 
 
-def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished, error):
     def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(SAEModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
