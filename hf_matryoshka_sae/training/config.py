@@ -275,8 +275,8 @@ class RunConfig:
     across windows."""
     window_pool_tokens: int = 4_000_000
     """Tokens of text in the pool from which each process draws windows (5 bytes each)."""
-    shuffle_tokens: int = 131_072
-    """Hidden states in the shuffle buffer of each process."""
+    shuffle_tokens: int | None = None
+    """Hidden states in the shuffle buffer of each process; by default a quarter of its `tokens`, at most 131,072."""
     lm_batch_size: int = 32
     """Windows per forward pass of the language model."""
     lm_device: str | None = None
@@ -301,14 +301,16 @@ class RunConfig:
     `hf://datasets/user/repo/...`). `matryoshka-sae cache` builds it beforehand; otherwise the run does."""
     activation_cache_dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
     """How the cache's rows must be stored; by default a run reads any, and one that builds it stores its own type."""
-    normalization_tokens: int = 65_536
+    normalization_tokens: int | None = None
+    """Hidden states whose mean and scale are measured; by default an eighth of `tokens`, 4,096 to 65,536."""
 
     eval_dataset: DatasetConfig | None = None
     """Held-out text; by default a share of `dataset`'s documents, which training then leaves out."""
     eval_fraction: float = 0.01
     """That share."""
     eval_tokens: int = 60_000
-    calibration_tokens: int = 200_000
+    calibration_tokens: int | None = None
+    """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
 
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] | None = None
