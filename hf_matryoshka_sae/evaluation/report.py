@@ -58,8 +58,8 @@ def excluded(result: dict[str, Any]) -> list[str]:
     """Sentences about what is in no figure because the language model gives NaN or infinity there."""
     numbers = (result.get("excluded_windows"), "windows"), (result.get("excluded_predictions"), "other predictions")
     return [
-        f"{number:,} {what} of held-out text are in no figure at {result['hookpoint']}: the language model gives NaN or "
-        "infinity there. Load it in another type (float32 or bfloat16)."
+        f"{number:,} {what} of held-out text are in no figure at {result['hookpoint']}: the language model gives NaN "
+        "or infinity there. Load it in another type (float32 or bfloat16)."
         for number, what in numbers
         if number
     ]

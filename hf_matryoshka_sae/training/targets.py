@@ -20,7 +20,8 @@ def missed_targets(learner: Learner, result: Mapping[str, Any], tokens: int) -> 
         tokens (`int`): The run's.
     """
     row, where = result["saes"][learner.name][-1], f"{learner.name} at {learner.hookpoint}"
-    field, wanted = ("k", learner.k) if learner.k is not None else ("target_l0", learner.spec.target_l0)
+    competing = learner.config.activation_name in ("topk", "batch_topk")
+    field, wanted = ("k", learner.k) if competing else ("target_l0", learner.spec.target_l0)
     missed = []
     if wanted and abs(row["l0"] - wanted) > _TOLERANCE * wanted:
         missed.append(

@@ -9,6 +9,7 @@ from hf_matryoshka_sae.activations import (
     PrefetchedStream,
     TokenStream,
     harvest,
+    harvest_rows,
 )
 
 from . import tiny
@@ -123,7 +124,9 @@ def test_outliers_are_left_out_and_counted():
 def test_rows_that_are_not_finite_at_one_hookpoint_are_left_out_of_all_and_counted(value):
     model = tiny.llama()
     model.model.layers[1] = _Spiked(model.model.layers[1], value)
-    rows = _kept_states(model, count=60)
+    documents = TokenStream(IndexedDocuments(tiny.texts(60), shuffle=True), tiny.tokenizer(), 16, 4, num_epochs=1)
+    harvested = (harvest_rows(model, batch, HOOKPOINTS) for batch in documents)
+    rows = torch.cat([torch.stack(list(batch.values()), 1) for batch in harvested])
     finite = rows.isfinite().flatten(1).all(1)
     assert 0 < (~finite).sum() < len(rows) / 2
     for options in ({}, {"max_norm_factor": 50}, {"dtype": torch.bfloat16}):
