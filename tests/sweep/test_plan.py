@@ -87,7 +87,7 @@ def test_one_process_gives_a_run_for_each_budget_with_a_common_cache(tmp_path):
     runs = plan_runs(sweep(tmp_path))
     assert [run.tokens for run in runs] == [2560, 5120]
     assert all(len(run.saes) == 9 and names(run)[0] == "topk-64-k2" for run in runs)
-    assert {own_cache(run) for run in runs} == {tmp_path / "activations-205120"}
+    assert {own_cache(run) for run in runs} == {tmp_path / "activations-9216"}
     assert load_run_config(tmp_path / "tokens-2560" / "run.yaml") == runs[0]
     assert not any(is_finished(run) for run in runs)
 
