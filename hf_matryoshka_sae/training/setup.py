@@ -36,7 +36,14 @@ from ..activations import (
 from .config import RunConfig
 from .feed import owner
 from .placement import readers
-from .sizes import calibration_tokens, normalization_tokens, shuffle_tokens
+from .sizes import (
+    LARGEST_POOL,
+    calibration_tokens,
+    eval_tokens,
+    normalization_tokens,
+    shuffle_tokens,
+    window_pool_tokens,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -265,7 +272,7 @@ def live_stream(
     shuffled = config.shuffle and config.pack
     live = ActivationStream(
         model,
-        WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text,
+        WindowShuffle(text, window_pool_tokens(config, world_size), config.seed + rank) if shuffled else text,
         hookpoints,
         batch_size,
         max(shuffle_tokens(config, world_size), 2 * batch_size + config.lm_batch_size * config.context_length),
@@ -276,7 +283,8 @@ def live_stream(
     )
     documents = [
         config.shuffle,
-        config.window_pool_tokens,
+        # Not the share of a short run: a cache serves runs of any length, windows are drawn at random either way.
+        config.window_pool_tokens or LARGEST_POOL,
         config.seed,
         config.eval_fraction if config.eval_dataset is None else None,
     ]
@@ -324,15 +332,15 @@ def open_heldout_text(config: RunConfig, tokenizer: Any, processes: int = 1) -> 
         dataset = DatasetConfig("embedded", split="heldout")
     if dataset is None:
         dataset = _documents(config, tokenizer, held_out=True)
-    windows = config.lm_batch_size
+    windows, tokens = config.lm_batch_size, eval_tokens(config)
     if processes > 1:
-        windows = max(1, min(windows, config.eval_tokens // (config.context_length * processes)))
+        windows = max(1, min(windows, tokens // (config.context_length * processes)))
     try:
         return heldout_batches(
             dataset,
             tokenizer,
             config.context_length,
-            config.eval_tokens,
+            tokens,
             windows,
             pack=config.pack,
             exclude=config.exclude,

@@ -1,7 +1,7 @@
 """How many hidden states a run spends on what is not training, where its fields leave that open.
 
-A short run should not wait longer for its normalisation and its thresholds than for its training, so these are shares
-of `tokens`, up to a size that is enough for any run.
+A short run should not wait longer for its text, normalisation, thresholds and report than for its training, so these
+are shares of `tokens`, up to a size that is enough for any run.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ import yaml
 from .config import RunConfig
 
 
-_SIZES = ("normalization_tokens", "calibration_tokens", "shuffle_tokens")
+_SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
 _SMALLEST = 4096
+LARGEST_POOL = 4_000_000
+LARGEST_EVALUATION = 60_000
 
 
 def normalization_tokens(config: RunConfig) -> int:
@@ -26,6 +28,16 @@ def normalization_tokens(config: RunConfig) -> int:
 def calibration_tokens(config: RunConfig) -> int:
     """Hidden states that thresholds are solved for on, over all processes; they are read for nothing else."""
     return _size(config.calibration_tokens, config.tokens // 5, 200_000)
+
+
+def eval_tokens(config: RunConfig) -> int:
+    """Held-out tokens that dictionaries are measured on at the end."""
+    return _size(config.eval_tokens, config.tokens // 4, LARGEST_EVALUATION)
+
+
+def window_pool_tokens(config: RunConfig, streams: int = 1) -> int:
+    """Tokens of text in the pool of each of a run's streams, which is filled before the first forward pass."""
+    return _size(config.window_pool_tokens, 8 * config.tokens // streams, LARGEST_POOL)
 
 
 def shuffle_tokens(config: RunConfig, streams: int = 1) -> int:

@@ -9,10 +9,13 @@ from .schedules import learning_rate
 
 _TOLERANCE = 0.1  # of the wanted L0
 _MOST_DEAD = 0.1  # of the latents
+_LOOK_BACK = 100_000  # tokens of training
 
 
 def missed_targets(learner: Learner, result: Mapping[str, Any], tokens: int) -> list[str]:
     """Sentences about an L0 that is over 10% from what was asked for, and about over 10% dead latents.
+
+    All processes that share the dictionary ask at once.
 
     Args:
         learner ([`Learner`]): What was trained.
@@ -28,10 +31,15 @@ def missed_targets(learner: Learner, result: Mapping[str, Any], tokens: int) -> 
             f"{where}: {row['l0']:.1f} latents fire per held-out token, but `{field}` asks for {wanted:g}. "
             f"{_for_l0(learner, row['l0'] > wanted, tokens)}"
         )
-    if row["dead"] > _MOST_DEAD:
+    # A latent that fires rarely may be silent on little text, so the training has to agree.
+    used = learner.updates - sum(learner.skipped()[:2])
+    window = min(_LOOK_BACK, used * learner.batch_size)
+    silent = learner.share_silent(window)
+    if min(row["dead"], silent) > _MOST_DEAD:
         missed.append(
-            f"{where}: {row['dead']:.1%} of the latents are dead, which means that they fired on none of "
-            f"{result['tokens']:,} held-out tokens; at most {_MOST_DEAD:.0%} should be. {_for_dead(learner, tokens)}"
+            f"{where}: {row['dead']:.1%} of the latents are dead: they fired on none of {result['tokens']:,} held-out "
+            f"tokens, and {silent:.1%} on none of the last {window:,} of training; at most {_MOST_DEAD:.0%} should "
+            f"be. {_for_dead(learner, tokens)}"
         )
     return missed
 

@@ -128,6 +128,7 @@ def test_a_larger_grid_adds_what_is_missing(tmp_path):
 def test_a_sweep_whose_runs_state_their_sizes_goes_on(tmp_path):
     """As an earlier version planned them."""
     earlier = {"normalization_tokens": 65_536, "calibration_tokens": 200_000, "shuffle_tokens": 131_072}
+    earlier |= {"eval_tokens": 60_000, "window_pool_tokens": 4_000_000}
     before = plan_runs(sweep(tmp_path, **earlier))
     assert plan_runs(sweep(tmp_path)) == before
     with pytest.raises(ValueError, match="differs in calibration_tokens"):

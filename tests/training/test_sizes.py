@@ -12,7 +12,14 @@ from hf_matryoshka_sae.planning.workload import read_workload
 from hf_matryoshka_sae.training import Interrupted, RunConfig, setup, train
 from hf_matryoshka_sae.training import trainer as trainer_module
 from hf_matryoshka_sae.training.closing import Closing
-from hf_matryoshka_sae.training.sizes import as_begun, calibration_tokens, normalization_tokens, shuffle_tokens
+from hf_matryoshka_sae.training.sizes import (
+    as_begun,
+    calibration_tokens,
+    eval_tokens,
+    normalization_tokens,
+    shuffle_tokens,
+    window_pool_tokens,
+)
 
 
 RUN = {
@@ -23,11 +30,16 @@ RUN = {
     "tokens": 12 * 256,
     "batch_size": 256,
     "lm_batch_size": 8,
-    "eval_tokens": 1000,
     "checkpoint_every": 5,
     "saes": [{"type": "batch_topk", "name": "it", "num_latents": 64, "k": 8}],
 }
-EARLIER = {"normalization_tokens": 65_536, "calibration_tokens": 200_000, "shuffle_tokens": 131_072}
+EARLIER = {
+    "normalization_tokens": 65_536,
+    "calibration_tokens": 200_000,
+    "eval_tokens": 60_000,
+    "shuffle_tokens": 131_072,
+    "window_pool_tokens": 4_000_000,
+}
 
 
 def config(folder="unused", **fields):
@@ -35,20 +47,21 @@ def config(folder="unused", **fields):
 
 
 def sizes(run, streams=1):
-    return normalization_tokens(run), calibration_tokens(run), shuffle_tokens(run, streams)
+    measured = normalization_tokens(run), calibration_tokens(run), eval_tokens(run)
+    return *measured, shuffle_tokens(run, streams), window_pool_tokens(run, streams)
 
 
 def test_long_runs_read_what_they_always_did_and_short_ones_a_share():
     assert sizes(config(tokens=10**9)) == sizes(config(tokens=10**6)) == tuple(EARLIER.values())
-    assert sizes(config(tokens=40_000)) == (5000, 8000, 10_000)
-    assert sizes(config(tokens=40_000), streams=2)[2] == 5000
-    assert sizes(config(tokens=300)) == (4096, 4096, 4096)
+    assert sizes(config(tokens=40_000)) == (5000, 8000, 10_000, 10_000, 320_000)
+    assert sizes(config(tokens=40_000), streams=2)[3:] == (5000, 160_000)
+    assert sizes(config(tokens=300)) == (4096,) * 5
 
 
 @pytest.mark.parametrize("tokens", [300, 10**7])
 def test_what_a_run_says_is_what_it_reads(tokens):
-    given = {"normalization_tokens": 11, "calibration_tokens": 12, "shuffle_tokens": 13}
-    assert sizes(config(tokens=tokens, **given), streams=4) == (11, 12, 13)
+    given = {name: number for number, name in enumerate(EARLIER, 11)}
+    assert sizes(config(tokens=tokens, **given), streams=4) == (11, 12, 13, 14, 15)
     assert sizes(config(tokens=tokens, **EARLIER), streams=4) == tuple(EARLIER.values())
 
 
@@ -76,7 +89,8 @@ def _counting(loaded, read):
 
 
 def test_a_run_begun_with_sizes_in_its_file_goes_on_with_them(tmp_path, monkeypatch):
-    given = {"normalization_tokens": 3000, "calibration_tokens": 1500, "shuffle_tokens": 6000}
+    given = {"normalization_tokens": 3000, "calibration_tokens": 1500, "eval_tokens": 1000, "shuffle_tokens": 6000}
+    given["window_pool_tokens"] = 20_000
     train(config(tmp_path / "whole", **given))
     steps = []
 

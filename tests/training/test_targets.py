@@ -10,14 +10,16 @@ from hf_matryoshka_sae.training.targets import missed_targets
 from .test_learner import learner
 
 
-def found(one, l0, dead):
+def found(l0, dead):
     narrow = {"width": 8, "l0": 0.1, "dead": 1.0}
     return {"tokens": 60_000, "saes": {"sae": [narrow, {"width": 64, "l0": l0, "dead": dead}]}}
 
 
-def missed(fields, l0, dead=0.0):
+def missed(fields, l0, dead=0.0, silent=None):
     one = learner(**fields)
-    return missed_targets(one, found(one, l0, dead), 300_000)
+    one.updates = 1000
+    one.tokens_since_fired[: round(64 * (dead if silent is None else silent))] = 100_000
+    return missed_targets(one, found(l0, dead), 300_000)
 
 
 FAMILIES = {
@@ -76,7 +78,12 @@ def test_an_l0_that_is_off_is_told_with_what_turns_it(name, l0, levers):
 def test_dead_latents_are_told_with_how_many_tokens_were_looked_at(fields, lever):
     (text,) = missed(fields, 16.0, dead=0.94)
     assert "94.0% of the latents are dead" in text and "none of 60,000 held-out tokens" in text and "10%" in text
+    assert "93.8% on none of the last 100,000 of training" in text
     assert lever in text
+
+
+def test_latents_that_fired_in_training_are_not_called_dead_for_little_held_out_text():
+    assert missed(FAMILIES["topk"], 16.0, dead=0.5, silent=0.05) == []
 
 
 def test_no_target_is_none_missed():
