@@ -61,6 +61,9 @@ class PrefetchedStream(ShuffledStream):
     def _read(self) -> dict[str, Tensor] | None:
         return self._stream._read()
 
+    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._stream._usable(rows)
+
     def _row_device(self) -> torch.device | str:
         return self._stream._row_device()
 

@@ -8,7 +8,7 @@ Shapes: B windows of S tokens, N rows in a batch, D width of a hookpoint.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from .buffer import ShuffleBuffer
 from .hookpoints import harvest
 from .tokens import TokenBatch, TokenStream
 from .windows import WindowShuffle
+
+
+# So many forward passes in a row without a finite row mean that the model or the hookpoint is at fault, not some text.
+_PATIENCE = 8
 
 
 class ShuffledStream(ABC):
@@ -66,25 +70,45 @@ class ShuffledStream(ABC):
         self.tokens_seen += len(rows[self.hookpoints[0]])
         return rows
 
-    def fill(self) -> None:
-        """Reads until the buffer is full or the rows end."""
+    def fill(self, advance: Callable[[int], Any] = lambda rows: None) -> None:
+        """Reads until the buffer is full or the rows end.
+
+        Args:
+            advance (`Callable`, *optional*): told how many rows each read added.
+
+        Raises:
+            `ValueError`: nothing that is read can be used.
+        """
         while not self._exhausted and self._buffer.room >= self._rows_per_read:
             rows = self._next_rows()
             if rows is None:
                 self._exhausted = True
             else:
+                rows = self._usable(rows)
                 self._buffer.add(rows)
+                advance(len(rows[self.hookpoints[0]]))
+
+    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that go into the buffer, of those that a read gave; what is left out is counted.
+
+        It is asked when the buffer is filled and not when rows are read, so that counts do not depend on how far ahead
+        a thread has come.
+        """
+        return rows
 
     def _next_rows(self) -> dict[str, Tensor] | None:
         return self._ahead.popleft() if self._ahead else self._read()
 
-    def peek(self, count: int, chunk_size: int = 8192) -> Iterator[dict[str, Tensor]]:
+    def peek(
+        self, count: int, chunk_size: int = 8192, advance: Callable[[int], Any] = lambda rows: None
+    ) -> Iterator[dict[str, Tensor]]:
         """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up.
 
         They are what the next batches hold, unless the buffer is refilled and mixed anew before it comes to them.
+        `advance` is told of rows that are read for it, see [`fill`].
         """
         if len(self._buffer) < min(count, max(self.buffer_tokens // 2, self.batch_size)):
-            self.fill()
+            self.fill(advance)
         return self._buffer.peek(count, chunk_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +145,9 @@ class ShuffledStream(ABC):
 class ActivationStream(ShuffledStream):
     """Iterator over batches of hidden states, shuffled across sequences, resumable bit for bit.
 
+    Tokens whose hidden state at some hookpoint is not finite (NaN or infinite) are left out before they are shuffled
+    and counted: one of them in a batch would make the whole batch useless.
+
     Args:
         model (`nn.Module`): a transformers model; it is put in `eval` mode.
         token_stream ([`TokenStream`] or [`WindowShuffle`]): its tokens. How many sequences one forward pass takes is
@@ -132,16 +159,16 @@ class ActivationStream(ShuffledStream):
         dtype (`torch.dtype`, *optional*): their type; by default the model's.
         seed (`int`, *optional*, defaults to `0`): seed of the shuffle.
         max_norm_factor (`float`, *optional*): leave out tokens whose norm at some hookpoint exceeds this many times
-            the median norm of their token batch. Rows that are not finite always pass: they are for the trainer to
-            see.
+            the median norm of their token batch.
 
     Attributes:
         tokens_seen (`int`): rows given out by this process.
         num_outliers (`int`): rows left out by `max_norm_factor`.
+        num_not_finite (`int`): rows left out because they are not finite.
 
     Raises:
         `ValueError`: the buffer cannot hold a batch beside one forward pass, or the windows are longer than the model
-            can read.
+            can read; while reading, the hidden states of many forward passes in a row are not finite.
     """
 
     def __init__(
@@ -162,7 +189,8 @@ class ActivationStream(ShuffledStream):
         super().__init__(hookpoints, batch_size, buffer_tokens, tokens_per_forward, seed)
         self.model, self.token_stream = model.eval(), token_stream
         self._device, self._dtype, self._max_norm_factor = device, dtype, max_norm_factor
-        self.num_outliers = 0
+        self.num_outliers = self.num_not_finite = 0
+        self._passes_without_rows = 0
 
     def _read(self) -> dict[str, Tensor] | None:
         batch = next(self.token_stream, None)
@@ -172,6 +200,22 @@ class ActivationStream(ShuffledStream):
         if self._max_norm_factor is not None:
             rows = self._without_outliers(rows)
         return {name: to_device(values, self._device or values.device, self._dtype) for name, values in rows.items()}
+
+    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        finite = torch.stack([values.isfinite().all(1) for values in rows.values()]).all(0)
+        kept = None if finite.all() else finite.nonzero()[:, 0]
+        num_kept = len(finite) if kept is None else len(kept)
+        self.num_not_finite += len(finite) - num_kept
+        self._passes_without_rows = 0 if num_kept else self._passes_without_rows + 1
+        if self._passes_without_rows >= _PATIENCE and self.num_not_finite:
+            raise ValueError(
+                f"No hidden state of {_PATIENCE} forward passes in a row is finite at {', '.join(self.hookpoints)}: "
+                "all hold NaN or infinity. Load the language model in another type (`model_dtype: float32` or "
+                "bfloat16), or choose another hookpoint."
+            )
+        if kept is None:
+            return rows
+        return {name: values.index_select(0, kept) for name, values in rows.items()}
 
     def _without_outliers(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         outlier = torch.stack([_is_outlier(values, self._max_norm_factor) for values in rows.values()]).any(0)
@@ -192,14 +236,14 @@ class ActivationStream(ShuffledStream):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
-        own = {"token_stream": self.token_stream.state_dict(), "num_outliers": self.num_outliers}
-        return super().state_dict() | own
+        own = {name: getattr(self, name) for name in ("num_outliers", "num_not_finite")}
+        return super().state_dict() | own | {"token_stream": self.token_stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same model, data and options."""
         super().load_state_dict(state)
         self.token_stream.load_state_dict(state["token_stream"])
-        self.num_outliers = state["num_outliers"]
+        self.num_outliers, self.num_not_finite = state["num_outliers"], state.get("num_not_finite", 0)
 
 
 def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str]) -> dict[str, Tensor]:

@@ -71,10 +71,36 @@ class HeldOut:
         states = harvest(self.model, batch.input_ids, batch.attention_mask, [self.hookpoint])[self.hookpoint]
         return states[batch.keep].float()
 
+    def finite(self, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+        """The windows of a batch whose hidden states are all finite, and these states, `(n, D)` in float32.
+
+        A window with NaN or infinity in it is the language model's fault: no SAE can reconstruct it, so it is left out
+        of what SAEs are judged by. What is returned may be empty.
+        """
+        states = self.states(batch)
+        broken = (~states.isfinite().all(1)).to(batch.keep.device)
+        if not broken.any():
+            return batch, states
+        window = batch.keep.nonzero()[:, 0]
+        usable = torch.ones(len(batch.keep), dtype=torch.bool, device=batch.keep.device)
+        usable[window[broken]] = False
+        kept = usable[window].to(states.device)
+        return windows_of(batch, usable), states[kept]
+
     def activations(self) -> Iterator[Tensor]:
-        """Hidden states of this process's share, `(n, D)` in float32, harvested anew at each call."""
+        """Hidden states of this process's share, `(n, D)` in float32, harvested anew at each call.
+
+        Windows with a hidden state that is not finite are left out, see [`finite`].
+        """
         for batch in self.share():
-            yield self.states(batch)
+            _, states = self.finite(batch)
+            if len(states):
+                yield states
+
+
+def windows_of(batch: TokenBatch, usable: Tensor) -> TokenBatch:
+    """The windows of a batch where `usable`, `[B]`, is true."""
+    return TokenBatch(batch.input_ids[usable], batch.attention_mask[usable], batch.keep[usable], batch.padded)
 
 
 def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Tensor]:

@@ -1,7 +1,7 @@
 """The core evaluation: reconstruction, firing, spliced language-model loss and similarity at each width."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
-from .distributed import processes
+from .distributed import processes, reduce_sum
 from .language_model import spliced_metrics
 from .reconstruction import ReconstructionSums
 from .similarity import TokenSample, representational_similarity
@@ -53,13 +53,21 @@ def evaluate_fidelity(
         `subjects` a list of rows, one for each width, for each name. See [`ReconstructionSums`], [`FiringSums`],
         [`spliced_metrics`] and [`representational_similarity`] for what the keys mean.
 
+        What the language model itself makes NaN or infinite is in no figure, and is counted: `excluded_windows` of
+        the held-out text whose hidden states are not finite, `excluded_predictions` of the others whose logits are
+        not. A reconstruction that is not finite is the SAE's doing: its figures are NaN, its `rsa` is `None`.
+
     Raises:
-        `ValueError`: if there are no tokens, or hidden states are not finite or of another width than an SAE's.
+        `ValueError`: if there are no tokens, hidden states are of another width than an SAE's, or those of an iterable
+            are not finite.
     """
     sums: dict[str, ReconstructionSums] = {}
     sample = TokenSample(similarity_tokens, seed) if similarity_tokens else None
     show = show and processes()[0] == 0
-    for states in tqdm(activation_batches(data), desc="reconstruction", disable=not show, leave=False):
+    excluded, batches = torch.zeros((), dtype=torch.int64), activation_batches(data)
+    if isinstance(data, HeldOut):
+        batches = _finite_states(data, excluded)
+    for states in tqdm(batches, desc="reconstruction", disable=not show, leave=False):
         for name, subject in subjects.items():
             if name not in sums:
                 sums[name] = ReconstructionSums.zeros(len(subject.widths), states.shape[1])
@@ -68,10 +76,18 @@ def evaluate_fidelity(
             sample.add(states)
     if not sums:
         raise ValueError("There are no held-out tokens to evaluate on. Name an `eval_dataset` with text.")
-    rows = {name: _rows(subject, sums[name]) for name, subject in subjects.items()}
+    reduce_sum(excluded)
     first = next(iter(sums.values()))
+    if excluded and not reduce_sum(first.tokens.clone())[0]:
+        raise ValueError(
+            f"All {int(excluded)} windows of the held-out text have hidden states with NaN or infinity. Load the "
+            "language model in another type (bfloat16 or float32)."
+        )
+    rows = {name: _rows(subject, sums[name]) for name, subject in subjects.items()}
     result: dict[str, Any] = {
         "tokens": int(first.tokens),
+        "excluded_windows": int(excluded),
+        "excluded_predictions": 0,
         "variance": first.variance,
         "clean_ce": None,
         "zero_ce": None,
@@ -90,6 +106,14 @@ def evaluate_fidelity(
             row.setdefault("recaptured_zero", None)
             row.setdefault("recaptured_mean", None)
     return result | {"subjects": rows}
+
+
+def _finite_states(data: HeldOut, excluded: Tensor) -> Iterator[Tensor]:
+    """The states of this process's share, of some batches none; windows that are left out are added to `excluded`."""
+    for batch in data.share():
+        usable, states = data.finite(batch)
+        excluded += len(batch.keep) - len(usable.keep)
+        yield states
 
 
 def _add(name: str, subject: Subject, states: Tensor, sums: ReconstructionSums, watch: Watch | None) -> None:
@@ -129,9 +153,11 @@ def _at(subject: Subject, widths: Sequence[int] | None) -> Subject:
 
 def _add_similarity(subjects: Mapping[str, Subject], rows: dict[str, list], tokens: Tensor, seed: int) -> None:
     for name, subject in subjects.items():
-        found = representational_similarity(tokens, subject.reconstruct(tokens).float(), seed=seed)
-        for row, entry in zip(rows[name], found, strict=True):
-            row["rsa"] = entry
+        reconstructions = subject.reconstruct(tokens).float()
+        finite = reconstructions.isfinite().flatten(1).all(1)
+        found = iter(representational_similarity(tokens, reconstructions[finite], seed=seed))
+        for row, usable in zip(rows[name], finite.tolist(), strict=True):
+            row["rsa"] = next(found) if usable else None
 
 
 def _add_losses(
@@ -149,4 +175,5 @@ def _add_losses(
         by_width = {row["width"]: row for row in rows[name]}
         for width, entry in zip(subject.widths, found, strict=True):
             by_width[width].update(entry)
-    result.update({key: getattr(baselines, key) for key in ("clean_ce", "zero_ce", "mean_ce")})
+    for key in ("clean_ce", "zero_ce", "mean_ce", "excluded_predictions"):
+        result[key] = getattr(baselines, key)

@@ -11,6 +11,7 @@
 Cross-entropy and KL are counted where hidden states were replaced; special tokens keep theirs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class LossSums:
     """
 
     def __init__(self, replacements: int):
-        self.predictions = torch.zeros((), dtype=torch.int64)
+        self.predictions, self.excluded = torch.zeros(2, dtype=torch.int64).unbind()
         self.ce = torch.zeros(replacements, dtype=torch.float64)
         self.kl = torch.zeros(replacements, dtype=torch.float64)
 
@@ -51,7 +52,7 @@ class LossSums:
 
     def reduce(self) -> "LossSums":
         """The sums of all processes."""
-        reduce_sum(self.predictions, self.ce, self.kl)
+        reduce_sum(self.predictions, self.excluded, self.ce, self.kl)
         return self
 
 
@@ -62,10 +63,13 @@ class LossBaselines:
         clean_ce, zero_ce, mean_ce (`float`): Cross-entropy of the model as it is, and with the hidden states replaced
             by zero or their mean; nats per token.
         zero_kl (`float`): Divergence of the zero-ablated model.
+        excluded_predictions (`int`, *optional*, defaults to 0): In none of them, because the model as it is gives NaN
+            or infinity there.
     """
 
-    def __init__(self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float):
+    def __init__(self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float, excluded_predictions: int = 0):
         self.clean_ce, self.zero_ce, self.mean_ce, self.zero_kl = clean_ce, zero_ce, mean_ce, zero_kl
+        self.excluded_predictions = excluded_predictions
 
     def row(self, ce: float, kl: float) -> dict[str, float | None]:
         """Every metric of one replacement."""
@@ -141,22 +145,29 @@ def spliced_metrics(
     base, sums = LossSums(3), [LossSums(len(subject.widths)) for subject in subjects]
     for batch in data.share():
         for part in _parts(batch, data):
+            part, states = data.finite(part)
+            if not len(states):
+                advance(sum(len(subject.widths) for subject in subjects))
+                continue
             clean, targets = _logits(data, part, None)
-            base.predictions += len(targets)
+            usable = _usable(clean)
+            base.predictions += usable.sum().cpu()
+            base.excluded += (~usable).sum().cpu()
+            clean, targets = clean[usable], targets[usable]
             base.add(0, clean, clean, targets)
-            base.add(1, clean, _logits(data, part, torch.zeros_like)[0], targets)
-            base.add(2, clean, _logits(data, part, lambda x: mean.to(x).expand_as(x))[0], targets)
-            states = data.states(part)
+            base.add(1, clean, _logits(data, part, torch.zeros_like)[0][usable], targets)
+            base.add(2, clean, _logits(data, part, lambda x: mean.to(x).expand_as(x))[0][usable], targets)
             for subject, total in zip(subjects, sums, strict=True):
                 for index, output in enumerate(subject.reconstruct(states)):
                     spliced, _ = _logits(data, part, lambda x, output=output: output.to(x))
-                    total.add(index, clean, spliced, targets)
+                    total.add(index, clean, spliced[usable], targets)
                     advance(1)
-    predictions = max(1, int(base.reduce().predictions))
+    predictions = int(base.reduce().predictions) or math.nan  # of no prediction nothing is known
     for entry in sums:
         entry.reduce()
     clean_ce, zero_ce, mean_ce = (base.ce / predictions).tolist()
-    baselines = LossBaselines(clean_ce, zero_ce, mean_ce, (base.kl[1] / predictions).item())
+    zero_kl = (base.kl[1] / predictions).item()
+    baselines = LossBaselines(clean_ce, zero_ce, mean_ce, zero_kl, int(base.excluded))
     return baselines, [
         [baselines.row(*pair) for pair in (torch.stack([total.ce, total.kl], 1) / predictions).tolist()]
         for total in sums
@@ -165,6 +176,11 @@ def spliced_metrics(
 
 def _logits(data: HeldOut, batch: TokenBatch, replace: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     return spliced_logits(data.model, batch, data.hookpoint, replace, mask_token_id=data.mask_token_id)
+
+
+def _usable(logits: Tensor) -> Tensor:
+    """Positions `(S,)` at which the logits `(S, V)` are a distribution: no NaN, no positive infinity."""
+    return torch.cat([part.float().logsumexp(-1).isfinite() for part in logits.split(_ROWS)])
 
 
 def _parts(batch: TokenBatch, data: HeldOut) -> list[TokenBatch]:

@@ -80,7 +80,8 @@ class ReconstructionSums:
             reconstructions (`Tensor` of shape `(P, N, D)`): Of every prefix.
 
         Raises:
-            `ValueError`: if shapes do not fit or a number is not finite.
+            `ValueError`: if shapes do not fit or a hidden state is not finite. Of reconstructions that are not, the
+                figures are NaN.
         """
         expected = (len(self.square_error), len(x), len(self.x))
         if x.ndim != 2 or tuple(reconstructions.shape) != expected:
@@ -132,8 +133,8 @@ class ReconstructionSums:
             "unexplained": (error.sum(1) - residual.square().sum(1) / len(x)) / spread.sum(),
             "residual": residual,
         }
-        if not all(bool(value.isfinite().all()) for value in (added["square_error"], added["x_square"])):
-            raise ValueError("Hidden states or reconstructions are not finite (NaN or infinite). Try float32.")
+        if not added["x_square"].isfinite().all():
+            raise ValueError("Hidden states are not finite (NaN or infinite). Try float32.")
         self.merge(added)
 
     def merge(self, other: "ReconstructionSums | Mapping[str, Any]") -> None:

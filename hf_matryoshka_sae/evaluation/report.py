@@ -1,6 +1,7 @@
 """Results as people read them: a table, a plot, a JSON file."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for result in results:
         lines.append(f"{result['hookpoint']}: {result['tokens']} held-out tokens, {_losses(result)}")
+        lines += [f"  {sentence}" for sentence in excluded(result)]
         found = [row for rows in result["saes"].values() for row in rows]
         columns = [column for column in _COLUMNS if any(_value(row, column[1]) is not None for row in found)]
         for name, rows in result["saes"].items():
@@ -52,13 +54,22 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def excluded(result: dict[str, Any]) -> list[str]:
+    """Sentences about what is in no figure because the language model gives NaN or infinity there."""
+    numbers = (result.get("excluded_windows"), "windows"), (result.get("excluded_predictions"), "other predictions")
+    return [
+        f"{number:,} {what} of held-out text are in no figure at {result['hookpoint']}: the language model gives NaN "
+        "or infinity there. Load it in another type (float32 or bfloat16)."
+        for number, what in numbers
+        if number
+    ]
+
+
 def _losses(result: dict[str, Any]) -> str:
     if result["clean_ce"] is None:
         return "no language-model loss"
-    return (
-        f"CE clean {result['clean_ce']:.4f}, zero-ablated {result['zero_ce']:.4f}, "
-        f"mean-ablated {result['mean_ce']:.4f}"
-    )
+    ce = {name: _number(result[f"{name}_ce"], ".4f") for name in ("clean", "zero", "mean")}
+    return f"CE clean {ce['clean']}, zero-ablated {ce['zero']}, mean-ablated {ce['mean']}"
 
 
 def _value(row: dict[str, Any], key: str) -> float | None:
@@ -67,8 +78,11 @@ def _value(row: dict[str, Any], key: str) -> float | None:
 
 
 def _cell(row: dict[str, Any], key: str, size: int, form: str) -> str:
-    value = _value(row, key)
-    return f"{'-':>{size}}" if value is None else f"{value:>{size}{form}}"
+    return f"{_number(_value(row, key), form):>{size}}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -84,7 +98,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     for result in results:
         for name, rows in result["saes"].items():
             for axis, (key, _) in zip(axes, drawn, strict=True):
-                points = [(row["width"], row[key]) for row in rows if row[key] is not None]
+                points = [(row["width"], row[key]) for row in rows if row.get(key) is not None]
                 if points:
                     label = f"{name} @ {result['hookpoint']}" if many else name
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
@@ -157,8 +171,26 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary name, then rename."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    """Write JSON to a temporary name, then rename; see [`as_json`]."""
+    write_text(path, as_json(data, indent=2) + "\n")
+
+
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes: NaN and infinity, of which JSON knows nothing, are null.
+
+    Args:
+        data (`Any`): What `json.dumps` takes.
+        indent (`int`, *optional*): Spaces of a level; by default all is one line.
+    """
+    return json.dumps(_with_null(data), indent=indent, allow_nan=False)
+
+
+def _with_null(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _with_null(value) for key, value in data.items()}
+    return [_with_null(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@
 Row groups hold a fixed number of latents, so that one latent is found by division and read alone.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
+from ..evaluation.report import as_json
 from ..models import SAEModel
 
 
@@ -204,7 +204,7 @@ def write_index(
                 writer.write_table(part, row_group_size=max(1, len(part)))
         sizes = {name: staged[name].stat().st_size for name in (LATENTS, CONTEXTS)}
         about = {"format": FORMAT, **about, "files": sizes, "done": True}
-        staged[INDEX].write_text(json.dumps(about, indent=2) + "\n")
+        staged[INDEX].write_text(as_json(about, indent=2) + "\n")
         (folder / INDEX).unlink(missing_ok=True)  # from here on until the end there is no finished index
         for name, path in staged.items():
             os.replace(path, folder / name)

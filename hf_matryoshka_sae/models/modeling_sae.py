@@ -39,7 +39,7 @@ from .configuration_sae import (
 from .families import FAMILIES
 from .pieces import allocate_files, plan_files, write_index, write_latents
 from .reshaping import Reshaping
-from .selection import EncoderBlocks
+from .selection import EncoderBlocks, with_nan_rows
 from .sharding import Layout
 from .sparse_ops import (
     InputNorm,
@@ -169,6 +169,8 @@ class SAEModel(Reshaping, PreTrainedModel):
             factors = None if scale is None else scale[:encoded]
             blocks = EncoderBlocks(x, self.W_enc[:encoded], self.b_enc[:encoded], b_dec, factors)
             rows, cols, pre = self.family.select(self, blocks, layout)
+            if layout is None:  # training sees to it that hidden states are finite, and looks at none
+                rows, cols, pre = with_nan_rows((rows, cols, pre), x)
             if encoded > width:
                 inside = cols < width
                 rows, cols, pre = rows[inside], cols[inside], pre[inside]
@@ -186,7 +188,7 @@ class SAEModel(Reshaping, PreTrainedModel):
             selection (`str`, *optional*, defaults to `"restrict"`): See [`encode_pairs`].
 
         Returns:
-            [`SparseLatents`] with values and indices of shape `(..., K)`.
+            [`SparseLatents`] with values and indices of shape `(..., K)`; of what is not finite NaN at latent 0 alone.
 
         Raises:
             `ValueError`: if the last dimension is not D, or the width is not between 1 and F.

@@ -100,6 +100,20 @@ def _whole_groups(size: int) -> int:
     return -(-size // _GROUP) * _GROUP
 
 
+def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
+    """A selection in which each row of `x` `(N, D)` that is not finite has one pair: NaN at latent 0.
+
+    Such a row is above no threshold and would decode to the bias, as if nothing were wrong. So it decodes to NaN, in
+    every prefix.
+    """
+    broken = ~x.isfinite().all(1)
+    if not broken.any():
+        return chosen
+    kept, rows = ~broken[chosen[0]], broken.nonzero().squeeze(1)
+    nan = chosen[2].new_full((len(rows),), torch.nan)
+    return _joined([tuple(part[kept] for part in chosen), (rows, torch.zeros_like(rows), nan)])
+
+
 def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     """Pairs strictly above `threshold` (a number or `(F,)`). How many there are is known to the data alone: the host
     waits for each block.

@@ -19,6 +19,7 @@ from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
 from ..assets import embedded_lm_path
 from ..training.config import RunConfig, SAESpec
+from ..training.sizes import shuffle_tokens, window_pool_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -165,9 +166,9 @@ def read_workload(
         config.batch_size,
         config.gradient_accumulation_steps,
         "bfloat16" if config.mixed_precision == "bf16" else "float32",
-        config.shuffle_tokens,
+        shuffle_tokens(config),
         config.lm_batch_size * config.context_length,
-        config.window_pool_tokens if config.shuffle and config.pack else 0,
+        window_pool_tokens(config) if config.shuffle and config.pack else 0,
         config.overlap,
         config.capacity_factor,
         dead_share,

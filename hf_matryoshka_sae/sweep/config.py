@@ -8,6 +8,7 @@ from typing import Any
 from ..training import RunConfig, SAESpec
 from ..training.config import read_yaml
 from ..training.fields import from_dict, override
+from ..training.sizes import LARGEST_EVALUATION
 
 
 _LEAST_OF_K, _LEAST_JOINT = 3, 6  # constants of the laws
@@ -131,7 +132,8 @@ class Sweep:
         """The run that trains the SAEs of these (F, k) on so many tokens."""
         saes = [self._entry(*pair) for pair in pairs]
         place = {} if folder is None else {"output_dir": str(folder)}
-        return RunConfig.from_dict({**self.fields, **place, "tokens": tokens, "saes": saes})
+        same = {"eval_tokens": LARGEST_EVALUATION}  # laws compare losses on the same held-out tokens
+        return RunConfig.from_dict({**same, **self.fields, **place, "tokens": tokens, "saes": saes})
 
 
 def load_sweep(path: str | Path, flags: list[str] | None = None) -> Sweep:

@@ -10,6 +10,7 @@ from ..activations.language_model import EMBEDDED, load_language_model
 from ..evaluation.report import write_text
 from ..training import RunConfig, load_run_config
 from ..training.run_folder import FREE_TO_CHANGE
+from ..training.sizes import calibration_tokens, with_sizes_of
 from .config import Sweep
 
 
@@ -76,8 +77,9 @@ def _found(sweep: Sweep) -> list[RunConfig]:
     runs = []
     for path in sorted(sweep.folder.glob("*/run.yaml")):
         run = load_run_config(path, [f"--output_dir={path.parent}"])  # the sweep may have been moved
-        asked = sweep.run(run.tokens, sweep.grid.pairs[:1]).to_dict()
-        changed = [name for name, value in run.to_dict().items() if name not in _OWN_FIELDS and asked[name] != value]
+        fields = run.to_dict()
+        asked = with_sizes_of(sweep.run(run.tokens, sweep.grid.pairs[:1]), fields).to_dict()
+        changed = [name for name, value in fields.items() if name not in _OWN_FIELDS and asked[name] != value]
         changed += [f"sweep.sae ({spec.name})" for spec in run.saes if wanted.get(spec.name, spec) != spec]
         if changed:
             raise ValueError(
@@ -103,7 +105,7 @@ def _parts(pairs: list[tuple[int, int]], processes: int, largest: int | None) ->
 
 def _share_hidden_states(folder: Path, runs: list[RunConfig]) -> None:
     """Give the runs a common cache, if the disk can hold one as large as the largest budget."""
-    rows = max(run.tokens for run in runs) + runs[0].calibration_tokens
+    rows = max(run.tokens + calibration_tokens(run) for run in runs)
     width = _hidden_size(runs[0])
     folder.mkdir(parents=True, exist_ok=True)
     if width is not None and rows * width * _BYTES <= _SHARE_OF_DISK * shutil.disk_usage(folder).free:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +13,9 @@ from ..evaluation.report import write_text
 from ..training import RunConfig
 from .config import Sweep
 from .plan import is_finished
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +67,9 @@ def finished_points(sweep: Sweep, runs: Sequence[RunConfig]) -> list[Point]:
         folder = Path(run.output_dir)
         (result,) = json.loads((folder / "results.json").read_text())["results"]
         for name, rows in result["saes"].items():
-            if name in wanted:
+            if name in wanted and rows[-1]["fvu"] is None:  # JSON's word for what is not finite
+                logger.warning(f"{folder / name} has no FVU that is a number: it is left out of the fits.")
+            elif name in wanted:
                 size, k = wanted[name]
                 d_in = _d_in(folder / name / result["hookpoint"].replace(":", "-"))
                 points.append(

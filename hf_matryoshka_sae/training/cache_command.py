@@ -14,6 +14,7 @@ from ..activations.cache_storage import CacheStorage
 from ..activations.cache_writer import missing_writers
 from .config import load_run_config
 from .setup import _lm_device, live_stream
+from .sizes import calibration_tokens
 from .trainer import make_accelerator
 
 
@@ -76,7 +77,7 @@ def _build(parsed: argparse.Namespace, flags: list[str]) -> None:
     # Each part may itself be written by the processes of a launch.
     rank = parsed.shard * accelerator.num_processes + accelerator.process_index
     writers = parsed.of * accelerator.num_processes
-    tokens = int(parsed.tokens or config.tokens + config.calibration_tokens)
+    tokens = int(parsed.tokens or config.tokens + calibration_tokens(config))
     if tokens < writers:
         raise ValueError(f"--tokens must be at least 1 for each of {writers} writers, got {tokens}.")
     model, tokenizer = load_language_model(

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..evaluation import Dictionary, HeldOut
 from ..evaluation.distributed import among
+from ..evaluation.report import excluded
 from ..evaluation.sharded import ShardedDictionary
 from ..models import SAEModel
 from .calibration import calibrate_threshold
@@ -23,6 +25,8 @@ from .provenance import Provenance, describe_sae
 from .report import evaluate, write_report
 from .setup import Harvest, open_language_model
 from .sharded_files import load_own_rows, save_own_rows
+from .sizes import calibration_tokens
+from .targets import missed_targets
 
 
 class Closing:
@@ -48,16 +52,20 @@ class Closing:
         rank, remaining = accelerator.process_index, iter(learners)
         self.own = [(place, next(remaining) if rank in place.ranks else None) for place in placements]
 
-    def run(self, feed: Feed, rows: int, folder: Path, skipped: int) -> list[dict[str, Any]]:
-        """Save and evaluate every dictionary; what [`report.evaluate`] gives, for each hookpoint.
+    def run(self, feed: Feed, rows: int, folder: Path, skipped: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """Save and evaluate every dictionary.
 
         Args:
             feed ([`Feed`]): Where the rows for the thresholds come from; it is closed.
             rows (`int`): Of a stream in a batch.
             folder (`Path`): The run's.
             skipped (`int`): Steps that were left out.
+
+        Returns:
+            What [`report.evaluate`] gives, for each hookpoint, and what the user should know of the run at its end.
         """
         calibration, tokens = self._calibration(feed, rows)
+        left_out = feed.num_not_finite()
         feed.close()  # from here on the language model is the evaluation's
         told: list[dict[str, Any]] = [{} for _ in self.own]
         for place_told, (place, learner) in zip(told, self.own, strict=True):
@@ -73,11 +81,34 @@ class Closing:
         world = self.accelerator.num_processes
         everybody = all(len(place.ranks) == world and place.shards == 1 for place, _ in self.own)
         results = self._evaluate_together(folder) if everybody else self._evaluate_apart(folder)
+        warnings = [*self._left_out(skipped, left_out, results), *self._missed_targets(results)]
         if self.accelerator.is_main_process:
-            write_report(results, folder, self.accelerator)
-        self.provenance.save(self.config.steps, skipped)
+            write_report(results, warnings, folder, self.accelerator)
+        self.provenance.save(self.config.steps, skipped, left_out, warnings)
         self.accelerator.wait_for_everyone()
-        return results
+        return results, warnings
+
+    def _left_out(self, skipped: int, left_out: int, results: list[dict[str, Any]]) -> list[str]:
+        """Sentences about what is not in the figures and weights because it is not finite."""
+        told = []
+        if left_out:
+            told.append(
+                f"{left_out:,} hidden states with NaN or infinite values were left out of training on "
+                f"{self.config.steps * self.config.batch_size:,}. `model_dtype: float32` may have none."
+            )
+        if skipped:
+            told.append(f"{skipped:,} of {self.config.steps:,} steps were skipped: NaN or infinite values.")
+        return told + [sentence for result in results for sentence in excluded(result)]
+
+    def _missed_targets(self, results: list[dict[str, Any]]) -> list[str]:
+        """Sentences about the dictionaries of all processes that are not what was asked for."""
+        of_hookpoint = {result["hookpoint"]: result for result in results}
+        told: list[dict[str, Any]] = [{} for _ in self.own]
+        for place_told, (_, learner) in zip(told, self.own, strict=True):
+            if learner is not None:
+                result = of_hookpoint[learner.hookpoint]
+                place_told[place_of(learner)] = missed_targets(learner, result, self.config.tokens)
+        return [sentence for _, missed in self._everywhere(told) for sentence in missed]
 
     def _everywhere(self, told: list[dict[str, Any]]) -> list[tuple[str, Any]]:
         """What the first process of each dictionary tells, by path, in all processes."""
@@ -96,8 +127,9 @@ class Closing:
         if not bool(self.accelerator.reduce(anyone)):
             return {}, 0
         streams = self.own[0][0].streams
-        batches = max(1, -(-self.config.calibration_tokens // (streams * rows)))
-        for _ in range(batches):
+        batches = max(1, -(-calibration_tokens(self.config) // (streams * rows)))
+        hidden = not self.accelerator.is_main_process
+        for _ in tqdm(range(batches), desc="states for the thresholds", unit="batch", disable=hidden, leave=False):
             feed.advance()
             for key in {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}:
                 found.setdefault(key, []).append(feed.rows(*key))

@@ -273,10 +273,11 @@ class RunConfig:
     shuffle: bool = True
     """Shuffle documents, and windows of packed text, before the language model reads them; tokens are always shuffled
     across windows."""
-    window_pool_tokens: int = 4_000_000
-    """Tokens of text in the pool from which each process draws windows (5 bytes each)."""
-    shuffle_tokens: int = 131_072
-    """Hidden states in the shuffle buffer of each process."""
+    window_pool_tokens: int | None = None
+    """Tokens of text (5 bytes each) in the pool from which each process draws windows; by default eight times its
+    share of `tokens`, at most 4 million."""
+    shuffle_tokens: int | None = None
+    """Hidden states in the shuffle buffer of each process; by default a quarter of its `tokens`, at most 131,072."""
     lm_batch_size: int = 32
     """Windows per forward pass of the language model."""
     lm_device: str | None = None
@@ -301,14 +302,17 @@ class RunConfig:
     `hf://datasets/user/repo/...`). `matryoshka-sae cache` builds it beforehand; otherwise the run does."""
     activation_cache_dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
     """How the cache's rows must be stored; by default a run reads any, and one that builds it stores its own type."""
-    normalization_tokens: int = 65_536
+    normalization_tokens: int | None = None
+    """Hidden states whose mean and scale are measured; by default an eighth of `tokens`, 4,096 to 65,536."""
 
     eval_dataset: DatasetConfig | None = None
     """Held-out text; by default a share of `dataset`'s documents, which training then leaves out."""
     eval_fraction: float = 0.01
     """That share."""
-    eval_tokens: int = 60_000
-    calibration_tokens: int = 200_000
+    eval_tokens: int | None = None
+    """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
+    calibration_tokens: int | None = None
+    """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
 
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] | None = None
@@ -324,13 +328,12 @@ class RunConfig:
     """Accelerate trackers, for example `[tensorboard]`."""
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        counts = "tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens", "data_streams"
+        for name, value in ((name, getattr(self, name)) for name in counts):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.capacity_factor < 1:
             raise ValueError(f"`capacity_factor` must be at least 1, got {self.capacity_factor}.")
-        if self.data_streams is not None and self.data_streams < 1:
-            raise ValueError(f"`data_streams` must be at least 1, got {self.data_streams}.")
         if not self.saes:
             raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
         if not self.hookpoints:

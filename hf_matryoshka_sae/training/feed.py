@@ -92,6 +92,15 @@ class Feed:
             self._joined[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._joined[key]
 
+    def num_not_finite(self) -> int:
+        """Hidden states of the whole run that were left out because they are not finite; all processes ask at once."""
+        own = sum(getattr(stream, "num_not_finite", 0) for stream in self.streams.values())
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return own
+        total = torch.tensor(own, device=self._device)
+        dist.all_reduce(total)
+        return int(total)
+
     def state_dict(self) -> dict[int, Any]:
         """The state of each of this process's streams, with the rows that are on their way."""
         on_the_way = {} if self._pending is None else self._pending[0]

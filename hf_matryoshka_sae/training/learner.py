@@ -334,15 +334,16 @@ class Learner(LearnerState):
             loss=self.last["loss"].item(),
             fvu=[sse / variance for sse in self.last["sse"].tolist()],
             l0=self.last["l0"].item(),
-            dead=self._share_dead(),
+            dead=self.share_silent(self.dead_tokens),
             auxk=self.last["auxk"].item(),
             sparsity=self.sparsity.item(),
             lr=learning_rate(self.spec, self.config, step, self.steps),
             grad_norm=float(self.grad_norm),
         )
 
-    def _share_dead(self) -> float:
-        silent = (self.tokens_since_fired >= self.dead_tokens).sum()
+    def share_silent(self, tokens: int) -> float:
+        """The share of latents that fired on none of the last so many tokens; all who share the dictionary ask."""
+        silent = (self.tokens_since_fired >= tokens).sum()
         return all_sum(silent, self.layout.shard_group).item() / self.layout.num_latents
 
     # The end

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..evaluation.report import as_json
 from .config import RunConfig
 
 
@@ -43,11 +44,27 @@ class MetricsLog:
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
 
-    def write(self, step: int, statistics: dict[str, dict[str, Any]], tokens_per_second: float, skipped: int) -> None:
-        """Log what [`Learner.statistics`] gave for each dictionary."""
+    def write(
+        self,
+        step: int,
+        statistics: dict[str, dict[str, Any]],
+        tokens_per_second: float,
+        skipped: int,
+        left_out: int,
+    ) -> None:
+        """Log what [`Learner.statistics`] gave for each dictionary.
+
+        Args:
+            step (`int`): Steps done.
+            statistics (`dict`): By name.
+            tokens_per_second (`float`): Of this session.
+            skipped (`int`): Steps that were left out so far.
+            left_out (`int`): Hidden states that were left out so far because they are not finite.
+        """
         common = {"tokens_per_second": round(tokens_per_second, 1), "skipped_steps": skipped}
+        common["states_left_out"] = left_out
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **common, "saes": statistics}) + "\n")
+            self.file.write(as_json({"step": step, **common, "saes": statistics}) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log(_flat({**common, **statistics}), step=step)
 

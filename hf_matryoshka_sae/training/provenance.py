@@ -87,10 +87,18 @@ class Provenance:
         """Write down what [`describe_sae`] told of a saved SAE."""
         self.record["saes"][folder.relative_to(self.path.parent).as_posix()] = found
 
-    def save(self, step: int, skipped: int) -> None:
-        """Write the file whole, with the time so far."""
+    def save(self, step: int, skipped: int, left_out: int, warnings: Sequence[str] = ()) -> None:
+        """Write the file whole, with the time so far.
+
+        Args:
+            step (`int`): Steps done.
+            skipped (`int`): Steps that were left out.
+            left_out (`int`): Hidden states that were left out because they are not finite.
+            warnings (`Sequence[str]`, *optional*): What the user was told at the end.
+        """
         self.record["sessions"][-1] |= {"to_step": step, "seconds": round(time.monotonic() - self.began, 1)}
-        self.record |= {"tokens": step * self.config.batch_size, "skipped_steps": skipped}
+        self.record |= {"tokens": step * self.config.batch_size, "skipped_steps": skipped, "states_left_out": left_out}
+        self.record["warnings"] = list(warnings)
         if self.accelerator.is_main_process:
             write_json(self.path, self.record)
 

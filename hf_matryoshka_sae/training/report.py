@@ -29,9 +29,19 @@ def evaluate(data: HeldOut, saes: dict[str, Dictionary], show: bool = True) -> d
     return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows}
 
 
-def write_report(results: Sequence[dict[str, Any]], folder: Path, accelerator: Accelerator) -> None:
-    """Save `results.json` and `results.png` in `folder` and print the table."""
-    write_json(folder / "results.json", {"about": ABOUT, "selection": "mask", "results": list(results)})
+def write_report(
+    results: Sequence[dict[str, Any]], warnings: Sequence[str], folder: Path, accelerator: Accelerator
+) -> None:
+    """Save `results.json` and `results.png` in `folder` and print the table.
+
+    Args:
+        results (`Sequence[dict]`): What [`evaluate`] gave for each hookpoint.
+        warnings (`Sequence[str]`): What is wrong with them; part of the file.
+        folder (`Path`): The run's.
+        accelerator (`Accelerator`): Prints in one process.
+    """
+    found = {"about": ABOUT, "selection": "mask", "warnings": list(warnings), "results": list(results)}
+    write_json(folder / "results.json", found)
     plot(results, folder / "results.png")
     accelerator.print(table(results))
     accelerator.print(f"Saved {folder / 'results.json'} and {folder / 'results.png'}")

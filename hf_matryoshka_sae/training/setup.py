@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..activations import (
     ActivationStatistics,
@@ -35,6 +36,14 @@ from ..activations import (
 from .config import RunConfig
 from .feed import owner
 from .placement import readers
+from .sizes import (
+    LARGEST_POOL,
+    calibration_tokens,
+    eval_tokens,
+    normalization_tokens,
+    shuffle_tokens,
+    window_pool_tokens,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -95,20 +104,33 @@ def open_harvest(config: RunConfig, accelerator: Accelerator, rows: int, streams
     elif config.activation_cache is not None and not has_cache(config.activation_cache):
         wait_for_cache()
     sample = {name: [] for name in hookpoints}
-    for part in own[0].peek(_SAMPLE) if 0 in own else ():
-        for name, states in part.items():
-            sample[name].append(states)
-    (shapes, sizes), sample = _agree(sample, accelerator)
-    empty = [{name: torch.empty(0, width, device=accelerator.device) for name, (width, _) in shapes.items()}]
-    each = -(-config.normalization_tokens // streams)
-    peeked = itertools.chain(empty, *(stream.peek(each) for stream in own.values()))
-    statistics = estimate_statistics(peeked, each * streams)
+    with _reading_bar(config, accelerator, own) as bar:
+        for part in own[0].peek(_SAMPLE, advance=bar.update) if 0 in own else ():
+            for name, states in part.items():
+                sample[name].append(states)
+        (shapes, sizes), sample = _agree(sample, accelerator)
+        empty = [{name: torch.empty(0, width, device=accelerator.device) for name, (width, _) in shapes.items()}]
+        each = -(-normalization_tokens(config) // streams)
+        peeked = itertools.chain(empty, *(stream.peek(each, advance=bar.update) for stream in own.values()))
+        statistics = estimate_statistics(peeked, each * streams)
     for name, found in statistics.items():
         logger.info(
             f"{name}: d_in {len(found.mean)}, scale {found.scale:.4g}, largest |mean|/std of a dimension "
             f"{found.outlier_ratio:.3g}"
         )
     return Harvest(list(shapes), shapes, own, statistics, sample, model, heldout, mask_token_id)
+
+
+def _reading_bar(config: RunConfig, accelerator: Accelerator, own: dict[int, Any]) -> tqdm:
+    """A progress bar of the main process while shuffle buffers are filled for the first time."""
+    return tqdm(
+        total=sum(stream.buffer_tokens for stream in own.values()),
+        unit="tok",
+        unit_scale=True,
+        desc="first hidden states",
+        disable=not accelerator.is_main_process or config.activation_cache is not None,  # a cache needs no filling
+        leave=False,
+    )
 
 
 def open_language_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, list, int | None, Any]:
@@ -190,7 +212,7 @@ def _streams(
     if config.activation_cache is not None and not has_cache(config.activation_cache):
         rank, writers = accelerator.process_index, readers(config, accelerator.num_processes)
         live, fingerprint = live_stream(*parts, rank, writers)
-        share = -(-(config.tokens + config.calibration_tokens) // writers)
+        share = -(-(config.tokens + calibration_tokens(config)) // writers)
         build_cache(config.activation_cache, live, share, fingerprint, rank, writers, config.activation_cache_dtype)
     found: dict[int, Any] = {}
     for number in mine:
@@ -226,7 +248,7 @@ def _cached(
         world_size=streams,
         stored_as=config.activation_cache_dtype,
     )
-    needed = config.tokens + config.calibration_tokens
+    needed = config.tokens + calibration_tokens(config)
     if cached.num_cached < needed and number == 0:
         logger.warning(
             f"The activation cache has {cached.num_cached} rows, the run needs {needed}: it will read them "
@@ -250,10 +272,10 @@ def live_stream(
     shuffled = config.shuffle and config.pack
     live = ActivationStream(
         model,
-        WindowShuffle(text, config.window_pool_tokens, config.seed + rank) if shuffled else text,
+        WindowShuffle(text, window_pool_tokens(config, world_size), config.seed + rank) if shuffled else text,
         hookpoints,
         batch_size,
-        max(config.shuffle_tokens, 2 * batch_size + config.lm_batch_size * config.context_length),
+        max(shuffle_tokens(config, world_size), 2 * batch_size + config.lm_batch_size * config.context_length),
         device=device,
         dtype=torch.float32 if device.type == "cpu" else None,
         seed=config.seed + rank,
@@ -261,7 +283,8 @@ def live_stream(
     )
     documents = [
         config.shuffle,
-        config.window_pool_tokens,
+        # Not the share of a short run: a cache serves runs of any length, windows are drawn at random either way.
+        config.window_pool_tokens or LARGEST_POOL,
         config.seed,
         config.eval_fraction if config.eval_dataset is None else None,
     ]
@@ -309,15 +332,15 @@ def open_heldout_text(config: RunConfig, tokenizer: Any, processes: int = 1) -> 
         dataset = DatasetConfig("embedded", split="heldout")
     if dataset is None:
         dataset = _documents(config, tokenizer, held_out=True)
-    windows = config.lm_batch_size
+    windows, tokens = config.lm_batch_size, eval_tokens(config)
     if processes > 1:
-        windows = max(1, min(windows, config.eval_tokens // (config.context_length * processes)))
+        windows = max(1, min(windows, tokens // (config.context_length * processes)))
     try:
         return heldout_batches(
             dataset,
             tokenizer,
             config.context_length,
-            config.eval_tokens,
+            tokens,
             windows,
             pack=config.pack,
             exclude=config.exclude,

@@ -28,6 +28,7 @@ from .placement import place, processes_of, readers
 from .provenance import Provenance
 from .run_folder import RunFolder
 from .setup import Harvest, open_harvest
+from .sizes import as_begun
 from .watchdog import Watchdog
 
 
@@ -59,6 +60,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
+    config = as_begun(config)
     accelerator = make_accelerator(config)
     with Watchdog(accelerator, Path(config.output_dir)), RunFolder(config, accelerator) as folder:
         return Trainer(config, accelerator, folder).run()
@@ -85,7 +87,7 @@ class Trainer:
     """Holds a run's parts; [`train`] is the way in. Nothing is written before [`run`]."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator | None = None, run_folder: RunFolder | None = None):
-        self.config = config
+        self.config = config = as_begun(config)
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
@@ -119,6 +121,8 @@ class Trainer:
             ahead=config.lm_processes is not None,
         )
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
+        self.left_out = 0  # hidden states that are not finite
+        self.last_saved: int | None = None  # steps done at the newest checkpoint
         self.start = 0 if found is None else self._resume(*found)
 
     def _number_of_streams(self, found: tuple[int, Checkpoint] | None) -> int:
@@ -155,6 +159,8 @@ class Trainer:
                 bar.update(config.batch_size)
                 done = step + 1
                 logs = done % config.log_every == 0 or done == config.steps
+                if logs:
+                    self._look_for_states_left_out()
                 skipped = self._look_for_skips() if logs or accelerator.device.type == "cpu" else False
                 if logs and not skipped:
                     statistics = self._statistics(step)
@@ -162,7 +168,7 @@ class Trainer:
                     bar.set_postfix(
                         FVU=f"{first['fvu'][-1]:.3f}", L0=f"{first['l0']:.1f}", dead=f"{first['dead']:.1%}"
                     )
-                    log.write(done, statistics, seen / (time.monotonic() - began), self.skipped)
+                    log.write(done, statistics, seen / (time.monotonic() - began), self.skipped, self.left_out)
                 if self._any(stop.is_set()):
                     self._stop(done)
                 if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
@@ -171,8 +177,10 @@ class Trainer:
         self._tell_fallbacks()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
-        results = self._finish()
+        results, warnings = self._finish()
         log.close()
+        for warning in warnings:  # the last lines, where they are seen
+            logger.warning(warning)
         return results
 
     def _tell_fallbacks(self) -> None:
@@ -186,7 +194,7 @@ class Trainer:
                     "Results are the same; a higher factor would be faster."
                 )
 
-    def _finish(self) -> list[dict[str, Any]]:
+    def _finish(self) -> tuple[list[dict[str, Any]], list[str]]:
         closing = Closing(self.config, self.accelerator, self.harvest, self.placements, self.learners, self.provenance)
         return closing.run(self.feed, self.rows, self.folder, self.skipped)
 
@@ -228,12 +236,26 @@ class Trainer:
             self.skipped, self._skipped_for_states = states + gradients, states
             logger.warning(f"A step was skipped: {what} ({self.skipped} so far).")
             if in_a_row >= _PATIENCE:
-                hookpoints = ", ".join(self.harvest.hookpoints)
+                hookpoints, saved = ", ".join(self.harvest.hookpoints), "there is no checkpoint yet"
+                remedy = "Try `model_dtype: float32`, another hookpoint, or a lower `lr`."
+                if self.config.activation_cache is not None:
+                    remedy += " An activation cache of an earlier version may hold such states: build it anew."
+                if self.last_saved is not None:
+                    saved = f"the checkpoint of step {self.last_saved} stands"
                 raise ValueError(
-                    f"{in_a_row} steps in a row had {what} at {hookpoints}. The weights are unharmed and the last "
-                    "checkpoint stands. Try `model_dtype: float32`, another hookpoint, or a lower `lr`."
+                    f"{in_a_row} steps in a row had {what} at {hookpoints}. None of them changed the weights, and "
+                    f"{saved}. {remedy}"
                 )
         return in_a_row > 0
+
+    def _look_for_states_left_out(self) -> None:
+        """Warn, once, that hidden states are left out. All processes count together, so this is done at the logs."""
+        before, self.left_out = self.left_out, self.feed.num_not_finite()
+        if self.left_out and not before:
+            logger.warning(
+                f"Hidden states with NaN or infinite values are left out of training, {self.left_out} so far. "
+                "metrics.jsonl counts them as `states_left_out`."
+            )
 
     def _any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -253,6 +275,7 @@ class Trainer:
         counts = [learner.skipped() for learner in self.learners] or [(0, 0, 0)]
         self.skipped, self._skipped_for_states = max(sum(count[:2]) for count in counts), max(c[0] for c in counts)
         self.feed.load_state_dict({number: checkpoint.tree(f"stream-{number}") for number in self.feed.streams})
+        self.last_saved = step
         logger.info(f"Going on from step {step} of {self.config.steps} in {self.folder}.")
         return step
 
@@ -268,7 +291,9 @@ class Trainer:
                 if learner.layout.shard == 0:
                     trees[name] = state["shared"]
         path = self.checkpoints.save(step, trees, rows)
-        self.provenance.save(step, self.skipped)
+        self.last_saved = step
+        self._look_for_states_left_out()
+        self.provenance.save(step, self.skipped, self.left_out)
         return path
 
     def _name(self, learner: Learner) -> str:

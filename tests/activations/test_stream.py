@@ -3,7 +3,14 @@ import random
 import pytest
 import torch
 
-from hf_matryoshka_sae.activations import ActivationStream, IndexedDocuments, TokenStream, harvest
+from hf_matryoshka_sae.activations import (
+    ActivationStream,
+    IndexedDocuments,
+    PrefetchedStream,
+    TokenStream,
+    harvest,
+    harvest_rows,
+)
 
 from . import tiny
 
@@ -114,13 +121,76 @@ def test_outliers_are_left_out_and_counted():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rows_that_are_not_finite_pass(value):
+def test_rows_that_are_not_finite_at_one_hookpoint_are_left_out_of_all_and_counted(value):
     model = tiny.llama()
     model.model.layers[1] = _Spiked(model.model.layers[1], value)
-    stream = _stream(model, num_epochs=1, count=60, max_norm_factor=50)
-    rows = _stacked(stream)
-    assert 0 < (~rows.isfinite().all(-1).all(-1)).sum() < len(rows) / 4
-    assert stream.num_outliers == 0
+    documents = TokenStream(IndexedDocuments(tiny.texts(60), shuffle=True), tiny.tokenizer(), 16, 4, num_epochs=1)
+    harvested = (harvest_rows(model, batch, HOOKPOINTS) for batch in documents)
+    rows = torch.cat([torch.stack(list(batch.values()), 1) for batch in harvested])
+    finite = rows.isfinite().flatten(1).all(1)
+    assert 0 < (~finite).sum() < len(rows) / 2
+    for options in ({}, {"max_norm_factor": 50}, {"dtype": torch.bfloat16}):
+        stream = _stream(model, num_epochs=1, count=60, **options)
+        found = _stacked(stream)
+        assert found.isfinite().all() and len(found) == finite.sum()
+        assert stream.num_not_finite == (~finite).sum() and stream.num_outliers == 0
+        assert _stacked(_stream(model, num_epochs=1, count=60, **options).peek(200)).isfinite().all()
+
+
+def _every_fifth_token(model, value=torch.nan):
+    """Makes the states at the second layer of every fifth word not finite: words, so that the same tokens are bad."""
+
+    def spoil(module, arguments, output):
+        output = output.clone()
+        output[ids[0] % 5 == 0] = value
+        return output
+
+    ids = [None]
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, arguments: ids.__setitem__(0, arguments[0]))
+    model.model.layers[1].register_forward_hook(spoil)
+    return model
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_counts_and_rows_go_on_where_a_stream_with_bad_rows_was_left(ahead):
+    model = _every_fifth_token(tiny.llama())
+    wrapped = PrefetchedStream if ahead else lambda stream: stream
+    whole = _stream(model)
+    expected, counts = [], []
+    for _ in range(40):
+        expected.append(next(whole))
+        counts.append(whole.num_not_finite)
+    assert 0 < counts[0] < counts[-1]
+    for stop in (0, 7, 33):
+        part = wrapped(_stream(model))
+        for _ in range(stop):
+            next(part)
+        resumed = wrapped(_stream(model, seed=7))
+        resumed.load_state_dict(part.state_dict())
+        for i in range(stop, 40):
+            batch = next(resumed)
+            assert all(torch.equal(batch[name], expected[i][name]) for name in HOOKPOINTS)
+            assert resumed.num_not_finite == counts[i]
+        resumed.close()
+
+
+def test_a_state_from_before_bad_rows_were_counted_is_gone_on_from():
+    state = _stream(tiny.llama()).state_dict()
+    del state["num_not_finite"]
+    stream = _stream(tiny.llama())
+    stream.load_state_dict(state)
+    assert stream.num_not_finite == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_model_that_gives_no_finite_row_at_all_is_told_soon(ahead):
+    model = tiny.llama()
+    model.model.norm.register_forward_hook(lambda *_: pytest.fail("the forward pass goes on past the last hookpoint"))
+    model.model.layers[0].register_forward_hook(lambda module, arguments, output: output * torch.nan)
+    stream = PrefetchedStream(_stream(model)) if ahead else _stream(model)
+    with pytest.raises(ValueError, match=r"No hidden state of 8 forward passes.*model.layers.1.*float32"):
+        next(stream)
+    stream.close()
 
 
 def test_an_encoder_feeds_the_stream():

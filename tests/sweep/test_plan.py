@@ -1,5 +1,6 @@
 """What a sweep's YAML may say, and which runs come of it."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from hf_matryoshka_sae.sweep import Sweep, load_sweep, plan_runs
 from hf_matryoshka_sae.sweep.plan import cost, is_finished, own_cache
+from hf_matryoshka_sae.sweep.points import finished_points
 from hf_matryoshka_sae.training import load_run_config
 
 
@@ -85,7 +87,7 @@ def test_one_process_gives_a_run_for_each_budget_with_a_common_cache(tmp_path):
     runs = plan_runs(sweep(tmp_path))
     assert [run.tokens for run in runs] == [2560, 5120]
     assert all(len(run.saes) == 9 and names(run)[0] == "topk-64-k2" for run in runs)
-    assert {own_cache(run) for run in runs} == {tmp_path / "activations-205120"}
+    assert {own_cache(run) for run in runs} == {tmp_path / "activations-9216"}
     assert load_run_config(tmp_path / "tokens-2560" / "run.yaml") == runs[0]
     assert not any(is_finished(run) for run in runs)
 
@@ -120,7 +122,32 @@ def test_a_larger_grid_adds_what_is_missing(tmp_path):
         (2560, 3, str(tmp_path / "tokens-2560-2")),
         (7680, 12, str(tmp_path / "tokens-7680")),
     ]
-    assert own_cache(larger[2]) == tmp_path / "activations-207680"
+    assert own_cache(larger[2]) == tmp_path / "activations-11776"
+
+
+def test_a_sweep_whose_runs_state_their_sizes_goes_on(tmp_path):
+    """As an earlier version planned them."""
+    earlier = {"normalization_tokens": 65_536, "calibration_tokens": 200_000, "shuffle_tokens": 131_072}
+    earlier |= {"eval_tokens": 60_000, "window_pool_tokens": 4_000_000}
+    before = plan_runs(sweep(tmp_path, **earlier))
+    assert plan_runs(sweep(tmp_path)) == before
+    with pytest.raises(ValueError, match="differs in calibration_tokens"):
+        plan_runs(sweep(tmp_path, calibration_tokens=1000))
+
+
+def test_an_sae_without_a_figure_is_no_point(tmp_path, caplog):
+    grid = {"num_latents": [64], "k": [2, 4], "tokens": [2560]}
+    (run,) = plan_runs(sweep(tmp_path, grid))
+    row = {"l0": 2.0, "ce": 3.0, "recaptured_zero": 0.9, "dead": 0.0}
+    saes = {"topk-64-k2": [{**row, "fvu": 0.3}], "topk-64-k4": [{**row, "fvu": None}]}
+    results = [{"hookpoint": "model.layers.1", "saes": saes}]
+    folder = tmp_path / "tokens-2560"
+    (folder / "results.json").write_text(json.dumps({"results": results}))
+    for name in saes:
+        (folder / name / "model.layers.1").mkdir(parents=True)
+        (folder / name / "model.layers.1" / "config.json").write_text('{"d_in": 128}')
+    assert [(point.k, point.loss) for point in finished_points(sweep(tmp_path, grid), [run])] == [(2, 0.3)]
+    assert "topk-64-k4 has no FVU" in caplog.text
 
 
 def test_a_moved_sweep_goes_on_where_it_is(tmp_path):

@@ -33,7 +33,11 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
     """The rows with numbers only: similarity is its rank correlation."""
     return {
         name: [
-            {key: value["spearman"] if key == "rsa" else value for key, value in row.items() if _plain(key, value)}
+            {
+                key: value["spearman"] if key == "rsa" and value is not None else value
+                for key, value in row.items()
+                if _plain(key, value)
+            }
             for row in found
         ]
         for name, found in rows.items()

@@ -130,4 +130,4 @@ def cell(row: dict[str, Any], key: str, form: str) -> str:
     """A value with its interval."""
     text = format(row[key], form)
     interval = row.get(f"{key}_interval")
-    return text if not interval else f"{text} [{interval[0]:{form}} {interval[1]:{form}}]"
+    return text if not interval or None in interval else f"{text} [{interval[0]:{form}} {interval[1]:{form}}]"
