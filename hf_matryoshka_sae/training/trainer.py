@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -72,8 +73,8 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`LostProcess`]: where another process of the run has ended.
     """
     accelerator = make_accelerator(config)
-    with Watchdog(accelerator, Path(config.output_dir)):
-        return Trainer(config, accelerator).run()
+    with Watchdog(accelerator, Path(config.output_dir)) as watchdog:
+        return Trainer(config, accelerator, watchdog.progress).run()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -94,10 +95,21 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 class Trainer:
-    """Holds a run's parts; [`train`] is the way in."""
+    """Holds a run's parts; [`train`] is the way in.
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator | None = None):
-        self.config = config
+    Args:
+        config ([`RunConfig`]): The run.
+        accelerator (`Accelerator`, *optional*): Its processes.
+        progress (`Callable[[int, str], None]`, *optional*): Told the steps done, and what comes next.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator | None = None,
+        progress: Callable[[int, str], None] = lambda step, doing: None,
+    ):
+        self.config, self.progress = config, progress
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.folder = Path(config.output_dir)
         self.provenance = Provenance(self.folder, config, accelerator)
@@ -181,6 +193,7 @@ class Trainer:
         with _interrupt_flag() as stop:
             for step in range(start, config.steps):
                 self._step(step)
+                self.progress(step + 1, "training")
                 seen += config.batch_size
                 bar.update(config.batch_size)
                 done = step + 1
@@ -201,6 +214,7 @@ class Trainer:
         self._tell_fallbacks()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
+        self.progress(config.steps, "finishing")
         results = self._finish()
         log.close()
         return results
@@ -287,6 +301,7 @@ class Trainer:
         return step
 
     def _save(self, step: int) -> Path:
+        self.progress(step, "saving")
         trees: dict[str, Any] = {f"stream-{number}": state for number, state in self.feed.state_dict().items()}
         if self.accelerator.is_main_process:
             trees["run"] = {"streams": self.streams, "processes": self.accelerator.num_processes}
@@ -299,6 +314,7 @@ class Trainer:
                     trees[name] = state["shared"]
         path = self.checkpoints.save(step, trees, rows)
         self.provenance.save(step, self.skipped)
+        self.progress(step, "training")
         return path
 
     def _name(self, learner: Learner) -> str:
