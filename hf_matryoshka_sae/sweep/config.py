@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training import RunConfig, SAESpec
-from ..training.config import read_yaml
-from ..training.fields import from_dict, override
+from ..training.fields import from_dict, override, read_yaml
 
 
 _LEAST_OF_K, _LEAST_JOINT = 3, 6  # constants of the laws

@@ -3,16 +3,20 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..activations import DatasetConfig
-from ..models import CONFIGS, SAEConfig
-from ..models.configuration_sae import nearest
-from .fields import from_dict, override
+from .fields import from_dict, nearest, override, read_yaml
 from .presets import PRESETS, defaults_for
+from .trackers import check_names
 
+
+if TYPE_CHECKING:
+    from ..models import SAEConfig
+
+
+FAMILIES = ("relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+"""What `type` of an entry of `saes` can be: the models' families, named here so that fields are read before torch."""
 
 LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
 """Schemes by which prefixes are weighed, see [`SAESpec`]."""
@@ -140,8 +144,8 @@ class SAESpec:
     b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
 
     def __post_init__(self):
-        if self.type not in CONFIGS:
-            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, CONFIGS)}")
+        if self.type not in FAMILIES:
+            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, FAMILIES)}")
         for name in ("level_weights", "level_weights_end"):
             scheme = getattr(self, name)
             if isinstance(scheme, str) and scheme not in LEVEL_WEIGHTS:
@@ -188,12 +192,14 @@ class SAESpec:
         defaults = defaults_for(filled) if preset is None else {}
         return from_dict(cls, {**defaults, **filled}, where)
 
-    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None) -> SAEConfig:
+    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: "SAEConfig | None" = None) -> "SAEConfig":
         """The model's config at a hookpoint of width `d_in`; fields that are not given are those of `like`.
 
         Raises:
             `ValueError`: if a field does not belong to the family, or its value does not fit.
         """
+        from ..models import CONFIGS
+
         cls = CONFIGS[self.type]
         given = {name: getattr(self, name) for name in _MODEL_FIELDS if getattr(self, name) is not None}
         if like is not None:
@@ -214,7 +220,7 @@ class SAESpec:
             given["k"] = int(given["k"])
         return cls(d_in=d_in, base_model=base_model, hookpoint=hookpoint, **given)
 
-    def folder(self, config: SAEConfig) -> str:
+    def folder(self, config: "SAEConfig") -> str:
         """Name of the folder of the results."""
         if self.name:
             return self.name
@@ -321,7 +327,9 @@ class RunConfig:
     """Go on from the newest whole checkpoint in `output_dir`."""
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)
-    """Accelerate trackers, for example `[tensorboard]`."""
+    """Accelerate trackers, for example `[tensorboard]`, `[wandb]` or `[trackio]`."""
+    project: str = "hf_matryoshka_sae"
+    """What trackers compare this run with others in; the run has the name of `output_dir`."""
 
     def __post_init__(self):
         for name in ("tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens"):
@@ -331,6 +339,7 @@ class RunConfig:
             raise ValueError(f"`capacity_factor` must be at least 1, got {self.capacity_factor}.")
         if self.data_streams is not None and self.data_streams < 1:
             raise ValueError(f"`data_streams` must be at least 1, got {self.data_streams}.")
+        check_names(self.trackers)
         if not self.saes:
             raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
         if not self.hookpoints:
@@ -382,16 +391,3 @@ def load_run_config(path: str | Path | None, flags: list[str] | None = None) -> 
         `ValueError`: for a file that is missing or no YAML, and whatever [`RunConfig.from_dict`] raises.
     """
     return RunConfig.from_dict(override(read_yaml(path) if path is not None else {}, flags or []))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The fields in a YAML file. Raises `ValueError` where it is missing, no YAML, or holds no fields."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no config file {path}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
-    return data

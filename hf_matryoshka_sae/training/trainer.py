@@ -28,6 +28,7 @@ from .metrics_log import MetricsLog
 from .placement import place, processes_of, readers
 from .provenance import Provenance
 from .setup import Harvest, open_harvest
+from .trackers import check_access, check_installed
 from .watchdog import Watchdog
 
 
@@ -42,6 +43,7 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "log_every",
     "trackers",
+    "project",
     "output_dir",
     "overlap",
     "latent_shards",
@@ -72,8 +74,11 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
+    check_installed(config.trackers)
     accelerator = make_accelerator(config)
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog:
+        if accelerator.is_main_process:
+            check_access(config.trackers)
         return Trainer(config, accelerator, watchdog.progress).run()
 
 
@@ -83,7 +88,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers or None,
         project_dir=config.output_dir,
         cpu=several and not torch.cuda.is_available(),
         kwargs_handlers=[
@@ -216,6 +220,7 @@ class Trainer:
         self._save(config.steps)
         self.progress(config.steps, "finishing")
         results = self._finish()
+        log.write_results(config.steps, results)
         log.close()
         return results
 
@@ -248,7 +253,11 @@ class Trainer:
 
     def _statistics(self, step: int) -> dict[str, dict[str, Any]]:
         """What each dictionary's last step told, in the main process; of dictionaries elsewhere too."""
-        found = {learner.name: asdict(learner.statistics(step)) for learner in self.learners}
+        several = len(self.harvest.hookpoints) > 1
+        found = {
+            f"{learner.name}/{learner.hookpoint}" if several else learner.name: asdict(learner.statistics(step))
+            for learner in self.learners
+        }
         if all(0 in placement.ranks for placement in self.placements):
             return found
         told: list[Any] = [None] * self.accelerator.num_processes

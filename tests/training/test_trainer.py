@@ -226,12 +226,6 @@ def test_a_run_in_bf16_keeps_its_weights_in_fp32(tmp_path, fresh_accelerate):
     assert result["saes"]["nested"][-1]["fvu"] < 0.9
 
 
-def test_trackers_get_the_metrics(tmp_path):
-    pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
-    train(config(tmp_path, trackers=["tensorboard"]))
-    assert list(tmp_path.rglob("events.out.tfevents*"))
-
-
 def test_several_saes_learn_from_one_forward_pass(tmp_path):
     saes = [
         {"type": kind, "num_latents": 64, "auxk_coefficient": 0.0, **fields}
