@@ -7,7 +7,13 @@ Every field of the YAML file is a flag too; a dot reaches into nested fields, a 
 """
 
 import logging
+import os
 import sys
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .training import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,15 +22,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(_help())
         return 0
+    from .training import load_run_config
+    from .training.readiness import check_ready
+
+    try:
+        config = load_run_config(*_config_and_flags(arguments), look=check_ready)
+    except ValueError as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    return _train(config)
+
+
+def _train(config: "RunConfig") -> int:
+    """Run a training whose fields are right; everything heavy is imported here."""
     from transformers.utils import logging as transformers_logging
 
-    from .training import Interrupted, LostProcess, load_run_config, train
+    from .training import Interrupted, LostProcess, train
 
     transformers_logging.disable_progress_bar()  # ours is the one to watch
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
+    # What all processes know, the first one says.
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
-        train(load_run_config(*_config_and_flags(arguments)))
+        train(config)
     except Interrupted as stopped:
         sys.stderr.write(f"\n{stopped}\n")
         return 130

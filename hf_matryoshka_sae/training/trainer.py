@@ -27,8 +27,9 @@ from .learner import Learner
 from .metrics_log import MetricsLog
 from .placement import place, processes_of, readers
 from .provenance import Provenance
+from .readiness import check_ready
 from .setup import Harvest, open_harvest
-from .trackers import check_access, check_installed
+from .trackers import check_access
 from .watchdog import Watchdog
 
 
@@ -74,7 +75,7 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
-    check_installed(config.trackers)
+    check_ready(config)
     accelerator = make_accelerator(config)
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog:
         if accelerator.is_main_process:
