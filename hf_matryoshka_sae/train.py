@@ -6,10 +6,10 @@
 Every field of the YAML file is a flag too; a dot reaches into nested fields, a number into a list.
 """
 
-import logging
-import os
 import sys
 from typing import TYPE_CHECKING
+
+from .common.logs import log_to_stderr
 
 
 if TYPE_CHECKING:
@@ -35,15 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(config: "RunConfig") -> int:
     """Run a training whose fields are right; everything heavy is imported here."""
-    from transformers.utils import logging as transformers_logging
-
     from .training import Interrupted, LostProcess, train
 
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    # What all processes know, the first one says.
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO if is_first else logging.WARNING)
+    log_to_stderr()
     try:
         train(config)
     except Interrupted as stopped:
