@@ -1,22 +1,50 @@
 """Progressive sparse autoencoders for transformers: the first n latents are a working SAE for every n."""
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
 
-from . import models
-from .models import *  # noqa: F403  (the public classes, registered with AutoConfig and AutoModel)
+
+if TYPE_CHECKING:
+    from .models import *  # noqa: F403
 
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", *models.__all__]
+_CLASSES = (
+    "CONFIGS",
+    "MODELS",
+    "BatchTopKSAE",
+    "BatchTopKSAEConfig",
+    "GatedSAE",
+    "GatedSAEConfig",
+    "JumpReLUSAE",
+    "JumpReLUSAEConfig",
+    "MatryoshkaSAE",
+    "MatryoshkaSAEConfig",
+    "ReluSAE",
+    "ReluSAEConfig",
+    "SAEConfig",
+    "SAEModel",
+    "SAEOutput",
+    "SparseLatents",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "build_sae",
+)
+_ROOMS = ("models", "activations", "evaluation", "training", "progressive", "features", "convert", "hub")
 
-_ROOMS = ("activations", "evaluation", "training", "progressive", "features", "convert", "hub")
+__all__ = ["__version__", *_CLASSES]
 
 
 def __getattr__(name: str):
-    """The rooms, imported when they are asked for: `hf_matryoshka_sae.convert.load(...)`."""
+    """Classes and rooms, imported when they are asked for: `hf_matryoshka_sae.convert.load(...)`."""
     if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
+    if name in _CLASSES:
+        return getattr(importlib.import_module(".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -24,4 +52,42 @@ def _push(sae, repo_id: str, **kwargs):
     return importlib.import_module(".hub", __name__).push_sae(sae, repo_id, **kwargs)
 
 
-models.SAEModel.publisher = staticmethod(_push)
+def _publish_from_here() -> None:
+    sys.modules[f"{__name__}.models"].SAEModel.publisher = staticmethod(_push)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Does something once, right after a module is imported.
+
+    Args:
+        actions (`dict[str, Callable]`): What, by the module's name.
+    """
+
+    def __init__(self, actions):
+        self.actions = actions
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.actions:
+            return None
+        action = self.actions.pop(name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                action()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _register() -> None:
+    """Import the models, which register with AutoConfig and AutoModel."""
+    importlib.import_module(".models", __name__)
+
+
+# AutoModel knows the classes whichever of the two packages is imported first, and neither imports the other for it.
+sys.meta_path.insert(0, _AfterImport({f"{__name__}.models": _publish_from_here, "transformers": _register}))
+if "transformers" in sys.modules:
+    _register()

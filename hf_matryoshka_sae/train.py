@@ -6,8 +6,14 @@
 Every field of the YAML file is a flag too; a dot reaches into nested fields, a number into a list.
 """
 
-import logging
 import sys
+from typing import TYPE_CHECKING
+
+from .common.logs import log_to_stderr
+
+
+if TYPE_CHECKING:
+    from .training import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,15 +22,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(_help())
         return 0
-    from transformers.utils import logging as transformers_logging
+    from .training import load_run_config
+    from .training.readiness import check_ready
 
-    from .training import Interrupted, LostProcess, load_run_config, train
-
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
     try:
-        train(load_run_config(*_config_and_flags(arguments)))
+        config = load_run_config(*_config_and_flags(arguments), look=check_ready)
+    except ValueError as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    return _train(config)
+
+
+def _train(config: "RunConfig") -> int:
+    """Run a training whose fields are right; everything heavy is imported here."""
+    from .training import Interrupted, LostProcess, train
+
+    log_to_stderr()
+    try:
+        train(config)
     except Interrupted as stopped:
         sys.stderr.write(f"\n{stopped}\n")
         return 130

@@ -8,6 +8,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from ..common.hub_access import check_reachable
+
 
 EMBEDDED = "embedded"
 
@@ -38,6 +40,7 @@ def load_language_model(
         model = model.to(getattr(torch, dtype or "float32"))
     else:
         try:
+            check_reachable(name, "config.json", revision=revision)
             config = AutoConfig.from_pretrained(name, revision=revision)
             model = model_class(config).from_pretrained(name, revision=revision, dtype=dtype or "auto")
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)

@@ -7,41 +7,18 @@ shares are disjoint and together are the whole data set. Position and order can 
 import difflib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ..common.data_source import EMBEDDED, LOADERS, DatasetConfig, local_files
+from ..common.hub_access import check_reachable
+
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
-_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _SHUFFLE_BUFFER = 10_000  # documents held to shuffle a streamed data set, which has no random access
-
-
-@dataclass
-class DatasetConfig:
-    """Where the text comes from.
-
-    Args:
-        path (`str`): Hub data set id, a folder of files, one `.parquet`, `.jsonl`, `.json` or `.txt` file (documents
-            of a `.txt` file are separated by blank lines), or `"embedded"` for the text the package ships.
-        name (`str`, *optional*): configuration of a Hub data set.
-        split (`str`, *optional*, defaults to `"train"`): split. In a folder: the files named after it, or all files
-            when the split is `"train"` and none is. A single file is one split, whatever is asked.
-        column (`str`, *optional*, defaults to `"text"`): column holding the text, or a list of chat messages
-            (`{"role": ..., "content": ...}`), which the tokenizer's chat template renders.
-        streaming (`bool`, *optional*): read while training instead of preparing the data set first. Defaults to
-            `True` for Hub ids and `False` for local files.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    streaming: bool | None = None
 
 
 class Documents(Protocol):
@@ -240,7 +217,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     files = local_files(config)
     if files is None:
         return _open_hub(config)
-    kind = _LOADERS[files[0].suffix]
+    kind = LOADERS[files[0].suffix]
     options = {"sample_by": "paragraph"} if kind == "text" else {}
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"The data set '{config.path}' is empty: its files have no content.")
@@ -260,6 +237,8 @@ def _open_hub(config: DatasetConfig):
 
     streaming = True if config.streaming is None else config.streaming
     try:
+        if not (Path(datasets.config.HF_DATASETS_CACHE) / config.path.replace("/", "___")).is_dir():
+            check_reachable(config.path, "README.md", repo_type="dataset")
         return datasets.load_dataset(config.path, config.name, split=config.split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; each means that the data set cannot be read
         raise ValueError(
@@ -267,45 +246,6 @@ def _open_hub(config: DatasetConfig):
             f" {error} Check the id, the split and the network, or pass a local .parquet, .jsonl or .txt file, or"
             f" path='{EMBEDDED}' for the text that comes with the package."
         ) from error
-
-
-def local_files(config: DatasetConfig) -> list[Path] | None:
-    """Files of a local data set; None when the path reads as a Hub id."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        return _split_files(path, config.split)
-    if path.suffix not in _LOADERS:
-        if path.exists() or path.is_absolute() or config.path.startswith((".", "~")):
-            raise _missing_path(path)
-        return None
-    if not path.is_file():
-        raise _missing_path(path)
-    return [path]
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _LOADERS and file.is_file())
-    if not files:
-        raise ValueError(f"The folder '{folder}' has no {', '.join(_LOADERS)} file.")
-    named = [file for file in files if file.stem.startswith(split) or split in file.relative_to(folder).parts[:-1]]
-    if not named and split != "train":
-        names = ", ".join(file.relative_to(folder).as_posix() for file in files[:10])
-        raise ValueError(f"The folder '{folder}' has no file for the split '{split}'; it has {names}.")
-    files = named or files
-    kinds = {_LOADERS[file.suffix] for file in files}
-    if len(kinds) > 1:
-        raise ValueError(f"The folder '{folder}' mixes {', '.join(sorted(kinds))} files; keep one kind in a folder.")
-    return files
-
-
-def _missing_path(path: Path) -> ValueError:
-    if path.exists():
-        return ValueError(f"'{path}' is not a supported file; expected one of {', '.join(_LOADERS)}, or a folder.")
-    if not path.parent.is_dir():
-        return ValueError(f"The data set '{path}' does not exist, nor does the folder '{path.parent}'.")
-    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix in _LOADERS)
-    near = difflib.get_close_matches(path.name, beside, n=5) or beside[:5]
-    return ValueError(f"The data set '{path}' does not exist. Near it: {', '.join(near) or 'nothing readable'}.")
 
 
 def _missing_column(column: str, columns: list[str]) -> ValueError:

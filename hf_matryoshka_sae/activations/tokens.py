@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.logs import is_first_process
 from .text import DatasetConfig, Documents, IndexedDocuments, load_documents
 
 
@@ -304,7 +305,7 @@ def heldout_batches(
             f"The evaluation data set gives no token to evaluate on: it does not fill one window of {context_length}"
             " tokens. Use more text, a smaller context_length or pack=False."
         )
-    if found < tokens:
+    if found < tokens and is_first_process():
         logger.warning("The evaluation data set has %d tokens, fewer than the %d asked for.", found, tokens)
     return batches
 

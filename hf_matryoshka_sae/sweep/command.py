@@ -1,14 +1,12 @@
 """`matryoshka-sae sweep`: a grid of SAEs from shared forward passes, and the scaling laws in their losses."""
 
 import argparse
-import logging
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
+from ..common.logs import log_to_stderr
 from ..training import Interrupted
 from .config import load_sweep
 from .plan import is_finished, own_cache, plan_runs
@@ -23,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed, flags = parser.parse_known_args(arguments)
     if (parsed.config is None) == (parsed.points is None):
         parser.error("give either --config, for a sweep, or --points, to fit points that are there")
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
+    log_to_stderr()
     try:
         _run(parsed, flags)
     except (Interrupted, KeyboardInterrupt) as stopped:

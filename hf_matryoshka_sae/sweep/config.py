@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training import RunConfig, SAESpec
-from ..training.config import read_yaml
-from ..training.fields import from_dict, override
+from ..training.fields import from_dict, override, read_yaml
 from ..training.sizes import LARGEST_EVALUATION
 
 

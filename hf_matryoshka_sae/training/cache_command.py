@@ -1,17 +1,15 @@
 """`matryoshka-sae cache`: harvest a run's hidden states once, for any number of runs and machines."""
 
 import argparse
-import logging
 import sys
 import time
-
-from transformers.utils import logging as transformers_logging
 
 from ..activations import build_cache, has_cache, load_language_model, resolve_hookpoints
 from ..activations.cache_format import STORED_DTYPES, read_index
 from ..activations.cache_reader import checked_index
 from ..activations.cache_storage import CacheStorage
 from ..activations.cache_writer import missing_writers
+from ..common.logs import log_to_stderr
 from .config import load_run_config
 from .setup import _lm_device, live_stream
 from .sizes import calibration_tokens
@@ -26,9 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give either --config, to build a cache, or --info, to look at one")
     if parsed.info is not None and flags:
         parser.error(f"{flags[0]} means nothing beside --info")
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hf_matryoshka_sae").setLevel(logging.INFO)
+    log_to_stderr()
     try:
         _info(parsed.info) if parsed.info is not None else _build(parsed, flags)
     except KeyboardInterrupt:

@@ -1,18 +1,23 @@
 """A run is one YAML file; the same fields are these dataclasses, and every command-line flag overrides one of them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+from ..common.data_source import DatasetConfig
+from .fields import from_dict, nearest, override, read_yaml
+from .presets import PRESETS, defaults_for, set_by_preset, widths_from_fractions
+from .trackers import check_names
 
-from ..activations import DatasetConfig
-from ..models import CONFIGS, SAEConfig
-from ..models.configuration_sae import nearest
-from .fields import from_dict, override
-from .presets import PRESETS, defaults_for, set_by_preset
 
+if TYPE_CHECKING:
+    from ..models import SAEConfig
+
+
+FAMILIES = ("relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+"""What `type` of an entry of `saes` can be: the models' families, named here so that fields are read before torch."""
 
 LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
 """Schemes by which prefixes are weighed, see [`SAESpec`]."""
@@ -46,7 +51,7 @@ class SAESpec:
     # The dictionary
     num_latents: int | None = None
     k: int | float | None = None
-    activation: str | None = None
+    activation: Literal["relu", "topk", "batch_topk", "jumprelu"] | None = None
     prefix_widths: list[int] | None = None
     prefix_fractions: list[float] | None = None
     """Group sizes as shares of the dictionary; used where `prefix_widths` is not given."""
@@ -140,8 +145,8 @@ class SAESpec:
     b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
 
     def __post_init__(self):
-        if self.type not in CONFIGS:
-            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, CONFIGS)}")
+        if self.type not in FAMILIES:
+            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, FAMILIES)}")
         for name in ("level_weights", "level_weights_end"):
             scheme = getattr(self, name)
             if isinstance(scheme, str) and scheme not in LEVEL_WEIGHTS:
@@ -188,12 +193,14 @@ class SAESpec:
         defaults = defaults_for(filled) if preset is None else {}
         return from_dict(cls, {**defaults, **filled}, where)
 
-    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: SAEConfig | None = None) -> SAEConfig:
+    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: "SAEConfig | None" = None) -> "SAEConfig":
         """The model's config at a hookpoint of width `d_in`; fields that are not given are those of `like`.
 
         Raises:
             `ValueError`: if a field does not belong to the family, or its value does not fit.
         """
+        from ..models import CONFIGS
+
         cls = CONFIGS[self.type]
         given = {name: getattr(self, name) for name in _MODEL_FIELDS if getattr(self, name) is not None}
         if like is not None:
@@ -204,7 +211,7 @@ class SAESpec:
                 )
         given.setdefault("num_latents", 16 * d_in)
         if self.prefix_fractions is not None and self.prefix_widths is None:
-            given["prefix_widths"] = _widths(self.prefix_fractions, given["num_latents"])
+            given["prefix_widths"] = widths_from_fractions(self.prefix_fractions, given["num_latents"])
         known = {entry.name for entry in dataclasses.fields(cls)}
         for name in given:
             if name not in known:
@@ -214,7 +221,7 @@ class SAESpec:
             given["k"] = int(given["k"])
         return cls(d_in=d_in, base_model=base_model, hookpoint=hookpoint, **given)
 
-    def folder(self, config: SAEConfig) -> str:
+    def folder(self, config: "SAEConfig") -> str:
         """Name of the folder of the results."""
         if self.name:
             return self.name
@@ -224,23 +231,8 @@ class SAESpec:
         return f"{kind}-{config.num_latents}{sparsity}" + (f"-{self.preset}" if self.preset else "")
 
 
-_MODEL_FIELDS = (
-    "num_latents",
-    "k",
-    "activation",
-    "prefix_widths",
-    "apply_b_dec_to_input",
-    "scale_by_decoder_norm",
-    "bandwidth",
-    "initial_threshold",
-)
-
-
-def _widths(fractions: list[float], num_latents: int) -> list[int]:
-    if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
-        raise ValueError(f"`prefix_fractions` must be positive and add up to 1, got {fractions}.")
-    ends = [round(sum(fractions[: i + 1]) * num_latents) for i in range(len(fractions))]
-    return [*ends[:-1], num_latents]
+_MODEL_FIELDS = ("num_latents", "k", "activation", "prefix_widths", "apply_b_dec_to_input", "scale_by_decoder_norm")
+_MODEL_FIELDS += ("bandwidth", "initial_threshold")
 
 
 @dataclass
@@ -259,8 +251,8 @@ class RunConfig:
     """Tokens per optimizer step, over all processes."""
     context_length: int = 128
     model_revision: str | None = None
-    model_dtype: str | None = None
-    """`float32`, `bfloat16` or `float16` for the language model; by default what its checkpoint has."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the language model; by default what its checkpoint has."""
     init_from: str | None = None
     """Continue every SAE from this folder or repository."""
 
@@ -325,7 +317,9 @@ class RunConfig:
     """Go on from the newest whole checkpoint in `output_dir`."""
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)
-    """Accelerate trackers, for example `[tensorboard]`."""
+    """Accelerate trackers, for example `[tensorboard]`, `[wandb]` or `[trackio]`."""
+    project: str = "hf_matryoshka_sae"
+    """What trackers compare this run with others in; the run has the name of `output_dir`."""
 
     def __post_init__(self):
         counts = "tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens", "data_streams"
@@ -334,6 +328,7 @@ class RunConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.capacity_factor < 1:
             raise ValueError(f"`capacity_factor` must be at least 1, got {self.capacity_factor}.")
+        check_names(self.trackers)
         if not self.saes:
             raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
         if not self.hookpoints:
@@ -345,17 +340,27 @@ class RunConfig:
                 raise ValueError(
                     "An SAE with `grow_from` cannot be in a run with `init_from`. Give `init_from` by entry."
                 )
-            if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
-                spec.sae_config(1, self.model, "")  # what does not fit is said before anything is loaded
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return self.tokens // self.batch_size
 
+    def check_saes(self) -> "RunConfig":
+        """This config; raises `ValueError` for fields that do not fit an SAE's family. Only this needs torch."""
+        for spec in self.saes:
+            if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
+                spec.sae_config(1, self.model, "")
+        return self
+
     @classmethod
     def from_dict(cls, data: dict) -> "RunConfig":
         """A checked config from nested dicts. Raises `ValueError` for whatever does not fit."""
+        return cls.read(data).check_saes()
+
+    @classmethod
+    def read(cls, data: dict) -> "RunConfig":
+        """A config of known fields and possible values, from nested dicts. Raises `ValueError` for others."""
         if not isinstance(data, dict):
             raise ValueError(f"A run's config must hold fields such as `model:`, got {data!r}.")
         data = dict(data)
@@ -374,27 +379,20 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-def load_run_config(path: str | Path | None, flags: list[str] | None = None) -> RunConfig:
+def load_run_config(
+    path: str | Path | None, flags: list[str] | None = None, look: Callable[[RunConfig], None] | None = None
+) -> RunConfig:
     """The run that a YAML file and command-line flags describe.
 
     Args:
         path (`str` or `Path` or `None`): The YAML file; `None` where the flags say everything.
         flags (`list[str]`, *optional*): For example `["--batch_size", "4096", "--saes.0.k", "64"]`.
+        look (`Callable[[RunConfig], None]`, *optional*): Sees the fields before torch is imported to check the rest.
 
     Raises:
         `ValueError`: for a file that is missing or no YAML, and whatever [`RunConfig.from_dict`] raises.
     """
-    return RunConfig.from_dict(override(read_yaml(path) if path is not None else {}, flags or []))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The fields in a YAML file. Raises `ValueError` where it is missing, no YAML, or holds no fields."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no config file {path}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
-    return data
+    run = RunConfig.read(override(read_yaml(path) if path is not None else {}, flags or []))
+    if look is not None:
+        look(run)
+    return run.check_saes()

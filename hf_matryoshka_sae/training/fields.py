@@ -1,14 +1,15 @@
 """Dataclasses from nested dicts, strictly: an unknown field or a wrong type is an error that names the nearest."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-
-from ..models.configuration_sae import nearest
 
 
 T = TypeVar("T")
@@ -89,6 +90,29 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint in (int, float, bool, str) and type(value) is not hint:
         raise ValueError(f"`{where}` must be of type {hint.__name__}, got {value!r}.")
     return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"`, or the list of what is known where nothing is near.
+
+    The same as the models' own, which cannot be had without transformers.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `ValueError` where it is missing, no YAML, or holds no fields."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no config file {path}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold fields such as `model:`, got {type(data).__name__}.")
+    return data
 
 
 def override(data: dict, flags: list[str]) -> dict:

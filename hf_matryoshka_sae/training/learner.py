@@ -28,6 +28,7 @@ class StepStatistics:
 
     Args:
         loss (`float`), fvu (`list[float]`): The objective, and the fraction of variance unexplained at each prefix.
+        widths (`list[int]` or `None`): The widths of these prefixes; `None` where they are drawn anew at each step.
         l0 (`float`): Latents that fired per token.
         dead (`float`): Share of latents that have not fired on `dead_tokens` tokens.
         auxk (`float`), sparsity (`float`), lr (`float`), grad_norm (`float`): As named.
@@ -35,6 +36,7 @@ class StepStatistics:
 
     loss: float
     fvu: list[float]
+    widths: list[int] | None
     l0: float
     dead: float
     auxk: float
@@ -333,6 +335,7 @@ class Learner(LearnerState):
         return StepStatistics(
             loss=self.last["loss"].item(),
             fvu=[sse / variance for sse in self.last["sse"].tolist()],
+            widths=None if self.spec.random_prefixes else list(self.config.widths),
             l0=self.last["l0"].item(),
             dead=self.share_silent(self.dead_tokens),
             auxk=self.last["auxk"].item(),

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from accelerate import Accelerator
 
 from ..evaluation.report import as_json
 from .config import RunConfig
+from .trackers import TrackedRun, lasting_id, open_trackers
+
+
+# What of the held-out results is logged, by the name of its curve.
+_HELD_OUT = {"fvu": "fvu", "l0": "l0", "ce": "ce", "recaptured_zero": "recaptured", "dead": "dead"}
 
 
 class MetricsLog:
@@ -24,7 +30,9 @@ class MetricsLog:
     def __init__(self, accelerator: Accelerator, folder: Path, config: RunConfig, start: int):
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
         if config.trackers:
-            accelerator.init_trackers(folder.name, config=_flat(config.to_dict()))
+            id = lasting_id(folder, start) if accelerator.is_main_process else ""
+            run = TrackedRun(config.project, folder, _flat(config.to_dict()), start, id)
+            open_trackers(accelerator, config.trackers, run)
         self.file = None
         if accelerator.is_main_process:
             self._keep_until(start)
@@ -66,7 +74,28 @@ class MetricsLog:
         if self.file is not None:
             self.file.write(as_json({"step": step, **common, "saes": statistics}) + "\n")
         if self.accelerator.trackers:
-            self.accelerator.log(_flat({**common, **statistics}), step=step)
+            curves = {name: _by_width(values) for name, values in statistics.items()}
+            self.accelerator.log(_flat({**common, **curves}), step=step)
+
+    def write_results(self, step: int, results: Sequence[Mapping[str, Any]]) -> None:
+        """Give the trackers what the run is worth on held-out text.
+
+        Args:
+            step (`int`): The last one.
+            results (`Sequence[dict]`): What [`report.evaluate`] gives, for each hookpoint.
+        """
+        if not self.accelerator.trackers:
+            return
+        several = len(results) > 1
+        curves: dict[str, Any] = {}
+        for result in results:
+            for name, rows in result["saes"].items():
+                place = f"{name}/{result['hookpoint']}" if several else name
+                for row in rows:
+                    for key, curve in _HELD_OUT.items():
+                        if row.get(key) is not None:
+                            curves[f"{place}/heldout_{curve}/{row['width']}"] = row[key]
+        self.accelerator.log(curves, step=step)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -74,6 +103,14 @@ class MetricsLog:
             self.file.close()
         if self.accelerator.trackers:
             self.accelerator.end_training()
+
+
+def _by_width(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's statistics with the errors of prefixes by their widths, and only the last where widths are random."""
+    curves, fvu = dict(statistics), statistics["fvu"]
+    widths = curves.pop("widths")
+    curves["fvu"] = {"whole": fvu[-1]} if widths is None else {str(w): one for w, one in zip(widths, fvu, strict=True)}
+    return curves
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

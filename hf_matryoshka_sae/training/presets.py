@@ -188,3 +188,11 @@ def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("init_from") is None and fields.get("grow_from") is None:
         defaults["sort_every"] = 50
     return defaults
+
+
+def widths_from_fractions(fractions: list[float], num_latents: int) -> list[int]:
+    """Prefix widths whose groups have these shares of the dictionary, which must add up to 1."""
+    if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
+        raise ValueError(f"`prefix_fractions` must be positive and add up to 1, got {fractions}.")
+    ends = [round(sum(fractions[: i + 1]) * num_latents) for i in range(len(fractions))]
+    return [*ends[:-1], num_latents]

@@ -17,10 +17,11 @@ import yaml
 from accelerate import Accelerator
 
 from ..activations.language_model import EMBEDDED
-from ..activations.text import local_files
+from ..common.data_source import local_files
 from ..evaluation.report import write_text
 from .checkpoints import FORMAT_VERSION, Checkpoint, Checkpoints, read_manifest
-from .config import RunConfig, SAESpec, read_yaml
+from .config import RunConfig, SAESpec
+from .fields import read_yaml
 from .provenance import PROVENANCE_FILE, read_provenance
 from .run_lock import RunLock, in_main_process
 
@@ -34,6 +35,7 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "log_every",
     "trackers",
+    "project",
     "output_dir",
     "overlap",
     "latent_shards",

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,9 +27,11 @@ from .learner import Learner
 from .metrics_log import MetricsLog
 from .placement import place, processes_of, readers
 from .provenance import Provenance
+from .readiness import check_ready
 from .run_folder import RunFolder
 from .setup import Harvest, open_harvest
 from .sizes import as_begun
+from .trackers import check_access
 from .watchdog import Watchdog
 
 
@@ -60,10 +63,13 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
+    check_ready(config)
     config = as_begun(config)
     accelerator = make_accelerator(config)
-    with Watchdog(accelerator, Path(config.output_dir)), RunFolder(config, accelerator) as folder:
-        return Trainer(config, accelerator, folder).run()
+    with Watchdog(accelerator, Path(config.output_dir)) as watchdog, RunFolder(config, accelerator) as folder:
+        if accelerator.is_main_process:
+            check_access(config.trackers)
+        return Trainer(config, accelerator, folder, watchdog.progress).run()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -72,7 +78,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers or None,
         project_dir=config.output_dir,
         cpu=several and not torch.cuda.is_available(),
         kwargs_handlers=[
@@ -84,10 +89,24 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 class Trainer:
-    """Holds a run's parts; [`train`] is the way in. Nothing is written before [`run`]."""
+    """Holds a run's parts; [`train`] is the way in. Nothing is written before [`run`].
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator | None = None, run_folder: RunFolder | None = None):
-        self.config = config = as_begun(config)
+    Args:
+        config ([`RunConfig`]): The run.
+        accelerator (`Accelerator`, *optional*): Its processes.
+        run_folder ([`RunFolder`], *optional*): Its folder, held.
+        progress (`Callable[[int, str], None]`, *optional*): Told the steps done, and what comes next.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator | None = None,
+        run_folder: RunFolder | None = None,
+        progress: Callable[[int, str], None] = lambda step, doing: None,
+    ):
+        self.config, self.progress = as_begun(config), progress
+        config = self.config
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
@@ -155,6 +174,7 @@ class Trainer:
         with _interrupt_flag() as stop:
             for step in range(start, config.steps):
                 self._step(step)
+                self.progress(step + 1, "training")
                 seen += config.batch_size
                 bar.update(config.batch_size)
                 done = step + 1
@@ -177,7 +197,9 @@ class Trainer:
         self._tell_fallbacks()
         # Written before the end's work, so that whatever happens there costs no training.
         self._save(config.steps)
+        self.progress(config.steps, "finishing")
         results, warnings = self._finish()
+        log.write_results(config.steps, results)
         log.close()
         for warning in warnings:  # the last lines, where they are seen
             logger.warning(warning)
@@ -212,7 +234,11 @@ class Trainer:
 
     def _statistics(self, step: int) -> dict[str, dict[str, Any]]:
         """What each dictionary's last step told, in the main process; of dictionaries elsewhere too."""
-        found = {learner.name: asdict(learner.statistics(step)) for learner in self.learners}
+        several = len(self.harvest.hookpoints) > 1
+        found = {
+            f"{learner.name}/{learner.hookpoint}" if several else learner.name: asdict(learner.statistics(step))
+            for learner in self.learners
+        }
         if all(0 in placement.ranks for placement in self.placements):
             return found
         told: list[Any] = [None] * self.accelerator.num_processes
@@ -280,6 +306,7 @@ class Trainer:
         return step
 
     def _save(self, step: int) -> Path:
+        self.progress(step, "saving")
         trees: dict[str, Any] = {f"stream-{number}": state for number, state in self.feed.state_dict().items()}
         if self.accelerator.is_main_process:
             trees["run"] = {"streams": self.streams, "processes": self.accelerator.num_processes}
@@ -294,6 +321,7 @@ class Trainer:
         self.last_saved = step
         self._look_for_states_left_out()
         self.provenance.save(step, self.skipped, self.left_out)
+        self.progress(step, "training")
         return path
 
     def _name(self, learner: Learner) -> str:

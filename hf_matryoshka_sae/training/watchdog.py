@@ -1,28 +1,37 @@
-"""A run of several processes ends everywhere, and says why, when one of them does.
+"""A run of several processes ends everywhere, and says why, when one of them does; it warns when one does not go on.
 
 Left alone, the others would wait for it: gloo notices a closed connection, NCCL only a timeout, which must be hours
-long because some work takes hours. Here every process watches the next one through a small store of their own.
+long because some work takes hours. Here every process looks after those of its machine by their numbers, and process 0
+after all, through a store of the run's own.
 """
 
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from .board import Board
+from .peers import Peer, have_ended
+from .stalls import Stalls, whereabouts
+
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 180.0
+"""Seconds without an answer of a process, or without a step of any, after which a run warns."""
+
 _EVERY = 1.0  # seconds between looks
-_SILENT = 40.0  # seconds after which a process on another machine counts as gone
+_SILENT = 120.0  # seconds after which a machine of which nothing is heard counts as gone
+_SUSPICIOUS = 4.0  # the same where the loss of a process would explain an error of another
 _GRACE = 8.0  # seconds in which a process may end by itself
 
 
@@ -41,24 +50,30 @@ def _leave(number, frame):
 class Watchdog:
     """Watches the processes of a run for the time of a `with` block.
 
-    A process on the same machine is gone when its number is; one elsewhere when it has been silent for 40 seconds. All
-    that are left then end within ten more, whatever they are waiting for, with a message on stderr and status 1. An
-    error that one process raises is told to all.
+    A process on the same machine is gone when its number is; those on another when nothing has been heard of any of
+    that machine for two minutes. All that are left then end within ten seconds, whatever they are waiting for, with a
+    message on stderr and status 1. The first reason given stands for all: a process gives one before it ends because
+    another has, and process 0, whose end would look like a loss to the others, waits until they know. An error that
+    one process raises is told to all. A process that is stopped or hangs is warned of; the run waits for it.
 
     Args:
         accelerator (`Accelerator`): Owns the processes; with one, nothing is done.
         folder (`Path`): The run's, for the message.
+        patience (`float`, *optional*): Seconds until a warning, three minutes by default.
 
     Raises:
         [`LostProcess`]: in place of the error that the loss of another process has led to in this one.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
+    def __init__(self, accelerator: Accelerator, folder: Path, patience: float | None = None):
         self.rank, self.world, self.folder = accelerator.process_index, accelerator.num_processes, folder
+        self.patience = PATIENCE if patience is None else patience
         self._reason: str | None = None
         self._ended = threading.Event()
         self._found = threading.Event()
         self._thread: threading.Thread | None = None
+        self._working_thread = threading.get_ident()
+        self._progressed = 0.0  # when the last step was done
         self._before = None  # what SIGTERM did
 
     def __enter__(self) -> "Watchdog":
@@ -66,11 +81,7 @@ class Watchdog:
             if threading.current_thread() is threading.main_thread():
                 self._before = signal.signal(signal.SIGTERM, _leave)
             try:
-                self._store = self._open_store()
-                here = {"host": socket.gethostname(), "pid": os.getpid()}
-                self._store.set(f"who/{self.rank}", json.dumps(here))
-                self._next = (self.rank + 1) % self.world
-                self._watched = json.loads(self._store.get(f"who/{self._next}"))
+                self._meet()
             except RuntimeError as error:  # a network that lets only some ports through, say
                 logger.warning(
                     f"Processes cannot watch each other ({error}): if one dies, the others may wait for it."
@@ -79,6 +90,31 @@ class Watchdog:
             self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
             self._thread.start()
         return self
+
+    def progress(self, step: int, doing: str = "training") -> None:
+        """Tell how far this process is.
+
+        Args:
+            step (`int`): Optimizer steps done.
+            doing (`str`, *optional*, defaults to `"training"`): What comes next. Only training is expected to get on.
+        """
+        if self._thread is not None:
+            self._progressed = time.monotonic()
+            self._board.mine.step, self._board.mine.doing, self._board.mine.where = step, doing, ""
+
+    def _meet(self) -> None:
+        """Learn who the other processes are."""
+        store = self._open_store()
+        self._board = Board(store, self.rank)
+        store.set(f"peer/{self.rank}", json.dumps(asdict(Peer.current(self.rank, self.world))))
+        texts = store.multi_get([f"peer/{rank}" for rank in range(self.world)])
+        self._peers = [Peer(**json.loads(text)) for text in texts]
+        self._near = [peer for peer in self._peers if peer.rank != self.rank and peer.is_near()]
+        # Process 0 looks after all, process 1 after process 0, and each after those of its machine.
+        watched = range(1, self.world) if self.rank == 0 else [0] if self.rank == 1 else []
+        self._watched = {rank: self._peers[rank] for rank in watched}
+        self._stalls = Stalls(self._watched, self.patience)
+        self._board.read(sorted({0, *watched, *(peer.rank for peer in self._near)} - {self.rank}))
 
     def _open_store(self) -> dist.TCPStore:
         """A store of the run's own: torch's is busy while a process waits for another."""
@@ -103,79 +139,113 @@ class Watchdog:
     def _close(self, error: BaseException | None) -> None:
         if self._thread is None:
             return
-        consequence = isinstance(error, RuntimeError | _Terminated)
-        if consequence:
+        is_consequence = isinstance(error, RuntimeError | _Terminated)
+        if is_consequence:
+            self._board.mine.suspects_loss = True
             self._found.wait(_GRACE)
         self._ended.set()
-        self._thread.join(2 * _EVERY)
-        if consequence and self._reason is not None:
+        self._thread.join(3 * _EVERY)
+        is_told = is_consequence and self._reason is not None
+        if not is_told and error is not None and not getattr(error, "on_all_processes", False):
+            what = f"failed: {error}" if isinstance(error, Exception) else "was asked to end."
+            self._board.end_run(f"Process {self.rank} of {self.world} {what}", _EVERY)
+        self._board.mine.leaving = "told" if is_told else "done"
+        self._board.refresh(_EVERY)
+        if self.rank == 0:
+            self._wait_for_others()
+        if is_told:
             raise LostProcess(self._reason) from error
-        try:
-            if error is not None and isinstance(error, Exception) and not getattr(error, "on_all_processes", False):
-                self._store.set("failed", f"Process {self.rank} of {self.world} failed: {error}")
-                time.sleep(2 * _EVERY)  # the store is this process's own where its rank is 0
-            self._store.set(f"done/{self.rank}", "1")
-        except RuntimeError:  # the store's process has ended
-            pass
+
+    def _wait_for_others(self) -> None:
+        """Keep the store until nobody needs it: its end looks like a loss to whoever does not know better."""
+        until = time.monotonic() + _GRACE
+        while time.monotonic() < until and self._board.refresh(_EVERY):
+            gone = {peer.rank for peer in self._near if not peer.is_running()}
+            if all(beat.leaving or rank in gone for rank, beat in self._board.beats.items()):
+                return
+            time.sleep(0.1)
 
     def _work(self) -> None:
-        heard, at, beats = None, time.monotonic(), 0
+        looked = time.monotonic()
         while not self._ended.wait(_EVERY):
-            beats += 1
-            try:
-                self._store.set(f"beat/{self.rank}", str(beats))
-                if self._store.check(["failed"]):
-                    self._end(self._store.get("failed").decode())
-                    return
-                if self._store.check([f"done/{self._next}"]):
-                    continue
-                key = f"beat/{self._next}"
-                beat = self._store.get(key) if self._store.check([key]) else None
-            except RuntimeError:
-                self._end(f"The connection to process 0 of {self.world} is lost: it has ended.")
-                return
-            if beat != heard:
-                heard, at = beat, time.monotonic()
-            elif self._gone(time.monotonic() - at):
-                reason = (
-                    f"Process {self._next} of {self.world} (number {self._watched['pid']} on {self._watched['host']}) "
-                    "has ended without a word; it was killed, or its machine is gone."
-                )
-                try:
-                    self._store.set("failed", reason)
-                except RuntimeError:
-                    pass
+            now = time.monotonic()
+            if now - looked > 10 * _EVERY:  # this process was stopped itself
+                self._board.forget_silences()
+                self._stalls = Stalls(self._watched, self.patience)
+            looked = now
+            reason = self._reason_to_end()
+            if reason is not None:
                 self._end(reason)
                 return
+            self._warn()
 
-    def _gone(self, silence: float) -> bool:
-        """Whether the watched process has ended; one on this machine may be silent while it is busy."""
-        if self._watched["host"] != socket.gethostname():
-            return silence > _SILENT
-        return not is_running(self._watched["pid"])
+    def _reason_to_end(self) -> str | None:
+        """What has happened to the run, if anything has."""
+        board, gone = self._board, self._gone()
+        # Whoever ends well, or because another has, says so before: ask after having seen who is gone.
+        is_answered = self._peers[0] not in gone and board.refresh(2 * _EVERY)
+        if board.failure is not None:
+            return board.failure
+        if board.is_lost or self._peers[0] in gone:
+            return self._loss_of_store()
+        if not is_answered and not board.mine.suspects_loss:
+            return None  # process 0 is stopped, or slow: the next look tells more
+        gone = [peer for peer in gone + self._silent() if not board.beats[peer.rank].leaving]
+        return board.end_run(have_ended(gone), 2 * _EVERY) if gone else None
+
+    def _gone(self) -> list[Peer]:
+        """The processes of this machine that run no more."""
+        return [peer for peer in self._near if not peer.is_running()]
+
+    def _silent(self) -> list[Peer]:
+        """Those of the machines of which process 0 hears nothing; one that is heard would say who is gone there."""
+        if self.rank != 0:
+            return []
+        board, now = self._board, time.monotonic()
+        is_suspected = board.mine.suspects_loss or any(beat.suspects_loss for beat in board.beats.values())
+        limit = _SUSPICIOUS if is_suspected else _SILENT
+        far: dict[str, list[Peer]] = {}
+        for peer in self._peers[1:]:
+            if peer not in self._near and not board.beats[peer.rank].leaving:
+                far.setdefault(peer.host, []).append(peer)
+        machines = [peers for peers in far.values() if all(now - board.heard[peer.rank] > limit for peer in peers)]
+        return [peer for peers in machines for peer in peers]
+
+    def _loss_of_store(self) -> str | None:
+        """Who has ended when the connection to process 0 has."""
+        first = self._peers[0]
+        for _ in range(30):  # a process closes its connections before it is gone
+            if not first.is_near() or not first.is_running():
+                break
+            time.sleep(0.1)
+        gone = [peer for peer in self._gone() if not self._board.beats[peer.rank].leaving]
+        if gone:
+            return have_ended(gone)
+        if first.is_near() or self._board.beats[0].leaving:
+            return None
+        return f"The connection to {first} is lost: it was killed, or its machine or network is gone."
+
+    def _warn(self) -> None:
+        """Say which processes do not answer, and where all are if no step comes."""
+        board, now = self._board, time.monotonic()
+        is_late = board.mine.doing == "training" and now - self._progressed > self.patience / 2
+        board.mine.where = whereabouts(self._working_thread) if is_late else ""
+        warnings = self._stalls.of_silence(now, board.beats, board.heard)
+        if self.rank == 0:
+            warnings += self._stalls.of_steps(now, {0: board.mine, **board.beats})
+        for warning in warnings:
+            logger.warning(warning)
 
     def _end(self, reason: str) -> None:
         """Keep the reason, and end this process if it does not do so itself."""
         self._reason = f"{reason} {_how_to_go_on(self.folder)}"
         self._found.set()
+        self._board.mine.leaving = "told"
+        self._board.refresh(_EVERY)
         if not self._ended.wait(_GRACE):
             sys.stderr.write(f"\nerror: {self._reason}\n")
             sys.stderr.flush()
             os._exit(1)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):  # no /proc on this system
-        return True
 
 
 def _how_to_go_on(folder: Path) -> str:

@@ -24,6 +24,7 @@ from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training import trainer as trainer_module
 from hf_matryoshka_sae.training.setup import _lm_device, overlaps
+from hf_matryoshka_sae.training.trainer import Trainer
 
 
 RUN = {
@@ -259,10 +260,11 @@ def test_a_run_in_bf16_keeps_its_weights_in_fp32(tmp_path, fresh_accelerate):
     assert result["saes"]["nested"][-1]["fvu"] < 0.9
 
 
-def test_trackers_get_the_metrics(tmp_path):
-    pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
-    train(config(tmp_path, trackers=["tensorboard"]))
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+def test_whoever_watches_is_told_of_each_step_and_of_what_takes_time(tmp_path):
+    heard = []
+    Trainer(config(tmp_path, tokens=4 * 256, checkpoint_every=2), progress=lambda *what: heard.append(what)).run()
+    steps = [(1, "training"), (2, "training"), (2, "saving"), (2, "training"), (3, "training"), (4, "training")]
+    assert heard == [*steps, (4, "saving"), (4, "training"), (4, "finishing")]
 
 
 def test_several_saes_learn_from_one_forward_pass(tmp_path):

@@ -1,81 +1,208 @@
-"""A process that ends takes the others with it, and they say why."""
+"""A process that ends takes the others with it, and they say which it was; one that stays away is warned of."""
 
+import logging
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator
+import torch
+import torch.distributed as dist
 
-from hf_matryoshka_sae.training.watchdog import Watchdog, is_running
-
-
-# Process 1 ends as the argument says while process 0 is busy with something that never ends.
-CODE = """
-import os, sys, time
-from pathlib import Path
-from accelerate import Accelerator
+from hf_matryoshka_sae.training.peers import is_running
 from hf_matryoshka_sae.training.watchdog import Watchdog
-accelerator = Accelerator(cpu=True)
-with Watchdog(accelerator, Path(sys.argv[2])):
-    if accelerator.process_index == 1:
-        time.sleep(1)
-        if sys.argv[1] == "silently":
-            os._exit(9)
-        if sys.argv[1] == "with an error":
-            raise ValueError("out of luck")
-    elif sys.argv[1] != "well":
-        time.sleep(1000)
-sys.exit(0)
-"""
 
 
-def run(how: str, folder: Path) -> tuple[list[int], str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, how, str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    processes[1].wait(120)
-    began = time.monotonic()
-    said = processes[0].communicate(timeout=60)[1]
-    return [process.returncode for process in processes], said, time.monotonic() - began
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch.distributed", __name__])
 
 
-def test_a_process_that_is_gone_ends_the_other(tmp_path):
+def work(rank: int, world: int, folder: Path, job: str, options: dict) -> None:
+    """One process of a run: it says in `log-<rank>` what a real one would say on stderr."""
+    log = open(folder / f"log-{rank}", "w", buffering=1)
+    os.dup2(log.fileno(), 2)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, force=True)
+    if options.get("machines"):
+        socket.gethostname = lambda: options["machines"][rank]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    accelerator = SimpleNamespace(process_index=rank, num_processes=world)
+    with Watchdog(accelerator, folder, options.get("patience")) as watchdog:
+        (folder / f"ready-{rank}").touch()
+        JOBS[job](rank, watchdog)
+
+
+def reduce_for_ever(rank, watchdog):
+    for step in range(1_000_000):
+        dist.all_reduce(torch.ones(1))
+        watchdog.progress(step + 1)
+        time.sleep(0.01)
+
+
+def sleep_for_ever(rank, watchdog):
+    time.sleep(1000)
+
+
+def fail_in_one(rank, watchdog):
+    if rank == 1:
+        raise ValueError("out of luck")
+    time.sleep(1000)
+
+
+def end_one_after_another(rank, watchdog):
+    time.sleep(1.5 * rank)
+
+
+def end_in_one_while_others_reduce(rank, watchdog):
+    if rank == 1:
+        os._exit(9)
+    dist.all_reduce(torch.ones(1))
+
+
+JOBS = {
+    job.__name__: job
+    for job in (reduce_for_ever, sleep_for_ever, fail_in_one, end_one_after_another, end_in_one_while_others_reduce)
+}
+
+
+class Run:
+    """Processes that do a job; they have imported everything when they start."""
+
+    def __init__(self, folder: Path, world: int, job: str, **options):
+        self.folder = folder
+        self.processes = [
+            FORKS.Process(target=work, args=(rank, world, folder, job, options)) for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+        self.wait(lambda: all((folder / f"ready-{rank}").exists() for rank in range(world)))
+
+    def wait(self, happened, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < until, [self.log(rank)[-2000:] for rank in range(len(self.processes))]
+            time.sleep(0.05)
+
+    def send(self, rank: int, number: int) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def log(self, rank: int) -> str:
+        return (self.folder / f"log-{rank}").read_text()
+
+    def name(self, rank: int) -> str:
+        return f"Process {rank} of {len(self.processes)} (pid {self.processes[rank].pid} on {socket.gethostname()})"
+
+    def finish(self, seconds: float = 60) -> list[int]:
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+
+@pytest.fixture
+def start(tmp_path):
+    runs = []
+
+    def new(*arguments, **options) -> Run:
+        runs.append(Run(tmp_path, *arguments, **options))
+        return runs[-1]
+
+    yield new
+    for process in (process for run in runs for process in run.processes):
+        process.kill()
+        process.join()
+
+
+def assert_named(run: Run, gone: int, ranks) -> None:
+    for rank in ranks:
+        said = run.log(rank)
+        assert f"{run.name(gone)} has ended without a word; it was killed, or its machine is gone." in said, said
+        assert " and process " not in said
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_the_process_that_was_killed_is_the_one_that_is_named(killed, start, tmp_path):
     (tmp_path / "checkpoint-00000004").mkdir()
-    statuses, said, seconds = run("silently", tmp_path)
-    assert statuses == [1, 9] and seconds < 60
-    assert "Process 1 of 2" in said and "was killed, or its machine is gone" in said
-    assert f"The last checkpoint is {tmp_path / 'checkpoint-00000004'}: run the same command again" in said
+    run = start(4, "reduce_for_ever")
+    run.send(killed, signal.SIGKILL)
+    assert run.finish(40) == [-9 if rank == killed else 1 for rank in range(4)]
+    others = [rank for rank in range(4) if rank != killed]
+    assert_named(run, killed, others)
+    path = tmp_path / "checkpoint-00000004"
+    assert f"The last checkpoint is {path}: run the same command again to go on from there." in run.log(others[0])
 
 
 @pytest.mark.slow
-def test_an_error_is_told_to_all(tmp_path):
-    statuses, said, _ = run("with an error", tmp_path)
-    assert statuses == [1, 1]
-    assert "Process 1 of 2 failed: out of luck" in said and "No checkpoint was saved yet" in said
+def test_whoever_looks_late_still_names_the_first_that_was_killed(start):
+    """A process that slept while the others noticed, told each other and ended."""
+    run = start(4, "reduce_for_ever")
+    run.send(3, signal.SIGSTOP)
+    run.send(1, signal.SIGKILL)
+    run.wait(lambda: not is_running(run.processes[2].pid))
+    run.send(3, signal.SIGCONT)
+    assert run.finish(40) == [1, -9, 1, 1]
+    assert_named(run, 1, [0, 2, 3])
 
 
 @pytest.mark.slow
-def test_who_ends_well_first_is_not_missed(tmp_path):
-    statuses, said, _ = run("well", tmp_path)
-    assert statuses == [0, 0] and "error" not in said
+def test_a_process_that_waits_for_ever_is_ended(start):
+    run = start(2, "sleep_for_ever")
+    run.send(1, signal.SIGKILL)
+    assert run.finish(40) == [1, -9]
+    assert_named(run, 1, [0])
+    assert "No checkpoint was saved yet" in run.log(0)
+
+
+@pytest.mark.slow
+def test_a_machine_of_which_nothing_is_heard_is_gone_where_an_error_points_to_a_loss(start):
+    """Process 1, alone on its machine, is killed: nobody there can say so, but a connection to it breaks."""
+    run = start(3, "reduce_for_ever", machines=["one", "two", "one"])
+    run.send(1, signal.SIGKILL)
+    assert run.finish(40) == [1, -9, 1]
+    for rank in (0, 2):
+        assert f"Process 1 of 3 (pid {run.processes[1].pid} on two) has ended without a word" in run.log(rank)
+
+
+@pytest.mark.slow
+def test_an_error_is_told_to_all(start):
+    run = start(2, "fail_in_one")
+    assert run.finish(40) == [1, 1]
+    assert "Process 1 of 2 failed: out of luck" in run.log(0) and "No checkpoint was saved yet" in run.log(0)
+
+
+def test_who_ends_well_first_is_not_missed(start):
+    run = start(3, "end_one_after_another")
+    assert run.finish(40) == [0, 0, 0]
+    assert not any("rror" in run.log(rank) or "WARNING" in run.log(rank) for rank in range(3))
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_is_named_and_waited_for(stopped, start):
+    other = 1 - stopped
+    run = start(2, "reduce_for_ever", patience=2.0)
+    time.sleep(0.5)
+    run.send(stopped, signal.SIGSTOP)
+    run.wait(lambda: "WARNING" in run.log(other))
+    said = run.log(other)
+    assert f"{run.name(stopped)} has not answered for" in said
+    assert f"it is stopped (`kill -CONT {run.processes[stopped].pid}` lets it go on)" in said
+    time.sleep(1.5)
+    assert run.log(other).count("WARNING") == 1  # once is enough for a while
+    run.send(stopped, signal.SIGCONT)
+    run.wait(lambda: "answers again" in run.log(other))
+    assert all(is_running(process.pid) for process in run.processes)
+    assert "No step" not in run.log(0)
 
 
 def test_one_process_watches_nobody(tmp_path):
-    with Watchdog(Accelerator(cpu=True), tmp_path) as watchdog:
+    with Watchdog(SimpleNamespace(process_index=0, num_processes=1), tmp_path) as watchdog:
+        watchdog.progress(1)
         assert watchdog._thread is None
 
 

@@ -1,0 +1,1 @@
+"""What the other rooms share; nothing here imports torch or transformers when it is loaded."""

@@ -1,0 +1,72 @@
+"""Where text comes from, and whether files that are named are there; imported before torch."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+EMBEDDED = "embedded"
+LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+"""How `datasets` calls the kind of a file, by its suffix."""
+
+
+@dataclass
+class DatasetConfig:
+    """Where the text comes from.
+
+    Args:
+        path (`str`): Hub data set id, a folder of files, one `.parquet`, `.jsonl`, `.json` or `.txt` file (documents
+            of a `.txt` file are separated by blank lines), or `"embedded"` for the text the package ships.
+        name (`str`, *optional*): configuration of a Hub data set.
+        split (`str`, *optional*, defaults to `"train"`): split. In a folder: the files named after it, or all files
+            when the split is `"train"` and none is. A single file is one split, whatever is asked.
+        column (`str`, *optional*, defaults to `"text"`): column holding the text, or a list of chat messages
+            (`{"role": ..., "content": ...}`), which the tokenizer's chat template renders.
+        streaming (`bool`, *optional*): read while training instead of preparing the data set first. Defaults to
+            `True` for Hub ids and `False` for local files.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    streaming: bool | None = None
+
+
+def local_files(config: DatasetConfig) -> list[Path] | None:
+    """Files of a local data set; None when the path reads as a Hub id. Raises `ValueError` where they are missing."""
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return _split_files(path, config.split)
+    if path.suffix not in LOADERS:
+        if path.exists() or path.is_absolute() or config.path.startswith((".", "~")):
+            raise _missing_path(path)
+        return None
+    if not path.is_file():
+        raise _missing_path(path)
+    return [path]
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix in LOADERS and file.is_file())
+    if not files:
+        raise ValueError(f"The folder '{folder}' has no {', '.join(LOADERS)} file.")
+    named = [file for file in files if file.stem.startswith(split) or split in file.relative_to(folder).parts[:-1]]
+    if not named and split != "train":
+        names = ", ".join(file.relative_to(folder).as_posix() for file in files[:10])
+        raise ValueError(f"The folder '{folder}' has no file for the split '{split}'; it has {names}.")
+    files = named or files
+    kinds = {LOADERS[file.suffix] for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"The folder '{folder}' mixes {', '.join(sorted(kinds))} files; keep one kind in a folder.")
+    return files
+
+
+def _missing_path(path: Path) -> ValueError:
+    if path.exists():
+        return ValueError(f"'{path}' is not a supported file; expected one of {', '.join(LOADERS)}, or a folder.")
+    if not path.parent.is_dir():
+        return ValueError(f"The data set '{path}' does not exist, nor does the folder '{path.parent}'.")
+    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix in LOADERS)
+    near = difflib.get_close_matches(path.name, beside, n=5) or beside[:5]
+    return ValueError(f"The data set '{path}' does not exist. Near it: {', '.join(near) or 'nothing readable'}.")

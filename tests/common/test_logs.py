@@ -1,0 +1,36 @@
+"""Of several processes the first says what all know."""
+
+import logging
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from hf_matryoshka_sae import train as command
+from hf_matryoshka_sae.training import trainer
+
+from ..training.test_trainer import RUN
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", ["known to all", "of its own"]), ("3", ["of its own"])])
+def test_only_the_first_process_logs_what_all_know(rank, said, monkeypatch, tmp_path):
+    package, heard = logging.getLogger("hf_matryoshka_sae"), []
+    monkeypatch.setenv("RANK", rank)
+    verbosity = transformers_logging.get_verbosity()
+
+    def work(config):
+        logger = logging.getLogger("hf_matryoshka_sae.somewhere")
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        logger.addHandler(handler)
+        logger.info("known to all")
+        logger.warning("of its own")
+        logger.removeHandler(handler)
+
+    monkeypatch.setattr(trainer, "train", work)
+    flags = [f"--{name}={value!r}" for name, value in RUN.items()]
+    try:
+        assert command.main([*flags, f"--output_dir={tmp_path}"]) == 0
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        package.setLevel(logging.NOTSET)
+    assert heard == said
