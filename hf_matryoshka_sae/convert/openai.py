@@ -48,6 +48,10 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     extra: dict[str, Any] = {}
     if activation == "TopK":
         state = checkpoint.values.get("activation_state_dict") or {}
+        if not isinstance(state, dict):
+            raise ValueError(
+                f"activation_state_dict of {checkpoint.name} should be a dictionary, is {repr(state)[:60]}."
+            )
         after = state.get("postact_fn", "ReLU")
         if after != "ReLU":
             raise ValueError(f"{checkpoint.name} applies {after!r} after TopK; an SAE here applies a ReLU.")

@@ -71,7 +71,7 @@ def _refuse_other_maths(checkpoint: Checkpoint) -> None:
 
 
 def _group_size(checkpoint: Checkpoint, num_latents: int, k: int | None) -> int:
-    if not k or num_latents % k:
+    if not isinstance(k, int) or k < 1 or num_latents % k:
         raise ValueError(
             f"{checkpoint.name} keeps the largest of each of k groups; its {num_latents} latents do not fall into "
             f"k = {k} groups of one size."
