@@ -35,10 +35,12 @@ class Fault:
     Args:
         what (`str`): For people.
         refused (`bool`): Whether it must not load.
+        rows (`bool`): Whether it lies in some latents, so that others may load.
     """
 
     what: str
     refused: bool = False
+    rows: bool = False
 
 
 def break_folder(folder: Path, marker: Path, outside: Path, rng: random.Random) -> Fault:
@@ -278,7 +280,7 @@ def change_weights(folder: Path, marker: Path, outside: Path, rng: random.Random
             return Fault(f"{name} of {file.name} is missing")
     state[name] = changed.contiguous().clone()
     _write(file, state)
-    return Fault(f"{file.name}: {what}", refused)
+    return Fault(f"{file.name}: {what}", refused, rows=what.startswith(("a NaN", "an infinity")))
 
 
 def _is_unused(folder: Path, name: str) -> bool:

@@ -151,6 +151,7 @@ class Checkpoint:
 
     def positive(self, *names: str) -> float:
         """The same where it has to be above 0, as a length by which others are divided."""
+        self.tensor(*names)
         value = self.scalar(*names)
         if value <= 0:
             raise ValueError(f"{names[0]} of {self.name} should be above 0, is {value}.")

@@ -4,6 +4,7 @@ What a file says of itself is checked before anything as large as that is made: 
 in numpy headers, entries of a tensor against the storage that it is a view of. Nothing in a file is run.
 """
 
+import errno
 import io
 import math
 import pickletools
@@ -69,7 +70,7 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:  # of the machine, not of the content
+        if error.errno not in (None, errno.EINVAL):  # of the machine, not of places that the content names
             raise
         raise _damaged(file, kind, error) from error
     except Exception as error:
@@ -137,7 +138,9 @@ def _check_unfolded(file: Path, size: int) -> None:
 
 
 def _read_pickle(file: Path) -> dict:
-    if zipfile.is_zipfile(file):
+    with _readable(file, "torch file"):
+        is_archive = zipfile.is_zipfile(file)
+    if is_archive:
         with _readable(file, "torch file"):
             with zipfile.ZipFile(file) as archive:
                 unfolded = _unfolded(archive)

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 
-MOST_PREFIXES = 10_000
+_MOST_ENTRIES = 10_000  # of a list, such as prefix widths
 
 # What the classes of transformers raise where a file's JSON is not what they take for granted.
 _UNFIT = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, RuntimeError)
@@ -44,9 +44,9 @@ def check_content(content: object) -> None:
     """Raises `ValueError` for what would take long to refuse later, or what only loading would stumble over."""
     if not isinstance(content, dict):
         raise ValueError(f"it should hold an object, and holds a {type(content).__name__}. {_AGAIN}")
-    widths = content.get("prefix_widths")
-    if isinstance(widths, list | tuple) and len(widths) > MOST_PREFIXES:
-        raise ValueError(f"`prefix_widths` may have up to {MOST_PREFIXES:,} widths, and has {len(widths):,}. {_AGAIN}")
+    for name, value in content.items():
+        if isinstance(value, list | tuple | dict) and len(value) > _MOST_ENTRIES:
+            raise ValueError(f"`{name}` may have up to {_MOST_ENTRIES:,} entries, and has {len(value):,}. {_AGAIN}")
     for name in ("dtype", "torch_dtype"):
         dtype = content.get(name)
         if isinstance(dtype, str):

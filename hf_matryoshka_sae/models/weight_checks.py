@@ -128,7 +128,7 @@ def _check_entry(name: str, path, dtype: str, shape: tuple[int, ...], expected: 
     if len(shape) == len(expected) and shape[1:] == expected[1:] and name not in WHOLE_TENSORS:
         said = f"has {shape[0]} rows where the config or index says {expected[0]}"
     else:
-        said = f"has shape {shape} where the config says {expected}"
+        said = f"is of another type or shape than the config says: {dtype} {shape}, not {expected}"
     raise ValueError(f"{name} in {path} {said}. They do not belong together: save or download them again.")
 
 
