@@ -13,8 +13,8 @@ _LARGEST = 2**62
 _KINDS = {
     "an object": ("metadata", "training_architecture_details", "activation_fn_kwargs", "sae", "trainer", "buffer",
                   "dataset_average_activation_norm"),
-    "a text": ("model_type", "architecture", "training_architecture", "activation_fn_str", "activation_fn", "activation", "act_fn",
-               "sae_type", "dict_class", "norm_activation", "model_name", "lm_name", "hook_name", "hf_hook_name",
+    "a text": ("model_type", "architecture", "training_architecture", "activation_fn_str", "activation_fn", "activation",
+               "act_fn", "sae_type", "dict_class", "norm_activation", "model_name", "lm_name", "hook_name", "hf_hook_name",
                "hook_name_out", "hf_hook_name_out", "hook_point", "hook_point_in", "hook_point_out",
                "hf_hook_point_in", "hf_hook_point_out", "submodule_name", "io"),
     "a number": ("k", "top_k", "jump_relu_threshold", "scaling_factor", "in", "out", "expansion_factor"),
