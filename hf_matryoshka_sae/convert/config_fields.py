@@ -11,19 +11,18 @@ from typing import Any
 _DEEPEST = 50  # dictionaries and lists in each other
 _LARGEST = 2**62
 _KINDS = {
-    "an object": ("metadata", "training_architecture_details", "activation_fn_kwargs", "sae", "trainer", "buffer",
-                  "dataset_average_activation_norm"),
-    "a text": ("model_type", "architecture", "training_architecture", "activation_fn_str", "activation_fn", "activation",
-               "act_fn", "sae_type", "dict_class", "norm_activation", "model_name", "lm_name", "hook_name", "hf_hook_name",
-               "hook_name_out", "hf_hook_name_out", "hook_point", "hook_point_in", "hook_point_out",
-               "hf_hook_point_in", "hf_hook_point_out", "submodule_name", "io"),
-    "a number": ("k", "top_k", "jump_relu_threshold", "scaling_factor", "in", "out", "expansion_factor"),
-    "a whole number": ("d_in", "d_sae", "d_model", "num_latents", "n_latents", "n_inputs", "input_dim", "hidden_dim",
-                       "act_size", "dict_size", "activation_dim"),
-    "true or false": ("rescale_acts_by_decoder_norm",),
-    "a text, true or false": ("normalize_activations",),
-}  # fmt: skip
-_FIELDS = {name: kind for kind, names in _KINDS.items() for name in names}
+    "an object": "metadata training_architecture_details activation_fn_kwargs sae trainer buffer "
+    "dataset_average_activation_norm",
+    "a text": "model_type architecture training_architecture activation_fn_str activation_fn activation act_fn "
+    "sae_type dict_class norm_activation model_name lm_name hook_name hf_hook_name hook_name_out hf_hook_name_out "
+    "hook_point hook_point_in hook_point_out hf_hook_point_in hf_hook_point_out submodule_name io",
+    "a number": "k top_k jump_relu_threshold scaling_factor in out expansion_factor",
+    "a whole number": "d_in d_sae d_model num_latents n_latents n_inputs input_dim hidden_dim act_size dict_size "
+    "activation_dim",
+    "true or false": "rescale_acts_by_decoder_norm",
+    "a text, true or false": "normalize_activations",
+}
+_FIELDS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 def check_fields(content: dict[str, Any], file: Path) -> None:

@@ -194,6 +194,13 @@ def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict
     source = str(local if local.is_dir() else repo_or_dir)
     try:
         return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
+    except OSError as error:
+        if "valid JSON" not in str(error):
+            raise
+        raise ValueError(
+            f"config.json of {sae.subfolder or 'the root'} of {source} is damaged: {error} Pass `force_download=True` "
+            "to replace a damaged copy in the cache, or push it again."
+        ) from error
     except ValueError as error:
         if "Unrecognized model" not in str(error):
             raise

@@ -8,9 +8,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 _MOST_ENTRIES = 10_000  # of a list, such as prefix widths
+_LARGEST = 2**62
 
 # What the classes of transformers raise where a file's JSON is not what they take for granted.
-_UNFIT = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, RuntimeError)
+_UNFIT = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _AGAIN = "Save or download it again; from the Hub, `force_download=True` replaces a damaged copy in the cache."
 
 
@@ -19,20 +20,21 @@ def unfit_config_named(source) -> Iterator[None]:
     """Around reading a config: what its content makes transformers raise becomes a `ValueError` that names it.
 
     Args:
-        source (`str` or `os.PathLike`): Folder, file or repository id.
+        source (`str` or `os.PathLike`, *optional*): Folder, file or repository id, where it is known.
     """
+    name = "The config" if source is None else f"config.json of {source}"
     try:
         yield
     except _UNFIT as error:
-        raise ValueError(f"config.json of {source} is damaged: {_first_lines(error)} {_AGAIN}") from error
+        raise ValueError(f"{name} is damaged: {_first_lines(error)} {_AGAIN}") from error
     except OSError as error:
         if "valid JSON" not in str(error):
             raise
-        raise ValueError(f"config.json of {source} is damaged, no valid JSON: {error} {_AGAIN}") from error
+        raise ValueError(f"{name} is damaged: {error} {_AGAIN}") from error
     except ValueError as error:
-        if str(source) in str(error):
+        if source is None or str(source) in str(error):
             raise
-        raise ValueError(f"config.json of {source}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _first_lines(error: BaseException) -> str:
@@ -47,6 +49,8 @@ def check_content(content: object) -> None:
     for name, value in content.items():
         if isinstance(value, list | tuple | dict) and len(value) > _MOST_ENTRIES:
             raise ValueError(f"`{name}` may have up to {_MOST_ENTRIES:,} entries, and has {len(value):,}. {_AGAIN}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"`{name}` is a number of {len(str(abs(value)))} digits. {_AGAIN}")
     for name in ("dtype", "torch_dtype"):
         dtype = content.get(name)
         if isinstance(dtype, str):
@@ -74,7 +78,7 @@ class CheckedConfig:
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers, but a config of another family raises `ValueError` instead of taking its defaults."""
-        with unfit_config_named(kwargs.get("name_or_path") or f"this {cls.model_type}"):
+        with unfit_config_named(kwargs.get("name_or_path")):
             check_content(config_dict)
             kind = config_dict.get("model_type", cls.model_type)
             if kind != cls.model_type:
