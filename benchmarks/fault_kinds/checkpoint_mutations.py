@@ -251,7 +251,7 @@ def change_weights(folder: Path, marker: Path, outside: Path, rng: random.Random
     if not used:
         return flip(folder, marker, outside, rng)
     name = rng.choice(used)
-    changed, refused = tensors[name].clone(), True
+    changed, refused = tensors[name].clone(memory_format=torch.contiguous_format), True
     match rng.choice(["nan", "inf", "bool", "whole", "half", "below 0", "scalar", "missing"]):
         case "nan":
             changed.view(-1)[rng.randrange(changed.numel())] = float("nan")

@@ -49,18 +49,24 @@ def run(seed: int, count: int = 2000, workers: int = 2, peers: Path | None = Non
     failures = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         places = Path(folder)
-        names = write_seeds(places / "seeds")
-        for path in sorted(peers.rglob("expected.safetensors")) if peers else ():
-            names.append("peer-" + "-".join(path.parent.relative_to(peers).parts))
-            # Names of folders matter to some formats.
-            target = places / "seeds" / names[-1] / path.parent.name
-            shutil.copytree(path.parent, target, ignore=shutil.ignore_patterns("expected*"))
+        names = _sound(places / "seeds", peers)
         tasks = ((number, seed, names, places) for number in range(count))
         for number, failure in tqdm(_answers(tasks, workers), total=count, desc="Mutated checkpoints"):
             if failure is not None:
                 again = f"--seed {seed} --case {number}" + (f" --peers {peers}" if peers else "")
                 failures.append(f"{failure}  [python -m benchmarks.fault_kinds.checkpoints {again}]")
     return Outcome("mutated checkpoints", count, count - len(failures), failures)
+
+
+def _sound(folder: Path, peers: Path | None) -> list[str]:
+    """Write the checkpoints that are to be broken; their names."""
+    names = write_seeds(folder)
+    for path in sorted(peers.rglob("expected.safetensors")) if peers else ():
+        names.append("peer-" + "-".join(path.parent.relative_to(peers).parts))
+        # Names of folders matter to some formats.
+        target = folder / names[-1] / path.parent.name
+        shutil.copytree(path.parent, target, ignore=shutil.ignore_patterns("expected*"))
+    return names
 
 
 def _answers(tasks: Iterable[tuple], workers: int) -> Iterator[tuple[int, str | None]]:
@@ -257,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.case is not None:
         with tempfile.TemporaryDirectory() as folder:
-            names = write_seeds(Path(folder) / "seeds")
+            names = _sound(Path(folder) / "seeds", parsed.peers)
             wrong = _tried(parsed.case, parsed.seed, names, Path(folder))
         sys.stdout.write(f"{wrong or 'survived'}\n")
         return int(wrong is not None)
