@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 
-_MOST_ENTRIES = 10_000  # of a list, such as prefix widths
+_MOST_ENTRIES = 100_000  # of a field, such as prefix widths
 _LARGEST = 2**62
 
 # What the classes of transformers raise where a file's JSON is not what they take for granted.
@@ -47,8 +47,8 @@ def check_content(content: object) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"it should hold an object, and holds a {type(content).__name__}. {_AGAIN}")
     for name, value in content.items():
-        if isinstance(value, list | tuple | dict) and len(value) > _MOST_ENTRIES:
-            raise ValueError(f"`{name}` may have up to {_MOST_ENTRIES:,} entries, and has {len(value):,}. {_AGAIN}")
+        if (entries := _entries(value)) > _MOST_ENTRIES:
+            raise ValueError(f"`{name}` may have up to {_MOST_ENTRIES:,} entries, and has {entries:,}. {_AGAIN}")
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise ValueError(f"`{name}` is a number of {len(str(abs(value)))} digits. {_AGAIN}")
     for name in ("dtype", "torch_dtype"):
@@ -58,6 +58,17 @@ def check_content(content: object) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             said = repr(content[name])[:60]
             raise ValueError(f"`{name}` should be a type such as 'float32', and is {said}. {_AGAIN}")
+
+
+def _entries(value: object) -> int:
+    """How many values are in a list or dictionary, also in those inside it."""
+    found, held = 0, [value]
+    while held:
+        inner = held.pop()
+        if isinstance(inner, list | tuple | dict):
+            found += len(inner)
+            held += inner.values() if isinstance(inner, dict) else inner
+    return found
 
 
 class CheckedConfig:

@@ -229,6 +229,7 @@ ABSURD = [
     {"prefix_widths": [2, None]},
     {"prefix_widths": list(range(1, 10**6))},
     {"hookpoint": list(range(10**6))},
+    {"prefix_weights": [1, 1, list(range(10**6))]},
     {"base_model": {"a": 1}},
     {"activation": ["relu"]},
     {"bandwidth": float("nan")},
