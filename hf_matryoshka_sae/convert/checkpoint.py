@@ -117,13 +117,17 @@ class Checkpoint:
         Raises:
             `ValueError`: if there is none of them, or it holds no floating numbers.
         """
+        return as_floats(self._floating(*names))
+
+    def _floating(self, *names: str) -> Tensor:
+        """The same as it is stored."""
         stored = self._stored(*names)
         if not stored.is_floating_point():
             raise ValueError(
                 f"{names[0]} of {self.name} should hold floating numbers, is of type {stored.dtype}: it is damaged, "
                 "or quantised in a way that is not known here. Save it as float32, float16 or bfloat16."
             )
-        return stored.float()
+        return stored
 
     def _stored(self, *names: str) -> Tensor:
         for name in names:
@@ -166,11 +170,11 @@ class Checkpoint:
             shape (`tuple[int, int]`): F and D.
             transposed (`bool`): Whether the library stores `(D, F)`, for F = D.
         """
-        matrix, (num_latents, d_in) = self.tensor(*names), shape
+        matrix, (num_latents, d_in) = self._floating(*names), shape
         if tuple(matrix.shape) == (num_latents, d_in):
-            return matrix.T if transposed and num_latents == d_in else matrix
+            return as_floats(matrix.T if transposed and num_latents == d_in else matrix)
         if tuple(matrix.shape) == (d_in, num_latents):
-            return matrix.T
+            return as_floats(matrix.T)
         message = (
             f"{names[0]} of {self.name} should be {num_latents} x {d_in} or its transpose, as long as the biases of "
             f"the latents and of the reconstruction are; it has shape {tuple(matrix.shape)}."
@@ -205,6 +209,18 @@ class Checkpoint:
         shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(self.tensors.items())[:12]]
         more = len(self.tensors) - len(shapes)
         return (", ".join(shapes) or "no tensors") + (f" and {more} more" if more > 0 else "")
+
+
+def as_floats(tensor: Tensor) -> Tensor:
+    """A tensor in fp32 and row after row: itself where it is so, else one copy, and none between."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+
+
+def said(value: Any) -> str:
+    """A value for a message; of what is no text or number its type, as it may be large or deep."""
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _resemblance(W_enc: Tensor, W_dec: Tensor) -> float:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 # An archive may unfold to so many times its own bytes, and so many more. Weights hardly shrink when compressed, and no
 # library compresses them.
-_UNFOLDED, _UNFOLDED_MORE = 2, 2**26
+_UNFOLDED, _UNFOLDED_MORE = 1.5, 2**26
 _EXPANDED = 2**20  # bytes that a tensor may have beyond its storage, such as one threshold for all latents
-_LARGEST_PICKLE = 2**21  # bytes, without storages; those of state dicts have some KB
+_LARGEST_PICKLE = 2**20  # bytes, without storages; those of state dicts have some KB
 
 # What plain tensors, numbers, texts, lists and dictionaries are pickled with. With `weights_only` torch allows more,
 # some of which makes as much memory as it is asked for.
@@ -170,7 +170,9 @@ def _main_pickle(archive: zipfile.ZipFile) -> io.BytesIO | None:
     if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in names):
         return None
     info = archive.getinfo(pickles[0])
-    return io.BytesIO(archive.read(info) if info.file_size <= _LARGEST_PICKLE else b"")
+    if info.file_size > _LARGEST_PICKLE:
+        raise ValueError(f"without its tensors it has {info.file_size:,} bytes, more than {_LARGEST_PICKLE:,}")
+    return io.BytesIO(archive.read(info))
 
 
 def _check_pickles(file: Path, stream: BinaryIO, number: int) -> None:
