@@ -38,6 +38,8 @@ def check_whole(config_class, source, kwargs: dict) -> None:
         files = [WeightFile(path, names, 0, config.num_latents) for path, names in shards.items()]
     check_headers(files, config, source)
     kwargs |= {"config": config, "use_safetensors": True}
+    if "revision" in where:
+        kwargs["revision"] = where["revision"]  # the commit, so that it is not looked up again
     kwargs.pop("force_download", None)  # it was
 
 
