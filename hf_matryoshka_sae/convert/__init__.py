@@ -5,12 +5,14 @@ subtracted from the input, in which units thresholds are. What an SAE here canno
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..models import SAEModel
+from ..models.weight_checks import check_numbers
 from .base import Format
 from .checkpoint import Checkpoint, Hints
 from .registry import able_to_write, formats, named, recognized
@@ -64,11 +66,25 @@ def load(
     hints = Hints(prefix_widths, k, hookpoint, base_model, width, dtype or torch.float32)
     chosen = None if format is None else named(format)
     checkpoint = Checkpoint(locate(path_or_repo, subfolder, revision, token), hints)
-    chosen = chosen or recognized(checkpoint)
-    sae = chosen.read(checkpoint)
-    if width is not None and width != sae.config.num_latents:
-        sae = sae.truncate(width)
+    with _named_in_errors(checkpoint):
+        chosen = chosen or recognized(checkpoint)
+        sae = chosen.read(checkpoint)
+        if width is not None and width != sae.config.num_latents:
+            sae = sae.truncate(width)
+        if chosen.name != "hf_matryoshka_sae":  # which checks its own
+            check_numbers(sae.state_dict(), sae.config, checkpoint.name)
     return sae.eval()
+
+
+@contextmanager
+def _named_in_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say which checkpoint does not fit, where what found it does not know."""
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint.place.folder in str(error) and checkpoint.place.files.name in str(error):
+            raise
+        raise ValueError(f"{checkpoint.name} cannot be loaded: {error}") from error
 
 
 def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> None:

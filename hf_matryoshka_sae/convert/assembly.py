@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import CONFIGS, SAEModel, build_sae
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, said
 
 
 logger = logging.getLogger(__name__)
@@ -66,21 +66,20 @@ def assemble(
     _warn_where_hints_differ(checkpoint, activation, k, prefix_widths)
     if activation in ("batch_topk", "jumprelu"):
         assert threshold is not None
-        # Source libraries apply a ReLU first, so that a threshold below 0 lets through what one of 0 does.
-        state["threshold"] = torch.as_tensor(threshold, dtype=torch.float32).expand(num_latents).clamp(min=0)
+        state["threshold"] = _thresholds(checkpoint, torch.as_tensor(threshold, dtype=torch.float32), num_latents)
     if activation == "gated":
         state |= {"r_mag": r_mag, "b_mag": b_mag}
     widths = prefix_widths if hints.prefix_widths is None else hints.prefix_widths
     if widths is None:
-        config = CONFIGS[activation](**fields)
+        config = CONFIGS[activation].from_dict(fields)
     elif activation == "gated":
         raise ValueError(f"{checkpoint.name} is a gated SAE; a Matryoshka one is relu, topk, batch_topk or jumprelu.")
     else:
         widths = list(widths)
         if prefix_widths is not None and hints.prefix_widths is None and widths and widths[-1] < num_latents:
             widths.append(num_latents)
-        config = CONFIGS["matryoshka"](activation=activation, prefix_widths=widths, **fields)
-    return _filled(config, state, hints.dtype)
+        config = CONFIGS["matryoshka"].from_dict({"activation": activation, "prefix_widths": widths, **fields})
+    return _filled(config, state, hints.dtype, checkpoint.tensors)
 
 
 def _warn_where_hints_differ(checkpoint: Checkpoint, activation: str, k, prefix_widths) -> None:
@@ -104,32 +103,56 @@ def _check_sizes(checkpoint: Checkpoint, num_latents: int, d_in: int) -> None:
     if isinstance(trainer, dict):  # dictionary_learning's
         sizes += [("dict_size", num_latents, trainer.get("dict_size"))]
         sizes += [("activation_dim", d_in, trainer.get("activation_dim"))]
-    for name, found, said in sizes:
-        if said and said != found:
+    for name, found, stated in sizes:
+        if stated and stated != found:
             raise ValueError(
-                f"The tensors of {checkpoint.name} have {found} where its config says {name} {said}: they do not "
+                f"The tensors of {checkpoint.name} have {found} where its config says {name} {stated}: they do not "
                 "belong together."
             )
+
+
+def _thresholds(checkpoint: Checkpoint, threshold: Tensor, num_latents: int) -> Tensor:
+    """One threshold for each latent, at least 0.
+
+    Source libraries apply a ReLU first, so that a threshold below 0 lets through what one of 0 does. Learnt ones may
+    have got there; where all have, none was ever set.
+    """
+    below = int((threshold < 0).sum())
+    if below and below == threshold.numel():
+        raise ValueError(
+            f"Every threshold of {checkpoint.name} is below 0 (down to {threshold.min():g}), as where it was never "
+            "set. Set it, or save the SAE as a TopK one."
+        )
+    if below:
+        logger.warning("%d thresholds of %s are below 0; they act as 0.", below, checkpoint.name)
+    return threshold.expand(num_latents).clamp(min=0)
 
 
 def _checked_k(checkpoint: Checkpoint, activation: str, k: int | float | None) -> int | float:
     if k is None:
         raise ValueError(f"Nothing in {checkpoint.name} says how many latents it keeps per token: pass `k`.")
-    if isinstance(k, Tensor):
+    if isinstance(k, Tensor) and k.numel() == 1:
         k = k.item()
+    if isinstance(k, bool) or not isinstance(k, int | float) or not abs(k) < 2**62:
+        raise ValueError(f"k of {checkpoint.name} should be a number of latents, is {said(k)}.")
     if activation == "topk" and k != int(k):
         raise ValueError(f"`k` must be a whole number where each token keeps k latents, got {k}.")
     return int(k) if k == int(k) else float(k)
 
 
-def _filled(config, state: dict[str, Tensor], dtype: torch.dtype) -> SAEModel:
-    """A model with these tensors; drawing random ones first would take longer than reading them."""
+def _filled(config, state: dict[str, Tensor], dtype: torch.dtype, stored: dict[str, Tensor]) -> SAEModel:
+    """A model with these tensors; drawing random ones first would take longer than reading them.
+
+    What still is the file's own memory (`stored`), or another tensor's, is copied.
+    """
     with torch.device("meta"):
         sae = build_sae(config)
-    state = {
-        name: tensor.to(torch.float32 if name == "threshold" else dtype, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
+    taken = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+    for name, tensor in state.items():
+        own = tensor.to(torch.float32 if name == "threshold" else dtype).contiguous()
+        place = own.untyped_storage().data_ptr()
+        state[name] = own.clone() if place in taken else own
+        taken.add(place)
     state["latent_ids"] = torch.arange(config.num_latents)
     sae.load_state_dict(state, assign=True)
     return sae.eval()

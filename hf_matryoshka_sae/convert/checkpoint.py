@@ -6,20 +6,19 @@ missing, damaged or of another shape is a `ValueError` that says what was expect
 
 import ast
 import json
-import pickle
-import zipfile
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config_fields import check_fields
 from .source import Place
+from .tensor_files import read_tensors, split_tensors
 
 
 _CONFIGS = ("cfg.json", "hyperparams.json", "config.json")
@@ -101,7 +100,7 @@ class Checkpoint:
         """Go on with what a dictionary inside the file holds, where it has one of this name."""
         inner = self.values.get(name)
         if isinstance(inner, dict):
-            self._contents = _split(inner)
+            self._contents = split_tensors(inner, self.name)
 
     def json_beside(self, name: str, up: int = 0) -> dict[str, Any]:
         """Another JSON file of the checkpoint; empty where there is none."""
@@ -113,10 +112,27 @@ class Checkpoint:
         return all(name in self.tensors for name in names)
 
     def tensor(self, *names: str) -> Tensor:
-        """The first of these tensors that is there, in fp32."""
+        """The first of these tensors that is there, in fp32.
+
+        Raises:
+            `ValueError`: if there is none of them, or it holds no floating numbers.
+        """
+        return as_floats(self._floating(*names))
+
+    def _floating(self, *names: str) -> Tensor:
+        """The same as it is stored."""
+        stored = self._stored(*names)
+        if not stored.is_floating_point():
+            raise ValueError(
+                f"{names[0]} of {self.name} should hold floating numbers, is of type {stored.dtype}: it is damaged, "
+                "or quantised in a way that is not known here. Save it as float32, float16 or bfloat16."
+            )
+        return stored
+
+    def _stored(self, *names: str) -> Tensor:
         for name in names:
             if name in self.tensors:
-                return self.tensors[name].float()
+                return self.tensors[name]
         raise ValueError(f"{self.name} lacks the tensor {' or '.join(names)}; it holds {self.described()}.")
 
     def vector(self, *names: str, length: int | None = None) -> Tensor:
@@ -128,11 +144,22 @@ class Checkpoint:
         return vector
 
     def scalar(self, *names: str) -> float:
-        """The value of a tensor with one entry."""
-        tensor = self.tensor(*names)
+        """The value of a tensor with one entry, which may also be a whole number; raises `ValueError` for others."""
+        tensor = self._stored(*names)
         if tensor.numel() != 1:
             raise ValueError(f"{names[0]} of {self.name} should be one number, has shape {tuple(tensor.shape)}.")
-        return tensor.item()
+        value = tensor.item()
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{names[0]} of {self.name} should be a number, is {value}.")
+        return float(value)
+
+    def positive(self, *names: str) -> float:
+        """The same where it has to be above 0, as a length by which others are divided."""
+        self.tensor(*names)
+        value = self.scalar(*names)
+        if value <= 0:
+            raise ValueError(f"{names[0]} of {self.name} should be above 0, is {value}.")
+        return value
 
     def matrix(self, *names: str, shape: tuple[int, int], transposed: bool) -> Tensor:
         """A weight matrix as `(F, D)`, in fp32.
@@ -143,11 +170,11 @@ class Checkpoint:
             shape (`tuple[int, int]`): F and D.
             transposed (`bool`): Whether the library stores `(D, F)`, for F = D.
         """
-        matrix, (num_latents, d_in) = self.tensor(*names), shape
+        matrix, (num_latents, d_in) = self._floating(*names), shape
         if tuple(matrix.shape) == (num_latents, d_in):
-            return matrix.T if transposed and num_latents == d_in else matrix
+            return as_floats(matrix.T if transposed and num_latents == d_in else matrix)
         if tuple(matrix.shape) == (d_in, num_latents):
-            return matrix.T
+            return as_floats(matrix.T)
         message = (
             f"{names[0]} of {self.name} should be {num_latents} x {d_in} or its transpose, as long as the biases of "
             f"the latents and of the reconstruction are; it has shape {tuple(matrix.shape)}."
@@ -182,6 +209,18 @@ class Checkpoint:
         shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(self.tensors.items())[:12]]
         more = len(self.tensors) - len(shapes)
         return (", ".join(shapes) or "no tensors") + (f" and {more} more" if more > 0 else "")
+
+
+def as_floats(tensor: Tensor) -> Tensor:
+    """A tensor in fp32 and row after row: itself where it is so, else one copy, and none between."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+
+
+def said(value: Any) -> str:
+    """A value for a message; of what is no text or number its type, as it may be large or deep."""
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _resemblance(W_enc: Tensor, W_dec: Tensor) -> float:
@@ -221,75 +260,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        `ValueError`: if it holds no JSON, or something else than an object.
+        `ValueError`: if it holds no JSON, something else than an object, or a field of another type than formats have.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and for absurd nesting
         raise ValueError(f"{file} is no JSON ({error}). It is damaged or half-written: get it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a JSON object, holds a {type(content).__name__}.")
+    check_fields(content, file)
     return content
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and what else is beside them, of a safetensors file, a numpy archive or a pickle.
-
-    Raises:
-        `ValueError`: if it is damaged, or a pickle that only code could read.
-    """
-    match file.suffix:
-        case ".safetensors":
-            return _read_safetensors(file), {}
-        case ".npz":
-            return _read_npz(file), {}
-    return _read_pickle(file)
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(_damaged(file, "safetensors file", error)) from error
-
-
-def _read_npz(file: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            return {name: torch.from_numpy(np.ascontiguousarray(opened[name])) for name in opened.files}
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(_damaged(file, "numpy archive of plain numbers", error)) from error
-
-
-def _read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        content = torch.load(file, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        if _is_foreign(error):
-            raise ValueError(
-                f"{file} holds more than tensors and plain values, and reading that would run code from the file. "
-                f"Save its state dict instead. ({str(error).splitlines()[0]})"
-            ) from error
-        raise ValueError(_damaged(file, "torch file", error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(_damaged(file, "torch file", error)) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold a dictionary of tensors, holds a {type(content).__name__}.")
-    return _split(content)
-
-
-def _split(content: dict) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and what is none."""
-    tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors, {str(name): value for name, value in content.items() if not isinstance(value, Tensor)}
-
-
-def _is_foreign(error: pickle.UnpicklingError) -> bool:
-    """Whether torch refused what a pickle wants to import, rather than failed to parse it."""
-    return any(sign in str(error) for sign in ("GLOBAL", "Unsupported class", "not an allowed", "Can only", "REDUCE"))
-
-
-def _damaged(file: Path, kind: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{file} cannot be read as a {kind} ({reason}). It is damaged or half-written: get it again."

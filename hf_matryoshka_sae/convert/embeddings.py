@@ -23,7 +23,7 @@ def claims_mlsae(checkpoint: Checkpoint) -> bool:
 def read_mlsae(checkpoint: Checkpoint) -> SAEModel:
     """The SAE of a repository of mlsae."""
     b_dec, config = checkpoint.vector("pre_encoder_bias"), checkpoint.config
-    num_latents = config.get("n_latents") or max(checkpoint.tensor("encoder.weight").shape)
+    num_latents = config.get("n_latents") or max(checkpoint.tensor("encoder.weight").shape, default=0)
     W_enc, W_dec = checkpoint.matrices(
         "encoder.weight", "decoder.weight", (num_latents, len(b_dec)), transposed=(False, True)
     )

@@ -126,6 +126,8 @@ def hf_model_id(name: str | None) -> str | None:
     Returns:
         `str`, or `None` where no name is given.
     """
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"The name of the language model should be a text, is a {type(name).__name__}.")
     if not name or "/" in name or name == "embedded":
         return name or None
     if name in _RENAMED:

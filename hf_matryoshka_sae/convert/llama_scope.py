@@ -69,7 +69,12 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     )
     norms = config.get("dataset_average_activation_norm") or {}
     if norm == "dataset-wise" and norms:
-        fold_dataset_norm(sae, norms["in"], norms.get("out", norms["in"]))
+        lengths = norms.get("in"), norms.get("out", norms.get("in"))
+        if not all(isinstance(length, int | float) and length > 0 for length in lengths):
+            raise ValueError(
+                f"`dataset_average_activation_norm` should have lengths `in` and `out` above 0, is {norms}."
+            )
+        fold_dataset_norm(sae, *lengths)
     elif norm == "dataset-wise":
         logger.warning(
             "%s was trained on hidden states times a factor which is not among its files: scale its input to an "

@@ -33,7 +33,9 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     norm = config.get("norm_activation", "dataset-wise")
     _refuse_other_maths(checkpoint, activation, norm)
     b_enc, has_bias = checkpoint.vector("b_E"), config.get("use_decoder_bias", True) and checkpoint.has("b_D")
-    d_in = config.get("d_model") or checkpoint.tensor("W_D").shape[-1]
+    d_in = config.get("d_model")
+    if d_in not in (shape := checkpoint.tensor("W_D").shape):  # of which one is D
+        d_in = shape[-1] if shape else 0
     b_dec = checkpoint.vector("b_D") if has_bias else torch.zeros(d_in)
     W_enc, W_dec = checkpoint.matrices("W_E", "W_D", (len(b_enc), len(b_dec)), transposed=(True, False))
     extra: dict[str, Any] = {"k": config.get("top_k")} if activation == "topk" else {}
@@ -80,7 +82,10 @@ def _dataset_norms(checkpoint: Checkpoint) -> tuple[float, float]:
     inside = config.get("hook_point_in")
     outside = config.get("hook_point_out") or inside
     name = "dataset_average_activation_norm"
-    return checkpoint.scalar(f"{name}.{inside}", f"{name}.in"), checkpoint.scalar(f"{name}.{outside}", f"{name}.out")
+    return (
+        checkpoint.positive(f"{name}.{inside}", f"{name}.in"),
+        checkpoint.positive(f"{name}.{outside}", f"{name}.out"),
+    )
 
 
 FORMAT = Format("llamascopium", "llamascopium: config.json + sae_weights.safetensors with W_E and W_D", claims, read)

@@ -45,9 +45,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
         apply_b_dec_to_input=False,
         scale_by_decoder_norm=True,
     )
-    average = checkpoint.scalar("normalizer.running_avg")
-    if not average > 0:
-        raise ValueError(f"normalizer.running_avg of {checkpoint.name} should be above 0, is {average}.")
+    average = checkpoint.positive("normalizer.running_avg")
     sae.fold_normalization_(torch.zeros_like(sae.b_dec), average / math.sqrt(len(b_dec)))
     return sae
 

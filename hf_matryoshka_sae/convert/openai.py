@@ -15,7 +15,7 @@ from ..models import SAEModel
 from ..models.checkpoint_files import staged_files
 from .assembly import assemble, cpu_tensors, plain
 from .base import Format, first_objection
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, said
 from .hook_names import LAYOUTS
 
 
@@ -44,13 +44,17 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     )
     activation = checkpoint.values.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):
-        raise ValueError(f"{checkpoint.name} has the activation {activation!r}; what is known is 'ReLU' and 'TopK'.")
+        raise ValueError(
+            f"{checkpoint.name} has the activation {said(activation)}; what is known is 'ReLU' and 'TopK'."
+        )
     extra: dict[str, Any] = {}
     if activation == "TopK":
         state = checkpoint.values.get("activation_state_dict") or {}
+        if not isinstance(state, dict):
+            raise ValueError(f"activation_state_dict of {checkpoint.name} should be a dictionary, is {said(state)}.")
         after = state.get("postact_fn", "ReLU")
         if after != "ReLU":
-            raise ValueError(f"{checkpoint.name} applies {after!r} after TopK; an SAE here applies a ReLU.")
+            raise ValueError(f"{checkpoint.name} applies {said(after)} after TopK; an SAE here applies a ReLU.")
         extra = {"k": state.get("k", checkpoint.values.get("activation.k")), "input_normalization": "layer_norm"}
     return assemble(
         checkpoint,

@@ -217,6 +217,8 @@ def _fold_scaler(checkpoint: Checkpoint, sae: SAEModel) -> None:
     if kind not in (True, "expected_average_only_in"):
         return
     factor = checkpoint.json_beside("activation_scaler.json").get("scaling_factor")
+    if factor is not None and not factor > 0:
+        raise ValueError(f"`scaling_factor` in activation_scaler.json should be above 0, is {factor}.")
     if factor is None:
         logger.warning(
             "%s was trained on hidden states times a factor which is not among its files. It is loaded as SAELens "

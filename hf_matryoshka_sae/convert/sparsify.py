@@ -34,7 +34,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     _refuse_other_maths(checkpoint)
     b_enc, b_dec = checkpoint.vector("encoder.bias"), checkpoint.vector("b_dec")
     W_enc, W_dec = checkpoint.matrices("encoder.weight", "W_dec", (len(b_enc), len(b_dec)), transposed=(False, False))
-    expanded = config.get("expansion_factor", 0) * config.get("d_in", 0)
+    expanded = (config.get("expansion_factor") or 0) * (config.get("d_in") or 0)
     if not config.get("num_latents") and expanded not in (0, len(b_enc)):
         raise ValueError(f"{checkpoint.name} has {len(b_enc)} latents where its cfg.json says {expanded}.")
     k, extra = config.get("k", checkpoint.hints.k), {}
@@ -71,7 +71,7 @@ def _refuse_other_maths(checkpoint: Checkpoint) -> None:
 
 
 def _group_size(checkpoint: Checkpoint, num_latents: int, k: int | None) -> int:
-    if not k or num_latents % k:
+    if not isinstance(k, int) or k < 1 or num_latents % k:
         raise ValueError(
             f"{checkpoint.name} keeps the largest of each of k groups; its {num_latents} latents do not fall into "
             f"k = {k} groups of one size."

@@ -81,10 +81,18 @@ def _pull(parsed: argparse.Namespace) -> None:
         place = f"{parsed.repo}/{info.subfolder}".rstrip("/")
         line = f"{place}: {type(sae).__name__}, {sae.config.num_latents} of {info.num_latents} latents"
         if parsed.output_dir is not None:
-            folder = Path(parsed.output_dir) / info.subfolder
+            folder = _inside(Path(parsed.output_dir), info.subfolder)
             sae.save_pretrained(folder)
             line += f", saved in {folder}"
         sys.stdout.write(line + "\n")
+
+
+def _inside(root: Path, subfolder: str) -> Path:
+    """A folder of a repository below one here; raises `ValueError` where it would lie elsewhere, by a link too."""
+    folder = root / subfolder
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{subfolder!r} would be saved outside {root}. Nothing was written there.")
+    return folder
 
 
 def _run(

@@ -12,7 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModel
 from transformers.utils import resolve_revision
 
-from ..models import CONFIGS, SAECollectionConfig, SAEModel
+from ..models import SAECollectionConfig, SAEModel
+from ..models.weight_checks import is_inner_folder
 from .layout import MODEL_TYPES, find_saes
 
 
@@ -41,6 +42,11 @@ class SAEInfo:
         num_latents = config["num_latents"]
         widths = list(config.get("prefix_widths") or [num_latents])
         named = {key: config.get(key) for key in ("base_model", "hookpoint")}
+        sizes = [config["d_in"], num_latents, *widths]
+        if not all(type(size) is int and size > 0 for size in sizes) or not is_inner_folder(subfolder):
+            raise TypeError(f"{subfolder!r} is no place in it, or its sizes are no whole numbers")
+        if not all(isinstance(name, str | None) for name in (config["model_type"], *named.values())):
+            raise TypeError(f"{subfolder!r} has names that are no text")
         return cls(
             subfolder,
             config["model_type"],
@@ -109,8 +115,14 @@ def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[
 
 
 def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
-    found = json.loads(Path(hf_hub_download(repo, file, **where)).read_text())
-    return found if isinstance(found, dict) else {}
+    """A config of a repository; a damaged copy in the cache is fetched anew."""
+    for force in (False, True):
+        try:
+            found = json.loads(Path(hf_hub_download(repo, file, force_download=force, **where)).read_text())
+            return found if isinstance(found, dict) else {}
+        except (ValueError, RecursionError) as error:
+            damage = error
+    raise ValueError(f"{file} of {repo} is no JSON ({damage}): damaged. Push it again.") from damage
 
 
 def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = None, **kwargs) -> SAEModel:
@@ -171,13 +183,24 @@ def matching(saes: Mapping[str, SAEInfo], pattern: str, source: str | Path) -> l
 
 
 def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict[str, Any]) -> SAEModel:
-    assert sae.model_type.removesuffix("_sae") in CONFIGS, sae.model_type
+    if sae.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{sae.subfolder or 'The root'} of {repo_or_dir} is of the type {sae.model_type!r}, which is no SAE of "
+            f"this version. Known: {', '.join(sorted(MODEL_TYPES))}."
+        )
     if width is not None:
         kwargs = kwargs | {"width": width}
     local = Path(repo_or_dir).expanduser()
     source = str(local if local.is_dir() else repo_or_dir)
     try:
         return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
+    except OSError as error:
+        if "valid JSON" not in str(error):
+            raise
+        raise ValueError(
+            f"config.json of {sae.subfolder or 'the root'} of {source} is damaged: {error} Pass `force_download=True` "
+            "to replace a damaged copy in the cache, or push it again."
+        ) from error
     except ValueError as error:
         if "Unrecognized model" not in str(error):
             raise

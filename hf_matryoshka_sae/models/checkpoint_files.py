@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from .configuration_sae import CONFIGS, SAEConfig
 from .digests import DIGESTS_NAME, digests_of_piece
 from .partial_download import DROPPED, NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
+from .weight_checks import WeightFile, check_headers, check_numbers, read_shards, tensor_shapes
 
 
 _ATTEMPTS = 5
@@ -82,22 +83,26 @@ def read_prefix(config_class, source, width: int | None, kwargs: dict) -> tuple:
         `ValueError`: if `width` does not fit the checkpoint.
         `OSError`: if the files are not there or cannot be fetched.
     """
-    where, commit = _pinned(source, kwargs)
-    config = kwargs.pop("config", None)
-    if config is None:
-        own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
-        config = config_class.from_pretrained(source, **where, **overrides)
-    else:
-        config = copy.deepcopy(config)
+    where, commit = pinned(source, kwargs)
+    config = asked_config(config_class, source, where, kwargs)
     # A width it does not have is refused before anything is fetched.
     changed = {} if width is None else config.truncated(width)
-    state = _read_rows(source, where, commit, 0, width, config.num_latents)
+    state = _read_rows(source, where, commit, 0, width, config)
     for name, value in changed.items():
         setattr(config, name, value)
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = state["W_enc"].dtype if "W_enc" in state else torch.float32
     return config, state
+
+
+def asked_config(config_class, source, where: dict, kwargs: dict) -> SAEConfig:
+    """The config that `from_pretrained` got, or the checkpoint's with the fields that it got, which are taken out."""
+    config = kwargs.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config)
+    own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+    overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
+    return config_class.from_pretrained(source if config is None else config, **where, **overrides)
 
 
 def read_latents(
@@ -126,7 +131,7 @@ def read_latents(
     unknown = where.keys() - set(_FILE_KEYS)
     if unknown:
         raise TypeError(f"read_latents() got unexpected arguments: {sorted(unknown)}.")
-    found, commit = _pinned(source, where)
+    found, commit = pinned(source, where)
     fields, _ = SAEConfig.get_config_dict(source, **found)
     kinds = {config.model_type: config for config in CONFIGS.values()}
     if fields.get("model_type") not in kinds:
@@ -138,7 +143,9 @@ def read_latents(
             f"{start!r} and {stop!r}."
         )
     with failures_named(source, where):
-        return config, _read_rows(source, found, commit, start, stop, config.num_latents)
+        state = _read_rows(source, found, commit, start, stop, config)
+        check_numbers(state, config, source)
+        return config, state
 
 
 @contextmanager
@@ -168,28 +175,12 @@ def in_pieces(source, kwargs: dict) -> bool:
     """Whether the weights lie in pieces, which transformers cannot read; by the arguments of `from_pretrained`."""
     if kwargs.get("variant"):
         return False
-    where, _ = _pinned(source, kwargs)
+    where, _ = pinned(source, kwargs)
     return _pieces_index(source, where) is not None
 
 
 def _pieces_index(source, where: dict) -> str | None:
     return cached_file(source, PIECES_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A file on this machine with latents of an SAE.
-
-    Args:
-        path (`str` or `Path`): The file.
-        names (`list[str]`, *optional*): Tensors to take from it; all where not given.
-        start (`int`), stop (`int`): It holds the latents from the first to before the second.
-    """
-
-    path: str | Path
-    names: list[str] | None
-    start: int
-    stop: int
 
 
 def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile]:
@@ -207,13 +198,14 @@ def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile
 
 
 def _read_rows(
-    source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
+    source, where: dict, commit: str | None, start: int, stop: int | None, config: SAEConfig
 ) -> dict[str, torch.Tensor]:
     """The rows from `start` to `stop` of every tensor, and those that have no latent axis."""
     for attempt in range(_ATTEMPTS):
         try:
-            files = _weight_files(source, where, commit, start, stop, num_latents)
-            return _join(files, start, num_latents if stop is None else stop)
+            files = _weight_files(source, where, commit, start, stop, config.num_latents)
+            check_headers(files, config, source)
+            return _join(files, start, config.num_latents if stop is None else stop, tensor_shapes(config).keys())
         except FileNotFoundError:
             # Another process may have completed a file, or begun it anew, so that it lies elsewhere now.
             if commit is None or where.get("local_files_only") or attempt == _ATTEMPTS - 1:
@@ -221,8 +213,8 @@ def _read_rows(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Tensor]:
-    """The rows of the dictionary from `start` to `stop`, out of the files that have them."""
+def _join(files: list[WeightFile], start: int, stop: int, wanted: Set[str]) -> dict[str, torch.Tensor]:
+    """The rows of the dictionary from `start` to `stop` of the tensors `wanted`, out of the files that have them."""
     state: dict[str, torch.Tensor] = {}
     expected: set[str] | None = None
     for part in files:
@@ -231,16 +223,11 @@ def _join(files: list[WeightFile], start: int, stop: int) -> dict[str, torch.Ten
             names = part.names or file.keys()
             if part.names is None:
                 expected = _same_names(part.path, set(names) - WHOLE_TENSORS, expected)
-            for name in names:
+            for name in wanted & set(names):
                 stored = file.get_slice(name)
                 if name in WHOLE_TENSORS:
                     state[name] = file.get_tensor(name)
                     continue
-                if stored.get_shape()[0] != part.stop - part.start:
-                    raise ValueError(
-                        f"{name} in {part.path} has {stored.get_shape()[0]} rows where the config or index says "
-                        f"{part.stop - part.start}."
-                    )
                 if begin >= end:  # a first piece that is here for what has no latent axis
                     continue
                 rows = stored[begin - part.start : end - part.start]  # a view of the file: nothing is read yet
@@ -277,14 +264,7 @@ def _weight_files(
     single = _file(source, SAFE_WEIGHTS_NAME, where, commit, stop, optional=True)
     if single is not None:
         return [WeightFile(single, None, 0, num_latents)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
-    try:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise SafetensorError(f"{index} is no index of weights: {error}") from error
-    shards: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
-        shards.setdefault(shard, []).append(name)
+    shards = read_shards(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where))
     paths = {shard: _file(source, shard, where, commit, stop) for shard in shards}
     return [WeightFile(paths[shard], names, 0, num_latents) for shard, names in shards.items()]
 
@@ -347,7 +327,7 @@ def _partial_file(source, name: str, where: dict, commit: str) -> PartialFile:
     return PartialFile(str(source), filename, commit, where.get("token"), where.get("cache_dir"), offline)
 
 
-def _pinned(source, kwargs: dict) -> tuple[dict, str | None]:
+def pinned(source, kwargs: dict) -> tuple[dict, str | None]:
     """Where the files are, by the arguments of `from_pretrained`, and the commit they are of (`None` in a folder)."""
     where = {key: kwargs[key] for key in _FILE_KEYS if key in kwargs}
     asked = {key: where[key] for key in ("token", "cache_dir", "local_files_only") if key in where}
@@ -403,7 +383,7 @@ def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:
     references = _partial_file(source, SAFE_WEIGHTS_NAME, kwargs, "").references
     if not references.is_dir():
         return [], {}, None
-    where, commit = _pinned(source, kwargs)
+    where, commit = pinned(source, kwargs)
     if commit is None:
         return [], where, None
     folder = references / commit / (where.get("subfolder") or "")

@@ -7,11 +7,13 @@ AutoModel.from_pretrained("user/saes", subfolder="model.layers.12")
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .config_checks import CheckedConfig
 from .modeling_sae import MODELS
+from .weight_checks import is_inner_folder
 
 
 @strict
-class SAECollectionConfig(PreTrainedConfig):
+class SAECollectionConfig(CheckedConfig, PreTrainedConfig):
     """The `config.json` at the root of a repository of SAEs.
 
     Args:
@@ -34,12 +36,14 @@ class SAECollection(PreTrainedModel):
         """Load the only SAE of a repository.
 
         Raises:
-            `ValueError`: if there are several; it lists their folders, one of which is to be given as `subfolder`.
+            `ValueError`: if there are several; it lists their folders, one of which is to be given as `subfolder`. If
+                the index is damaged.
         """
         source = pretrained_model_name_or_path
         config = kwargs.pop("config", None)
         if config is None:
-            where = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+            names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+            where = {key: kwargs[key] for key in names if key in kwargs}
             config = SAECollectionConfig.from_pretrained(source, **where)
         saes = config.saes or {}
         if len(saes) != 1:
@@ -47,5 +51,11 @@ class SAECollection(PreTrainedModel):
                 f"{source} holds {len(saes)} SAEs. Say which: `subfolder=` one of {', '.join(sorted(saes)) or 'none'}."
             )
         ((folder, about),) = saes.items()
-        (model,) = (model for config, model in MODELS.items() if config.model_type == about["model_type"])
-        return model.from_pretrained(source, *args, **kwargs | {"subfolder": folder})
+        models = {config.model_type: model for config, model in MODELS.items()}
+        kind = about.get("model_type")
+        if not isinstance(kind, str) or kind not in models or not is_inner_folder(folder):
+            raise ValueError(
+                f"The index (config.json) of {source} names {kind!r} in the folder {folder!r}, which is no SAE in it. "
+                "Push it again, or load the folder that you mean with `subfolder`."
+            )
+        return models[kind].from_pretrained(source, *args, **kwargs | {"subfolder": folder})

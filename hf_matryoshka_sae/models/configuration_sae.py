@@ -12,6 +12,8 @@ from numbers import Integral
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .config_checks import CheckedConfig
+
 
 FORMAT_VERSION = 1
 """Raised whenever a checkpoint's tensors or fields change their meaning."""
@@ -74,7 +76,7 @@ def check_width(width, num_latents: int) -> None:
 
 
 @strict
-class SAEConfig(PreTrainedConfig):
+class SAEConfig(CheckedConfig, PreTrainedConfig):
     """What every family shares.
 
     Args:
@@ -135,16 +137,6 @@ class SAEConfig(PreTrainedConfig):
         kind = self.input_normalization
         if kind is not None and kind not in INPUT_NORMALIZATIONS:
             raise ValueError(f"Unknown `input_normalization` {kind!r}.{nearest(kind, INPUT_NORMALIZATIONS)}")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs) -> "SAEConfig":
-        """As in transformers, but a config of another family raises `ValueError` instead of taking its defaults."""
-        kind = config_dict.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ValueError(
-                f"This config holds a {kind}, not a {cls.model_type}. Load it with AutoModel or AutoConfig."
-            )
-        return super().from_dict(config_dict, **kwargs)
 
     @property
     def widths(self) -> list[int]:
@@ -303,7 +295,7 @@ class MatryoshkaSAEConfig(SAEConfig):
         if not widths or not increasing or widths[-1] != self.num_latents:
             raise ValueError(
                 f"`prefix_widths` must be positive, strictly increase and end at num_latents ({self.num_latents}), "
-                f"got {widths}."
+                f"got {repr(widths)[:200]}."
             )
         if weights is not None and not (
             len(weights) == len(widths) and all(0 <= weight < math.inf for weight in weights) and any(weights)

@@ -52,6 +52,8 @@ from .sparse_ops import (
     prefix_errors,
     row_norms,
 )
+from .weight_checks import check_numbers
+from .whole_weights import check_whole
 
 
 _LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
@@ -347,7 +349,8 @@ class SAEModel(Reshaping, PreTrainedModel):
                 As for any transformers model.
 
         Raises:
-            `ValueError`: if the file is damaged, lacks a tensor, or holds other shapes than the config says.
+            `ValueError`: if a file is damaged, lacks a tensor, holds other shapes or types than the config says, or
+                numbers that are not finite.
             `OSError`: if the files are not there or cannot be fetched.
         """
         source = pretrained_model_name_or_path
@@ -359,6 +362,7 @@ class SAEModel(Reshaping, PreTrainedModel):
                 pretrained_model_name_or_path = None
             else:
                 complete_partial_files(source, kwargs)
+                check_whole(cls.config_class, source, kwargs)
             # Mismatches are reported below: transformers raises a RuntimeError that names no tensor.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -366,6 +370,8 @@ class SAEModel(Reshaping, PreTrainedModel):
         if broken:
             forget_partial_files(source, kwargs)
             raise ValueError(f"The weights of {source} do not fit its config: {broken}. Save or download it again.")
+        if source is not None:
+            check_numbers(model.state_dict(), model.config, source)
         return (model, info) if wants_info else model
 
 

@@ -1,6 +1,7 @@
 """What is there of a partly fetched weights file: `rows.json` beside it."""
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -32,12 +33,12 @@ class PartialRecord:
             self.header, self.rows = None, {}  # none yet, or a damaged one: start over
 
     def begin(self, header: dict, start: int) -> None:
-        """Take over the header of the file, whose data begin at `start`."""
+        """Take over the header of the file, whose data begin at `start`. Raises `ValueError` for an absurd one."""
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds a {type(header).__name__}")
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        for entry in tensors.values():
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= self.size - start or (entry["shape"] and not entry["shape"][0]):
-                raise ValueError(f"data_offsets {entry['data_offsets']}")
+        for name, entry in tensors.items():
+            _check_entry(name, entry, self.size - start)
         if not tensors:
             raise ValueError("no tensors")
         self._whole_header, self.header, self.start, self.rows = header, tensors, start, {}
@@ -104,6 +105,21 @@ class PartialRecord:
         state = {"weights": self.weights.name, "size": self.size, "start": self.start}
         state |= {"header": self._whole_header, "rows": self.rows}
         replace_text(self._path, json.dumps(state))
+
+
+def _check_entry(name: str, entry: object, size: int) -> None:
+    """Raises `ValueError` where a header's entry is of no tensor, or of none that has rows in `size` bytes of data."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {repr(entry)[:60]}")
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{what} of {name} is {repr(numbers)[:60]}")
+    if len(offsets) != 2 or not offsets[0] < offsets[1] <= size:
+        raise ValueError(f"data_offsets of {name} are {offsets} in {size} bytes")
+    entries = math.prod(shape)
+    if not entries or (offsets[1] - offsets[0]) % entries:
+        raise ValueError(f"{name} of shape {shape} has {offsets[1] - offsets[0]} bytes")
 
 
 def replace_text(path: Path, text: str) -> None:

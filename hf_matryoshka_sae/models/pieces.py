@@ -33,6 +33,7 @@ WHOLE_TENSORS = {"b_dec"}  # has no latent axis
 PIECES_INDEX_NAME = "latents.index.json"
 
 _FORMAT = 1
+_LARGEST_INDEX = 2**22  # bytes; that of a thousand pieces has 100 KB
 _PIECE = re.compile(r"latents-\d{5,}-of-\d{5,}\.safetensors")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _METADATA = {"format": "pt"}  # as transformers has it
@@ -156,6 +157,14 @@ def write_index(folder: str | os.PathLike, plan: FilePlan) -> None:
     (Path(folder) / PIECES_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def read_index_json(path: str | os.PathLike) -> dict:
+    """The JSON of an index of files; raises `ValueError` for one that is absurdly large, or no JSON."""
+    size = os.path.getsize(path)
+    if size > _LARGEST_INDEX:
+        raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_INDEX:,} are read")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def read_index(path: str | os.PathLike) -> list[Piece]:
     """The pieces of a dictionary, in order.
 
@@ -164,10 +173,10 @@ def read_index(path: str | os.PathLike) -> list[Piece]:
         `ValueError`: if it is of a newer format.
     """
     try:
-        index = json.loads(Path(path).read_text())
+        index = read_index_json(path)
         version, num_latents = int(index["format"]), int(index["num_latents"])
         pieces = [Piece(str(piece["file"]), int(piece["start"]), int(piece["stop"])) for piece in index["pieces"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SafetensorError(f"{path} is no index of pieces: {error!r}") from error
     if version > _FORMAT:
         raise ValueError(

@@ -6,6 +6,7 @@ and `d` has length 1.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -123,17 +124,36 @@ class LatentStatistics:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
+        except (SafetensorError, TypeError, AttributeError) as error:  # the latter for types that torch has not
             raise ValueError(f"{path} cannot be read ({error}): damaged or half-written. Measure it anew.") from error
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is no file of format {_FORMAT!r}, but of {metadata.get('format')!r}.")
+        tokens = metadata.get("tokens", "")
+        if not re.fullmatch(r"[1-9]\d{0,17}", tokens):
+            raise ValueError(f"{path} says it is of {tokens[:40]!r} tokens, no number of them. Measure it anew.")
         try:
-            statistics = cls(int(metadata["tokens"]), **tensors)
-        except (TypeError, KeyError) as error:
+            statistics = cls(int(tokens), **tensors)
+        except TypeError as error:
             raise ValueError(f"{path} does not hold what latent statistics need: {error}. Measure it anew.") from error
-        if any(len(tensor) != len(statistics) for tensor in tensors.values()):
-            raise ValueError(f"{path} holds tensors of different numbers of latents. Measure it anew.")
+        statistics._check_tensors(path)
         return statistics
+
+    def _check_tensors(self, path: Path) -> None:
+        """Raises `ValueError` for tensors that no measurement gives."""
+        for name, tensor in self.tensors().items():
+            places, pairs = name in ("latent_ids", "neighbours"), name in ("neighbours", "cofiring")
+            if tensor.dim() != 1 + pairs or len(tensor) != self.latent_ids.numel():
+                raise ValueError(f"{path} holds tensors of different numbers of latents: {name}. Measure it anew.")
+            if tensor.is_floating_point() == places or tensor.dtype == torch.bool or not tensor.isfinite().all():
+                raise ValueError(f"{name} in {path} ({tensor.dtype}) holds what is no finite number. Measure it anew.")
+        if self.neighbours.shape != self.cofiring.shape or not _within(self.neighbours, -1, len(self) - 1):
+            raise ValueError(f"neighbours and cofiring in {path} do not belong together. Measure it anew.")
+        if not _within(self.latent_ids, 0) or not all(_within(part, 0, 1) for part in (self.frequency, self.cofiring)):
+            raise ValueError(f"{path} holds shares of tokens that are not between 0 and 1. Measure it anew.")
+
+
+def _within(tensor: Tensor, lowest: float, highest: float = torch.inf) -> bool:
+    return not tensor.numel() or lowest <= tensor.min().item() <= tensor.max().item() <= highest
 
 
 def check_places(places: Tensor, num_latents: int) -> Tensor:

@@ -81,6 +81,44 @@ def test_a_damaged_index_is_refused(hub, saes):
         sae_hub.list_saes(REPO)
 
 
+@pytest.mark.parametrize("place", ["../out", "/out", "a/../../out", "C:\\\\out", "a\\u0000b"])
+def test_an_index_of_places_outside_the_repository_is_refused(hub, place):
+    entry = '{"model_type": "relu_sae", "d_in": 6, "num_latents": 13}'
+    hub.add(REPO, {"config.json": f'{{"model_type": "sae_collection", "saes": {{"{place}": {entry}}}}}'.encode()})
+    with pytest.raises(ValueError, match="index .*damaged.*no place in it"):
+        sae_hub.list_saes(REPO)
+
+
+@pytest.mark.parametrize("field", ['"d_in": "6"', '"num_latents": -1', '"hookpoint": 3', '"prefix_widths": ["a"]'])
+def test_an_index_of_absurd_fields_is_refused(hub, field):
+    entry = f'{{"model_type": "relu_sae", "d_in": 6, "num_latents": 13, {field}}}'
+    hub.add(REPO, {"config.json": f'{{"model_type": "sae_collection", "saes": {{"a": {entry}}}}}'.encode()})
+    with pytest.raises(ValueError, match="index .*damaged"):
+        sae_hub.list_saes(REPO)
+
+
+def test_a_type_that_is_not_known_is_said_when_it_is_loaded(hub, repo):
+    index = json.loads(hub.files(REPO)["config.json"])
+    index["saes"]["layers.1"]["model_type"] = "llama"
+    hub.add(REPO, {"config.json": json.dumps(index).encode()})
+    assert len(sae_hub.list_saes(REPO)) == 3 and sae_hub.load(REPO, "layers.0")
+    with pytest.raises(ValueError, match="layers.1 of tester/many is of the type 'llama', which is no SAE"):
+        sae_hub.load(REPO, "layers.1")
+
+
+def test_a_damaged_index_in_the_cache_is_fetched_again(hub, repo, tmp_path):
+    assert len(sae_hub.list_saes(REPO)) == 3
+    (cached,) = (tmp_path / "cache").glob("models--tester--many/snapshots/*/config.json")
+    cached.resolve().write_text("{")
+    assert len(sae_hub.list_saes(REPO)) == 3
+    sae_hub.load(REPO, "layers.0")
+    (cached,) = (tmp_path / "cache").glob("models--tester--many/snapshots/*/layers.0/config.json")
+    cached.resolve().write_text("{")
+    with pytest.raises(ValueError, match="config.json of layers.0 of tester/many is damaged.*force_download=True"):
+        sae_hub.load(REPO, "layers.0")
+    assert sae_hub.load(REPO, "layers.0", force_download=True)
+
+
 def test_an_index_that_names_what_is_not_there_is_refused(hub, repo):
     index = json.loads(hub.files(REPO)["config.json"])
     index["saes"]["layers.7"] = index["saes"]["layers.0"]
@@ -126,6 +164,15 @@ def test_pull_fetches_the_first_latents_and_saves_them_where_asked(hub, repo, fo
     assert_same_tensors(sae_hub.load(tmp_path / "out" / "layers.1"), expected)
     assert pull_main([repo]) == 0
     assert "layers.10.mlp-input: MatryoshkaSAE, 13 of 13 latents" in capsys.readouterr().out
+
+
+def test_pull_writes_nothing_outside_its_folder(hub, repo, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "layers.0").symlink_to(tmp_path / "elsewhere")
+    assert pull_main([repo, "--saes", "layers.0", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "'layers.0' would be saved outside" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+    assert pull_main([repo, "--saes", "layers.1", "--output_dir", str(tmp_path / "out")]) == 0
 
 
 def test_mistakes_are_one_line_and_a_status(hub, repo, capsys):

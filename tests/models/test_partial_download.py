@@ -340,6 +340,47 @@ def test_a_file_that_is_no_safetensors_file_is_refused(hub):
         MatryoshkaSAE.from_pretrained(REPO, width=3)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [0, 4]},
+        {"shape": [64, 0]},
+        {"shape": [-64, 4]},
+        {"shape": "64"},
+        {"shape": [64.0, 4]},
+        {"shape": [True, 4]},
+        {"shape": [2**70, 4]},
+        {"shape": None},
+        {"data_offsets": [0, 0]},
+        {"data_offsets": [0, 2**62]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [0]},
+        {"data_offsets": "ab"},
+        "an entry",
+        [[]] * 3,
+    ],
+    ids=str,
+)
+def test_an_absurd_header_is_refused(hub, tmp_path, entry):
+    put(hub, large(), tmp_path / "saved", digests=False)
+    data = hub.files(REPO)["model.safetensors"]
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["W_enc"] = header["W_enc"] | entry if isinstance(entry, dict) else entry
+    text = json.dumps(header).encode()
+    hub.add(REPO, {"model.safetensors": len(text).to_bytes(8, "little") + text + data[end:]})
+    with pytest.raises(ValueError, match=r"header of model\.safetensors of tester/sae is damaged: .*W_enc"):
+        MatryoshkaSAE.from_pretrained(REPO, width=3)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"[" * 100_000, b'{"__metadata__": {}}', b'"W_enc"', b"\xff{}"])
+def test_a_header_of_something_else_is_refused(hub, tmp_path, text):
+    put(hub, large(), tmp_path / "saved", digests=False)
+    hub.add(REPO, {"model.safetensors": len(text).to_bytes(8, "little") + text + bytes(200_000)})
+    with pytest.raises(ValueError, match=r"header of model\.safetensors of tester/sae is damaged"):
+        MatryoshkaSAE.from_pretrained(REPO, width=3)
+
+
 def test_rows_other_than_the_config_says_are_refused(hub, tmp_path):
     sae = large()
     put(hub, sae, tmp_path / "saved")

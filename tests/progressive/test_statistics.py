@@ -241,6 +241,40 @@ def test_broken_files_are_errors(tmp_path):
         LatentStatistics.load(path)
 
 
+@pytest.mark.parametrize("tokens", ["-5", "0", "", "1.5", "abc", "9" * 5000])
+def test_a_number_of_tokens_is_one(tmp_path, tokens):
+    found = latent_statistics(make_sae("topk"), [hidden_states(8)])
+    metadata = {"format": "hf_matryoshka_sae.latent_statistics/1", "tokens": tokens}
+    save_file(found.tensors(), tmp_path / "statistics.safetensors", metadata)
+    with pytest.raises(ValueError, match="statistics.safetensors says it is of .* tokens"):
+        LatentStatistics.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("mean", lambda tensor: tensor.fill_(float("nan"))),
+        ("contribution", lambda tensor: tensor.fill_(float("inf"))),
+        ("frequency", lambda tensor: tensor.fill_(1.5)),
+        ("frequency", lambda tensor: tensor.fill_(-0.5)),
+        ("cofiring", lambda tensor: tensor[:, :1]),
+        ("mean", lambda tensor: tensor[:, None]),
+        ("mean", lambda tensor: tensor[0]),
+        ("mean_square", lambda tensor: tensor.long()),
+        ("leave_one_out", lambda tensor: tensor > 0),
+        ("latent_ids", lambda tensor: tensor.double()),
+        ("latent_ids", lambda tensor: tensor - 100),
+        ("neighbours", lambda tensor: tensor + F),
+    ],
+)
+def test_statistics_that_no_measurement_gives_are_refused(tmp_path, name, change):
+    found = latent_statistics(make_sae("topk"), [hidden_states(8)])
+    broken = found.tensors() | {name: change(found.tensors()[name].clone()).contiguous()}
+    dataclasses.replace(found, **broken).save(tmp_path)
+    with pytest.raises(ValueError, match="statistics.safetensors.*Measure it anew"):
+        LatentStatistics.load(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     found = latent_statistics(make_sae("topk"), [hidden_states(8)])
     path = found.save(tmp_path)
