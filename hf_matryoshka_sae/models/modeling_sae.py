@@ -8,9 +8,7 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from .checkpoint_files import (
     forget_partial_files,
     in_pieces,
     read_prefix,
-    staged_files,
 )
 from .configuration_sae import (
     BatchTopKSAEConfig,
@@ -37,8 +34,8 @@ from .configuration_sae import (
     check_width,
 )
 from .families import FAMILIES
-from .pieces import allocate_files, plan_files, write_index, write_latents
 from .reshaping import Reshaping
+from .saving import Saving
 from .selection import EncoderBlocks
 from .sharding import Layout
 from .sparse_ops import (
@@ -74,7 +71,7 @@ class SAEOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
 
 
-class SAEModel(Reshaping, PreTrainedModel):
+class SAEModel(Reshaping, Saving, PreTrainedModel):
     """What every family shares. Use one of its subclasses, or `AutoModel.from_pretrained`."""
 
     config_class = SAEConfig
@@ -82,7 +79,6 @@ class SAEModel(Reshaping, PreTrainedModel):
     main_input_name = "hidden_states"
     model_tags = ["hf_matryoshka_sae", "sparse-autoencoder", "mechanistic-interpretability"]
     _no_split_modules = []
-    publisher = None  # how the installed package pushes an SAE: card and code are past these portable files
     # A threshold rounded to bf16 moves L0 by several per cent.
     _keep_in_fp32_modules_strict = {"threshold"}
 
@@ -299,39 +295,6 @@ class SAEModel(Reshaping, PreTrainedModel):
         return hidden_states.reshape(-1, self.config.d_in).to(self.W_enc.dtype)
 
     # Files
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers, but every file is complete before it takes its name; the config comes last.
-
-        A dictionary larger than `max_shard_size` (by default "5GB") is written in pieces by latents, see `pieces.py`:
-        transformers' shards would hold each tensor whole.
-        """
-        if kwargs.pop("push_to_hub", False):
-            names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
-            pushed = {name: kwargs[name] for name in names if name in kwargs}
-            self.push_to_hub(pushed.pop("repo_id", Path(save_directory).name), **pushed)
-            for name in ("repo_id", "commit_message", "private", "create_pr", "revision"):
-                kwargs.pop(name, None)
-        size = kwargs.setdefault("max_shard_size", "5GB")
-        with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
-            state = kwargs.get("state_dict") or self.state_dict()
-            plan = plan_files(state, self.config.num_latents, size)
-            if len(plan.pieces) == 1 or kwargs.get("variant") or kwargs.get("distributed_checkpoint"):
-                super().save_pretrained(staging, **kwargs)
-                return
-            super().save_pretrained(staging, **kwargs | {"state_dict": {}})  # the config alone
-            allocate_files(staging, plan)
-            write_latents(staging, plan, 0, state, show=True)
-            write_index(staging, plan)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """Push to the root of a repository, in one commit; arguments as in transformers.
-
-        With the package installed, the commit also holds a card, digests of the rows, and code for those who load it
-        without the package. `hf_matryoshka_sae.hub.push` does the same for a whole run.
-        """
-        push = type(self).publisher
-        return super().push_to_hub(repo_id, **kwargs) if push is None else push(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":
