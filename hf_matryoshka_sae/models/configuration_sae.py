@@ -102,6 +102,8 @@ class SAEConfig(PreTrainedConfig):
 
     model_type = "sae"
     activation_name = "relu"
+    # `Trainer.predict` gives the reconstruction alone: sparse latents of different batches have different shapes.
+    keys_to_ignore_at_inference = ["latents", "losses"]
 
     d_in: int = 768
     num_latents: int = 16384

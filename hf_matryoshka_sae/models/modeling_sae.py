@@ -250,7 +250,11 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
     # The whole
 
     def forward(
-        self, hidden_states: Tensor, width: int | None = None, return_dict: bool | None = None
+        self,
+        hidden_states: Tensor,
+        width: int | None = None,
+        return_dict: bool | None = None,
+        return_loss: bool = True,
     ) -> SAEOutput | tuple:
         """Encode, decode every prefix up to `width`, and measure the reconstruction.
 
@@ -258,6 +262,9 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
             hidden_states (`Tensor` of shape `(..., D)`): Raw hidden states.
             width (`int`, *optional*): Use only the first `width` latents (restricted).
             return_dict (`bool`, *optional*, defaults to `True`): `False` gives a tuple.
+            return_loss (`bool`, *optional*, defaults to `True`):
+                `False` leaves out the loss and the reconstructions of inner prefixes, which only it needs. By this
+                name and default transformers' `Trainer` knows that a loss needs no labels.
 
         Returns:
             [`SAEOutput`]. The penalties of training are added by the trainer, which alone knows their schedules.
@@ -269,13 +276,17 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         weights = weights or [1 / len(widths)] * len(widths)
         flat = self._flattened(hidden_states)
         pairs = self.encode_pairs(flat, width)
-        prefixes = self.decode_pairs(pairs, widths)
-        sse = (prefixes - flat).square().sum(-1).mean(-1)
+        prefixes = self.decode_pairs(pairs, widths if return_loss else widths[-1:])
+        loss = sse = None
+        if return_loss:
+            # In float32 at least: in half precision the square of 256 overflows.
+            sse = (prefixes - flat.to(torch.promote_types(flat.dtype, torch.float32))).square().sum(-1).mean(-1)
+            loss = (sse * sse.new_tensor(weights)).sum()
         output = SAEOutput(
-            loss=(sse * sse.new_tensor(weights)).sum(),
+            loss=loss,
             reconstruction=prefixes[-1].view(*hidden_states.shape[:-1], config.d_in),
             latents=_slots(pairs, hidden_states.shape[:-1]),
-            losses={"sse": sse},
+            losses={"sse": sse} if return_loss else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
