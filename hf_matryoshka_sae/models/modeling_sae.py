@@ -8,13 +8,10 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .checkpoint_files import (
     complete_partial_files,
@@ -34,15 +31,15 @@ from .configuration_sae import (
     check_width,
 )
 from .families import FAMILIES
+from .outputs import InputNorm, SAEOutput, SparseLatents
 from .reshaping import Reshaping
 from .saving import Saving
 from .selection import EncoderBlocks
 from .sharding import Layout
 from .sparse_ops import (
-    InputNorm,
     LatentPairs,
     PairIndex,
-    SparseLatents,
+    at_least_float32,
     decode_prefixes,
     encode_pairs,
     pairs_from_slots,
@@ -52,23 +49,6 @@ from .sparse_ops import (
 
 
 _LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
-
-
-@dataclass
-class SAEOutput(ModelOutput):
-    """What an SAE returns.
-
-    Args:
-        loss (`Tensor`): Weighted mean over prefixes of the squared error, summed over D and averaged over tokens.
-        reconstruction (`Tensor` of shape `(..., D)`): Of the widest prefix.
-        latents ([`SparseLatents`]): Values and indices, `(..., K)` each.
-        losses (`dict[str, Tensor]`): `"sse"` of shape `(P,)`, the squared error of each prefix.
-    """
-
-    loss: Tensor | None = None
-    reconstruction: Tensor | None = None
-    latents: SparseLatents | None = None
-    losses: dict[str, Tensor] | None = None
 
 
 class SAEModel(Reshaping, Saving, PreTrainedModel):
@@ -113,6 +93,18 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         """An SAE has none; FSDP2 asks."""
         return None
 
+    def extra_repr(self) -> str:
+        """What `print(sae)` tells of it."""
+        config = self.config
+        fields = {name: getattr(config, name) for name in ("d_in", "num_latents", "activation_name")}
+        if "topk" in config.activation_name:
+            fields["k"] = self.k
+        if len(self.prefix_widths) > 1:
+            fields["prefix_widths"] = self.prefix_widths
+        fields |= {name: getattr(config, name) for name in ("base_model", "hookpoint", "output_hookpoint")}
+        fields["parameters"] = self.num_parameters()
+        return ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+
     @property
     def prefix_widths(self) -> list[int]:
         """Widths at which the first latents are an SAE of their own; a plain SAE has `[F]`."""
@@ -130,7 +122,8 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
             return x, None
         x = x.to(self.W_enc)
         if kind == "constant_norm":
-            scale = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
+            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+            scale = (norms / x.shape[-1] ** 0.5).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
             return x / scale, (torch.zeros_like(scale), scale)
         mean = x.mean(-1, keepdim=True)
         deviation = (x - mean).std(-1, keepdim=True)
@@ -279,8 +272,7 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         prefixes = self.decode_pairs(pairs, widths if return_loss else widths[-1:])
         loss = sse = None
         if return_loss:
-            # In float32 at least: in half precision the square of 256 overflows.
-            sse = (prefixes - flat.to(torch.promote_types(flat.dtype, torch.float32))).square().sum(-1).mean(-1)
+            sse = (prefixes - flat.to(at_least_float32(flat.dtype))).square().sum(-1).mean(-1)
             loss = (sse * sse.new_tensor(weights)).sum()
         output = SAEOutput(
             loss=loss,
@@ -393,4 +385,4 @@ MODELS = {
 }
 """The model class of each config class."""
 
-__all__ = ["SAEModel", "SAEOutput", *(model.__name__ for model in MODELS.values())]
+__all__ = ["SAEModel", *(model.__name__ for model in MODELS.values())]
