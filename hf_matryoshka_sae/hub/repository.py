@@ -13,7 +13,8 @@ from transformers import AutoModel
 from transformers.utils import resolve_revision
 
 from ..models import CONFIGS, SAECollectionConfig, SAEModel
-from .layout import MODEL_TYPES, find_saes
+from ..models.places import MODEL_TYPES
+from .layout import find_saes
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ class SAEInfo:
             num_latents=num_latents,
             prefix_widths=widths,
         )
-
-    def entry(self) -> dict[str, Any]:
-        """Its entry in the index at the root of a repository."""
-        return {key: value for key, value in vars(self).items() if key != "subfolder"}
 
 
 def list_saes(

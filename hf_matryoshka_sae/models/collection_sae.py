@@ -1,25 +1,28 @@
-"""The root of a repository that holds several SAEs: an index of their folders.
+"""The root of a repository, or of a run's folder, that holds several SAEs: an index of their folders.
 
 AutoModel.from_pretrained("user/saes")                                  # says which there are; loads the only one
 AutoModel.from_pretrained("user/saes", subfolder="model.layers.12")
 """
 
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_sae import MODELS
+from .places import COLLECTION_TYPE, only_place, saes_below
 
 
 @strict
 class SAECollectionConfig(PreTrainedConfig):
-    """The `config.json` at the root of a repository of SAEs.
+    """The `config.json` at the root of a repository of SAEs, or of a run's folder.
 
     Args:
         saes (`dict`): For each folder what its SAE is: `model_type`, `base_model`, `hookpoint`, `d_in`, `num_latents`
             and `prefix_widths`.
     """
 
-    model_type = "sae_collection"
+    model_type = COLLECTION_TYPE
 
     saes: dict[str, dict] | None = None
 
@@ -31,7 +34,7 @@ class SAECollection(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load the only SAE of a repository.
+        """Load the only SAE of a repository or folder.
 
         Raises:
             `ValueError`: if there are several; it lists their folders, one of which is to be given as `subfolder`.
@@ -41,11 +44,8 @@ class SAECollection(PreTrainedModel):
         if config is None:
             where = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
             config = SAECollectionConfig.from_pretrained(source, **where)
-        saes = config.saes or {}
-        if len(saes) != 1:
-            raise ValueError(
-                f"{source} holds {len(saes)} SAEs. Say which: `subfolder=` one of {', '.join(sorted(saes)) or 'none'}."
-            )
-        ((folder, about),) = saes.items()
-        (model,) = (model for config, model in MODELS.items() if config.model_type == about["model_type"])
-        return model.from_pretrained(source, *args, **kwargs | {"subfolder": folder})
+        # In a folder SAEs come and go by copying; what is there counts.
+        saes = saes_below(source) if Path(source).is_dir() else config.saes or {}
+        place = only_place(source, saes)
+        (model,) = (model for config, model in MODELS.items() if config.model_type == saes[place]["model_type"])
+        return model.from_pretrained(source, *args, **kwargs | {"subfolder": place})

@@ -32,6 +32,7 @@ from .configuration_sae import (
 )
 from .families import FAMILIES
 from .outputs import InputNorm, SAEOutput, SparseLatents
+from .places import place_of_sae
 from .reshaping import Reshaping
 from .saving import Saving
 from .selection import EncoderBlocks
@@ -304,19 +305,23 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         """Load an SAE from a folder or a Hub repository.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or repository id; also of a run or repository that holds one SAE in its folders.
             width (`int`, *optional*): Load only the first `width` latents; the others are neither read nor, from
                 the Hub, downloaded. A later, larger width fetches only what is missing.
             subfolder (`str`, *optional*), revision (`str`, *optional*), dtype (`torch.dtype`, *optional*), ...:
                 As for any transformers model.
 
         Raises:
-            `ValueError`: if the file is damaged, lacks a tensor, or holds other shapes than the config says.
+            `ValueError`: if the file is damaged, lacks a tensor, or holds other shapes than the config says; if there
+                is no SAE in `subfolder`, or there are several and none is named.
             `OSError`: if the files are not there or cannot be fetched.
         """
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
         with failures_named(source, kwargs):
+            if source is not None and kwargs.get("config") is None:
+                kwargs |= place_of_sae(source, kwargs)
             if source is not None and (width is not None or in_pieces(source, kwargs)):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
