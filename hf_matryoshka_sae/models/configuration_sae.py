@@ -35,7 +35,6 @@ _TRANSFORMERS_KEYS = {
     "auto_map",
     "model_type",
     "transformers_weights",
-    "quantization_config",
     "distributed_config",
     "fusion_config",
     "per_layer_config",

@@ -31,6 +31,7 @@ from .configuration_sae import (
     check_width,
 )
 from .families import FAMILIES
+from .integration import Integration, forward_method, refuse_quantization
 from .outputs import InputNorm, SAEOutput, SparseLatents
 from .places import place_of_sae
 from .reshaping import Reshaping
@@ -52,7 +53,7 @@ from .sparse_ops import (
 _LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
 
 
-class SAEModel(Reshaping, Saving, PreTrainedModel):
+class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
     """What every family shares. Use one of its subclasses, or `AutoModel.from_pretrained`."""
 
     config_class = SAEConfig
@@ -89,10 +90,6 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         init.copy_(self.latent_ids, torch.arange(len(self.latent_ids)))
         for name, value in self.family.initial(self).items():
             init.constant_(getattr(self, name), value)
-
-    def get_input_embeddings(self) -> None:
-        """An SAE has none; FSDP2 asks."""
-        return None
 
     def extra_repr(self) -> str:
         """What `print(sae)` tells of it."""
@@ -167,6 +164,7 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         values, gate = self.family.values(self, selected, cols)
         return LatentPairs(index, values, gate, input_norm)
 
+    @forward_method
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
 
@@ -186,10 +184,12 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
 
     # Decoding
 
+    @forward_method
     def decode(self, latents: SparseLatents, width: int | None = None) -> Tensor:
         """The reconstruction `(..., D)` from the latents below `width`."""
         return self._decode(latents, [self._checked_width(width)])[0]
 
+    @forward_method
     def decode_prefixes(self, latents: SparseLatents) -> Tensor:
         """The reconstruction of every prefix in one pass, shape `(P, ..., D)`."""
         return self._decode(latents, self.prefix_widths)
@@ -319,6 +319,7 @@ class SAEModel(Reshaping, Saving, PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        refuse_quantization(kwargs.get("quantization_config"))
         with failures_named(source, kwargs):
             if source is not None and kwargs.get("config") is None:
                 kwargs |= place_of_sae(source, kwargs)

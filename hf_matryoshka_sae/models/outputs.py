@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -88,6 +89,19 @@ class SparseLatents:
 
         norm = self.input_norm and tuple(map(of_chosen, self.input_norm))
         return replace(self, values=of_chosen(self.values), indices=of_chosen(self.indices), input_norm=norm)
+
+
+def _flattened(latents: SparseLatents) -> tuple[list, int]:
+    return [latents.values, latents.indices, latents.input_norm], latents.num_latents
+
+
+def _unflattened(parts, num_latents: int) -> SparseLatents:
+    values, indices, input_norm = parts
+    return SparseLatents(values, indices, num_latents, input_norm)
+
+
+# So that FSDP and DDP see the tensors in them: they wait for gradients of what they find.
+pytree.register_pytree_node(SparseLatents, _flattened, _unflattened)
 
 
 @dataclass
