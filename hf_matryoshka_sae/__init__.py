@@ -1,16 +1,47 @@
 """Progressive sparse autoencoders for transformers: the first n latents are a working SAE for every n."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import models
 from .models import *  # noqa: F403  (the public classes, registered with AutoConfig and AutoModel)
 
 
+if TYPE_CHECKING:
+    from . import (  # noqa: F401  (what `__getattr__` gives)
+        activations,
+        assets,
+        convert,
+        evaluation,
+        features,
+        hub,
+        metrics,
+        planning,
+        progressive,
+        sweep,
+        toy,
+        training,
+    )
+
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__", *models.__all__]
+_ROOMS = (
+    "activations",
+    "assets",
+    "convert",
+    "evaluation",
+    "features",
+    "hub",
+    "metrics",
+    "planning",
+    "progressive",
+    "sweep",
+    "toy",
+    "training",
+)
 
-_ROOMS = ("activations", "evaluation", "training", "progressive", "features", "convert", "hub")
+__all__ = ["__version__", *models.__all__]
 
 
 def __getattr__(name: str):
@@ -18,6 +49,12 @@ def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What users are meant to find: the classes and the rooms, imported or not."""
+    dunders = [name for name in globals() if name.startswith("__")]
+    return sorted({*dunders, *__all__, "models", *_ROOMS})
 
 
 def _push(sae, repo_id: str, **kwargs):

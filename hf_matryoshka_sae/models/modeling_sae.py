@@ -8,6 +8,9 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -58,6 +61,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
 
     config_class = SAEConfig
     base_model_prefix = "sae"
+    __call__: Callable[..., SAEOutput]  # for type checkers; that of `nn.Module` gives they know not what
     main_input_name = "hidden_states"
     model_tags = ["hf_matryoshka_sae", "sparse-autoencoder", "mechanistic-interpretability"]
     _no_split_modules = []
@@ -301,7 +305,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
     # Files
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> Self:
         """Load an SAE from a folder or a Hub repository.
 
         Args:
