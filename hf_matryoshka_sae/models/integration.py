@@ -3,9 +3,13 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar
 
 
-def forward_method(method: Callable) -> Callable:
+Method = TypeVar("Method", bound=Callable)
+
+
+def forward_method(method: Method) -> Method:
     """A method of a module that uses its weights as `forward` does, also where FSDP2 has sharded them.
 
     FSDP2 gathers the weights for `forward` alone, until it is told of other methods. It cannot be told before it has
