@@ -8,6 +8,20 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from . import (  # noqa: F401  (what `__getattr__` gives)
+        activations,
+        assets,
+        convert,
+        evaluation,
+        features,
+        hub,
+        metrics,
+        planning,
+        progressive,
+        sweep,
+        toy,
+        training,
+    )
     from .models import *  # noqa: F403
 
 
@@ -34,7 +48,21 @@ _CLASSES = (
     "TopKSAEConfig",
     "build_sae",
 )
-_ROOMS = ("models", "activations", "evaluation", "training", "progressive", "features", "convert", "hub")
+_ROOMS = (
+    "models",
+    "activations",
+    "assets",
+    "convert",
+    "evaluation",
+    "features",
+    "hub",
+    "metrics",
+    "planning",
+    "progressive",
+    "sweep",
+    "toy",
+    "training",
+)
 
 __all__ = ["__version__", *_CLASSES]
 
@@ -46,6 +74,12 @@ def __getattr__(name: str):
     if name in _CLASSES:
         return getattr(importlib.import_module(".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What users are meant to find: the classes and the rooms, imported or not."""
+    dunders = [name for name in globals() if name.startswith("__")]
+    return sorted({*dunders, *__all__, "models", *_ROOMS})
 
 
 def _push(sae, repo_id: str, **kwargs):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models import SAEModel
-from ..models.checkpoint_files import staged_files
+from ..models.saving import staged_files
 from .assembly import assemble, cpu_tensors, plain, write_json
 from .base import Format, first_objection
 from .checkpoint import Checkpoint, cumulated, number_list

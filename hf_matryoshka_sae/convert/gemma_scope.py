@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..models import SAEModel
-from ..models.checkpoint_files import staged_files
+from ..models.saving import staged_files
 from .assembly import assemble, cpu_tensors, plain
 from .base import Format, first_objection
 from .checkpoint import Checkpoint

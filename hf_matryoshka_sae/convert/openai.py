@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models import SAEModel
-from ..models.checkpoint_files import staged_files
+from ..models.saving import staged_files
 from .assembly import assemble, cpu_tensors, plain
 from .base import Format, first_objection
 from .checkpoint import Checkpoint, said

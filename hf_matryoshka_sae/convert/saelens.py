@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..models import SAEModel
-from ..models.checkpoint_files import staged_files
 from ..models.configuration_sae import nearest
+from ..models.saving import staged_files
 from .assembly import assemble, cpu_tensors, plain, write_json
 from .base import Format, first_objection
 from .checkpoint import Checkpoint, number_list

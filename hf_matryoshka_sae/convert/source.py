@@ -18,9 +18,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from ..models.places import NO_SAE
+
 
 # What libraries call the weights of an SAE. Anything else is looked at only where none of these is found.
-_NO_SAE = re.compile(r"\.|checkpoint-|before-\d{8}-\d{6}")
 _WEIGHTS = re.compile(
     r"sae_weights\.safetensors|sae\.safetensors|params\.safetensors|params\.npz|ae\.pt|ae_\d+\.pt|sae\.pt|\d+\.pt"
     r"|layer\d+\.sae\.pt|final\.safetensors|model\.safetensors|model\.safetensors\.index\.json|latents\.index\.json|pytorch_model\.bin"
@@ -192,7 +193,7 @@ def find_weights(paths: Sequence[str], inside: str = "") -> list[str]:
 
 def _hidden(path: str) -> bool:
     """Whether it belongs to a half-finished save, a checkpoint of training, or an earlier run that was moved aside."""
-    return any(map(_NO_SAE.match, path.strip("/").split("/")[:-1]))
+    return any(map(NO_SAE.match, path.strip("/").split("/")[:-1]))
 
 
 def _is_step(path: str, found: Sequence[str]) -> bool:

@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from ..activations import DatasetConfig, Documents, load_language_model
 from ..activations.language_model import EMBEDDED
-from ..models import CONFIGS, SAEModel
+from ..models import SAEModel
 from ..models.digests import weights_digest
+from ..models.places import is_collection, saes_below
 from .layout import CONTEXTS, INDEX, LATENTS, is_hub_id
 
 
@@ -63,26 +64,18 @@ def _loaded_sae(source: str | os.PathLike) -> SAEModel:
 
 def _check_sae_folder(folder: Path) -> None:
     """That it is an SAE's own folder, not that of a run or of another model."""
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not is_collection(folder):
         return  # loading says what it is
-    below = sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("config.json") if _is_sae(path))
+    below = list(saes_below(folder))
     if not below:
         raise ValueError(f"'{folder}' holds no SAE: no config.json in or under it is that of an SAE.")
     names = ", ".join(below[:_SHOWN]) + (f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else "")
     raise ValueError(f"'{folder}' is no SAE's own folder. An index is of one SAE; name one of those in it: {names}.")
 
 
-def _is_sae(config: Path) -> bool:
-    try:
-        known = {each.model_type for each in CONFIGS.values()}
-        return json.loads(config.read_text())["model_type"] in known
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _folder_of(sae: SAEModel) -> Path | None:
     folder = Path(sae.name_or_path or "/nowhere").expanduser()
-    return folder if (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").is_file() and not is_collection(folder) else None
 
 
 def check_finite(sae: SAEModel) -> None:

@@ -21,10 +21,10 @@ from ..models import MODELS, SAECollection, SAECollectionConfig
 from ..models.checkpoint_files import weight_files
 from ..models.digests import DIGESTS_NAME, digest, row_digests
 from ..models.pieces import WHOLE_TENSORS, is_weights
+from ..models.places import collection_index
 from ..progressive.statistics import STATISTICS_FILE
 from .card import card_assets, run_card
 from .layout import SAEFolder
-from .repository import SAEInfo
 
 
 logger = logging.getLogger(__name__)
@@ -181,17 +181,10 @@ def _digests(folder: Path) -> dict[str, Any]:
 
 def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
     """The root's `config.json`: the SAEs that were there, and those that come."""
-    entries: dict[str, Any] = {}
+    index = collection_index({sae.subfolder: _public(json.loads((sae.folder / _CONFIG).read_text())) for sae in saes})
     if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
-        entries |= before.get("saes") or {}
-    for sae in saes:
-        config = _public(json.loads((sae.folder / _CONFIG).read_text()))
-        entries[sae.subfolder] = SAEInfo.of(sae.subfolder, config).entry()
-    auto_map = _auto_map(SAECollectionConfig, SAECollection)
-    kind = SAECollectionConfig.model_type
-    return _json(
-        {"architectures": [SAECollection.__name__], "auto_map": auto_map, "model_type": kind, "saes": entries}
-    )
+        index["saes"] = (before.get("saes") or {}) | index["saes"]
+    return _json(index | {"auto_map": _auto_map(SAECollectionConfig, SAECollection)})
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,12 @@ A run's folder holds `<sae name>/<hookpoint>/`. A repository of one SAE per hook
 several keeps the names. A folder that is an SAE itself becomes a repository whose root is the SAE.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..models import CONFIGS
-
-
-MODEL_TYPES = frozenset(config.model_type for config in CONFIGS.values())
-_NO_SAE = re.compile(r"\.|checkpoint-|before-\d{8}-\d{6}")
+from ..models.places import sae_config, saes_below
 
 
 @dataclass(frozen=True)
@@ -52,17 +46,15 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is no folder. Give the folder of a run, or that of a saved SAE.")
-    if _hookpoint(folder) is not None:
-        return [SAEFolder(folder, folder.name, _hookpoint(folder) or "", "")]
+    own = sae_config(folder)
+    if own is not None:
+        return [SAEFolder(folder, folder.name, own.get("hookpoint") or "", "")]
     found = []
-    for path in sorted(folder.rglob("config.json")):
-        hookpoint, place = _hookpoint(path.parent), path.parent.relative_to(folder).as_posix()
-        # What a killed save or checkpoint left behind is nobody's SAE, what a run moved aside another run's.
-        if hookpoint is None or any(map(_NO_SAE.match, place.split("/"))):
-            continue
+    for place, config in saes_below(folder).items():
+        hookpoint = config.get("hookpoint") or ""
         last = hookpoint.replace(":", "-")
         name = place.removesuffix(last).rstrip("/") if last and place.endswith(last) else place
-        found.append(SAEFolder(path.parent, name, hookpoint, place))
+        found.append(SAEFolder(folder / place, name, hookpoint, place))
     chosen = [sae for sae in found if names is None or _matches(sae, names)]
     if not chosen:
         wanted = "" if names is None else f" named {' or '.join(names)}"
@@ -75,12 +67,3 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
 
 def _matches(sae: SAEFolder, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(sae.name, each) or fnmatchcase(sae.subfolder, each) for each in patterns)
-
-
-def _hookpoint(folder: Path) -> str | None:
-    """Of the SAE that this folder is; `None` where it is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return (config.get("hookpoint") or "") if config["model_type"] in MODEL_TYPES else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None

@@ -18,9 +18,10 @@ from huggingface_hub.utils import httpx
 
 from .. import __version__
 from ..models import SAECollectionConfig, SAEModel
+from ..models.places import MODEL_TYPES
 from .card import sae_card
 from .contents import Repository, check_sae, code_files, run_repository, sae_files
-from .layout import MODEL_TYPES, SAEFolder, find_saes
+from .layout import SAEFolder, find_saes
 from .measure import measure_run
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModel
 from transformers.utils import resolve_revision
 
 from ..models import SAECollectionConfig, SAEModel
+from ..models.places import MODEL_TYPES
 from ..models.weight_checks import is_inner_folder
-from .layout import MODEL_TYPES, find_saes
+from .layout import find_saes
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,6 @@ class SAEInfo:
             num_latents=num_latents,
             prefix_widths=widths,
         )
-
-    def entry(self) -> dict[str, Any]:
-        """Its entry in the index at the root of a repository."""
-        return {key: value for key, value in vars(self).items() if key != "subfolder"}
 
 
 def list_saes(

@@ -21,10 +21,9 @@ from .modeling_sae import (
     MatryoshkaSAE,
     ReluSAE,
     SAEModel,
-    SAEOutput,
     TopKSAE,
 )
-from .sparse_ops import SparseLatents
+from .outputs import SAEOutput, SparseLatents
 
 
 for _config, _model in [*MODELS.items(), (SAECollectionConfig, SAECollection)]:

@@ -1,11 +1,9 @@
-"""The files of a checkpoint: written whole or not at all, read whole or only some of the latents."""
+"""The files of a checkpoint: read whole or only some of the latents."""
 
 import copy
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
@@ -27,44 +25,12 @@ from transformers.utils import (
 from .configuration_sae import CONFIGS, SAEConfig
 from .digests import DIGESTS_NAME, digests_of_piece
 from .partial_download import DROPPED, NotInCache, PartialFile, RangesRefused, warn_of_whole_file
-from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
+from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, read_index
 from .weight_checks import WeightFile, check_headers, check_numbers, read_shards, tensor_shapes
 
 
 _ATTEMPTS = 5
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-@contextmanager
-def staged_files(target: Path, keep_others: bool = False, last: str = "config.json") -> Iterator[Path]:
-    """A folder to write a checkpoint's files to; when the block ends they take their places in `target`.
-
-    Every file is complete before it takes its name, the file `last` comes last, before it the index of pieces, and
-    nothing changes where the block raises.
-
-    Args:
-        target (`Path`): Where the files belong; made if it is not there.
-        keep_others (`bool`, *optional*, defaults to `False`): Leave weights of an earlier save in other shards.
-        last (`str`, *optional*, defaults to `"config.json"`): The file by which a reader knows that all are there.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield staging
-        written = {file.name for file in staging.iterdir()}
-        if PIECES_INDEX_NAME in written:
-            # An earlier index would speak of a mixture of earlier and new pieces.
-            (target / PIECES_INDEX_NAME).unlink(missing_ok=True)
-        ordered = sorted(written, key=lambda name: (name == last, name == PIECES_INDEX_NAME))
-        for name in ordered[:-1]:
-            os.replace(staging / name, target / name)
-        # Weights of an earlier save in other files; they would be read, or an index that is left speak of them.
-        earlier = [] if keep_others else [path.name for path in target.iterdir() if is_weights(path.name)]
-        for name in sorted(set(earlier) - written, key=lambda name: name != PIECES_INDEX_NAME):
-            (target / name).unlink()
-        os.replace(staging / last, target / last)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_prefix(config_class, source, width: int | None, kwargs: dict) -> tuple:

@@ -37,7 +37,6 @@ _TRANSFORMERS_KEYS = {
     "auto_map",
     "model_type",
     "transformers_weights",
-    "quantization_config",
     "distributed_config",
     "fusion_config",
     "per_layer_config",
@@ -104,6 +103,8 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
 
     model_type = "sae"
     activation_name = "relu"
+    # `Trainer.predict` gives the reconstruction alone: sparse latents of different batches have different shapes.
+    keys_to_ignore_at_inference = ["latents", "losses"]
 
     d_in: int = 768
     num_latents: int = 16384

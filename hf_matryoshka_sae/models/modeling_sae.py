@@ -8,15 +8,13 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .checkpoint_files import (
     complete_partial_files,
@@ -24,7 +22,6 @@ from .checkpoint_files import (
     forget_partial_files,
     in_pieces,
     read_prefix,
-    staged_files,
 )
 from .configuration_sae import (
     BatchTopKSAEConfig,
@@ -37,15 +34,17 @@ from .configuration_sae import (
     check_width,
 )
 from .families import FAMILIES
-from .pieces import allocate_files, plan_files, write_index, write_latents
+from .integration import Integration, forward_method, refuse_quantization
+from .outputs import InputNorm, SAEOutput, SparseLatents
+from .places import place_of_sae
 from .reshaping import Reshaping
+from .saving import Saving
 from .selection import EncoderBlocks, with_nan_rows
 from .sharding import Layout
 from .sparse_ops import (
-    InputNorm,
     LatentPairs,
     PairIndex,
-    SparseLatents,
+    at_least_float32,
     decode_prefixes,
     encode_pairs,
     pairs_from_slots,
@@ -59,32 +58,15 @@ from .whole_weights import check_whole
 _LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
 
 
-@dataclass
-class SAEOutput(ModelOutput):
-    """What an SAE returns.
-
-    Args:
-        loss (`Tensor`): Weighted mean over prefixes of the squared error, summed over D and averaged over tokens.
-        reconstruction (`Tensor` of shape `(..., D)`): Of the widest prefix.
-        latents ([`SparseLatents`]): Values and indices, `(..., K)` each.
-        losses (`dict[str, Tensor]`): `"sse"` of shape `(P,)`, the squared error of each prefix.
-    """
-
-    loss: Tensor | None = None
-    reconstruction: Tensor | None = None
-    latents: SparseLatents | None = None
-    losses: dict[str, Tensor] | None = None
-
-
-class SAEModel(Reshaping, PreTrainedModel):
+class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
     """What every family shares. Use one of its subclasses, or `AutoModel.from_pretrained`."""
 
     config_class = SAEConfig
     base_model_prefix = "sae"
+    __call__: Callable[..., SAEOutput]  # for type checkers; that of `nn.Module` gives they know not what
     main_input_name = "hidden_states"
     model_tags = ["hf_matryoshka_sae", "sparse-autoencoder", "mechanistic-interpretability"]
     _no_split_modules = []
-    publisher = None  # how the installed package pushes an SAE: card and code are past these portable files
     # A threshold rounded to bf16 moves L0 by several per cent.
     _keep_in_fp32_modules_strict = {"threshold"}
 
@@ -115,9 +97,17 @@ class SAEModel(Reshaping, PreTrainedModel):
         for name, value in self.family.initial(self).items():
             init.constant_(getattr(self, name), value)
 
-    def get_input_embeddings(self) -> None:
-        """An SAE has none; FSDP2 asks."""
-        return None
+    def extra_repr(self) -> str:
+        """What `print(sae)` tells of it."""
+        config = self.config
+        fields = {name: getattr(config, name) for name in ("d_in", "num_latents", "activation_name")}
+        if "topk" in config.activation_name:
+            fields["k"] = self.k
+        if len(self.prefix_widths) > 1:
+            fields["prefix_widths"] = self.prefix_widths
+        fields |= {name: getattr(config, name) for name in ("base_model", "hookpoint", "output_hookpoint")}
+        fields["parameters"] = self.num_parameters()
+        return ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
 
     @property
     def prefix_widths(self) -> list[int]:
@@ -136,7 +126,8 @@ class SAEModel(Reshaping, PreTrainedModel):
             return x, None
         x = x.to(self.W_enc)
         if kind == "constant_norm":
-            scale = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
+            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+            scale = (norms / x.shape[-1] ** 0.5).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
             return x / scale, (torch.zeros_like(scale), scale)
         mean = x.mean(-1, keepdim=True)
         deviation = (x - mean).std(-1, keepdim=True)
@@ -181,6 +172,7 @@ class SAEModel(Reshaping, PreTrainedModel):
         values, gate = self.family.values(self, selected, cols)
         return LatentPairs(index, values, gate, input_norm)
 
+    @forward_method
     def encode(self, hidden_states: Tensor, width: int | None = None, selection: str = "restrict") -> SparseLatents:
         """Latents of hidden states.
 
@@ -200,10 +192,12 @@ class SAEModel(Reshaping, PreTrainedModel):
 
     # Decoding
 
+    @forward_method
     def decode(self, latents: SparseLatents, width: int | None = None) -> Tensor:
         """The reconstruction `(..., D)` from the latents below `width`."""
         return self._decode(latents, [self._checked_width(width)])[0]
 
+    @forward_method
     def decode_prefixes(self, latents: SparseLatents) -> Tensor:
         """The reconstruction of every prefix in one pass, shape `(P, ..., D)`."""
         return self._decode(latents, self.prefix_widths)
@@ -258,7 +252,11 @@ class SAEModel(Reshaping, PreTrainedModel):
     # The whole
 
     def forward(
-        self, hidden_states: Tensor, width: int | None = None, return_dict: bool | None = None
+        self,
+        hidden_states: Tensor,
+        width: int | None = None,
+        return_dict: bool | None = None,
+        return_loss: bool = True,
     ) -> SAEOutput | tuple:
         """Encode, decode every prefix up to `width`, and measure the reconstruction.
 
@@ -266,6 +264,9 @@ class SAEModel(Reshaping, PreTrainedModel):
             hidden_states (`Tensor` of shape `(..., D)`): Raw hidden states.
             width (`int`, *optional*): Use only the first `width` latents (restricted).
             return_dict (`bool`, *optional*, defaults to `True`): `False` gives a tuple.
+            return_loss (`bool`, *optional*, defaults to `True`):
+                `False` leaves out the loss and the reconstructions of inner prefixes, which only it needs. By this
+                name and default transformers' `Trainer` knows that a loss needs no labels.
 
         Returns:
             [`SAEOutput`]. The penalties of training are added by the trainer, which alone knows their schedules.
@@ -277,13 +278,16 @@ class SAEModel(Reshaping, PreTrainedModel):
         weights = weights or [1 / len(widths)] * len(widths)
         flat = self._flattened(hidden_states)
         pairs = self.encode_pairs(flat, width)
-        prefixes = self.decode_pairs(pairs, widths)
-        sse = (prefixes - flat).square().sum(-1).mean(-1)
+        prefixes = self.decode_pairs(pairs, widths if return_loss else widths[-1:])
+        loss = sse = None
+        if return_loss:
+            sse = (prefixes - flat.to(at_least_float32(flat.dtype))).square().sum(-1).mean(-1)
+            loss = (sse * sse.new_tensor(weights)).sum()
         output = SAEOutput(
-            loss=(sse * sse.new_tensor(weights)).sum(),
+            loss=loss,
             reconstruction=prefixes[-1].view(*hidden_states.shape[:-1], config.d_in),
             latents=_slots(pairs, hidden_states.shape[:-1]),
-            losses={"sse": sse},
+            losses={"sse": sse} if return_loss else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -304,45 +308,13 @@ class SAEModel(Reshaping, PreTrainedModel):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers, but every file is complete before it takes its name; the config comes last.
-
-        A dictionary larger than `max_shard_size` (by default "5GB") is written in pieces by latents, see `pieces.py`:
-        transformers' shards would hold each tensor whole.
-        """
-        if kwargs.pop("push_to_hub", False):
-            names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
-            pushed = {name: kwargs[name] for name in names if name in kwargs}
-            self.push_to_hub(pushed.pop("repo_id", Path(save_directory).name), **pushed)
-            for name in ("repo_id", "commit_message", "private", "create_pr", "revision"):
-                kwargs.pop(name, None)
-        size = kwargs.setdefault("max_shard_size", "5GB")
-        with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
-            state = kwargs.get("state_dict") or self.state_dict()
-            plan = plan_files(state, self.config.num_latents, size)
-            if len(plan.pieces) == 1 or kwargs.get("variant") or kwargs.get("distributed_checkpoint"):
-                super().save_pretrained(staging, **kwargs)
-                return
-            super().save_pretrained(staging, **kwargs | {"state_dict": {}})  # the config alone
-            allocate_files(staging, plan)
-            write_latents(staging, plan, 0, state, show=True)
-            write_index(staging, plan)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """Push to the root of a repository, in one commit; arguments as in transformers.
-
-        With the package installed, the commit also holds a card, digests of the rows, and code for those who load it
-        without the package. `hf_matryoshka_sae.hub.push` does the same for a whole run.
-        """
-        push = type(self).publisher
-        return super().push_to_hub(repo_id, **kwargs) if push is None else push(self, repo_id, **kwargs)
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> "SAEModel":
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> Self:
         """Load an SAE from a folder or a Hub repository.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or repository id; also of a run or repository that holds one SAE in its folders.
             width (`int`, *optional*): Load only the first `width` latents; the others are neither read nor, from
                 the Hub, downloaded. A later, larger width fetches only what is missing.
             subfolder (`str`, *optional*), revision (`str`, *optional*), dtype (`torch.dtype`, *optional*), ...:
@@ -350,12 +322,15 @@ class SAEModel(Reshaping, PreTrainedModel):
 
         Raises:
             `ValueError`: if a file is damaged, lacks a tensor, holds other shapes or types than the config says, or
-                numbers that are not finite.
+                numbers that are not finite; if there is no SAE in `subfolder`, or there are several and none is named.
             `OSError`: if the files are not there or cannot be fetched.
         """
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        refuse_quantization(kwargs.get("quantization_config"))
         with failures_named(source, kwargs):
+            if source is not None and kwargs.get("config") is None:
+                kwargs |= place_of_sae(source, kwargs)
             if source is not None and (width is not None or in_pieces(source, kwargs)):
                 config, state = read_prefix(cls.config_class, source, width, kwargs)
                 kwargs |= {"config": config, "state_dict": state}
@@ -427,4 +402,4 @@ MODELS = {
 }
 """The model class of each config class."""
 
-__all__ = ["SAEModel", "SAEOutput", *(model.__name__ for model in MODELS.values())]
+__all__ = ["SAEModel", *(model.__name__ for model in MODELS.values())]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 # Not `from . import`: where this package is not installed, the loader of remote code does not see that.
 from .dense_ops import decode_groups, decoder_gradients, latent_gradients, worthwhile
 from .dense_ops import spread as spread_dense
+from .outputs import InputNorm, SparseLatents
 from .sharding import Layout
 from .triton_ops import gather_sum as triton_gather_sum
 from .triton_ops import pair_dot as triton_pair_dot
@@ -28,36 +29,10 @@ from .triton_ops import usable as triton_usable
 
 _ROWS = 2**16  # rows of a matrix that are converted at once
 
-InputNorm = tuple[Tensor, Tensor]
-"""What was taken off each token's hidden state, and what it was then divided by: `(..., 1)` each."""
 
-
-@dataclass
-class SparseLatents:
-    """Latents of a batch as padded (value, index) slots.
-
-    Args:
-        values (`Tensor` of shape `(..., K)`): Activations; a padded slot is 0.
-        indices (`Tensor` of shape `(..., K)`): Latents, ascending; a padded slot is 0.
-        num_latents (`int`): Size F of the dictionary.
-        input_norm (`tuple` of two `Tensor`s of shape `(..., 1)`, *optional*):
-            Shift and scale of each token, which decoding undoes; of SAEs with an `input_normalization`.
-    """
-
-    values: Tensor
-    indices: Tensor
-    num_latents: int
-    input_norm: InputNorm | None = None
-
-    def to_dense(self) -> Tensor:
-        """The same activations as a `(..., F)` tensor."""
-        dense = self.values.new_zeros(*self.values.shape[:-1], self.num_latents)
-        # scatter_add: padded slots add 0 to latent 0 instead of overwriting it.
-        return dense.scatter_add(-1, self.indices, self.values)
-
-    def l0(self) -> Tensor:
-        """Number of latents that fire, per token."""
-        return (self.values > 0).sum(-1)
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which squares of numbers of type `dtype` are summed: in half precision that of 256 overflows."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -344,7 +319,7 @@ class _PrefixErrors(torch.autograd.Function):
             errors[:, p] += errors[:, p - 1]
         ctx.save_for_backward(errors, *saved)
         ctx.set_materialize_grads(False)
-        sse = torch.linalg.vector_norm(errors, dim=-1).square().mean(0)
+        sse = torch.linalg.vector_norm(errors, dim=-1, dtype=at_least_float32(errors.dtype)).square().mean(0)
         return sse, errors[:, -1].neg()
 
     @staticmethod

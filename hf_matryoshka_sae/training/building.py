@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..models import MODELS, SAEConfig, SAEModel, build_sae
+from ..models.places import is_collection
 from ..models.sharding import Layout
 from .config import RunConfig, SAESpec
 from .growth import grown_start
@@ -144,7 +145,7 @@ def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
     place = hookpoint.replace(":", "-")
     root, asked = Path(source), f"`{field}: {source}`"
     folders = [root / place, *sorted(root.glob(f"*/{place}")), root]
-    named = [folder for folder in folders if (folder / "config.json").is_file()]
+    named = [folder for folder in folders if (folder / "config.json").is_file() and not is_collection(folder)]
     if root.is_dir() and not named:
         raise ValueError(f"{asked} holds no SAE: looked for config.json there and in {place}/.")
     if spec.name and (root / spec.name / place) in named:

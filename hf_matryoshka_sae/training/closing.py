@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from ..evaluation import Dictionary, HeldOut
 from ..evaluation.distributed import among
-from ..evaluation.report import excluded
+from ..evaluation.report import excluded, write_json
 from ..evaluation.sharded import ShardedDictionary
 from ..models import SAEModel
+from ..models.places import collection_index, is_collection, saes_below
 from .calibration import calibrate_threshold
 from .config import RunConfig
 from .feed import Feed
@@ -75,6 +76,8 @@ class Closing:
         self.accelerator.wait_for_everyone()
         for path, found in self._everywhere(told):
             self.provenance.add_sae(folder / path, found)
+        if self.accelerator.is_main_process:
+            _write_collection(folder)
         if self.harvest.model is None:
             model, heldout, mask_token_id, _ = open_language_model(self.config, self.accelerator)
             self.harvest.model, self.harvest.heldout, self.harvest.mask_token_id = model, heldout, mask_token_id
@@ -147,8 +150,7 @@ class Closing:
             learner.base.restore(sae)
         layout = learner.layout
         first = layout.replica == layout.shard == 0
-        if layout.shards > 1 or (first and not self.accelerator.is_main_process):
-            # transformers saves nothing in any process but the first
+        if layout.shards > 1:
             save_own_rows(sae, whole_config(learner, sae), layout, folder / path)
         elif first:
             try:
@@ -194,6 +196,12 @@ class Closing:
         if learner.layout.shards > 1:
             return load_own_rows(type(learner.sae), learner.sae.config, path, learner.layout).to(device)
         return type(learner.sae).from_pretrained(path).to(device)
+
+
+def _write_collection(folder: Path) -> None:
+    """Write the `config.json` by which `AutoModel` finds the SAEs of the run's folder; another's is left alone."""
+    if is_collection(folder) or not (folder / "config.json").exists():
+        write_json(folder / "config.json", collection_index(saes_below(folder)))
 
 
 def place_of(learner: Learner) -> str:

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding, linear
 from ..models import SAEModel
 from ..models.selection import EncoderBlocks, select_topk
 from ..models.sharding import Layout, all_sum
-from ..models.sparse_ops import LatentPairs, PairIndex, encode_pairs, prefix_errors
+from ..models.sparse_ops import LatentPairs, PairIndex, at_least_float32, encode_pairs, prefix_errors
 from .config import SAESpec
 
 
@@ -75,7 +75,7 @@ def _shared(share: float, power: float, count: int) -> list[float]:
 
 def variance(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`mean over tokens of ||x - mean||^2` over the joined batch, for `(N, D)` rows; no gradient."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    x = x.detach().to(at_least_float32(x.dtype))
     # One reduction: the sum of rows, the sum of squares, the count.
     packed = torch.cat([x.sum(0), x.square().sum()[None], x.new_full((1,), float(len(x)))])
     *total, squares, count = all_sum(packed, group).split([x.shape[1], 1, 1])
@@ -157,7 +157,7 @@ class Objective(nn.Module):
         levels = list(sse.unbind())
         if self.spec.bias_level:
             b_dec = self.sae.b_dec if self.layout.shard == 0 else self.sae.b_dec.detach()  # shards' gradients add up
-            levels = [(b_dec - x).square().sum(-1).mean(), *levels]
+            levels = [_mean_square(b_dec - x), *levels]
         # Numbers, not a tensor of weights: nothing is copied to the device.
         error = sum(weight * level for weight, level in zip(weights, levels, strict=True))
         if self.spec.error_unit == "mean":
@@ -231,17 +231,17 @@ class Objective(nn.Module):
         statistics = {
             "sse": sse.float(),
             "mean": x.mean(0).float(),
-            "square": x.square().sum(-1).mean().float(),
+            "square": _mean_square(x).float(),
             "l0": active.sum().float() / pairs.num_rows,
             "fired": fired,
             "auxk": auxk.detach().float(),
         }
         if self.spec.sort_every:
-            energy = torch.zeros_like(fired).index_add_(0, pairs.cols, pairs.values.square().float())
+            squares = pairs.values.to(at_least_float32(pairs.values.dtype)).square()
+            energy = torch.zeros_like(fired).index_add_(0, pairs.cols, squares.float())
             if not self.spec.unit_norm_decoder:
                 W_dec = self.sae.W_dec
-                wide = torch.promote_types(W_dec.dtype, torch.float32)
-                energy *= torch.linalg.vector_norm(W_dec, dim=1, dtype=wide).square().float()
+                energy *= torch.linalg.vector_norm(W_dec, dim=1, dtype=at_least_float32(W_dec.dtype)).square().float()
             statistics["energy"] = energy / pairs.num_rows
         return statistics
 
@@ -259,7 +259,7 @@ def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Te
     if len(W_enc) > wanted:
         best = values.detach().topk(wanted, dim=-1, sorted=False).indices
         values = values * torch.zeros_like(values).scatter_(1, best, 1.0)
-    return (activation(values) @ W_dec - residual).square().sum(-1).mean()
+    return _mean_square(activation(values) @ W_dec - residual)
 
 
 def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation, layout: Layout) -> Tensor:
@@ -271,6 +271,11 @@ def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation, layo
     values = activation(encode_pairs(x, W_enc, b_enc, b_dec, pre, index))
     pairs, no_bias = LatentPairs(index, values), W_dec.new_zeros(x.shape[1])
     return prefix_errors(pairs, W_dec, no_bias, residual, [len(W_dec)], layout)[0][0]
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    """`mean over rows of ||row||^2`, for `(N, D)` rows."""
+    return rows.to(at_least_float32(rows.dtype)).square().sum(-1).mean()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..models import SAEConfig, SAEModel
-from ..models.checkpoint_files import read_latents, staged_files
+from ..models.checkpoint_files import read_latents
 from ..models.pieces import allocate_files, plan_files, write_index, write_latents
+from ..models.saving import staged_files
 from ..models.sharding import Layout
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import hf_matryoshka_sae
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout
 from hf_matryoshka_sae.evaluation.reconstruction import ReconstructionSums
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
@@ -23,12 +24,17 @@ WIDTHS = [8, 20, 48]
 
 
 @pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)  # the cards load the modules from there
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the modules are those of the installed package, wherever a user is
 
 
 def load(name):
-    return evaluate.load(f"hf_matryoshka_sae/metrics/{name}", keep_in_memory=True)
+    return evaluate.load(hf_matryoshka_sae.metrics.path(name), keep_in_memory=True)
+
+
+def test_an_unknown_metric_lists_those_there_are():
+    with pytest.raises(ValueError, match="no metric 'fidelity'; there are progressive_curve, sae_fidelity"):
+        hf_matryoshka_sae.metrics.path("fidelity")
 
 
 @pytest.fixture(scope="module")

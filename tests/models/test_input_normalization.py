@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from hf_matryoshka_sae import TopKSAE, TopKSAEConfig
+from hf_matryoshka_sae import SparseLatents, TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.evaluation import Dictionary
 from hf_matryoshka_sae.models import selection
-from hf_matryoshka_sae.models.sparse_ops import SparseLatents
 from hf_matryoshka_sae.progressive import calibrate_thresholds, latent_statistics, prune, refit
 from hf_matryoshka_sae.progressive.codec import encode_progressive
 

@@ -57,7 +57,7 @@ def test_outputs_and_gradients_equal_a_dense_reference(variant, fields, training
     reference_x = x.detach().clone().requires_grad_()
     acts, prefixes, loss = dense_forward(sae, reference_x, state=state)
     loss.backward()
-    assert 0 < output.latents.l0().sum() < N * F
+    assert 0 < output.latents.l0.sum() < N * F
     assert_close(output.latents.to_dense(), acts)
     assert_close(output.reconstruction, prefixes[-1])
     assert_close(output.loss, loss)
@@ -313,7 +313,7 @@ def test_annealed_k_replaces_the_configured_one():
     sae.k = 5
     with torch.no_grad():
         sae.b_enc.fill_(100)
-    assert (sae.encode(hidden_states(N)).l0() == 5).all() and sae.config.k == 3
+    assert (sae.encode(hidden_states(N)).l0 == 5).all() and sae.config.k == 3
 
 
 def test_it_is_a_transformers_model_without_embeddings():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
-from hf_matryoshka_sae.models.checkpoint_files import read_latents, staged_files
+from hf_matryoshka_sae.models.checkpoint_files import read_latents
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.models.pieces import (
     PIECES_INDEX_NAME,
@@ -26,6 +26,7 @@ from hf_matryoshka_sae.models.pieces import (
     write_index,
     write_latents,
 )
+from hf_matryoshka_sae.models.saving import staged_files
 
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, make_sae
@@ -134,7 +135,7 @@ def test_a_save_interrupted_while_pieces_are_written_leaves_the_earlier_one(tmp_
     def disk_full(folder, plan):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_matryoshka_sae.models.modeling_sae.write_index", disk_full)
+    monkeypatch.setattr("hf_matryoshka_sae.models.saving.write_index", disk_full)
     with pytest.raises(OSError, match="No space left"):
         make_sae("topk").save_pretrained(tmp_path, max_shard_size=300)
     assert contents(tmp_path) == before

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from hf_matryoshka_sae import SparseLatents
 from hf_matryoshka_sae.models import sparse_ops
 from hf_matryoshka_sae.models.families import jumprelu
 from hf_matryoshka_sae.models.sparse_ops import (
     LatentPairs,
     PairIndex,
-    SparseLatents,
     decode_prefixes,
     encode_pairs,
     pairs_from_slots,
@@ -43,7 +43,7 @@ def test_pairs_come_back_from_slots(num_rows, density):
         slots.values.shape == slots.indices.shape == (num_rows, dense_of(pairs).gt(0).sum(1).max() if num_rows else 0)
     )
     assert torch.equal(slots.to_dense(), dense_of(pairs))
-    assert torch.equal(slots.l0(), dense_of(pairs).gt(0).sum(1))
+    assert torch.equal(slots.l0, dense_of(pairs).gt(0).sum(1))
     back = pairs_from_slots(slots.values, slots.indices, 13)
     for name in ("rows", "cols", "values"):
         assert torch.equal(getattr(back, name), getattr(pairs, name))

@@ -17,8 +17,8 @@ def test_k_latents_fire_per_token_on_the_data_and_nearly_so_on_other_data(batch,
     assert sae.k == k
     assert torch.equal(sae.threshold, torch.full((128,), threshold))
     with torch.no_grad():
-        assert sae.encode(data).l0().float().mean().item() == pytest.approx(k, abs=2 / 8000)
-        assert sae.encode(other).l0().float().mean().item() == pytest.approx(k, rel=0.02)
+        assert sae.encode(data).l0.float().mean().item() == pytest.approx(k, abs=2 / 8000)
+        assert sae.encode(other).l0.float().mean().item() == pytest.approx(k, rel=0.02)
 
 
 def test_restricting_equals_masking_at_every_prefix():

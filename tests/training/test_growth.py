@@ -382,7 +382,7 @@ def test_calibration_leaves_the_base_its_thresholds():
     torch.manual_seed(0)
     assert torch.equal(sae.threshold[:F], before[:F])
     assert torch.equal(sae.threshold[F:], torch.full((26,), threshold))
-    assert sae.eval().encode(torch.randn(4000, D)).l0().float().mean().item() == pytest.approx(9, rel=0.03)
+    assert sae.eval().encode(torch.randn(4000, D)).l0.float().mean().item() == pytest.approx(9, rel=0.03)
 
 
 def test_all_weight_of_the_loss_is_on_prefixes_that_can_change():

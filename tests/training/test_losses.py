@@ -303,3 +303,16 @@ def test_level_weights_of_another_length_are_refused():
     spec = SAESpec.from_dict({"level_weights": [1.0, 2.0]}, "")
     with pytest.raises(ValueError, match="5 numbers"):
         level_weights(spec, 5)
+
+
+@pytest.mark.parametrize("auxk_k", [2, 20], ids=["pairs", "all dead latents"])
+def test_errors_of_large_float16_states_are_finite(auxk_k):
+    spec, sae, x = make(type="topk", bias_level=True, auxk_k=auxk_k, sort_every=50)
+    x[:, 0] *= 1e4
+    with torch.no_grad():
+        sae.W_enc.mul_(1e-3)
+    expected = run(spec, sae, x, DEAD)
+    loss, statistics = run(spec, sae.half(), x.half(), DEAD)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=0.02)
+    for name, value in statistics.items():
+        torch.testing.assert_close(value.double(), expected[1][name].double(), rtol=0.05, atol=0.05)

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.models import SAEModel
-from hf_matryoshka_sae.training import Interrupted, RunConfig, train
+from hf_matryoshka_sae.training import Interrupted, RunConfig, closing, train
 from hf_matryoshka_sae.training import trainer as trainer_module
 from hf_matryoshka_sae.training.setup import _lm_device, overlaps
 from hf_matryoshka_sae.training.trainer import Trainer
@@ -76,6 +76,15 @@ def test_a_run_leaves_its_files_and_loads_with_auto_model(finished):
     assert json.loads((folder / "results.json").read_text())["results"] == results
     assert all(a["fvu"] > b["fvu"] for a, b in zip(rows, rows[1:], strict=False))
     assert results[0]["clean_ce"] < rows[-1]["ce"] < results[0]["zero_ce"]
+
+
+def test_the_folder_of_a_run_loads_like_a_repository_of_it(finished, tmp_path):
+    folder, _ = finished
+    assert equal(AutoModel.from_pretrained(folder).state_dict(), weights(folder))
+    foreign = tmp_path / "config.json"
+    foreign.write_text('{"model_type": "llama"}')
+    closing._write_collection(tmp_path)
+    assert foreign.read_text() == '{"model_type": "llama"}'
 
 
 def test_metrics_are_logged_line_by_line(finished):

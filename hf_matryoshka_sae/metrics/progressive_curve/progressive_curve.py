@@ -46,7 +46,8 @@ Returns:
     is not reached); `tokens`.
 Examples:
     >>> import evaluate
-    >>> curve = evaluate.load("hf_matryoshka_sae/metrics/progressive_curve")
+    >>> from hf_matryoshka_sae import metrics
+    >>> curve = evaluate.load(metrics.path("progressive_curve"))
     >>> states = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]
     >>> reconstructions = [[[0.5 * a, 0.5 * b], [0.9 * a, 0.9 * b]] for a, b in states]  # at widths 8 and 32
     >>> result = curve.compute(predictions=reconstructions, references=states, widths=[8, 32], fvu_targets=[0.13])

@@ -51,7 +51,8 @@ Returns:
     `mean_residual_fvu`, `tokens`; `l0` and `l1` where they were given; `l0`, `l1` and `dead` with sums of firings.
 Examples:
     >>> import evaluate
-    >>> fidelity = evaluate.load("hf_matryoshka_sae/metrics/sae_fidelity")
+    >>> from hf_matryoshka_sae import metrics
+    >>> fidelity = evaluate.load(metrics.path("sae_fidelity"))
     >>> states = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]
     >>> reconstructions = [[0.5, 0.0], [0.0, 0.5], [-0.5, 0.0], [0.0, -0.5]]
     >>> result = fidelity.compute(predictions=reconstructions, references=states, l0=[1, 1, 1, 1])
