@@ -1,4 +1,4 @@
-"""Every request of pushes and pulls failed, one at a time: an error of ours or success, never half a commit or wrong weights.
+"""Every request of pushes and pulls failed, one at a time: an error of ours or success, never half or wrong weights.
 
     python -c "from benchmarks.fault_kinds.requests import run; print(run(0))"
 
@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 from transformers.utils import hub as transformers_hub
 
+import hf_matryoshka_sae
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.progressive.statistics import STATISTICS_FILE
@@ -39,6 +41,7 @@ from tests.hub_server import HubServer  # noqa: E402
 from .outcome import Outcome  # noqa: E402
 
 
+PACKAGE = str(Path(hf_matryoshka_sae.__file__).parent)
 REPO, OTHERS = "tester/run", "tester/others"
 ONE_FILE, PIECES = "matryoshka/layers.0", "pieces/layers.0"  # the SAEs, by their places in run and repository
 LATENTS, SMALL, LARGE = 512, 64, 256
@@ -96,7 +99,7 @@ class Bench:
 
             def load(width: int | None, place: str = place) -> Callable[[], SAEModel]:
                 given = {} if width is None else {"width": width}
-                return lambda: AutoModel.from_pretrained(REPO, subfolder=place, **given)
+                return lambda: MatryoshkaSAE.from_pretrained(REPO, subfolder=place, **given)
 
             def right(width: int | None, place: str = place) -> Callable[[SAEModel], bool]:
                 return lambda sae: self._same(sae, place, width)
@@ -105,6 +108,12 @@ class Bench:
             self.jobs[f"width {SMALL}, {name}"] = Job(load(SMALL), right(SMALL))
             self.jobs[f"width {LARGE} after {SMALL}, {name}"] = Job(load(LARGE), right(LARGE), load(SMALL))
             self.jobs[f"whole after {SMALL}, {name}"] = Job(load(None), right(None), load(SMALL))
+        self.jobs["AutoModel"] = Job(
+            lambda: AutoModel.from_pretrained(REPO, subfolder=ONE_FILE), lambda sae: self._same(sae, ONE_FILE, None)
+        )
+        self.jobs["load by name"] = Job(
+            lambda: sae_hub.load(REPO, ONE_FILE), lambda sae: self._same(sae, ONE_FILE, None)
+        )
         self.jobs["list"] = Job(lambda: sae_hub.list_saes(REPO), lambda saes: sorted(saes) == sorted(self.saes))
         self.jobs["load_many"] = Job(
             lambda: sae_hub.load_many(REPO, width=SMALL),
@@ -227,8 +236,13 @@ def _save_run(folder: Path, *names: str) -> dict[str, SAEModel]:
 
 
 def _not_ours(error: Exception) -> str | None:
-    """What is wrong with an error that a user gets: it should name the repository and say how to go on."""
-    text = str(error)
+    """What is wrong with an error that a user gets: it should name the repository and say how to go on.
+
+    Those that transformers' `AutoModel` raises before the package is asked for anything are its own.
+    """
+    text, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not any(file.startswith(PACKAGE) for file in files):
+        return None
     if not isinstance(error, OSError | ValueError) or isinstance(error, json.JSONDecodeError):
         return f"{type(error).__name__}: {text}"
     named = REPO in text or OTHERS in text
