@@ -273,6 +273,8 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
                     operation = json.loads(line)
                     self._apply(repo, rev, files, operation["key"], operation["value"])
                 sha = repo.commit(rev, files)
+                header = json.loads(body.splitlines()[0])["value"]
+                hub.messages.append(f"{header['summary']}\n{header['description']}".strip())
             url = f"{hub.url}/{name}/commit/{sha}"
             self.json({"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
 

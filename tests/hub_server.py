@@ -43,6 +43,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # uploaded to LFS, committed or not
         self.requests: list[Request] = []
+        self.messages: list[str] = []  # of commits
         self.ranges, self._failures, self._named, self.on_request = True, {}, {}, None
         self.cdn: str | None = None  # where large files are redirected to
         self.counted = 0

@@ -75,7 +75,7 @@ def push(
         check_sae(sae.folder)
     if measure:
         measure_run(run_dir, saes, show=show)
-    message = commit_message or f"Push {', '.join(sae.subfolder or sae.name for sae in found)}"
+    message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in found)}"
     api = _api(token)
     repo_id, parent, before = _prepare(api, repo_id, private, revision)
     _check_root(repo_id, before, at_root=found[0].subfolder == "")
