@@ -68,7 +68,8 @@ def push(
 
     Raises:
         `ValueError`: if there is no SAE, or a damaged one; nothing is sent then.
-        `OSError`: if the connection fails; the repository is as it was, and the same call again completes it.
+        `OSError`: if a request fails for good, or its answer is none of the Hub's. The repository is as it was or
+            complete, and the same call again completes it.
     """
     found = find_saes(run_dir, saes)
     for sae in found:

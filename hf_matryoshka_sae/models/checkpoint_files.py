@@ -29,6 +29,7 @@ from .digests import DIGESTS_NAME, digests_of_piece
 from .hub_failures import downloads_checked, hub_failed, optional_file, requests_named
 from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, is_weights, read_index
+from .safetensors_file import give_usual_permissions
 
 
 _ATTEMPTS = 5
@@ -52,6 +53,8 @@ def staged_files(target: Path, keep_others: bool = False, last: str = "config.js
     try:
         yield staging
         written = {file.name for file in staging.iterdir()}
+        for name in written:
+            give_usual_permissions(staging / name)
         if PIECES_INDEX_NAME in written:
             # An earlier index would speak of a mixture of earlier and new pieces.
             (target / PIECES_INDEX_NAME).unlink(missing_ok=True)
