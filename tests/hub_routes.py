@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .hub_server import HubServer
 
 
+_PAGE = b"<!DOCTYPE html><html><body>Sign in to the network of this hotel</body></html>"
+
+
 @dataclass
 class Request:
     """What the server noted of one request."""
@@ -62,8 +65,10 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.failure == "drop":
                 return self._close()
-            if self.failure in ("500", "503"):
+            if self.failure in ("429", "500", "503"):
                 return self._send(int(self.failure), b"{}")
+            if self.failure == "html":
+                return self._send(200, _PAGE, {"Content-Type": "text/html"})
             try:
                 for methods, pattern, act in _ROUTES:
                     found = re.fullmatch(pattern, self.route)
@@ -80,6 +85,8 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
         def _send(self, status: int, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
             if self.failure == "lost answer":
                 return self._close()
+            if self.failure == "cut":
+                data = data[: len(data) // 2]
             self.noted.status = status
             self.send_response(status)
             for name, value in (headers or {}).items():
@@ -266,6 +273,8 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
                     operation = json.loads(line)
                     self._apply(repo, rev, files, operation["key"], operation["value"])
                 sha = repo.commit(rev, files)
+                header = json.loads(body.splitlines()[0])["value"]
+                hub.messages.append(f"{header['summary']}\n{header['description']}".strip())
             url = f"{hub.url}/{name}/commit/{sha}"
             self.json({"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
 

@@ -17,7 +17,8 @@ from .hub_routes import Request, handler_of
 from .hub_storage import File, Repo, is_lfs
 
 
-FAILURES = ("drop", "lost answer", "500", "503", "truncate", "corrupt")
+FAILURES = ("drop", "lost answer", "429", "500", "503", "truncate", "corrupt", "html", "cut")
+"""Ways to fail: `truncate` breaks off in the middle of the body, `cut` sends half of it as if it were all."""
 
 
 class HubServer:
@@ -32,6 +33,7 @@ class HubServer:
         self.reset()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self._http.daemon_threads = True
+        self._http.handle_error = lambda *request: None  # clients that go away are what the tests are about
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -41,7 +43,8 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # uploaded to LFS, committed or not
         self.requests: list[Request] = []
-        self.ranges, self._failures, self.on_request = True, {}, None
+        self.messages: list[str] = []  # of commits
+        self.ranges, self._failures, self._named, self.on_request = True, {}, {}, None
         self.cdn: str | None = None  # where large files are redirected to
         self.counted = 0
 
@@ -59,6 +62,17 @@ class HubServer:
         assert how in FAILURES, how
         with self.lock:
             self._failures = {self.counted + number + i: how for i in range(times)}
+
+    def fail_request(self, method: str, path: str, nth: int, how: str, for_good: bool = False) -> None:
+        """Let the `nth` request (from 1 on) of this method and path fail, or that and every later one of them."""
+        assert how in FAILURES, how
+        with self.lock:
+            self._named[method, path] = [nth, how, for_good]
+
+    def heal(self) -> None:
+        """Let no request fail from now on."""
+        with self.lock:
+            self._failures, self._named = {}, {}
 
     def serve_large_files_elsewhere(self) -> None:
         """Redirect requests for LFS files to another host, as the Hub does; it is this server by another name."""
@@ -92,7 +106,14 @@ class HubServer:
         with self.lock:
             self.counted += 1
             number, call = self.counted, self.on_request
-            failure = self._failures.pop(number, None)
+            failure = self._failures.pop(number, None) or self._named_failure(method, path)
         if call is not None:
             call(number, method, path)
         return failure
+
+    def _named_failure(self, method: str, path: str) -> str | None:
+        if (method, path) not in self._named:
+            return None
+        nth, how, for_good = self._named[method, path]
+        self._named[method, path][0] = nth = nth - 1
+        return how if nth == 0 or (nth < 0 and for_good) else None

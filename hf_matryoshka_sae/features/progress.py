@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models.safetensors_file import give_usual_permissions
 from .latent_pass import LatentPass
 from .windows import Fired, Position
 
@@ -37,6 +38,7 @@ def save_state(path: Path, settings: dict[str, Any], position: Position, state: 
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, staged, {"settings": json.dumps(settings), "position": position.to_json()})
+        give_usual_permissions(staged)
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)

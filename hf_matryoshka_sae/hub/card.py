@@ -9,6 +9,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from ..activations.language_model import EMBEDDED
 from ..models import SAEModel
 from ..models.checkpoint_files import weight_files
 from ..models.pieces import WHOLE_TENSORS
@@ -18,6 +19,7 @@ from .card_snippets import snippets, with_package, without_package
 from .citations import citations
 from .layout import SAEFolder, find_saes
 from .measure import run_folder
+from .public import public_command
 
 
 __all__ = ["TEMPLATE", "card_assets", "run_card", "sae_card", "snippets"]
@@ -167,8 +169,9 @@ def compute(run: RunFacts) -> dict[str, Any]:
     if not sessions:
         return {}
     whole = sessions[0]["from_step"] == 0
+    commands, places = [each["command"] for each in sessions if each["command"]], card_text.places(run)
     return {
-        "commands": list(dict.fromkeys(each["command"] for each in sessions if each["command"])),
+        "commands": list(dict.fromkeys(public_command(each, places) for each in commands)),
         "sessions": len(sessions),
         "seconds": sum(each["seconds"] for each in sessions) if whole else None,
         "hardware": sessions[-1]["hardware"],
@@ -185,7 +188,6 @@ def _metadata(run: RunFacts, repo_id: str, license: str | None) -> ModelCardData
     tags = ["hf_matryoshka_sae", "sparse-autoencoder", *["matryoshka"] * nested, "mechanistic-interpretability"]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="feature-extraction",
         license=license,
         base_model=model,
         datasets=datasets or None,
@@ -197,10 +199,9 @@ def _metadata(run: RunFacts, repo_id: str, license: str | None) -> ModelCardData
 
 def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> list[EvalResult]:
     """The results at every prefix width. Results of one hookpoint are a group, so its name is the `dataset_config`."""
-    config = run.config
-    data = None if config is None else config.eval_dataset or config.dataset
+    data = None if run.config is None else run.config.eval_dataset or run.config.dataset
     id = texts.get("heldout", (None, ""))[0]
-    name = id or ("text" if data is None else Path(data.path).name)
+    name = id or (EMBEDDED if data is not None and data.path == EMBEDDED else "text")
     found = []
     for sae in run.saes:
         which = f"{sae.name}, " if len(run.saes) > len(run.hookpoints) else ""
@@ -212,7 +213,7 @@ def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> li
                     continue
                 found.append(
                     EvalResult(
-                        task_type="feature-extraction",
+                        task_type="other",  # no pipeline of transformers does it
                         task_name="Reconstruction of hidden states",
                         dataset_type=name,
                         dataset_name=f"{name} (held out)",

@@ -78,7 +78,7 @@ class SAEFacts:
     @property
     def label(self) -> str:
         """What to call it among the others."""
-        return self.subfolder or self.name or self.config.hookpoint or "SAE"
+        return self.subfolder or self.config.hookpoint or "SAE"  # a folder that is an SAE has a name of this machine
 
     @property
     def whole(self) -> dict[str, Any]:

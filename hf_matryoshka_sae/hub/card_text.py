@@ -3,23 +3,20 @@
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..activations import DatasetConfig
 from ..activations.language_model import EMBEDDED
 from ..training import RunConfig, SAESpec
-from ..training.provenance import without_places, without_secrets
+from ..training.provenance import without_secrets
 from .card_data import RunFacts, SAEFacts
+from .public import LOCAL_DATA, hub_id, public_fields, stand_ins
 
 
 HUB = "https://huggingface.co"
 
-_FILES = (".parquet", ".jsonl", ".json", ".txt")
 _METRICS = (
     ("Width", "width", ",d"),
     ("L0", "l0", ".2f"),
@@ -77,22 +74,6 @@ def duration(seconds: float) -> str:
 # The language model and the text
 
 
-def hub_id(name: str | None, here: bool | None = None) -> str | None:
-    """The name if it is that of a Hub repository: not `embedded`, no file and no folder.
-
-    Args:
-        name (`str`, *optional*): As a run's YAML has it.
-        here (`bool`, *optional*): Whether it was a file or folder in training; looked up now where that is not known.
-    """
-    if not name or name == EMBEDDED or name.startswith((".", "/", "~")) or name.endswith(_FILES):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if (Path(name).exists() if here is None else here) else name
-
-
 def language_model(run: RunFacts) -> tuple[str | None, str]:
     """The language model's Hub id, and the language model in words."""
     name = base_model(run)
@@ -135,8 +116,7 @@ def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, 
     if path == EMBEDDED:
         return None, f"the documentation that every Python carries, {code(EMBEDDED)}, split {code(data.split)}"
     if not hub_id(path, here):
-        kind = "file" if path.endswith(_FILES) else "folder"
-        return None, f"the local {kind} {code(Path(path).name)}, column {code(data.column)}"
+        return None, f"{LOCAL_DATA}, column {code(data.column)}"
     name = f", configuration {code(data.name)}" if data.name else ""
     link = f"[{path}]({HUB}/datasets/{path})"
     return path, f"{link}{name}, split {code(data.split)}, column {code(data.column)}"
@@ -159,6 +139,11 @@ def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
         return {"train": train, "heldout": dataset(DatasetConfig(EMBEDDED, split="heldout"))}
     share = f"{config.eval_fraction:.1%} of the same documents, left out of training"
     return {"train": train, "heldout": (train[0], share)}
+
+
+def places(run: RunFacts) -> dict[str, str]:
+    """Places of this machine in the run's fields, and the words for them."""
+    return {} if run.config is None else stand_ins(run.config, run.provenance.get("on_this_machine"))
 
 
 def _here(run: RunFacts, name: str) -> bool | None:
@@ -254,14 +239,7 @@ def run_yaml(run: RunFacts) -> str:
     """The run's fields that are no default, with no place of the machine it ran on; empty where there is no run."""
     if run.config is None:
         return ""
-    fields = _without_defaults(run.config)
-    fields["output_dir"] = _relative(fields["output_dir"])
-    if hub_id(run.config.model, _here(run, "model")) is None and run.config.model != EMBEDDED:
-        fields["model"] = _local(run.config.model)
-    for name in ("dataset", "eval_dataset"):
-        path = fields.get(name, {}).get("path")
-        if path and path != EMBEDDED and hub_id(path, _here(run, name)) is None:
-            fields[name]["path"] = _local(path)
+    fields = public_fields(_without_defaults(run.config), places(run))
     text = yaml.safe_dump(fields, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True)
     return without_secrets(text).strip()
 
@@ -287,18 +265,5 @@ def _spec(full: dict[str, Any]) -> dict[str, Any]:
             continue
         found = given | {name: value for name, value in full.items() if value != defaults[name]}
         if vars(SAESpec.from_dict(found, "")) == full:
-            return _with_plain_paths(found)
-    return _with_plain_paths(full)
-
-
-def _with_plain_paths(fields: dict[str, Any]) -> dict[str, Any]:
-    places = {name: without_places(fields[name]) for name in ("init_from", "grow_from") if fields.get(name)}
-    return fields | places
-
-
-def _relative(path: str) -> str:
-    return Path(path).name if Path(path).expanduser().is_absolute() or ".." in Path(path).parts else path
-
-
-def _local(path: str) -> str:
-    return f"./{Path(path).name}"
+            return found
+    return full

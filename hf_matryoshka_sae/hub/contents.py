@@ -23,8 +23,11 @@ from ..models.digests import DIGESTS_NAME, digest, row_digests
 from ..models.pieces import WHOLE_TENSORS, is_weights
 from ..models.places import collection_index
 from ..progressive.statistics import STATISTICS_FILE
+from ..training.provenance import read_provenance
 from .card import card_assets, run_card
 from .layout import SAEFolder
+from .measure import run_folder
+from .public import public_config, public_index
 
 
 logger = logging.getLogger(__name__)
@@ -86,11 +89,14 @@ def run_repository(
         license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
     """
     files: dict[str, Content] = {}
+    folder = run_folder(Path(run_dir).expanduser())
+    local = {} if folder is None else read_provenance(folder)
+    here = "model" in local["on_this_machine"] if "on_this_machine" in local else None
     for sae in saes:
         check_sae(sae.folder)
-        files |= sae_files(sae)
+        files |= sae_files(sae, here)
     if saes[0].subfolder:
-        files[_CONFIG] = _index(saes, before)
+        files[_CONFIG] = _index(saes, before, here)
     others = sorted(set((before or {}).get("saes") or {}) - {sae.subfolder for sae in saes})
     notes = f"Also in this repository, from other pushes: {', '.join(f'`{other}`' for other in others)}." * bool(
         others
@@ -101,16 +107,21 @@ def run_repository(
     return Repository(files, [sae.subfolder for sae in saes])
 
 
-def sae_files(sae: SAEFolder) -> dict[str, Content]:
-    """The files of one SAE: config, weights, digests of their rows; statistics and index where there are any."""
-    config = _public(json.loads((sae.folder / _CONFIG).read_text()))
+def sae_files(sae: SAEFolder, here: bool | None = None) -> dict[str, Content]:
+    """The files of one SAE: config, weights, digests of their rows; statistics and index where there are any.
+
+    Args:
+        sae ([`SAEFolder`]): The SAE.
+        here (`bool`, *optional*): Whether its language model was a folder in training, where that is known.
+    """
+    config = public_config(json.loads((sae.folder / _CONFIG).read_text()), here)
     config["auto_map"] = _auto_map(*_classes(config))
     files: dict[str, Content] = {_CONFIG: _json(config)}
     files |= {path.name: path for path in sorted(sae.folder.iterdir()) if _is_weights(path.name)}
     files[DIGESTS_NAME] = _json(_digests(sae.folder))
     if (sae.folder / STATISTICS_FILE).is_file():
         files[STATISTICS_FILE] = sae.folder / STATISTICS_FILE
-    files |= _index_files(sae.folder)
+    files |= _index_files(sae.folder, config.get("base_model"))
     return {f"{sae.subfolder}/{name}" if sae.subfolder else name: content for name, content in files.items()}
 
 
@@ -118,7 +129,7 @@ def _is_weights(name: str) -> bool:
     return is_weights(name) or fnmatchcase(name, "model*.safetensors*")  # of variants too
 
 
-def _index_files(folder: Path) -> dict[str, Content]:
+def _index_files(folder: Path, model: str | None) -> dict[str, Content]:
     """The feature index of an SAE, where there is one of these weights."""
     if not (folder / INDEX_FOLDER / INDEX).is_file():
         return {}
@@ -127,7 +138,9 @@ def _index_files(folder: Path) -> dict[str, Content]:
     except ValueError as error:
         logger.warning("The feature index in %s is left out: %s", folder, error)
         return {}
-    return {f"{INDEX_FOLDER}/{path.name}": path for path in sorted((folder / INDEX_FOLDER).glob("[!.]*.*"))}
+    files: dict[str, Content] = {path.name: path for path in sorted((folder / INDEX_FOLDER).glob("[!.]*.*"))}
+    files[INDEX] = _json(public_index(json.loads((folder / INDEX_FOLDER / INDEX).read_text()), model))
+    return {f"{INDEX_FOLDER}/{name}": content for name, content in files.items()}
 
 
 def code_files() -> dict[str, Content]:
@@ -179,20 +192,13 @@ def _digests(folder: Path) -> dict[str, Any]:
     return {**found, "headers": headers}
 
 
-def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None) -> bytes:
+def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None, here: bool | None) -> bytes:
     """The root's `config.json`: the SAEs that were there, and those that come."""
-    index = collection_index({sae.subfolder: _public(json.loads((sae.folder / _CONFIG).read_text())) for sae in saes})
+    configs = {sae.subfolder: json.loads((sae.folder / _CONFIG).read_text()) for sae in saes}
+    index = collection_index({place: public_config(config, here) for place, config in configs.items()})
     if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
         index["saes"] = (before.get("saes") or {}) | index["saes"]
     return _json(index | {"auto_map": _auto_map(SAECollectionConfig, SAECollection)})
-
-
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as others may see it: of a language model in a folder of this machine only that folder's name."""
-    model = config.get("base_model")
-    if isinstance(model, str) and (Path(model).is_absolute() or model.startswith(("~", ".")) or Path(model).is_dir()):
-        return config | {"base_model": Path(model).name}
-    return config
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:

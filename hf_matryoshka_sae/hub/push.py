@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .. import __version__
 from ..models import SAECollectionConfig, SAEModel
+from ..models.hub_failures import downloads_checked, requests_named
 from ..models.places import MODEL_TYPES
 from .card import sae_card
 from .contents import Repository, check_sae, code_files, run_repository, sae_files
@@ -26,6 +26,8 @@ from .measure import measure_run
 
 
 _CONFIG = "config.json"
+# What huggingface_hub raises where an upload failed, or an answer is none of the Hub's: a login page, half of it.
+_UNUSABLE_ANSWERS = (RuntimeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError)
 
 
 def push(
@@ -67,20 +69,20 @@ def push(
 
     Raises:
         `ValueError`: if there is no SAE, or a damaged one; nothing is sent then.
-        `OSError`: if the connection fails; the repository is as it was, and the same call again completes it.
+        `OSError`: if a request fails for good, or its answer is none of the Hub's. The repository is as it was or
+            complete, and the same call again completes it.
     """
     found = find_saes(run_dir, saes)
     for sae in found:
         check_sae(sae.folder)
     if measure:
         measure_run(run_dir, saes, show=show)
-    message = commit_message or f"Push {', '.join(sae.subfolder or sae.name for sae in found)}"
+    message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in found)}"
     api = _api(token)
-    with _connection(repo_id):
-        repo_id, parent, before = _prepare(api, repo_id, private, revision)
-        _check_root(repo_id, before, at_root=found[0].subfolder == "")
-        repository = run_repository(run_dir, repo_id, found, before, license)
-        return _commit(api, repo_id, repository, message, revision, create_pr, parent)
+    repo_id, parent, before = _prepare(api, repo_id, private, revision)
+    _check_root(repo_id, before, at_root=found[0].subfolder == "")
+    repository = run_repository(run_dir, repo_id, found, before, license)
+    return _commit(api, repo_id, repository, message, revision, create_pr, parent)
 
 
 def push_sae(
@@ -108,7 +110,7 @@ def push_sae(
     Returns:
         `CommitInfo` of huggingface_hub.
     """
-    with tempfile.TemporaryDirectory() as scratch, _connection(repo_id):
+    with tempfile.TemporaryDirectory() as scratch:
         sae.save_pretrained(scratch, max_shard_size=max_shard_size)
         api = _api(token)
         repo_id, parent, before = _prepare(api, repo_id, private, revision)
@@ -143,31 +145,49 @@ def _api(token: str | bool | None) -> HfApi:
 
 
 @contextmanager
-def _connection(repo_id: str) -> Iterator[None]:
-    """Say what a connection that failed for good means."""
+def _requests(repo_id: str) -> Iterator[None]:
+    """Say what requests that failed mean for a push."""
+    outcome = (
+        f"Nothing half was committed: {repo_id} is either as it was or complete. Push again to complete it: what is "
+        "uploaded is not sent twice."
+    )
     try:
-        yield
-    except httpx.HTTPError as error:
-        if isinstance(error, HfHubHTTPError):
-            raise  # the Hub's own words
-        raise OSError(
-            f"The connection to the Hub broke during the push to {repo_id} ({error}). The repository is either as it "
-            "was or complete; push again: what is uploaded is not sent twice."
-        ) from error
+        with requests_named(lambda reason: f"The push to {repo_id} failed ({reason}). {outcome}", _UNUSABLE_ANSWERS):
+            yield
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) == 412:
+            raise ValueError(
+                f"{repo_id} has got another commit meanwhile; nothing was changed. Push again: what is uploaded is "
+                "not sent twice."
+            ) from error
+        error.append_to_message(f"\n{outcome}")  # the Hub's own words come first: it says no, and why
+        raise
+    except HFValidationError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"The push to {repo_id} failed ({error}). {outcome}") from error
 
 
 def _prepare(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None
 ) -> tuple[str, str | None, dict[str, Any] | None]:
     """Make what is missing; the repository's full id, its newest commit, and its root's `config.json`."""
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not api.revision_exists(repo_id, revision):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    parent = api.model_info(repo_id, revision=revision).sha
-    if not api.file_exists(repo_id, _CONFIG, revision=revision):
-        return repo_id, parent, None
-    found = json.loads(Path(api.hf_hub_download(repo_id, _CONFIG, revision=parent)).read_text())
-    return repo_id, parent, found
+    with _requests(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not api.revision_exists(repo_id, revision):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        parent = api.model_info(repo_id, revision=revision).sha
+        if not api.file_exists(repo_id, _CONFIG, revision=revision):
+            return repo_id, parent, None
+        with downloads_checked(repo_id, {}):
+            path = api.hf_hub_download(repo_id, _CONFIG, revision=parent)
+    try:
+        return repo_id, parent, json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"The config.json at the root of {repo_id}, to which this push would add, is damaged ({error}). Delete "
+            "that file on the Hub, or push to another repository or `revision`."
+        ) from error
 
 
 def _check_root(repo_id: str, before: dict[str, Any] | None, at_root: bool) -> None:
@@ -195,10 +215,10 @@ def _commit(
     parent: str | None,
     description: str | None = None,
 ) -> CommitInfo:
-    stale = [name for name in api.list_repo_files(repo_id, revision=parent) if repository.replaces(name)]
-    operations = [CommitOperationAdd(name, content) for name, content in sorted(repository.files.items())]
-    operations += [CommitOperationDelete(name) for name in stale]
-    try:
+    with _requests(repo_id):
+        stale = [name for name in api.list_repo_files(repo_id, revision=parent) if repository.replaces(name)]
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(repository.files.items())]
+        operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             repo_id,
             operations,
@@ -208,10 +228,3 @@ def _commit(
             create_pr=create_pr,
             parent_commit=parent,
         )
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 412:
-            raise ValueError(
-                f"{repo_id} has got another commit meanwhile; nothing was changed. Push again: what is uploaded is "
-                "not sent twice."
-            ) from error
-        raise

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModel
 from transformers.utils import resolve_revision
 
 from ..models import SAECollectionConfig, SAEModel
+from ..models.checkpoint_files import failures_named
+from ..models.hub_failures import downloads_checked, requests_named
 from ..models.places import MODEL_TYPES
 from ..models.weight_checks import is_inner_folder
 from .layout import find_saes
@@ -79,7 +82,8 @@ def list_saes(
         places = {sae.folder.relative_to(root).as_posix(): sae.folder for sae in find_saes(root)}
         configs = {place: json.loads((folder / "config.json").read_text()) for place, folder in places.items()}
     else:
-        configs = _configs(str(repo_or_dir), revision, token)
+        with requests_named(partial(_no_list, str(repo_or_dir)), unusable=(json.JSONDecodeError,)):
+            configs = _configs(str(repo_or_dir), revision, token)
     if not configs:
         raise ValueError(
             f"{repo_or_dir} holds no SAE of this package. `hf_matryoshka_sae.convert.load` reads those of other "
@@ -90,6 +94,13 @@ def list_saes(
         return {place: SAEInfo.of(place, config) for place, config in places.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The index or a config of {repo_or_dir} is damaged: {error!r}. Push it again.") from error
+
+
+def _no_list(repo: str, reason: str) -> str:
+    return (
+        f"The SAEs of {repo} could not be listed: no answer of the Hub came through ({reason}). The same call again "
+        "may get one."
+    )
 
 
 def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[str, dict[str, Any]]:
@@ -114,8 +125,10 @@ def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[
 def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
     """A config of a repository; a damaged copy in the cache is fetched anew."""
     for force in (False, True):
+        with downloads_checked(repo, where):
+            text = Path(hf_hub_download(repo, file, force_download=force, **where)).read_text(errors="replace")
         try:
-            found = json.loads(Path(hf_hub_download(repo, file, force_download=force, **where)).read_text())
+            found = json.loads(text)
             return found if isinstance(found, dict) else {}
         except (ValueError, RecursionError) as error:
             damage = error
@@ -190,7 +203,8 @@ def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict
     local = Path(repo_or_dir).expanduser()
     source = str(local if local.is_dir() else repo_or_dir)
     try:
-        return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
+        with failures_named(source, kwargs):
+            return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
     except OSError as error:
         if "valid JSON" not in str(error):
             raise

@@ -24,7 +24,8 @@ from transformers.utils import (
 
 from .configuration_sae import CONFIGS, SAEConfig
 from .digests import DIGESTS_NAME, digests_of_piece
-from .partial_download import DROPPED, NotInCache, PartialFile, RangesRefused, warn_of_whole_file
+from .hub_failures import downloads_checked, hub_failed, optional_file, requests_named
+from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, read_index
 from .weight_checks import WeightFile, check_headers, check_numbers, read_shards, tensor_shapes
 
@@ -116,19 +117,22 @@ def read_latents(
 
 @contextmanager
 def failures_named(source, kwargs: dict) -> Iterator[None]:
-    """Say what a broken connection and damaged files mean, and drop what was fetched of the latter in part.
+    """Say what failed requests and damaged files mean, and drop what was fetched of the latter.
 
     Args:
         source (`str` or `os.PathLike`): Folder or repository id.
         kwargs (`dict`): What `from_pretrained` got.
     """
-    try:
-        yield
-    except DROPPED as error:
-        raise OSError(
-            f"The connection to the Hub broke while {source} was fetched ({error}). What came is kept: the same "
+
+    def say(reason: str) -> str:
+        return (
+            f"The connection to the Hub broke while {source} was fetched ({reason}). What came is kept: the same "
             "call again goes on from there."
-        ) from error
+        )
+
+    try:
+        with requests_named(say), downloads_checked(source, kwargs):
+            yield
     except (SafetensorError, json.JSONDecodeError) as error:
         forget_partial_files(source, kwargs)
         raise ValueError(
@@ -146,7 +150,7 @@ def in_pieces(source, kwargs: dict) -> bool:
 
 
 def _pieces_index(source, where: dict) -> str | None:
-    return cached_file(source, PIECES_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    return optional_file(source, PIECES_INDEX_NAME, where)
 
 
 def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile]:
@@ -279,12 +283,14 @@ def _file(
         except RangesRefused as reason:
             warn_of_whole_file(part.filename, part.repo_id, reason)
             part.forget()
-        except (EntryNotFoundError, NotInCache):
+        except (EntryNotFoundError, NotInCache) as error:
+            if hub_failed(error):
+                raise
             # Not there, or this is offline: it may lie in shards, of which the index then is in the cache.
             if optional and (not part.offline or part.sibling_cached(SAFE_WEIGHTS_INDEX_NAME)):
                 return None
             raise
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=not optional, **where)
+    return optional_file(source, name, where) if optional else cached_file(source, name, **where)
 
 
 def _partial_file(source, name: str, where: dict, commit: str) -> PartialFile:
@@ -313,7 +319,7 @@ def _published_digests(source, where: dict, again: bool) -> dict | None:
     """The digests that were pushed with the weights; `None` where there are none. A damaged file is fetched anew."""
     for force in (again, True):
         asked = where | {"force_download": force}
-        found = cached_file(source, DIGESTS_NAME, _raise_exceptions_for_missing_entries=False, **asked)
+        found = optional_file(source, DIGESTS_NAME, asked)
         if found is None:
             return None
         try:
@@ -335,13 +341,18 @@ def forget_partial_files(source, kwargs: dict) -> None:
 def complete_partial_files(source, kwargs: dict) -> None:
     """Fetch what is missing of weights whose first latents were fetched before, so that nothing is fetched twice.
 
-    Does nothing for a folder, or where no part is in the cache.
+    Nothing is done for a folder. Weights of which no part is in the cache are fetched whole: transformers would take
+    a Hub that cannot be asked for one that has none.
     """
     if source is None or Path(source).is_dir() or kwargs.get("force_download"):
         return
     parts, where, commit = _begun(source, kwargs)
     for part in parts:
         _file(source, Path(part.filename).name, where, commit, None)
+    if not parts and not kwargs.get("variant"):
+        where = where or pinned(source, kwargs)[0]
+        optional_file(source, SAFE_WEIGHTS_NAME, where)
+        kwargs |= {"revision": where["revision"]} if "revision" in where else {}
 
 
 def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:

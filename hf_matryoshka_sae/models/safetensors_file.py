@@ -6,6 +6,8 @@ tensor may be a view, lie on another device, or be spread over processes that ea
 
 import json
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,3 +150,14 @@ def as_bytes(rows: Tensor) -> memoryview:
     """The bytes of a tensor, row after row; copied only where they are not so in this machine's memory."""
     # As bytes: numpy has no bfloat16.
     return memoryview(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Let those read a file whom the umask allows to; safetensors writes for its owner alone."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        path.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
+    finally:
+        os.close(descriptor)
+        probe.unlink()

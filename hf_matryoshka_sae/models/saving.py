@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .pieces import PIECES_INDEX_NAME, allocate_files, is_weights, plan_files, write_index, write_latents
+from .safetensors_file import give_usual_permissions
 
 
 try:
@@ -44,6 +45,8 @@ def staged_files(target: Path, keep_others: bool = False, last: str = "config.js
 
 def _put_in_place(staging: Path, target: Path, keep_others: bool, last: str) -> None:
     written = {file.name for file in staging.iterdir()}
+    for name in written:
+        give_usual_permissions(staging / name)
     if PIECES_INDEX_NAME in written:
         # An earlier index would speak of a mixture of earlier and new pieces.
         (target / PIECES_INDEX_NAME).unlink(missing_ok=True)

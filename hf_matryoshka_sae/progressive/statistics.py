@@ -21,6 +21,7 @@ from ..activations.gradients import loss_gradients
 from ..evaluation.data import HasActivations, HeldOut, activation_batches
 from ..evaluation.distributed import processes, reduce_sum
 from ..models import SAEModel
+from ..models.safetensors_file import give_usual_permissions
 from ..models.sparse_ops import LatentPairs, pair_dot, row_norms
 
 
@@ -104,6 +105,7 @@ class LatentStatistics:
         try:
             metadata = {"format": _FORMAT, "tokens": str(self.tokens)}
             save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, staged, metadata)
+            give_usual_permissions(staged)
             os.replace(staged, path)
         finally:
             staged.unlink(missing_ok=True)

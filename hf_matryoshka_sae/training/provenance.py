@@ -72,6 +72,9 @@ class Provenance:
         local = {"model": config.model, "dataset": config.dataset.path}
         if config.eval_dataset is not None:
             local["eval_dataset"] = config.eval_dataset.path
+        local["init_from"] = config.init_from
+        for i, spec in enumerate(config.saes):
+            local |= {f"saes.{i}.init_from": spec.init_from, f"saes.{i}.grow_from": spec.grow_from}
         self.record = {
             "format": 1,
             "run_id": self.run_id,
@@ -129,8 +132,8 @@ def describe_sae(learner: Learner, folder: Path, threshold: float | None, tokens
     return found
 
 
-def _is_here(path: str) -> bool:
-    return path != EMBEDDED and Path(path).expanduser().exists()
+def _is_here(path: str | None) -> bool:
+    return path is not None and path != EMBEDDED and Path(path).expanduser().exists()
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoModel
+from transformers.pipelines import get_supported_tasks
 
 import hf_matryoshka_sae
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
+from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.hub.card import TEMPLATE, card_assets, run_card, sae_card, snippets
 from hf_matryoshka_sae.hub.card_text import code, hub_id, table
 from hf_matryoshka_sae.hub.layout import find_saes
@@ -63,7 +65,7 @@ def test_metadata_is_valid_and_survives_a_round_trip(card, tmp_path):
     (tmp_path / "README.md").write_text(card)
     loaded = ModelCard.load(tmp_path / "README.md")
     data = loaded.data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "feature-extraction", "apache-2.0")
+    assert (data.library_name, data.license) == ("transformers", "apache-2.0")
     assert data.tags == ["hf_matryoshka_sae", "sparse-autoencoder", "matryoshka", "mechanistic-interpretability"]
     assert data.base_model is None and data.datasets is None  # embedded: neither is on the Hub
     assert data.model_name == "tiny-sae"
@@ -72,6 +74,15 @@ def test_metadata_is_valid_and_survives_a_round_trip(card, tmp_path):
     assert {result.dataset_config for result in results} == {"model.layers.0", "model.layers.2:input"}
     assert all(isinstance(result.metric_value, float) for result in results)
     assert len({(result.dataset_config, result.metric_name) for result in results}) == len(results)
+
+
+def test_no_pipeline_is_promised_for_what_has_no_tokenizer(card):
+    assert ModelCard(card).data.pipeline_tag is None
+    tasks = {result["task"]["type"] for result in yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]}
+    assert not tasks & set(get_supported_tasks())
+    root = Path(__file__).resolve().parents[2]
+    pages = [*root.glob("model_cards/*/README.md"), Path(embedded_sae_path()) / "README.md"]
+    assert len(pages) == 3 and all(ModelCard.load(page).data.pipeline_tag is None for page in pages)
 
 
 def test_every_number_in_the_tables_is_that_of_the_files(card, measured_run):
@@ -178,7 +189,7 @@ def test_nothing_is_empty_or_of_this_machine(card, measured_run):
     assert_clean(card, measured_run)
 
 
-def test_local_models_and_data_are_shown_without_their_folders(run_copy, tmp_path):
+def test_local_models_and_data_are_shown_without_their_names(run_copy, tmp_path):
     def move(fields):
         fields["model"], fields["model_revision"] = "../private/place/lm", None
         fields["dataset"] = {"path": "/srv/secret place/train.parquet"}
@@ -190,22 +201,24 @@ def test_local_models_and_data_are_shown_without_their_folders(run_copy, tmp_pat
     text = str(run_card(run_copy, REPO))
     assert_clean(text, tmp_path)
     assert "private" not in text and "secret place" not in text and "/srv" not in text
-    assert "a language model that is not on the Hub" in text and "`train.parquet`" in text
+    assert "a language model that is not on the Hub" in text and "train.parquet" not in text
     assert "load_language_model" not in text and "torch.randn(4, 10, 128)  # random" in text
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets is None
-    assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])["model"] == "./lm"
+    assert (
+        yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])["model"] == "a local language model"
+    )
 
 
 def test_signs_that_mean_something_in_markdown_or_jinja_are_only_text(run_copy):
     def rename(fields):
         fields["dataset"] = {"path": "embedded", "column": "te|xt `{{ x }}`"}
-        fields["eval_dataset"] = {"path": "data|{{ 7 * 7 }}.txt", "column": "a|b"}
+        fields["eval_dataset"] = {"path": "data.txt", "column": "a|{{ 7 * 7 }}"}
 
     edit(run_copy / "run.yaml", rename)
     text = str(run_card(run_copy, "someone/{{ 7 * 7 }}"))
     assert "# 49" not in text
-    assert "`data\\|{{ 7 * 7 }}.txt`" in text
+    assert "`a\\|{{ 7 * 7 }}`" in text
     assert table(["a", "b"], [[code("x|y`z`\n"), "1"]]).endswith("| `x\\|y'z' ` | 1 |")
 
 

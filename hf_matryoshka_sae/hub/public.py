@@ -1,0 +1,129 @@
+"""What strangers may read of a run: Hub ids stay, places and names of this machine become words."""
+
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..activations.language_model import EMBEDDED
+from ..training import RunConfig
+
+
+LOCAL_MODEL, LOCAL_DATA, LOCAL_SAE = "a local language model", "a local data set", "a local SAE"
+LOCAL_CACHE, OUTPUT = "a local cache", "runs/sae"
+
+_FILES = (".parquet", ".jsonl", ".json", ".txt")
+
+
+def hub_id(name: str | None, here: bool | None = None) -> str | None:
+    """The name if it is that of a Hub repository: not `embedded`, no file and no folder.
+
+    Args:
+        name (`str`, *optional*): As a run's YAML has it.
+        here (`bool`, *optional*): Whether it was a file or folder in training; looked up now where that is not known.
+    """
+    if not name or name == EMBEDDED or name.startswith((".", "/", "~")) or name.endswith(_FILES):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if (Path(name).exists() if here is None else here) else name
+
+
+def stand_ins(config: RunConfig, on_this_machine: Collection[str] | None) -> dict[str, str]:
+    """Places and names of this machine in a run's fields, and what to say instead.
+
+    Args:
+        config ([`RunConfig`]): The run.
+        on_this_machine (`Collection[str]`, *optional*): The fields that named a file or folder in training, as
+            `provenance.json` lists them; looked up now where that is not known.
+    """
+    listed = on_this_machine or ()
+    data = {"dataset": config.dataset.path, "eval_dataset": config.eval_dataset and config.eval_dataset.path}
+    places = {path: LOCAL_DATA for name, path in data.items() if _is_private(path, name, on_this_machine)}
+    if _is_private(config.model, "model", on_this_machine):
+        places[config.model] = LOCAL_MODEL
+    origins = {"init_from": config.init_from}
+    for i, spec in enumerate(config.saes):
+        origins |= {f"saes.{i}.init_from": spec.init_from, f"saes.{i}.grow_from": spec.grow_from}
+    for name, path in origins.items():  # earlier versions do not list these
+        if path and hub_id(path, True if name in listed else None) is None:
+            places[path] = LOCAL_SAE
+    if config.activation_cache and not config.activation_cache.startswith("hf://"):
+        places[config.activation_cache] = LOCAL_CACHE
+    return places | {config.output_dir: OUTPUT}
+
+
+def _is_private(path: str | None, name: str, on_this_machine: Collection[str] | None) -> bool:
+    here = None if on_this_machine is None else name in on_this_machine
+    return bool(path) and path != EMBEDDED and hub_id(path, here) is None
+
+
+def public_fields(fields: Any, places: dict[str, str]) -> Any:
+    """Nested fields of a run with the words of [`stand_ins`] for the places of this machine."""
+    if isinstance(fields, dict):
+        return {name: public_fields(value, places) for name, value in fields.items()}
+    if isinstance(fields, list):
+        return [public_fields(value, places) for value in fields]
+    return places.get(fields, fields) if isinstance(fields, str) else fields
+
+
+def public_command(command: str, places: dict[str, str]) -> str:
+    """A command line with those words, and `run.yaml` for the file of its fields.
+
+    Args:
+        command (`str`): As `provenance.json` has it: absolute paths are cut to their last part already.
+        places (`dict[str, str]`): What [`stand_ins`] gives.
+    """
+    names = {path.rstrip("/"): words for path, words in places.items()}
+    names = {Path(path).name: words for path, words in names.items()} | names
+    patterns = [rf"(?<![\w.-]){re.escape(name)}(?![\w-])" for name in sorted(names, key=len, reverse=True) if name]
+    pattern = re.compile("|".join(patterns))
+    words = shlex.split(command)
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    for i in range(first, len(words)):
+        flag, equals, value = words[i].partition("=")
+        if flag == "--config" and equals:
+            words[i] = "--config=run.yaml"
+        elif words[i - 1] == "--config":
+            words[i] = "run.yaml"
+        elif equals or not flag.startswith("--"):
+            value = pattern.sub(lambda match: names[match[0]], value if equals else flag)
+            words[i] = f"{flag}={value}" if equals else value
+    return shlex.join(words)
+
+
+def public_config(config: dict[str, Any], here: bool | None = None) -> dict[str, Any]:
+    """An SAE's config without a language model that is not on the Hub; its name would mean nothing, or another one.
+
+    Args:
+        config (`dict`): What `config.json` holds.
+        here (`bool`, *optional*): Whether the model was a folder in training; looked up now where that is not known.
+    """
+    model = config.get("base_model")
+    if model == EMBEDDED or hub_id(model, here):
+        return config
+    return {name: value for name, value in config.items() if name != "base_model"}
+
+
+def public_index(about: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """What a feature index says of itself, without names of local models and data.
+
+    Args:
+        about (`dict`): What its `index.json` holds, where of a local folder only the last part is left.
+        model (`str`, *optional*): The language model, as the SAE's public config names it.
+    """
+    if model is None or about.get("base_model") != model:
+        about = about | {"base_model": LOCAL_MODEL, "tokenizer": LOCAL_MODEL}
+    data = about.get("dataset")
+    if isinstance(data, dict):
+        path = str(data.get("path"))
+        # The last part of a folder looks like the id of a data set that belongs to nobody.
+        known = path == EMBEDDED or ("/" in path and hub_id(path) is not None)
+        about = about | {"dataset": data | {"path": path if known else LOCAL_DATA}}
+    return about
