@@ -133,7 +133,7 @@ class Saving:
         with staged_files(Path(save_directory), keep_others=bool(kwargs.get("variant"))) as staging:
             plan = plan_files(state, self.config.num_latents, size)
             if len(plan.pieces) == 1 or kwargs.get("variant"):
-                super().save_pretrained(staging, **kwargs)
+                super().save_pretrained(staging, **kwargs | {"state_dict": dict(state)})  # which it empties
                 return
             super().save_pretrained(staging, **kwargs | {"state_dict": {}})  # the config alone
             allocate_files(staging, plan)

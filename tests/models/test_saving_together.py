@@ -33,8 +33,10 @@ def test_a_process_that_is_not_the_main_one_touches_nothing(tmp_path, size):
 @sizes
 def test_a_given_state_dict_is_what_is_saved(tmp_path, size):
     sae, other = make_sae("relu", torch.float32), make_sae("relu", torch.float32)
-    sae.save_pretrained(tmp_path, True, other.state_dict(), max_shard_size=size, save_function=torch.save)
+    state = other.state_dict()
+    sae.save_pretrained(tmp_path, True, state, max_shard_size=size, save_function=torch.save)
     assert_same_tensors(AutoModel.from_pretrained(tmp_path), other)
+    assert state.keys() == other.state_dict().keys()  # it can be saved again
 
 
 def test_saves_at_the_same_time_leave_one_of_them_whole(tmp_path):
