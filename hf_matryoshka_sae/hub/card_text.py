@@ -124,7 +124,8 @@ def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, 
 
 def text_words(path: str) -> str:
     """Held-out text that an evaluation names."""
-    return dataset(DatasetConfig(path, split="heldout" if path == EMBEDDED else "train"))[1]
+    here = None if "/" in path else True  # a folder's own name looks like the id of a data set that nobody owns
+    return dataset(DatasetConfig(path, split="heldout" if path == EMBEDDED else "train"), here)[1]
 
 
 def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:

@@ -24,7 +24,7 @@ from transformers.utils import (
 
 from .configuration_sae import CONFIGS, SAEConfig
 from .digests import DIGESTS_NAME, digests_of_piece
-from .hub_failures import downloads_checked, hub_failed, optional_file, requests_named
+from .hub_failures import fetching, hub_failed, optional_file
 from .partial_download import NotInCache, PartialFile, RangesRefused, warn_of_whole_file
 from .pieces import PIECES_INDEX_NAME, WHOLE_TENSORS, Piece, read_index
 from .weight_checks import WeightFile, check_headers, check_numbers, read_shards, tensor_shapes
@@ -123,15 +123,8 @@ def failures_named(source, kwargs: dict) -> Iterator[None]:
         source (`str` or `os.PathLike`): Folder or repository id.
         kwargs (`dict`): What `from_pretrained` got.
     """
-
-    def say(reason: str) -> str:
-        return (
-            f"The connection to the Hub broke while {source} was fetched ({reason}). What came is kept: the same "
-            "call again goes on from there."
-        )
-
     try:
-        with requests_named(say), downloads_checked(source, kwargs):
+        with fetching(source, kwargs):
             yield
     except (SafetensorError, json.JSONDecodeError) as error:
         forget_partial_files(source, kwargs)
@@ -341,8 +334,7 @@ def forget_partial_files(source, kwargs: dict) -> None:
 def complete_partial_files(source, kwargs: dict) -> None:
     """Fetch what is missing of weights whose first latents were fetched before, so that nothing is fetched twice.
 
-    Nothing is done for a folder. Weights of which no part is in the cache are fetched whole: transformers would take
-    a Hub that cannot be asked for one that has none.
+    Where no part is there, the whole is: transformers would take a Hub that fails for one that has no weights.
     """
     if source is None or Path(source).is_dir() or kwargs.get("force_download"):
         return
@@ -352,7 +344,7 @@ def complete_partial_files(source, kwargs: dict) -> None:
     if not parts and not kwargs.get("variant"):
         where = where or pinned(source, kwargs)[0]
         optional_file(source, SAFE_WEIGHTS_NAME, where)
-        kwargs |= {"revision": where["revision"]} if "revision" in where else {}
+        kwargs |= {"revision": where["revision"]} if "revision" in where else {}  # resolved but once
 
 
 def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:

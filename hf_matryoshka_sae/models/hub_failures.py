@@ -117,6 +117,24 @@ def downloads_checked(source, kwargs: dict) -> Iterator[None]:
         raise failure
 
 
+@contextmanager
+def fetching(source, kwargs: dict) -> Iterator[None]:
+    """Say what failed requests mean for an SAE that is fetched, and drop files that came damaged.
+
+    Args:
+        source (`str` or `os.PathLike`), kwargs (`dict`): As for [`downloads_checked`].
+    """
+
+    def say(reason: str) -> str:
+        return (
+            f"The connection to the Hub broke while {source} was fetched ({reason}). What came is kept: the same "
+            "call again goes on from there."
+        )
+
+    with requests_named(say), downloads_checked(source, kwargs):
+        yield
+
+
 def _config_blob(source, kwargs: dict) -> set[str]:
     """The name of the blob from which `AutoModel` read the config that it passes on."""
     commit = getattr(kwargs.get("config"), "_commit_hash", None)

@@ -16,6 +16,7 @@ from hf_matryoshka_sae import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.assets import embedded_text, load_embedded_lm
 from hf_matryoshka_sae.features import build_index
 from hf_matryoshka_sae.hub import measure_run, push
+from hf_matryoshka_sae.hub.card_text import text_words
 from hf_matryoshka_sae.hub.command import push_main
 from hf_matryoshka_sae.hub.public import hub_id, public_index
 
@@ -130,6 +131,12 @@ def test_a_model_that_was_a_folder_in_training_is_no_hub_id_elsewhere(run_copy, 
     files = dry_run(run_copy, tmp_path / "repo")
     assert b"models/lm" not in files["README.md"] + files[f"{NESTED}/config.json"] + files["config.json"]
     assert hub_id("models/lm") == "models/lm"
+
+
+def test_text_that_an_evaluation_names_is_linked_where_it_has_an_owner():
+    assert text_words("zebra-folder") == text_words("./zebra.txt") == "a local data set, column `text`"
+    assert text_words("org/text").startswith("[org/text](https://huggingface.co/datasets/org/text)")
+    assert "`embedded`, split `heldout`" in text_words("embedded")
 
 
 @pytest.mark.slow
