@@ -41,7 +41,7 @@ RUN = {
         {"type": "topk", "name": "plain", "num_latents": 64, "k": 4},
     ],
 }
-_TRIES = 4  # where a run has ended before it could be killed
+_TRIES = 10  # where a run has ended before it could be killed
 _LIMIT = 600  # seconds after which a run counts as hung
 
 
@@ -53,7 +53,7 @@ def run(seed: int, count: int = 10) -> Outcome:
         count (`int`, *optional*, defaults to 10): Kills.
 
     Raises:
-        `RuntimeError`: if the run does not even end by itself.
+        `RuntimeError`: if the run does not even end by itself, or always does before it is killed.
     """
     folder = Path(tempfile.mkdtemp(prefix="fault-runs-"))
     moments = random.Random(seed)
@@ -79,13 +79,16 @@ def _kill_and_resume(folder: Path, seconds: float, number: int, share: float) ->
         shutil.rmtree(place, ignore_errors=True)
         process = _start(place)
         _wait_for_first_step(process, place)
-        time.sleep(share * seconds)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
-            break
-        share *= 0.9  # faster than the whole run was
+        began = time.monotonic()
+        try:
+            process.wait(share * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()  # SIGKILL
+            if process.wait() == -signal.SIGKILL:
+                break
+        seconds, share = time.monotonic() - began, 0.95 * share  # it was faster than the run before
     else:
-        return f"the run had always ended before {share * seconds:.2f} s after its first step."
+        raise RuntimeError(f"The run always ended before it could be killed; left in {place}.")
     at = f"killed {share * seconds:.2f} s after its first step ({_progress(place)}),"
     try:
         _finish(place)

@@ -314,7 +314,7 @@ class RunConfig:
     """Optimizer steps between checkpoints (0: only when interrupted)."""
     keep_checkpoints: int = 2
     resume: bool = True
-    """Go on from the newest whole checkpoint in `output_dir`."""
+    """Go on from the newest whole checkpoint in `output_dir`; `false` moves what is there to `before-<time>/`."""
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers, for example `[tensorboard]`, `[wandb]` or `[trackio]`."""
