@@ -115,10 +115,9 @@ def build_cache(
         storage.write(f"writer-{name}.json", json.dumps(record).encode())
         if stream.num_not_finite:
             logger.warning(
-                "%d hidden states with NaN or infinite values are not in the activation cache; it has %d others of this"
-                " writer. A language model in float32 may have none.",
+                "%d hidden states with NaN or infinite values were left out of the activation cache. A language model in"
+                " float32 may have none.",
                 stream.num_not_finite,
-                tokens,
             )
     _barrier()
     if _is_first():
