@@ -115,8 +115,8 @@ def build_cache(
         storage.write(f"writer-{name}.json", json.dumps(record).encode())
         if stream.num_not_finite:
             logger.warning(
-                "%d hidden states with NaN or infinite values were left out of the activation cache. A language model in"
-                " float32 may have none.",
+                "%d hidden states with NaN or infinite values were left out of the activation cache. A language model"
+                " in float32 may have none.",
                 stream.num_not_finite,
             )
     _barrier()
