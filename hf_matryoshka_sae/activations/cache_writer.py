@@ -5,6 +5,7 @@ file system or a bucket. What is complete is never removed.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from .cache_format import BITS, FORMAT_VERSION, INDEX, STORED_DTYPES, CacheIndex
 from .cache_storage import CacheStorage
 from .stream import ActivationStream
 
+
+logger = logging.getLogger(__name__)
 
 _ROWS_COMPARED = 4096  # at once, in float64
 
@@ -108,8 +111,14 @@ def build_cache(
             if left_over.startswith(f"shard-{name}-"):
                 storage.delete(left_over)
         found = _write_shards(storage, f"shard-{name}", stream, tokens, dtype)
-        record = {"format_version": FORMAT_VERSION, "asked": asked, **found}
+        record = {"format_version": FORMAT_VERSION, "asked": asked, "left_out": stream.num_not_finite, **found}
         storage.write(f"writer-{name}.json", json.dumps(record).encode())
+        if stream.num_not_finite:
+            logger.warning(
+                "%d hidden states with NaN or infinite values were left out of the activation cache. A language model"
+                " in float32 may have none.",
+                stream.num_not_finite,
+            )
     _barrier()
     if _is_first():
         _write_index(storage, world_size)

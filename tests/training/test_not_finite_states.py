@@ -159,13 +159,16 @@ def test_useless_steps_without_a_checkpoint_are_not_said_to_have_one(tmp_path, m
         train(config(tmp_path, tokens=40 * 256, checkpoint_every=0))
 
 
-def test_a_cache_holds_finite_states_alone(tmp_path, spoiled):
+def test_a_cache_holds_finite_states_alone_and_says_so(tmp_path, spoiled, caplog):
     fields = {"activation_cache": str(tmp_path / "cache")}
     train(config(tmp_path / "run", **fields))
     shards = [load_file(path)["model.layers.1"] for path in (tmp_path / "cache").glob("shard-*.safetensors")]
     rows = torch.cat(shards)
     assert rows.isfinite().all() and len(rows) == RUN["tokens"] + RUN["calibration_tokens"]
     assert {line["skipped_steps"] for line in lines(tmp_path / "run")} == {0}
+    (record,) = (tmp_path / "cache").glob("writer-*.json")
+    left_out = json.loads(record.read_text())["left_out"]
+    assert left_out > 0 and f"{left_out} hidden states with NaN" in caplog.text
 
 
 def _one_of_two(rank, port, folder):
