@@ -9,7 +9,7 @@ Every field of the YAML file is a flag too; a dot reaches into nested fields, a 
 import sys
 from typing import TYPE_CHECKING
 
-from .common.logs import log_to_stderr
+from .common.logs import is_first_process, log_to_stderr
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def _train(config: "RunConfig") -> int:
     try:
         train(config)
     except Interrupted as stopped:
-        sys.stderr.write(f"\n{stopped}\n")
+        if is_first_process():  # all of them have stopped
+            sys.stderr.write(f"\n{stopped}\n")
         return 130
     except LostProcess as error:
         sys.stderr.write(f"\nerror: {error}\n")

@@ -14,6 +14,8 @@ def check_ready(config: RunConfig) -> None:
         `ValueError`: for a data file, a folder of a model or a tracker's package that is not there.
     """
     check_installed(config.trackers)
+    if config.lm_processes is not None:
+        return  # processes that only hold SAEs may be where neither the text nor the language model is
     for dataset in (config.dataset, config.eval_dataset):
         if dataset is not None and dataset.path != EMBEDDED:
             local_files(dataset)

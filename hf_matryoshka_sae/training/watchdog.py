@@ -169,7 +169,7 @@ class Watchdog:
         looked = time.monotonic()
         while not self._ended.wait(_EVERY):
             now = time.monotonic()
-            if now - looked > 10 * _EVERY:  # this process was stopped itself
+            if now - looked > max(10 * _EVERY, self.patience / 2):  # this process was stopped itself
                 self._board.forget_silences()
                 self._stalls = Stalls(self._watched, self.patience)
             looked = now

@@ -70,6 +70,7 @@ def test_curves_are_called_by_prefix_widths_and_held_out_results_follow(tmp_path
     }
 
 
+@pytest.mark.slow
 def test_curves_of_several_hookpoints_are_kept_apart(tmp_path, recorder):
     saes = [{"type": "topk", "name": "plain", "num_latents": 64, "k": 4}]
     train(config(tmp_path, trackers=["recorder"], hookpoints=["model.layers.0", "model.layers.1"], saes=saes))
@@ -78,6 +79,7 @@ def test_curves_of_several_hookpoints_are_kept_apart(tmp_path, recorder):
         assert {f"{place}/fvu/64", f"{place}/l0", f"{place}/heldout_fvu/64"} <= names
 
 
+@pytest.mark.slow
 def test_random_prefixes_make_one_curve(tmp_path, recorder):
     saes = [{"type": "matryoshka", "name": "drawn", "num_latents": 64, "k": 4, "random_prefixes": 3}]
     train(config(tmp_path, trackers=["recorder"], saes=saes))
@@ -136,6 +138,7 @@ def test_a_tracker_that_does_not_start_is_named(tmp_path, recorder, monkeypatch)
         trackers.open_trackers(Accelerator(), ["recorder"], TrackedRun("llamas", tmp_path, {}, 0, "id"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_curves_of_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -167,7 +170,8 @@ def test_a_resumed_run_goes_on_in_the_curves_of_tensorboard(tmp_path):
     assert "saes/0/num_latents: 128" in text
 
 
-def test_trackio_names_the_run_and_goes_on_with_it(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_trackio_gets_the_run_by_its_name(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="needs the optional package trackio")
     import trackio
     from trackio import utils
