@@ -233,7 +233,7 @@ def edit_header(folder: Path, marker: Path, outside: Path, rng: random.Random) -
             return Fault(f"the header of {file.name} has {length} bytes")
     text = _json_text(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return Fault(f"{file.name}: {what}", refused)
+    return Fault(f"{file.name}: {what}", refused, rows=file.name.startswith("latents-"))
 
 
 # Tensors
@@ -280,7 +280,8 @@ def change_weights(folder: Path, marker: Path, outside: Path, rng: random.Random
             return Fault(f"{name} of {file.name} is missing")
     state[name] = changed.contiguous().clone()
     _write(file, state)
-    return Fault(f"{file.name}: {what}", refused, rows=what.startswith(("a NaN", "an infinity")))
+    in_rows = what.startswith(("a NaN", "an infinity")) or file.name.startswith("latents-")
+    return Fault(f"{file.name}: {what}", refused, rows=in_rows)
 
 
 def _is_unused(folder: Path, name: str) -> bool:

@@ -242,6 +242,20 @@ def test_csr_has_one_matrix_under_either_name(tmp_path, shape, name, normalize):
     assert convert.load(tmp_path, k=2).config.k == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_loaded_is_memory_of_its_own(tmp_path, dtype):
+    encoder = torch.randn(64, 16).to(dtype)
+    state = {"encoder.weight": encoder, "pre_bias": torch.zeros(16, dtype=dtype), "latent_bias": torch.zeros(64)}
+    write(tmp_path, state, "model.safetensors", {"input_dim": 16, "hidden_dim": 64, "k": 4})
+    sae = convert.load(tmp_path)
+    sae.W_enc.data.zero_()  # neither the decoder's, although they are tied
+    assert torch.equal(sae.W_dec, encoder.float())
+    content = (tmp_path / "model.safetensors").read_bytes()
+    with open(tmp_path / "model.safetensors", "r+b") as file:  # nor the file's
+        file.write(bytes(len(content)))
+    assert torch.equal(sae.W_dec, encoder.float())
+
+
 # Goodfire, DeepSeek
 
 
