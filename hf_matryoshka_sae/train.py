@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = load_run_config(*_config_and_flags(arguments), look=check_ready)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")
         return 2
     return _train(config)
