@@ -84,7 +84,7 @@ class Provenance:
             "saes": before.get("saes", {}),
         }
         if before.get("run_id") != self.run_id:
-            self.save(step, 0)
+            self.save(step, 0, 0)
 
     def add_sae(self, folder: Path, found: dict[str, Any]) -> None:
         """Write down what [`describe_sae`] told of a saved SAE."""

@@ -138,22 +138,26 @@ def test_an_index_names_no_files_outside_its_folder(tmp_path, load, width, layou
 
 
 @pytest.mark.parametrize("place", ["../other", "layers.2/../../other", "{}/other"])
-def test_the_index_of_a_repository_names_no_folders_outside_it(tmp_path, place):
+def test_the_index_of_a_repository_names_no_folders_outside_it(hub, tmp_path, place):
     root, place = tmp_path / "root", place.format(tmp_path)
     root.mkdir()
     make_sae("relu").save_pretrained(tmp_path / "other")
     index = {"model_type": "sae_collection", "saes": {place: {"model_type": "relu_sae"}}}
     (root / "config.json").write_text(json.dumps(index))
+    hub.add("tester/sae", {"config.json": json.dumps(index).encode()})
     for load in (AutoModel, SAECollection):
-        with pytest.raises(ValueError, match="index .*root names 'relu_sae' in the folder .*no SAE in it"):
+        with pytest.raises(ValueError, match="holds 0 SAEs"):  # in a folder what is there counts, not its index
             load.from_pretrained(root)
+        with pytest.raises(ValueError, match="index .*tester/sae names 'relu_sae' in the folder .*no SAE in it"):
+            load.from_pretrained("tester/sae")
 
 
 @pytest.mark.parametrize("entry", [{"model_type": "llama"}, {}, {"model_type": []}])
-def test_the_index_of_a_repository_names_saes_alone(tmp_path, entry):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sae_collection", "saes": {"a": entry}}))
+def test_the_index_of_a_repository_names_saes_alone(hub, entry):
+    index = {"model_type": "sae_collection", "saes": {"a": entry}}
+    hub.add("tester/sae", {"config.json": json.dumps(index).encode()})
     with pytest.raises(ValueError, match="in the folder 'a', which is no SAE"):
-        AutoModel.from_pretrained(tmp_path)
+        AutoModel.from_pretrained("tester/sae")
 
 
 def test_an_index_of_a_million_pieces_is_refused_at_once(tmp_path):
