@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
-from hf_matryoshka_sae.evaluation.report import write_json
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
 from hf_matryoshka_sae.progressive import calibrate_thresholds, latent_statistics, progressive_curve
 

@@ -47,9 +47,10 @@ from hf_matryoshka_sae.activations import (
 )
 from hf_matryoshka_sae.demo import DEMO
 from hf_matryoshka_sae.models.configuration_sae import default_prefix_widths
-from hf_matryoshka_sae.training import RunConfig, setup
-from hf_matryoshka_sae.training.checkpoints import write_json
-from hf_matryoshka_sae.training.trainer import Trainer
+from hf_matryoshka_sae.training import RunConfig
+from hf_matryoshka_sae.training.data import harvest as setup
+from hf_matryoshka_sae.training.run.checkpoints import write_json
+from hf_matryoshka_sae.training.run.trainer import Trainer
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

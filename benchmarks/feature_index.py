@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModel
 
 from hf_matryoshka_sae.activations import DatasetConfig, TokenBatch, harvest, heldout_batches, load_language_model
-from hf_matryoshka_sae.evaluation.report import write_json
+from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index
 from hf_matryoshka_sae.models import SAEModel
 
@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def _tree(sae: SAEModel):
-    from hf_matryoshka_sae.features.tree import EdgeSums
+    from hf_matryoshka_sae.features.tree.tree import EdgeSums
 
     return EdgeSums(sae)
 

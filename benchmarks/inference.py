@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
-from hf_matryoshka_sae.training.checkpoints import write_json
+from hf_matryoshka_sae.training.run.checkpoints import write_json
 
 
 def main() -> None:

@@ -30,12 +30,13 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity
 from hf_matryoshka_sae.models import build_sae
-from hf_matryoshka_sae.training.calibration import calibrate_threshold
-from hf_matryoshka_sae.training.config import RunConfig, SAESpec
-from hf_matryoshka_sae.training.fields import override
-from hf_matryoshka_sae.training.initialization import initialize, input_scaling
-from hf_matryoshka_sae.training.learner import Learner
-from hf_matryoshka_sae.training.setup import Harvest, open_harvest
+from hf_matryoshka_sae.training.config.fields import override
+from hf_matryoshka_sae.training.config.run import RunConfig
+from hf_matryoshka_sae.training.config.spec import SAESpec
+from hf_matryoshka_sae.training.data.harvest import Harvest, open_harvest
+from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
+from hf_matryoshka_sae.training.sae.initialization import initialize, input_scaling
+from hf_matryoshka_sae.training.sae.learner import Learner
 
 
 PRECISIONS = {

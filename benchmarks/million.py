@@ -19,7 +19,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from hf_matryoshka_sae.evaluation.report import write_text
+from hf_matryoshka_sae.common.files import write_text
 from hf_matryoshka_sae.planning import find_device, make_plan, read_workload
 from hf_matryoshka_sae.training import load_run_config
 

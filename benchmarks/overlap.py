@@ -19,8 +19,8 @@ import torch
 
 from hf_matryoshka_sae.demo import DEMO
 from hf_matryoshka_sae.training import RunConfig, load_run_config
-from hf_matryoshka_sae.training.checkpoints import write_json
-from hf_matryoshka_sae.training.trainer import Trainer
+from hf_matryoshka_sae.training.run.checkpoints import write_json
+from hf_matryoshka_sae.training.run.trainer import Trainer
 
 
 class Timed:

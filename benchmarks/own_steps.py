@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_matryoshka_sae.models import SAEModel, build_sae
-from hf_matryoshka_sae.training.config import SAESpec
-from hf_matryoshka_sae.training.initialization import initialize
-from hf_matryoshka_sae.training.learner import Learner
+from hf_matryoshka_sae.training.config.spec import SAESpec
+from hf_matryoshka_sae.training.sae.initialization import initialize
+from hf_matryoshka_sae.training.sae.learner import Learner
 
 
 Step = Callable[[Tensor], None]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hf_matryoshka_sae.evaluation.report import write_text
+from hf_matryoshka_sae.common.files import write_text
 from hf_matryoshka_sae.planning import Mesh, Plan, find_device, make_plan, read_workload
 from hf_matryoshka_sae.planning.plan import LayoutPlan, plan_layout, what_would_fit
 from hf_matryoshka_sae.planning.report import duration, layout_table, memory_table, step_table, table

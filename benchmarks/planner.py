@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from hf_matryoshka_sae.evaluation.report import write_text
+from hf_matryoshka_sae.common.files import write_text
 from hf_matryoshka_sae.planning import find_device, make_plan, read_workload
 from hf_matryoshka_sae.planning.report import table
 from hf_matryoshka_sae.training import load_run_config

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from hf_matryoshka_sae.training import load_run_config, train
-from hf_matryoshka_sae.training.checkpoints import write_json
+from hf_matryoshka_sae.training.run.checkpoints import write_json
 
 
 def best_peers(path: str) -> dict[int, dict[str, float]]:

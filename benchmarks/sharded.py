@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from hf_matryoshka_sae.evaluation.report import write_text
+from hf_matryoshka_sae.common.files import write_text
 
 
 HERE = Path(__file__).parent

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from hf_matryoshka_sae.activations import harvest
 from hf_matryoshka_sae.demo import DEMO
 from hf_matryoshka_sae.training import RunConfig, load_run_config
-from hf_matryoshka_sae.training.checkpoints import write_json
-from hf_matryoshka_sae.training.trainer import Trainer
+from hf_matryoshka_sae.training.run.checkpoints import write_json
+from hf_matryoshka_sae.training.run.trainer import Trainer
 
 
 def harvest_ratio(trainer: Trainer, batches: int, repeats: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ import yaml
 from progressive_coding_judge import TestBed, dataset_fields, judge
 from progressive_coding_report import read_seed, write_report
 
-from hf_matryoshka_sae.evaluation.report import write_json
+from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 
 

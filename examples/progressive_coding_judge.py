@@ -39,7 +39,7 @@ from hf_matryoshka_sae.progressive import (
     with_threshold,
 )
 from hf_matryoshka_sae.training import RunConfig
-from hf_matryoshka_sae.training.learner import Learner
+from hf_matryoshka_sae.training.sae.learner import Learner
 
 
 RANKINGS = (

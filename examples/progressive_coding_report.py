@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from progressive_coding_results import BETTER, METRICS, PLAIN, SELECTIONS, Claim, Interval, Results, claims, grouped
 
-from hf_matryoshka_sae.evaluation.report import save_figure, write_json
+from hf_matryoshka_sae.common.figures import save_figure
+from hf_matryoshka_sae.common.files import write_json
 
 
 STYLES = {

@@ -26,10 +26,12 @@ from progressive_coding_report import STYLES, markdown
 from progressive_coding_results import Interval
 
 from hf_matryoshka_sae.activations import DatasetConfig, heldout_batches, load_language_model, resolve_hookpoints
-from hf_matryoshka_sae.evaluation import HeldOut, LabelledTask, explainability, probe_losses
-from hf_matryoshka_sae.evaluation.report import save_figure, write_json
+from hf_matryoshka_sae.common.figures import save_figure
+from hf_matryoshka_sae.common.files import write_json
+from hf_matryoshka_sae.evaluation import HeldOut
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.progressive import latent_statistics, rank_latents, sort_latents
+from hf_matryoshka_sae.studies import LabelledTask, explainability, probe_losses
 
 
 EXAMPLE_TOKENS = 150_000  # of training text, from which patterns are made

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from hf_matryoshka_sae.space import Library
 from hf_matryoshka_sae.space.endpoints import Endpoints
-from hf_matryoshka_sae.space.html import escape, tokens
+from hf_matryoshka_sae.space.looks.html import escape, tokens
 
 
 STYLE = """

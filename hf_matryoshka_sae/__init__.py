@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         metrics,
         planning,
         progressive,
-        sweep,
-        toy,
+        steering,
+        studies,
         training,
     )
     from .models import *  # noqa: F403
@@ -59,8 +59,8 @@ _ROOMS = (
     "metrics",
     "planning",
     "progressive",
-    "sweep",
-    "toy",
+    "steering",
+    "studies",
     "training",
 )
 

@@ -54,11 +54,11 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
 
             return plan(rest or ["--help"])
         case "sweep":
-            from .sweep.command import main as sweep
+            from .studies.scaling.command import main as sweep
 
             return sweep(rest or ["--help"])
         case "evaluate":
-            from .evaluation.command import main as evaluate
+            from .studies.command import main as evaluate
 
             return evaluate(rest or ["--help"])
         case "index":
@@ -82,11 +82,11 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
 
             return convert(rest or ["--help"])
         case "toy":
-            from .toy.command import main as toy
+            from .studies.known_features.command import main as toy
 
             return toy(rest)
         case "synthetic":
-            from .toy.benchmark import main as synthetic
+            from .studies.known_features.benchmark import main as synthetic
 
             return synthetic(rest)
     from .demo import demo

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0
     from .training import load_run_config
-    from .training.readiness import check_ready
+    from .training.config.readiness import check_ready
 
     try:
         config = load_run_config(*_config_and_flags(arguments), look=check_ready)
@@ -72,7 +72,7 @@ def _help() -> str:
 
     return (
         f"{__doc__}\nFields of a run: {names(RunConfig)}.\n\nFields of an entry of saes: {names(SAESpec)}.\n\n"
-        "What each means is said in hf_matryoshka_sae/training/config.py; examples/ has files to start from.\n"
+        "What each means is said in hf_matryoshka_sae/training/config/; examples/ has files to start from.\n"
     )
 
 

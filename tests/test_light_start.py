@@ -7,7 +7,7 @@ import pytest
 
 import hf_matryoshka_sae
 from hf_matryoshka_sae import models
-from hf_matryoshka_sae.training.config import FAMILIES
+from hf_matryoshka_sae.training.config.spec import FAMILIES
 
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "huggingface_hub")

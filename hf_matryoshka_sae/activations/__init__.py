@@ -1,20 +1,20 @@
 """Hidden states of any transformers model: text, token batches, an early-exit forward pass, shuffled activations."""
 
 from .buffer import ShuffleBuffer
-from .cache_fingerprint import cache_fingerprint
-from .cache_format import has_cache
-from .cache_reader import CachedActivationStream
-from .cache_writer import build_cache, wait_for_cache
-from .holdout import Split
+from .cache.fingerprint import cache_fingerprint
+from .cache.format import has_cache
+from .cache.reader import CachedActivationStream
+from .cache.writer import build_cache, wait_for_cache
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
 from .prefetch import PrefetchedStream
 from .splice import has_lm_loss, is_masked_lm, spliced_logits, spliced_losses
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
-from .text import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents, open_dataset
-from .tokens import TokenBatch, TokenStream, heldout_batches
-from .windows import WindowShuffle
+from .text.documents import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents, open_dataset
+from .text.holdout import Split
+from .text.tokens import TokenBatch, TokenStream, heldout_batches
+from .text.windows import WindowShuffle
 
 
 __all__ = [

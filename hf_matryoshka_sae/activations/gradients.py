@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .hookpoints import first_tensor, hooked, run_model
 from .splice import _task, has_lm_loss
-from .tokens import TokenBatch
+from .text.tokens import TokenBatch
 
 
 def loss_gradients(

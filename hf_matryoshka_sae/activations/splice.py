@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .hookpoints import first_tensor, hooked, run_model
-from .tokens import TokenBatch
+from .text.tokens import TokenBatch
 
 
 _MASKED_SHARE = 0.15

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .buffer import ShuffleBuffer
 from .hookpoints import harvest
-from .tokens import TokenBatch, TokenStream
-from .windows import WindowShuffle
+from .text.tokens import TokenBatch, TokenStream
+from .text.windows import WindowShuffle
 
 
 # So many forward passes in a row without a finite row mean that the model or the hookpoint is at fault, not some text.

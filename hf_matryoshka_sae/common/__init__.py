@@ -1,1 +1,1 @@
-"""What the other rooms share; nothing here imports torch or transformers when it is loaded."""
+"""What every room shares and none should write twice."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from . import formats, load, save
+from . import load, save
+from .registry import formats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from ..models import SAEModel
 from ..models.configuration_sae import nearest
-from . import (
+from .base import Format
+from .checkpoint import Checkpoint
+from .formats import (
     bussmann,
     dictionary_learning,
     embeddings,
@@ -18,8 +20,6 @@ from . import (
     saelens,
     sparsify,
 )
-from .base import Format
-from .checkpoint import Checkpoint
 
 
 # Ours by its config alone, before any tensor is read; then those that one name of a tensor or file tells apart.

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.distributed import reduce_sum
+from ..common.seeds import derived_seed
 from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, build_sae
 from .data import HasActivations
-from .distributed import reduce_sum
 from .geometry import checked_widths, groups, unit_rows
-from .seeds import derived_seed
 from .similarity import TokenSample, checked_batches
 
 

@@ -16,7 +16,7 @@ from ..activations import (
     load_language_model,
     resolve_hookpoints,
 )
-from .distributed import processes
+from ..common.distributed import processes
 
 
 class HasActivations(Protocol):

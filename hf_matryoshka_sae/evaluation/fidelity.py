@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..common.distributed import processes, reduce_sum
 from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
-from .distributed import processes, reduce_sum
 from .language_model import spliced_metrics
 from .reconstruction import ReconstructionSums
 from .similarity import TokenSample, representational_similarity

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.distributed import reduce_sum
 from ..models.sparse_ops import LatentPairs
-from .distributed import reduce_sum
 
 
 class FiringSums:

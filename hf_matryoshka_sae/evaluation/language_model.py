@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activations import TokenBatch, spliced_logits
+from ..common.distributed import reduce_sum
 from .data import HeldOut
-from .distributed import reduce_sum
 from .subjects import Subject
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import reduce_sum
+from ..common.distributed import reduce_sum
 
 
 _SMALL_NORM = 1e-4  # below this a ratio of norms counts as 1, as in SAEBench

@@ -1,12 +1,10 @@
 """Results as people read them: a table, a plot, a JSON file."""
 
-import json
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
+
+from hf_matryoshka_sae.common.figures import save_figure
 
 
 ABOUT = (
@@ -115,87 +113,3 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle("Held-out reconstruction at every width")
     save_figure(figure, path)
-
-
-def draw_widths(axis: Any, rows: dict[str, list[dict[str, Any]]], key: str, flat: Sequence[str] = ()) -> None:
-    """Draw `key` of each row against its width, with its `_interval` where it has one; those of one width as a line.
-
-    Args:
-        axis (`Axes`): Of matplotlib.
-        rows (`dict[str, list[dict]]`): By name.
-        key (`str`): Such as `"f1"`.
-        flat (`Sequence[str]`, *optional*): Names of what has but one width, and is drawn across.
-    """
-    for name, found in rows.items():
-        found = [row for row in found if row.get(key) is not None]
-        if not found:
-            continue
-        if name in flat:
-            axis.axhline(found[-1][key], color="gray", linestyle=":", label=name)
-            continue
-        middle = [row[key] for row in found]
-        spans = [row.get(f"{key}_interval") or (row[key], row[key]) for row in found]
-        below = [max(0.0, value - low) for value, (low, _) in zip(middle, spans, strict=True)]
-        above = [max(0.0, high - value) for value, (_, high) in zip(middle, spans, strict=True)]
-        widths = [row["width"] for row in found]
-        axis.errorbar(widths, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
-    axis.set(xlabel="width (latents)", xscale="log")
-    widths = sorted({row["width"] for name, found in rows.items() if name not in flat for row in found})
-    if len(widths) <= 12:
-        axis.set_xticks(widths, list(map(str, widths)), rotation=45 if len(widths) > 8 else 0)
-        axis.minorticks_off()
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-
-
-def seed_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95% interval of a mean over independent seeds, by Student's t; `None` of one seed."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    middle = mean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return [middle - half, middle + half]
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure whole, then give it its name."""
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp" + path.suffix)
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    pyplot.close(figure)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary name, then rename; see [`as_json`]."""
-    write_text(path, as_json(data, indent=2) + "\n")
-
-
-def as_json(data: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: NaN and infinity, of which JSON knows nothing, are null.
-
-    Args:
-        data (`Any`): What `json.dumps` takes.
-        indent (`int`, *optional*): Spaces of a level; by default all is one line.
-    """
-    return json.dumps(_with_null(data), indent=indent, allow_nan=False)
-
-
-def _with_null(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: _with_null(value) for key, value in data.items()}
-    return [_with_null(value) for value in data] if isinstance(data, list | tuple) else data
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from ..common.distributed import processes, shared_group
 from .data import HasActivations, activation_batches
-from .distributed import processes, shared_group
 
 
 # The finalising steps of splitmix64 (Steele et al. 2014), as signed numbers.

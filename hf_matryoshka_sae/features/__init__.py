@@ -1,18 +1,16 @@
 """What a latent means: its index, patterns that find it, trees, texts, and what it does when it is turned up."""
 
-from .index import build_index
-from .latent_pass import IndexSizes
-from .layout import Context, Feature
+from .index.build import build_index
+from .index.latent_pass import IndexSizes
+from .index.layout import Context, Feature
+from .index.neuronpedia import export_neuronpedia
+from .index.store import FeatureIndex
 from .logits import LogitEffects, logit_effects
-from .neuronpedia import export_neuronpedia
-from .patterns import TokenPattern
-from .reconstructed import ReconstructedText, reconstruct_text
-from .search import PatternHit, search_latents, search_words
-from .steering import Steered, steer
-from .store import FeatureIndex
+from .patterns.matching import TokenPattern
+from .patterns.search import PatternHit, search_latents, search_words
 from .text import TextFeatures, text_features
-from .tree import LatentTree, build_tree
-from .tree_sums import EdgeSums
+from .tree.sums import EdgeSums
+from .tree.tree import LatentTree, build_tree
 
 
 __all__ = [
@@ -24,17 +22,13 @@ __all__ = [
     "LatentTree",
     "LogitEffects",
     "PatternHit",
-    "ReconstructedText",
-    "Steered",
     "TextFeatures",
     "TokenPattern",
     "build_index",
     "build_tree",
     "export_neuronpedia",
     "logit_effects",
-    "reconstruct_text",
     "search_latents",
     "search_words",
-    "steer",
     "text_features",
 ]

@@ -9,10 +9,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig
 from ..activations.language_model import EMBEDDED
-from .index import build_index
-from .latent_pass import IndexSizes
-from .layout import FOLDER
-from .store import FeatureIndex
+from .index.build import build_index
+from .index.latent_pass import IndexSizes
+from .index.layout import FOLDER
+from .index.store import FeatureIndex
 
 
 _SHOWN = 5

@@ -11,7 +11,7 @@ from ..activations import TokenBatch, TokenStream, harvest, resolve_hookpoints
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from ..progressive.statistics import encoded
-from .pattern_vocabulary import token_texts
+from .patterns.vocabulary import token_texts
 
 
 logger = logging.getLogger(__name__)

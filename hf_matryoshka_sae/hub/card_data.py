@@ -16,7 +16,7 @@ from ..models import SAEConfig, SAEModel
 from ..models.checkpoint_files import weight_files
 from ..models.digests import folder_digest
 from ..training import RunConfig, load_run_config
-from ..training.provenance import read_provenance
+from ..training.run.provenance import read_provenance
 from .layout import SAEFolder
 from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, name_in_run, read_json
 from .suite_facts import SuiteFacts, read_suite

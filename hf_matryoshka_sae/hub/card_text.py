@@ -10,7 +10,7 @@ import yaml
 from ..activations import DatasetConfig
 from ..activations.language_model import EMBEDDED
 from ..training import RunConfig, SAESpec
-from ..training.provenance import without_secrets
+from ..training.run.provenance import without_secrets
 from .card_data import RunFacts, SAEFacts
 from .public import LOCAL_DATA, hub_id, public_fields, stand_ins
 

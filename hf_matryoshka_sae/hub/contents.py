@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoModel
 
 from .. import models
 from ..features import FeatureIndex
-from ..features.layout import FOLDER as INDEX_FOLDER
-from ..features.layout import INDEX
+from ..features.index.layout import FOLDER as INDEX_FOLDER
+from ..features.index.layout import INDEX
 from ..models import MODELS, SAECollection, SAECollectionConfig
 from ..models.checkpoint_files import weight_files
 from ..models.digests import DIGESTS_NAME, digest, row_digests
 from ..models.pieces import WHOLE_TENSORS, is_weights
 from ..models.places import collection_index
 from ..progressive.statistics import STATISTICS_FILE
-from ..training.provenance import read_provenance
+from ..training.run.provenance import read_provenance
 from .card import card_assets, run_card
 from .layout import SAEFolder
 from .measure import run_folder

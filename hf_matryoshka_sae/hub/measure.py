@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModel
 
 from ..activations import load_language_model, resolve_hookpoints
+from ..common.files import write_json
 from ..evaluation import HeldOut
 from ..evaluation.core import evaluate
-from ..evaluation.report import ABOUT, plot, write_json
+from ..evaluation.report import ABOUT, plot
 from ..models import SAEModel
 from ..models.digests import folder_digest
 from ..models.pieces import tensor_files
@@ -33,8 +34,8 @@ from ..progressive import (
 )
 from ..progressive.statistics import STATISTICS_FILE
 from ..training import RunConfig, load_run_config
-from ..training.provenance import describe_model
-from ..training.setup import open_heldout_text
+from ..training.data.harvest import open_heldout_text
+from ..training.run.provenance import describe_model
 from .layout import SAEFolder, find_saes
 
 

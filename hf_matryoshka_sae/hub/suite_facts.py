@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.suite import FOLDER, SUITE_FILE
-from ..evaluation.suite.report import metric_lines
+from ..studies.suite import FOLDER, SUITE_FILE
+from ..studies.suite.report import metric_lines
 from .measure import read_json
 
 

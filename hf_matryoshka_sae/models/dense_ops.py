@@ -15,6 +15,7 @@ _SHARE = 1 / 8
 # With fewer pairs the time does not matter. Added up one by one, as small matmuls do too, their sums are those of
 # other libraries to the last bits.
 _FEWEST = 2**17
+_ROWS = 2**16  # rows of a matrix that are converted at once
 
 
 def worthwhile(num_pairs: int, num_rows: int, num_latents: int) -> bool:
@@ -50,3 +51,15 @@ def decoder_gradients(gradient: Tensor, latents: Tensor, widths: tuple[int, ...]
 
 def _groups(widths: tuple[int, ...]) -> list[slice]:
     return [slice(start, end) for start, end in zip((0, *widths), widths, strict=False)]
+
+
+def matrix_vector(rows: Tensor, vector: Tensor) -> Tensor:
+    """`rows @ vector` in the type of `vector`, without a copy of all rows where theirs is another."""
+    return torch.cat([part.to(vector.dtype) @ vector for part in rows.split(_ROWS)])
+
+
+def vector_matrix(vector: Tensor, rows: Tensor) -> Tensor:
+    """`vector @ rows`, likewise."""
+    if vector.dtype == rows.dtype:
+        return vector @ rows
+    return sum(a @ part.to(vector.dtype) for a, part in zip(vector.split(_ROWS), rows.split(_ROWS), strict=True))

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint_files import (
-    complete_partial_files,
-    failures_named,
-    forget_partial_files,
-    in_pieces,
-    read_prefix,
-)
+from .checkpoint_files import complete_partial_files, failures_named, forget_partial_files, in_pieces, read_prefix
 from .configuration_sae import (
     BatchTopKSAEConfig,
     GatedSAEConfig,

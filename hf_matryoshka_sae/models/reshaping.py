@@ -6,7 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .sparse_ops import matrix_vector, row_norms
+from .dense_ops import matrix_vector
+from .sparse_ops import row_norms
 
 
 class Reshaping:

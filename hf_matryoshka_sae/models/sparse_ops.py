@@ -18,16 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Not `from . import`: where this package is not installed, the loader of remote code does not see that.
-from .dense_ops import decode_groups, decoder_gradients, latent_gradients, worthwhile
+from .dense_ops import decode_groups, decoder_gradients, latent_gradients, vector_matrix, worthwhile
 from .dense_ops import spread as spread_dense
 from .outputs import InputNorm, SparseLatents
 from .sharding import Layout
 from .triton_ops import gather_sum as triton_gather_sum
 from .triton_ops import pair_dot as triton_pair_dot
 from .triton_ops import usable as triton_usable
-
-
-_ROWS = 2**16  # rows of a matrix that are converted at once
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -38,19 +35,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths of rows, `(F,)`; never 0, so that a row of zeros can be divided by its own."""
     return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
-
-
-def matrix_vector(rows: Tensor, vector: Tensor) -> Tensor:
-    """`rows @ vector` in the type of `vector`, without a copy of all rows where theirs is another."""
-    return torch.cat([part.to(vector.dtype) @ vector for part in rows.split(_ROWS)])
-
-
-def vector_matrix(vector: Tensor, rows: Tensor) -> Tensor:
-    """`vector @ rows`, likewise."""
-    if vector.dtype == rows.dtype:
-        return vector @ rows
-    parts = zip(vector.split(_ROWS), rows.split(_ROWS), strict=True)
-    return sum(weights @ part.to(vector.dtype) for weights, part in parts)
 
 
 @dataclass

@@ -5,8 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from ..evaluation.report import write_json, write_text
-from ..training.config import load_run_config
+from ..common.files import write_json, write_text
+from ..training.config.run import load_run_config
 from .devices import DEVICES, find_device
 from .plan import make_plan
 from .plots import plot

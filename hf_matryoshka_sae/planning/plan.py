@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..training.config import RunConfig
+from ..training.config.run import RunConfig
 from .counts import Mesh, Part, language_model_part, step_parts
 from .devices import Device
 from .memory import Memory, memory, reader_bytes

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import save_figure
+from ..common.figures import save_figure
 from .plan import Plan
 from .report import SMALL
 

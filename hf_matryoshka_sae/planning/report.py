@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..training.config import RunConfig
+from ..training.config.run import RunConfig
 from .plan import LayoutPlan, Plan, what_would_fit, yaml_lines
 
 

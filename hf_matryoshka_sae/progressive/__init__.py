@@ -1,6 +1,5 @@
-"""Rank, sort, prune, grow and code: any dictionary as a progressive one."""
+"""Rank, sort, prune and code: any dictionary as a progressive one."""
 
-from ..training.growth import grow
 from .budget import Budget, width_for_budget
 from .codec import decode_latents, decode_progressive, encode_progressive
 from .curve import ProgressiveCurve, default_widths, plot_curves, progressive_curve
@@ -36,7 +35,6 @@ __all__ = [
     "encode_progressive",
     "fit_power_law",
     "greedy_order",
-    "grow",
     "latent_statistics",
     "merge_latents",
     "naive_bits",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation.distributed import processes
+from ..common.distributed import processes
 from ..models import SAEModel, SparseLatents
 from ..models.sparse_ops import LatentPairs, PairIndex
 from .packets import Packet, WholePackets, read_packet, write_packet

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..common.figures import save_figure
+from ..common.files import write_json
 from ..evaluation import Dictionary, HeldOut, activation_batches, evaluate_fidelity
 from ..evaluation.data import HasActivations
-from ..evaluation.report import save_figure, table, write_json
+from ..evaluation.report import table
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from .rate import RateSums, bins

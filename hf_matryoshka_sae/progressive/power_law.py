@@ -21,7 +21,7 @@ from scipy import optimize, special, stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation.distributed import processes
+from ..common.distributed import processes
 from ..models import SAEModel
 
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..evaluation.distributed import reduce_sum
+from ..common.distributed import reduce_sum
 from ..models.sparse_ops import LatentPairs
 
 

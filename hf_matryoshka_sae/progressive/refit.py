@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..common.distributed import processes, reduce_sum
 from ..evaluation.data import HasActivations, activation_batches
-from ..evaluation.distributed import processes, reduce_sum
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs, gather_sum
 from .greedy import add_products

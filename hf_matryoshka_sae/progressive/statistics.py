@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..activations.gradients import loss_gradients
+from ..common.distributed import processes, reduce_sum
 from ..evaluation.data import HasActivations, HeldOut, activation_batches
-from ..evaluation.distributed import processes, reduce_sum
 from ..models import SAEModel
 from ..models.safetensors_file import give_usual_permissions
 from ..models.sparse_ops import LatentPairs, pair_dot, row_norms

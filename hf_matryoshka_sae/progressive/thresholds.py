@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..common.distributed import reduce_sum
 from ..evaluation import activation_batches
 from ..evaluation.data import HasActivations
-from ..evaluation.distributed import reduce_sum
 from ..models import SAEModel
 from ..models.selection import EncoderBlocks, select_above
 

@@ -3,7 +3,7 @@
 `page.py` needs Gradio (the extra `space`); nothing above it does.
 """
 
-from .library import Library
+from .subject.library import Library
 
 
 __all__ = ["Library", "build_demo", "launch"]

@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from transformers.utils import logging
 
-    from .library import Library
     from .limits import UNREACHABLE, forget_own_token
+    from .subject.library import Library
 
     logging.disable_progress_bar()
     try:

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
-from ..features import TextFeatures, reconstruct_text, search_latents, search_words, steer, text_features
+from ..features import TextFeatures, search_latents, search_words, text_features
 from ..features.text import checked_latent
-from .answers import feature_of, list_latents, measured_row
-from .comparing import compare
-from .library import Library
+from ..steering import reconstruct_text, steer
 from .limits import checked_text, on_gpu
-from .opened import Opened, Pruning
+from .subject.answers import feature_of, list_latents, measured_row
+from .subject.comparing import compare
+from .subject.library import Library
+from .subject.opened import Opened, Pruning
 
 
 _ALL: list["Endpoints"] = []

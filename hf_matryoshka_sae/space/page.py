@@ -6,20 +6,20 @@ from typing import Any
 
 import gradio as gr
 
-from .compare_tab import CompareTab
 from .endpoints import Endpoints
-from .features_tab import FeaturesTab
-from .html import escape
-from .library import Library
 from .limits import UNREACHABLE, typed
-from .links import View
-from .messages import told, warn
-from .opened import Pruning
-from .prune_tab import PruneTab
-from .search_tab import SearchTab
-from .tabs import Shown, area
-from .text_tab import TextTab
-from .tree_tab import TreeTab
+from .looks.html import escape
+from .looks.links import View
+from .looks.messages import told, warn
+from .subject.library import Library
+from .subject.opened import Pruning
+from .tabs.compare import CompareTab
+from .tabs.features import FeaturesTab
+from .tabs.inputs import Shown, area
+from .tabs.prune import PruneTab
+from .tabs.search import SearchTab
+from .tabs.text import TextTab
+from .tabs.tree import TreeTab
 
 
 TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"

@@ -3,17 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from .config import RunConfig, SAESpec, load_run_config
+from .config.run import RunConfig, load_run_config
+from .config.spec import SAESpec
 
 
 if TYPE_CHECKING:
-    from .trainer import Interrupted, train
-    from .watchdog import LostProcess
+    from .run.trainer import Interrupted, train
+    from .run.watchdog import LostProcess
+    from .sae.growth import grow
 
 
-__all__ = ["Interrupted", "LostProcess", "RunConfig", "SAESpec", "load_run_config", "train"]
+__all__ = ["Interrupted", "LostProcess", "RunConfig", "SAESpec", "grow", "load_run_config", "train"]
 
-_ON_USE = {"Interrupted": "trainer", "LostProcess": "watchdog", "train": "trainer"}
+_ON_USE = {"Interrupted": "run.trainer", "LostProcess": "run.watchdog", "grow": "sae.growth", "train": "run.trainer"}
 
 
 def __getattr__(name: str):

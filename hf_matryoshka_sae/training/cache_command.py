@@ -5,15 +5,15 @@ import sys
 import time
 
 from ..activations import build_cache, has_cache, load_language_model, resolve_hookpoints
-from ..activations.cache_format import STORED_DTYPES, read_index
-from ..activations.cache_reader import checked_index
-from ..activations.cache_storage import CacheStorage
-from ..activations.cache_writer import missing_writers
+from ..activations.cache.format import STORED_DTYPES, read_index
+from ..activations.cache.reader import checked_index
+from ..activations.cache.storage import CacheStorage
+from ..activations.cache.writer import missing_writers
 from ..common.logs import log_to_stderr
-from .config import load_run_config
-from .setup import _lm_device, live_stream
-from .sizes import calibration_tokens
-from .trainer import make_accelerator
+from .config.run import load_run_config
+from .config.sizes import calibration_tokens
+from .data.harvest import _lm_device, live_stream
+from .run.trainer import make_accelerator
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,9 +6,9 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from hf_matryoshka_sae import train as command
-from hf_matryoshka_sae.training import trainer
+from hf_matryoshka_sae.training.run import trainer
 
-from ..training.test_trainer import RUN
+from ..training.run.test_trainer import RUN
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", ["known to all", "of its own"]), ("3", ["of its own"])])

@@ -8,7 +8,7 @@ from hf_matryoshka_sae import CONFIGS, MatryoshkaSAEConfig, TopKSAEConfig, build
 from hf_matryoshka_sae.evaluation import baselines
 from hf_matryoshka_sae.evaluation.baselines import Identity, PrincipalComponents, random_dictionary
 from hf_matryoshka_sae.training import SAESpec
-from hf_matryoshka_sae.training.initialization import initialize
+from hf_matryoshka_sae.training.sae.initialization import initialize
 
 
 D, F, PREFIXES = 8, 40, [6, 15, 40]

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout
 from hf_matryoshka_sae.evaluation.baselines import PrincipalComponents
 from hf_matryoshka_sae.evaluation.data import windows_of
-from hf_matryoshka_sae.evaluation.report import plot, table, write_json
+from hf_matryoshka_sae.evaluation.report import plot, table
 
 from .test_fidelity import build
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from hf_matryoshka_sae.evaluation.report import as_json, write_json
-from hf_matryoshka_sae.evaluation.suite.report import cell
+from hf_matryoshka_sae.common.files import as_json, write_json
+from hf_matryoshka_sae.studies.suite.report import cell
 
 
 def refused(literal):

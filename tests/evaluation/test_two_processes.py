@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hf_matryoshka_sae.evaluation import HeldOut, ablation_sparsity, explainability, open_heldout
+from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
+from hf_matryoshka_sae.studies import ablation_sparsity, explainability
 
 from .planted import EMBEDDING, frequent, planted
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.evaluation.data import HeldOut
-from hf_matryoshka_sae.features.patterns import TokenPattern
-from hf_matryoshka_sae.features.search import PatternHit, search_latents
-from hf_matryoshka_sae.features.tree import build_tree
+from hf_matryoshka_sae.features.patterns.matching import TokenPattern
+from hf_matryoshka_sae.features.patterns.search import PatternHit, search_latents
+from hf_matryoshka_sae.features.tree.tree import build_tree
 
-from .test_search import CAPITAL, build, open_data
+from .patterns.test_search import CAPITAL, build, open_data
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hf_matryoshka_sae.hub.card import TEMPLATE, card_assets, run_card, sae_card
 from hf_matryoshka_sae.hub.card_text import code, hub_id, table
 from hf_matryoshka_sae.hub.layout import find_saes
 from hf_matryoshka_sae.training import RunConfig
-from hf_matryoshka_sae.training.config import SAESpec
+from hf_matryoshka_sae.training.config.spec import SAESpec
 
 
 REPO = "someone/tiny-sae"

@@ -21,7 +21,7 @@ from hf_matryoshka_sae.hub.card import _same
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
-from hf_matryoshka_sae.training.config import RunConfig
+from hf_matryoshka_sae.training.config.run import RunConfig
 
 from ..conftest import SERVER
 from ..hub_server import HubServer

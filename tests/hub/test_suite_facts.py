@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from hf_matryoshka_sae.evaluation import command
-from hf_matryoshka_sae.evaluation.suite import SECTIONS
 from hf_matryoshka_sae.hub.card import card_assets, run_card
+from hf_matryoshka_sae.studies import command
+from hf_matryoshka_sae.studies.suite import SECTIONS
 
 
 REPO = "someone/tiny-sae"

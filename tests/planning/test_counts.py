@@ -12,7 +12,7 @@ from hf_matryoshka_sae.planning import Mesh, find_device
 from hf_matryoshka_sae.planning.counts import block_latents, step_parts
 from hf_matryoshka_sae.planning.memory import memory
 from hf_matryoshka_sae.planning.traffic import bandwidth, step_traffic
-from hf_matryoshka_sae.training.learner import Learner
+from hf_matryoshka_sae.training.sae.learner import Learner
 
 from .workloads import DEVICE, config, workload
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModel
 
 from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.evaluation.command import main as evaluate
 from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, TopKSAE, TopKSAEConfig
+from hf_matryoshka_sae.studies.command import main as evaluate
 
 from ..conftest import SERVER
 from .conftest import TOKENS, choose_tab

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.features import (
-    FeatureIndex,
-    reconstruct_text,
-    search_latents,
-    search_words,
-    steer,
-    text_features,
-)
+from hf_matryoshka_sae.features import FeatureIndex, search_latents, search_words, text_features
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
-from hf_matryoshka_sae.space.answers import SORTS
+from hf_matryoshka_sae.space.subject.answers import SORTS
+from hf_matryoshka_sae.steering import reconstruct_text, steer
 
 from .conftest import TOKENS
 

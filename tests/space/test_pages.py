@@ -11,16 +11,17 @@ import torch
 
 from hf_matryoshka_sae.assets import embedded_sae_path, load_embedded_lm
 from hf_matryoshka_sae.features import FeatureIndex
-from hf_matryoshka_sae.features.pattern_vocabulary import vocabulary_of
+from hf_matryoshka_sae.features.patterns.vocabulary import vocabulary_of
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.progressive import prune
-from hf_matryoshka_sae.space import Library, html
-from hf_matryoshka_sae.space.charts import Axis, Mark, bar_chart, line_chart
-from hf_matryoshka_sae.space.comparing import _matches, compare
-from hf_matryoshka_sae.space.labels import Labels
-from hf_matryoshka_sae.space.links import View, latent_link
-from hf_matryoshka_sae.space.opened import Pruning
-from hf_matryoshka_sae.space.trees import IndexTree
+from hf_matryoshka_sae.space import Library
+from hf_matryoshka_sae.space.looks import html
+from hf_matryoshka_sae.space.looks.charts import Axis, Mark, bar_chart, line_chart
+from hf_matryoshka_sae.space.looks.labels import Labels
+from hf_matryoshka_sae.space.looks.links import View, latent_link
+from hf_matryoshka_sae.space.subject.comparing import _matches, compare
+from hf_matryoshka_sae.space.subject.opened import Pruning
+from hf_matryoshka_sae.space.subject.trees import IndexTree
 
 
 SIZE = (380, 250)
@@ -322,7 +323,7 @@ def test_labels_are_the_most_frequent_peaks(index):
 def test_labels_read_one_by_one_are_the_same(index, monkeypatch):
     _, tokenizer = load_embedded_lm()
     at_once = Labels(index, tokenizer)
-    monkeypatch.setattr("hf_matryoshka_sae.space.labels._ALL_AT_ONCE", 10)
+    monkeypatch.setattr("hf_matryoshka_sae.space.looks.labels._ALL_AT_ONCE", 10)
     one_by_one = Labels(index, tokenizer)
     assert [one_by_one[latent] for latent in range(0, 2048, 201)] == [at_once[n] for n in range(0, 2048, 201)]
     with pytest.raises(ValueError, match="at most"):

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from hf_matryoshka_sae import cli
-from hf_matryoshka_sae.activations.cache_format import read_index
-from hf_matryoshka_sae.activations.cache_storage import CacheStorage
+from hf_matryoshka_sae.activations.cache.format import read_index
+from hf_matryoshka_sae.activations.cache.storage import CacheStorage
 from hf_matryoshka_sae.training import RunConfig, train
 
-from .test_trainer import RUN
+from .run.test_trainer import RUN
 
 
 @pytest.fixture

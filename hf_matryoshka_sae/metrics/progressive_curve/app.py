@@ -8,9 +8,9 @@ import gradio as gr
 
 from hf_matryoshka_sae.metrics.uploads import read_array, read_arrays, read_numbers, read_statistics
 from hf_matryoshka_sae.space import launch
-from hf_matryoshka_sae.space.charts import Axis, line_chart
-from hf_matryoshka_sae.space.messages import told
-from hf_matryoshka_sae.space.tabs import area
+from hf_matryoshka_sae.space.looks.charts import Axis, line_chart
+from hf_matryoshka_sae.space.looks.messages import told
+from hf_matryoshka_sae.space.tabs.inputs import area
 
 
 MODULE = str(Path(__file__).with_name("progressive_curve.py"))

@@ -1,0 +1,1 @@
+"""Hidden states kept on disk, or wherever fsspec reaches, for several runs."""

@@ -1,0 +1,1 @@
+"""From a data set to batches of tokens: documents, windows, packing, held-out shares."""

@@ -1,0 +1,1 @@
+"""One file for each library's checkpoints: how they are recognised, read and, where that is possible, written."""

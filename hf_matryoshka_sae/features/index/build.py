@@ -1,0 +1,224 @@
+"""`build_index`: one pass over text, from which every latent's page is made."""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
+from ...common.ahead import ahead, shared_cores
+from ...common.distributed import processes
+from ...models import SAEModel
+from ...models.digests import weights_digest
+from ..tree.sums import EdgeSums
+from .best import MOST_POSITIONS
+from .columns import context_tables, latent_columns
+from .latent_pass import IndexSizes, LatentPass, Tree
+from .layout import FOLDER, write_index
+from .progress import Recorder, States
+from .sources import (
+    as_config,
+    check_target,
+    described,
+    opened_model,
+    opened_sae,
+    public_name,
+    text_digest,
+)
+from .store import FeatureIndex
+from .sums import PROBABILITIES
+from .windows import NumberedWindows, Position, fired_in, harvested
+
+
+logger = logging.getLogger(__name__)
+
+_BUILDING = ".building"
+
+
+def build_index(
+    sae: SAEModel | str | os.PathLike,
+    model: str | os.PathLike | nn.Module | None = None,
+    dataset: str | dict[str, Any] | DatasetConfig | Documents | list[str] | None = None,
+    tokens: int = 1_000_000,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    hookpoint: str | None = None,
+    tokenizer: Any = None,
+    context_length: int = 128,
+    lm_batch_size: int = 32,
+    exclude: str = "special",
+    sizes: IndexSizes | None = None,
+    seed: int = 0,
+    tree: Tree | bool | None = None,
+    resume: bool = True,
+    save_every: int = 5_000_000,
+    device: str | torch.device | None = None,
+    show: bool = True,
+) -> FeatureIndex:
+    """Build the feature index of an SAE: what each latent fires on, what it does, and what is near it.
+
+    One pass over the text. Memory depends on the SAE and on `sizes`, not on `tokens`. Under `torch.distributed` each
+    process takes its share and all get the index that one process would build. A build that was cut short is
+    continued by the same call, and an index that is there already, built with the same arguments from the same text,
+    is opened. Ctrl-C keeps what was done.
+
+    Args:
+        sae ([`SAEModel`], `str` or `os.PathLike`): An SAE, its folder, or its Hub id.
+        model (`str`, `os.PathLike` or `nn.Module`, *optional*): The language model: Hub id, folder, `"embedded"` or a
+            transformers model; by default what the SAE names.
+        dataset (`str`, `dict`, [`DatasetConfig`] or `list[str]`, *optional*): Text, as in a run's YAML; by default the
+            embedded text.
+        tokens (`int`, *optional*, defaults to 1,000,000): Positions to look at.
+        output_dir (`str` or `os.PathLike`, *optional*): Folder in which `features/` is made; by default the SAE's.
+        hookpoint (`str`, *optional*): Where the SAE reads; by default what it names.
+        tokenizer (*optional*): By default the one that comes with the model.
+        context_length (`int`, *optional*, defaults to 128), lm_batch_size (`int`, *optional*, defaults to 32): Tokens
+            in a window that the language model sees, and windows in a batch.
+        exclude (`str`, *optional*, defaults to `"special"`): Positions left out: `special`, `first` or `none`. How
+            often a latent fires at the first position is counted in any case.
+        sizes ([`IndexSizes`], *optional*): How much is kept.
+        seed (`int`, *optional*, defaults to 0): Of the random samples.
+        tree (*optional*): Finds parents and children of latents; by default [`EdgeSums`] of an SAE with several prefix
+            widths, `False` for none.
+        resume (`bool`, *optional*, defaults to `True`): Continue; `False` starts over.
+        save_every (`int`, *optional*, defaults to 5,000,000): Tokens of a process between two saved states.
+        device (`str` or `torch.device`, *optional*): Where model and SAE run, where they are not given as modules.
+        show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+
+    Returns:
+        [`FeatureIndex`].
+
+    Raises:
+        `ValueError`: if the SAE, the model, its hookpoint or the text cannot be found, the index cannot be written,
+            sizes are out of range, or weights or hidden states are not finite or of another width than the SAE's.
+    """
+    sizes = sizes or IndexSizes()
+    sizes.check()
+    if not 1 <= tokens < MOST_POSITIONS // 2:
+        raise ValueError(f"`tokens` must lie between 1 and {MOST_POSITIONS // 2 - 1}, got {tokens}.")
+    if save_every < 1:
+        raise ValueError(f"`save_every` must be at least 1, got {save_every}.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sae, folder = opened_sae(sae, device)
+    if tree is None and len(sae.prefix_widths) > 1:
+        tree = EdgeSums(sae)
+    tree = tree or None
+    if output_dir is None and folder is None:
+        raise ValueError("Name an `output_dir`: this SAE does not lie, as it is, in a folder it was loaded from.")
+    target = Path(output_dir if output_dir is not None else folder).expanduser() / FOLDER
+    check_target(target)
+    name = str(model or sae.config.base_model or "") if not isinstance(model, nn.Module) else None
+    place = hookpoint or sae.config.hookpoint
+    if name == "" or place is None:
+        raise ValueError("The SAE's config names no language model or no hookpoint; pass `model` and `hookpoint`.")
+    lm, tokenizer = opened_model(model if name is None else name, tokenizer, device)
+    (place,) = resolve_hookpoints(lm, [place])
+    rank, world = processes()
+    if rank == 0:
+        _warn_of_another_place(sae, place)
+    dataset = as_config(dataset)
+    about = {
+        "num_latents": sae.config.num_latents,
+        "base_model": public_name(name or getattr(lm, "name_or_path", "")) or type(lm).__name__,
+        "tokenizer": public_name(getattr(tokenizer, "name_or_path", "")),
+        "hookpoint": place,
+        "dataset": described(dataset) if isinstance(dataset, DatasetConfig) else None,
+        "text": text_digest(dataset),
+        "tokens_wanted": tokens,
+        "context_length": context_length,
+        "lm_batch_size": lm_batch_size,
+        "exclude": exclude,
+        "seed": seed,
+        "tree": tree is not None,
+        "sizes": asdict(sizes) | {"context_tokens": min(sizes.context_tokens, context_length)},
+        "weights": weights_digest(sae),
+        "probabilities": list(PROBABILITIES),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("hf_matryoshka_sae", "torch", "transformers")
+        },
+    }
+    # Of documents that need not end only the first are known: enough to continue, not to take an index for theirs.
+    comparable = isinstance(dataset, (DatasetConfig, list))
+    if resume and comparable and (finished := _finished(target, about)) is not None:
+        return finished
+    documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
+    stream = TokenStream(documents, tokenizer, context_length, lm_batch_size, exclude=exclude, num_epochs=1)
+    windows = NumberedWindows(stream, tokens, rank, world)
+    found = LatentPass(sae, sizes, context_length, seed, tree)
+    states = States(target / _BUILDING, about, rank, world)
+    if resume and (position := states.load(found)) is not None:
+        windows.go_to(position)
+    bar = tqdm(total=-(-tokens // world), desc="feature index", unit="tok", disable=rank != 0 or not show, leave=False)
+    done = Recorder(found, states, save_every, found.batches_at_once(lm_batch_size, context_length), bar)
+    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, done.kept_when_interrupted():
+        batches = _overlapping(fired_in(sae, _overlapping(harvested(windows, lm, place), overlapped)), overlapped)
+        with closing(batches):
+            done.add(batches)
+        if world > 1:
+            end = Position(windows.position.batches, windows.position.tokens, windows.stream.state_dict())
+            states.save(found, end)
+            dist.barrier()
+            done.merge(states.of(other) for other in range(1, world) if rank == 0)
+        if tree is not None:
+            tree.reduce()
+        if rank == 0:
+            _write(target, about, sae, lm, found, sizes, tree)
+            shutil.rmtree(target / _BUILDING, ignore_errors=True)
+    if world > 1:
+        dist.barrier()
+    return FeatureIndex.open(target)
+
+
+def _warn_of_another_place(sae: SAEModel, place: str) -> None:
+    own = sae.config.hookpoint
+    if own is not None and own.removesuffix(":output") != place:
+        logger.warning(
+            "This SAE reads '%s', as its config says, but the index is built at '%s': what its latents do there is "
+            "not what they were trained to do.",
+            own,
+            place,
+        )
+
+
+def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
+    """The index that is there, if it is of the same settings."""
+    if not target.is_dir():
+        return None
+    try:
+        index = FeatureIndex.open(target)
+    except ValueError:
+        return None
+    return index if all(index.about.get(name) == value for name, value in about.items()) else None
+
+
+# The pass
+
+
+def _overlapping(batches: Generator, overlapped: bool) -> Generator:
+    """The same, in a thread of its own where there are cores for that."""
+    return ahead(batches) if overlapped else batches
+
+
+def _write(
+    target: Path,
+    about: dict[str, Any],
+    sae: SAEModel,
+    lm: nn.Module,
+    found: LatentPass,
+    sizes: IndexSizes,
+    tree: Tree | None,
+) -> None:
+    columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
+    about = about | {"tokens": int(found.sums.tokens), "logits": why or "final norm's gain included, biases left out"}
+    contexts = context_tables(found.contexts, about["context_length"], sizes.quantiles, sizes.quantile_contexts)
+    write_index(target, about, columns, contexts)

@@ -1,0 +1,228 @@
+"""A feature index as the JSON that Neuronpedia takes: the feature dashboards of SAEDashboard, in `batch-*.json`.
+
+What an index does not hold (alignment with neurons, the histogram of all logits) is left empty there.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..patterns.vocabulary import token_texts
+
+
+_UNFINISHED = ".unfinished"
+
+
+class IndexedContext(Protocol):
+    """See [`Context`]."""
+
+    kind: str
+    token_ids: Sequence[int]
+    activations: Sequence[float]
+    peak: int
+    value: float
+
+
+class IndexedFeature(Protocol):
+    """See [`Feature`]."""
+
+    latent: int
+    frequency: float
+    max: float
+    histogram: tuple[Sequence[float], Sequence[int]]
+    promoted: list[tuple[int, float]]
+    suppressed: list[tuple[int, float]]
+    cofiring: list[tuple[int, float]]
+    contexts: Sequence[IndexedContext]
+
+
+class Index(Protocol):
+    """What is exported: a [`FeatureIndex`], or anything like one."""
+
+    about: Mapping[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def feature(self, latent: int, contexts: bool = True) -> IndexedFeature: ...
+
+
+def export_neuronpedia(
+    index: Index,
+    path: str | os.PathLike,
+    tokenizer,
+    model_id: str | None = None,
+    layer: int | None = None,
+    sae_set: str = "matryoshka",
+    latents: Iterable[int] | None = None,
+    batch_size: int = 128,
+    show: bool = True,
+) -> list[Path]:
+    """Write an index as Neuronpedia's feature JSON.
+
+    Args:
+        index ([`FeatureIndex`]): What is written.
+        path (`str` or `os.PathLike`): Folder for `batch-0.json`, `batch-1.json`, ...; it must hold none yet. An export
+            that fails leaves none.
+        tokenizer: The language model's, for the texts of tokens.
+        model_id (`str`, *optional*): Neuronpedia's name of the language model; by default the last part of its id.
+        layer (`int`, *optional*): By default the first number in the hookpoint's path.
+        sae_set (`str`, *optional*, defaults to `"matryoshka"`): Name of the SAE there.
+        latents (`Iterable[int]`, *optional*): Which; all by default.
+        batch_size (`int`, *optional*, defaults to 128): Features in a file.
+        show (`bool`, *optional*, defaults to `True`): A progress bar.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        `ValueError`: if the layer cannot be told, a latent does not exist, or the folder holds batches already.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    latents = list(range(len(index)) if latents is None else latents)
+    folder = Path(path)
+    if any(folder.glob("batch-*.json")):
+        raise ValueError(f"{folder} holds batches already; name another folder, or remove them.")
+    head = {
+        "model_id": model_id or str(index.about.get("base_model", "")).rstrip("/").split("/")[-1],
+        "layer": _layer(index.about) if layer is None else layer,
+        "sae_set": sae_set,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Batches cannot be written to {folder}: {error}. Name another folder.") from error
+    writer = _Writer(index, tokenizer)
+    files = []
+    with _staged(folder) as staged:
+        starts = range(0, len(latents), batch_size)
+        for number, start in enumerate(tqdm(starts, desc="neuronpedia", disable=not show, leave=False)):
+            features = [writer.feature(latent) for latent in latents[start : start + batch_size]]
+            file = staged / f"batch-{number}.json"
+            file.write_text(json.dumps(head | {"features": features}, allow_nan=False), encoding="utf-8")
+            files.append(folder / file.name)
+    return files
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder of which the files come into `folder` when the block has ended well; otherwise none do."""
+    staged = folder / _UNFINISHED
+    shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
+    staged.mkdir()
+    moved = []
+    try:
+        yield staged
+        for file in sorted(staged.iterdir()):
+            moved.append(folder / file.name)
+            os.replace(file, moved[-1])
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _layer(about: Mapping[str, Any]) -> int:
+    found = re.search(r"\d+", str(about.get("hookpoint", "")))
+    if found is None:
+        raise ValueError(f"The hookpoint {about.get('hookpoint')!r} names no layer; pass `layer`.")
+    return int(found[0])
+
+
+class _Writer:
+    """Features of one index as JSON-able values."""
+
+    def __init__(self, index: Index, tokenizer):
+        self.index, self.tokenizer = index, tokenizer
+        self.frequencies: dict[int, float] = {}
+
+    def feature(self, latent: int) -> dict[str, Any]:
+        """One feature."""
+        feature = self.index.feature(latent)
+        self.frequencies[latent] = feature.frequency
+        edges, counts = (np.asarray(part) for part in feature.histogram)
+        about, dataset = self.index.about, self.index.about.get("dataset")
+        window = int(about.get("context_length") or 0)
+        return {
+            "feature_index": int(feature.latent),
+            "neuron_alignment_indices": [],
+            "neuron_alignment_values": [],
+            "neuron_alignment_l1": [],
+            "correlated_neurons_indices": [],
+            "correlated_neurons_l1": [],
+            "correlated_neurons_pearson": [],
+            "correlated_features_indices": [int(other) for other, _ in feature.cofiring],
+            "correlated_features_l1": [],
+            "correlated_features_pearson": [_number(self._phi(feature, *pair)) for pair in feature.cofiring],
+            "neg_str": self._texts(token for token, _ in feature.suppressed),
+            "neg_values": [_number(value) for _, value in feature.suppressed],
+            "pos_str": self._texts(token for token, _ in feature.promoted),
+            "pos_values": [_number(value) for _, value in feature.promoted],
+            "frac_nonzero": _number(feature.frequency),
+            "freq_hist_data_bar_values": [_number(value) for value in (edges[1:] + edges[:-1]) / 2],
+            "freq_hist_data_bar_heights": [int(count) for count in counts],
+            "logits_hist_data_bar_heights": [],
+            "logits_hist_data_bar_values": [],
+            "n_prompts_total": int(about.get("tokens") or about.get("tokens_wanted") or 0) // window if window else 0,
+            "n_tokens_in_prompt": window,
+            "dataset": str(dataset.get("path", "") if isinstance(dataset, Mapping) else dataset or ""),
+            "decoder_weights_dist": [],
+            "activations": self._activations(feature),
+        }
+
+    def _texts(self, tokens: Iterable[int]) -> list[str]:
+        tokens = [int(token) for token in tokens]
+        return token_texts(self.tokenizer, tokens) if tokens else []
+
+    def _phi(self, feature: IndexedFeature, other: int, rate: float) -> float:
+        """Pearson's correlation of whether two latents fire, from how often the other fires where this one does."""
+        if other not in self.frequencies:
+            self.frequencies[other] = self.index.feature(other, contexts=False).frequency
+        one, two = feature.frequency, self.frequencies[other]
+        spread = math.sqrt(one * (1 - one) * two * (1 - two))
+        # The rate may come from a sample of the tokens: what it gives can lie a little outside.
+        return max(-1.0, min(1.0, (rate * one - one * two) / spread)) if spread else 0.0
+
+    def _activations(self, feature: IndexedFeature) -> list[dict[str, Any]]:
+        """Contexts: the strongest, then those of each quantile, strongest quantile first."""
+        groups: dict[str, list[IndexedContext]] = {}
+        for context in feature.contexts:
+            groups.setdefault(str(context.kind), []).append(context)
+        quantiles = sorted((kind for kind in groups if kind.isdigit()), key=int, reverse=True)
+        share = feature.frequency / len(quantiles) if quantiles else 0.0
+        found = []
+        for kind in ["top", *quantiles]:
+            contexts = groups.get(kind, [])
+            values = [float(context.value) for context in contexts]
+            if kind == "top":
+                bounds = {"bin_min": -1.0, "bin_max": _number(feature.max), "bin_contains": -1.0}
+            else:
+                bounds = {"bin_min": _number(min(values)), "bin_max": _number(max(values))}
+                bounds["bin_contains"] = _number(share)
+            for context in contexts:
+                found.append(
+                    bounds
+                    | {
+                        "tokens": self._texts(context.token_ids),
+                        "values": [_number(value) for value in context.activations],
+                        "qualifying_token_index": int(context.peak),
+                    }
+                )
+        return found
+
+
+def _number(value: float) -> float | None:
+    """A number of JSON, which has no NaN and no infinity."""
+    value = float(value)
+    return round(value, 6) if math.isfinite(value) else None

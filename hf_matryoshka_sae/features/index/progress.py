@@ -1,0 +1,169 @@
+"""What an unfinished index knows, in one file for each process: whole or absent, without pickle."""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...models.safetensors_file import give_usual_permissions
+from .latent_pass import LatentPass
+from .windows import Fired, Position
+
+
+logger = logging.getLogger(__name__)
+
+
+_TEXT = "text."
+
+
+def state_file(folder: Path, rank: int, world: int) -> Path:
+    """The file of a process."""
+    return folder / f"state-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def save_state(path: Path, settings: dict[str, Any], position: Position, state: dict[str, Tensor]) -> None:
+    """Replace the file by a newer state; it is complete before it takes its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    tensors |= {_TEXT + name: tensor.contiguous() for name, tensor in position.tensors().items()}
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, staged, {"settings": json.dumps(settings), "position": position.to_json()})
+        give_usual_permissions(staged)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str, Tensor]] | None:
+    """The state in a file; `None` where there is none, or one of other settings."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("settings") != json.dumps(settings):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (FileNotFoundError, SafetensorError):
+        return None
+    text = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TEXT)}
+    return Position.of(metadata["position"], text), state
+
+
+class States:
+    """The saved states of an unfinished index."""
+
+    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int):
+        self.folder, self.about, self.rank, self.world = folder, about, rank, world
+
+    def save(self, found: LatentPass, position: Position) -> None:
+        """Save this process's."""
+        if found.resumable or self.world > 1:
+            save_state(state_file(self.folder, self.rank, self.world), self.about, position, found.state_dict())
+
+    def load(self, found: LatentPass) -> Position | None:
+        """Put this process's state into `found`; where the text goes on, or `None` where there is none."""
+        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if found.resumable else None
+        if saved is None:
+            return None
+        found.load_state_dict(saved[1])
+        logger.info("Continuing the index in %s at token %d.", self.folder.parent, saved[0].tokens)
+        return saved[0]
+
+    def of(self, rank: int) -> dict[str, Tensor]:
+        """The state of another process, which has finished."""
+        saved = load_state(state_file(self.folder, rank, self.world), self.about)
+        if saved is None:
+            raise ValueError(
+                f"The state of process {rank} is not in {self.folder}. All processes need one folder for the index."
+            )
+        return saved[1]
+
+
+class Recorder:
+    """Adds batches to what is known of the latents, and saves it now and then, and when it is interrupted.
+
+    Args:
+        found ([`LatentPass`]): What is known.
+        states ([`States`]): Where it is saved.
+        save_every (`int`): Tokens between two saved states.
+        at_once (`int`): Batches that are added together.
+        bar: A tqdm bar of tokens.
+    """
+
+    def __init__(self, found: LatentPass, states: States, save_every: int, at_once: int, bar):
+        self.found, self.states, self.save_every, self.at_once, self.bar = found, states, save_every, at_once, bar
+        self._waiting: list[Fired] = []
+        self._unsaved, self._after = 0, None
+        self._whole = True  # nothing is added in part
+        bar.update(int(found.sums.tokens))
+
+    def add(self, batches: Iterable[Fired]) -> None:
+        """Add them all."""
+        for batch in batches:
+            self._waiting.append(batch)
+            if len(self._waiting) == self.at_once:
+                self._add_waiting()
+                if self._unsaved >= self.save_every:
+                    self._save()
+        self._add_waiting()
+
+    def merge(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """Add what other processes know, all of which have saved their own; nothing is saved any more."""
+        self._whole = False
+        for state in states:
+            self.found.merge(state)
+
+    @contextmanager
+    def kept_when_interrupted(self) -> Iterator[None]:
+        """Saves what was done in the block when Ctrl-C ends it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._whole:
+                self._add_waiting()
+                self._save()
+            raise
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        with interrupts_later():
+            self._whole = False
+            self.found.add(self._waiting)
+            self._whole, self._after = True, self._waiting[-1].after
+            done = sum(batch.tokens for batch in self._waiting)
+            self._unsaved += done
+            self._waiting = []
+            self.bar.update(done)
+
+    def _save(self) -> None:
+        if self._after is not None and self._unsaved:
+            self.states.save(self.found, self._after)
+            self._unsaved = 0
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended, so that what is inside happens wholly or not at all."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[-1])

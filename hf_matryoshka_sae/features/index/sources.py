@@ -1,0 +1,193 @@
+"""What an index is built from: the SAE, the language model and the text, opened, and told apart from others."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+from ...activations import DatasetConfig, Documents, load_language_model
+from ...activations.language_model import EMBEDDED
+from ...models import SAEModel
+from ...models.digests import weights_digest
+from ...models.places import is_collection, saes_below
+from .layout import CONTEXTS, INDEX, LATENTS, is_hub_id
+
+
+_TEXT_FILES = (".parquet", ".jsonl", ".json", ".txt")
+_READ_WHOLE = 2**30  # bytes of text files that are digested; more would take longer than some builds
+_FIRST_DOCUMENTS = 64
+_SHOWN = 10
+
+
+# The SAE
+
+
+def opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tuple[SAEModel, Path | None]:
+    """The SAE, and the folder it came from.
+
+    Raises:
+        `ValueError`: if there is none, or its weights are not finite.
+    """
+    if not isinstance(sae, SAEModel):
+        sae = _loaded_sae(sae).eval().to(device)
+        check_finite(sae)
+        return sae, _folder_of(sae)
+    check_finite(sae)
+    folder = _folder_of(sae)
+    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
+    if folder is not None and weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
+        folder = None
+    return sae, folder
+
+
+def _loaded_sae(source: str | os.PathLike) -> SAEModel:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_sae_folder(folder)
+    elif not is_hub_id(str(source)):
+        raise ValueError(f"There is no folder '{source}'. Name the folder of a saved SAE, or a Hub id.")
+    try:
+        sae = AutoModel.from_pretrained(str(folder if folder.is_dir() else source))
+    except OSError as error:
+        raise ValueError(f"No SAE can be loaded from '{source}': {error}") from error
+    if not isinstance(sae, SAEModel):
+        raise ValueError(f"'{source}' is a {type(sae).__name__}, not an SAE.")
+    return sae
+
+
+def _check_sae_folder(folder: Path) -> None:
+    """That it is an SAE's own folder, not that of a run or of another model."""
+    if (folder / "config.json").is_file() and not is_collection(folder):
+        return  # loading says what it is
+    below = list(saes_below(folder))
+    if not below:
+        raise ValueError(f"'{folder}' holds no SAE: no config.json in or under it is that of an SAE.")
+    names = ", ".join(below[:_SHOWN]) + (f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else "")
+    raise ValueError(f"'{folder}' is no SAE's own folder. An index is of one SAE; name one of those in it: {names}.")
+
+
+def _folder_of(sae: SAEModel) -> Path | None:
+    folder = Path(sae.name_or_path or "/nowhere").expanduser()
+    return folder if (folder / "config.json").is_file() and not is_collection(folder) else None
+
+
+def check_finite(sae: SAEModel) -> None:
+    """Raises `ValueError` for weights of which no activation can come: NaN, or infinite rows."""
+    for name, tensor in sae.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        rows = name in ("W_enc", "W_dec")  # a bias or a threshold may be infinite: that latent never fires
+        if not bool((torch.isfinite(tensor) if rows else ~torch.isnan(tensor)).all()):
+            raise ValueError(
+                f"The SAE's `{name}` has values that are not finite, so its activations mean nothing. Load it again, "
+                "or take an earlier checkpoint of its run."
+            )
+
+
+# The language model
+
+
+def opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -> tuple[nn.Module, Any]:
+    """The language model and its tokenizer."""
+    if not isinstance(model, nn.Module):
+        model, own = load_language_model(model, device=device)
+        return model, tokenizer or own
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(getattr(model, "name_or_path", ""))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Pass the `tokenizer` of this {type(model).__name__}: {error}") from error
+    return model.eval(), tokenizer
+
+
+# The text
+
+
+def as_config(dataset: Any) -> Any:
+    """What was given as text, as a [`DatasetConfig`] where it is not documents themselves."""
+    if dataset is None:
+        return DatasetConfig(EMBEDDED, split="heldout")
+    if isinstance(dataset, (str, os.PathLike)):
+        return DatasetConfig(str(dataset))
+    return DatasetConfig(**dataset) if isinstance(dataset, dict) else dataset
+
+
+def text_digest(dataset: DatasetConfig | Documents | list[str]) -> str | None:
+    """SHA-256 that tells a text from another under the same name; `None` for the Hub's and the embedded one.
+
+    Local files are digested whole up to 1 GiB together, beyond that by name, size and time. Of [`Documents`], which
+    need not end, the first are digested.
+    """
+    if isinstance(dataset, list):
+        return _digest_of_texts(dataset)
+    if isinstance(dataset, DatasetConfig):
+        return _digest_of_files(Path(dataset.path).expanduser()) if dataset.path != EMBEDDED else None
+    state = dataset.state_dict()
+    texts = dataset.take(_FIRST_DOCUMENTS)
+    dataset.load_state_dict(state)
+    return _digest_of_texts(texts)
+
+
+def _digest_of_texts(texts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        text = text if isinstance(text, str) else json.dumps(text, default=str)
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _digest_of_files(path: Path) -> str | None:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_FILES and file.is_file())
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        return None
+    digest, whole = hashlib.sha256(), sum(file.stat().st_size for file in files) <= _READ_WHOLE
+    for file in files:
+        about = file.stat()
+        name = file.relative_to(path).as_posix() if file != path else ""  # a renamed file is the same text
+        digest.update(f"{name}\0{about.st_size}\0{'' if whole else about.st_mtime_ns}\0".encode())
+        if whole:
+            with open(file, "rb") as stream:
+                while block := stream.read(2**22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def described(dataset: DatasetConfig) -> dict[str, Any]:
+    """A data set as `index.json` names it."""
+    return asdict(dataset) | {"path": public_name(str(dataset.path))}
+
+
+def public_name(name: str) -> str:
+    """A name as others may see it: of a folder of this machine only its own name, as an index is pushed."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+# Where the index goes
+
+
+def check_target(target: Path) -> None:
+    """Raises `ValueError` where an index cannot be written, before any work is done for it. Makes nothing."""
+    place = target
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"The index cannot be written to '{target}': '{place}' is a file. Name another `output_dir`.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"The index cannot be written to '{target}': no permission to write in '{place}'. Name another "
+            "`output_dir`."
+        )
+    for name in (INDEX, LATENTS, CONTEXTS):
+        if (target / name).is_dir():
+            raise ValueError(f"The index cannot be written: '{target / name}' is a folder. Move it away.")

@@ -1,0 +1,229 @@
+"""The text of an index as numbered windows, of which each process takes its share, and what fires in them.
+
+Every process reads all of the text and runs the language model on every world-size-th batch, so that a window has the
+same number whatever the number of processes.
+
+Shapes: B windows in a batch, S tokens in a window, D width, F latents.
+"""
+
+import json
+import logging
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...activations import TokenBatch, TokenStream, harvest
+from ...models import SAEModel
+from ...models.sparse_ops import LatentPairs, PairIndex
+from ...progressive.statistics import firing_blocks
+from .contexts import Firings
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """A place in the text.
+
+    Args:
+        batches (`int`), tokens (`int`): Read by all processes together, before it.
+        stream (`dict`): State of the token stream.
+    """
+
+    batches: int
+    tokens: int
+    stream: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What of it are tensors."""
+        return {name: value for name, value in self.stream.items() if isinstance(value, Tensor)}
+
+    def to_json(self) -> str:
+        """The rest."""
+        stream = {name: value for name, value in self.stream.items() if not isinstance(value, Tensor)}
+        return json.dumps({"batches": self.batches, "tokens": self.tokens, "stream": stream})
+
+    @classmethod
+    def of(cls, text: str, tensors: dict[str, Tensor]) -> "Position":
+        """From what [`to_json`] and [`tensors`] gave."""
+        found = json.loads(text)
+        return cls(found["batches"], found["tokens"], found["stream"] | tensors)
+
+
+@dataclass
+class Windows:
+    """A batch of windows.
+
+    Args:
+        batch ([`TokenBatch`]): Their tokens, on the host.
+        first (`int`): Number of the first of them.
+        after ([`Position`]): Where the text goes on.
+    """
+
+    batch: TokenBatch
+    first: int
+    after: Position
+
+
+class NumberedWindows:
+    """This process's batches of the first tokens of a text.
+
+    Args:
+        stream ([`TokenStream`]): Of one epoch, the same in every process.
+        tokens (`int`): Kept tokens wanted, over all processes.
+        rank (`int`), world (`int`): This process, and how many there are.
+    """
+
+    def __init__(self, stream: TokenStream, tokens: int, rank: int, world: int):
+        self.stream, self.tokens, self.rank, self.world = stream, tokens, rank, world
+        self.position = Position(0, 0, {})
+
+    def go_to(self, position: Position) -> None:
+        """Continue from a place."""
+        self.stream.load_state_dict(position.stream)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Windows]:
+        while self.position.tokens < self.tokens:
+            batch = next(self.stream, None)
+            if batch is None:
+                self._ended()
+                return
+            batch = self._within(batch)
+            number = self.position.batches
+            tokens = self.position.tokens + int(batch.keep.sum())
+            mine = number % self.world == self.rank
+            self.position = Position(number + 1, tokens, self.stream.state_dict() if mine else {})
+            if mine:
+                yield Windows(batch, number * self.stream.batch_size_sequences, self.position)
+
+    def _within(self, batch: TokenBatch) -> TokenBatch:
+        """Without the positions that are more than the tokens wanted."""
+        left = self.tokens - self.position.tokens
+        counted = batch.keep.flatten().cumsum(0).view_as(batch.keep)
+        if counted[-1, -1] <= left:
+            return batch
+        keep = batch.keep & (counted <= left)
+        count = int(keep.any(1).nonzero().max()) + 1
+        return TokenBatch(batch.input_ids[:count], batch.attention_mask[:count], keep[:count], batch.padded)
+
+    def _ended(self) -> None:
+        found = self.position.tokens
+        if found == 0:
+            raise ValueError(
+                f"The data set gives no token: it does not fill one window of {self.stream.context_length} tokens. "
+                "Use more text or a smaller `context_length`."
+            )
+        if self.rank == 0:
+            logger.warning("The data set has %d tokens, fewer than the %d asked for.", found, self.tokens)
+
+
+@dataclass
+class Harvested:
+    """Hidden states of a batch, at the positions that are looked at.
+
+    Args:
+        windows ([`Windows`]): The batch.
+        states (`Tensor` of shape `(N, D)`): Hidden states.
+        tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each.
+        counted (`Tensor` of shape `(N,)`): Whether it counts; where not, it is a first position left out.
+    """
+
+    windows: Windows
+    states: Tensor
+    tokens: Tensor
+    counted: Tensor
+
+
+@torch.no_grad()
+def harvested(windows: Iterable[Windows], model: nn.Module, hookpoint: str) -> Generator[Harvested]:
+    """Hidden states of batches, from a forward pass that stops at the hookpoint. First positions are always in."""
+    device = next(model.parameters()).device
+    for each in windows:
+        batch = each.batch.to(device)
+        mask = batch.attention_mask if batch.padded else None
+        states = harvest(model, batch.input_ids, mask, [hookpoint])[hookpoint]
+        looked_at = batch.keep.clone()
+        looked_at[:, 0] = batch.attention_mask[:, 0].bool()
+        tokens = looked_at.flatten().nonzero().squeeze(1)
+        yield Harvested(each, states.flatten(0, 1)[tokens], tokens, batch.keep.flatten()[tokens])
+
+
+@dataclass
+class Fired:
+    """What fires in a batch.
+
+    Args:
+        firings ([`Firings`]): At the positions that count.
+        pairs ([`LatentPairs`]): The same, as pairs.
+        first (`Tensor` of shape `(m,)`): Latents that fire at first positions, counted or not.
+        first_counts (`bool`): Whether those are counted.
+        tokens (`int`): Positions that count.
+        after ([`Position`]): Where the text goes on.
+    """
+
+    firings: Firings
+    pairs: LatentPairs
+    first: Tensor
+    first_counts: bool
+    tokens: int
+    after: Position
+
+
+@torch.no_grad()
+def fired(sae: SAEModel, batch: Harvested) -> Fired:
+    """Encode a batch.
+
+    Raises:
+        `ValueError`: if hidden states are not finite or of another width than the SAE's.
+    """
+    device = sae.W_enc.device
+    ids = batch.windows.batch.input_ids.to(device)
+    parts, begin = [], 0
+    for _, x, pairs in firing_blocks(sae, [batch.states.to(device)]):
+        parts.append((pairs.rows + begin, pairs.cols, pairs.values))
+        begin += len(x)
+    rows, cols, values = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    tokens, counted = batch.tokens.to(device), batch.counted.to(device)
+    at_first = tokens % ids.shape[1] == 0
+    first_counts = bool(counted[at_first].any())
+    first = cols[at_first[rows] & (values > 0)]
+    keep = (counted[rows] & (values > 0)).nonzero().squeeze(1)
+    if len(keep) < len(rows):
+        rows, cols, values = rows[keep], cols[keep], values[keep]
+    numbers = batch.windows.first + torch.arange(len(ids), device=device)
+    firings = Firings(ids, numbers, tokens, rows, cols, values)
+    pairs = LatentPairs(PairIndex(rows, cols, len(tokens), sae.config.num_latents), values)
+    return Fired(firings, pairs, first, first_counts, int(counted.sum()), batch.windows.after)
+
+
+def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:
+    """What fires in each of the batches."""
+    with closing(batches):
+        for batch in batches:
+            yield fired(sae, batch)
+
+
+def joined(parts: list[Firings]) -> Firings:
+    """Several batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    length = parts[0].input_ids.shape[1]
+    windows = tokens = 0
+    moved = []
+    for part in parts:
+        moved.append((part.tokens + windows * length, part.rows + tokens))
+        windows, tokens = windows + len(part.input_ids), tokens + len(part.tokens)
+    return Firings(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.numbers for part in parts]),
+        torch.cat([tokens for tokens, _ in moved]),
+        torch.cat([rows for _, rows in moved]),
+        torch.cat([part.cols for part in parts]),
+        torch.cat([part.values for part in parts]),
+    )

@@ -1,0 +1,1 @@
+"""Regular expressions over tokens, and the latents that fire where they match."""

@@ -1,0 +1,125 @@
+"""How large a pattern is, before anything is done with it that could take too long or too much memory.
+
+The `regex` library stops a search in time, but not its own compiling, which copies what is repeated: `a{1000000000}`
+is a billion copies, and each `+` around a `+` doubles what is inside. So the size with all copies is estimated first.
+"""
+
+import re
+from dataclasses import dataclass, fields
+
+from .nodes import Capture, Node
+
+
+LONGEST_SOURCE = 100_000  # characters of a pattern and its names
+MOST_PARTS = 20_000  # of a pattern, with every name replaced by what it stands for
+DEEPEST = 100  # parts in parts, so that no pattern exhausts Python's stack
+LONGEST_REGEX = 10_000  # characters of a regular expression for tokens
+MOST_COPIES = 1_000_000  # characters of an expression, with what is repeated written out
+_MOST_TIMES = 1000  # a number in a regular expression for tokens
+_DEEPEST_GROUPS = 100
+
+_PIECE = re.compile(
+    r"(?P<comment>\(\?#[^)]*\))"
+    r"|(?P<open>\((?:\?(?:[:=!>|]|<[=!]|P?<\w+>)?)?)"
+    r"|(?P<close>\))"
+    r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)"
+    r"|(?P<atom>\\[\s\S]|\[\^?\]?(?:\\[\s\S]|[^\]\\])*\]|[\s\S])"
+)
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a part of a pattern, with every name replaced by what it stands for.
+
+    Args:
+        parts (`int`): Parts in it, itself included.
+        depth (`int`): How deep they lie in each other.
+        captures (`frozenset[str]`): Names that are captured in it.
+    """
+
+    parts: int
+    depth: int
+    captures: frozenset[str]
+
+
+class Sizes:
+    """Sizes of parts, each worked out once: what names stand for is the same part wherever they are."""
+
+    def __init__(self):
+        self._known: dict[int, tuple[Node, Size]] = {}  # by identity: to compare parts would walk through them
+
+    def of(self, node: Node) -> Size:
+        """The size of a part; what is inside was asked for before."""
+        if id(node) not in self._known:
+            self._known[id(node)] = node, self._worked_out(node)
+        return self._known[id(node)][1]
+
+    def _worked_out(self, node: Node) -> Size:
+        inside = []
+        for each in fields(node):
+            value = getattr(node, each.name)
+            inside += [self.of(part) for part in (value if isinstance(value, tuple) else (value,)) if _is_part(part)]
+        own = {node.name} if isinstance(node, Capture) else set()
+        return Size(
+            1 + sum(size.parts for size in inside),
+            1 + max((size.depth for size in inside), default=0),
+            frozenset(own.union(*(size.captures for size in inside))),
+        )
+
+
+def _is_part(value) -> bool:
+    return isinstance(value, Node)
+
+
+def check_token_regex(expression: str) -> None:
+    """Raises `ValueError` for a regular expression that would be too large to compile."""
+    if len(expression) > LONGEST_REGEX:
+        raise ValueError(f"a regular expression has at most {LONGEST_REGEX:,} characters, got {len(expression):,}.")
+    if re.search(r"\(\?[\w-]*x", expression):
+        raise ValueError("regular expressions for tokens take no (?x); write it without spaces and comments.")
+    for found in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
+        if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in found.groups()):
+            raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {found[0][:20]}.")
+    check_copies(expression)
+
+
+def check_copies(expression: str) -> None:
+    """Raises `ValueError` for an expression that is too large with what it repeats written out."""
+    copies, depth = _written_out(expression)
+    if copies > MOST_COPIES:
+        raise ValueError("with its repeats written out it is too long. Repeat less, and no repeats inside repeats.")
+    if depth > _DEEPEST_GROUPS:
+        raise ValueError(f"its groups are nested more than {_DEEPEST_GROUPS} deep. Nest less.")
+
+
+def _written_out(expression: str) -> tuple[int, int]:
+    """About how many characters an expression has without repeats, and how deep its groups lie in each other."""
+    outer: list[int] = []
+    total = last = deepest = 0  # of the group in hand: what is done, and the last atom, which a repeat may follow
+    for piece in _PIECE.finditer(expression):
+        kind = piece.lastgroup
+        if kind == "repeat":
+            last *= _times(piece[0])
+        elif kind == "open":
+            outer.append(total + last)
+            total = last = 0
+            deepest = max(deepest, len(outer))
+        elif kind == "close":
+            group = total + last + 1
+            total, last = (outer.pop() if outer else 0), group
+        elif kind == "atom":
+            total, last = total + last, len(piece[0])
+    return sum(outer) + total + last, deepest
+
+
+def _times(repeat: str) -> int:
+    """Copies that a repeat makes: its least number, and one more where there may be more."""
+    if repeat[0] != "{":
+        return 2 if repeat[0] == "+" else 1
+    numbers = _NUMBER.findall(repeat)
+    if max(map(len, numbers)) > 9:
+        return MOST_COPIES
+    least = 0 if repeat.startswith("{,") else int(numbers[0])
+    exact = "," not in repeat or (len(numbers) == 2 and numbers[0] == numbers[1])
+    return max(1, least + (not exact))

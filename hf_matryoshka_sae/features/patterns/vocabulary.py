@@ -1,0 +1,164 @@
+"""What each token of a tokenizer says: its text as it stands in the middle of a text, leading space and all.
+
+Tokenizers mark the beginning of a word in different ways, and some drop a space where a text begins. So a token is
+decoded behind an "a", and a text is tokenised behind a line break or an "a": what is added is what counts.
+"""
+
+import time
+import weakref
+from collections.abc import Iterable
+
+import numpy as np
+import regex
+
+from .limits import check_token_regex
+
+
+_ANCHOR = "a"
+_CONTEXTS = ("\n", _ANCHOR, "")  # a token that continues a word is found behind the first or the last
+_LOST = "\ufffd"  # how a decoder shows bytes that are no whole character
+
+_known: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def vocabulary_of(tokenizer) -> "Vocabulary":
+    """The vocabulary of a tokenizer, decoded once for as long as the tokenizer lives."""
+    found = _known.get(tokenizer)
+    if found is None or found.length != len(tokenizer):  # tokens may have been added
+        found = _known[tokenizer] = Vocabulary(tokenizer)
+    return found
+
+
+def token_texts(tokenizer, tokens: Iterable[int]) -> list[str]:
+    """What each token adds to a text. Bytes that are no whole character are shown as U+FFFD."""
+    encode, decode = _coders(tokenizer)
+    tokens, anchor = list(tokens), encode(_ANCHOR)
+    behind = decode([anchor])[0] if anchor else ""
+    texts = decode([[*anchor, token] for token in tokens])
+    if all(text.startswith(behind) for text in texts):
+        return [text[len(behind) :] for text in texts]
+    return decode([[token] for token in tokens])
+
+
+class Vocabulary:
+    """The tokens of a tokenizer and their texts.
+
+    Args:
+        tokenizer: Of any kind, from transformers.
+    """
+
+    def __init__(self, tokenizer):
+        self.length = len(tokenizer)
+        self._encode, self._decode = _coders(tokenizer)
+        self.size = max(tokenizer.get_vocab().values()) + 1
+        self.texts = token_texts(tokenizer, range(self.size))
+        # Where documents are packed one behind the other, this stands before each (see `activations.tokens`).
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.separator: int | None = bos
+        self._matching: dict[tuple[str, bool], np.ndarray] = {}
+
+    def pieces(self, tokens: list[int]) -> list[tuple[str, int]]:
+        """A row of tokens as texts and how many tokens each takes: several where only together they are characters."""
+        pieces: list[tuple[str, int]] = []
+        broken: list[int] = []
+        for token in [*tokens, None]:
+            text = _LOST if token is None else self.text(token)
+            if token is not None and _LOST in text:
+                broken.append(token)
+                continue
+            if broken:
+                pieces.append((self._decode([broken])[0], len(broken)))
+                broken = []
+            if token is not None:
+                pieces.append((text, 1))
+        return pieces
+
+    def text(self, token: int) -> str:
+        """What one token adds to a text; nothing for a token past the vocabulary."""
+        return self.texts[token] if token < self.size else ""
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens that are this text in the middle of another.
+
+        Raises:
+            `ValueError`: if its first or last token would reach beyond it, or it cannot be written in this vocabulary.
+        """
+        for context in _CONTEXTS:
+            before, whole = self._encode(context), self._encode(context + text)
+            ids = whole[len(before) :]
+            if ids and whole[: len(before)] == before:
+                decoded = self._decode([before, whole])
+                if decoded[1] == decoded[0] + text:
+                    return ids
+        parts = [self.text(token) for token in self._encode(text)]
+        raise ValueError(
+            f"the text {text!r} is not whole tokens; the tokenizer reads it as {parts}. Write these tokens, or use "
+            f"[re `...`] on single tokens."
+        )
+
+    def matching(self, pattern: str, search: bool, deadline: float) -> np.ndarray:
+        """The tokens, ascending, whose text a regular expression matches whole, or in part with `search`.
+
+        Args:
+            pattern (`str`), search (`bool`): The expression.
+            deadline (`float`): On the monotonic clock.
+
+        Raises:
+            [`UnreadableRegex`]: if the expression cannot be read or takes too long.
+        """
+        key = (pattern, search)
+        if key not in self._matching:
+            compiled = _compiled(pattern)
+            matches = compiled.search if search else compiled.fullmatch
+            try:
+                found = [
+                    token
+                    for token, text in enumerate(self.texts)
+                    if matches(text, timeout=max(1e-6, deadline - time.monotonic()))
+                ]
+            except (TimeoutError, MemoryError):
+                raise UnreadableRegex(
+                    f"the regular expression {pattern!r:.100} takes too long on this vocabulary. Avoid repeats inside "
+                    "repeats, or allow more time."
+                ) from None
+            self._matching[key] = np.array(found, dtype=np.int64)
+        return self._matching[key]
+
+
+class UnreadableRegex(ValueError):
+    """A regular expression that cannot be used; `at` says where in it, if that is known."""
+
+    def __init__(self, message: str, at: int | None = None):
+        super().__init__(message)
+        self.at = at
+
+
+def _compiled(pattern: str) -> regex.Pattern:
+    what = f"the regular expression {pattern!r:.100}"
+    try:
+        check_token_regex(pattern)
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise UnreadableRegex(f"{what} cannot be read: {error.msg}.", error.pos) from error
+    except (ValueError, OverflowError) as error:
+        raise UnreadableRegex(f"{what} cannot be used: {error}") from error
+    except (MemoryError, RecursionError):
+        raise UnreadableRegex(f"{what} is too large. Repeat and nest less.") from None
+
+
+def _coders(tokenizer):
+    """Text to tokens without special ones, and batches of tokens to texts, each as the tokenizer does it plainly."""
+    if not tokenizer.is_fast:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return (
+            lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            lambda rows: [tokenizer.decode(row, **options) for row in rows],
+        )
+    backend = tokenizer.backend_tokenizer
+    return (
+        # Truncation and padding set for a model must not touch a pattern.
+        lambda text: tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+            "input_ids"
+        ],
+        lambda rows: backend.decode_batch(rows, skip_special_tokens=False),
+    )

@@ -1,0 +1,1 @@
+"""Which latents of a prefix those of the next one refine."""

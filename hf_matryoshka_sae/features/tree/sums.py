@@ -1,0 +1,173 @@
+"""What is added up over tokens to find the parent of each latent; `tree` says what for.
+
+Shapes: F latents of all levels, E pairs of latents that fire together.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...common.distributed import processes, reduce_sum
+from ...models import SAEModel
+from ...models.sparse_ops import LatentPairs
+
+
+MAX_EDGES = 2**26
+"""Latents that fire together, from one level to the next: more of them than this would take over 2 GiB."""
+
+THRESHOLD = 0.6
+_PRODUCTS_AT_ONCE = 2**22  # co-firing pairs that are listed, or kept before they are added up
+
+
+class EdgeSums:
+    """What is added up over tokens to find each latent's parent.
+
+    Only latents that fire together take memory: 24 bytes for each such pair of consecutive levels, whatever the size
+    of the dictionaries.
+
+    Args:
+        sae ([`SAEModel`]): Its levels are the groups between its prefix widths; with `other` it is one level.
+        other ([`SAEModel`] or a list of them, *optional*): Further levels, one each.
+        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): How many such pairs may be kept.
+
+    Raises:
+        `ValueError`: if there is one level only.
+    """
+
+    def __init__(self, sae: SAEModel, other: SAEModel | Sequence[SAEModel] | None = None, max_edges: int = MAX_EDGES):
+        others = [] if other is None else [other] if isinstance(other, SAEModel) else list(other)
+        saes = [sae, *others]
+        sizes = [one.config.num_latents for one in saes]
+        if others:
+            levels = sizes
+        else:
+            levels = torch.tensor([0, *sae.prefix_widths]).diff().tolist()
+        if len(levels) < 2:
+            raise ValueError(
+                "A tree needs two levels: an SAE with several prefix widths, or a second SAE as `other`. This one has "
+                f"the widths {sae.prefix_widths}."
+            )
+        self.max_edges = max_edges
+        self.starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()  # of each SAE's latents among all
+        self.total = sum(sizes)
+        self.level = torch.arange(len(levels)).repeat_interleave(torch.tensor(levels))
+        self.maximum, self.square, self.fires = (torch.zeros(self.total, dtype=torch.float64) for _ in range(3))
+        self.tokens = torch.zeros(1, dtype=torch.float64)
+        self._edges: list[tuple[Tensor, Tensor]] = []  # keys parent * total + child, and (product, parent's square)
+        self._kept = self._merged = 0
+
+    def add(self, *pairs: LatentPairs) -> None:
+        """Add the latents of some tokens: one list of pairs for each SAE, over the same tokens.
+
+        Raises:
+            `ValueError`: if the lists do not belong to these SAEs, or too many latents fire together.
+        """
+        if len(pairs) != len(self.starts) or len({one.num_rows for one in pairs}) != 1:
+            raise ValueError(f"Expected the latents of {len(self.starts)} SAEs on the same tokens.")
+        rows = torch.cat([one.rows for one in pairs]).cpu()
+        cols = torch.cat([one.cols + start for one, start in zip(pairs, self.starts, strict=True)]).cpu()
+        values = torch.cat([one.values for one in pairs]).double().cpu()
+        fires = values > 0  # a value below 0 is no firing, and has no place in a cosine of firings
+        rows, cols, values = rows[fires], cols[fires], values[fires]
+        self.tokens += pairs[0].num_rows
+        self.fires.index_add_(0, cols, torch.ones_like(values))
+        self.square.index_add_(0, cols, values.square())
+        self.maximum.scatter_reduce_(0, cols, values, "amax")
+        levels = self.level[cols]
+        for level in range(int(self.level[-1])):
+            above, below = levels == level, levels == level + 1
+            self._add_level(
+                (rows[above], cols[above], values[above]), (rows[below], cols[below], values[below]), pairs[0].num_rows
+            )
+
+    def _add_level(self, above: tuple[Tensor, ...], below: tuple[Tensor, ...], num_rows: int) -> None:
+        """All pairs of a latent above and one below that fire on the same token; both sides sorted by token."""
+        offsets = torch.searchsorted(below[0], torch.arange(num_rows + 1))
+        counts = offsets.diff()[above[0]]  # partners of each latent above
+        ends = counts.cumsum(0)
+        start = 0
+        while start < len(counts):
+            done = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(torch.searchsorted(ends, torch.tensor(done + _PRODUCTS_AT_ONCE), right=True)))
+            left = torch.arange(start, stop).repeat_interleave(counts[start:stop])
+            right = offsets[above[0][left]] + torch.arange(len(left)) - (ends - counts)[left] + done
+            a, b = above[2][left], below[2][right]
+            self._keep(above[1][left] * self.total + below[1][right], torch.stack([a * b, a.square()], 1))
+            start = stop
+
+    def _keep(self, keys: Tensor, sums: Tensor) -> None:
+        self._edges.append((keys, sums))
+        self._kept += len(keys)
+        # Twice what was left last time: adding up then costs no more than listing did.
+        if self._kept > max(_PRODUCTS_AT_ONCE, 2 * self._merged):
+            self._merge()
+
+    def _merge(self) -> None:
+        """Add up what belongs to the same edge."""
+        if not self._edges:
+            return
+        keys, inverse = torch.cat([keys for keys, _ in self._edges]).unique(return_inverse=True)
+        if len(keys) > self.max_edges:
+            raise ValueError(
+                f"More than {self.max_edges:,} pairs of latents of consecutive levels fire together, which is more "
+                "than is kept. Use fewer tokens, a narrower prefix (`sae.truncate`), or raise `max_edges`."
+            )
+        sums = torch.zeros(len(keys), 2, dtype=torch.float64)
+        sums.index_add_(0, inverse, torch.cat([sums for _, sums in self._edges]))
+        self._edges = [(keys, sums)]
+        self._kept = self._merged = len(keys)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was added up, as tensors by name."""
+        self._merge()
+        empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64)
+        keys, sums = self._edges[0] if self._edges else empty
+        counted = {name: getattr(self, name) for name in ("maximum", "square", "fires", "tokens")}
+        return {**counted, "keys": keys, "sums": sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        for name in ("maximum", "square", "fires", "tokens"):
+            getattr(self, name).copy_(state[name])
+        self._edges = [(state["keys"], state["sums"])]
+        self._kept = self._merged = len(state["keys"])
+
+    def reduce(self) -> None:
+        """Add up over processes."""
+        self._merge()
+        reduce_sum(self.tokens, self.fires, self.square)
+        _, world = processes()
+        if world > 1:
+            gathered: list[Any] = [None] * world
+            dist.all_gather_object(gathered, (self.maximum, self._edges))
+            self.maximum = torch.stack([maximum for maximum, _ in gathered]).amax(0)
+            self._edges = [edge for _, edges in gathered for edge in edges]
+            self._merge()
+
+    def scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Parent `(E,)`, child `(E,)` and score `(E,)` of every pair of latents that fire together."""
+        self._merge()
+        if not self._edges:
+            empty = torch.zeros(0, dtype=torch.int64)
+            return empty, empty, torch.zeros(0, dtype=torch.float64)
+        ((keys, sums),) = self._edges
+        parent, child = keys // self.total, keys % self.total
+        cosine = sums[:, 0] / (sums[:, 1] * self.square[child]).sqrt()
+        return parent, child, cosine * (self.maximum[child] / self.maximum[parent]).clamp(max=1)
+
+    def parents(self, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
+        """Each latent's parent `(F,)`, -1 for none, and the score `(F,)` of the best candidate, 0 where there is none.
+
+        Of several with the same score the lowest is taken. With several SAEs, F counts the latents of all.
+        """
+        if not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` must lie above 0 and be at most 1, got {threshold}.")
+        parent, child, score = self.scores()
+        best = torch.zeros(self.total, dtype=torch.float64).scatter_reduce_(0, child, score, "amax")
+        winner = score == best[child]
+        none = self.total
+        found = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
+        return torch.where((found < none) & (best >= threshold), found, -1), best

@@ -1,0 +1,273 @@
+"""Trees of latents: what a narrow dictionary has as one latent, a wider one has as several.
+
+Between a latent A and a latent B of the next level, with T_B the tokens on which B fires,
+
+    s(A -> B) = cos(a_A on T_B, a_B on T_B) * min(1, max a_B / max a_A)
+
+The cosine says that A does on B's tokens what B does. The ratio keeps apart what fires much more weakly than A ever
+does. It is cut off at 1: a latent that hardly fires is no parent of everything that fires more strongly. A latent's
+parent is the one with the highest score, if that is 0.6 or more.
+
+Levels are the groups between prefix widths of one SAE, or several SAEs on the same hidden states.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...common.distributed import processes
+from ...evaluation.data import HasActivations, activation_batches
+from ...models import SAEModel
+from ...progressive.statistics import encoded, firing_blocks
+from .page import tree_page
+from .sums import MAX_EDGES, THRESHOLD, EdgeSums
+
+
+__all__ = ["MAX_EDGES", "THRESHOLD", "EdgeSums", "LatentTree", "TreeNode", "build_tree"]
+
+
+@dataclass(frozen=True)
+class TreeNode:
+    """A latent in a tree.
+
+    Args:
+        latent (`int`): Its number in the tree: its place in the dictionary; of further SAEs, behind those before.
+        level (`int`): 0 for the narrowest.
+        parent (`int`, *optional*): The latent of the level before.
+        score (`float`): Of the best candidate for a parent, also where that is below the threshold.
+        frequency (`float`): Share of tokens on which it fires.
+        maximum (`float`): Its largest activation.
+        children (`list[int]`): Those of the next level, highest score first.
+    """
+
+    latent: int
+    level: int
+    parent: int | None
+    score: float
+    frequency: float
+    maximum: float
+    children: list[int]
+
+
+@dataclass
+class LatentTree:
+    """Latents with one parent each; made by [`build_tree`].
+
+    Args:
+        level (`Tensor` of shape `(F,)`), parent (`Tensor` of shape `(F,)`): int64; -1 for no parent.
+        score, frequency, maximum (`Tensor` of shape `(F,)`): As in [`TreeNode`], float64.
+        threshold (`float`): What the score of a parent had to reach.
+        tokens (`int`): What it was measured on.
+        starts (`list[int]`): Where the latents of each SAE begin; `[0]` for one SAE.
+    """
+
+    level: Tensor
+    parent: Tensor
+    score: Tensor
+    frequency: Tensor
+    maximum: Tensor
+    threshold: float
+    tokens: int
+    starts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @cached_property
+    def _children(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for latent in self.score.argsort(descending=True, stable=True).tolist():
+            if self.parent[latent] >= 0:
+                found.setdefault(int(self.parent[latent]), []).append(latent)
+        return found
+
+    def node(self, latent: int) -> TreeNode:
+        """One latent.
+
+        Raises:
+            `ValueError`: if there is no such latent.
+        """
+        if not 0 <= latent < len(self):
+            raise ValueError(f"This tree has latents 0 to {len(self) - 1}, got {latent}.")
+        parent = int(self.parent[latent])
+        return TreeNode(
+            latent=latent,
+            level=int(self.level[latent]),
+            parent=None if parent < 0 else parent,
+            score=float(self.score[latent]),
+            frequency=float(self.frequency[latent]),
+            maximum=float(self.maximum[latent]),
+            children=list(self._children.get(latent, [])),
+        )
+
+    def children(self, latent: int, level: int | None = None) -> list[tuple[int, float]]:
+        """The latents below one, as a flat list.
+
+        Args:
+            latent (`int`): Whose.
+            level (`int`, *optional*): The level they are in, by default the next; those of deeper levels are reached
+                through the levels between.
+
+        Returns:
+            `list[tuple[int, float]]`: latents and their scores (with their own parents), highest first.
+        """
+        own = self.node(latent).level
+        level = own + 1 if level is None else level
+        found = [latent]
+        for _ in range(own, level):
+            found = [child for one in found for child in self._children.get(one, [])]
+        found = found if level > own else []
+        return sorted(((child, float(self.score[child])) for child in found), key=lambda item: -item[1])
+
+    def roots(self) -> list[int]:
+        """Latents without a parent, by level."""
+        return (self.parent < 0).nonzero().flatten().tolist()
+
+    def to_json(self) -> dict[str, Any]:
+        """The tree as JSON-able values."""
+        keys = ("latent", "level", "parent", "score", "frequency", "maximum", "children")
+        nodes = (self.node(latent) for latent in range(len(self)))
+        return {
+            "format": "hf_matryoshka_sae.latent_tree/1",
+            "threshold": self.threshold,
+            "tokens": self.tokens,
+            "starts": self.starts,
+            "nodes": [{key: getattr(node, key) for key in keys} for node in nodes],
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the JSON; returns its path."""
+        return _write(path, json.dumps(self.to_json(), allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "LatentTree":
+        """Read what [`save`] wrote.
+
+        Raises:
+            `ValueError`: if the file is not there or holds something else.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            nodes = found["nodes"]
+            if found["format"] != "hf_matryoshka_sae.latent_tree/1":
+                raise KeyError(found["format"])
+            _check_nodes(nodes, found["starts"])
+            numbers = [torch.tensor([node[key] for node in nodes], dtype=torch.float64) for key in _NUMBERS]
+            return cls(
+                torch.tensor([node["level"] for node in nodes], dtype=torch.int64),
+                torch.tensor([-1 if node["parent"] is None else node["parent"] for node in nodes], dtype=torch.int64),
+                *numbers,
+                found["threshold"],
+                found["tokens"],
+                found["starts"],
+            )
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} holds no tree of latents ({error!r}). Write it with `LatentTree.save`."
+            ) from error
+
+    def page(self, path: str | os.PathLike, labels: Mapping[int, str] | None = None) -> Path:
+        """Write a page that unfolds the tree; it needs no network and no other file.
+
+        Args:
+            path (`str` or `os.PathLike`): Of the HTML file.
+            labels (`dict[int, str]`, *optional*): What to write beside latents; text, not markup.
+        """
+        return _write(path, tree_page(self, labels or {}))
+
+
+_NUMBERS = ("score", "frequency", "maximum")
+
+
+def _check_nodes(nodes: list[dict[str, Any]], starts: list[int]) -> None:
+    """Raises `ValueError` where nodes are no tree: each parent is one level above, so there are no cycles either."""
+    if not nodes or not isinstance(nodes, list):
+        raise ValueError("there are no nodes")
+    for place, node in enumerate(nodes):
+        parent, level = node["parent"], node["level"]
+        if node["latent"] != place:
+            raise ValueError(f"node {place} is of latent {node['latent']!r}")
+        if not _is_place(level):
+            raise ValueError(f"latent {place} has the level {level!r}")
+        if parent is None:
+            continue
+        if not _is_place(parent) or parent >= len(nodes):
+            raise ValueError(f"latent {place} has the parent {parent!r}; there are {len(nodes)} latents")
+        if nodes[parent]["level"] != level - 1:
+            raise ValueError(f"latent {place} is in level {level}, its parent {parent} in {nodes[parent]['level']!r}")
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)) or not all(map(_is_place, starts)):
+        raise ValueError(f"the latents of SAEs begin at {starts!r}")
+
+
+def _is_place(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def build_tree(
+    sae: SAEModel,
+    data: HasActivations,
+    threshold: float = THRESHOLD,
+    other: SAEModel | Sequence[SAEModel] | None = None,
+    show: bool = True,
+) -> LatentTree:
+    """Find the parent of each latent on data, in one pass.
+
+    Args:
+        sae ([`SAEModel`]): Its levels are the groups between its prefix widths, at its full width.
+        data ([`HeldOut`] or an iterable of `(n, D)` tensors): Hidden states; each process brings its share.
+        threshold (`float`, *optional*, defaults to 0.6): The least score of a parent.
+        other ([`SAEModel`] or a list of them, *optional*): Wider SAEs on the same hidden states. Then each SAE is one
+            level, and the latents of the second are numbered behind those of the first.
+        show (`bool`, *optional*, defaults to `True`): A progress bar.
+
+    Raises:
+        `ValueError`: if there is one level only, there are no hidden states, or the SAEs take different ones.
+    """
+    sums = EdgeSums(sae, other)
+    others = [] if other is None else [other] if isinstance(other, SAEModel) else list(other)
+    if {one.config.d_in for one in others} - {sae.config.d_in}:
+        raise ValueError(f"SAEs in a tree read the same hidden states, got d_in {sae.config.d_in} and another.")
+    batches = tqdm(activation_batches(data), desc="tree", disable=not show or processes()[0] != 0, leave=False)
+    for x in batches:
+        # As many rows at once as suit the largest SAE: blocks are cut alike for all.
+        largest = max([sae, *others], key=lambda one: one.config.num_latents)
+        start = 0
+        for _, _, pairs in firing_blocks(largest, [x]):
+            rows = x[start : start + pairs.num_rows]
+            start += pairs.num_rows
+            sums.add(*(pairs if one is largest else encoded(one, rows) for one in [sae, *others]))
+    sums.reduce()
+    if not sums.tokens:
+        raise ValueError("There are no hidden states to build a tree on: the activations are empty.")
+    parent, score = sums.parents(threshold)
+    return LatentTree(
+        level=sums.level,
+        parent=parent,
+        score=score,
+        frequency=sums.fires / sums.tokens,
+        maximum=sums.maximum,
+        threshold=threshold,
+        tokens=int(sums.tokens),
+        starts=sums.starts,
+    )
+
+
+def _write(path: str | os.PathLike, text: str) -> Path:
+    """A file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return path

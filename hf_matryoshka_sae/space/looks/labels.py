@@ -1,0 +1,56 @@
+"""A latent in a few words: the tokens on which it fires most."""
+
+from functools import lru_cache
+
+from ...features import FeatureIndex
+from ...features.patterns.vocabulary import vocabulary_of
+
+
+_TOKENS = 3
+_ALL_AT_ONCE = 2**15
+"""Of an index with more latents, contexts are read latent by latent."""
+
+
+class Labels:
+    """What to write beside a latent's number; read from its index.
+
+    Args:
+        index ([`FeatureIndex`], *optional*): Without one there are no labels.
+        tokenizer: Of the language model.
+    """
+
+    def __init__(self, index: FeatureIndex | None, tokenizer):
+        self.index = index
+        self._texts = vocabulary_of(tokenizer).texts
+        self._all: list[str] | None = None
+        if index is not None and len(index) <= _ALL_AT_ONCE:
+            self._all = [self._short(peaks) for peaks in index.peak_tokens()]
+        self._one = lru_cache(maxsize=4096)(self._read)
+
+    def __getitem__(self, latent: int) -> str:
+        if self.index is None:
+            return ""
+        return self._one(latent) if self._all is None else self._all[latent]
+
+    def search(self, text: str) -> list[int]:
+        """The latents whose label holds a text, in any case.
+
+        Raises:
+            `ValueError`: if there are too many latents to look at.
+        """
+        if self._all is None:
+            raise ValueError(f"Labels can be looked through in an index of at most {_ALL_AT_ONCE:,} latents.")
+        return [latent for latent, label in enumerate(self._all) if text.casefold() in label.casefold()]
+
+    def _read(self, latent: int) -> str:
+        assert self.index is not None
+        return self._short([int(c.token_ids[c.peak]) for c in self.index.contexts(latent) if c.kind == "top"])
+
+    def _short(self, peaks: list[int]) -> str:
+        """The most frequent of the tokens, first come first."""
+        count: dict[str, int] = {}
+        for token in peaks:
+            text = self._texts[token] if token < len(self._texts) else "?"
+            text = text.strip() or repr(text)[1:-1].replace(" ", "␣")
+            count[text] = count.get(text, 0) + 1
+        return " · ".join(sorted(count, key=lambda text: -count[text])[:_TOKENS])

@@ -1,0 +1,106 @@
+"""What is known of an open SAE, its prunings and its latents, in plain values."""
+
+from typing import Any
+
+from ...features import Context, Feature
+from ...features.patterns.vocabulary import vocabulary_of
+from .opened import Opened, Pruning
+
+
+FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb")
+SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation": "max", "number": "latent"}
+
+
+def measured_row(opened: Opened, pruning: Pruning) -> dict[str, Any]:
+    """The figures of a pruning in plain values."""
+    row = opened.measured(pruning)
+    rsa = row.get("rsa") or {}
+    return {
+        **{name: row.get(name) for name in FIGURES},
+        "rsa": rsa.get("spearman"),
+        "recaptured_mean": row.get("recaptured_mean"),
+        "dead": row.get("dead"),
+        "tokens": row["tokens"],
+        "k": pruning.k,
+        "ranking": pruning.ranking,
+    }
+
+
+def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
+    """A latent's page in plain values.
+
+    Raises:
+        `ValueError`: if there is no index or no such latent.
+    """
+    index = opened.require_index()
+    feature: Feature = index.feature(latent)
+    texts = vocabulary_of(opened.tokenizer).texts
+
+    def words(pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        return [[texts[token], value] for token, value in pairs]
+
+    def named(pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        return [[other, value, opened.labels[other]] for other, value in pairs]
+
+    def shown(context: Context) -> dict[str, Any]:
+        return {
+            "tokens": [texts[token] for token in context.token_ids],
+            "activations": context.activations.tolist(),
+            "peak": int(context.peak),
+            "value": float(context.value),
+        }
+
+    return {
+        "latent": latent,
+        "latent_id": feature.latent_id,
+        "label": opened.labels[latent],
+        "count": feature.count,
+        "frequency": feature.frequency,
+        "energy": feature.mean_square,
+        "max": feature.max,
+        "first_position_share": feature.first_position_share,
+        "quantiles": {str(share): value for share, value in feature.quantiles.items()},
+        "histogram": {"edges": feature.histogram[0].tolist(), "counts": feature.histogram[1].tolist()},
+        "promoted": words(feature.promoted),
+        "suppressed": words(feature.suppressed),
+        "neighbours": named(feature.neighbours),
+        "cofiring": named(feature.cofiring),
+        "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
+        "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "widths": [width for width in opened.sae.prefix_widths if width > latent],
+        "places": opened.places(latent),
+        "contexts": [shown(context) for context in feature.top_contexts],
+        "quantile_contexts": [[shown(one) for one in found] for found in feature.quantile_contexts.values()],
+    }
+
+
+def list_latents(
+    opened: Opened, sort: str, descending: bool, contains: str, start: int, count: int
+) -> list[dict[str, Any]]:
+    """Rows of the table of latents.
+
+    Raises:
+        `ValueError`: for an order there is not, or without an index.
+    """
+    if sort not in SORTS:
+        raise ValueError(f"Latents can be sorted by {', '.join(SORTS)}; got '{sort}'.")
+    if start < 0 or not 1 <= count <= 1000:
+        raise ValueError(f"Expected `start` of at least 0 and a `count` from 1 to 1000, got {start} and {count}.")
+    columns = opened.columns()
+    order = columns[SORTS[sort]].argsort(kind="stable")
+    order = order[::-1] if descending else order
+    if contains.strip():
+        wanted = set(opened.labels.search(contains.strip()))
+        order = [latent for latent in order.tolist() if latent in wanted]
+    widths = opened.sae.prefix_widths
+    return [
+        {
+            "latent": int(latent),
+            "label": opened.labels[int(latent)],
+            "frequency": float(columns["frequency"][latent]),
+            "energy": float(columns["mean_square"][latent]),
+            "max": float(columns["max"][latent]),
+            "smallest_width": next(width for width in widths if width > latent),
+        }
+        for latent in list(order)[start : start + count]
+    ]

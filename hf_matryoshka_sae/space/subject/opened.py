@@ -1,0 +1,294 @@
+"""One open SAE: rankings of its latents, prunings of it, and what each is worth on held-out text.
+
+Many visitors look at the same SAE: it is not changed, and what was measured is kept.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
+from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
+from ...features import FeatureIndex
+from ...models import SAEModel
+from ...progressive import (
+    LatentStatistics,
+    calibrate_thresholds,
+    default_widths,
+    latent_statistics,
+    sort_latents,
+    with_threshold,
+)
+from ...progressive.ranking import sorting_order
+from ...progressive.statistics import STATISTICS_FILE
+from ..limits import UNREACHABLE
+from ..looks.labels import Labels
+from .indexes import FoundIndex, find_index
+from .trees import IndexTree
+
+
+if TYPE_CHECKING:
+    from .library import Library
+
+
+RANKINGS = ("trained", "energy", "frequency", "attribution")
+SELECTION = "restrict"
+"""A pruned SAE never sees the latents it lacks: what is measured is what is downloaded."""
+
+_COUNTED = ("topk", "batch_topk")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to keep of an SAE.
+
+    Args:
+        ranking (`str`): One of `RANKINGS`; a Matryoshka SAE is sorted within its groups.
+        width (`int`): So many latents.
+        k (`int`, *optional*): Latents per token, where that can be chosen; by default as trained.
+    """
+
+    ranking: str = "trained"
+    width: int = 0
+    k: int | None = None
+
+
+class Opened:
+    """An SAE with what it is shown with. Made by [`Library.open`].
+
+    Args:
+        source (`str`), place (`str`): As the visitor named it, and which of its SAEs.
+        where (`str`), subfolder (`str`): Folder or id on the Hub, and the folder in it.
+        sae ([`SAEModel`]): In `eval` mode.
+        data ([`HeldOut`]): Its language model with held-out tokens, at its hookpoint.
+        library ([`Library`]): That it belongs to.
+        siblings (`list[str]`): Places of all SAEs of its source, its own among them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        place: str,
+        where: str,
+        subfolder: str,
+        sae: SAEModel,
+        data: HeldOut,
+        library: "Library",
+        siblings: list[str],
+    ):
+        self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
+        self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
+        self.num_latents: int = sae.config.num_latents
+        self._kept: dict[Any, Any] = {}
+        self._reading = threading.RLock()  # held by what needs no language model, which does not wait for one
+
+    def to(self, device: str) -> None:
+        """Move the SAE and the language model."""
+        self.sae.to(device)
+        self.data.model.to(device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the language model."""
+        return self.data.tokenizer
+
+    @property
+    def counts(self) -> bool:
+        """Whether k, the number of latents per token, can be chosen."""
+        return self.sae.config.activation_name in _COUNTED and getattr(self.sae.config, "group_size", None) is None
+
+    @cached_property
+    def _found(self) -> FoundIndex:
+        return find_index(self)
+
+    @property
+    def index(self) -> FeatureIndex | None:
+        """Its feature index, if there is one of these weights that can be read."""
+        return self._found.index
+
+    @property
+    def labels(self) -> Labels:
+        """What to write beside its latents."""
+        return self._found.labels
+
+    @property
+    def index_problem(self) -> str:
+        """What is wrong with the index that is there; empty where there is none, or nothing is wrong."""
+        return self._found.problem
+
+    def forget_index(self) -> None:
+        """Look for the index anew: one was built."""
+        self.__dict__.pop("_found", None)
+        for key in ("tree", "columns"):
+            self._kept.pop(key, None)
+
+    def require_index(self) -> FeatureIndex:
+        """The index.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if self.index is None:
+            raise ValueError(
+                f"{self.index_problem or 'This SAE has no feature index yet.'} Build it on the Features tab, or with "
+                f"`matryoshka-sae index {self.source}`, and open the SAE again."
+            )
+        return self.index
+
+    def tree(self) -> IndexTree:
+        """Parents and children of its latents; raises `ValueError` without an index."""
+        index = self.require_index()
+        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)), lock=self._reading)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
+        index = self.require_index()
+        return self._once("columns", lambda: _arrays(index), lock=self._reading)
+
+    # Rankings
+
+    def check(self, pruning: Pruning) -> Pruning:
+        """A pruning with its defaults filled in.
+
+        Raises:
+            `ValueError`: for a ranking, width or k that there is not.
+        """
+        width = pruning.width or self.num_latents
+        if pruning.ranking not in RANKINGS:
+            raise ValueError(f"Rankings are {', '.join(RANKINGS)}; got '{pruning.ranking}'.")
+        if pruning.ranking == "attribution" and not self.data.has_loss:
+            raise ValueError("Attribution needs a language model that predicts tokens; take energy or frequency.")
+        if not 1 <= width <= self.num_latents:
+            raise ValueError(f"The width must lie between 1 and {self.num_latents}, got {width}.")
+        k = pruning.k if self.counts else None
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1 latent per token, got {k}.")
+        if k is None or k == self.sae.config.k:
+            return Pruning(pruning.ranking, int(width))
+        return Pruning(pruning.ranking, int(width), min(int(k), int(width)))
+
+    def statistics(self) -> LatentStatistics:
+        """What each latent does: as saved beside the SAE, else measured on the held-out text."""
+        if self._saved_statistics is not None:
+            return self._saved_statistics
+        return self._once("statistics", lambda: latent_statistics(self.sae, self.data, attribution=self.data.has_loss))
+
+    @cached_property
+    def _saved_statistics(self) -> LatentStatistics | None:
+        """Those beside the SAE, if they are of these weights and complete."""
+        try:
+            found = LatentStatistics.load(self._file(STATISTICS_FILE))
+            found.check(self.sae)
+        except (ValueError, *UNREACHABLE):
+            return None
+        return None if found.attribution is None and self.data.has_loss else found
+
+    def _file(self, name: str) -> Path:
+        """A file beside the SAE, downloaded if it is on the Hub."""
+        if Path(self.where).is_dir():
+            return Path(self.where) / self.subfolder / name
+        place = f"{self.subfolder}/{name}" if self.subfolder else name
+        return Path(hf_hub_download(self.where, place, revision=self.library.revision))
+
+    def places(self, latent: int) -> dict[str, int]:
+        """A latent's place in each ranking that needs no measuring first; a width above it holds the latent."""
+        known = self._saved_statistics is not None or "statistics" in self._kept
+        rankings = RANKINGS if known else RANKINGS[:1]
+        if not self.data.has_loss:
+            rankings = tuple(ranking for ranking in rankings if ranking != "attribution")
+        return {ranking: int((self.order(ranking) == latent).nonzero()) for ranking in rankings}
+
+    def order(self, ranking: str) -> Tensor:
+        """The latents `(F,)` in the order of a ranking, most important first."""
+        if ranking == "trained":
+            return torch.arange(self.num_latents)
+        statistics = self.statistics()
+        return self._once(("order", ranking), lambda: sorting_order(self.sae, ranking, statistics), lock=self._reading)
+
+    def ranked(self, ranking: str) -> SAEModel:
+        """The SAE with its latents in the order of a ranking."""
+        if ranking == "trained":
+            return self.sae
+        return self._once(("ranked", ranking), lambda: sort_latents(self.sae, order=self.order(ranking)))
+
+    # Prunings
+
+    def pruned(self, pruning: Pruning) -> SAEModel:
+        """The SAE that a pruning leaves."""
+        return self._once(("pruned", pruning), lambda: self._pruned(pruning), most=8)
+
+    def _pruned(self, pruning: Pruning) -> SAEModel:
+        ranked = self.ranked(pruning.ranking)
+        if pruning.k is None:
+            return ranked if pruning.width == self.num_latents else ranked.truncate(pruning.width).eval()
+        if ranked.config.activation_name == "batch_topk":
+            threshold = calibrate_thresholds(ranked, self.data, float(pruning.k), [pruning.width])[pruning.width]
+            smaller = with_threshold(ranked, pruning.width, threshold)
+        else:
+            smaller = ranked.truncate(pruning.width).eval()
+        smaller.config.k = smaller.k = pruning.k  # the config is saved, the other is used
+        return smaller
+
+    def measured(self, pruning: Pruning) -> dict[str, Any]:
+        """What a pruning is worth: the figures that `matryoshka-sae evaluate` gives for the SAE it leaves."""
+        return self._once(("measured", pruning), lambda: self._measured(pruning))
+
+    def _measured(self, pruning: Pruning) -> dict[str, Any]:
+        sae = self.pruned(pruning)
+        found = evaluate_fidelity(self.data, {"sae": Dictionary(sae, [pruning.width], SELECTION)})
+        (row,) = found.pop("subjects")["sae"]
+        return {**found, **row, "size_mb": size_mb(sae)}
+
+    def is_measured(self, pruning: Pruning) -> bool:
+        """Whether [`measured`] is known already."""
+        return ("measured", pruning) in self._kept
+
+    def curve(self, ranking: str, k: int | None = None) -> list[dict[str, Any]]:
+        """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured.
+
+        With another k than the SAE was trained with, widths that were not measured have a width alone.
+        """
+        if k is None:
+            rows = self._once(("curve", ranking), lambda: self._curve(ranking))
+        else:
+            rows = [{"width": width} for width in default_widths(self.sae)]
+        known = [self._kept.get(("measured", self.check(Pruning(ranking, row["width"], k)))) for row in rows]
+        return [row | (measured or {}) for row, measured in zip(rows, known, strict=True)]
+
+    def _curve(self, ranking: str) -> list[dict[str, Any]]:
+        subject = Dictionary(self.ranked(ranking), default_widths(self.sae), SELECTION)
+        return evaluate_fidelity(self.data, {"sae": subject}, language_model=False)["subjects"]["sae"]
+
+    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None, lock: Any = None) -> Any:
+        """What `make` gives, made by the first who asks; at most `most` of a kind are kept.
+
+        The lock is the library's, as language models run one at a time, but for what needs none.
+        """
+        if key in self._kept:
+            return self._kept[key]
+        with lock or self.library.lock:
+            if key not in self._kept:
+                made = make()
+                of_kind = [other for other in self._kept if isinstance(other, tuple) and other[0] == key[0]]
+                if most is not None and len(of_kind) >= most:
+                    del self._kept[of_kind[0]]
+                self._kept[key] = made
+                return made
+            return self._kept[key]
+
+
+def _arrays(index: FeatureIndex) -> dict[str, np.ndarray]:
+    table = index.table(["latent", "frequency", "mean_square", "max"])
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def size_mb(sae: SAEModel) -> float:
+    """Megabytes (10^6 bytes) of an SAE's tensors, which is its file but for the header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in sae.state_dict().values()) / 1e6

@@ -1,0 +1,158 @@
+"""Features: pick a latent, by number or from a table, and see all that is known of it."""
+
+from typing import Any
+
+import gradio as gr
+
+from ..endpoints import Endpoints
+from ..looks import html
+from ..looks.feature_page import feature_page
+from ..looks.messages import told, warn
+from ..subject.answers import SORTS, feature_of, list_latents
+from ..subject.indexes import build
+from ..subject.opened import Opened
+from .inputs import BARS, Shown, area
+
+
+_ROWS = 40
+_TO_VIEW = "() => document.getElementById('feature')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+
+
+class FeaturesTab:
+    """The tab's components and what they do.
+
+    Args:
+        endpoints ([`Endpoints`]): Answers.
+        shown ([`Shown`]): What is open; its `latent` is placed here.
+    """
+
+    def __init__(self, endpoints: Endpoints, shown: Shown):
+        self.endpoints, self.shown = endpoints, shown
+        with gr.Group(visible=False) as self.without:
+            gr.Markdown("### There is no feature index to read\nWhat latents fire on is read from one.")
+            self.tokens = gr.Slider(10_000, 1_000_000, 200_000, step=10_000, label="Tokens of text to look at")
+            self.build = gr.Button("Build the index", variant="primary")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                with gr.Row():
+                    shown.latent.render()
+                    self.open = gr.Button("Open", scale=1, min_width=90)
+                with gr.Row():
+                    self.sort = gr.Dropdown(list(SORTS), value="energy", label="Sort by", min_width=120)
+                    self.ascending = gr.Checkbox(False, label="smallest first", min_width=120)
+                self.contains = gr.Textbox(label="Fires on a token with", placeholder="for example: def")
+                self.table = area("latents")
+                with gr.Row():
+                    self.back = gr.Button("Previous", size="sm", min_width=90)
+                    self.page = gr.Number(1, precision=0, minimum=1, label="Page", min_width=90)
+                    self.forth = gr.Button("Next", size="sm", min_width=90)
+            with gr.Column(scale=4, min_width=280):
+                self.feature = area("feature")
+        self._wire()
+
+    def _wire(self) -> None:
+        light: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 20}
+        order = [self.shown.current, self.sort, self.ascending, self.contains, self.page]
+        opening = gr.on(
+            [self.open.click, self.shown.latent.submit],
+            told(self.show),
+            [self.shown.current, self.shown.latent],
+            self.feature,
+            **light,
+        )
+        opening.then(None, self.shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)")
+        for changed in (self.sort.input, self.ascending.input, self.contains.submit, self.contains.blur):
+            changed(lambda: 1, None, self.page, **light).then(told(self.list), order, self.table, **light)
+        self.page.submit(told(self.list), order, self.table, **light)
+        for button, step in ((self.back, -1), (self.forth, 1)):
+            button.click(lambda page, step=step: max(1, int(page or 1) + step), self.page, self.page, **light).then(
+                told(self.list), order, self.table, **light
+            )
+        self.built = self.build.click(
+            told(self.build_index),
+            [self.shown.current, self.tokens],
+            self.without,
+            api_visibility="private",
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
+        for place in (self.table, self.feature):
+            opens_latents(place, self.endpoints, self.shown, self.feature)
+
+    def show(self, current: tuple[str, str], latent: float | None) -> str:
+        """A latent's page."""
+        if latent is None:
+            raise ValueError("Say which latent: its number.")
+        return show_feature(self.endpoints.library.open(*current), int(latent))
+
+    def refresh(self, current: tuple[str, str], latent: float | None) -> tuple[Any, str, str]:
+        """What the tab shows of an SAE that was just opened."""
+        opened = self.endpoints.library.open(*current)
+        if opened.index is None:
+            return gr.update(visible=True), "", '<p class="quiet">There is no index to read from.</p>'
+        number = int(latent or 0)
+        if number >= opened.num_latents:
+            warn(f"This SAE has latents 0 to {opened.num_latents - 1}, so there is no latent {number}.")
+            number = 0
+        page = show_feature(opened, number)
+        return gr.update(visible=False), latents_table(opened, "energy", True, "", 1), page
+
+    def list(self, current: tuple[str, str], sort: str, ascending: bool, contains: str, page: float | None) -> str:
+        """The table of latents."""
+        opened = self.endpoints.library.open(*current)
+        return latents_table(opened, sort, not ascending, contains or "", int(page or 1))
+
+    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> Any:
+        """Build the SAE's index on the page's text."""
+        found = build(self.endpoints.library.open(*current), int(tokens)).about["tokens"]
+        if found < tokens:
+            gr.Info(f"The page's text has {found:,} tokens, so the index is of these.")
+        return gr.update(visible=False)
+
+
+def show_feature(opened: Opened, latent: int) -> str:
+    """A latent's page; raises `ValueError` if there is none."""
+    return feature_page(feature_of(opened, latent), opened)
+
+
+def opens_latents(place: gr.HTML, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
+    """Links to latents in `place` open the latent on the Features tab."""
+
+    def open_latent(current: tuple[str, str], chosen: gr.SelectData) -> tuple[Any, int, str]:
+        """Open the latent that was selected."""
+        opened = endpoints.library.open(*current)
+        return gr.update(selected="features"), int(chosen.index), show_feature(opened, int(chosen.index))
+
+    place.select(
+        told(open_latent),
+        shown.current,
+        [shown.tabs, shown.latent, feature],
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_limit=20,
+    ).then(None, shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)").then(
+        None, None, None, js=_TO_VIEW
+    )
+
+
+def latents_table(opened: Opened, sort: str, descending: bool, contains: str, page: int) -> str:
+    """Latents in an order, a page of them."""
+    page = max(1, page)
+    rows = list_latents(opened, sort, descending, contains, (page - 1) * _ROWS, _ROWS)
+    if not rows:
+        return '<p class="quiet">No more latents here. Go back a page, or look for something else.</p>'
+    cells = [
+        [
+            html.latent_name(opened.source, opened.place, row["latent"], row["label"]),
+            f"{row['frequency']:.3%}",
+            f"{row['energy']:.3g}",
+            f"{row['smallest_width']:,}",
+        ]
+        for row in rows
+    ]
+    return html.table(
+        ["latent", "fires", "energy", "in width"],
+        cells,
+        f"Page {page}: latents by {sort}, and the tokens they fire on",
+        numbers=(1, 2, 3),
+    )

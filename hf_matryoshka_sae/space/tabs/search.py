@@ -1,0 +1,89 @@
+"""Search: latents that fire where a pattern of tokens matches, or on words."""
+
+from typing import Any
+
+import gradio as gr
+
+from ..endpoints import Endpoints
+from ..looks import html
+from ..looks.messages import told
+from .features import opens_latents
+from .inputs import BARS, Shown, area
+
+
+EXAMPLES = (
+    (r"[re `\s?\d+`]", "pattern", "numbers"),
+    ("[re ` ?the`] .", "pattern", "the token after “the”"),
+    (r"[re `\s?[\"'“‘]`]", "pattern", "opening and closing quotes"),
+    ("[v=.] .* [v]", "pattern", "a token that came before"),
+    ("return, returns", "words", "words, whole and in any case"),
+)
+HELP = """Patterns are regular expressions over tokens: literal text (a leading space counts), `.` any token,
+`(a | b)`, repeats `+ * ? {2,3}`, look-arounds `(?<=...)`, `[v=.] ... [v]` for what comes again, and ``[re `\\d+`]``
+for what a token says. A latent's cosine is that of its activations with 1 at the last token of every match."""
+
+
+class SearchTab:
+    """The tab's components and what they do.
+
+    Args:
+        endpoints ([`Endpoints`]): Answers.
+        shown ([`Shown`]): What is open.
+        feature (`gr.HTML`): Where a latent that is chosen is shown.
+    """
+
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+        self.endpoints, self.shown = endpoints, shown
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                self.query = gr.Textbox(label="Pattern or words", placeholder=EXAMPLES[0][0], max_lines=6)
+                self.kind = gr.Radio(["pattern", "words"], value="pattern", label="This is a")
+                self.search = gr.Button("Search", variant="primary")
+            with gr.Column(scale=2, min_width=280):
+                gr.Examples(
+                    [[query, kind] for query, kind, _ in EXAMPLES],
+                    [self.query, self.kind],
+                    label="Examples",
+                    example_labels=[about for _, _, about in EXAMPLES],
+                    api_visibility="private",
+                )
+                gr.Markdown(HELP)
+        self.hits = area("hits")
+        found = gr.on(
+            [self.search.click, self.query.submit],
+            told(self.find),
+            [shown.current, self.query, self.kind],
+            self.hits,
+            api_visibility="private",
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
+        found.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
+        opens_latents(self.hits, endpoints, shown, feature)
+
+    def find_linked(self, current: tuple[str, str], query: str, kind: str) -> str:
+        """What a link searches for, if it does."""
+        return self.find(current, query, kind) if query else ""
+
+    def find(self, current: tuple[str, str], query: str, kind: str, progress: Any = BARS) -> str:
+        """The latents that fire where the pattern matches."""
+        hits = self.endpoints.search(query, kind, *current)
+        if not hits:
+            return '<p class="note">The text holds it, but no latent fires there.</p>'
+        rows = [
+            [
+                html.latent_name(*current, hit["latent"], hit["label"]),
+                f"{hit['cosine']:.3f}",
+                f"{hit['precision']:.1%}",
+                f"{hit['recall']:.1%}",
+            ]
+            for hit in hits
+        ]
+        opened = self.endpoints.library.open(*current)
+        return html.table(
+            ["latent", "cosine", "precision", "recall"],
+            rows,
+            f"{hits[0]['tokens_matched']:,} of {opened.data.tokens:,} held-out tokens match. Precision: share of a "
+            "latent's firings that match; recall: share of matches on which it fires.",
+            numbers=(1, 2, 3),
+        )

@@ -1,0 +1,12 @@
+"""Latents that change what a model does."""
+
+from .continuation import Steered, steer
+from .reconstructed import ReconstructedText, reconstruct_text
+
+
+__all__ = [
+    "ReconstructedText",
+    "Steered",
+    "reconstruct_text",
+    "steer",
+]

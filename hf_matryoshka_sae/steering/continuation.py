@@ -1,0 +1,222 @@
+"""Text generated with one latent changed, beside the plain one.
+
+At the hookpoint the hidden states are encoded, the latent's value a is changed to a', and the difference of the two
+reconstructions, (a' - a) d with d the latent's decoder row, is added to the hidden states. What the SAE does not
+reconstruct stays as it is, and where nothing is changed nothing is touched.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import resolve_hookpoints
+from ..activations.hookpoints import first_tensor, hooked
+from ..features.text import checked_latent, longest, own_hookpoint, read_text
+from ..models import SAEModel
+from ..models.sparse_ops import row_norms
+
+
+MODES = ("add", "clamp", "remove")
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Two continuations of a prompt.
+
+    Args:
+        prompt (`str`): What was continued.
+        plain (`str`), steered (`str`): The continuations, without special tokens; text, not markup.
+        plain_ids (`list[int]`), steered_ids (`list[int]`): Their tokens.
+        latent (`int`), mode (`str`): What was changed, and how.
+        amount (`float`): What was added, or the value that was set; 0 for `"remove"`.
+    """
+
+    prompt: str
+    plain: str
+    steered: str
+    plain_ids: list[int]
+    steered_ids: list[int]
+    latent: int
+    mode: str
+    amount: float
+
+
+def steer(
+    sae: SAEModel,
+    model: nn.Module,
+    tokenizer,
+    prompt: str,
+    latent: int,
+    mode: str = "add",
+    strength: float = 1.0,
+    width: int | None = None,
+    hookpoint: str | None = None,
+    unit: float | None = None,
+    positions: str = "all",
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Steered:
+    """Continue a prompt twice: as the model does, and with a latent changed.
+
+    Args:
+        sae ([`SAEModel`]): Used as it is at inference.
+        model (`nn.Module`): A causal language model, in `eval` mode.
+        tokenizer: Its tokenizer.
+        prompt (`str`): Read as training text is, with the tokenizer's BOS token before it.
+        latent (`int`): Which one.
+        mode (`str`, *optional*, defaults to `"add"`): `"add"` adds `strength * unit` to the latent's value, `"clamp"`
+            sets it to that, `"remove"` sets it to 0.
+        strength (`float`, *optional*, defaults to 1.0): In units of the latent's own activation; may be negative.
+        width (`int`, *optional*): Encode only the first `width` latents.
+        hookpoint (`str`, *optional*): Where; by default what the SAE's config says.
+        unit (`float`, *optional*): What counts as one: the latent's largest activation on data, for example from a
+            feature index. By default its largest on the prompt and its plain continuation.
+        positions (`str`, *optional*, defaults to `"all"`): `"all"`, or `"new"`: from the prompt's last token on, which
+            decides the first new one.
+        max_new_tokens (`int`, *optional*, defaults to 40): Length of the continuations, at most.
+        temperature (`float`, *optional*, defaults to 0): 0 takes the likeliest token; otherwise both draw with `seed`.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Raises:
+        `ValueError`: if an option is out of range or not finite, the model generates no text, the prompt is too long,
+            or the latent's own activation is asked for and it never fires.
+    """
+    if mode not in MODES or positions not in ("all", "new"):
+        raise ValueError(f"Expected `mode` in {MODES} and `positions` 'all' or 'new', got {mode!r} and {positions!r}.")
+    _check_numbers(strength, unit, max_new_tokens, temperature, seed)
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ValueError(f"{type(model).__name__} generates no text; steering needs a causal language model.")
+    sae = sae if width is None else sae.truncate(width)
+    latent = checked_latent(latent, sae.config.num_latents)
+    (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
+    ids = prompt_tokens(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
+
+    def generate(hook) -> list[int]:
+        with hooked(model, [] if hook is None else [(hookpoint, hook)]):
+            return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
+
+    if mode == "remove" or unit is not None:
+        plain = generate(None)
+    else:
+        watch = LatentHook(sae, latent)
+        plain, unit = generate(watch), watch.largest
+        if not unit > 0:
+            raise ValueError(
+                f"Latent {latent} does not fire on this prompt or its continuation, so its own activation is not "
+                "known there: pass `unit`, its largest activation on data."
+            )
+    amount = 0.0 if mode == "remove" else strength * unit
+    steered = generate(LatentHook(sae, latent, mode, amount, ids.shape[1] - 1 if positions == "new" else 0))
+    texts = [tokenizer.decode(found, skip_special_tokens=True) for found in (plain, steered)]
+    return Steered(prompt, *texts, plain, steered, latent, mode, amount)
+
+
+class LatentHook:
+    """A hook, for [`hooked`], that changes one latent in the hidden states that pass, or only watches it.
+
+    Args:
+        sae ([`SAEModel`]): Which the latent belongs to.
+        latent (`int`): Its place.
+        mode (`str`, *optional*): One of `MODES`; `None` only watches.
+        amount (`float`, *optional*, defaults to 0.0): See [`steer`]; in units of the latent's value.
+        start (`int`, *optional*, defaults to 0): Positions before this one are left as they are.
+    """
+
+    def __init__(self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0):
+        self.sae, self.latent, self.mode, self.amount, self.start = sae, latent, mode, amount, start
+        self.largest = 0.0
+        row = sae.W_dec.detach()[latent].float()
+        self.row = row / row_norms(row[None]) if sae.config.scale_by_decoder_norm else row
+
+    @torch.no_grad()
+    def __call__(self, hookpoint: str, value) -> Tensor | None:
+        states = first_tensor(value)
+        if states is None or states.ndim != 3:
+            raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
+        # The prompt comes in one piece (again and again where the model keeps no cache), new tokens one by one.
+        start = self.start if states.shape[1] > self.start else 0
+        flat = states[:, start:].reshape(-1, states.shape[-1]).to(self.sae.W_enc)
+        before = self._values(flat)
+        self.largest = max(self.largest, float(before.max()))
+        if self.mode is None:
+            return None
+        after = before + self.amount if self.mode == "add" else torch.full_like(before, self.amount)
+        changed = after != before
+        if not changed.any():
+            return None
+        _, norm = self.sae.normalized(flat)
+        difference = (after - before)[:, None] * self.row.to(before)
+        difference = difference if norm is None else difference * norm[1]
+        states = states.clone()  # what was there may be somebody else's residual stream too
+        part = states[:, start:]
+        moved = part + difference.view(part.shape).to(part)
+        states[:, start:] = torch.where(changed.view(*part.shape[:2], 1).to(part.device), moved, part)
+        return states
+
+    def _values(self, flat: Tensor) -> Tensor:
+        """The latent's value `(n,)` at inference."""
+        training = self.sae.training
+        self.sae.eval()
+        try:
+            pairs = self.sae.encode_pairs(flat)
+        finally:
+            self.sae.train(training)
+        chosen = pairs.cols == self.latent
+        values = flat.new_zeros(len(flat))
+        values[pairs.rows[chosen]] = pairs.values[chosen].to(values)
+        return values
+
+
+def _check_numbers(strength: float, unit: float | None, max_new_tokens: int, temperature: float, seed: int) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"Expected one or more new tokens, got `max_new_tokens` {max_new_tokens!r}.")
+    if not _is_finite(temperature) or temperature < 0:
+        raise ValueError(f"Expected a temperature from 0 on, got {temperature!r}.")
+    if not isinstance(seed, Integral):
+        raise ValueError(f"`seed` is a whole number, got {seed!r}.")
+    if not _is_finite(strength):
+        raise ValueError(f"`strength` is a finite number, got {strength!r}.")
+    if unit is not None and not _is_finite(unit):
+        raise ValueError(f"`unit` is a finite number such as the latent's largest activation, got {unit!r}.")
+    if unit is not None and not _is_finite(strength * unit):
+        raise ValueError(f"`strength` times `unit` is too large: {strength!r} and {unit!r}.")
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def prompt_tokens(tokenizer, prompt: str, room: int) -> Tensor:
+    """The prompt's tokens `(1, S)`, begun as training text is but not ended."""
+    if room < 1:
+        raise ValueError("`max_new_tokens` leaves no room for a prompt in what this model can read. Ask for fewer.")
+    batch, left_out = read_text(tokenizer, prompt, room)
+    if left_out:
+        raise ValueError(
+            f"The prompt is {left_out} tokens too long: with the new ones the model can read {room} of it. Shorten "
+            "it, or ask for fewer new tokens."
+        )
+    ids = batch.input_ids[0].tolist()
+    text = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    # An encoder's closing token, or an EOS that the tokenizer appends, would end the text before it goes on.
+    end = next((end for end in range(len(ids), 0, -1) if ids[:end][-len(text) :] == text), len(ids))
+    return torch.tensor([ids[:end]])
+
+
+def continued(
+    model: nn.Module, tokenizer, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
+) -> list[int]:
+    """The tokens with which the model goes on after `ids` `(1, S)`; drawn with `seed` unless the temperature is 0."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+        )
+    return found[0, ids.shape[1] :].tolist()

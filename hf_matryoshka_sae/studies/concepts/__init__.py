@@ -1,0 +1,1 @@
+"""Concepts that an SAE splits, absorbs or mixes: first-letter absorption, SCR and TPP."""

@@ -1,0 +1,373 @@
+"""Feature absorption and splitting, measured on the first-letter task.
+
+A dictionary should have a latent "begins with s". Absorption is what happens when that latent stays silent on some
+such words because another, say one for "short", has the letter's direction built into its own decoder row. With p the
+unit direction of a logistic probe for the letter, d_i unit decoder rows, a_i activations and cos_i = p . d_i:
+
+    P_tot  = p . x                                   P_main = sum of a_i cos_i over the main latents
+    P_abs  = the 3 largest a_i cos_i among other latents with cos_i >= 0.1 and a_i cos_i > 0
+
+    full      all main latents silent, P_tot > 0, and the latent with the largest a_i cos_i has cos_i >= 0.025 and
+              a_i cos_i >= 0.4 P_tot
+    fraction  0 where P_tot <= 0, P_main >= P_tot or P_abs < 0.4 P_tot; 1 where P_main <= 0; otherwise
+              u / (u + P_main) with u = min(P_abs, P_tot - P_main)
+
+The main latents of a letter are those among which it is split (`probes.main_latents`). Scores are means over the
+held-out words which the probe gets right, then over letters. Chanin et al. (2024, arXiv 2409.14507); thresholds of
+SAEBench 0.6 (arXiv 2503.09532), which has two differences: its probes stop after 50 epochs, before they converge, and
+it ranks latents without bringing them to one scale.
+
+Shapes: N words, D width of the hidden states, F latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ...activations import hookpoint_widths, resolve_hookpoints
+from ...common.distributed import processes
+from ...models import SAEModel
+from ...models.sparse_ops import LatentPairs, PairIndex, row_norms
+from ..probing.logistic import LogisticProbe, f1_scores, fit_logistic, main_latents, rank_latents
+from .first_letter import LETTERS, PROMPT, FirstLetterTask, NotDefined, first_letter_task
+
+
+_WORDS_AT_ONCE = 1024
+_PUBLISHED_LATENTS, _PUBLISHED_PARAMETERS = 16_384, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class AbsorptionThresholds:
+    """What counts as absorption; the defaults are those of SAEBench 0.6.
+
+    Args:
+        probe_f1 (`float`): A letter takes part if the probe's F1 on held-out words is above this.
+        min_letters (`int`): With fewer letters the measure is not defined.
+        max_main (`int`): Latents tried as main latents of a letter.
+        min_gain (`float`): Main latents are added while F1 rises by more than this.
+        silent (`float`): A latent below this does not fire.
+        full_cosine (`float`): Least cosine to the probe of the latent that absorbs fully.
+        cosine (`float`): Least cosine to the probe of latents that absorb in part.
+        share (`float`): Share of the probe's projection that absorbing latents must carry.
+        max_absorbing (`int`): Latents that may absorb in part.
+    """
+
+    probe_f1: float = 0.6
+    min_letters: int = 20
+    max_main: int = 10
+    min_gain: float = 0.03
+    silent: float = 1e-8
+    full_cosine: float = 0.025
+    cosine: float = 0.1
+    share: float = 0.4
+    max_absorbing: int = 3
+
+
+def absorption(
+    sae: SAEModel,
+    model: nn.Module,
+    tokenizer,
+    hookpoint: str,
+    widths: Sequence[int] | None = None,
+    *,
+    selection: str = "restrict",
+    thresholds: AbsorptionThresholds | None = None,
+    **task_options,
+) -> dict[str, Any]:
+    """Absorption and splitting of an SAE at each prefix width.
+
+    Every process of a distributed run computes the same.
+
+    Args:
+        sae ([`SAEModel`]): Takes the hidden states at `hookpoint` as they are.
+        model (`nn.Module`): A transformers model in `eval` mode.
+        tokenizer: Its tokenizer.
+        hookpoint (`str`): Where the SAE reads.
+        widths (`Sequence[int]`, *optional*): By default the SAE's prefix widths.
+        selection (`str`, *optional*, defaults to `"restrict"`): See [`SAEModel.encode_pairs`].
+        thresholds ([`AbsorptionThresholds`], *optional*): What counts as absorption.
+        task_options: `prompt`, `shots`, `max_words`, `min_words`, `heldout`, `batch_size` and `seed` of
+            [`first_letter_task`].
+
+    Returns:
+        `dict[str, Any]`: JSON-able. `defined` says whether the language model supports the measure; if not, `reason`
+        says why and `rows` is empty. The others as in [`absorption_on_task`].
+
+    Raises:
+        `ValueError`: if the SAE does not fit the hookpoint, or an option is out of range.
+    """
+    thresholds = thresholds or AbsorptionThresholds()
+    (hookpoint,) = resolve_hookpoints(model, [hookpoint])
+    _check_fit(sae, hookpoint_widths(model, [hookpoint])[hookpoint], hookpoint)
+    widths = _checked_widths(sae, widths)
+    try:
+        task = first_letter_task(model, tokenizer, hookpoint, **task_options)
+    except NotDefined as error:
+        options = {"prompt": PROMPT} | task_options
+        source = {"model": model.config.name_or_path or type(model).__name__, "hookpoint": hookpoint, **options}
+        return _undefined(str(error), source, thresholds)
+    result = absorption_on_task(sae, task, widths, selection=selection, thresholds=thresholds)
+    if result["defined"] and model.num_parameters() < _PUBLISHED_PARAMETERS:
+        result["notes"].append(
+            f"The language model has {model.num_parameters():,} parameters; the measure was made for "
+            f"{_PUBLISHED_PARAMETERS:,} or more, which know how words are spelled."
+        )
+    return result
+
+
+def absorption_on_task(
+    sae: SAEModel,
+    task: FirstLetterTask,
+    widths: Sequence[int] | None = None,
+    *,
+    selection: str = "restrict",
+    thresholds: AbsorptionThresholds | None = None,
+) -> dict[str, Any]:
+    """As [`absorption`], on hidden states that have been read: for several SAEs at one hookpoint.
+
+    Returns:
+        `dict[str, Any]`: `defined`, `reason`, `notes`, `source` (language model, hookpoint, position, prompt),
+        `selection`, `thresholds`, `train_words` and `heldout_words` (numbers), `probe_f1` by letter, and `rows`, one
+        per width: `width`, `l0` on the task's words, `full_absorption`, `absorption_fraction` and `split_latents`
+        (main latents of a letter: 1 means no splitting) as means over `num_letters` letters, their standard
+        deviations over letters with `_std`, `words`, `letters_without_latent` and `letters`, the same for each
+        letter. Where a prefix has latents for fewer than `min_letters` letters, its means are `None` and `reason`
+        says so.
+    """
+    thresholds = thresholds or AbsorptionThresholds()
+    _check_fit(sae, task.states.shape[1], task.source.get("hookpoint"))
+    widths = _checked_widths(sae, widths)
+    classes = task.letters.unique()
+    targets = task.letters[:, None] == classes
+    probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
+    right = (probe.scores(task.states) > 0) & targets & task.heldout[:, None]
+    f1 = f1_scores(probe.scores(task.states[task.heldout]) > 0, targets[task.heldout])
+    kept = f1 > thresholds.probe_f1
+    facts = {
+        "train_words": int((~task.heldout).sum()),
+        "heldout_words": int(task.heldout.sum()),
+        "probe_f1": {LETTERS[c]: value for c, value in zip(classes.tolist(), f1.tolist(), strict=True)},
+    }
+    if kept.sum() < thresholds.min_letters:
+        return _undefined(_reason(task, f1, kept, thresholds), task.source, thresholds) | facts
+    probe = LogisticProbe(probe.weight[kept], probe.bias[kept])
+    selected = _Letters([LETTERS[c] for c in classes[kept].tolist()], targets[:, kept], right[:, kept], probe)
+    rows = [
+        _row(sae, task, selected, width, selection, thresholds)
+        for width in tqdm(widths, desc="absorption", leave=False, disable=processes()[0] != 0)
+    ]
+    notes = []
+    if sae.config.num_latents < _PUBLISHED_LATENTS:
+        notes.append(f"Published figures are of {_PUBLISHED_LATENTS:,} latents or more.")
+    return {
+        "defined": True,
+        "reason": None,
+        "notes": notes,
+        "source": task.source,
+        "selection": selection,
+        "thresholds": asdict(thresholds),
+        **facts,
+        "rows": rows,
+    }
+
+
+def absorbed_words(
+    states: Tensor,
+    latents: LatentPairs,
+    decoder: Tensor,
+    direction: Tensor,
+    main: Tensor,
+    thresholds: AbsorptionThresholds | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which words are absorbed fully, and to what fraction each is; the equations are at the head of this module.
+
+    Args:
+        states (`Tensor` of shape `(N, D)`): Hidden states of the words.
+        latents ([`LatentPairs`]): Their latents, scaled to go with `decoder`.
+        decoder (`Tensor` of shape `(F, D)`): Decoder rows of length 1 (or 0).
+        direction (`Tensor` of shape `(D,)`): The probe's, of any length.
+        main (`Tensor`): The main latents.
+
+    Returns:
+        bool and float64 tensors of shape `(N,)`.
+
+    Raises:
+        `ValueError`: if decoder rows are not of unit length, or shapes do not fit.
+    """
+    thresholds = thresholds or AbsorptionThresholds()
+    if latents.num_rows != len(states) or decoder.shape != (latents.num_latents, states.shape[1]):
+        raise ValueError(
+            f"Expected latents of {len(states)} words and a decoder ({latents.num_latents}, {states.shape[1]}), got "
+            f"{latents.num_rows} and {tuple(decoder.shape)}."
+        )
+    lengths = decoder.double().norm(dim=1)
+    if not ((lengths - 1).abs() < 1e-3).logical_or(lengths == 0).all():
+        raise ValueError(
+            f"Decoder rows must be of length 1, got {lengths.min():.3g} to {lengths.max():.3g}. Divide them by their "
+            "lengths and multiply the latents by the same."
+        )
+    direction = direction.double()
+    direction = direction / direction.norm()
+    cosine, total = decoder.double() @ direction, states.double() @ direction
+    slots = latents.to_slots()
+    # One slot more, because where no latent fires there is none to take the largest of.
+    values, indices = F.pad(slots.values.double(), (0, 1)), F.pad(slots.indices, (0, 1))
+    cosines = cosine[indices]
+    along = values * cosines
+    is_main = torch.isin(indices, main)
+
+    silent = (values.abs() * is_main < thresholds.silent).all(1)
+    top, slot = along.max(1)
+    aligned = cosines.gather(1, slot[:, None])[:, 0] >= thresholds.full_cosine
+    full = silent & (total > 0) & aligned & (top >= thresholds.share * total)
+
+    of_main = (along * is_main).sum(1)
+    candidates = along.where(~is_main & (cosines >= thresholds.cosine) & (along > 0), 0.0)
+    absorbing = candidates.topk(min(thresholds.max_absorbing, candidates.shape[1]), dim=1).values.sum(1)
+    taken = torch.minimum(absorbing, total - of_main)
+    fraction = torch.where(of_main <= 0, 1.0, taken / (taken + of_main))
+    none = (total <= 0) | (of_main >= total) | (absorbing < thresholds.share * total)
+    return full, fraction.where(~none, 0.0)
+
+
+@dataclass
+class _Letters:
+    """The letters that take part: names, their words `(N, C)`, the words the probe gets right `(N, C)`, the probe."""
+
+    names: list[str]
+    targets: Tensor
+    right: Tensor
+    probe: LogisticProbe
+
+
+def _row(
+    sae: SAEModel,
+    task: FirstLetterTask,
+    letters: _Letters,
+    width: int,
+    selection: str,
+    thresholds: AbsorptionThresholds,
+) -> dict[str, Any]:
+    """What one prefix width scores."""
+    latents, decoder = _unit_latents(sae, task.states, width, selection)
+    train, heldout = (_of_words(latents, part) for part in (~task.heldout, task.heldout))
+    ranked = rank_latents(train, letters.targets[~task.heldout], thresholds.max_main)
+    scores, without = {}, []
+    for c, letter in enumerate(letters.names):
+        if not len(ranked[c]):
+            without.append(letter)
+            continue
+        target = letters.targets[:, c]
+        main, curve = main_latents(
+            ranked[c], train, target[~task.heldout], heldout, target[task.heldout], thresholds.min_gain
+        )
+        right, direction = letters.right[:, c], letters.probe.weight[c]
+        full, fraction = absorbed_words(
+            task.states[right], _of_words(latents, right), decoder, direction, main, thresholds
+        )
+        scores[letter] = {
+            "full_absorption": full.double().mean().item(),
+            "absorption_fraction": fraction.mean().item(),
+            "split_latents": len(main),
+            "words": int(right.sum()),
+            "main_latents": main.tolist(),
+            "main_f1": curve[len(main) - 1],
+        }
+    row = {"width": width, "l0": (latents.values > 0).sum().item() / len(task.states)}
+    return row | _means(scores, without, thresholds.min_letters) | {"letters": scores}
+
+
+def _means(scores: dict[str, dict[str, Any]], without: list[str], min_letters: int) -> dict[str, Any]:
+    """Means and standard deviations over letters, `None` where there are too few."""
+    means, reason = {}, None
+    if len(scores) < min_letters:
+        reason = f"Only {len(scores)} letters have a latent that speaks for them; {min_letters} are needed."
+    for name in ("full_absorption", "absorption_fraction", "split_latents"):
+        values = torch.tensor([of_letter[name] for of_letter in scores.values()], dtype=torch.float64)
+        means[name] = None if reason else values.mean().item()
+        means[f"{name}_std"] = None if reason else values.std(correction=0).item()
+    return means | {
+        "reason": reason,
+        "num_letters": len(scores),
+        "words": sum(of_letter["words"] for of_letter in scores.values()),
+        "letters_without_latent": without,
+    }
+
+
+@torch.no_grad()
+def _unit_latents(sae: SAEModel, states: Tensor, width: int, selection: str) -> tuple[LatentPairs, Tensor]:
+    """Latents of words scaled to go with decoder rows of length 1, and those rows, on the CPU."""
+    decoder = sae.W_dec.float()
+    norms = row_norms(decoder)
+    parts, training = [], sae.training
+    sae.eval()
+    try:
+        for start in range(0, len(states), _WORDS_AT_ONCE):
+            part = sae.encode_pairs(states[start : start + _WORDS_AT_ONCE].to(sae.W_enc), width, selection)
+            values = part.values.float()
+            # Where the config scales latents by these lengths they already are in those units.
+            scaled = values if sae.config.scale_by_decoder_norm else values * norms[part.cols]
+            parts.append((part.rows.cpu() + start, part.cols.cpu(), scaled.cpu()))
+    finally:
+        sae.train(training)
+    rows, cols, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if not values.isfinite().all():
+        raise ValueError("The SAE gives latents that are not finite; its weights or its dtype are unsound.")
+    fires = values != 0
+    index = PairIndex(rows[fires], cols[fires], len(states), sae.config.num_latents)
+    return LatentPairs(index, values[fires]), (decoder / norms[:, None]).cpu()
+
+
+def _of_words(latents: LatentPairs, chosen: Tensor) -> LatentPairs:
+    """The latents of some words, `(N,)` bool, which are numbered anew."""
+    kept = latents.keep(chosen[latents.rows])
+    rows = (chosen.cumsum(0) - 1)[kept.rows]
+    return LatentPairs(PairIndex(rows, kept.cols, int(chosen.sum()), latents.num_latents), kept.values)
+
+
+def _check_fit(sae: SAEModel, width: int, hookpoint: str | None) -> None:
+    if width != sae.config.d_in:
+        raise ValueError(
+            f"This SAE takes hidden states of width d_in = {sae.config.d_in}, those at {hookpoint} have {width}. "
+            "Choose the language model and hookpoint it was trained on."
+        )
+
+
+def _checked_widths(sae: SAEModel, widths: Sequence[int] | None) -> list[int]:
+    widths = list(sae.prefix_widths if widths is None else widths)
+    if not widths or not all(1 <= width <= sae.config.num_latents for width in widths):
+        raise ValueError(
+            f"`widths` must be one or more numbers between 1 and num_latents ({sae.config.num_latents}), got {widths}."
+        )
+    return widths
+
+
+def _reason(task: FirstLetterTask, f1: Tensor, kept: Tensor, thresholds: AbsorptionThresholds) -> str:
+    """Why too few letters take part."""
+    if len(f1) < thresholds.min_letters:
+        return (
+            f"Absorption is not defined here: only {len(f1)} letters begin enough of the words that are a token of "
+            f"the tokenizer, and {thresholds.min_letters} are needed. Take a language model with a larger vocabulary."
+        )
+    return (
+        f"Absorption is not defined here: a probe finds the first letter with F1 > {thresholds.probe_f1} for "
+        f"{int(kept.sum())} of {len(f1)} letters, and {thresholds.min_letters} are needed. The hidden states at "
+        f"{task.source.get('hookpoint')} do not tell well enough how words are spelled; take a larger language model, "
+        "another hookpoint or another prompt."
+    )
+
+
+def _undefined(reason: str, source: dict[str, Any], thresholds: AbsorptionThresholds) -> dict[str, Any]:
+    return {
+        "defined": False,
+        "reason": reason,
+        "notes": [],
+        "source": source,
+        "thresholds": asdict(thresholds),
+        "rows": [],
+    }

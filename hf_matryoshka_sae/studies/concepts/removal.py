@@ -1,0 +1,356 @@
+"""SCR and TPP: what linear probes lose and gain where a few latents are taken out of the hidden states.
+
+Both are SAEBench's (Karvonen et al. 2025, arXiv 2503.09532). An audit (arXiv 2605.18229) found that they fail several
+checks at their canonical settings: they are here to be compared with what has been published, not to rank SAEs by.
+
+A latent i adds c_i u_i to the hidden state, u_i being its decoder row at length 1; so nothing depends on how length is
+shared between a latent's value and its row. For a probe of weight w its attribution is
+
+    e_i = (mean of c_i over positive examples - mean of c_i over negative ones) * <w, u_i>
+
+To ablate latents is to subtract what they add and to keep all else, the SAE's error among it: a probe's log-odds then
+fall by the sum of c_i <w, u_i>, exactly, for means over a text's tokens too.
+
+SCR (spurious correlation removal). Two attributes a and b of examples; a biased probe is fitted where they coincide.
+To keep a, the N latents of largest |e_i| for b's own probe are ablated; A are accuracies at telling a:
+
+    SCR = (A_ablated - A_base) / (A_clean - A_base),     0 where A_clean - A_base < 0.001
+
+with A_base the biased probe's and A_clean that of a's own probe. Of the two directions (keep a, keep b) the one of
+lower A_base counts, of equal ones the mean of both.
+
+TPP (targeted probe perturbation). C classes, a probe for each against the rest. With drop_i(j) what class j's probe
+loses in balanced accuracy where the N latents of largest e_i for class i are ablated, of those that are louder in the
+class than outside and have e_i > 0,
+
+    TPP = mean over i of (drop_i(i) - mean over j != i of drop_i(j))
+
+Own probes are fitted to, and accuracies taken of, as many examples of each combination of a and b (SCR) or of each
+class (TPP).
+
+Shapes: N examples, D width of hidden states, F latents, C classes, K numbers of latents, T pairs or classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...common.distributed import processes
+from ...evaluation.baselines import random_dictionary
+from ...evaluation.data import HeldOut
+from ...evaluation.subjects import Dictionary
+from ...models import SAEModel
+from ...models.sparse_ops import LatentPairs, row_norms
+from ..drawn_latents import mean_l0, neuron_dictionary
+from ..probing.columns import LatentColumns
+from ..probing.examples import Examples, take_windows, text_batches, text_examples, token_examples
+from ..probing.report import Bootstrap
+from ..probing.tasks import LabelledTask, TokenTasks
+from ..probing.token_properties import WORD_CLASSES
+from .probes import Concepts, class_of, combination, fit_coinciding, fit_exclusive
+from .report import ConceptRemoval
+
+
+LATENTS = (2, 5, 10, 20, 50)
+"""Numbers of latents that are ablated, where nothing is said; SAEBench's headline is 20."""
+
+# Pairs of one property of each: what a token is, and where it stands.
+_KINDS = ("begins a word", "continues a word", "punctuation", "determiner")
+_PLACES = ("in double quotes", "in brackets", "seen before")
+
+Task = LabelledTask | TokenTasks
+Subjects = Mapping[str, Dictionary | SAEModel] | SAEModel
+
+
+class Contributions(Dictionary):
+    """A dictionary whose latents are told by the length of what they add to the hidden state, `c_i` of `c_i u_i`."""
+
+    def encode(self, x: Tensor) -> list[LatentPairs]:
+        return [pairs.with_values(self._lengths(pairs)) for pairs in super().encode(x)]
+
+    @torch.no_grad()
+    def _lengths(self, pairs: LatentPairs) -> Tensor:
+        lengths = pairs.values
+        if not self.sae.config.scale_by_decoder_norm:
+            lengths = lengths * row_norms(self.sae.W_dec)[pairs.cols]
+        return lengths if pairs.input_norm is None else lengths * pairs.input_norm[1][pairs.rows, 0]
+
+
+def spurious_correlation_removal(
+    data: HeldOut,
+    subjects: Subjects,
+    task: Task | None = None,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    widths: Sequence[int] | None = None,
+    **options: Any,
+) -> ConceptRemoval:
+    """SCR of dictionaries at each of their widths, beside random ones and the neurons.
+
+    Args:
+        data ([`HeldOut`]): The language model, the hookpoint and, for token tasks, the tokens. Under
+            `torch.distributed` each process reads its share; all return the same.
+        subjects (`Mapping[str, Dictionary or SAEModel]`, or one [`SAEModel`]): By name.
+        task ([`LabelledTask`] or [`TokenTasks`], *optional*): Two or more attributes of each text (see
+            [`attribute_task`]) or token; by default properties of tokens that follow from the text alone.
+        pairs (`Sequence[tuple[str, str]]`, *optional*): Of the task's attributes; by default all pairs, of token
+            properties those of what a token is and where it stands.
+        widths (`Sequence[int]`, *optional*): Of those subjects that are no [`Dictionary`].
+        **options: `selection` (`str`, `"mask"`), see [`Dictionary`]; `latents` (`Sequence[int]`, 2, 5, 10, 20, 50),
+            how many are ablated; `baselines` (`bool`, `True`); `max_tokens` (`int`, 10,000) of token tasks; `splits`
+            (`int`, 3) and `test_share` (`float`, 0.3): how often examples are split anew, and into what; `least`
+            (`int`, 20) and `most` (`int`, 300): examples of each combination in a part of a split, what has fewer is
+            left out; `context_length` (`int`): tokens of a text that are read; `max_pairs` (`int`, 100 million):
+            activations that a process may keep; `resamples` (`int`, 1000) of the bootstrap over pairs and splits;
+            `seed` (`int`, 0); `show` (`bool`, `True`): progress bars.
+
+    Returns:
+        [`ConceptRemoval`] with a row for each subject and width.
+
+    Raises:
+        `ValueError`: for options out of range, attributes that are not there, or no pair with enough examples.
+    """
+    return _measure("scr", data, subjects, task, pairs, widths, _Options(**options))
+
+
+def targeted_probe_perturbation(
+    data: HeldOut,
+    subjects: Subjects,
+    task: Task | None = None,
+    widths: Sequence[int] | None = None,
+    **options: Any,
+) -> ConceptRemoval:
+    """TPP of dictionaries at each of their widths, beside random ones and the neurons.
+
+    Args:
+        data, subjects, widths, **options: As in [`spurious_correlation_removal`]; the bootstrap is over classes and
+            splits, `least` and `most` are examples of a class.
+        task ([`LabelledTask`] or [`TokenTasks`], *optional*): Three classes or more, of which an example has one;
+            others are left out. By default word classes of tokens.
+
+    Returns:
+        [`ConceptRemoval`] with a row for each subject and width.
+
+    Raises:
+        `ValueError`: for options out of range, or fewer than three classes with enough examples.
+    """
+    return _measure("tpp", data, subjects, task, None, widths, _Options(**options))
+
+
+@dataclass
+class _Options:
+    selection: str = "mask"
+    latents: Sequence[int] = LATENTS
+    baselines: bool = True
+    max_tokens: int = 10_000
+    splits: int = 3
+    test_share: float = 0.3
+    least: int = 20
+    most: int = 300
+    context_length: int | None = None
+    max_pairs: int = 100_000_000
+    resamples: int = 1000
+    seed: int = 0
+    show: bool = True
+
+    def __post_init__(self):
+        counts = {
+            name: getattr(self, name) for name in ("max_tokens", "splits", "least", "most", "max_pairs", "resamples")
+        }
+        if min(counts.values()) < 1 or self.most < self.least or not 0 < self.test_share < 1:
+            raise ValueError(
+                f"Expected numbers of at least 1, `most` not below `least`, and `test_share` between 0 and 1; got "
+                f"{counts} and {self.test_share}."
+            )
+        if not self.latents or any(isinstance(n, bool) or n < 1 for n in self.latents):
+            raise ValueError(f"`latents` must hold numbers of latents, each at least 1; got {list(self.latents)}.")
+        self.latents = sorted(set(self.latents))
+
+
+def _measure(
+    metric: str,
+    data: HeldOut,
+    subjects: Subjects,
+    task: Task | None,
+    pairs: Sequence[tuple[str, str]] | None,
+    widths: Sequence[int] | None,
+    options: _Options,
+) -> ConceptRemoval:
+    options.show = options.show and processes()[0] == 0
+    dictionaries = _dictionaries(data, subjects, widths, options.selection)
+    if task is None:
+        task = TokenTasks.of_properties(data, [*_KINDS, *_PLACES] if metric == "scr" else WORD_CLASSES)
+        pairs = list(product(_KINDS, _PLACES)) if metric == "scr" and pairs is None else pairs
+    context_length = options.context_length
+    if context_length is None:
+        context_length = data.batches[0].input_ids.shape[1] if data.batches else 128
+    if isinstance(task, TokenTasks):
+        if not data.batches:
+            raise ValueError("Token tasks need tokens, and the data has no batches. See `open_heldout`.")
+        task.check(data)
+        data, (task,) = take_windows(data, [task], options.max_tokens)
+    elif options.baselines:
+        data = replace(data, batches=text_batches(task, data, context_length)[0])
+    kinds = dict.fromkeys(dictionaries, "dictionary")
+    if options.baselines:
+        dictionaries = _with_baselines(data, dictionaries, kinds, options.seed)
+    if isinstance(task, TokenTasks):
+        examples = token_examples(data, [task], dictionaries, options.max_pairs, options.show)
+    else:
+        examples = text_examples(data, task, dictionaries, context_length, options.max_pairs, options.show)
+    tests = _splits(examples, options)
+    if metric == "scr":
+        chosen, skipped = _chosen_pairs(examples, pairs, tests, options.least)
+    else:
+        chosen, skipped = _chosen_classes(examples, tests, options.least)
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    facts: dict[str, list[dict[str, float]]] = {}
+    for number, test in enumerate(tqdm(tests, desc=metric.upper(), disable=not options.show, leave=False)):
+        generator = torch.Generator().manual_seed(options.seed * options.splits + number)
+        fitted = list(_fitted(examples, chosen, test, options.most, generator))
+        for name, fact in (item for concepts in fitted for item in concepts.facts().items()):
+            facts.setdefault(name, []).append(fact)
+        for name, dictionary in dictionaries.items():
+            each = [_scores(concepts, examples.latents[name], dictionary, options.latents) for concepts in fitted]
+            for width, of_width in zip(dictionary.widths, zip(*each, strict=True), strict=True):
+                found.setdefault((name, width), []).append(torch.cat(of_width))
+    about = {
+        "metric": metric,
+        "hookpoint": data.hookpoint,
+        "examples": {examples.kind: len(examples.labels)},
+        "selection": " and ".join(dict.fromkeys(dictionary.selection for dictionary in dictionaries.values())),
+        "latents": list(options.latents),
+        "splits": options.splits,
+        "test_share": options.test_share,
+        "tasks": {
+            name: {key: sum(fact[key] for fact in of_splits) / len(of_splits) for key in of_splits[0]}
+            for name, of_splits in facts.items()
+        },
+        "skipped": skipped,
+        "seed": options.seed,
+    }
+    bootstrap = Bootstrap(options.splits, len(facts), options.resamples, options.seed)
+    scores = {key: torch.stack(of_splits).numpy() for key, of_splits in found.items()}
+    return ConceptRemoval.of_scores(scores, kinds, about, bootstrap)
+
+
+def _dictionaries(
+    data: HeldOut, subjects: Subjects, widths: Sequence[int] | None, selection: str
+) -> dict[str, Dictionary]:
+    subjects = subjects if isinstance(subjects, Mapping) else {"sae": subjects}
+    found = {}
+    for name, subject in subjects.items():
+        if not isinstance(subject, Dictionary | SAEModel):
+            raise ValueError(f"Subjects must be SAEs or `Dictionary`s; '{name}' is a {type(subject).__name__}.")
+        given = (subject, widths, selection)
+        if isinstance(subject, Dictionary):
+            given = (subject.sae, subject.widths, subject.selection)
+        found[name] = Contributions(*given)
+        found[name].sae.to(data.device)
+    if not found:
+        raise ValueError("There is no dictionary to measure: `subjects` is empty.")
+    return found
+
+
+def _with_baselines(
+    data: HeldOut, dictionaries: dict[str, Dictionary], kinds: dict[str, str], seed: int
+) -> dict[str, Dictionary]:
+    """The dictionaries, a random one for each, and the neurons, as many of them on as of the first latents fire."""
+    found = dict(dictionaries)
+    for name, dictionary in dictionaries.items():
+        random = random_dictionary(dictionary.sae, data, dictionary.widths, seed=seed)
+        found[f"random ({name})"] = Contributions(random, dictionary.widths, dictionary.selection)
+        kinds[f"random ({name})"] = "random"
+    first = next(iter(dictionaries.values())).sae
+    found["neurons"] = Contributions(neuron_dictionary(data, max(1, round(mean_l0(first, data)))))
+    kinds["neurons"] = "neurons"
+    return found
+
+
+def _fitted(
+    examples: Examples,
+    chosen: Mapping[str, list[int]] | list[int],
+    test: Tensor,
+    most: int,
+    generator: torch.Generator,
+) -> Iterator[Concepts]:
+    """The probes of one split: of each pair, or of all classes."""
+    if isinstance(chosen, Mapping):
+        for name, columns in chosen.items():
+            yield fit_coinciding(name, examples.hidden, examples.labels[:, columns], test, most, generator)
+    else:
+        names, labels = [examples.names[column] for column in chosen], examples.labels[:, chosen]
+        yield fit_exclusive(names, examples.hidden, labels, test, most, generator)
+
+
+def _scores(
+    concepts: Concepts, columns: list[LatentColumns], dictionary: Dictionary, latents: Sequence[int]
+) -> list[Tensor]:
+    """Scores `(T, K)` at each width."""
+    widths, rows = dictionary.widths, dictionary.sae.W_dec
+    each = [widths] if dictionary.encodes_once else [[width] for width in widths]
+    found = []
+    for some, at in zip(columns, each, strict=True):
+        found += [concepts.scores(accuracies) for accuracies in concepts.accuracies(some, rows, at, latents)]
+    return found
+
+
+# What there is to measure on
+
+
+def _splits(examples: Examples, options: _Options) -> list[Tensor]:
+    """The test part of each split, `(N,)` bool."""
+    return [examples.held_out(options.test_share, options.seed * options.splits + s) for s in range(options.splits)]
+
+
+def _fewest(cells: Tensor, count: int, tests: Sequence[Tensor]) -> Tensor:
+    """How many examples of each cell the smallest part of any split has, `(count,)`."""
+    parts = [part for test in tests for part in (test, ~test)]
+    return torch.stack([torch.bincount(cells[part & (cells >= 0)], minlength=count) for part in parts]).amin(0)
+
+
+def _chosen_pairs(
+    examples: Examples, pairs: Sequence[tuple[str, str]] | None, tests: Sequence[Tensor], least: int
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Columns of the labels of each usable pair, and why others are left out."""
+    names = examples.names
+    pairs = list(combinations(names, 2)) if pairs is None else [tuple(pair) for pair in pairs]
+    unknown = sorted({name for pair in pairs for name in pair if name not in names})
+    if unknown or any(len(set(pair)) != 2 for pair in pairs):
+        raise ValueError(f"`pairs` must hold pairs of two of {', '.join(names)}; got {unknown or pairs}.")
+    kept, skipped = {}, {}
+    for pair in dict.fromkeys(pairs):
+        columns = [names.index(name) for name in pair]
+        fewest = int(_fewest(combination(examples.labels[:, columns]), 4, tests).min())
+        if fewest >= least:
+            kept[" x ".join(pair)] = columns
+        else:
+            skipped[" x ".join(pair)] = f"{fewest} examples of one combination in a part of a split"
+    if not kept:
+        raise ValueError(
+            f"No pair of attributes has {least} examples of each of its four combinations in both parts of a split "
+            f"({skipped}). Give more text, other attributes, or a smaller `least`."
+        )
+    return kept, skipped
+
+
+def _chosen_classes(examples: Examples, tests: Sequence[Tensor], least: int) -> tuple[list[int], dict[str, str]]:
+    """Columns of the labels of usable classes, and why others are left out."""
+    fewest = _fewest(class_of(examples.labels), len(examples.names), tests).tolist()
+    kept = [column for column, count in enumerate(fewest) if count >= least]
+    skipped = {
+        examples.names[column]: f"{count} examples in a part of a split"
+        for column, count in enumerate(fewest)
+        if count < least
+    }
+    if len(kept) < 3:
+        raise ValueError(
+            f"TPP needs three classes with {least} examples each in both parts of a split, and has "
+            f"{[examples.names[column] for column in kept]} (left out: {skipped}). Give more text, a label of more "
+            "classes, or a smaller `least`."
+        )
+    return kept, skipped

@@ -1,0 +1,177 @@
+"""Scores of some latents as scores of every prefix, beside dictionaries that nobody trained.
+
+Latents are drawn from each group that a width adds, and a width's score is the mean over its latents, estimated by
+groups: sum over groups of (eligible latents in the group) * (mean of those drawn) / (eligible latents). Intervals span
+the 2.5th to the 97.5th percentile of bootstrap resamples of the drawn latents, within groups.
+
+Shapes: F `num_latents`, N latents drawn from a group, S scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..evaluation.baselines import random_dictionary
+from ..evaluation.data import HeldOut
+from ..evaluation.firing import FiringSums
+from ..evaluation.geometry import checked_widths
+from ..models import SAEModel, TopKSAE, TopKSAEConfig
+
+
+RANDOM, NEURONS = "random", "neurons"
+
+
+def with_baselines(
+    saes: Mapping[str, SAEModel] | SAEModel, data: HeldOut, widths: Sequence[int] | None, baselines: bool, seed: int
+) -> dict[str, tuple[SAEModel, list[int]]]:
+    """SAEs with their widths, each followed by a random dictionary of its shape, and the neurons last.
+
+    Args:
+        saes (`Mapping[str, SAEModel]`, or one [`SAEModel`]): By name; of one hookpoint.
+        data ([`HeldOut`]): What random dictionaries are calibrated on, and whose neurons.
+        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
+        baselines (`bool`): Whether there are any.
+        seed (`int`): Of the random directions.
+
+    Raises:
+        `ValueError`: if there is no SAE, one whose weights are not finite, or widths that one does not have.
+    """
+    saes = {"sae": saes} if isinstance(saes, SAEModel) else saes
+    if not saes:
+        raise ValueError("Name at least one SAE.")
+    for name, sae in saes.items():
+        if not isinstance(sae, SAEModel):
+            raise ValueError(f"What is measured must be SAEs; `{name}` is a {type(sae).__name__}.")
+        if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
+            raise ValueError(f"The weights of `{name}` are not all finite: it is damaged, or its training diverged.")
+    subjects: dict[str, tuple[SAEModel, list[int]]] = {}
+    for name, sae in saes.items():
+        chosen = checked_widths(widths, sae)
+        subjects[name] = sae.eval(), chosen
+        if baselines:
+            subjects[f"{RANDOM} ({name})"] = random_dictionary(sae, data, chosen, seed=seed), chosen
+    if baselines:
+        neurons = neuron_dictionary(data, k=max(1, round(mean_l0(next(iter(saes.values())), data))))
+        subjects[NEURONS] = neurons, [neurons.config.num_latents]
+    return subjects
+
+
+@torch.no_grad()
+def firing_counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
+    """On how many tokens each latent fires, `(F,)`; every process reads all of the text."""
+    sums = FiringSums(sae.config.num_latents)
+    for batch in data.batches:
+        sums.add(sae.encode_pairs(data.states(batch.to(data.device)).to(sae.W_enc)))
+    return sums.fired.cpu().numpy()
+
+
+def mean_l0(sae: SAEModel, data: HeldOut) -> float:
+    """How many latents fire per token; every process reads all of the text."""
+    return float(firing_counts(sae, data).sum() / data.tokens)
+
+
+@torch.no_grad()
+def neuron_dictionary(data: HeldOut, k: int) -> TopKSAE:
+    """The dimensions of the hidden states as a dictionary: of each token the k that differ most from their mean.
+
+    Latent d is dimension d above its mean, latent D + d the same below it; decoder rows are unit vectors.
+
+    Args:
+        data ([`HeldOut`]): Whose hidden states.
+        k (`int`): Dimensions per token; at most D.
+    """
+    total, count = None, 0
+    for batch in data.batches:
+        states = data.states(batch.to(data.device)).double()
+        total = states.sum(0) if total is None else total + states.sum(0)
+        count += len(states)
+    if total is None:
+        raise ValueError("There are no hidden states to take neurons from.")
+    d_in = len(total)
+    config = TopKSAEConfig(d_in=d_in, num_latents=2 * d_in, k=min(k, d_in), hookpoint=data.hookpoint)
+    sae = TopKSAE(config).eval()
+    unit = torch.eye(d_in)
+    sae.W_enc.copy_(torch.cat([unit, -unit]))
+    sae.W_dec.copy_(torch.cat([unit, -unit]))
+    sae.b_enc.zero_()
+    sae.b_dec.copy_((total / count).float())
+    return sae.to(data.device)
+
+
+@dataclass(frozen=True)
+class DrawnLatents:
+    """Latents drawn from each group between two widths.
+
+    Args:
+        widths (`list[int]`): Where groups end.
+        groups (`list[list[int]]`): The latents drawn from each.
+        eligible (`list[int]`): From how many.
+    """
+
+    widths: list[int]
+    groups: list[list[int]]
+    eligible: list[int]
+
+    @classmethod
+    def of(cls, eligible: np.ndarray, widths: list[int], per_group: int, seed: int) -> "DrawnLatents":
+        """Draw up to `per_group` of the latents of each group for which `eligible`, `(F,)` bool, holds."""
+        generator = np.random.default_rng(seed)
+        groups, counts = [], []
+        for start, stop in zip([0, *widths[:-1]], widths, strict=True):
+            found = np.flatnonzero(eligible[start:stop]) + start
+            groups.append(sorted(generator.permutation(found)[:per_group].tolist()))
+            counts.append(len(found))
+        return cls(widths, groups, counts)
+
+    @property
+    def latents(self) -> list[int]:
+        """All of them, in order."""
+        return [latent for group in self.groups for latent in group]
+
+    def rows(
+        self, values: Mapping[int, Sequence[float]], names: Sequence[str], resamples: int, seed: int
+    ) -> list[dict[str, float | int | list[float] | None]]:
+        """A row for each width, from the groups below it.
+
+        Args:
+            values (`Mapping[int, Sequence[float]]`): By latent its scores, S of them.
+            names (`Sequence[str]`): What they are called.
+            resamples (`int`), seed (`int`): Of the intervals.
+
+        Returns:
+            `list[dict]`: `width`, `latents` (drawn), `explainable` (share that is eligible), each score's mean by its
+            name, and its interval as `<name>_interval`: `None` where one latent was drawn from a group of more. Zeros
+            where nothing is eligible.
+        """
+        size = len(names)
+        tables = [np.array([values[latent] for latent in group]).reshape(-1, size) for group in self.groups]
+        generator = np.random.default_rng(seed)
+        means = [table.mean(0) if len(table) else np.zeros(size) for table in tables]
+        samples = [_resampled(table, resamples, generator) for table in tables]
+        rows = []
+        for number, width in enumerate(self.widths, start=1):
+            weights = np.array(self.eligible[:number], dtype=float)
+            weights /= max(1.0, weights.sum())
+            scores = np.tensordot(weights, means[:number], 1)
+            intervals = np.quantile(np.tensordot(weights, samples[:number], 1), [0.025, 0.975], axis=0).T.tolist()
+            if any(len(group) == 1 < count for group, count in zip(self.groups[:number], self.eligible, strict=False)):
+                intervals = [None] * size  # how much one latent stands for others cannot be told
+            rows.append(
+                {
+                    "width": width,
+                    "latents": sum(map(len, self.groups[:number])),
+                    "explainable": sum(self.eligible[:number]) / width,
+                    **dict(zip(names, scores.tolist(), strict=True)),
+                    **{f"{name}_interval": bounds for name, bounds in zip(names, intervals, strict=True)},
+                }
+            )
+        return rows
+
+
+def _resampled(table: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """The mean of each resample of a table's rows `(N, S)`, `(resamples, S)`."""
+    if not len(table):
+        return np.zeros((resamples, table.shape[1]))
+    return table[generator.integers(len(table), size=(resamples, len(table)))].mean(1)

@@ -1,0 +1,1 @@
+"""What a latent does to the language model's predictions."""

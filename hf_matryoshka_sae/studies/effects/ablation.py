@@ -1,0 +1,315 @@
+"""Ablation sparsity: how few of the next tokens' logits a latent acts on.
+
+Of the hidden state x at one token, latent i is taken away: x - a_i d_i, what the SAE does not explain stays. Delta is
+the change of the logits, over the V tokens of the vocabulary and the T positions from that token on, less its median
+at each position (a constant changes no prediction). With n = (||Delta||_1 / ||Delta||_2)^2, which is 1 if one logit
+changes and V T if all change alike, the *fraction* is n / (V T). Gao et al. 2024 (arXiv 2406.04093), T 16.
+
+A fraction of a width is the mean over the pairs of token and latent that fire in it. Tokens are drawn; on each, of the
+latents that fire in each group between two widths, some are drawn, and count for all that fire there. Intervals span
+the 2.5th to the 97.5th percentile of bootstrap resamples of the tokens.
+
+Shapes: A ablations, T positions, V vocabulary, W widths, N drawn tokens.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...activations import is_masked_lm
+from ...activations.hookpoints import first_tensor, hooked
+from ...common.distributed import processes, reduce_sum
+from ...common.figures import draw_widths, save_figure
+from ...evaluation.data import HeldOut
+from ...models import SAEModel
+from ...models.sparse_ops import LatentPairs
+from ..drawn_latents import NEURONS, with_baselines
+
+
+_LOGITS = 2**26  # held at a time
+_ROUNDING = 16  # a change of logits below this many units in the last place is no effect
+
+
+@dataclass
+class AblationSparsity:
+    """What ablations of latents change.
+
+    Args:
+        rows (`dict[str, list[dict]]`): By name, for each width: `width`; `fraction` of logits affected, with
+            `fraction_interval`; `size`, the mean of ||Delta||_2; `pairs` (ablations done) and `no_effect` (how many
+            of them changed nothing, and are left out of the means).
+        latents (`dict[str, dict[int, dict]]`): By name and latent, `fraction`, `size` and `pairs`, its means.
+        about (`dict`): Of the run: tokens drawn, positions, seed.
+    """
+
+    rows: dict[str, list[dict[str, Any]]]
+    latents: dict[str, dict[int, dict[str, Any]]]
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {**self.about, "saes": self.rows, "latents": self.latents}
+
+    def __str__(self) -> str:
+        lines = [
+            f"ablation sparsity: share of the next {self.about['positions']} tokens' logits that a latent acts on"
+        ]
+        head = f"{'width':>8} {'fraction':>9} {'95% interval':>15} {'size':>8} {'pairs':>6} {'no effect':>10}"
+        for name, rows in self.rows.items():
+            lines += [f"  {name}", f"  {head}"]
+            for row in rows:
+                low, high = row["fraction_interval"]
+                lines.append(
+                    f"  {row['width']:>8d} {row['fraction']:>9.4f} {f'{low:.4f} {high:.4f}':>15} "
+                    f"{row['size']:>8.3f} {row['pairs']:>6d} {row['no_effect']:>10d}"
+                )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the fraction against width, with intervals, to a PNG."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axis = figure.subplots()
+        draw_widths(axis, self.rows, "fraction", flat=(NEURONS,))
+        axis.set(ylabel=f"share of {self.about['positions']} tokens' logits affected", ylim=(0, None))
+        save_figure(figure, Path(path))
+
+
+@torch.no_grad()
+def ablation_sparsity(
+    saes: Mapping[str, SAEModel],
+    data: HeldOut,
+    widths: Sequence[int] | None = None,
+    tokens: int = 64,
+    per_group: int = 4,
+    positions: int = 16,
+    baselines: bool = True,
+    seed: int = 0,
+    resamples: int = 1000,
+    show: bool = True,
+) -> AblationSparsity:
+    """Take latents away, one at a time, and see how many logits change.
+
+    Which latents fire is decided by all of the SAE's (selection `mask`).
+
+    Args:
+        saes (`dict[str, SAEModel]`): By name; of one hookpoint.
+        data ([`HeldOut`]): Text and a causal language model; several processes share the tokens.
+        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
+        tokens (`int`, *optional*, defaults to 64): Drawn from the text.
+        per_group (`int`, *optional*, defaults to 4): Ablated at each of them, of the latents that fire in each group
+            that a width adds.
+        positions (`int`, *optional*, defaults to 16): T, the token's own among them.
+        baselines (`bool`, *optional*, defaults to `True`): Also ablate a random dictionary for each SAE, and the
+            neurons: the dimensions of the hidden states, each put back to its mean.
+        seed (`int`, *optional*, defaults to 0): Of what is drawn.
+        resamples (`int`, *optional*, defaults to 1000): Of the intervals.
+        show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
+
+    Returns:
+        [`AblationSparsity`].
+
+    Raises:
+        `ValueError`: if the model is no causal language model, windows have fewer than `positions` tokens, or an
+            SAE has not the widths asked for.
+    """
+    if min(tokens, per_group, positions) < 1:
+        raise ValueError(
+            f"`tokens`, `per_group` and `positions` must be at least 1, got {tokens}, {per_group} and {positions}."
+        )
+    if not data.has_loss or is_masked_lm(data.model):
+        raise ValueError(
+            f"Ablations are followed to the next tokens' logits, and {type(data.model).__name__} predicts no next "
+            "token. Use a causal language model."
+        )
+    places = _places(data, tokens, positions, seed)
+    logits = positions * data.model.get_output_embeddings().weight.shape[0]
+    show = show and processes()[0] == 0
+    rows, latents = {}, {}
+    for name, (sae, chosen) in with_baselines(saes, data, widths, baselines, seed).items():
+        found = _Ablations(sae, chosen, per_group, seed)
+        rank, world = processes()
+        own = range(rank, len(places), world)
+        for number in tqdm(own, desc=f"ablating {name}", disable=not show, leave=False):
+            found.add(number, data, *places[number], positions)
+        table = found.table(len(places))
+        rows[name], latents[name] = _rows(table, chosen, logits, resamples, seed), _by_latent(table, logits)
+    about = {
+        "hookpoint": data.hookpoint,
+        "selection": "mask",
+        "tokens": len(places),
+        "positions": positions,
+        "per_group": per_group,
+        "seed": seed,
+    }
+    return AblationSparsity(rows, latents, about)
+
+
+def _places(data: HeldOut, tokens: int, positions: int, seed: int) -> list[tuple[Tensor, int]]:
+    """Drawn tokens: the window up to the last position that is looked at, and where in it the token is."""
+    starts = []
+    for number, batch in enumerate(data.batches):
+        length = batch.input_ids.shape[1]
+        if length < positions:
+            continue
+        whole = batch.attention_mask.bool().unfold(1, positions, 1).all(2)  # [B, S - T + 1]
+        found = (whole & batch.keep[:, : length - positions + 1]).nonzero()
+        starts += [(number, *place) for place in found.tolist()]
+    if not starts:
+        raise ValueError(
+            f"No window has {positions} tokens after one that is kept. Give longer windows (`context_length`), or "
+            "fewer `positions`."
+        )
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))[:tokens]
+    drawn = [starts[index] for index in order.tolist()]
+    return [(data.batches[number].input_ids[row, : at + positions], at) for number, row, at in drawn]
+
+
+class _Ablations:
+    """Ablations of one SAE's latents, a row each: token, group, latent, how many fire in the group, n, ||Delta||_2."""
+
+    def __init__(self, sae: SAEModel, widths: Sequence[int], per_group: int, seed: int):
+        self.sae, self.widths, self.per_group, self.seed = sae, widths, per_group, seed
+        self.found: list[Tensor] = []
+
+    def add(self, token: int, data: HeldOut, window: Tensor, place: int, positions: int) -> None:
+        """Ablate at one token."""
+        window, hook = window.to(data.device)[None], _Ablation(place)
+        with hooked(data.model, [(data.hookpoint, hook)]):
+            clean = _last_logits(data.model, window, positions)
+            assert hook.state is not None, "the hookpoint was resolved before"
+            group, latents, firing, values = self._drawn(token, self.sae.encode_pairs(hook.state.to(self.sae.W_enc)))
+            if not len(values):
+                return
+            effects = []
+            for removed in (values[:, None] * self.sae.W_dec[latents]).split(max(1, _LOGITS // clean.numel())):
+                hook.removed = removed
+                logits = _last_logits(data.model, window.expand(len(removed), -1), positions)
+                effects.append(_effects(logits, clean))
+        told = torch.stack([torch.full_like(group, token), group, latents, firing], 1).double()
+        self.found.append(torch.cat([told, torch.cat(effects)], 1).cpu())
+
+    def _drawn(self, token: int, pairs: LatentPairs) -> tuple[Tensor, ...]:
+        """Of the latents that fire in each group some: group, latent, how many fire in the group, value."""
+        fires = pairs.values > 0
+        cols, values = pairs.cols[fires], pairs.values[fires]
+        group = torch.bucketize(cols, torch.tensor(self.widths, device=cols.device), right=True)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + token)
+        chosen, firing = [], []
+        for number in range(len(self.widths)):
+            inside = (group == number).nonzero().flatten()
+            order = torch.randperm(len(inside), generator=generator)[: self.per_group]
+            chosen.append(inside[order.to(inside.device)])
+            firing.append(torch.full_like(chosen[-1], len(inside)))
+        index = torch.cat(chosen)
+        return group[index], cols[index], torch.cat(firing), values[index]
+
+    def table(self, tokens: int) -> np.ndarray:
+        """The ablations of all processes, in the order of their tokens."""
+        filled = torch.zeros(tokens, self.per_group * len(self.widths), 7, dtype=torch.float64)
+        for rows in self.found:
+            filled[int(rows[0, 0]), : len(rows)] = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        reduce_sum(filled)
+        return filled[filled[..., 6] > 0].numpy()
+
+
+class _Ablation:
+    """Reads the hidden state at one place of the first pass; in those after it, something is removed there."""
+
+    def __init__(self, place: int):
+        self.place = place
+        self.state: Tensor | None = None
+        self.removed: Tensor | None = None
+
+    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
+        states = first_tensor(value)
+        if states is None or states.ndim != 3:
+            raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
+        if self.removed is None:
+            self.state = states[:, self.place].float()
+            return None
+        states = states.clone()  # what was there may be somebody else's residual stream too
+        states[:, self.place] = (states[:, self.place].float() - self.removed).to(states)
+        return states
+
+
+def _last_logits(model: torch.nn.Module, ids: Tensor, positions: int) -> Tensor:
+    """Logits of the last positions, `(A, T, V)` in float32."""
+    parameters = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    if "logits_to_keep" in parameters:
+        options["logits_to_keep"] = positions
+    return model(input_ids=ids, **options).logits[:, -positions:].float()
+
+
+def _effects(ablated: Tensor, clean: Tensor) -> Tensor:
+    """n and ||Delta||_2 of each ablation, `(A, 2)` in float64; both are 0 where nothing changes but the rounding."""
+    delta = ablated - clean
+    rounding = _ROUNDING * torch.finfo(clean.dtype).eps * clean.abs().max()
+    delta = (delta - delta.median(-1, keepdim=True).values).flatten(1).double()
+    l1, l2, changes = delta.abs().sum(1), delta.norm(dim=1), delta.abs().amax(1) > rounding
+    return torch.stack([(l1 / torch.where(changes, l2, torch.inf)) ** 2, l2 * changes], 1)
+
+
+def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """A row for each width, from the groups below it."""
+    firing, sums = _by_token(table, len(widths))
+    if not len(firing):
+        raise ValueError("Nothing fires on the tokens that were drawn, so nothing can be ablated. Draw more `tokens`.")
+    again = np.random.default_rng(seed).integers(len(firing), size=(resamples, len(firing)))
+    rows = []
+    for number, width in enumerate(widths, start=1):
+        inside = table[table[:, 1] < number]
+        weights, values = firing[:, :number].sum(1), sums[:, :number].sum(1)
+        fraction, size, interval = 0.0, 0.0, [0.0, 0.0]
+        if weights.sum():
+            fraction, size = values.sum(0) / weights.sum()
+            drawn = weights[again].sum(1)
+            fractions = values[:, 0][again].sum(1)[drawn > 0] / drawn[drawn > 0]
+            interval = np.quantile(fractions, [0.025, 0.975])
+        rows.append(
+            {
+                "width": width,
+                "fraction": float(fraction / logits),
+                "fraction_interval": [float(bound / logits) for bound in interval],
+                "size": float(size),
+                "pairs": len(inside),
+                "no_effect": int((inside[:, 4] == 0).sum()),
+            }
+        )
+    return rows
+
+
+def _by_token(table: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many latents fire on each token in each group, `(N, G)`, and estimates of the sums over them, `(N, G, 2)`.
+
+    Ablations that changed nothing are left out of the means: they are neither sparse nor dense.
+    """
+    tokens, number = np.unique(table[:, 0], return_inverse=True)
+    firing, sums = np.zeros((len(tokens), groups)), np.zeros((len(tokens), groups, 2))
+    for token in range(len(tokens)):
+        for group in range(groups):
+            found = table[(number == token) & (table[:, 1] == group)]
+            acting = found[found[:, 4] > 0]
+            if len(acting):
+                firing[token, group] = found[0, 3] * len(acting) / len(found)
+                sums[token, group] = firing[token, group] * acting[:, 4:6].mean(0)
+    return firing, sums
+
+
+def _by_latent(table: np.ndarray, logits: int) -> dict[int, dict[str, Any]]:
+    found = {}
+    for latent in np.unique(table[:, 2]).astype(int).tolist():
+        acting = table[(table[:, 2] == latent) & (table[:, 4] > 0)]
+        if len(acting):
+            n, size = acting[:, 4:6].mean(0)
+            found[latent] = {"fraction": float(n / logits), "size": float(size), "pairs": len(acting)}
+    return found

@@ -1,0 +1,328 @@
+"""`matryoshka-sae synthetic`: train recipes on a world of known features and compare what each found."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ...common.figures import save_figure
+from ...common.files import write_json
+from ...common.intervals import seed_interval
+from ...common.seeds import derived_seed
+from ...evaluation.baselines import random_dictionary
+from ...models import SAEModel
+from ...models.configuration_sae import default_prefix_widths
+from ...progressive import sort_latents
+from ...training.config.spec import SAESpec
+from .recovery import SAMPLES, recovery, supervised_sae
+from .synthetic import SyntheticModel, World
+from .training import train_toy
+
+
+STEPS, BATCH_SIZE = 2000, 1024
+RANDOM, SUPERVISED = "random", "supervised"
+
+ABOUT = (
+    "Synthetic hidden states of known features. Latents are matched one to one with features so that the sum of the "
+    "absolute correlations of their activations is largest, at each width among its first latents; plain SAEs are "
+    "sorted by energy. mcc: mean correlation of matched pairs. f1: of a latent's firing as a sign of its feature, "
+    "mean over matched pairs. found: features with a latent of F1 at least 0.8. uniqueness: of latents that fire, the "
+    "share of different features among those they correlate with most. parents_fire: P(the latent of a feature with "
+    "children fires | one of them is on), mean; near 0 the children have absorbed it. random: a random dictionary "
+    "with the L0 of the first recipe. supervised: told the features. Intervals: 95%, Student's t over seeds."
+)
+_MEASURES = ("mcc", "f1", "precision", "recall", "cosine", "found", "uniqueness", "parents_fire", "l0")
+_SHOWN = {
+    "mcc": "MCC",
+    "f1": "F1",
+    "found": "found",
+    "uniqueness": "unique",
+    "parents_fire": "parents fire",
+    "l0": "L0",
+}
+
+
+def default_recipes(num_latents: int, k: int) -> list[dict[str, Any]]:
+    """TopK, BatchTopK, Matryoshka and ReLU at one L0, as entries of a run's `saes`."""
+    size = {"num_latents": num_latents}
+    return [
+        {"type": "matryoshka", **size, "k": k},
+        {"type": "topk", **size, "k": k},
+        {"type": "batch_topk", **size, "k": k},
+        {"type": "relu", **size, "target_l0": float(k)},
+    ]
+
+
+class Benchmark:
+    """Recipes on one world; what is finished is kept and not done again.
+
+    Args:
+        world ([`World`]): What it is made of; each seed draws its own directions.
+        recipes (`Sequence[dict]`): Entries of a run's `saes`, with `num_latents`.
+        folder (`Path`): Where results are kept: `runs/<recipe>-seed<seed>.json`, `synthetic.json`, `.md` and `.png`.
+        steps (`int`), batch_size (`int`): Of training.
+        widths (`Sequence[int]`, *optional*): Measured; by default those of a Matryoshka SAE with as many latents as
+            the smallest recipe.
+        samples (`int`, *optional*, defaults to 20,000): See [`recovery`].
+
+    Raises:
+        `ValueError`: for recipes that are none, or two of one name.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        recipes: Sequence[dict[str, Any]],
+        folder: Path,
+        steps: int = STEPS,
+        batch_size: int = BATCH_SIZE,
+        widths: Sequence[int] | None = None,
+        samples: int = SAMPLES,
+    ):
+        self.world, self.folder = world, folder
+        self.steps, self.batch_size, self.samples = steps, batch_size, samples
+        self.specs: dict[str, SAESpec] = {}
+        for number, recipe in enumerate(recipes):
+            spec = SAESpec.from_dict({"num_latents": world.features, **recipe}, f"saes.{number}.")
+            name = spec.folder(spec.sae_config(world.d_in, "synthetic", "synthetic"))
+            if name in self.specs or name in (RANDOM, SUPERVISED):
+                raise ValueError(f"Recipes need different names; {name!r} is taken. Set `name`.")
+            self.specs[name] = spec
+        if not self.specs:
+            raise ValueError("There is no recipe to train.")
+        smallest = min(spec.num_latents for spec in self.specs.values())
+        self.widths = list(widths) if widths is not None else default_prefix_widths(smallest)
+
+    def run(self, seeds: Sequence[int], show: bool = True) -> dict[str, Any]:
+        """Train and measure what is not done yet; returns, and writes, the whole."""
+        accelerator = Accelerator(cpu=True) if not torch.cuda.is_available() else Accelerator()
+        total = len(seeds) * len(self.specs) * self.steps
+        with tqdm(total=total, unit="step", disable=not show) as bar:
+            for seed in seeds:
+                model = SyntheticModel(self.world, seed)
+                for name, spec in self.specs.items():
+                    bar.set_description(f"{name}, seed {seed}")
+                    recipe = {"type": spec.type, **dataclasses.asdict(spec)}
+                    self._once(
+                        name,
+                        seed,
+                        recipe,
+                        lambda s=spec, m=model, n=seed: self._trained(m, s, n, accelerator, bar),
+                        bar,
+                    )
+        results = self._collected(seeds)
+        write_json(self.folder / "synthetic.json", results)
+        temporary = self.folder / "synthetic.md.tmp"
+        temporary.write_text(markdown(results))
+        temporary.replace(self.folder / "synthetic.md")
+        plot(results, self.folder / "synthetic.png")
+        return results
+
+    def _once(
+        self, name: str, seed: int, recipe: dict[str, Any], measure: Callable[[], dict[str, Any]], bar: tqdm
+    ) -> None:
+        """Measure what lies in no file, or in one of another run."""
+        path = self.folder / "runs" / f"{name}-seed{seed}.json"
+        made_by = {
+            "world": dataclasses.asdict(self.world),
+            "recipe": recipe,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "widths": self.widths,
+            "samples": self.samples,
+        }
+        if path.is_file() and json.loads(path.read_text()).get("made_by") == json.loads(json.dumps(made_by)):
+            bar.update(self.steps)
+            return
+        write_json(path, {"name": name, "seed": seed, "made_by": made_by, "subjects": measure()})
+
+    def _trained(
+        self, model: SyntheticModel, spec: SAESpec, seed: int, accelerator: Accelerator, bar: tqdm
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Rows of a trained SAE; of the first recipe's also of the baselines."""
+        sae = train_toy(model, spec, accelerator, self.steps, seed, lambda *_: bar.update(), self.batch_size)
+        sample = next(model.batches(8192, derived_seed(seed, "sample")))
+        if len(sae.prefix_widths) == 1:
+            sae = sort_latents(sae, activations=[sample])
+        found = {"trained": self._rows(model, sae, seed)}
+        if spec is next(iter(self.specs.values())):
+            found[RANDOM] = self._rows(model, random_dictionary(sae, [sample], self.widths, seed=seed), seed)
+            told = supervised_sae(model, self.samples, derived_seed(seed, "supervised"))
+            widths = [width for width in self.widths if width < model.num_features]
+            found[SUPERVISED] = recovery(
+                model, told, [*widths, model.num_features], self.samples, derived_seed(seed, "recovery")
+            )
+        return found
+
+    def _rows(self, model: SyntheticModel, sae: SAEModel, seed: int) -> list[dict[str, Any]]:
+        widths = [width for width in self.widths if width < sae.config.num_latents]
+        return recovery(model, sae, [*widths, sae.config.num_latents], self.samples, derived_seed(seed, "recovery"))
+
+    def _collected(self, seeds: Sequence[int]) -> dict[str, Any]:
+        by_subject: dict[str, list[list[dict[str, Any]]]] = {}
+        for name in self.specs:
+            for seed in seeds:
+                run = json.loads((self.folder / "runs" / f"{name}-seed{seed}.json").read_text())
+                for kind, rows in run["subjects"].items():
+                    by_subject.setdefault(name if kind == "trained" else kind, []).append(rows)
+        order = [*self.specs, RANDOM, SUPERVISED]
+        model = SyntheticModel(self.world, seeds[0])
+        return {
+            "about": ABOUT,
+            "world": dataclasses.asdict(self.world),
+            "expected_l0": model.expected_l0,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "seeds": list(seeds),
+            "subjects": {name: _over_seeds(by_subject[name]) for name in order},
+        }
+
+
+def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Means over seeds for each width, with intervals."""
+    rows = []
+    for of_width in zip(*runs, strict=True):
+        row: dict[str, Any] = {"width": of_width[0]["width"]}
+        for key in _MEASURES:
+            values = [each[key] for each in of_width if each[key] is not None]
+            row[key] = mean(values) if values else None
+            row[f"{key}_interval"] = seed_interval(values)
+        row["f1_by_decile"] = [mean(part) for part in zip(*(each["f1_by_decile"] for each in of_width), strict=True)]
+        rows.append(row)
+    return rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table, a line for each subject and width."""
+    world = results["world"]
+    lines = [
+        f"{world['features']} features in {world['d_in']} dimensions, {results['expected_l0']:.3g} on at once; "
+        f"{results['steps']} steps of {results['batch_size']}, seeds {', '.join(map(str, results['seeds']))}",
+        "",
+        f"| recipe | width | {' | '.join(_SHOWN.values())} |",
+        f"|---|---|{'---|' * len(_SHOWN)}",
+    ]
+    for name, rows in results["subjects"].items():
+        for row in rows:
+            cells = " | ".join(_cell(row[key], row[f"{key}_interval"]) for key in _SHOWN)
+            lines.append(f"| {name} | {row['width']} | {cells} |")
+    return "\n".join([*lines, "", results["about"], ""])
+
+
+def _cell(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 3 if abs(value) < 2 else 1
+    half = f" ± {interval[1] - value:.{digits}f}" if interval else ""
+    return f"{value:.{digits}f}{half}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw MCC, F1 and whether parents fire against width, and F1 against frequency, to a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    drawn = {"mcc": "MCC (matched pairs)", "f1": "F1 (matched pairs)", "parents_fire": "P(parent's latent | child on)"}
+    for number, (name, rows) in enumerate(results["subjects"].items()):
+        style = {"color": f"C{number}", "linestyle": "--" if name in (RANDOM, SUPERVISED) else "-", "label": name}
+        for axis, key in zip(axes, drawn, strict=False):
+            shown = [row for row in rows if row[key] is not None]
+            half = [row[f"{key}_interval"][1] - row[key] if row[f"{key}_interval"] else 0.0 for row in shown]
+            widths, values = [row["width"] for row in shown], [row[key] for row in shown]
+            axis.errorbar(widths, values, yerr=half, marker="o", markersize=4, capsize=3, **style)
+        deciles = rows[-1]["f1_by_decile"]
+        axes[3].plot(range(1, len(deciles) + 1), deciles, marker="o", markersize=4, **style)
+    ticks = sorted({row["width"] for rows in results["subjects"].values() for row in rows})
+    for axis, label in zip(axes, drawn.values(), strict=False):
+        axis.set(xlabel="width (latents)", ylabel=label, xscale="log")
+        if len(ticks) <= 12:
+            axis.set_xticks(ticks, list(map(str, ticks)))
+            axis.minorticks_off()
+    axes[3].set(xlabel="tenth of features, the most frequent first", ylabel="F1, all latents")
+    for axis in axes:
+        axis.set_ylim(0, 1.02)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    world = results["world"]
+    figure.suptitle(f"{world['features']} known features in {world['d_in']} dimensions")
+    save_figure(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark from command-line arguments; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        results = _benchmark(parsed).run(parsed.seeds)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. What was finished is kept: the same command goes on from there.\n")
+        return 130
+    except ValueError as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    folder = Path(parsed.output_dir)
+    sys.stdout.write(f"{markdown(results)}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
+    return 0
+
+
+def _benchmark(parsed: argparse.Namespace) -> Benchmark:
+    for name in ("steps", "batch_size", "samples"):
+        if getattr(parsed, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
+        raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
+    world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})
+    if parsed.recipes is None:
+        k = parsed.k or max(1, round(SyntheticModel(world).expected_l0))
+        recipes = default_recipes(parsed.num_latents or world.features, k)
+    else:
+        recipes = _read_recipes(Path(parsed.recipes))
+    folder = Path(parsed.output_dir)
+    return Benchmark(world, recipes, folder, parsed.steps, parsed.batch_size, parsed.widths, parsed.samples)
+
+
+def _read_recipes(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"The recipes {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    recipes = data.get("saes") if isinstance(data, dict) else data
+    if not isinstance(recipes, list):
+        raise ValueError(f"{path} must hold a list under `saes`, as a run's YAML does.")
+    return recipes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae synthetic",
+        description="Train recipes on synthetic hidden states of known features, and compare at each width how many "
+        "features each found. The published scale: --features 16384 --d_in 768 --trees 128.",
+    )
+    parser.add_argument("--recipes", metavar="YAML", help="with `saes:` as in a run's file; by default four families")
+    parser.add_argument("--num_latents", type=int, help="of the default recipes (default: as many as features)")
+    parser.add_argument("--k", type=int, help="of the default recipes (default: the features' own L0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", help="measured (default: a Matryoshka SAE's)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="to match and measure on (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/synthetic", help="default: %(default)s")
+    for field in dataclasses.fields(World):
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default, help="of the world (default: %(default)s)"
+            )
+    return parser

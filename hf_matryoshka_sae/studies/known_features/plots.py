@@ -1,0 +1,75 @@
+"""Heat maps of features against the latents matched with them."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ...common.figures import save_figure
+from .matching import Match
+from .tree import FeatureTree
+
+
+def plot_activations(matches: dict[str, Match], tree: FeatureTree, path: Path, title: str) -> None:
+    """Draw what each latent does where each feature is on, beside what the features themselves do.
+
+    Args:
+        matches (`dict[str, Match]`): By family.
+        tree ([`FeatureTree`]): Names and blocks.
+        path (`Path`): Of the PNG.
+        title (`str`): Above all.
+    """
+    panels = {"features": next(iter(matches.values())).together}
+    panels |= {family: found.similarity for family, found in matches.items()}
+    label = "mean activation where the feature is on (share of the largest)"
+    _draw(panels, tree, path, title, label, "viridis", (0, 1))
+
+
+def plot_cosines(matches: dict[str, Match], tree: FeatureTree, path: Path, title: str) -> None:
+    """Draw the cosines of features' directions and decoder rows; arguments as in [`plot_activations`]."""
+    panels = {family: found.cosine for family, found in matches.items()}
+    _draw(panels, tree, path, title, "cosine of direction and decoder row", "RdBu_r", (-1, 1))
+
+
+def _draw(
+    panels: dict[str, Tensor],
+    tree: FeatureTree,
+    path: Path,
+    title: str,
+    label: str,
+    colours: str,
+    limits: tuple[float, float],
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count, size = tree.num_features, max(4.0, 0.22 * tree.num_features)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(size * len(panels) + 1.2, size + 0.7), layout="constrained", squeeze=False
+    )
+    for i, (axis, (name, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+        image = axis.imshow(values.numpy(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
+        axis.set_title(name)
+        axis.set_xlabel("feature" if name == "features" else "latent matched with feature")
+        axis.set_xticks(range(count), tree.names, rotation=90, fontsize=7)
+        axis.set_yticks(range(count), tree.names if i == 0 else [], fontsize=7)
+        axis.tick_params(length=0)
+        _mark_blocks(axis, tree)
+    axes[0, 0].set_ylabel("feature")
+    figure.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.85, pad=0.015)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def _mark_blocks(axis, tree: FeatureTree) -> None:
+    """Outline each parent with all below it, and set its name in bold."""
+    from matplotlib.patches import Rectangle
+
+    for first, last in tree.blocks:
+        corner, side = first - 0.5, last - first
+        axis.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor="tab:orange", linewidth=1.6))
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for feature, text in enumerate(labels):
+            if tree.children(feature):
+                text.set_fontweight("bold")

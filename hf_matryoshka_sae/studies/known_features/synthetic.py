@@ -1,0 +1,193 @@
+"""Hidden states made of many known features: rare and frequent ones, trees of them, more features than dimensions.
+
+After SynthSAEBench (arXiv 2602.14687), where 16,384 features lie in 768 dimensions. Feature i (from 1) is on with
+probability
+
+    p_i = p_min + (p_max - p_min) (i^-s - F^-s) / (1 - F^-s)
+
+so p_max is the first one's and p_min the last one's. The first `trees` features have children, each of which is on
+only where its parent is, up to `levels` levels; siblings exclude one another. Each p_i stays what it is: a child is on
+in a share p_child / p_parent of its parent's samples, and children together in at most 0.8 of them. What is on has a
+magnitude, a Gaussian kept above 0; the hidden state is the sum of magnitudes times directions, plus bias and noise.
+
+Features that have no parent may be correlated, by a Gaussian copula of low rank, which changes no p_i.
+
+Shapes: N samples, F features, D `d_in`, C independent draws.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, normalize
+
+from ...common.seeds import derived_seed
+
+
+_FILL = 0.8  # a parent that always had a child on could not be told from its children
+_LEAST_MAGNITUDE = 0.1
+_BLOCK_ENTRIES, _BLOCK_ROWS = 2**23, 20_000  # drawn at once: the cost of a draw does not depend on the batch
+
+
+@dataclass
+class World:
+    """The numbers that a synthetic model is made of.
+
+    Args:
+        features (`int`, *optional*, defaults to 512), d_in (`int`, *optional*, defaults to 128): F and D. Where F is
+            at most D directions are orthogonal; elsewhere random ones.
+        p_max, p_min (`float`, *optional*, default to 0.4 and 5e-4), exponent (`float`, *optional*, defaults to 0.5):
+            Of the law above.
+        trees (`int`, *optional*, defaults to 16), branching (`int`, *optional*, defaults to 4), levels (`int`,
+            *optional*, defaults to 3): Features with others below them; how many below each; and levels, their own
+            counted.
+        exclusive (`bool`, *optional*, defaults to `True`): Whether siblings exclude one another.
+        correlation (`float`, *optional*, defaults to 0.0), rank (`int`, *optional*, defaults to 25): Share of the
+            variance of the copula's variables that comes from so many common ones.
+        spread (`float`, *optional*, defaults to 0.25): Standard deviation of magnitudes, of which the mean is 1.
+        noise (`float`, *optional*, defaults to 0.1), bias (`float`, *optional*, defaults to 1.0): Root mean square
+            length of the noise, and length of the bias.
+
+    Raises:
+        `ValueError`: for numbers out of range.
+    """
+
+    features: int = 512
+    d_in: int = 128
+    p_max: float = 0.4
+    p_min: float = 5e-4
+    exponent: float = 0.5
+    trees: int = 16
+    branching: int = 4
+    levels: int = 3
+    exclusive: bool = True
+    correlation: float = 0.0
+    rank: int = 25
+    spread: float = 0.25
+    noise: float = 0.1
+    bias: float = 1.0
+
+    def __post_init__(self):
+        for name in ("features", "d_in", "branching", "levels", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.trees <= self.features:
+            raise ValueError(f"`trees` must lie between 0 and `features` ({self.features}), got {self.trees}.")
+        if not 0 < self.p_min <= self.p_max < 1:
+            raise ValueError(f"Expected 0 < `p_min` <= `p_max` < 1, got {self.p_min} and {self.p_max}.")
+        if not self.exponent > 0:
+            raise ValueError(f"`exponent` must be above 0, got {self.exponent}.")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"`correlation` must lie between 0 and below 1, got {self.correlation}.")
+        for name in ("spread", "noise", "bias"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+
+class SyntheticModel:
+    """Features of a [`World`], with directions.
+
+    Args:
+        world ([`World`]): Its numbers.
+        seed (`int`, *optional*, defaults to 0): Of directions, bias and correlations.
+
+    Attributes:
+        probabilities (`Tensor` of shape `(F,)`): How often each feature is on, descending.
+        parents (`list[int]`): The feature above each feature, -1 for those without one.
+        directions (`Tensor` of shape `(F, D)`): Unit rows.
+        bias (`Tensor` of shape `(D,)`).
+    """
+
+    def __init__(self, world: World, seed: int = 0):
+        self.world = world
+        generator = torch.Generator().manual_seed(derived_seed(seed, "world"))
+        ranks = torch.arange(1, world.features + 1, dtype=torch.float64).pow(-world.exponent)
+        span = (1 - ranks[-1]).clamp(min=1e-12)
+        self.probabilities = world.p_min + (world.p_max - world.p_min) * (ranks - ranks[-1]) / span
+        if world.features == 1:
+            self.probabilities[:] = world.p_max
+        self.directions = normalize(torch.randn(world.features, world.d_in, generator=generator), dim=1)
+        if world.features <= world.d_in:
+            self.directions = torch.linalg.qr(self.directions.T)[0].T.contiguous()
+        self.bias = normalize(torch.randn(world.d_in, generator=generator), dim=0) * world.bias
+        self.parents = [-1] * world.features
+        # A feature is on where low <= u[column] < high, for one uniform number u per column, and its parent is on.
+        self._column = torch.arange(world.features)
+        self._low = torch.zeros(world.features, dtype=torch.float64)
+        self._high = self.probabilities.clone()
+        self._levels: list[Tensor] = []  # features with a parent, by their depth
+        self._grow()
+        tops = torch.tensor([i for i, parent in enumerate(self.parents) if parent < 0])
+        loadings = torch.randn(len(tops), world.rank, generator=generator)
+        self._loadings = normalize(loadings, dim=1) * world.correlation**0.5
+        self._tops = tops
+
+    @property
+    def num_features(self) -> int:
+        return len(self.probabilities)
+
+    @property
+    def expected_l0(self) -> float:
+        """Features that are on in a sample, on average."""
+        return self.probabilities.sum().item()
+
+    def children(self, feature: int) -> list[int]:
+        """The features right below a feature."""
+        return [i for i, parent in enumerate(self.parents) if parent == feature]
+
+    def _grow(self) -> None:
+        """Give the first features children: the most frequent that are rare enough for all of them to have room."""
+        world, p = self.world, self.probabilities.tolist()
+        free = list(range(world.trees, world.features))
+        above = list(range(world.trees))
+        for _ in range(world.levels - 1):
+            found: list[int] = []
+            for parent in above:
+                room = _FILL * p[parent] / world.branching
+                first = next((place for place, feature in enumerate(free) if p[feature] <= room), len(free))
+                children, free[first : first + world.branching] = free[first : first + world.branching], []
+                start = 0.0
+                for child in children:
+                    self.parents[child] = parent
+                    self._low[child], self._high[child] = start, start + p[child] / p[parent]
+                    if world.exclusive:
+                        self._column[child], start = children[0], start + p[child] / p[parent]
+                found += children
+            if found:
+                self._levels.append(torch.tensor(sorted(found)))
+            above = found
+
+    def on(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Which features are on, `(N, F)` bool."""
+        uniform = torch.rand(self.num_features, num_samples, generator=generator)
+        if self.world.correlation:
+            common = torch.randn(self.world.rank, num_samples, generator=generator)
+            own = torch.randn(len(self._tops), num_samples, generator=generator)
+            normal = self._loadings @ common + (1 - self.world.correlation) ** 0.5 * own
+            uniform[self._tops] = torch.special.ndtr(normal)
+        uniform = uniform[self._column]
+        on = (uniform >= self._low.float()[:, None]) & (uniform < self._high.float()[:, None])
+        parents = torch.tensor(self.parents)
+        for level in self._levels:
+            on[level] &= on[parents[level]]
+        return on.T.contiguous()
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Magnitudes of features `(N, F)`, 0 where one is off, and the hidden states `(N, D)` they add up to."""
+        world, on = self.world, self.on(num_samples, generator)
+        rows, cols = on.nonzero(as_tuple=True)
+        values = (1 + world.spread * torch.randn(len(rows), generator=generator)).clamp(min=_LEAST_MAGNITUDE)
+        features = torch.zeros(on.shape)
+        features[rows, cols] = values
+        counts = on.sum(1)
+        x = embedding_bag(cols, self.directions, counts.cumsum(0) - counts, mode="sum", per_sample_weights=values)
+        noise = torch.randn(x.shape, generator=generator) * (world.noise / world.d_in**0.5)
+        return features, x + self.bias + noise
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Hidden states `(batch_size, D)` without end; equal for equal seeds."""
+        generator = torch.Generator().manual_seed(seed)
+        whole = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // self.num_features) // batch_size)
+        while True:
+            yield from self.sample(whole * batch_size, generator)[1].split(batch_size)

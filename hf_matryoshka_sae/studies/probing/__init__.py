@@ -1,0 +1,1 @@
+"""What single latents, or a few, know of labels."""

@@ -1,0 +1,250 @@
+"""What probes are fitted to: the latents and hidden states of tokens or of whole texts, and their labels.
+
+An example is a token, or a text with the means of its activations over kept tokens. Which tokens are taken, how
+examples are numbered and which part of a split they are in follows from hashes of the text: neither the order of the
+batches nor the number of processes matters, and what two examples share a window or a whole text with is on one side.
+
+Shapes: N examples, D width of hidden states, T tasks, F latents, n kept tokens of a batch, B windows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...activations import TokenBatch, TokenStream
+from ...common.distributed import processes, reduce_sum
+from ...evaluation.data import HeldOut
+from ...evaluation.subjects import Dictionary
+from .columns import LatentColumns, PairCollector
+from .tasks import LabelledTask, TokenTasks
+
+
+_TEXTS_AT_ONCE = 32
+
+
+@dataclass
+class Examples:
+    """Examples of one kind, and everything known of them.
+
+    Args:
+        kind (`str`): `"tokens"` or `"texts"`.
+        names (`list[str]`): T tasks.
+        labels (`Tensor` of shape `(N, T)`): bool.
+        groups (`Tensor` of shape `(N,)`): What an example shares a side with, ascending from 0.
+        keys (`list[bytes]`): Of each group: what it says.
+        hidden (`Tensor` of shape `(N, D)`): Hidden states, float32; of all processes.
+        latents (`dict[str, list[LatentColumns]]`): This process's latents of each dictionary: once for all widths, or
+            once for each.
+    """
+
+    kind: str
+    names: list[str]
+    labels: Tensor
+    groups: Tensor
+    keys: list[bytes]
+    hidden: Tensor
+    latents: dict[str, list[LatentColumns]] = field(default_factory=dict)
+
+    def held_out(self, share: float, seed: int) -> Tensor:
+        """The examples of the test part, `(N,)` bool: `share` of the groups.
+
+        Raises:
+            `ValueError`: if a part would be empty.
+        """
+        distinct = dict.fromkeys(self.keys)
+        count = round(share * len(distinct))
+        if not 0 < count < len(distinct):
+            what = "windows" if self.kind == "tokens" else "texts"
+            raise ValueError(
+                f"{len(distinct)} different {what} cannot be split with a share of {share} for the test. Give more."
+            )
+        chosen = set(sorted(distinct, key=lambda key: _digest(key, seed + 1))[:count])
+        return torch.tensor([key in chosen for key in self.keys])[self.groups]
+
+
+def _digest(key: bytes, seed: int = 0) -> bytes:
+    return blake2b(key, digest_size=16, salt=seed.to_bytes(8, "little", signed=True)).digest()
+
+
+def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) -> tuple[HeldOut, list[TokenTasks]]:
+    """The data and its labels in whole windows, chosen by a hash: at most `max_tokens` kept tokens, or one window."""
+    keys = [_window_key(batch, row) for batch in data.batches for row in range(len(batch.input_ids))]
+    kept = [int(count) for batch in data.batches for count in batch.keep.sum(1)]
+    chosen, left = set(), max_tokens
+    for window in sorted(range(len(keys)), key=lambda window: _digest(keys[window])):
+        if kept[window] <= left or not chosen:
+            chosen.add(window)
+            left -= kept[window]
+    rows, first = [], 0
+    for batch in data.batches:
+        size = len(batch.input_ids)
+        rows.append(torch.tensor([row for row in range(size) if first + row in chosen], dtype=torch.long))
+        first += size
+    batches = [
+        TokenBatch(batch.input_ids[some], batch.attention_mask[some], batch.keep[some], batch.padded)
+        for batch, some in zip(data.batches, rows, strict=True)
+    ]
+    filled = [number for number, some in enumerate(rows) if len(some)]
+    taken = [TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks]
+    return replace(data, batches=[batches[number] for number in filled]), taken
+
+
+def _window_key(batch: TokenBatch, row: int) -> bytes:
+    return torch.stack([batch.input_ids[row], batch.keep[row].long()]).cpu().numpy().tobytes()
+
+
+def token_examples(
+    data: HeldOut, tasks: Sequence[TokenTasks], dictionaries: Mapping[str, Dictionary], max_pairs: int, show: bool
+) -> Examples:
+    """The kept tokens of the data as examples.
+
+    Args:
+        data ([`HeldOut`]), tasks (`Sequence[TokenTasks]`): What is read, and labels of all its batches.
+        dictionaries (`Mapping[str, Dictionary]`): Whose latents are kept.
+        max_pairs (`int`): Activations that a process may keep.
+        show (`bool`): Show a progress bar in the main process.
+    """
+    windows = [(number, row) for number, batch in enumerate(data.batches) for row in range(len(batch.input_ids))]
+    keys = {place: _window_key(data.batches[place[0]], place[1]) for place in windows}
+    ordered = sorted(windows, key=lambda place: _digest(keys[place]))
+    counts = torch.tensor([int(data.batches[number].keep[row].sum()) for number, row in ordered])
+    starts = dict(zip(ordered, (counts.cumsum(0) - counts).tolist(), strict=True))
+    labels = [torch.cat([task.labels[number] for task in tasks], -1) for number in range(len(data.batches))]
+    label_rows = [labels[number][row][data.batches[number].keep[row].cpu()] for number, row in ordered]
+
+    def batches() -> Iterator[tuple[TokenBatch, Tensor, Tensor | None]]:
+        rank, world = processes()
+        for number in range(rank, len(data.batches), world):
+            batch = data.batches[number]
+            ids = [torch.arange(int(keep.sum())) + starts[number, row] for row, keep in enumerate(batch.keep)]
+            yield batch.to(data.device), torch.cat(ids), None
+
+    names = [name for task in tasks for name in task.names]
+    hidden, latents = _read(data, batches(), dictionaries, int(counts.sum()), max_pairs, show)
+    groups = torch.repeat_interleave(torch.arange(len(ordered)), counts)
+    return Examples(
+        "tokens", names, torch.cat(label_rows), groups, [keys[place] for place in ordered], hidden, latents
+    )
+
+
+def text_batches(task: LabelledTask, data: HeldOut, context_length: int) -> tuple[list[TokenBatch], list[int]]:
+    """A task's texts as rows of tokens, those of like length together, and which text each row is.
+
+    Raises:
+        `ValueError`: if there is no tokenizer.
+    """
+    if data.tokenizer is None:
+        raise ValueError("Labelled texts have to be tokenised: give the `HeldOut` its `tokenizer`.")
+    order = sorted(range(len(task.texts)), key=lambda number: (len(task.texts[number]), task.texts[number]))
+    texts = [task.texts[number] for number in order]
+    stream = TokenStream(texts, data.tokenizer, context_length, _TEXTS_AT_ONCE, pack=False, num_epochs=1)
+    batches = list(stream)
+    found = sum(len(batch.input_ids) for batch in batches)
+    if found != len(texts):
+        raise ValueError(
+            f"The tokenizer has no token for {len(texts) - found} of the texts of '{task.name}'. Leave out what is in "
+            "a script or in characters that it does not know."
+        )
+    return batches, order
+
+
+def text_examples(
+    data: HeldOut,
+    task: LabelledTask,
+    dictionaries: Mapping[str, Dictionary],
+    context_length: int,
+    max_pairs: int,
+    show: bool,
+) -> Examples:
+    """A task's texts as examples: the means of what their kept tokens have. Arguments as in [`token_examples`]."""
+    rows, order = text_batches(task, data, context_length)
+    keys = [text.encode("utf-8", "surrogatepass") for text in task.texts]
+    ordered = sorted(range(len(keys)), key=lambda number: (_digest(keys[number]), task.labels[number].tolist()))
+    place = torch.empty(len(keys), dtype=torch.long)
+    place[ordered] = torch.arange(len(keys))
+    of_row = place[order].split([len(batch.input_ids) for batch in rows])
+
+    def batches() -> Iterator[tuple[TokenBatch, Tensor, Tensor | None]]:
+        rank, world = processes()
+        for number in range(rank, len(rows), world):
+            yield rows[number].to(data.device), of_row[number], rows[number].keep.sum(1)
+
+    hidden, latents = _read(data, batches(), dictionaries, len(keys), max_pairs, show)
+    return Examples(
+        "texts",
+        task.names,
+        task.labels[ordered],
+        torch.arange(len(keys)),
+        [keys[number] for number in ordered],
+        hidden,
+        latents,
+    )
+
+
+@torch.no_grad()
+def _read(
+    data: HeldOut,
+    batches: Iterator[tuple[TokenBatch, Tensor, Tensor | None]],
+    dictionaries: Mapping[str, Dictionary],
+    num_rows: int,
+    max_pairs: int,
+    show: bool,
+) -> tuple[Tensor, dict[str, list[LatentColumns]]]:
+    """Hidden states and latents of examples. A batch comes with the examples of its tokens, or of its rows and then
+    with the numbers of tokens that are averaged."""
+    bound = max_pairs // max(1, sum(1 if of.encodes_once else len(of.widths) for of in dictionaries.values()))
+    collectors = {
+        name: [
+            PairCollector(of.sae.config.num_latents, bound) for _ in range(1 if of.encodes_once else len(of.widths))
+        ]
+        for name, of in dictionaries.items()
+    }
+    hidden: Tensor | None = None
+    for batch, ids, counts in tqdm(batches, desc="probes: activations", disable=not show, leave=False):
+        states = data.states(batch)
+        if not states.isfinite().all():
+            raise ValueError(
+                f"Hidden states at '{data.hookpoint}' are not finite. Load the model in bfloat16 or float32."
+            )
+        row = batch.keep.nonzero()[:, 0]
+        if hidden is None:
+            hidden = torch.zeros(num_rows, states.shape[1])
+        hidden[ids] = (states if counts is None else _means(states, row, counts)).cpu()
+        for name, of in dictionaries.items():
+            _check_width(name, of, states)
+            for collector, pairs in zip(collectors[name], of.encode(states), strict=True):
+                if counts is None:
+                    collector.add(ids[pairs.rows.cpu()], pairs.cols, pairs.values)
+                    continue
+                dense = torch.zeros(len(ids), pairs.num_latents, device=states.device)
+                dense.index_put_((row[pairs.rows], pairs.cols), pairs.values.float(), accumulate=True)
+                dense /= counts.clamp(min=1).to(dense)[:, None]
+                rows, cols = dense.nonzero(as_tuple=True)
+                collector.add(ids[rows.cpu()], cols, dense[rows, cols])
+    hidden = _joined(hidden, num_rows)
+    return hidden, {name: [each.gather(num_rows) for each in some] for name, some in collectors.items()}
+
+
+def _means(states: Tensor, row: Tensor, counts: Tensor) -> Tensor:
+    total = states.new_zeros(len(counts), states.shape[1]).index_add_(0, row, states)
+    return total / counts.clamp(min=1).to(total)[:, None]
+
+
+def _check_width(name: str, dictionary: Dictionary, states: Tensor) -> None:
+    d_in = dictionary.sae.config.d_in
+    if states.shape[1] != d_in:
+        raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
+
+
+def _joined(hidden: Tensor | None, num_rows: int) -> Tensor:
+    """The hidden states of all processes; one that has read none learns their width from the others."""
+    rank, world = processes()
+    widths = torch.zeros(world, dtype=torch.int64)
+    widths[rank] = 0 if hidden is None else hidden.shape[1]
+    reduce_sum(widths)
+    hidden = torch.zeros(num_rows, int(widths.max())) if hidden is None else hidden
+    return reduce_sum(hidden)[0]

@@ -1,0 +1,220 @@
+"""Probing: how much single latents know of labels, at every width, beside the hidden states they are made of.
+
+The probe loss of Gao et al. (2024, arXiv 2406.04093, section 4.2) is, for a task with labels y,
+
+    min over latents i, w and b of  mean of  -y log sigmoid(w a_i + b) - (1 - y) log(1 - sigmoid(w a_i + b))
+
+and its mean over tasks. Here a_i is the activation, as a user of the SAE sees it (Gao et al. take it before the
+activation function); the latent and w, b are chosen on a train part, the loss is that of a test part, and each class
+weighs one half where they had as many examples of each. One fit of all latents gives the best of every prefix.
+
+Shapes: T tasks, P widths, S splits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ...common.distributed import processes
+from ...evaluation.baselines import random_dictionary
+from ...evaluation.data import HeldOut
+from ...evaluation.subjects import Dictionary
+from ...models import SAEModel
+from .examples import Examples, take_windows, text_batches, text_examples, token_examples
+from .report import Bootstrap, ProbeReport, report_rows
+from .scores import Probing
+from .sparse import has_scikit_learn
+from .tasks import LabelledTask, TokenTasks, usable_tasks
+
+
+def probe_losses(
+    data: HeldOut,
+    subjects: Mapping[str, Dictionary | SAEModel] | SAEModel,
+    tasks: Sequence[LabelledTask | TokenTasks] | LabelledTask | TokenTasks | None = None,
+    widths: Sequence[int] | None = None,
+    *,
+    selection: str = "mask",
+    k: Sequence[int] | None = None,
+    baselines: bool = True,
+    max_tokens: int = 10_000,
+    splits: int = 3,
+    test_share: float = 0.2,
+    ridge: float | None = None,
+    least_share: float = 0.005,
+    context_length: int | None = None,
+    max_pairs: int = 100_000_000,
+    resamples: int = 1000,
+    seed: int = 0,
+    show: bool = True,
+) -> ProbeReport:
+    """Probe losses and k-sparse probes of dictionaries at each of their widths, beside baselines.
+
+    Args:
+        data ([`HeldOut`]): The language model, the hookpoint and, for token tasks, the tokens. Under
+            `torch.distributed` each process reads its share and fits its share of the latents; all return the same.
+        subjects (`Mapping[str, Dictionary or SAEModel]`, or one [`SAEModel`]): By name.
+        tasks ([`LabelledTask`], [`TokenTasks`] or a sequence of them, *optional*): By default what follows from the
+            text alone ([`TokenTasks.of_properties`]).
+        widths (`Sequence[int]`, *optional*), selection (`str`, *optional*, defaults to `"mask"`): Of those subjects
+            that are no [`Dictionary`], see there.
+        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5 where
+            scikit-learn is installed.
+        baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0; the hidden
+            state's channels: each alone and, where scikit-learn is installed, all together as the ceiling.
+        max_tokens (`int`, *optional*, defaults to 10,000): Tokens of token tasks, in whole windows.
+        splits (`int`, *optional*, defaults to 3), test_share (`float`, *optional*, defaults to 0.2): How often
+            examples are split anew, and into what.
+        ridge (`float`, *optional*): See [`fit_probes`]; by default one over the number of train examples.
+        least_share (`float`, *optional*, defaults to 0.005): Tasks are left out, with the reason, if one of their
+            classes is fewer of the examples than this, or fewer than 20.
+        context_length (`int`, *optional*): Tokens of a labelled text that are read; by default a window of the data.
+        max_pairs (`int`, *optional*, defaults to 100,000,000): Activations that a process may keep, of all
+            dictionaries together; 12 bytes each, and about 60 while those of one dictionary are fitted.
+        resamples (`int`, *optional*, defaults to 1000): Of the bootstrap over tasks and splits.
+        seed (`int`, *optional*, defaults to 0): Of splits, random dictionaries and bootstrap.
+        show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
+
+    Returns:
+        [`ProbeReport`]: each row has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
+        `nothing`), `width`; `probe_loss` (nats, test part) and `train_loss`; `gain` over the best channel; each with
+        an `_interval` of 95% but `train_loss`; `k_sparse`: by k `accuracy`, `f1` and `auc` on the test part, with
+        intervals; `tasks`: by name `loss`, `train_loss`, the `latents` chosen in each split, and scores by k.
+
+    Raises:
+        `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
+        `ImportError`: if `k` asks for probes and scikit-learn is not installed.
+    """
+    _check_options(max_tokens, splits, test_share, least_share, max_pairs, resamples, k)
+    dictionaries = _dictionaries(data, subjects, widths, selection)
+    ks, notes = _sparse_ks(k)
+    show = show and processes()[0] == 0
+    data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
+    if context_length is None:
+        context_length = data.batches[0].input_ids.shape[1] if data.batches else 128
+    kinds = dict.fromkeys(dictionaries, "dictionary")
+    if baselines:
+        source = data if data.batches else replace(data, batches=text_batches(labelled[0], data, context_length)[0])
+        for name, dictionary in list(dictionaries.items()):
+            random = random_dictionary(dictionary.sae, source, dictionary.widths, seed=seed)
+            kinds[f"random ({name})"] = "random"
+            dictionaries[f"random ({name})"] = Dictionary(random, dictionary.widths, dictionary.selection)
+    sets = [token_examples(data, token_tasks, dictionaries, max_pairs, show)] if token_tasks else []
+    sets += [text_examples(data, task, dictionaries, context_length, max_pairs, show) for task in labelled]
+    seeds = [seed * splits + number for number in range(splits)]
+    skipped: dict[str, str] = {}
+    found = [_usable(examples, test_share, least_share, seeds, skipped) for examples in sets]
+    names = [name for examples, _ in found for name in examples.names]
+    _check_names(names, skipped)
+    probing = Probing(ridge, ks, baselines, show)
+    parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
+    rows = report_rows(parts, kinds, ks, names, Bootstrap(splits, len(names), resamples, seed))
+    examples_found: dict[str, int] = {}
+    for examples in sets:
+        examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
+    about = {
+        "hookpoint": data.hookpoint,
+        "selection": " and ".join(dict.fromkeys(dictionary.selection for dictionary in dictionaries.values())),
+        "examples": examples_found,
+        "tasks": {
+            name: share
+            for examples, _ in found
+            for name, share in zip(examples.names, examples.labels.double().mean(0).tolist(), strict=True)
+        },
+        "skipped": skipped,
+        "splits": splits,
+        "test_share": test_share,
+        "ridge": ridge,
+        "k": list(ks),
+        "seed": seed,
+        "notes": notes,
+    }
+    return ProbeReport(rows, about)
+
+
+def _check_options(
+    max_tokens: int,
+    splits: int,
+    test_share: float,
+    least_share: float,
+    max_pairs: int,
+    resamples: int,
+    k: Sequence[int] | None,
+) -> None:
+    if min(max_tokens, splits, max_pairs, resamples) < 1 or not 0 < test_share < 1 or not 0 <= least_share < 0.5:
+        raise ValueError(
+            "Expected `max_tokens`, `splits`, `max_pairs` and `resamples` of at least 1, `test_share` between 0 and 1 "
+            f"and `least_share` from 0 to below 0.5; got {max_tokens}, {splits}, {max_pairs}, {resamples}, "
+            f"{test_share} and {least_share}."
+        )
+    if k is not None and any(number < 1 for number in k):
+        raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
+
+
+def _sparse_ks(k: Sequence[int] | None) -> tuple[list[int], list[str]]:
+    if has_scikit_learn():
+        return [1, 2, 5] if k is None else sorted(set(k)), []
+    needed = "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]'"
+    if k:
+        raise ImportError(f"{needed}, or leave them out with k=().")
+    return [], [f"left out: k-sparse probes and all channels together ({needed})"]
+
+
+def _dictionaries(
+    data: HeldOut,
+    subjects: Mapping[str, Dictionary | SAEModel] | SAEModel,
+    widths: Sequence[int] | None,
+    selection: str,
+) -> dict[str, Dictionary]:
+    subjects = subjects if isinstance(subjects, Mapping) else {"sae": subjects}
+    found = {}
+    for name, subject in subjects.items():
+        if not isinstance(subject, Dictionary | SAEModel):
+            raise ValueError(f"Subjects must be SAEs or `Dictionary`s; '{name}' is a {type(subject).__name__}.")
+        if isinstance(subject, SAEModel):
+            subject = Dictionary(subject, widths, selection)
+        subject.sae.to(data.device)
+        found[name] = subject
+    if not found:
+        raise ValueError("There is no dictionary to probe: `subjects` is empty.")
+    return found
+
+
+def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:
+    """The data cut to what is read of it, tasks of its tokens, and those of texts."""
+    tasks = [tasks] if tasks is None or isinstance(tasks, LabelledTask | TokenTasks) else list(tasks)
+    wrong = [type(task).__name__ for task in tasks if not isinstance(task, LabelledTask | TokenTasks | None)]
+    if wrong or not tasks:
+        raise ValueError(f"`tasks` must be `LabelledTask`s and `TokenTasks`, got {wrong or 'none'}.")
+    of_tokens = [task for task in tasks if isinstance(task, TokenTasks)]
+    labelled = [task for task in tasks if isinstance(task, LabelledTask)]
+    if not data.batches and len(labelled) < len(tasks):
+        raise ValueError("Token tasks need tokens, and the data has no batches. See `open_heldout`.")
+    for task in of_tokens:
+        task.check(data)
+    data, of_tokens = take_windows(data, of_tokens, max_tokens)
+    if None in tasks:
+        of_tokens.append(TokenTasks.of_properties(data))
+    return data, of_tokens, labelled
+
+
+def _usable(
+    examples: Examples, test_share: float, least_share: float, seeds: Sequence[int], skipped: dict[str, str]
+) -> tuple[Examples, list[Tensor]]:
+    """The examples with those tasks that can be probed, and the test part of each split."""
+    tests = [examples.held_out(test_share, seed) for seed in seeds]
+    parts = [part for test in tests for part in (test, ~test)]
+    kept, reasons = usable_tasks(examples.names, examples.labels, parts, least_share)
+    skipped.update(reasons)
+    names = [examples.names[number] for number in kept]
+    return replace(examples, names=names, labels=examples.labels[:, kept]), tests
+
+
+def _check_names(names: Sequence[str], skipped: Mapping[str, str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Tasks must have names of their own; {twice} come twice. Give `from_dataset` a `name`.")
+    if not names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ValueError(f"No task can be probed ({reasons}). Give more tokens or texts, or other tasks.")

@@ -1,0 +1,141 @@
+"""Fitting probes to examples and scoring them: single latents, a few latents, all channels of the hidden state.
+
+Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, K values of k, S splits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...common.distributed import reduce_sum
+from ...evaluation.subjects import Dictionary
+from .columns import LatentColumns, own_latents
+from .examples import Examples
+from .newton import Probes, class_weights, cross_entropy, fit_probes
+from .sparse import classifier_scores, dense_probes, has_scikit_learn, shown_latents, sparse_probes
+
+
+CHANNELS, ALL_CHANNELS = "hidden-state channels", "all channels together"
+_VALIDATION = 10**9  # seeds that no split has
+
+
+@dataclass
+class Scores:
+    """What one subject scored on some tasks, at one width; `k_sparse` is `(S, K, T, 3)`, the others `(S, T)`."""
+
+    loss: list[Tensor] = field(default_factory=list)
+    train_loss: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    k_sparse: list[Tensor] = field(default_factory=list)
+
+
+Key = tuple[str, int]
+
+
+@dataclass
+class Probing:
+    """Everything that is fitted to examples.
+
+    Args:
+        ridge (`float`, *optional*): See [`fit_probes`]; by default one over the number of train examples.
+        ks (`Sequence[int]`): Latents of k-sparse probes.
+        channels (`bool`): Probe the hidden state's channels too.
+        show (`bool`): Show progress bars.
+    """
+
+    ridge: float | None
+    ks: Sequence[int]
+    channels: bool
+    show: bool
+
+    def run(
+        self, examples: Examples, tests: Sequence[Tensor], dictionaries: Mapping[str, Dictionary]
+    ) -> dict[Key, Scores]:
+        """What each subject scores at each width."""
+        found: dict[Key, Scores] = {}
+        work: list[tuple[str, LatentColumns, list[int]]] = []
+        for name, dictionary in dictionaries.items():
+            columns, widths = examples.latents[name], dictionary.widths
+            each = [widths] if dictionary.encodes_once else [[width] for width in widths]
+            work += [(name, some, at) for some, at in zip(columns, each, strict=True)]
+        if self.channels:
+            d_in = examples.hidden.shape[1]
+            own, alone = own_latents(d_in), torch.zeros_like(examples.hidden)
+            alone[:, own] = examples.hidden[:, own]
+            work.append((CHANNELS, LatentColumns.of_dense(alone), [d_in]))
+        total = len(tests) * sum(len(own_latents(columns.num_latents)) for _, columns, _ in work)
+        with tqdm(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
+            for name, columns, widths in work:
+                self._of_columns(name, columns, widths, examples.labels, tests, found, bar)
+        if self.channels and has_scikit_learn():
+            self._all_channels(examples, tests, found)
+        return found
+
+    def _of_columns(
+        self,
+        name: str,
+        columns: LatentColumns,
+        widths: Sequence[int],
+        labels: Tensor,
+        tests: Sequence[Tensor],
+        found: dict[Key, Scores],
+        bar: tqdm,
+    ) -> None:
+        own, probes = own_latents(columns.num_latents), None
+        for test in tests:
+            ridge = 1 / int((~test).sum()) if self.ridge is None else self.ridge
+            train = columns.among(~test).select(own)
+            probes = fit_probes(train, labels, class_weights(labels, ~test), ridge, probes, bar.update)
+            everywhere = _in_all_processes(probes, own, columns.num_latents)
+            chosen = _best(everywhere.loss, widths)
+            losses = _test_losses(columns, everywhere, chosen, labels, class_weights(labels, test))
+            scores = sparse_probes(columns, labels, test, widths, self.ks) if self.ks else None
+            for p, width in enumerate(widths):
+                at = found.setdefault((name, width), Scores())
+                at.loss.append(losses[p])
+                at.train_loss.append(everywhere.loss.gather(0, chosen[p][None])[0])
+                at.latents.append(chosen[p])
+                if scores is not None:
+                    at.k_sparse.append(scores[p])
+
+    def _all_channels(self, examples: Examples, tests: Sequence[Tensor], found: dict[Key, Scores]) -> None:
+        labels = examples.labels
+        at = found.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), Scores())
+        for number, test in enumerate(tqdm(tests, desc="probes: all channels", disable=not self.show, leave=False)):
+            validation = ~test & examples.held_out(test.double().mean().item(), _VALIDATION + number)
+            scores = dense_probes(examples.hidden, labels, test, validation)
+            at.loss.append(cross_entropy(scores, labels, class_weights(labels, test)))
+            at.train_loss.append(cross_entropy(scores, labels, class_weights(labels, ~test)))
+            tasks = range(labels.shape[1])
+            of_tasks = [classifier_scores(scores[test, task], labels[test, task]) for task in tasks]
+            at.k_sparse.append(torch.stack(of_tasks)[None])
+
+
+def _in_all_processes(probes: Probes, own: Tensor, num_latents: int) -> Probes:
+    """The probes of all latents, of which each process has fitted some."""
+    tensors = []
+    for part in (probes.weight, probes.bias, probes.loss):
+        whole = part.new_zeros(num_latents, part.shape[1])
+        whole[own] = part
+        tensors.append(reduce_sum(whole)[0])
+    return Probes(*tensors)
+
+
+def _best(loss: Tensor, widths: Sequence[int]) -> Tensor:
+    """The latent of least loss among the first of each width, `(P, T)`; of equal ones the first."""
+    # A sort can be told to be stable, which argmin cannot.
+    return torch.stack([loss[:width].sort(dim=0, stable=True).indices[0] for width in widths])
+
+
+def _test_losses(columns: LatentColumns, probes: Probes, chosen: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The losses `(P, T)` of the chosen latents on examples with weights."""
+    latents, places = chosen.unique(return_inverse=True)
+    x = shown_latents(columns, latents).double()
+    losses = []
+    for some, place in zip(chosen, places, strict=True):
+        scores = x[:, place] * probes.weight.gather(0, some[None]) + probes.bias.gather(0, some[None])
+        losses.append(cross_entropy(scores, labels, weights))
+    return torch.stack(losses)

@@ -1,0 +1,288 @@
+"""What can be said of each token from the text alone: labels for probes that need no labelled data.
+
+A window's tokens are put together again as text, with the place of every token in it, and each property is a function
+of that text. A property of a word is a label of the word's last token, where a causal model has read all of it. At a
+special token or a blank line all that is open ends: quotes, brackets, sentences.
+
+Shapes: B windows, S tokens in a window, T properties.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...activations import TokenBatch
+
+
+WORD_CLASSES = {
+    "determiner": "a an the this that these those each every either neither some any no all both half such what which "
+    "my your his her its our their whose another",
+    "preposition": "about above across after against along among around as at before behind below beneath beside "
+    "between beyond by despite down during except for from in inside into like near of off on onto out outside over "
+    "past per since through throughout till to toward towards under until up upon via with within without",
+    "pronoun": "i you he she it we they me him us them myself yourself himself herself itself ourselves themselves "
+    "mine yours hers ours theirs who whom someone somebody something anyone anybody anything everyone everybody "
+    "everything nobody nothing none one",
+    "conjunction": "and but or nor so yet if unless because although though while whereas when whenever where "
+    "wherever whether than",
+    "auxiliary": "am is are was were be been being have has had having do does did can could may might must shall "
+    "should will would cannot",
+}
+LETTERS = "acst"  # begin a third of English words
+_SUFFIXES = {"-ly": "ly", "-ing": "ing", "-ed": "ed"}
+_LETTERS_BEFORE_SUFFIX = 2
+
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s|$)")
+_OPENING, _CLOSING = "([{", ")]}"
+_ANCHOR = "a"
+
+Span = tuple[int, int]
+
+
+@dataclass
+class TextTokens:
+    """Some tokens that follow each other, and their text.
+
+    Args:
+        text (`str`): What they say.
+        spans (`list[tuple[int, int]]`): Where in it each token stands, without the whitespace around it; a token of
+            whitespace alone has a span of no length.
+        raw (`list[tuple[int, int]]`): The same with the whitespace.
+        ids (`list[int]`): The tokens.
+        positions (`list[int]`): Where in the window each stands.
+        length (`int`): Tokens in the window, padding left out.
+    """
+
+    text: str
+    spans: list[Span]
+    raw: list[Span]
+    ids: list[int]
+    positions: list[int]
+    length: int
+
+
+def property_names() -> list[str]:
+    """The properties, in the order of the labels."""
+    return list(_PROPERTIES)
+
+
+def property_labels(batch: TokenBatch, reader: "TokenReader") -> Tensor:
+    """Which token has which property, `(B, S, T)` bool; nothing is true of padding and of special tokens."""
+    labels = torch.zeros(*batch.input_ids.shape, len(_PROPERTIES), dtype=torch.bool)
+    for row, (ids, mask) in enumerate(zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)):
+        for part in reader.parts(ids, mask):
+            for number, of in enumerate(_PROPERTIES.values()):
+                true = [position for position, value in zip(part.positions, of(part), strict=True) if value]
+                labels[row, true, number] = True
+    return labels
+
+
+class TokenReader:
+    """Puts the tokens of windows together as text.
+
+    A tokenizer marks the beginning of a word in its own way, and some drop a space where a text begins; so a token's
+    text is what it adds behind an "a". Bytes that are no whole character say U+FFFD.
+
+    Args:
+        tokenizer: Of any kind, from transformers.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._special = tokenizer, set(tokenizer.all_special_ids)
+        self._anchor = tokenizer(_ANCHOR, add_special_tokens=False, verbose=False)["input_ids"]
+        self._behind = self._decode([self._anchor])[0]
+        self._texts: dict[int, str] = {}
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        """What each token adds to a text."""
+        ids = list(ids)
+        new = [token for token in dict.fromkeys(ids) if token not in self._texts]
+        behind = self._decode([[*self._anchor, token] for token in new]) if new else []
+        alone = self._decode([[token] for token in new]) if new else []
+        for token, after, bare in zip(new, behind, alone, strict=True):
+            self._texts[token] = after[len(self._behind) :] if after.startswith(self._behind) else bare
+        return [self._texts[token] for token in ids]
+
+    def parts(self, ids: Sequence[int], mask: Sequence[int]) -> Iterator[TextTokens]:
+        """The text between special tokens and paddings of a window."""
+        length, positions = sum(mask), []
+        for position in range(len(ids) + 1):
+            if position < len(ids) and mask[position] and ids[position] not in self._special:
+                positions.append(position)
+            elif positions:
+                yield self._part([ids[at] for at in positions], positions, length)
+                positions = []
+
+    def _part(self, ids: list[int], positions: list[int], length: int) -> TextTokens:
+        texts, raw, spans, end = self.texts(ids), [], [], 0
+        for text in texts:
+            start, end = end, end + len(text)
+            raw.append((start, end))
+            left = start + len(text) - len(text.lstrip())
+            spans.append((left, max(left, start + len(text.rstrip()))))
+        return TextTokens("".join(texts), spans, raw, ids, positions, length)
+
+
+# What is true of each token of a part, as a list of bool
+
+
+Property = Callable[[TextTokens], list[bool]]
+
+
+def _says(pattern: str) -> Property:
+    compiled = re.compile(pattern)
+    return lambda part: [bool(compiled.search(part.text[start:end])) for start, end in part.raw]
+
+
+def _spelled(pattern: str) -> Property:
+    compiled = re.compile(pattern)
+    return lambda part: [bool(compiled.fullmatch(part.text[start:end])) for start, end in part.spans]
+
+
+def _last_tokens(part: TextTokens, true: Callable[[str], bool]) -> list[bool]:
+    """The tokens in which a word ends of which something is true."""
+    ends = [word.end() for word in _WORD.finditer(part.text) if true(word[0])]
+    return _hold([end - 1 for end in ends], part)
+
+
+def _first_tokens(part: TextTokens, true: Callable[[str], bool]) -> list[bool]:
+    """The tokens in which a word begins of which something is true."""
+    return _hold([word.start() for word in _WORD.finditer(part.text) if true(word[0])], part)
+
+
+def _hold(characters: Iterable[int], part: TextTokens) -> list[bool]:
+    """The tokens that hold one of these characters."""
+    found, ends = [False] * len(part.raw), [end for _, end in part.raw]
+    for at in characters:
+        found[bisect_right(ends, at)] = True
+    return found
+
+
+def _of_class(words: str) -> Property:
+    lexicon = frozenset(words.split())
+    return lambda part: _last_tokens(part, lambda word: word.lower() in lexicon)
+
+
+def _with_suffix(suffix: str) -> Property:
+    least = len(suffix) + _LETTERS_BEFORE_SUFFIX
+    return lambda part: _last_tokens(part, lambda word: len(word) >= least and word.lower().endswith(suffix))
+
+
+def _with_letter(letter: str) -> Property:
+    return lambda part: _first_tokens(part, lambda word: word[0].lower() == letter)
+
+
+def _capitalised(part: TextTokens) -> list[bool]:
+    return _first_tokens(part, lambda word: word[0].isupper() and not (len(word) > 1 and word.isupper()))
+
+
+def _all_capitals(part: TextTokens) -> list[bool]:
+    return _last_tokens(part, lambda word: len(word) > 1 and word.isupper())
+
+
+def _begins_word(part: TextTokens) -> list[bool]:
+    return _first_tokens(part, lambda word: True)
+
+
+def _continues_word(part: TextTokens) -> list[bool]:
+    """The first letter of the token is inside of a word, and the word began before."""
+    inside = {at for word in _WORD.finditer(part.text) for at in range(word.start() + 1, word.end())}
+    return [start in inside for start, _ in part.raw]
+
+
+def _ends_long_word(part: TextTokens) -> list[bool]:
+    return _last_tokens(part, lambda word: len(word) >= 9)
+
+
+def _follows_the(part: TextTokens) -> list[bool]:
+    words = list(_WORD.finditer(part.text))
+    pairs = zip(words, words[1:], strict=False)
+    return _hold([after.start() for before, after in pairs if before[0].lower() == "the"], part)
+
+
+def _sentence_ends(part: TextTokens) -> list[int]:
+    return [found.start() for found in _SENTENCE_END.finditer(part.text)]
+
+
+def _ends_sentence(part: TextTokens) -> list[bool]:
+    return _hold(_sentence_ends(part), part)
+
+
+def _begins_sentence(part: TextTokens) -> list[bool]:
+    starts = sorted({end + 1 for end in _sentence_ends(part)} | {b.end() for b in _BLANK_LINE.finditer(part.text)})
+    words = [word.start() for word in _WORD.finditer(part.text)]
+    places = (bisect_right(words, start - 1) for start in starts)
+    return _hold({words[place] for place in places if place < len(words)}, part)
+
+
+def _inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[bool]:
+    """The tokens of which the first character is behind what has been opened and not yet closed."""
+    blank = {found.start() for found in _BLANK_LINE.finditer(part.text)}
+    depth, quoted, inside = 0, False, []
+    for at, character in enumerate(part.text):
+        if at in blank:
+            depth, quoted = 0, False
+        depth = max(0, depth - (character in closes))
+        # The sign that ends a quotation is not inside of it, as the one that begins it is not.
+        ends = quoted and character in alike
+        quoted = quoted and not ends
+        inside.append(depth > 0 or quoted)
+        depth += character in opens
+        quoted = quoted or (character in alike and not ends)
+    return [start < end and inside[start] for start, end in part.spans]
+
+
+def _in_brackets(part: TextTokens) -> list[bool]:
+    return _inside(part, _OPENING, _CLOSING, "")
+
+
+def _in_quotes(part: TextTokens) -> list[bool]:
+    return _inside(part, "\u201c", "\u201d", '"')
+
+
+def _early(part: TextTokens) -> list[bool]:
+    return [4 * position < part.length for position in part.positions]
+
+
+def _late(part: TextTokens) -> list[bool]:
+    return [4 * position >= 3 * part.length for position in part.positions]
+
+
+def _seen_before(part: TextTokens) -> list[bool]:
+    seen, found = set(), []
+    for token in part.ids:
+        found.append(token in seen)
+        seen.add(token)
+    return found
+
+
+_PROPERTIES: dict[str, Property] = {
+    "digit": _says(r"\d"),
+    "punctuation": _spelled(r"[^\w\s]+"),
+    "line break": _says(r"\n"),
+    "begins a word": _begins_word,
+    "continues a word": _continues_word,
+    "ends a long word": _ends_long_word,
+    "capitalised": _capitalised,
+    "all capitals": _all_capitals,
+    "in double quotes": _in_quotes,
+    "in brackets": _in_brackets,
+    "begins a sentence": _begins_sentence,
+    "ends a sentence": _ends_sentence,
+    "first quarter of the context": _early,
+    "last quarter of the context": _late,
+    "seen before": _seen_before,
+    "follows 'the'": _follows_the,
+    **{name: _of_class(words) for name, words in WORD_CLASSES.items()},
+    **{name: _with_suffix(suffix) for name, suffix in _SUFFIXES.items()},
+    **{f"first letter {letter}": _with_letter(letter) for letter in LETTERS},
+}

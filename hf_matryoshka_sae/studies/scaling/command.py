@@ -1,0 +1,88 @@
+"""`matryoshka-sae sweep`: a grid of SAEs from shared forward passes, and the scaling laws in their losses."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ...common.logs import log_to_stderr
+from ...training import Interrupted
+from .config import load_sweep
+from .plan import is_finished, own_cache, plan_runs
+from .points import Point, finished_points, read_points, write_points
+from .report import fit_points
+from .running import default_processes, train_runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sweep from command-line arguments; returns the exit status."""
+    parser = _parser()
+    parsed, flags = parser.parse_known_args(arguments)
+    if (parsed.config is None) == (parsed.points is None):
+        parser.error("give either --config, for a sweep, or --points, to fit points that are there")
+    log_to_stderr()
+    try:
+        _run(parsed, flags)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        sys.stderr.write(f"\n{stopped or 'Stopped.'}\n")
+        return 130
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"\nerror: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae sweep",
+        description="Train an SAE for each size, k and number of tokens, and fit the scaling laws L(F), L(C) and "
+        "L(F, k) to their held-out losses. Run again, it trains only what its folder lacks.",
+        epilog="Every field of the YAML file is a flag too, for example --sweep.k '[8, 16]' --batch_size 4096.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="fields of a training run, with a section `sweep`")
+    parser.add_argument(
+        "--points", metavar="CSV", help="train nothing, fit these: num_latents, k, loss; tokens, flops, held_out"
+    )
+    parser.add_argument("--output_dir", help="default: what the config says; runs/scaling for --points")
+    parser.add_argument("--processes", type=int, help="runs at a time (default: one for each CUDA device)")
+    parser.add_argument("--fit_only", action="store_true", help="train nothing, fit what is finished")
+    parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap (default: %(default)s)")
+    return parser
+
+
+def _run(parsed: argparse.Namespace, flags: list[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("A sweep starts its own processes: run it without `accelerate launch`, with --processes.")
+    if parsed.points is not None:
+        if flags:
+            raise ValueError(f"{flags[0]} means nothing beside --points.")
+        points, folder = read_points(parsed.points), Path(parsed.output_dir or "runs/scaling")
+    else:
+        points, folder = _train(parsed, flags)
+    if parsed.points is None:
+        write_points(points, folder / "sweep.csv")  # worth having even where no law fits
+    report = fit_points(points, parsed.resamples)
+    report.save(folder)
+    sys.stdout.write(f"{report}\nSaved {', '.join(str(folder / name) for name in ('report.md', 'scaling.png'))}, ")
+    sys.stdout.write("sweep.json and sweep.csv.\n")
+
+
+def _train(parsed: argparse.Namespace, flags: list[str]) -> tuple[list[Point], Path]:
+    place = [f"--output_dir={parsed.output_dir}"] if parsed.output_dir else []
+    sweep = load_sweep(parsed.config, flags + place)
+    processes = default_processes() if parsed.processes is None else parsed.processes
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}.")
+    if not parsed.fit_only:
+        sweep.check_laws()
+    runs = plan_runs(sweep, processes, add=not parsed.fit_only)
+    if not parsed.fit_only:
+        train_runs([run for run in runs if not is_finished(run)], processes)
+        for folder in {own_cache(run) for run in runs} - {None}:
+            shutil.rmtree(folder, ignore_errors=True)
+    points = finished_points(sweep, runs)
+    if not points:
+        raise ValueError(f"{sweep.folder} holds no finished run of this sweep.")
+    return points, sweep.folder

@@ -1,0 +1,1 @@
+"""What the weights alone tell: matching between SAEs, hedging, composition (meta-SAE)."""

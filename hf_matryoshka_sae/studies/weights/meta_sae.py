@@ -1,0 +1,213 @@
+"""Meta-SAE: how far a dictionary's latents are themselves sums of few directions.
+
+A small SAE is trained on the decoder's rows as if they were hidden states: a BatchTopK SAE of F/4 latents with k = 4,
+by Adam (1500 steps of up to 1024 rows, learning rate 5e-4), its decoder rows kept at length 1. Reported is the share
+of the rows' variance about their mean that it explains (Leask et al. 2025, arXiv 2502.04878; Bussmann et al. 2025,
+arXiv 2503.17547): lower means latents that are less composed of each other. Lengths of rows do not count.
+
+F/4 latents explain a good part of any rows, the more so the fewer rows there are for their dimension, and what they
+explain still grows at the end of training. So only the difference to random rows of the same number and dimension says
+something, and only between runs of one recipe.
+
+Shapes: F latents, D `d_in`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...common.distributed import processes
+from ...common.figures import save_figure
+from ...common.files import write_json
+from ...common.intervals import seed_interval
+from ...common.seeds import derived_seed
+from ...evaluation.geometry import checked_widths, unit_rows
+from ...models import BatchTopKSAEConfig, SAEModel, build_sae
+
+
+K = 4
+_SHARE = 4  # rows for each latent of the meta-SAE
+
+
+@dataclass
+class MetaSAE:
+    """What small SAEs explain of decoders.
+
+    Args:
+        rows (`list[dict]`): For each subject and width: `subject`, `kind` (`dictionary` or `random`), `width`,
+            `explained` (mean over seeds), `interval` (95%, Student's t over seeds; `None` of one seed) and `seeds`
+            (each).
+        about (`dict`): The recipe.
+    """
+
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {**self.about, "rows": self.rows}
+
+    def __str__(self) -> str:
+        size = max(len(row["subject"]) for row in self.rows)
+        lines = [
+            f"Meta-SAE: variance of decoder rows explained by F/{_SHARE} latents, {K} at a time "
+            f"({self.about['steps']} steps); compare with random rows of the same width",
+            f"{'':{size}} {'width':>6} {'explained':>10} {'95%':>14}",
+        ]
+        for row in self.rows:
+            bounds = "{:.3f}..{:.3f}".format(*row["interval"]) if row["interval"] else "-"
+            lines.append(f"{row['subject']:{size}} {row['width']:>6} {row['explained']:>10.3f} {bounds:>14}")
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path, name: str = "meta_sae") -> None:
+        """Write `<name>.json` and `<name>.png` into a folder."""
+        write_json(Path(folder) / f"{name}.json", self.to_dict())
+        self.plot(Path(folder) / f"{name}.png")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the explained share against width, with intervals, to a PNG."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axis = figure.subplots()
+        for name in dict.fromkeys(row["subject"] for row in self.rows):
+            rows = [row for row in self.rows if row["subject"] == name]
+            half = [row["interval"][1] - row["explained"] if row["interval"] else 0.0 for row in rows]
+            style = "--" if rows[0]["kind"] == "random" else "-"
+            xs, ys = [row["width"] for row in rows], [row["explained"] for row in rows]
+            axis.errorbar(xs, ys, yerr=half, marker="o", markersize=4, capsize=3, linestyle=style, label=name)
+        axis.set(xlabel="width (latents)", ylabel="variance of decoder rows explained", xscale="log")
+        widths = sorted({row["width"] for row in self.rows})
+        if len(widths) <= 12:
+            axis.set_xticks(widths, list(map(str, widths)), rotation=45 if len(widths) > 8 else 0)
+            axis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+        figure.suptitle("Meta-SAE: lower is less composed")
+        save_figure(figure, Path(path))
+
+
+def meta_sae(
+    saes: Mapping[str, SAEModel] | SAEModel,
+    widths: Sequence[int] | None = None,
+    *,
+    steps: int = 1500,
+    batch_size: int = 1024,
+    lr: float = 5e-4,
+    baselines: bool = True,
+    seeds: Sequence[int] = (0, 1, 2),
+    show: bool = True,
+) -> MetaSAE:
+    """Train meta-SAEs on the decoder of each prefix, and on random rows.
+
+    Nothing is read but weights; several processes do the same.
+
+    Args:
+        saes (`dict[str, SAEModel]`, or one [`SAEModel`]): By name.
+        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths; at least 8.
+        steps (`int`, *optional*, defaults to 1500), batch_size (`int`, *optional*, defaults to 1024), lr (`float`,
+            *optional*, defaults to 5e-4): Of each meta-SAE.
+        baselines (`bool`, *optional*, defaults to `True`): Beside each SAE random unit rows of the same shape.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): Of first weights, batches and random rows.
+        show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+
+    Raises:
+        `ValueError`: for options out of range, or a decoder that is not finite or of which too few rows have a
+            direction.
+    """
+    if min(steps, batch_size) < 1 or not lr > 0 or not seeds:
+        raise ValueError(
+            f"Expected `steps` and `batch_size` of at least 1, `lr` above 0 and a seed; got {steps}, {batch_size}, "
+            f"{lr} and {list(seeds)}."
+        )
+    saes = saes if isinstance(saes, Mapping) else {"sae": saes}
+    if not saes or not all(isinstance(sae, SAEModel) for sae in saes.values()):
+        found = {name: type(sae).__name__ for name, sae in saes.items()}
+        raise ValueError(f"Expected one SAE or several by name, got {found or 'none'}.")
+    chosen = {name: checked_widths(widths, sae) for name, sae in saes.items()}
+    decoders = {(name, width): _directions(name, saes[name], width) for name in saes for width in chosen[name]}
+    runs = len(decoders) * len(seeds) * (1 + baselines) * steps
+    rows, random = [], {}
+    with tqdm(total=runs, desc="meta-SAEs", unit="step", disable=not show or processes()[0] != 0, leave=False) as bar:
+
+        def explained(decoder: Tensor, seed: int) -> float:
+            return explained_variance(decoder, steps, batch_size, lr, seed, bar)
+
+        for name in saes:
+            for width in chosen[name]:
+                decoder = decoders[name, width]
+                rows.append(_row(name, "dictionary", width, [explained(decoder, seed) for seed in seeds]))
+            for width in chosen[name] if baselines else ():
+                shape = decoders[name, width].shape
+                if shape not in random:
+                    random[shape] = [explained(_random_rows(shape, seed), seed) for seed in seeds]
+                rows.append(_row(f"random ({name})", "random", width, random[shape]))
+    return MetaSAE(rows, {"steps": steps, "batch_size": batch_size, "lr": lr, "k": K, "seeds": list(seeds)})
+
+
+def _directions(name: str, sae: SAEModel, width: int) -> Tensor:
+    rows = sae.W_dec[:width].detach().float()
+    if not rows.isfinite().all():
+        raise ValueError(f"The decoder of `{name}` holds NaN or infinity.")
+    unit, directed = unit_rows(rows)
+    if int(directed.sum()) < 2 * _SHARE:
+        raise ValueError(
+            f"A meta-SAE needs {2 * _SHARE} rows with a direction, the first {width} of `{name}` have "
+            f"{int(directed.sum())}. Choose larger `widths`."
+        )
+    return unit[directed]
+
+
+def _random_rows(shape: torch.Size, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(seed, "rows"))  # not those that the meta-SAE starts from
+    return unit_rows(torch.randn(shape, generator=generator))[0]
+
+
+def explained_variance(
+    rows: Tensor, steps: int, batch_size: int, lr: float, seed: int = 0, bar: tqdm | None = None
+) -> float:
+    """The fraction of the variance of rows `(F, D)` about their mean that a meta-SAE explains.
+
+    Activations are chosen among all rows together, k of each on average, as in the batches of training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    middle = rows.mean(0)
+    count = len(rows) // _SHARE
+    directions = torch.randn(count, rows.shape[1], generator=generator).to(rows)
+    sae = build_sae(BatchTopKSAEConfig(d_in=rows.shape[1], num_latents=count, k=min(K, count))).to(rows.device).train()
+    with torch.no_grad():
+        sae.W_dec.copy_(unit_rows(directions)[0])
+        sae.W_enc.copy_(sae.W_dec)
+        sae.b_dec.copy_(middle)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+    for _ in range(steps):
+        batch = rows
+        if batch_size < len(rows):
+            batch = rows[torch.randperm(len(rows), generator=generator)[:batch_size].to(rows.device)]
+        sae.prefix_errors(sae.encode_pairs(batch), batch, [count])[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sae.W_dec.copy_(unit_rows(sae.W_dec)[0])
+        if bar is not None:
+            bar.update()
+    with torch.no_grad():
+        error = sae.prefix_errors(sae.encode_pairs(rows), rows, [count])[0].sum()
+        return 1 - (error / (rows - middle).square().sum(1).mean()).item()
+
+
+def _row(subject: str, kind: str, width: int, values: list[float]) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "kind": kind,
+        "width": width,
+        "explained": mean(values),
+        "interval": seed_interval(values),
+        "seeds": values,
+    }

@@ -1,0 +1,180 @@
+"""A run is one YAML file; the same fields are these dataclasses, and every command-line flag overrides one of them."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_matryoshka_sae.training.config.spec import SAESpec
+
+from ...common.data_source import DatasetConfig
+from .fields import from_dict, override, read_yaml
+from .trackers import check_names
+
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class RunConfig:
+    """A training run. See `examples/` for files that hold these fields."""
+
+    model: str
+    """Any transformers causal LM, masked LM or encoder: Hub id or folder; `embedded` for the shipped one."""
+    dataset: DatasetConfig
+    hookpoints: list[str]
+    """Module paths, globs allowed; `module.path:input` for an input."""
+    saes: list[SAESpec]
+    output_dir: str
+    tokens: int = 50_000_000
+    batch_size: int = 2048
+    """Tokens per optimizer step, over all processes."""
+    context_length: int = 128
+    model_revision: str | None = None
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the language model; by default what its checkpoint has."""
+    init_from: str | None = None
+    """Continue every SAE from this folder or repository."""
+
+    pack: bool = True
+    """Fill windows with consecutive documents; otherwise one document a row."""
+    exclude: Literal["special", "first", "none"] = "special"
+    """Positions left out of training: special tokens, only the first of each window, or none (padding always is)."""
+    max_norm_factor: float | None = None
+    """Leave out hidden states whose norm exceeds this many times the median."""
+    shuffle: bool = True
+    """Shuffle documents, and windows of packed text, before the language model reads them; tokens are always shuffled
+    across windows."""
+    window_pool_tokens: int | None = None
+    """Tokens of text (5 bytes each) in the pool from which each process draws windows; by default eight times its
+    share of `tokens`, at most 4 million."""
+    shuffle_tokens: int | None = None
+    """Hidden states in the shuffle buffer of each process; by default a quarter of its `tokens`, at most 131,072."""
+    lm_batch_size: int = 32
+    """Windows per forward pass of the language model."""
+    lm_device: str | None = None
+    """Device of the language model, where it is not the SAEs' (for example `cuda:1`)."""
+    overlap: bool | None = None
+    """Run the language model ahead in a thread of its own; by default where there is a GPU or a core that torch's
+    threads leave free. Results are the same; half of `shuffle_tokens` more hidden states are held."""
+    latent_shards: int = 1
+    """Split every dictionary over this many processes by its latents, where it does not fit one device. The others
+    are replicas that see different tokens."""
+    capacity_factor: float = 4.0
+    """With shards: how many times its even share of the k places a shard may fill before it sends all candidates.
+    Results do not depend on it."""
+    data_streams: int | None = None
+    """Independent readers of the data; by default one for each process that runs the language model. With the same
+    number, batches are the same on any number of processes."""
+    lm_processes: int | None = None
+    """Only the first so many processes run the language model, ahead of the others, which hold the SAEs; by default
+    all do both."""
+    activation_cache: str | None = None
+    """Folder in which hidden states are kept, to be shared by several runs, or a URL that fsspec knows (`s3://...`,
+    `hf://datasets/user/repo/...`). `matryoshka-sae cache` builds it beforehand; otherwise the run does."""
+    activation_cache_dtype: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    """How the cache's rows must be stored; by default a run reads any, and one that builds it stores its own type."""
+    normalization_tokens: int | None = None
+    """Hidden states whose mean and scale are measured; by default an eighth of `tokens`, 4,096 to 65,536."""
+
+    eval_dataset: DatasetConfig | None = None
+    """Held-out text; by default a share of `dataset`'s documents, which training then leaves out."""
+    eval_fraction: float = 0.01
+    """That share."""
+    eval_tokens: int | None = None
+    """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
+    calibration_tokens: int | None = None
+    """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
+
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """By default what `accelerate config` says."""
+    gradient_accumulation_steps: int = 1
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints (0: only when interrupted)."""
+    keep_checkpoints: int = 2
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `output_dir`; `false` moves what is there to `before-<time>/`."""
+    log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
+    """Accelerate trackers, for example `[tensorboard]`, `[wandb]` or `[trackio]`."""
+    project: str = "hf_matryoshka_sae"
+    """What trackers compare this run with others in; the run has the name of `output_dir`."""
+
+    def __post_init__(self):
+        counts = "tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens", "data_streams"
+        for name, value in ((name, getattr(self, name)) for name in counts):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.capacity_factor < 1:
+            raise ValueError(f"`capacity_factor` must be at least 1, got {self.capacity_factor}.")
+        check_names(self.trackers)
+        if not self.saes:
+            raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
+        if not self.hookpoints:
+            raise ValueError("`hookpoints` is empty: name at least one module, for example [model.layers.3].")
+        if self.tokens < self.batch_size:
+            raise ValueError(f"`tokens` ({self.tokens}) is less than one batch (`batch_size` {self.batch_size}).")
+        for spec in self.saes:
+            if spec.grow_from and self.init_from:
+                raise ValueError(
+                    "An SAE with `grow_from` cannot be in a run with `init_from`. Give `init_from` by entry."
+                )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.tokens // self.batch_size
+
+    def check_saes(self) -> "RunConfig":
+        """This config; raises `ValueError` for fields that do not fit an SAE's family. Only this needs torch."""
+        for spec in self.saes:
+            if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
+                spec.sae_config(1, self.model, "")
+        return self
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "RunConfig":
+        """A checked config from nested dicts. Raises `ValueError` for whatever does not fit."""
+        return cls.read(data).check_saes()
+
+    @classmethod
+    def read(cls, data: dict) -> "RunConfig":
+        """A config of known fields and possible values, from nested dicts. Raises `ValueError` for others."""
+        if not isinstance(data, dict):
+            raise ValueError(f"A run's config must hold fields such as `model:`, got {data!r}.")
+        data = dict(data)
+        if isinstance(data.get("dataset"), str):
+            data["dataset"] = {"path": data["dataset"]}
+        if isinstance(data.get("eval_dataset"), str):
+            data["eval_dataset"] = {"path": data["eval_dataset"]}
+        if isinstance(data.get("hookpoints"), str):
+            data["hookpoints"] = [data["hookpoints"]]
+        if isinstance(data.get("saes"), list):
+            data["saes"] = [SAESpec.from_dict(entry, f"saes.{i}.") for i, entry in enumerate(data["saes"])]
+        return from_dict(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same fields as nested dicts, every default filled in."""
+        return dataclasses.asdict(self)
+
+
+def load_run_config(
+    path: str | Path | None, flags: list[str] | None = None, look: Callable[[RunConfig], None] | None = None
+) -> RunConfig:
+    """The run that a YAML file and command-line flags describe.
+
+    Args:
+        path (`str` or `Path` or `None`): The YAML file; `None` where the flags say everything.
+        flags (`list[str]`, *optional*): For example `["--batch_size", "4096", "--saes.0.k", "64"]`.
+        look (`Callable[[RunConfig], None]`, *optional*): Sees the fields before torch is imported to check the rest.
+
+    Raises:
+        `ValueError`: for a file that is missing or no YAML, and whatever [`RunConfig.from_dict`] raises.
+    """
+    run = RunConfig.read(override(read_yaml(path) if path is not None else {}, flags or []))
+    if look is not None:
+        look(run)
+    return run.check_saes()

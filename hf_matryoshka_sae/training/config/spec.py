@@ -1,0 +1,234 @@
+"""One dictionary of a run: an entry of `saes`."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .fields import from_dict, nearest
+from .presets import PRESETS, defaults_for, set_by_preset, widths_from_fractions
+
+
+if TYPE_CHECKING:
+    from ...models import SAEConfig
+
+
+FAMILIES = ("relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+"""What `type` of an entry of `saes` can be: the models' families, named here so that fields are read before torch."""
+
+
+LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
+"""Schemes by which prefixes are weighed, see [`SAESpec`]."""
+
+
+@dataclass
+class SAESpec:
+    """One dictionary of a run (an entry of `saes:`); it is trained at each of the run's hookpoints.
+
+    A field left out takes the value of `preset`, if one is named, or else the default of its family.
+    """
+
+    type: str = "matryoshka"
+    """`relu`, `topk`, `batch_topk`, `jumprelu`, `gated` or `matryoshka`."""
+    name: str | None = None
+    """Folder of the results; made from family, size and k where it is left out."""
+    preset: str | None = None
+    """A published objective: `paper`, `dictionary_learning`, `saebench`, `saelens`, `bussmann`, `nabeshima`,
+    `balance`."""
+    hookpoints: list[str] | None = None
+    """Train this one only at these of the run's hookpoints (paths or globs)."""
+    init_from: str | None = None
+    """Folder or repository of a trained SAE to continue from; a run's folder works too."""
+    grow_from: str | None = None
+    """The same of an SAE whose latents become the first ones of this dictionary of `num_latents`; for `type:
+    matryoshka` with the SAE's `activation`. What is left out of `k` and `prefix_widths` is the SAE's."""
+    freeze_base: bool = True
+    """With `grow_from`: its latents and `b_dec` stay bit for bit the same, only new latents are trained. BatchTopK
+    then needs a larger `k`, ReLU and JumpReLU a `target_l0` above the L0 it has."""
+
+    # The dictionary
+    num_latents: int | None = None
+    k: int | float | None = None
+    activation: Literal["relu", "topk", "batch_topk", "jumprelu"] | None = None
+    prefix_widths: list[int] | None = None
+    prefix_fractions: list[float] | None = None
+    """Group sizes as shares of the dictionary; used where `prefix_widths` is not given."""
+    apply_b_dec_to_input: bool | None = None
+    scale_by_decoder_norm: bool | None = None
+    bandwidth: float | None = None
+    initial_threshold: float | None = None
+
+    # The objective
+    level_weights: str | list[float] = "mean"
+    """`mean` (1/P each), `sum` (1 each), `mean_squared` (1/P^2 each), `balance` (see `balance`), `inner` (the whole
+    dictionary weighs 0.32, inner prefix i in proportion to i^-0.4), `whole` (it weighs 0.65, inner prefixes the
+    same), or a list. With the last two the last inner prefix weighs half of what it would."""
+    level_weights_end: str | list[float] | None = None
+    """Move from `level_weights` to these, linearly over the run. Where neither is given, `type: matryoshka` moves from
+    `inner` to `whole`."""
+    balance: float = 1.0
+    """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
+    bias_level: bool = False
+    """Add `b_dec` alone as the smallest prefix."""
+    error_unit: Literal["sum", "mean", "fvu"] = "sum"
+    """Squared error summed over D, averaged over D, or divided by the batch's variance."""
+    random_prefixes: int = 0
+    """Draw this many prefixes anew each step, the whole dictionary among them (0: the fixed `prefix_widths`)."""
+    prefix_power: float = 0.5
+    min_prefix: int = 1
+    sparsity_coefficient: float | None = None
+    sparsity_warmup_steps: int | None = None
+    sparsity_penalty: Literal["l1", "log"] = "l1"
+    target_l0: float | None = None
+    """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2."""
+    controller_rate: float = 0.01
+    """Relative change of the coefficient per step towards `target_l0`."""
+    multi_topk: bool = False
+    """TopK: add the loss at 4k latents, weighted 1/8."""
+    auxk_coefficient: float = 1 / 32
+    auxk_k: int | None = None
+    """Dead latents that fit a token's residual; half of d_in by default."""
+    auxk_normalize: bool = True
+    auxk_detach_residual: bool = True
+    auxk_rectify: bool = True
+    auxk_scale_by_dead: bool = False
+    dead_tokens: int | None = None
+    """A latent that has not fired on this many tokens is dead; by default 1/150 of the run, at most 10 million."""
+
+    # The optimisation
+    lr: float | None = None
+    """By default `lr_base / sqrt(num_latents / 16384)`."""
+    lr_base: float | None = None
+    """By default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 / sqrt(d_in)`: a step turns a unit row by the same
+    angle whatever its width."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of `W_enc` relative to the others'."""
+    encoder_bias_lr_scale: float = 1.0
+    """Learning rate of `b_enc` relative to the others'."""
+    threshold_lr_scale: float = 1.0
+    """JumpReLU: learning rate of the thresholds relative to the others'."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    adam_eps: float = 1e-8
+    optimizer_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What Adam's moments are kept in: 8, 4 or 2 bytes for each weight."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What `W_enc` and `W_dec`, and so their gradients, are kept in, in training and in the saved file."""
+    lr_warmup_steps: int | None = None
+    lr_decay_fraction: float = 1.0
+    """Share of the steps at the end over which the rate falls to `lr_end`."""
+    lr_end: float = 0.0
+    grad_clip: float | None = None
+    k_start: float | None = None
+    """BatchTopK and TopK: begin with this k."""
+    k_anneal_steps: int | None = None
+    """Reach `k` after so many steps; a tenth of the run by default."""
+    ema_decay: float | None = None
+    unit_norm_decoder: bool = True
+    train_b_enc: bool = True
+    sort_every: int = 0
+    """Put latents in order of their energy every so many steps (0: never). By default `type: matryoshka` does so every
+    50, unless it goes on from a trained SAE."""
+    latent_shards: int | None = None
+    """Other than the run's."""
+    processes: list[int] | None = None
+    """Train this one only on these processes of the run (ranks); by default on all that hold SAEs."""
+    device: str | None = None
+    """Train this one on another device of its process, for example `cuda:1`."""
+    input_scaling: Literal["center", "rms", "norm", "none"] = "center"
+    """`center`, `rms`: (x - mean) / c, x / c with E||x||^2 = 1, so that centred squared errors are FVUs; `norm`: x / c
+    with mean ||x|| = sqrt(d); `none`: raw x."""
+    encoder_init: Literal["decoder", "normal"] = "decoder"
+    encoder_init_scale: float = 1.0
+    decoder_init_norm: float = 1.0
+    b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
+
+    def __post_init__(self):
+        if self.type not in FAMILIES:
+            raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, FAMILIES)}")
+        for name in ("level_weights", "level_weights_end"):
+            scheme = getattr(self, name)
+            if isinstance(scheme, str) and scheme not in LEVEL_WEIGHTS:
+                raise ValueError(
+                    f"`{name}` must be a list of numbers or one of {', '.join(LEVEL_WEIGHTS)}; got {scheme!r}."
+                    f"{nearest(scheme, LEVEL_WEIGHTS)}"
+                )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        if not 0 <= self.lr_decay_fraction <= 1:
+            raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
+        if self.random_prefixes and self.type != "matryoshka":
+            raise ValueError("`random_prefixes` needs `type: matryoshka`.")
+        if self.grow_from is not None:
+            self._check_growth()
+
+    def _check_growth(self):
+        if self.init_from is not None:
+            raise ValueError(
+                "`grow_from` and `init_from` exclude each other: a base grows, or is gone on with as it is."
+            )
+        if self.type != "matryoshka":
+            raise ValueError(f"`grow_from` makes an SAE of `type: matryoshka`, got {self.type}.")
+        if self.num_latents is None:
+            raise ValueError("`grow_from` needs `num_latents`, the size of the larger dictionary.")
+        for name in ("random_prefixes", "sort_every"):
+            if self.freeze_base and getattr(self, name):
+                raise ValueError(f"`{name}` would move a frozen base. Set `{name}: 0`, or `freeze_base: false`.")
+        if self.freeze_base and self.weights_dtype != "float32":
+            raise ValueError(
+                f"`weights_dtype: {self.weights_dtype}` would round a frozen base. Leave it out, or set `freeze_base: "
+                "false`."
+            )
+
+    @classmethod
+    def from_dict(cls, data: dict, where: str) -> "SAESpec":
+        """A spec with the preset's, then the family's, values where `data` gives none."""
+        if not isinstance(data, dict):
+            raise ValueError(f"`{where.rstrip('.')}` must hold fields such as {{type: matryoshka}}, got {data!r}.")
+        preset = data.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"Unknown `{where}preset: {preset}`.{nearest(str(preset), PRESETS)}")
+        filled = {**PRESETS.get(preset, {}), **data}
+        defaults = defaults_for(filled) if preset is None else {}
+        return from_dict(cls, {**defaults, **filled}, where)
+
+    def sae_config(self, d_in: int, base_model: str, hookpoint: str, like: "SAEConfig | None" = None) -> "SAEConfig":
+        """The model's config at a hookpoint of width `d_in`; fields that are not given are those of `like`.
+
+        Raises:
+            `ValueError`: if a field does not belong to the family, or its value does not fit.
+        """
+        from ...models import CONFIGS
+
+        cls = CONFIGS[self.type]
+        given = {name: getattr(self, name) for name in _MODEL_FIELDS if getattr(self, name) is not None}
+        if like is not None:
+            given = {name: getattr(like, name) for name in _MODEL_FIELDS if hasattr(like, name)} | given
+            if given["num_latents"] != like.num_latents:
+                raise ValueError(
+                    f"`num_latents` is {given['num_latents']}, the SAE to go on from has {like.num_latents}."
+                )
+        given.setdefault("num_latents", 16 * d_in)
+        if self.prefix_fractions is not None and self.prefix_widths is None:
+            given["prefix_widths"] = widths_from_fractions(self.prefix_fractions, given["num_latents"])
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        for name in given:
+            if name not in known:
+                hint = set_by_preset(name, self.preset) or (" Use `target_l0`." if name == "k" else "")
+                raise ValueError(f"`{name}` is no field of an SAE of `type: {self.type}`.{hint}")
+        if isinstance(given.get("k"), float) and given["k"] == int(given["k"]):
+            given["k"] = int(given["k"])
+        return cls(d_in=d_in, base_model=base_model, hookpoint=hookpoint, **given)
+
+    def folder(self, config: "SAEConfig") -> str:
+        """Name of the folder of the results."""
+        if self.name:
+            return self.name
+        kind = f"{self.type}-{config.activation_name}" if self.type == "matryoshka" else self.type
+        competing = config.activation_name in ("topk", "batch_topk")
+        sparsity = f"-k{config.k:g}" if competing else f"-l0_{self.target_l0:g}" if self.target_l0 else ""
+        return f"{kind}-{config.num_latents}{sparsity}" + (f"-{self.preset}" if self.preset else "")
+
+
+_MODEL_FIELDS = ("num_latents", "k", "activation", "prefix_widths", "apply_b_dec_to_input", "scale_by_decoder_norm")
+
+
+_MODEL_FIELDS += ("bandwidth", "initial_threshold")

@@ -1,0 +1,1 @@
+"""Where a run's hidden states come from, and which process gets which."""

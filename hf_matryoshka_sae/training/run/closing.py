@@ -1,0 +1,219 @@
+"""The end of a run: thresholds solved for, normalisation folded in, dictionaries saved, loaded back and evaluated."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...common.distributed import among
+from ...common.files import write_json
+from ...evaluation import Dictionary, HeldOut
+from ...evaluation.report import excluded
+from ...evaluation.sharded import ShardedDictionary
+from ...models import SAEModel
+from ...models.places import collection_index, is_collection, saes_below
+from ..config.run import RunConfig
+from ..config.sizes import calibration_tokens
+from ..data.feed import Feed
+from ..data.harvest import Harvest, open_language_model
+from ..data.placement import Placement
+from ..sae.calibration import calibrate_threshold
+from ..sae.learner import Learner
+from ..sae.sharded_files import load_own_rows, save_own_rows
+from .provenance import Provenance, describe_sae
+from .report import evaluate, write_report
+from .targets import missed_targets
+
+
+class Closing:
+    """What is done when the last step is done.
+
+    Args:
+        config ([`RunConfig`]), accelerator (`Accelerator`), harvest ([`Harvest`]): The run.
+        placements (`list[Placement]`): Of all dictionaries.
+        learners (`list[Learner]`): Those of this process, in the same order.
+        provenance ([`Provenance`]): Told of every saved SAE.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        harvest: Harvest,
+        placements: list[Placement],
+        learners: list[Learner],
+        provenance: Provenance,
+    ):
+        self.config, self.accelerator, self.harvest, self.provenance = config, accelerator, harvest, provenance
+        rank, remaining = accelerator.process_index, iter(learners)
+        self.own = [(place, next(remaining) if rank in place.ranks else None) for place in placements]
+
+    def run(self, feed: Feed, rows: int, folder: Path, skipped: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """Save and evaluate every dictionary.
+
+        Args:
+            feed ([`Feed`]): Where the rows for the thresholds come from; it is closed.
+            rows (`int`): Of a stream in a batch.
+            folder (`Path`): The run's.
+            skipped (`int`): Steps that were left out.
+
+        Returns:
+            What [`report.evaluate`] gives, for each hookpoint, and what the user should know of the run at its end.
+        """
+        calibration, tokens = self._calibration(feed, rows)
+        left_out = feed.num_not_finite()
+        feed.close()  # from here on the language model is the evaluation's
+        told: list[dict[str, Any]] = [{} for _ in self.own]
+        for place_told, (place, learner) in zip(told, self.own, strict=True):
+            if learner is not None:
+                batches = calibration.get((learner.hookpoint, place.streams_of(self.accelerator.process_index)), [])
+                place_told.update(self._save(learner, folder, batches, tokens))
+        self.accelerator.wait_for_everyone()
+        for path, found in self._everywhere(told):
+            self.provenance.add_sae(folder / path, found)
+        if self.accelerator.is_main_process:
+            _write_collection(folder)
+        if self.harvest.model is None:
+            model, heldout, mask_token_id, _ = open_language_model(self.config, self.accelerator)
+            self.harvest.model, self.harvest.heldout, self.harvest.mask_token_id = model, heldout, mask_token_id
+        world = self.accelerator.num_processes
+        everybody = all(len(place.ranks) == world and place.shards == 1 for place, _ in self.own)
+        results = self._evaluate_together(folder) if everybody else self._evaluate_apart(folder)
+        warnings = [*self._left_out(skipped, left_out, results), *self._missed_targets(results)]
+        if self.accelerator.is_main_process:
+            write_report(results, warnings, folder, self.accelerator)
+        self.provenance.save(self.config.steps, skipped, left_out, warnings)
+        self.accelerator.wait_for_everyone()
+        return results, warnings
+
+    def _left_out(self, skipped: int, left_out: int, results: list[dict[str, Any]]) -> list[str]:
+        """Sentences about what is not in the figures and weights because it is not finite."""
+        told = []
+        if left_out:
+            told.append(
+                f"{left_out:,} hidden states with NaN or infinite values were left out of training on "
+                f"{self.config.steps * self.config.batch_size:,}. `model_dtype: float32` may have none."
+            )
+        if skipped:
+            told.append(f"{skipped:,} of {self.config.steps:,} steps were skipped: NaN or infinite values.")
+        return told + [sentence for result in results for sentence in excluded(result)]
+
+    def _missed_targets(self, results: list[dict[str, Any]]) -> list[str]:
+        """Sentences about the dictionaries of all processes that are not what was asked for."""
+        of_hookpoint = {result["hookpoint"]: result for result in results}
+        told: list[dict[str, Any]] = [{} for _ in self.own]
+        for place_told, (_, learner) in zip(told, self.own, strict=True):
+            if learner is not None:
+                result = of_hookpoint[learner.hookpoint]
+                place_told[place_of(learner)] = missed_targets(learner, result, self.config.tokens)
+        return [sentence for _, missed in self._everywhere(told) for sentence in missed]
+
+    def _everywhere(self, told: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+        """What the first process of each dictionary tells, by path, in all processes."""
+        parts = [told] * self.accelerator.num_processes
+        if self.accelerator.num_processes > 1:
+            dist.all_gather_object(parts, told)
+        joined = (parts[place.ranks[0]][i] for i, (place, _) in enumerate(self.own))
+        return [item for found in joined for item in found.items()]
+
+    def _calibration(self, feed: Feed, rows: int) -> tuple[dict[tuple, list[Tensor]], int]:
+        """Batches for the thresholds of this process's dictionaries, and the tokens in all streams' batches."""
+        rank, found = self.accelerator.process_index, {}
+        mine = [(place, learner) for place, learner in self.own if learner is not None]
+        wanting = [(place, one) for place, one in mine if one.config.activation_name == "batch_topk"]
+        anyone = torch.tensor(float(bool(wanting)), device=self.accelerator.device)
+        if not bool(self.accelerator.reduce(anyone)):
+            return {}, 0
+        streams = self.own[0][0].streams
+        batches = max(1, -(-calibration_tokens(self.config) // (streams * rows)))
+        hidden = not self.accelerator.is_main_process
+        for _ in tqdm(range(batches), desc="states for the thresholds", unit="batch", disable=hidden, leave=False):
+            feed.advance()
+            for key in {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}:
+                found.setdefault(key, []).append(feed.rows(*key))
+        return found, batches * rows * streams
+
+    def _save(self, learner: Learner, folder: Path, calibration: list[Tensor], tokens: int) -> dict[str, Any]:
+        """Save a dictionary as it is used; what is to be said of it, by its path in the run's folder."""
+        sae: SAEModel = learner.finished()
+        threshold, path = None, place_of(learner)
+        if sae.config.activation_name == "batch_topk":
+            batches = ((rows.to(learner.mean).float() - learner.mean) / learner.scale for rows in calibration)
+            threshold = calibrate_threshold(sae, batches, learner.k, learner.layout)
+        sae.fold_normalization_(learner.mean, learner.scale)
+        if learner.base is not None:
+            learner.base.restore(sae)
+        layout = learner.layout
+        first = layout.replica == layout.shard == 0
+        if layout.shards > 1:
+            save_own_rows(sae, whole_config(learner, sae), layout, folder / path)
+        elif first:
+            try:
+                sae.save_pretrained(folder / path)
+            except SafetensorError as error:  # how that library tells of a full disk
+                raise OSError(f"{folder / path} could not be saved: {error}") from error
+        return {path: describe_sae(learner, folder / path, threshold, tokens)} if first else {}
+
+    def _evaluate_together(self, folder: Path) -> list[dict[str, Any]]:
+        """All processes share the held-out tokens."""
+        results = []
+        for hookpoint in self.harvest.hookpoints:
+            saes = {one.name: self._load(one, folder) for _, one in self.own if one.hookpoint == hookpoint}
+            if saes:
+                results.append(
+                    evaluate(self._heldout(hookpoint), {name: Dictionary(sae) for name, sae in saes.items()})
+                )
+        return results
+
+    def _evaluate_apart(self, folder: Path) -> list[dict[str, Any]]:
+        """The processes of each dictionary evaluate it; all get all results."""
+        told: list[dict[str, Any]] = [{} for _ in self.own]
+        for place_told, (place, learner) in zip(told, self.own, strict=True):
+            if learner is None:
+                continue
+            layout, sae = learner.layout, self._load(learner, folder)
+            subject = ShardedDictionary(sae, layout, learner.config.widths) if layout.shards > 1 else Dictionary(sae)
+            with among(layout.replica, layout.replicas, layout.replica_group):
+                first = self.accelerator.process_index == place.ranks[0]
+                place_told[learner.name] = evaluate(
+                    self._heldout(place.hookpoint), {learner.name: subject}, show=first
+                )
+        results: dict[str, dict[str, Any]] = {}
+        for _, found in self._everywhere(told):
+            results.setdefault(found["hookpoint"], found)["saes"] |= found["saes"]
+        return [results[name] for name in self.harvest.hookpoints if name in results]
+
+    def _heldout(self, hookpoint: str) -> HeldOut:
+        return HeldOut(self.harvest.model, self.harvest.heldout, hookpoint, self.harvest.mask_token_id)
+
+    def _load(self, learner: Learner, folder: Path) -> SAEModel:
+        path, device = folder / place_of(learner), next(self.harvest.model.parameters()).device
+        if learner.layout.shards > 1:
+            return load_own_rows(type(learner.sae), learner.sae.config, path, learner.layout).to(device)
+        return type(learner.sae).from_pretrained(path).to(device)
+
+
+def _write_collection(folder: Path) -> None:
+    """Write the `config.json` by which `AutoModel` finds the SAEs of the run's folder; another's is left alone."""
+    if is_collection(folder) or not (folder / "config.json").exists():
+        write_json(folder / "config.json", collection_index(saes_below(folder)))
+
+
+def place_of(learner: Learner) -> str:
+    """The folder of a saved SAE in that of its run."""
+    return f"{learner.name}/{learner.hookpoint.replace(':', '-')}"
+
+
+def whole_config(learner: Learner, sae: SAEModel):
+    """The config of the whole dictionary whose part `sae` is, with what was folded into it."""
+    config = copy.deepcopy(sae.config)
+    for name in sae.config.truncated(sae.config.num_latents):
+        setattr(config, name, getattr(learner.config, name))
+    config.architectures, config.dtype = [type(sae).__name__], str(sae.dtype).removeprefix("torch.")
+    return config

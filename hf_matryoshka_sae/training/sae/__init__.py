@@ -1,0 +1,1 @@
+"""How one SAE learns: losses, optimizer, schedules, initialisation, growth, thresholds."""

@@ -1,0 +1,78 @@
+"""Taking a pruned SAE along: what the page does with tokens, and what it leaves behind."""
+
+import os
+import time
+
+import pytest
+import torch
+from transformers import AutoModel
+
+
+gr = pytest.importorskip("gradio")
+
+from gradio import oauth  # noqa: E402
+
+from hf_matryoshka_sae.assets import embedded_sae_path  # noqa: E402
+from hf_matryoshka_sae.space.page import Page  # noqa: E402
+from hf_matryoshka_sae.space.tabs.prune import export  # noqa: E402
+
+
+OPEN = ("embedded", "")
+
+
+@pytest.fixture(scope="module")
+def tab(endpoints):
+    return Page(endpoints.library, "embedded").prune
+
+
+def visitor(token: str) -> gr.OAuthToken:
+    return gr.OAuthToken(token=token, scope="write-repos", expires_at=int(time.time()) + 3600)
+
+
+def test_a_visitor_who_is_logged_in_pushes_to_their_own_repository(tab, hub):
+    said = tab.push_logged_in(OPEN, "energy", 64, 16, "somebody/small", "", False, visitor("hf_loopback"))
+    assert "somebody/small" in said and "hf_loopback" not in said
+    pushed = AutoModel.from_pretrained("somebody/small")
+    whole = AutoModel.from_pretrained(embedded_sae_path())
+    assert sorted(pushed.latent_ids.tolist()) == list(range(64))
+    assert torch.equal(pushed.W_enc, whole.W_enc[pushed.latent_ids])
+
+
+def test_nobody_pushes_with_the_servers_own_token_on_a_space(tab):
+    with pytest.raises(ValueError, match="Log in with Hugging Face first"):
+        tab.push_logged_in(OPEN, "trained", 64, 16, "somebody/small", "", False, None)
+
+
+@pytest.mark.parametrize("name", ["", "small", "a/b/c"])
+def test_a_repository_has_an_owner_and_a_name(tab, name):
+    with pytest.raises(ValueError, match="your-name/its-name"):
+        tab.push_with_token(OPEN, "trained", 64, 16, name, "hf_loopback", True)
+
+
+def test_old_downloads_are_removed(tab, tmp_path):
+    sae = AutoModel.from_pretrained(embedded_sae_path(), width=8)
+    first = export(sae, tmp_path, "first")
+    os.utime(first, (0, 0))
+    second = export(sae, tmp_path, "second")
+    assert second.is_file() and not first.exists()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path != second.parent]
+
+
+def test_a_page_has_a_login_on_a_space_alone(endpoints, monkeypatch):
+    def has_login() -> bool:
+        blocks = Page(endpoints.library, "embedded").blocks
+        return any(isinstance(block, gr.LoginButton) for block in blocks.blocks.values())
+
+    assert not has_login()
+    pytest.importorskip("authlib")
+    monkeypatch.setenv("SYSTEM", "spaces")
+    monkeypatch.setenv("SPACE_ID", "somebody/space")
+    for name in ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL"):
+        monkeypatch.setattr(oauth, name, "https://somewhere")
+    assert has_login()
+
+
+def test_strangers_push_with_a_token_of_their_own(tab, monkeypatch):
+    monkeypatch.setattr(tab.endpoints.library, "public", True)
+    with pytest.raises(ValueError, match="Give a token"):
+        tab.push_with_token(OPEN, "trained", 64, 16, "somebody/small", " ", True)

@@ -1,0 +1,215 @@
+"""Whole sweeps on the embedded language model: files, resuming, processes, failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_matryoshka_sae import cli
+from hf_matryoshka_sae.studies.scaling import command, load_sweep, plan_runs, read_points, running
+from hf_matryoshka_sae.training import load_run_config, train
+from hf_matryoshka_sae.training.run import trainer as trainer_module
+
+
+SWEEP = {
+    "model": "embedded",
+    "dataset": {"path": "embedded"},
+    "hookpoints": ["model.layers.1"],
+    "context_length": 64,
+    "batch_size": 256,
+    "lm_batch_size": 8,
+    "shuffle_tokens": 4096,
+    "normalization_tokens": 2048,
+    "eval_tokens": 250,
+    "calibration_tokens": 1000,
+    "checkpoint_every": 2,
+    "log_every": 2,
+    "sweep": {"num_latents": [32, 64, 128], "k": [2, 4, 8], "tokens": [1024, 2048], "hold_out": [[64, 4]]},
+}
+
+
+def write(folder, **changes):
+    """The sweep's YAML in a folder, and the folder of its results."""
+    grid = {**SWEEP["sweep"], **changes.pop("sweep", {})}
+    fields = {**SWEEP, **changes, "output_dir": str(folder / "out"), "sweep": grid}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(fields))
+    return str(folder / "sweep.yaml"), folder / "out"
+
+
+def sweep(folder, *flags, **changes):
+    path, _ = write(folder, **changes)
+    return cli.main(["sweep", "--config", path, "--resamples", "0", *flags])
+
+
+def weights(folder):
+    return {
+        path.relative_to(folder).parts[-3]: load_file(path)
+        for path in sorted(folder.rglob("model.safetensors"))
+        if "checkpoint" not in str(path)
+    }
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name][key], other[name][key]) for name in one for key in one[name]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    assert sweep(folder) == 0
+    return folder / "out"
+
+
+def test_a_sweep_leaves_its_runs_its_points_and_its_report(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "report.md",
+        "scaling.png",
+        "sweep.csv",
+        "sweep.json",
+        "tokens-1024",
+        "tokens-2048",
+    ]  # the cache of hidden states is gone
+    points = read_points(finished / "sweep.csv")
+    assert [(p.tokens, p.k, p.num_latents) for p in points] == [
+        (tokens, k, size) for tokens in (1024, 2048) for k in (2, 4, 8) for size in (32, 64, 128)
+    ]
+    assert [(p.num_latents, p.k) for p in points if p.held_out] == [(64, 4)] * 2
+    d_in = 128
+    assert points[0].flops == 1024 * d_in * (2 * 32 + 8 * 2)
+    (result,) = json.loads((finished / "tokens-2048" / "results.json").read_text())["results"]
+    (row,) = result["saes"]["topk-64-k4"]
+    (point,) = (p for p in points if (p.tokens, p.num_latents, p.k) == (2048, 64, 4))
+    assert (point.loss, point.ce, point.l0) == (row["fvu"], row["ce"], row["l0"])
+    report = json.loads((finished / "sweep.json").read_text())
+    assert [budget["joint"]["points"] for budget in report["budgets"]] == [8, 8]
+    assert report["budgets"][1]["held_out"].keys() >= {"joint", "nearest", "mean"}
+
+
+@pytest.mark.slow
+def test_an_sae_is_the_one_that_an_ordinary_run_of_its_spec_trains(finished, tmp_path):
+    run = load_run_config(finished / "tokens-2048" / "run.yaml")
+    run.output_dir, run.activation_cache, run.saes = str(tmp_path), str(tmp_path / "cache"), run.saes[:1]
+    train(run)
+    (name,) = weights(tmp_path)
+    assert equal(weights(tmp_path), {name: weights(finished / "tokens-2048")[name]})
+
+
+def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
+    monkeypatch.setattr(running, "train", lambda run: pytest.fail("trained again"))
+    before = (finished / "sweep.csv").read_text()
+    assert sweep(finished.parent) == 0
+    assert sweep(finished.parent, "--fit_only") == 0
+    assert (finished / "sweep.csv").read_text() == before
+
+
+def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
+    trained = []
+    monkeypatch.setattr(command, "train_runs", lambda runs, processes: trained.extend(runs))
+    assert sweep(finished.parent, sweep={"k": [2, 4, 8, 16]}) == 0
+    assert [[spec.name for spec in run.saes] for run in trained] == [
+        [f"topk-{size}-k16" for size in (32, 64, 128)] for _ in range(2)
+    ]
+    for run in trained:  # planned, so on the disk
+        (finished / run.output_dir / "run.yaml").unlink()
+
+
+@pytest.mark.slow
+def test_interrupted_it_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch, capsys):
+    steps = []
+
+    def counted(self, step, before=trainer_module.Trainer._step):
+        steps.append((self.config.tokens, step))
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return before(self, step)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    assert sweep(tmp_path) == 130
+    assert "Run the same command again" in capsys.readouterr().err
+    assert sweep(tmp_path, "--fit_only") == 0  # the first budget is done
+    assert len(read_points(tmp_path / "out" / "sweep.csv")) == 9
+    assert sweep(tmp_path) == 0
+    assert steps == [(1024, step) for step in range(4)] + [(2048, step) for step in range(8)]
+    for tokens in (1024, 2048):
+        assert equal(weights(finished / f"tokens-{tokens}"), weights(tmp_path / "out" / f"tokens-{tokens}"))
+    assert (tmp_path / "out" / "sweep.csv").read_text() == (finished / "sweep.csv").read_text()
+
+
+def test_nothing_finished_is_said(tmp_path, capsys):
+    assert sweep(tmp_path, "--fit_only") == 2
+    assert "holds no finished run of this sweep" in capsys.readouterr().err
+    assert sweep(tmp_path, "--processes", "0") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_message(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert sweep(tmp_path) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_train_what_one_trains(finished, tmp_path):
+    assert sweep(tmp_path, "--processes", "2", sweep={"tokens": [2048]}) == 0
+    points = read_points(tmp_path / "out" / "sweep.csv")
+    alone = [point for point in read_points(finished / "sweep.csv") if point.tokens == 2048]
+    assert [(p.num_latents, p.k, p.flops) for p in points] == [(p.num_latents, p.k, p.flops) for p in alone]
+    folders = sorted(path.parent.name for path in (tmp_path / "out").glob("*/log.txt"))
+    assert folders == ["tokens-2048", "tokens-2048-2"]
+    run = load_run_config(tmp_path / "out" / "tokens-2048" / "run.yaml")
+    run.output_dir, run.activation_cache = str(tmp_path / "alone"), str(tmp_path / "cache")
+    train(run)
+    assert equal(weights(tmp_path / "out" / "tokens-2048"), weights(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_a_failing_run_stops_the_others_and_its_message_is_shown(tmp_path, capsys):
+    path, folder = write(tmp_path, sweep={"tokens": [256_000]})
+    runs = plan_runs(load_sweep(path), processes=2)
+    for run in runs:
+        run.activation_cache = None
+    broken = folder / "tokens-256000-2" / "run.yaml"
+    broken.write_text(broken.read_text().replace("model: embedded", "model: not/there"))
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"(?s)tokens-256000-2 ended with status 2.*error: The language model 'not/there'"
+    ):
+        running.train_runs(runs, 2)
+    assert time.monotonic() - began < 60
+    assert not (folder / "tokens-256000" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_with_its_processes_running_it_goes_on(tmp_path, number):
+    path, folder = write(tmp_path, sweep={"tokens": [128_000]}, checkpoint_every=20)
+    call = [sys.executable, "-m", "hf_matryoshka_sae.cli", "sweep", "--config", path, "--processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = [folder / name / "metrics.jsonl" for name in ("tokens-128000", "tokens-128000-2")]
+    deadline = time.monotonic() + 120
+    while not all(log.exists() and log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    parent.send_signal(number)
+    assert parent.wait(60) in (130, -number)
+    # What the parent started ends too, with a checkpoint of where it was, even where the parent could not ask it to.
+    while time.monotonic() < deadline:
+        stopped = [(log.parent / "log.txt").read_text().count("Stopped after step") for log in logs]
+        if stopped == [1, 1]:
+            break
+        time.sleep(0.2)
+    assert stopped == [1, 1]
+    done = [int(max(log.parent.glob("checkpoint-*")).name.split("-")[1]) for log in logs]
+    assert all(0 < step < 500 for step in done)
+    assert not any((log.parent / "results.json").exists() for log in logs)
+    for run in (log.parent / "run.yaml" for log in logs):
+        assert yaml.safe_load(run.read_text())["tokens"] == 128_000

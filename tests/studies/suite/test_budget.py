@@ -1,0 +1,134 @@
+"""Sections, their budget and what a kill leaves: with sections that only say how long they would take."""
+
+import json
+
+import pytest
+
+from hf_matryoshka_sae.studies.suite import Found, Section, budget, run_sections
+
+
+class Clock:
+    """A clock that only sections move."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(budget, "time", clock)
+    return clock
+
+
+def section(clock: Clock, name: str, seconds: float, least: int = 1, full: int = 100, share: float = 1.0, calls=None):
+    """A section that takes `seconds` for each unit of its size."""
+
+    def run(bench, size):
+        if calls is not None:
+            calls.append((name, size))
+        clock.now += seconds * size
+        return Found({"it": [{"width": 4, "score": size}]}, f"{name} at {size}", {"size": size}, draw)
+
+    def draw(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"picture")
+
+    return Section(name, name.title(), "", (("score", "score", ".1f"),), run, "units", least, full, share)
+
+
+def test_without_a_budget_everything_is_full(clock, tmp_path):
+    calls = []
+    sections = [section(clock, name, 5.0, calls=calls) for name in "ab"]
+    found = run_sections(None, tmp_path, sections, {}, show=False)
+    assert calls == [("a", 100), ("b", 100)]
+    assert [each["size"] for each in found] == [100, 100]
+    assert [each["seconds"] for each in found] == [500, 500]
+
+
+def test_time_is_shared_out_and_what_is_left_goes_to_those_that_follow(clock, tmp_path):
+    calls = []
+    sections = [
+        section(clock, "cheap", 0.1, calls=calls),
+        section(clock, "dear", 1.0, calls=calls),
+        section(clock, "last", 1.0, share=2, calls=calls),
+    ]
+    found = run_sections(None, tmp_path, sections, {}, minutes=1, show=False)
+    # cheap may take 15 s and takes 0.1 + 10; dear a third of the other 49.9 s, of which one goes for its first run.
+    assert [each["size"] for each in found] == [100, 15, 32]
+    assert calls == [("cheap", 1), ("cheap", 100), ("dear", 1), ("dear", 15), ("last", 1), ("last", 32)]
+    assert clock.now <= 60
+
+
+def test_a_first_run_that_takes_too_long_stands_and_the_rest_is_left_out(clock, tmp_path):
+    calls = []
+    sections = [section(clock, "slow", 100.0, calls=calls), section(clock, "late", 1.0, calls=calls)]
+    slow, late = run_sections(None, tmp_path, sections, {}, minutes=1, show=False)
+    assert calls == [("slow", 1)]
+    assert (slow["size"], late["size"], late["left_out"]) == (1, 0, "no time was left")
+    assert not (tmp_path / "late.json").exists()
+
+
+def test_what_is_done_is_not_done_again(clock, tmp_path):
+    calls = []
+    sections = [section(clock, name, 1.0, calls=calls) for name in "abc"]
+
+    def killed(bench, size):
+        raise KeyboardInterrupt
+
+    stopped = [sections[0], Section(**{**vars(sections[1]), "run": killed}), sections[2]]
+    with pytest.raises(KeyboardInterrupt):
+        run_sections(None, tmp_path, stopped, {"sae": "x"}, show=False)
+    assert calls == [("a", 100)]
+    first = run_sections(None, tmp_path, sections, {"sae": "x"}, show=False)
+    assert calls == [("a", 100), ("b", 100), ("c", 100)]
+    again = run_sections(None, tmp_path, sections, {"sae": "x"}, show=False)
+    assert len(calls) == 3
+    assert json.loads(json.dumps(first)) == again
+    run_sections(None, tmp_path, sections, {"sae": "y"}, show=False)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("damage", ["half", "no plot", "other size"])
+def test_what_is_not_whole_is_done_again(clock, tmp_path, damage):
+    calls = []
+    one = section(clock, "a", 1.0, calls=calls)
+    run_sections(None, tmp_path, [one], {}, show=False)
+    if damage == "half":
+        (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text()[:50])
+    if damage == "no plot":
+        (tmp_path / "a.png").unlink()
+    if damage == "other size":
+        one = Section(**{**vars(one), "full": 50})
+    run_sections(None, tmp_path, [one], {}, show=False)
+    assert len(calls) == 2
+
+
+def test_time_spent_before_a_kill_counts(clock, tmp_path):
+    first, second = (section(clock, name, 1.0) for name in "ab")
+    (done,) = run_sections(None, tmp_path, [first], {}, minutes=0.5, show=False)
+    assert done["seconds"] == 30
+    _, left = run_sections(None, tmp_path, [first, second], {}, minutes=0.5, show=False)
+    assert left["left_out"] == "no time was left"
+
+
+def test_a_budget_of_nothing_is_refused(clock, tmp_path):
+    with pytest.raises(ValueError, match="`minutes` must be above 0, got 0"):
+        run_sections(None, tmp_path, [section(clock, "a", 1.0)], {}, minutes=0, show=False)
+
+
+def test_what_a_later_section_refuses_is_left_out_and_tried_again(clock, tmp_path):
+    def refuses(bench, size):
+        raise ValueError("There are no capitals in this text.")
+
+    first = section(clock, "a", 1.0)
+    second = Section(**{**vars(section(clock, "b", 1.0)), "run": refuses})
+    _, left = run_sections(None, tmp_path, [first, second], {}, show=False)
+    assert left["left_out"] == "There are no capitals in this text." and left["rows"] == {}
+    _, done = run_sections(None, tmp_path, [first, section(clock, "b", 1.0)], {}, show=False)
+    assert done["size"] == 100
+    with pytest.raises(ValueError, match="no capitals"):
+        run_sections(None, tmp_path / "anew", [second], {}, show=False)

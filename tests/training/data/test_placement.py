@@ -1,0 +1,116 @@
+"""Who trains what, and whose hidden states go where."""
+
+import pytest
+import torch
+
+from hf_matryoshka_sae.training import RunConfig
+from hf_matryoshka_sae.training.data.feed import Feed, owner
+from hf_matryoshka_sae.training.data.placement import Placement, place, processes_of, readers
+
+
+RUN = {"model": "embedded", "dataset": "embedded", "hookpoints": ["a", "b"], "output_dir": "x", "batch_size": 64}
+
+
+def config(*saes, **fields):
+    saes = [{"type": "topk", "num_latents": 64, "k": 4, **fields} for fields in saes or ({},)]
+    return RunConfig.from_dict({**RUN, "saes": saes, **fields})
+
+
+def test_by_default_everyone_does_everything():
+    (one, other) = place(config(), ["a", "b"], 4, 4)
+    assert (one.hookpoint, other.hookpoint) == ("a", "b")
+    assert (one.ranks, one.shards, one.replicas) == ((0, 1, 2, 3), 1, 4)
+    assert [one.streams_of(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
+
+
+def test_shards_of_a_replica_see_the_same_streams():
+    (one,) = place(config(latent_shards=2), ["a"], 4, 4)
+    assert [one.streams_of(rank) for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+
+def test_language_models_and_dictionaries_apart():
+    run = config({}, {"processes": [3, 2], "latent_shards": 1}, lm_processes=1, latent_shards=3)
+    assert readers(run, 4) == 1
+    first, second = processes_of(run, 4, 4)
+    assert first == ((1, 2, 3), 3)
+    assert second == ((2, 3), 1)
+    assert [owner(stream, 4, 1) for stream in range(4)] == [0, 0, 0, 0]
+    assert [owner(stream, 4, 2) for stream in range(4)] == [0, 0, 1, 1]
+    assert [owner(stream, 2, 4) for stream in range(2)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("saes", "fields", "message"),
+    [
+        ({}, {"latent_shards": 3}, "`latent_shards: 3` must divide.*4"),
+        ({"latent_shards": 0}, {}, "must divide"),
+        ({"processes": [1, 4]}, {}, r"`saes.0.processes` are \[1, 4\]; the run has 0 to 3"),
+        ({"processes": []}, {}, "saes.0.processes"),
+        ({}, {"data_streams": 6}, "6 streams of data cannot be shared evenly by the 4 replicas"),
+        ({}, {"lm_processes": 4}, "`lm_processes: 4` of 4 processes"),
+        (
+            {"type": "matryoshka", "grow_from": "x", "k": None},
+            {"latent_shards": 2},
+            "`grow_from` and cannot be sharded",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(saes, fields, message):
+    run = config(saes, **fields)
+    with pytest.raises(ValueError, match=message):
+        processes_of(run, 4, run.data_streams or 4)
+
+
+@pytest.mark.parametrize("fields", [{"capacity_factor": 0.5}, {"data_streams": 0}])
+def test_numbers_that_make_no_sense_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        config(**fields)
+
+
+class Numbers:
+    """A stream of rows that say where they come from."""
+
+    def __init__(self, number):
+        self.number, self.drawn, self.closed = number, 0, False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        return {"a": torch.full((2, 3), self.number * 100.0 + self.drawn)}
+
+    def state_dict(self):
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.drawn = state["drawn"]
+
+    def close(self):
+        self.closed = True
+
+
+def feed(ahead=False):
+    streams = {number: Numbers(number) for number in range(4)}
+    placement = Placement(0, "a", (0,), 1, 4)
+    return Feed(streams, [placement], {"a": (3, torch.float32)}, 2, 0, 1, torch.device("cpu"), ahead)
+
+
+def seen(one):
+    return one.rows("a", (0, 1, 2, 3))[:, 0].tolist()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_batch_is_all_streams_in_order_and_goes_on_where_it_was(ahead):
+    one = feed(ahead)
+    for step in range(1, 4):
+        one.advance()
+        assert seen(one) == [value for number in range(4) for value in [number * 100.0 + step] * 2]
+        assert one.rows("a", (2,))[:, 0].tolist() == [200.0 + step] * 2
+    again = feed(not ahead)  # what was on its way is not lost, nor read twice
+    again.load_state_dict(one.state_dict())
+    for _ in range(3):
+        one.advance(), again.advance()
+        assert seen(one) == seen(again)
+    one.close()
+    assert all(stream.closed for stream in one.streams.values())

@@ -1,0 +1,52 @@
+"""The threshold is solved on data for the L0 asked for, whatever the batches look like."""
+
+import pytest
+import torch
+
+from hf_matryoshka_sae import BatchTopKSAEConfig, MatryoshkaSAEConfig, build_sae
+from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
+
+
+@pytest.mark.parametrize("batch", [64, 1000])
+@pytest.mark.parametrize("k", [4, 7.5])
+def test_k_latents_fire_per_token_on_the_data_and_nearly_so_on_other_data(batch, k):
+    sae = build_sae(BatchTopKSAEConfig(d_in=16, num_latents=128, k=k)).eval()
+    data, other = torch.randn(8000, 16), torch.randn(8000, 16)
+    threshold = calibrate_threshold(sae, data.split(batch), k)
+    assert not sae.training
+    assert sae.k == k
+    assert torch.equal(sae.threshold, torch.full((128,), threshold))
+    with torch.no_grad():
+        assert sae.encode(data).l0.float().mean().item() == pytest.approx(k, abs=2 / 8000)
+        assert sae.encode(other).l0.float().mean().item() == pytest.approx(k, rel=0.02)
+
+
+def test_restricting_equals_masking_at_every_prefix():
+    sae = build_sae(MatryoshkaSAEConfig(d_in=16, num_latents=128, k=4)).eval()
+    data = torch.randn(2000, 16)
+    threshold = calibrate_threshold(sae, data.split(500), 4)
+    for width in sae.prefix_widths:
+        restricted = sae.encode(data, width=width).to_dense()
+        masked = sae.encode(data, width=width, selection="mask").to_dense()
+        # A matmul of another size rounds otherwise: a value at the very threshold may fall on either side.
+        away = (torch.maximum(restricted, masked) - threshold).abs() > 1e-5
+        assert torch.allclose(restricted[away], masked[away], atol=1e-5)
+        assert away.float().mean() > 0.999
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    sae = build_sae(BatchTopKSAEConfig(d_in=16, num_latents=128, k=4)).eval()
+    data = torch.randn(2000, 16)
+    spoiled = data.clone()
+    spoiled[3] = torch.nan
+    spoiled[700, 2] = torch.inf
+    good = torch.ones(2000, dtype=torch.bool)
+    good[[3, 700]] = False
+    assert calibrate_threshold(sae, [spoiled], 4) == calibrate_threshold(sae, [data[good]], 4)
+    with pytest.raises(ValueError, match="calibration_tokens"):
+        calibrate_threshold(sae, [torch.full((5, 16), torch.nan)], 4)
+
+
+def test_fewer_positive_values_than_k_give_a_threshold_of_zero():
+    sae = build_sae(BatchTopKSAEConfig(d_in=4, num_latents=8, k=8)).eval()
+    assert calibrate_threshold(sae, [torch.randn(50, 4)], 8) == pytest.approx(0.0, abs=1e-6)
