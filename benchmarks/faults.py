@@ -39,8 +39,12 @@ def main() -> int:
         "requests": lambda: requests.run(asked.seed),
         "saves": lambda: saves.run(asked.seed, asked.saves),
     }
-    outcomes = [todo[kind]() for kind in asked.kinds]
-    sys.stdout.write(table(outcomes))
+    outcomes = []
+    for kind in asked.kinds:
+        outcomes.append(todo[kind]())
+        sys.stdout.write(table(outcomes[-1:]))  # at once: the next kind takes minutes
+    if len(outcomes) > 1:
+        sys.stdout.write(table(outcomes))
     return int(any(outcome.survived < outcome.tried for outcome in outcomes))
 
 

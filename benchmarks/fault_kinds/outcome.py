@@ -15,6 +15,6 @@ class Outcome:
     """
 
     kind: str
-    tried: int
-    survived: int
+    tried: int = 0
+    survived: int = 0
     failures: list[str] = field(default_factory=list)
