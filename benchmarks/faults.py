@@ -9,9 +9,13 @@ not, and nothing that was saved is lost or wrong. Exits with status 1 where a fa
 
 import argparse
 import sys
+from pathlib import Path
 
-from fault_kinds import checkpoints, requests, runs, saves
-from fault_kinds.outcome import Outcome
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # worker processes import the kinds by their full name
+
+from benchmarks.fault_kinds import checkpoints, requests, runs, saves  # noqa: E402
+from benchmarks.fault_kinds.outcome import Outcome  # noqa: E402
 
 
 KINDS = {

@@ -1,4 +1,4 @@
-"""What an earlier version wrote opens for ever: `tests/data/v1`, made by `tests/data/make.py` before the rooms moved."""
+"""What an earlier version wrote opens for ever: `tests/data/v*`, each made by `tests/data/make.py` of its time."""
 
 import json
 import shutil

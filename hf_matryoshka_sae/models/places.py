@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers.utils import CONFIG_NAME, cached_file, resolve_revision
+from transformers.utils import CONFIG_NAME, resolve_revision
 
 from .configuration_sae import CONFIGS
+from .hub_failures import optional_file
 from .partial_download import DROPPED
 
 
@@ -111,7 +112,7 @@ def place_of_sae(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
         asked = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
         revision = resolve_revision(source, kwargs.get("revision"), **asked)
         pinned = {} if revision is None else {"revision": revision}
-        config = _cached_config(source, subfolder, asked | pinned)
+        config = optional_file(source, CONFIG_NAME, asked | pinned | {"subfolder": subfolder})
         if config is not None and _config(config).get("model_type") != COLLECTION_TYPE:
             return pinned
         places = _places_on_hub(source, asked | pinned)
@@ -125,14 +126,9 @@ def place_of_sae(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
     return pinned | {"subfolder": only_place(source, places)}
 
 
-def _cached_config(repo: str | os.PathLike, subfolder: str, where: dict[str, Any]) -> str | None:
-    missing = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
-    return cached_file(repo, CONFIG_NAME, subfolder=subfolder, **missing, **where)
-
-
 def _places_on_hub(repo: str | os.PathLike, where: dict[str, Any]) -> list[str]:
     """The folders of a repository that hold an SAE, by its index, else by the names of its files."""
-    index = _config(_cached_config(repo, "", where))
+    index = _config(optional_file(repo, CONFIG_NAME, where))
     if index.get("model_type") == COLLECTION_TYPE:
         return list(index.get("saes") or {})
     if where.get("local_files_only"):

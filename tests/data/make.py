@@ -1,4 +1,4 @@
-"""Make what `tests/test_artefacts.py` opens: files of every kind that this package writes, as this version writes them.
+"""Make what `tests/test_artefacts.py` opens: files of every kind that this package writes, as this version has them.
 
     python tests/data/make.py tests/data/v1
 
