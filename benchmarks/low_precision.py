@@ -28,12 +28,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import AutoModel
 
-from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity
+from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config.fields import override
 from hf_matryoshka_sae.training.config.run import RunConfig
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.data.harvest import Harvest, open_harvest
+from hf_matryoshka_sae.training.data.placement import Processes
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.initialization import initialize, input_scaling
 from hf_matryoshka_sae.training.sae.learner import Learner
@@ -77,7 +78,7 @@ def run_config(flags: list[str], seed: int = 0) -> RunConfig:
 def trained(config: RunConfig) -> dict[str, list[dict]]:
     """The held-out rows, one for each width, of every SAE of the run."""
     accelerator = Accelerator()
-    harvest = open_harvest(config, accelerator, config.batch_size)
+    harvest = open_harvest(config, accelerator, Processes.of(config))
     learners = [_begin(config, spec, harvest, accelerator) for spec in config.saes]
     stream = iter(harvest.streams[0])
     for step in tqdm(range(config.steps), desc=f"seed {config.seed}"):
@@ -91,7 +92,7 @@ def trained(config: RunConfig) -> dict[str, list[dict]]:
     harvest.close()
     with tempfile.TemporaryDirectory() as folder:
         saes = {one.name: Dictionary(_loaded(one, calibration, Path(folder) / one.name)) for one in learners}
-    data = HeldOut(harvest.model, harvest.heldout, harvest.hookpoints[0], harvest.mask_token_id)
+    data = harvest.heldout(harvest.hookpoints[0])
     return evaluate_fidelity(data, saes, language_model=False, similarity_tokens=0)["subjects"]
 
 

@@ -5,49 +5,43 @@ rows of all streams in order; a replica of a dictionary takes its share of the s
 the same batches on any number of processes, and goes on with another number where it was interrupted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .placement import Placement
-
-
-def owner(stream: int, streams: int, readers: int) -> int:
-    """The process that reads a stream."""
-    return stream * readers // streams
+from ...activations import RowStream
+from .placement import Placement, Processes
 
 
 class Feed:
     """Gives a process the rows that its dictionaries need, batch by batch.
 
     Args:
-        streams (`dict[int, stream]`): This process's streams by number.
+        streams (`dict[int, RowStream]`): This process's streams by number.
         placements (`list[Placement]`): Of all dictionaries of all processes.
         shapes (`dict[str, tuple[int, torch.dtype]]`): Width and type of the rows of each hookpoint.
-        rows (`int`): Rows of a stream in a batch.
-        rank (`int`), readers (`int`): This process, and how many read.
+        processes ([`Processes`]): Of the run.
         device (`torch.device`): Where received rows go.
         ahead (`bool`): Have the next batch on its way while one is trained on; for processes that only read.
     """
 
     def __init__(
         self,
-        streams: dict[int, Any],
+        streams: Mapping[int, RowStream],
         placements: Sequence[Placement],
-        shapes: dict[str, tuple[int, torch.dtype]],
-        rows: int,
-        rank: int,
-        readers: int,
+        shapes: Mapping[str, tuple[int, torch.dtype]],
+        processes: Processes,
         device: torch.device,
         ahead: bool = False,
     ):
         self.streams, self._iterators = streams, {number: iter(stream) for number, stream in streams.items()}
-        self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, rows, rank, device, ahead
+        rank = processes.rank
+        self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, processes.rows, rank, device, ahead
         wanted = {
-            (number, placement.hookpoint, owner(number, placement.streams, readers), target)
+            (number, placement.hookpoint, processes.owner(number), target)
             for placement in placements
             for target in placement.ranks
             for number in placement.streams_of(target)
