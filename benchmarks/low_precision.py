@@ -103,8 +103,8 @@ def _begin(config: RunConfig, spec: SAESpec, harvest: Harvest, accelerator: Acce
     mean, scale = input_scaling(spec, statistics_, sample)
     sae = build_sae(spec.sae_config(len(mean), config.model, hookpoint))
     initialize(sae, spec, (sample - mean) / scale, (statistics_.mean.to(sample) - mean) / scale, config.seed)
-    arguments = (spec, mean, scale, accelerator, config.steps, config.batch_size, config.seed)
-    return Learner(spec.name, hookpoint, sae, *arguments)
+    shape = {"steps": config.steps, "batch_size": config.batch_size, "seed": config.seed}
+    return Learner(spec.name, hookpoint, sae, spec, mean, scale, accelerator, **shape)
 
 
 def _loaded(one: Learner, calibration: list[torch.Tensor], folder: Path):
@@ -124,7 +124,8 @@ def learner(precision: str) -> Learner:
     spec = SAESpec.from_dict({"type": "matryoshka", **fields}, "")
     sae = build_sae(spec.sae_config(d_in, "", ""))
     initialize(sae, spec, torch.randn(64, d_in), torch.zeros(d_in), seed=0)
-    return Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, Accelerator(cpu=True), 10**5, tokens)
+    shape = {"steps": 10**5, "batch_size": tokens}
+    return Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, Accelerator(cpu=True), **shape)
 
 
 def costs(steps: int) -> dict[str, dict[str, float]]:

@@ -191,8 +191,8 @@ class ShuffledStream(ABC):
         self._reads_without_rows = 0 if num_kept else self._reads_without_rows + 1
         if self._reads_without_rows >= _PATIENCE and self.num_not_finite:
             raise ValueError(
-                f"No hidden state of {_PATIENCE} {self._reads} in a row is finite at {', '.join(self.hookpoints)}: all "
-                f"hold NaN or infinity. {self._remedy}"
+                f"No hidden state of {_PATIENCE} {self._reads} in a row is finite at {', '.join(self.hookpoints)}: "
+                f"all hold NaN or infinity. {self._remedy}"
             )
         if kept is None:
             return rows

@@ -1,7 +1,7 @@
 """Where hidden states come from: what every source gives, and the sources that need no language model.
 
 A row is one token's hidden state at each hookpoint (the source), and where an SAE is to give something else than its
-input, that as well (the target). A mask says which rows count. All sources are read through one protocol, [`RowStream`]:
+input, that as well (the target). A mask says which rows count. All are read through one protocol, [`RowStream`]:
 
     text through a language model       ActivationStream
     a cache of hidden states            CachedActivationStream
@@ -89,9 +89,8 @@ def rows_of(states: Any, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], 
     """
     if not isinstance(states, Mapping):
         if len(hookpoints) != 1:
-            raise ValueError(
-                f"States for `hookpoints` {list(hookpoints)} must be given by name: {{hookpoint: (N, D)}}."
-            )
+            names = ", ".join(hookpoints)
+            raise ValueError(f"States of several hookpoints ({names}) must be given by name: {{hookpoint: (N, D)}}.")
         states = {hookpoints[0]: states}
     rows, masks = {}, []
     for name in hookpoints:
@@ -130,9 +129,8 @@ class RowTable:
         if self.is_dataset:
             columns = [name if name in states.column_names else ONE for name in self.hookpoints]
             if unknown := sorted(set(columns) - set(states.column_names)):
-                raise ValueError(
-                    f"The data set has no column {unknown[0]!r}; it has {', '.join(states.column_names)}."
-                )
+                there = ", ".join(states.column_names)
+                raise ValueError(f"The data set has no column {unknown[0]!r} of states; it has {there}.")
             self._columns = dict(zip(self.hookpoints, columns, strict=True))
             self._dataset, self._mask = states.with_format("torch", columns=columns), None
             total = len(states)

@@ -16,6 +16,10 @@ from ...activations import RowStream
 from .placement import Placement, Processes
 
 
+class EndOfStates(ValueError):
+    """A stream has no more rows."""
+
+
 class Feed:
     """Gives a process the rows that its dictionaries need, batch by batch.
 
@@ -55,16 +59,26 @@ class Feed:
         self._joined: dict[tuple, Tensor] = {}
 
     def advance(self) -> None:
-        """Go to the next batch."""
+        """Go to the next batch. Raises [`EndOfStates`] where a stream has none."""
         pending = self._pending or self._send()
         for work in pending[1]:
             work.wait()
         self._batch, self._joined = pending[0], {}
         self._pending = self._send() if self._ahead else None
 
+    def _next(self, number: int) -> dict[str, Tensor]:
+        """A stream's next rows. Raises [`EndOfStates`] where it has no more."""
+        rows = next(self._iterators[number], None)
+        if rows is None or len(next(iter(rows.values()))) < self._rows:
+            raise EndOfStates(
+                f"The hidden states are at their end after {self.streams[number].tokens_seen:,} rows. A run needs "
+                "`tokens`, and `eval_tokens` before them where no `heldout` is given: give more, or lower these."
+            )
+        return rows
+
     def _send(self) -> tuple[dict, list]:
         """Draw from this process's streams, and have what others need on its way."""
-        drawn = {number: self._drawn.pop(number, None) or next(it) for number, it in self._iterators.items()}
+        drawn = {number: self._drawn.pop(number, None) or self._next(number) for number in self._iterators}
         batch = {(number, name): rows for number, found in drawn.items() for name, rows in found.items()}
         operations = []
         for number, name, source, target in self._routes:

@@ -136,9 +136,14 @@ class GivenStates:
             if stream.batch_size != rows:
                 raise ValueError(f"The stream's batches have {stream.batch_size} rows; this run needs {rows}.")
         if self._heldout is None:
-            batches = list(itertools.islice(stream, -(-eval_tokens(config) // rows)))
-            if not batches:
-                raise ValueError("The states are empty: not even one batch to hold out.")
+            wanted = eval_tokens(config)
+            batches = list(itertools.islice(stream, -(-wanted // rows)))
+            given = sum(len(one[self.hookpoints[0]]) for one in batches)
+            if given < wanted:
+                raise ValueError(
+                    f"The states end after {given:,} rows, and `eval_tokens` holds out the first {wanted:,}: give "
+                    "more, lower it, or name `heldout`."
+                )
             self._heldout = RowTable({name: torch.cat([one[name] for one in batches]) for name in self.hookpoints})
         return stream
 

@@ -20,7 +20,7 @@ from ...models import SAEModel
 from ...models.places import collection_index, is_collection, saes_below
 from ..config.run import RunConfig
 from ..config.sizes import calibration_tokens
-from ..data.feed import Feed
+from ..data.feed import EndOfStates, Feed
 from ..data.harvest import Harvest
 from ..data.placement import Placement
 from ..sae.calibration import calibrate_threshold
@@ -126,12 +126,19 @@ class Closing:
         anyone = torch.tensor(float(bool(wanting)), device=self.accelerator.device)
         if not bool(self.accelerator.reduce(anyone)):
             return {}, 0
+        keys = {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}
         in_batch = self.harvest.processes.streams * self.harvest.processes.rows
         batches = max(1, -(-calibration_tokens(self.config) // in_batch))
         hidden = not self.accelerator.is_main_process
-        for _ in tqdm(range(batches), desc="states for the thresholds", unit="batch", disable=hidden, leave=False):
-            feed.advance()
-            for key in {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}:
+        for number in tqdm(range(batches), desc="states for the thresholds", disable=hidden, leave=False):
+            try:
+                feed.advance()
+            except EndOfStates:  # an iterator that gives hardly more than is trained on
+                if self.accelerator.num_processes > 1:
+                    raise
+                found = found or {key: [self.harvest.sample[key[0]]] for key in keys}
+                return found, number * in_batch or len(next(iter(self.harvest.sample.values())))
+            for key in keys:
                 found.setdefault(key, []).append(feed.rows(*key))
         return found, batches * in_batch
 
