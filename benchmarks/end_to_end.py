@@ -48,7 +48,7 @@ from hf_matryoshka_sae.activations import (
 from hf_matryoshka_sae.demo import DEMO
 from hf_matryoshka_sae.models.configuration_sae import default_prefix_widths
 from hf_matryoshka_sae.training import RunConfig
-from hf_matryoshka_sae.training.data import harvest as setup
+from hf_matryoshka_sae.training.data import text as setup
 from hf_matryoshka_sae.training.run.checkpoints import write_json
 from hf_matryoshka_sae.training.run.trainer import Trainer
 

@@ -28,12 +28,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import AutoModel
 
-from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity
+from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config.fields import override
 from hf_matryoshka_sae.training.config.run import RunConfig
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.data.harvest import Harvest, open_harvest
+from hf_matryoshka_sae.training.data.placement import Processes
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.initialization import initialize, input_scaling
 from hf_matryoshka_sae.training.sae.learner import Learner
@@ -77,7 +78,7 @@ def run_config(flags: list[str], seed: int = 0) -> RunConfig:
 def trained(config: RunConfig) -> dict[str, list[dict]]:
     """The held-out rows, one for each width, of every SAE of the run."""
     accelerator = Accelerator()
-    harvest = open_harvest(config, accelerator, config.batch_size)
+    harvest = open_harvest(config, accelerator, Processes.of(config))
     learners = [_begin(config, spec, harvest, accelerator) for spec in config.saes]
     stream = iter(harvest.streams[0])
     for step in tqdm(range(config.steps), desc=f"seed {config.seed}"):
@@ -91,7 +92,7 @@ def trained(config: RunConfig) -> dict[str, list[dict]]:
     harvest.close()
     with tempfile.TemporaryDirectory() as folder:
         saes = {one.name: Dictionary(_loaded(one, calibration, Path(folder) / one.name)) for one in learners}
-    data = HeldOut(harvest.model, harvest.heldout, harvest.hookpoints[0], harvest.mask_token_id)
+    data = harvest.heldout(harvest.hookpoints[0])
     return evaluate_fidelity(data, saes, language_model=False, similarity_tokens=0)["subjects"]
 
 
@@ -102,8 +103,8 @@ def _begin(config: RunConfig, spec: SAESpec, harvest: Harvest, accelerator: Acce
     mean, scale = input_scaling(spec, statistics_, sample)
     sae = build_sae(spec.sae_config(len(mean), config.model, hookpoint))
     initialize(sae, spec, (sample - mean) / scale, (statistics_.mean.to(sample) - mean) / scale, config.seed)
-    arguments = (spec, mean, scale, accelerator, config.steps, config.batch_size, config.seed)
-    return Learner(spec.name, hookpoint, sae, *arguments)
+    shape = {"steps": config.steps, "batch_size": config.batch_size, "seed": config.seed}
+    return Learner(spec.name, hookpoint, sae, spec, mean, scale, accelerator, **shape)
 
 
 def _loaded(one: Learner, calibration: list[torch.Tensor], folder: Path):
@@ -123,7 +124,8 @@ def learner(precision: str) -> Learner:
     spec = SAESpec.from_dict({"type": "matryoshka", **fields}, "")
     sae = build_sae(spec.sae_config(d_in, "", ""))
     initialize(sae, spec, torch.randn(64, d_in), torch.zeros(d_in), seed=0)
-    return Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, Accelerator(cpu=True), 10**5, tokens)
+    shape = {"steps": 10**5, "batch_size": tokens}
+    return Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, Accelerator(cpu=True), **shape)
 
 
 def costs(steps: int) -> dict[str, dict[str, float]]:

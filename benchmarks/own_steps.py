@@ -74,7 +74,8 @@ def _learner_step(
         _let_through(sae, k, spec)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
     # A run long enough that its learning rate and its window of dead latents are those of a real one.
-    learner = Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, accelerator, 10**5, num_tokens)
+    shape = {"steps": 10**5, "batch_size": num_tokens}
+    learner = Learner("", "", sae, spec, torch.zeros(d_in), d_in**0.5, accelerator, **shape)
     made = 0
 
     def step(x: Tensor) -> None:

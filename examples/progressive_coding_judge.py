@@ -258,8 +258,10 @@ def training_cost(
     for spec in config.saes:
         sae = copy.deepcopy(saes[spec.name]).requires_grad_(True)
         sae.fold_normalization_(-mean / scale, 1 / scale)
-        shape = (accelerator, config.steps, config.batch_size)
-        learners[spec.name] = Learner(spec.name, tests.training.hookpoint, sae, spec, mean, scale, *shape)
+        shape = {"steps": config.steps, "batch_size": config.batch_size}
+        learners[spec.name] = Learner(
+            spec.name, tests.training.hookpoint, sae, spec, mean, scale, accelerator, **shape
+        )
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     for turn in tqdm(range(WARM_UP + TURNS), desc="time of a step", leave=False):
         for name, learner in learners.items():

@@ -1,6 +1,5 @@
 """Hidden states of any transformers model: text, token batches, an early-exit forward pass, shuffled activations."""
 
-from .buffer import ShuffleBuffer
 from .cache.fingerprint import cache_fingerprint
 from .cache.format import has_cache
 from .cache.reader import CachedActivationStream
@@ -8,7 +7,9 @@ from .cache.writer import build_cache, wait_for_cache
 from .hookpoints import harvest, hookpoint_widths, resolve_hookpoints
 from .language_model import load_language_model
 from .prefetch import PrefetchedStream
+from .shuffled import ShuffleBuffer
 from .splice import has_lm_loss, is_masked_lm, spliced_logits, spliced_losses
+from .states import RowStream, RowTable, States, StatesStream, target_of
 from .statistics import ActivationStatistics, estimate_statistics
 from .stream import ActivationStream, harvest_rows
 from .text.documents import DatasetConfig, Documents, IndexedDocuments, StreamedDocuments, load_documents, open_dataset
@@ -25,8 +26,12 @@ __all__ = [
     "Documents",
     "IndexedDocuments",
     "PrefetchedStream",
+    "RowStream",
+    "RowTable",
     "ShuffleBuffer",
     "Split",
+    "States",
+    "StatesStream",
     "StreamedDocuments",
     "TokenBatch",
     "TokenStream",
@@ -47,5 +52,6 @@ __all__ = [
     "resolve_hookpoints",
     "spliced_logits",
     "spliced_losses",
+    "target_of",
     "wait_for_cache",
 ]

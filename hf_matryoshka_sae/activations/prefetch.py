@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stream import ShuffledStream
+from .shuffled import ShuffledStream
 
 
 class PrefetchedStream(ShuffledStream):
@@ -37,6 +37,7 @@ class PrefetchedStream(ShuffledStream):
     def __init__(self, stream: ShuffledStream):
         super().__init__(stream.hookpoints, stream.batch_size, stream.buffer_tokens, stream._rows_per_read, seed=0)
         self._stream = stream
+        del self.num_not_finite  # the wrapped stream counts
         # One buffer and one queue: the wrapped stream saves and loads them.
         self._buffer, self._ahead = stream._buffer, stream._ahead
         self._exhausted, self.tokens_seen = stream._exhausted, stream.tokens_seen

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .stream import ActivationStream
+from .states import RowStream
 
 
 @dataclass
@@ -32,12 +32,12 @@ class ActivationStatistics:
 
 @torch.no_grad()
 def estimate_statistics(
-    stream: ActivationStream | Iterable[dict[str, Tensor]], tokens: int
+    stream: RowStream | Iterable[dict[str, Tensor]], tokens: int
 ) -> dict[str, ActivationStatistics]:
     """Statistics of each hookpoint, over all processes if `torch.distributed` is initialised.
 
     Args:
-        stream ([`ActivationStream`] or batches of rows): a stream is looked at without using it up, so the tokens
+        stream ([`RowStream`] or batches of rows): a stream is looked at without using it up, so the tokens
             measured here are trained on as well; at most what its buffer holds is measured.
         tokens (`int`): rows to measure, in this process.
 

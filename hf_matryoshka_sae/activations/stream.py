@@ -6,140 +6,16 @@
 Shapes: B windows of S tokens, N rows in a batch, D width of a hookpoint.
 """
 
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .buffer import ShuffleBuffer
 from .hookpoints import harvest
+from .shuffled import ShuffledStream
 from .text.tokens import TokenBatch, TokenStream
 from .text.windows import WindowShuffle
-
-
-# So many forward passes in a row without a finite row mean that the model or the hookpoint is at fault, not some text.
-_PATIENCE = 8
-
-
-class ShuffledStream(ABC):
-    """Batches drawn from a shuffle buffer which `_read` refills; what live and cached activations have in common.
-
-    Args:
-        hookpoints (`list[str]`): names of the rows.
-        batch_size (`int`): rows in a batch, in this process.
-        buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
-        rows_per_read (`int`): rows that `_read` returns at most.
-        seed (`int`): seed of the shuffle.
-
-    Attributes:
-        tokens_seen (`int`): rows given out by this process.
-
-    Raises:
-        `ValueError`: the buffer cannot hold a batch beside what is read at once.
-    """
-
-    def __init__(self, hookpoints: Sequence[str], batch_size: int, buffer_tokens: int, rows_per_read: int, seed: int):
-        if buffer_tokens < batch_size + rows_per_read:
-            raise ValueError(
-                f"`buffer_tokens` must be at least batch_size + tokens read at once = {batch_size} + {rows_per_read},"
-                f" got {buffer_tokens}. Several times as much shuffles well."
-            )
-        self.hookpoints, self.batch_size, self.buffer_tokens = list(hookpoints), batch_size, buffer_tokens
-        self._rows_per_read = rows_per_read
-        self._buffer = ShuffleBuffer(buffer_tokens, seed)
-        self._ahead: deque[dict[str, Tensor]] = deque()  # read, but not yet in the buffer; see `PrefetchedStream`
-        self._exhausted = False
-        self.tokens_seen = 0
-
-    @abstractmethod
-    def _read(self) -> dict[str, Tensor] | None:
-        """The next rows in reading order, on their final device and in their final type; `None` at the end."""
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        if len(self._buffer) < max(self.buffer_tokens // 2, self.batch_size):
-            self.fill()
-        if len(self._buffer) == 0:
-            raise StopIteration
-        rows = self._buffer.draw(self.batch_size)
-        self.tokens_seen += len(rows[self.hookpoints[0]])
-        return rows
-
-    def fill(self, advance: Callable[[int], Any] = lambda rows: None) -> None:
-        """Reads until the buffer is full or the rows end.
-
-        Args:
-            advance (`Callable`, *optional*): told how many rows each read added.
-
-        Raises:
-            `ValueError`: nothing that is read can be used.
-        """
-        while not self._exhausted and self._buffer.room >= self._rows_per_read:
-            rows = self._next_rows()
-            if rows is None:
-                self._exhausted = True
-            else:
-                rows = self._usable(rows)
-                self._buffer.add(rows)
-                advance(len(rows[self.hookpoints[0]]))
-
-    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows that go into the buffer, of those that a read gave; what is left out is counted.
-
-        It is asked when the buffer is filled and not when rows are read, so that counts do not depend on how far ahead
-        a thread has come.
-        """
-        return rows
-
-    def _next_rows(self) -> dict[str, Tensor] | None:
-        return self._ahead.popleft() if self._ahead else self._read()
-
-    def peek(
-        self, count: int, chunk_size: int = 8192, advance: Callable[[int], Any] = lambda rows: None
-    ) -> Iterator[dict[str, Tensor]]:
-        """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up.
-
-        They are what the next batches hold, unless the buffer is refilled and mixed anew before it comes to them.
-        `advance` is told of rows that are read for it, see [`fill`].
-        """
-        if len(self._buffer) < min(count, max(self.buffer_tokens // 2, self.batch_size)):
-            self.fill(advance)
-        return self._buffer.peek(count, chunk_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
-        return {
-            "buffer": self._buffer.state_dict(),
-            "ahead": list(self._ahead),
-            "exhausted": self._exhausted,
-            "tokens_seen": self.tokens_seen,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same data and options."""
-        self._buffer.load_state_dict({**state["buffer"], "rows": self._placed(state["buffer"]["rows"])})
-        self._ahead.clear()
-        self._ahead.extend(self._placed(rows) for rows in state.get("ahead", []))
-        self._exhausted, self.tokens_seen = state["exhausted"], state["tokens_seen"]
-
-    def close(self) -> None:  # noqa: B027 (most streams have nothing to close)
-        """Ends what runs in the background: here nothing, in a [`PrefetchedStream`] its thread."""
-
-    def _placed(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: values.to(self._row_device()) for name, values in rows.items()}
-
-    @abstractmethod
-    def _row_device(self) -> torch.device | str:
-        """Where the rows lie."""
-
-    def _read_device(self) -> torch.device | str:
-        """Where `_read` works."""
-        return self._row_device()
 
 
 class ActivationStream(ShuffledStream):
@@ -171,6 +47,11 @@ class ActivationStream(ShuffledStream):
             can read; while reading, the hidden states of many forward passes in a row are not finite.
     """
 
+    _reads = "forward passes"
+    _remedy = (
+        "Load the language model in another type (`model_dtype: float32` or bfloat16), or choose another hookpoint."
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -189,8 +70,7 @@ class ActivationStream(ShuffledStream):
         super().__init__(hookpoints, batch_size, buffer_tokens, tokens_per_forward, seed)
         self.model, self.token_stream = model.eval(), token_stream
         self._device, self._dtype, self._max_norm_factor = device, dtype, max_norm_factor
-        self.num_outliers = self.num_not_finite = 0
-        self._passes_without_rows = 0
+        self.num_outliers = 0
 
     def _read(self) -> dict[str, Tensor] | None:
         batch = next(self.token_stream, None)
@@ -200,22 +80,6 @@ class ActivationStream(ShuffledStream):
         if self._max_norm_factor is not None:
             rows = self._without_outliers(rows)
         return {name: to_device(values, self._device or values.device, self._dtype) for name, values in rows.items()}
-
-    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        finite = torch.stack([values.isfinite().all(1) for values in rows.values()]).all(0)
-        kept = None if finite.all() else finite.nonzero()[:, 0]
-        num_kept = len(finite) if kept is None else len(kept)
-        self.num_not_finite += len(finite) - num_kept
-        self._passes_without_rows = 0 if num_kept else self._passes_without_rows + 1
-        if self._passes_without_rows >= _PATIENCE and self.num_not_finite:
-            raise ValueError(
-                f"No hidden state of {_PATIENCE} forward passes in a row is finite at {', '.join(self.hookpoints)}: "
-                "all hold NaN or infinity. Load the language model in another type (`model_dtype: float32` or "
-                "bfloat16), or choose another hookpoint."
-            )
-        if kept is None:
-            return rows
-        return {name: values.index_select(0, kept) for name, values in rows.items()}
 
     def _without_outliers(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         outlier = torch.stack([_is_outlier(values, self._max_norm_factor) for values in rows.values()]).any(0)
@@ -236,14 +100,14 @@ class ActivationStream(ShuffledStream):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
-        own = {name: getattr(self, name) for name in ("num_outliers", "num_not_finite")}
-        return super().state_dict() | own | {"token_stream": self.token_stream.state_dict()}
+        own = {"num_outliers": self.num_outliers, "token_stream": self.token_stream.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same model, data and options."""
         super().load_state_dict(state)
         self.token_stream.load_state_dict(state["token_stream"])
-        self.num_outliers, self.num_not_finite = state["num_outliers"], state.get("num_not_finite", 0)
+        self.num_outliers = state["num_outliers"]
 
 
 def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str]) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def text_words(path: str) -> str:
 
 def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
     """The text of the training (`train`) and of the evaluation (`heldout`): Hub ids and words."""
-    if run.config is None:
+    if run.config is None or run.config.dataset is None:  # trained on hidden states that were handed to it
         return {}
     config = run.config
     train = dataset(config.dataset, _here(run, "dataset"))

@@ -34,7 +34,7 @@ from ..progressive import (
 )
 from ..progressive.statistics import STATISTICS_FILE
 from ..training import RunConfig, load_run_config
-from ..training.data.harvest import open_heldout_text
+from ..training.data.text import open_heldout_text
 from ..training.run.provenance import describe_model
 from .layout import SAEFolder, find_saes
 

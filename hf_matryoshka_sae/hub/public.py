@@ -44,7 +44,8 @@ def stand_ins(config: RunConfig, on_this_machine: Collection[str] | None) -> dic
             `provenance.json` lists them; looked up now where that is not known.
     """
     listed = on_this_machine or ()
-    data = {"dataset": config.dataset.path, "eval_dataset": config.eval_dataset and config.eval_dataset.path}
+    texts = {"dataset": config.dataset, "eval_dataset": config.eval_dataset}
+    data = {name: text and text.path for name, text in texts.items()}
     places = {path: LOCAL_DATA for name, path in data.items() if _is_private(path, name, on_this_machine)}
     if _is_private(config.model, "model", on_this_machine):
         places[config.model] = LOCAL_MODEL

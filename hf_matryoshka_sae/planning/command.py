@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed, flags = _parser().parse_known_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
-        config = load_run_config(parsed.config, flags)
+        config = load_run_config(parsed.config, flags).check_text()
         work = read_workload(config, parsed.d_in, parsed.lm_parameters, parsed.dead_share)
         plan = make_plan(work, parsed.devices, find_device(parsed.device, parsed.devices_per_machine))
     except ValueError as error:

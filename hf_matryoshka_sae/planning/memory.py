@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..training.data.harvest import overlaps
+from ..training.data.text import overlaps
 from .counts import (
     Mesh,
     block_latents,

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from ..activations import build_cache, has_cache, load_language_model, resolve_hookpoints
+from ..activations import build_cache, has_cache
 from ..activations.cache.format import STORED_DTYPES, read_index
 from ..activations.cache.reader import checked_index
 from ..activations.cache.storage import CacheStorage
@@ -12,7 +12,8 @@ from ..activations.cache.writer import missing_writers
 from ..common.logs import log_to_stderr
 from .config.run import load_run_config
 from .config.sizes import calibration_tokens
-from .data.harvest import _lm_device, live_stream
+from .data.placement import Processes
+from .data.text import TextSource
 from .run.trainer import make_accelerator
 
 
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(parsed: argparse.Namespace, flags: list[str]) -> None:
-    config = load_run_config(parsed.config, flags)
+    config = load_run_config(parsed.config, flags).check_text()
     place = parsed.output or config.activation_cache
     if place is None:
         raise ValueError("Say where to: --output FOLDER, or `activation_cache` in the YAML file.")
@@ -76,13 +77,8 @@ def _build(parsed: argparse.Namespace, flags: list[str]) -> None:
     tokens = int(parsed.tokens or config.tokens + calibration_tokens(config))
     if tokens < writers:
         raise ValueError(f"--tokens must be at least 1 for each of {writers} writers, got {tokens}.")
-    model, tokenizer = load_language_model(
-        config.model, config.model_revision, config.model_dtype, _lm_device(config, accelerator)
-    )
-    hookpoints = resolve_hookpoints(model, config.hookpoints)
-    live, fingerprint = live_stream(
-        config, accelerator.device, model, tokenizer, hookpoints, config.batch_size, rank, writers
-    )
+    source = TextSource(config, accelerator, Processes(rank, writers, writers, writers, config.batch_size, ()))
+    live, fingerprint = source.live_stream(config.batch_size, rank, writers)
     dtype = parsed.dtype or config.activation_cache_dtype
     began = time.monotonic()
     if has_cache(place):

@@ -84,7 +84,8 @@ def test_memory_is_that_of_real_tensors(entry):
     """A learner takes a step; its tensors are weighed."""
     run = config(entry, batch_size=64, tokens=6400)
     sae = build_sae(run.saes[0].sae_config(128, "embedded", "model.layers.2"))
-    learner = Learner("name", "place", sae, run.saes[0], torch.zeros(128), 1.0, Accelerator(cpu=True), 100, 64)
+    shape = {"steps": 100, "batch_size": 64}
+    learner = Learner("name", "place", sae, run.saes[0], torch.zeros(128), 1.0, Accelerator(cpu=True), **shape)
     learner.accumulate(torch.randn(64, 128), 0)
     gradients = sum(parameter.grad.nbytes for parameter in sae.parameters() if parameter.grad is not None)
     learner.step(0)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from hf_matryoshka_sae.activations import load_language_model
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
-from hf_matryoshka_sae.training.data import harvest as setup
-from hf_matryoshka_sae.training.data.harvest import _token_stream
+from hf_matryoshka_sae.training.data import text as setup
+from hf_matryoshka_sae.training.data.text import _token_stream
 from hf_matryoshka_sae.training.run import trainer as trainer_module
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..stream import ShuffledStream, to_device
+from ..shuffled import ShuffledStream
+from ..stream import to_device
 from .fingerprint import differing_fields
 from .format import BITS, STORED_DTYPES, CacheIndex, decode, read_index
 from .order import Block, ReadingOrder
@@ -116,6 +117,9 @@ class CachedActivationStream(ShuffledStream):
             logger.warning("All %d cached rows have been read once; reading them again.", self.num_cached)
             self._warned = True
         return _on(self._device, rows)
+
+    def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return rows  # what is not finite was left out when the cache was built
 
     def _row_device(self) -> torch.device | str:
         return self._device

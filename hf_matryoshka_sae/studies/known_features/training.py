@@ -100,4 +100,5 @@ def _learner(
     mean, scale = input_scaling(spec, statistics, sample)
     sae = build_sae(spec.sae_config(sample.shape[1], "toy", "toy"))
     initialize(sae, spec, (sample - mean) / scale, (statistics.mean - mean) / scale, seed)
-    return Learner(spec.type, "toy", sae, spec, mean, scale, accelerator, steps, batch_size, seed)
+    shape = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    return Learner(spec.type, "toy", sae, spec, mean, scale, accelerator, **shape)

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from ...activations import has_cache
 from ...training import Interrupted, RunConfig, train
-from ...training.data.harvest import open_harvest
+from ...training.data.placement import Processes
+from ...training.data.text import TextSource
 from ...training.run.trainer import make_accelerator
 from .plan import cost
 
@@ -80,7 +81,8 @@ def _build_cache(runs: Sequence[RunConfig]) -> None:
     for folder, run in largest.items():
         if folder is not None and not has_cache(folder):
             accelerator = make_accelerator(run)
-            open_harvest(run, accelerator, run.batch_size // run.gradient_accumulation_steps).close()
+            for stream in TextSource(run, accelerator, Processes.of(run)).streams().values():
+                stream.close()
 
 
 def _start(run: RunConfig, slot: int, processes: int) -> subprocess.Popen:

@@ -11,8 +11,9 @@ def check_ready(config: RunConfig) -> None:
     """Look for the files and packages that a run names.
 
     Raises:
-        `ValueError`: for a data file, a folder of a model or a tracker's package that is not there.
+        `ValueError`: for fields, a data file, a folder of a model or a tracker's package that are not there.
     """
+    config.check_text()
     check_installed(config.trackers)
     if config.lm_processes is not None:
         return  # processes that only hold SAEs may be where neither the text nor the language model is

@@ -4,27 +4,26 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from hf_matryoshka_sae.training.config.spec import SAESpec
+from typing import Any, Literal
 
 from ...common.data_source import DatasetConfig
 from .fields import from_dict, override, read_yaml
+from .spec import SAESpec
 from .trackers import check_names
 
 
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass
+@dataclass(kw_only=True)
 class RunConfig:
-    """A training run. See `examples/` for files that hold these fields."""
+    """A training run. See `examples/` for files that hold these fields.
 
-    model: str
+    Where hidden states are handed to [`train`], `model`, `dataset` and `hookpoints` may be left out: `model` and
+    `hookpoints` then only say whose states they are, and nothing is loaded.
+    """
+
+    model: str | None = None
     """Any transformers causal LM, masked LM or encoder: Hub id or folder; `embedded` for the shipped one."""
-    dataset: DatasetConfig
-    hookpoints: list[str]
+    dataset: DatasetConfig | None = None
+    hookpoints: list[str] = field(default_factory=list)
     """Module paths, globs allowed; `module.path:input` for an input."""
     saes: list[SAESpec]
     output_dir: str
@@ -113,8 +112,6 @@ class RunConfig:
         check_names(self.trackers)
         if not self.saes:
             raise ValueError("`saes` is empty: name at least one, for example saes: [{type: matryoshka, k: 32}].")
-        if not self.hookpoints:
-            raise ValueError("`hookpoints` is empty: name at least one module, for example [model.layers.3].")
         if self.tokens < self.batch_size:
             raise ValueError(f"`tokens` ({self.tokens}) is less than one batch (`batch_size` {self.batch_size}).")
         for spec in self.saes:
@@ -133,6 +130,18 @@ class RunConfig:
         for spec in self.saes:
             if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
                 spec.sae_config(1, self.model, "")
+        return self
+
+    def check_text(self) -> "RunConfig":
+        """This config; raises `ValueError` where it does not say which hidden states of which text are trained on."""
+        missing = [name for name in ("model", "dataset") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"Missing field{'s' * (len(missing) > 1)}: {', '.join(f'`{name}`' for name in missing)}. Only "
+                "`train(config, states=...)` needs none."
+            )
+        if not self.hookpoints:
+            raise ValueError("`hookpoints` is empty: name at least one module, for example [model.layers.3].")
         return self
 
     @classmethod

@@ -5,49 +5,47 @@ rows of all streams in order; a replica of a dictionary takes its share of the s
 the same batches on any number of processes, and goes on with another number where it was interrupted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .placement import Placement
+from ...activations import RowStream
+from .placement import Placement, Processes
 
 
-def owner(stream: int, streams: int, readers: int) -> int:
-    """The process that reads a stream."""
-    return stream * readers // streams
+class EndOfStates(ValueError):
+    """A stream has no more rows."""
 
 
 class Feed:
     """Gives a process the rows that its dictionaries need, batch by batch.
 
     Args:
-        streams (`dict[int, stream]`): This process's streams by number.
+        streams (`dict[int, RowStream]`): This process's streams by number.
         placements (`list[Placement]`): Of all dictionaries of all processes.
         shapes (`dict[str, tuple[int, torch.dtype]]`): Width and type of the rows of each hookpoint.
-        rows (`int`): Rows of a stream in a batch.
-        rank (`int`), readers (`int`): This process, and how many read.
+        processes ([`Processes`]): Of the run.
         device (`torch.device`): Where received rows go.
         ahead (`bool`): Have the next batch on its way while one is trained on; for processes that only read.
     """
 
     def __init__(
         self,
-        streams: dict[int, Any],
+        streams: Mapping[int, RowStream],
         placements: Sequence[Placement],
-        shapes: dict[str, tuple[int, torch.dtype]],
-        rows: int,
-        rank: int,
-        readers: int,
+        shapes: Mapping[str, tuple[int, torch.dtype]],
+        processes: Processes,
         device: torch.device,
         ahead: bool = False,
     ):
         self.streams, self._iterators = streams, {number: iter(stream) for number, stream in streams.items()}
-        self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, rows, rank, device, ahead
+        rank = processes.rank
+        self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, processes.rows, rank, device, ahead
         wanted = {
-            (number, placement.hookpoint, owner(number, placement.streams, readers), target)
+            (number, placement.hookpoint, processes.owner(number), target)
             for placement in placements
             for target in placement.ranks
             for number in placement.streams_of(target)
@@ -61,16 +59,26 @@ class Feed:
         self._joined: dict[tuple, Tensor] = {}
 
     def advance(self) -> None:
-        """Go to the next batch."""
+        """Go to the next batch. Raises [`EndOfStates`] where a stream has none."""
         pending = self._pending or self._send()
         for work in pending[1]:
             work.wait()
         self._batch, self._joined = pending[0], {}
         self._pending = self._send() if self._ahead else None
 
+    def _next(self, number: int) -> dict[str, Tensor]:
+        """A stream's next rows. Raises [`EndOfStates`] where it has no more."""
+        rows = next(self._iterators[number], None)
+        if rows is None or len(next(iter(rows.values()))) < self._rows:
+            raise EndOfStates(
+                f"The hidden states are at their end after {self.streams[number].tokens_seen:,} rows. A run needs "
+                "`tokens`, and `eval_tokens` before them where no `heldout` is given: give more, or lower these."
+            )
+        return rows
+
     def _send(self) -> tuple[dict, list]:
         """Draw from this process's streams, and have what others need on its way."""
-        drawn = {number: self._drawn.pop(number, None) or next(it) for number, it in self._iterators.items()}
+        drawn = {number: self._drawn.pop(number, None) or self._next(number) for number in self._iterators}
         batch = {(number, name): rows for number, found in drawn.items() for name, rows in found.items()}
         operations = []
         for number, name, source, target in self._routes:

@@ -45,63 +45,101 @@ class Placement:
         return tuple(range(replica * share, (replica + 1) * share))
 
 
-def readers(config: RunConfig, processes: int) -> int:
-    """How many processes run the language model: the first ones.
-
-    Raises:
-        `ValueError`: if that leaves none for the SAEs.
-    """
-    if config.lm_processes is None:
-        return processes
-    if not 0 < config.lm_processes < processes:
-        raise ValueError(
-            f"`lm_processes: {config.lm_processes}` of {processes} processes: at least one must run the language "
-            "model, and at least one hold SAEs."
-        )
-    return config.lm_processes
-
-
-def processes_of(config: RunConfig, processes: int, streams: int) -> list[tuple[tuple[int, ...], int]]:
-    """The processes, ascending, and the shards of each entry of `saes`.
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run and what each does; [`of`] works it out once, and everything else asks here.
 
     Args:
-        config ([`RunConfig`]): Its `saes`, `latent_shards` and `lm_processes` are read.
-        processes (`int`): Of the run.
-        streams (`int`): Q, its readers.
-
-    Raises:
-        `ValueError`: if processes, shards and streams do not divide, or a process is not there.
+        rank (`int`), world (`int`): This process, and how many there are.
+        readers (`int`): How many read hidden states (run the language model): the first ones.
+        streams (`int`): Q, the independent streams of data, each read by one process.
+        rows (`int`): Hidden states of each stream in a micro-batch.
+        holders (`tuple[tuple[tuple[int, ...], int], ...]`): Of each entry of `saes` its processes, ascending, and its
+            shards.
     """
-    holders, found = range(readers(config, processes) % processes, processes), []
-    for index, spec in enumerate(config.saes):
-        ranks = sorted(set(holders if spec.processes is None else spec.processes))
-        entry = f"saes.{index}"
-        if not ranks or ranks[0] < 0 or ranks[-1] >= processes:
-            raise ValueError(f"`{entry}.processes` are {spec.processes}; the run has 0 to {processes - 1}.")
-        shards = config.latent_shards if spec.latent_shards is None else spec.latent_shards
-        if shards < 1 or len(ranks) % shards:
+
+    rank: int
+    world: int
+    readers: int
+    streams: int
+    rows: int
+    holders: tuple[tuple[tuple[int, ...], int], ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, rank: int = 0, world: int = 1, streams: int | None = None) -> "Processes":
+        """The processes of a run.
+
+        Args:
+            config ([`RunConfig`]): The run.
+            rank (`int`, *optional*, defaults to 0), world (`int`, *optional*, defaults to 1): This process, and how
+                many there are.
+            streams (`int`, *optional*): With which the run began; by default as its fields say.
+
+        Raises:
+            `ValueError`: if processes, shards, streams and batches do not divide, a process is not there, or none is
+                left for the SAEs.
+        """
+        readers = world if config.lm_processes is None else config.lm_processes
+        if config.lm_processes is not None and not 0 < readers < world:
             raise ValueError(
-                f"`latent_shards: {shards}` must divide the number of processes that hold `{entry}`, {len(ranks)}. "
-                "Start another number of processes, or shard differently."
+                f"`lm_processes: {readers}` of {world} processes: at least one must run the language model, and at "
+                "least one hold SAEs."
             )
-        if streams % (len(ranks) // shards):
+        streams = streams or config.data_streams or readers
+        parts = streams * config.gradient_accumulation_steps
+        if config.batch_size % parts:
             raise ValueError(
-                f"{streams} streams of data cannot be shared evenly by the {len(ranks) // shards} replicas of "
-                f"`{entry}` ({len(ranks)} processes / {shards} shards). Set `data_streams` to a multiple of these."
+                f"`batch_size` ({config.batch_size}) must be a multiple of streams of data x "
+                f"gradient_accumulation_steps ({streams} x {config.gradient_accumulation_steps}); there is a stream "
+                "for each process that runs the language model, or as many as `data_streams` says."
             )
-        if spec.grow_from is not None and shards > 1:
-            raise ValueError(f"`{entry}` has `grow_from` and cannot be sharded: set its `latent_shards: 1`.")
-        found.append((tuple(ranks), shards))
-    return found
+        all_holders = range(readers % world, world)
+        holders = tuple(_holders(config, index, all_holders, world, streams) for index in range(len(config.saes)))
+        return cls(rank, world, readers, streams, config.batch_size // parts, holders)
+
+    @property
+    def reads(self) -> bool:
+        """Whether this process reads hidden states."""
+        return self.rank < self.readers
+
+    @property
+    def own_streams(self) -> list[int]:
+        """The streams that this process reads."""
+        return [stream for stream in range(self.streams) if self.owner(stream) == self.rank]
+
+    def owner(self, stream: int) -> int:
+        """The process that reads a stream."""
+        return stream * self.readers // self.streams
+
+    def place(self, config: RunConfig, hookpoints: list[str]) -> list[Placement]:
+        """The place of every dictionary of the run, at each of its resolved hookpoints."""
+        return [
+            Placement(index, name, ranks, shards, self.streams)
+            for index, (ranks, shards) in enumerate(self.holders)
+            for name in hookpoints_of(config.saes[index], hookpoints)
+        ]
 
 
-def place(config: RunConfig, hookpoints: list[str], processes: int, streams: int) -> list[Placement]:
-    """The place of every dictionary of a run, at each of its resolved hookpoints; arguments as in [`processes_of`]."""
-    return [
-        Placement(index, name, ranks, shards, streams)
-        for index, (ranks, shards) in enumerate(processes_of(config, processes, streams))
-        for name in hookpoints_of(config.saes[index], hookpoints)
-    ]
+def _holders(config: RunConfig, index: int, holders: range, world: int, streams: int) -> tuple[tuple[int, ...], int]:
+    """The processes, ascending, and the shards of an entry of `saes`."""
+    spec, entry = config.saes[index], f"saes.{index}"
+    ranks = sorted(set(holders if spec.processes is None else spec.processes))
+    if not ranks or ranks[0] < 0 or ranks[-1] >= world:
+        raise ValueError(f"`{entry}.processes` are {spec.processes}; the run has 0 to {world - 1}.")
+    shards = config.latent_shards if spec.latent_shards is None else spec.latent_shards
+    if shards < 1 or len(ranks) % shards:
+        raise ValueError(
+            f"`latent_shards: {shards}` must divide the number of processes that hold `{entry}`, {len(ranks)}. "
+            "Start another number of processes, or shard differently."
+        )
+    if streams % (len(ranks) // shards):
+        raise ValueError(
+            f"{streams} streams of data cannot be shared evenly by the {len(ranks) // shards} replicas of `{entry}` "
+            f"({len(ranks)} processes / {shards} shards). Set `data_streams` to a multiple of these."
+        )
+    if spec.grow_from is not None and shards > 1:
+        raise ValueError(f"`{entry}` has `grow_from` and cannot be sharded: set its `latent_shards: 1`.")
+    return tuple(ranks), shards
 
 
 def hookpoints_of(spec: SAESpec, hookpoints: list[str]) -> list[str]:

@@ -13,8 +13,9 @@ from ...models.places import is_collection
 from ...models.sharding import Layout
 from ..config.run import RunConfig
 from ..config.spec import SAESpec
-from ..data.harvest import Harvest, usable_device
-from ..data.placement import Meshes, Placement, place, readers
+from ..data.harvest import Harvest
+from ..data.placement import Meshes, Placement
+from ..data.text import usable_device
 from ..sae.growth import grown_start
 from ..sae.initialization import initialize, input_scaling
 from ..sae.learner import Learner
@@ -38,8 +39,7 @@ def build_learners(
             `grow_from` holds none that fits.
     """
     if placements is None:
-        processes = accelerator.num_processes
-        placements = place(config, harvest.hookpoints, processes, readers(config, processes))
+        placements = harvest.processes.place(config, harvest.hookpoints)
     meshes, learners = Meshes(accelerator, placements), []
     for placement in placements:
         if accelerator.process_index not in placement.ranks:
@@ -83,13 +83,13 @@ def _build(
         mean,
         scale,
         accelerator,
-        config.steps,
-        config.batch_size,
-        seed,
-        base,
-        layout,
-        whole,
-        None if spec.device is None else usable_device(spec.device, f"saes.{placement.index}.device"),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        base=base,
+        layout=layout,
+        config=whole,
+        device=None if spec.device is None else usable_device(spec.device, f"saes.{placement.index}.device"),
     )
 
 

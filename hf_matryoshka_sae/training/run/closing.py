@@ -13,15 +13,15 @@ from tqdm.auto import tqdm
 
 from ...common.distributed import among
 from ...common.files import write_json
-from ...evaluation import Dictionary, HeldOut
+from ...evaluation import Dictionary
 from ...evaluation.report import excluded
 from ...evaluation.sharded import ShardedDictionary
 from ...models import SAEModel
 from ...models.places import collection_index, is_collection, saes_below
 from ..config.run import RunConfig
 from ..config.sizes import calibration_tokens
-from ..data.feed import Feed
-from ..data.harvest import Harvest, open_language_model
+from ..data.feed import EndOfStates, Feed
+from ..data.harvest import Harvest
 from ..data.placement import Placement
 from ..sae.calibration import calibrate_threshold
 from ..sae.learner import Learner
@@ -54,19 +54,18 @@ class Closing:
         rank, remaining = accelerator.process_index, iter(learners)
         self.own = [(place, next(remaining) if rank in place.ranks else None) for place in placements]
 
-    def run(self, feed: Feed, rows: int, folder: Path, skipped: int) -> tuple[list[dict[str, Any]], list[str]]:
+    def run(self, feed: Feed, folder: Path, skipped: int) -> tuple[list[dict[str, Any]], list[str]]:
         """Save and evaluate every dictionary.
 
         Args:
             feed ([`Feed`]): Where the rows for the thresholds come from; it is closed.
-            rows (`int`): Of a stream in a batch.
             folder (`Path`): The run's.
             skipped (`int`): Steps that were left out.
 
         Returns:
             What [`report.evaluate`] gives, for each hookpoint, and what the user should know of the run at its end.
         """
-        calibration, tokens = self._calibration(feed, rows)
+        calibration, tokens = self._calibration(feed)
         left_out = feed.num_not_finite()
         feed.close()  # from here on the language model is the evaluation's
         told: list[dict[str, Any]] = [{} for _ in self.own]
@@ -79,9 +78,6 @@ class Closing:
             self.provenance.add_sae(folder / path, found)
         if self.accelerator.is_main_process:
             _write_collection(folder)
-        if self.harvest.model is None:
-            model, heldout, mask_token_id, _ = open_language_model(self.config, self.accelerator)
-            self.harvest.model, self.harvest.heldout, self.harvest.mask_token_id = model, heldout, mask_token_id
         world = self.accelerator.num_processes
         everybody = all(len(place.ranks) == world and place.shards == 1 for place, _ in self.own)
         results = self._evaluate_together(folder) if everybody else self._evaluate_apart(folder)
@@ -122,7 +118,7 @@ class Closing:
         joined = (parts[place.ranks[0]][i] for i, (place, _) in enumerate(self.own))
         return [item for found in joined for item in found.items()]
 
-    def _calibration(self, feed: Feed, rows: int) -> tuple[dict[tuple, list[Tensor]], int]:
+    def _calibration(self, feed: Feed) -> tuple[dict[tuple, list[Tensor]], int]:
         """Batches for the thresholds of this process's dictionaries, and the tokens in all streams' batches."""
         rank, found = self.accelerator.process_index, {}
         mine = [(place, learner) for place, learner in self.own if learner is not None]
@@ -130,14 +126,21 @@ class Closing:
         anyone = torch.tensor(float(bool(wanting)), device=self.accelerator.device)
         if not bool(self.accelerator.reduce(anyone)):
             return {}, 0
-        streams = self.own[0][0].streams
-        batches = max(1, -(-calibration_tokens(self.config) // (streams * rows)))
+        keys = {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}
+        in_batch = self.harvest.processes.streams * self.harvest.processes.rows
+        batches = max(1, -(-calibration_tokens(self.config) // in_batch))
         hidden = not self.accelerator.is_main_process
-        for _ in tqdm(range(batches), desc="states for the thresholds", unit="batch", disable=hidden, leave=False):
-            feed.advance()
-            for key in {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}:
+        for number in tqdm(range(batches), desc="states for the thresholds", disable=hidden, leave=False):
+            try:
+                feed.advance()
+            except EndOfStates:  # an iterator that gives hardly more than is trained on
+                if self.accelerator.num_processes > 1:
+                    raise
+                found = found or {key: [self.harvest.sample[key[0]]] for key in keys}
+                return found, number * in_batch or len(next(iter(self.harvest.sample.values())))
+            for key in keys:
                 found.setdefault(key, []).append(feed.rows(*key))
-        return found, batches * rows * streams
+        return found, batches * in_batch
 
     def _save(self, learner: Learner, folder: Path, calibration: list[Tensor], tokens: int) -> dict[str, Any]:
         """Save a dictionary as it is used; what is to be said of it, by its path in the run's folder."""
@@ -164,11 +167,14 @@ class Closing:
         """All processes share the held-out tokens."""
         results = []
         for hookpoint in self.harvest.hookpoints:
-            saes = {one.name: self._load(one, folder) for _, one in self.own if one.hookpoint == hookpoint}
+            heldout = self.harvest.heldout(hookpoint)
+            saes = {
+                one.name: Dictionary(self._load(one, folder, heldout.device))
+                for _, one in self.own
+                if one.hookpoint == hookpoint
+            }
             if saes:
-                results.append(
-                    evaluate(self._heldout(hookpoint), {name: Dictionary(sae) for name, sae in saes.items()})
-                )
+                results.append(evaluate(heldout, saes))
         return results
 
     def _evaluate_apart(self, folder: Path) -> list[dict[str, Any]]:
@@ -177,23 +183,19 @@ class Closing:
         for place_told, (place, learner) in zip(told, self.own, strict=True):
             if learner is None:
                 continue
-            layout, sae = learner.layout, self._load(learner, folder)
+            layout, heldout = learner.layout, self.harvest.heldout(place.hookpoint)
+            sae = self._load(learner, folder, heldout.device)
             subject = ShardedDictionary(sae, layout, learner.config.widths) if layout.shards > 1 else Dictionary(sae)
             with among(layout.replica, layout.replicas, layout.replica_group):
                 first = self.accelerator.process_index == place.ranks[0]
-                place_told[learner.name] = evaluate(
-                    self._heldout(place.hookpoint), {learner.name: subject}, show=first
-                )
+                place_told[learner.name] = evaluate(heldout, {learner.name: subject}, show=first)
         results: dict[str, dict[str, Any]] = {}
         for _, found in self._everywhere(told):
             results.setdefault(found["hookpoint"], found)["saes"] |= found["saes"]
         return [results[name] for name in self.harvest.hookpoints if name in results]
 
-    def _heldout(self, hookpoint: str) -> HeldOut:
-        return HeldOut(self.harvest.model, self.harvest.heldout, hookpoint, self.harvest.mask_token_id)
-
-    def _load(self, learner: Learner, folder: Path) -> SAEModel:
-        path, device = folder / place_of(learner), next(self.harvest.model.parameters()).device
+    def _load(self, learner: Learner, folder: Path, device: torch.device) -> SAEModel:
+        path = folder / place_of(learner)
         if learner.layout.shards > 1:
             return load_own_rows(type(learner.sae), learner.sae.config, path, learner.layout).to(device)
         return type(learner.sae).from_pretrained(path).to(device)

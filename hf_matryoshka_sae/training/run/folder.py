@@ -290,7 +290,7 @@ def _check_places(config: RunConfig, changed: Sequence[str]) -> None:
         dataset = getattr(config, key)
         if dataset is not None and dataset.path != EMBEDDED:
             local_files(dataset)
-    if "model" in changed and config.model != EMBEDDED:
+    if "model" in changed and config.model not in (None, EMBEDDED):
         path = Path(config.model).expanduser()
         if not path.exists() and (path.is_absolute() or config.model.startswith((".", "~")) or len(path.parts) > 2):
             raise ValueError(f"There is no folder {config.model} with a language model (`model`).")

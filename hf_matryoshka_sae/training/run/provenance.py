@@ -69,10 +69,9 @@ class Provenance:
             "versions": versions(),
             "hardware": hardware(self.accelerator),
         }
-        local = {"model": config.model, "dataset": config.dataset.path}
-        if config.eval_dataset is not None:
-            local["eval_dataset"] = config.eval_dataset.path
-        local["init_from"] = config.init_from
+        local = {"model": config.model, "init_from": config.init_from}
+        texts = {"dataset": config.dataset, "eval_dataset": config.eval_dataset}
+        local |= {name: text.path for name, text in texts.items() if text is not None}
         for i, spec in enumerate(config.saes):
             local |= {f"saes.{i}.init_from": spec.init_from, f"saes.{i}.grow_from": spec.grow_from}
         self.record = {

@@ -9,13 +9,15 @@ from accelerate import Accelerator
 from ...common.files import write_json
 from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...evaluation.report import ABOUT, plot, table
+from ..data.harvest import HeldOutStates
 
 
-def evaluate(data: HeldOut, saes: dict[str, Dictionary], show: bool = True) -> dict[str, Any]:
+def evaluate(data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show: bool = True) -> dict[str, Any]:
     """Reconstruction and recaptured language-model loss of the SAEs of one hookpoint.
 
     Args:
-        data ([`HeldOut`]): The language model and held-out tokens; every process evaluates its share.
+        data ([`HeldOut`] or [`HeldOutStates`]): The language model and held-out tokens, or held-out rows; every
+            process evaluates its share.
         saes (`dict[str, Dictionary]`): By name; taking raw hidden states.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar.
 

@@ -23,8 +23,8 @@ from ..config.run import RunConfig
 from ..config.sizes import as_begun
 from ..config.trackers import check_access
 from ..data.feed import Feed
-from ..data.harvest import Harvest, open_harvest
-from ..data.placement import place, processes_of, readers
+from ..data.harvest import open_harvest
+from ..data.placement import Processes
 from ..sae.learner import Learner
 from .building import build_learners
 from .checkpoints import Checkpoint
@@ -47,11 +47,24 @@ class Interrupted(Exception):
     on_all_processes = True
 
 
-def train(config: RunConfig) -> list[dict[str, Any]]:
+def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[dict[str, Any]]:
     """Run a training to its end: SAEs, metrics, table and plot in `config.output_dir`.
+
+    By default the run's `model` reads its `dataset`. Where `states` are given, no language model is needed: what is
+    trained on are these, `model` and `hookpoints` only name them, and what concerns text (`dataset`, `context_length`,
+    `activation_cache` and so on) is not read. At the end FVU, L0 and dead latents are measured on held-out rows, and
+    no language-model losses.
 
     Args:
         config ([`RunConfig`]): The run; see [`load_run_config`].
+        states (*optional*): Hidden states: a tensor or array `(N, D)`, [`States`] where some rows are masked, a
+            `datasets.Dataset` with a column of vectors, a mapping of such by hookpoint; an iterator over any of these,
+            or a function that makes one; or a [`RowStream`], such as an [`ActivationStream`]. Tensors and data sets
+            are read in a new order in each epoch, and an interrupted run goes on exactly; so it does with a function
+            whose iterator gives the same again. An iterator itself cannot be rewound: a run over one does not go on.
+        heldout (*optional*): The rows that dictionaries are evaluated on, like `states`, but no iterator. By default
+            `eval_tokens` of the given rows, at most a tenth, which training then leaves out; of an iterator or a
+            stream its first ones.
 
     Returns:
         `list[dict]`: For each hookpoint what [`report.evaluate`] gives.
@@ -63,13 +76,16 @@ def train(config: RunConfig) -> list[dict[str, Any]]:
         [`Interrupted`]: after Ctrl-C, when the checkpoint is saved.
         [`LostProcess`]: where another process of the run has ended.
     """
-    check_ready(config)
+    if states is None:
+        check_ready(config)
+        if heldout is not None:
+            raise ValueError("`heldout` rows go with `states`; held-out text is the config's `eval_dataset`.")
     config = as_begun(config)
     accelerator = make_accelerator(config)
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog, RunFolder(config, accelerator) as folder:
         if accelerator.is_main_process:
             check_access(config.trackers)
-        return Trainer(config, accelerator, folder, watchdog.progress).run()
+        return Trainer(config, accelerator, folder, watchdog.progress, states, heldout).run()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -96,6 +112,7 @@ class Trainer:
         accelerator (`Accelerator`, *optional*): Its processes.
         run_folder ([`RunFolder`], *optional*): Its folder, held.
         progress (`Callable[[int, str], None]`, *optional*): Told the steps done, and what comes next.
+        states (`Any`, *optional*), heldout (`Any`, *optional*): As in [`train`].
     """
 
     def __init__(
@@ -104,6 +121,8 @@ class Trainer:
         accelerator: Accelerator | None = None,
         run_folder: RunFolder | None = None,
         progress: Callable[[int, str], None] = lambda step, doing: None,
+        states: Any = None,
+        heldout: Any = None,
     ):
         self.config, self.progress = as_begun(config), progress
         config = self.config
@@ -112,43 +131,19 @@ class Trainer:
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         found = self.run_folder.open()
         self.provenance = Provenance(self.folder, config, accelerator, self.run_folder.run_id)
-        processes = accelerator.num_processes
-        self.readers = readers(config, processes)
-        self.streams = self._number_of_streams(found)
-        parts = self.streams * config.gradient_accumulation_steps
-        if config.batch_size % parts:
-            raise ValueError(
-                f"`batch_size` ({config.batch_size}) must be a multiple of streams of data x "
-                f"gradient_accumulation_steps ({self.streams} x {config.gradient_accumulation_steps}); there is a "
-                "stream for each process that runs the language model, or as many as `data_streams` says."
-            )
-        processes_of(config, processes, self.streams)  # what does not divide is said before anything is loaded
-        self.rows = config.batch_size // parts  # of each stream in a micro-batch
-        self.harvest: Harvest = open_harvest(config, accelerator, self.rows, self.streams)
-        self.placements = place(config, self.harvest.hookpoints, processes, self.streams)
-        self.learners: list[Learner] = build_learners(config, accelerator, self.harvest, self.placements)
-        rank = accelerator.process_index
-        self.streams_of_learners = [place.streams_of(rank) for place in self.placements if rank in place.ranks]
-        self.feed = Feed(
-            self.harvest.streams,
-            self.placements,
-            self.harvest.shapes,
-            self.rows,
-            accelerator.process_index,
-            self.readers,
-            accelerator.device,
-            ahead=config.lm_processes is not None,
-        )
+        rank, world = accelerator.process_index, accelerator.num_processes
+        begun_with = None if found is None else found[1].tree("run")["streams"]
+        self.processes = processes = Processes.of(config, rank, world, begun_with)
+        self.harvest = harvest = open_harvest(config, accelerator, processes, states, heldout)
+        self.placements = placements = processes.place(config, harvest.hookpoints)
+        self.learners: list[Learner] = build_learners(config, accelerator, harvest, placements)
+        self.streams_of_learners = [place.streams_of(rank) for place in placements if rank in place.ranks]
+        ahead = config.lm_processes is not None
+        self.feed = Feed(harvest.streams, placements, harvest.shapes, processes, accelerator.device, ahead)
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
         self.left_out = 0  # hidden states that are not finite
         self.last_saved: int | None = None  # steps done at the newest checkpoint
         self.start = 0 if found is None else self._resume(*found)
-
-    def _number_of_streams(self, found: tuple[int, Checkpoint] | None) -> int:
-        """Readers of the data: those that the run began with, or as the fields say."""
-        if found is not None:
-            return found[1].tree("run")["streams"]
-        return self.config.data_streams or self.readers
 
     def run(self) -> list[dict[str, Any]]:
         """Train from the newest checkpoint, or the start, to the end."""
@@ -218,7 +213,7 @@ class Trainer:
 
     def _finish(self) -> tuple[list[dict[str, Any]], list[str]]:
         closing = Closing(self.config, self.accelerator, self.harvest, self.placements, self.learners, self.provenance)
-        return closing.run(self.feed, self.rows, self.folder, self.skipped)
+        return closing.run(self.feed, self.folder, self.skipped)
 
     # One step
 
@@ -309,7 +304,7 @@ class Trainer:
         self.progress(step, "saving")
         trees: dict[str, Any] = {f"stream-{number}": state for number, state in self.feed.state_dict().items()}
         if self.accelerator.is_main_process:
-            trees["run"] = {"streams": self.streams, "processes": self.accelerator.num_processes}
+            trees["run"] = {"streams": self.processes.streams, "processes": self.processes.world}
         rows = {}
         for learner in self.learners:
             if learner.layout.replica == 0:

@@ -72,6 +72,7 @@ class Learner(LearnerState):
         mean: Tensor,
         scale: float,
         accelerator: Accelerator,
+        *,
         steps: int,
         batch_size: int,
         seed: int = 0,

@@ -10,7 +10,9 @@ knows the whole loss, and has the gradients of its own latents; that of b_dec is
 Shapes: N tokens of this process, D `d_in`, F `num_latents`, P prefixes.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -209,12 +211,11 @@ class Objective(nn.Module):
         if sae.config.scale_by_decoder_norm:
             norms = W_dec.norm(dim=1)
             W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-        tensors = x, residual, W_enc, b_enc, b_dec, W_dec, wanted
-        activation = torch.relu if spec.auxk_rectify else torch.clone
+        latents = _Dead(W_enc, b_enc, b_dec, W_dec, torch.relu if spec.auxk_rectify else torch.clone)
         if self.layout.shards == 1 and num_dead <= _DENSE_AUXK * wanted:
-            error = _few_dead(*tensors, activation)
+            error = _few_dead(x, residual, latents, wanted)
         else:
-            error = _many_dead(*tensors, activation, self.layout)
+            error = _many_dead(x, residual, latents, wanted, self.layout)
         if spec.error_unit == "mean":
             error = error / x.shape[1]
         if spec.auxk_normalize:
@@ -253,8 +254,19 @@ _DENSE_AUXK = 4
 _AUXK_CAPACITY = 2.0
 
 
-def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Tensor:
+class _Dead(NamedTuple):
+    """The weights of the dead latents of this process, and what makes values of their pre-activations."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor | None
+    W_dec: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+
+def _few_dead(x: Tensor, residual: Tensor, latents: _Dead, wanted: int) -> Tensor:
     """The error of the `wanted` nearest dead latents of each token, by dense autograd over the dead alone."""
+    W_enc, b_enc, b_dec, W_dec, activation = latents
     values = linear(x if b_dec is None else x - b_dec, W_enc, b_enc).to(W_enc.dtype)
     if len(W_enc) > wanted:
         best = values.detach().topk(wanted, dim=-1, sorted=False).indices
@@ -262,8 +274,9 @@ def _few_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation) -> Te
     return _mean_square(activation(values) @ W_dec - residual)
 
 
-def _many_dead(x, residual, W_enc, b_enc, b_dec, W_dec, wanted, activation, layout: Layout) -> Tensor:
+def _many_dead(x: Tensor, residual: Tensor, latents: _Dead, wanted: int, layout: Layout) -> Tensor:
     """The same from pairs; of the dead of all shards, each of which may have none."""
+    W_enc, b_enc, b_dec, W_dec, activation = latents
     blocks = EncoderBlocks(x.detach(), W_enc.detach(), b_enc.detach(), None if b_dec is None else b_dec.detach())
     factor = min(layout.capacity_factor, _AUXK_CAPACITY)
     rows, cols, pre = select_topk(blocks, wanted, layout=layout, capacity_factor=factor)

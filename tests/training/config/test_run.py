@@ -68,7 +68,7 @@ def test_underscored_numbers_are_numbers():
 )
 def test_a_mistake_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig.from_dict(fields)
+        RunConfig.from_dict(fields).check_text()
 
 
 @pytest.mark.parametrize(

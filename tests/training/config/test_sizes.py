@@ -18,7 +18,7 @@ from hf_matryoshka_sae.training.config.sizes import (
     shuffle_tokens,
     window_pool_tokens,
 )
-from hf_matryoshka_sae.training.data import harvest as setup
+from hf_matryoshka_sae.training.data import text as setup
 from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.run.closing import Closing
 
@@ -79,7 +79,7 @@ def test_a_short_run_reads_little_more_than_it_trains_on_and_shows_it(tmp_path, 
 class _NoEvaluation(Closing):
     """Solves for the threshold and ends."""
 
-    def run(self, feed, rows, folder, skipped):
+    def run(self, feed, folder, skipped):
         self._calibration(feed, rows)
         return [], []
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_matryoshka_sae.training import RunConfig
-from hf_matryoshka_sae.training.data.feed import Feed, owner
-from hf_matryoshka_sae.training.data.placement import Placement, place, processes_of, readers
+from hf_matryoshka_sae.training.data.feed import EndOfStates, Feed
+from hf_matryoshka_sae.training.data.placement import Placement, Processes
 
 
 RUN = {"model": "embedded", "dataset": "embedded", "hookpoints": ["a", "b"], "output_dir": "x", "batch_size": 64}
@@ -17,26 +17,26 @@ def config(*saes, **fields):
 
 
 def test_by_default_everyone_does_everything():
-    (one, other) = place(config(), ["a", "b"], 4, 4)
+    (one, other) = Processes.of(config(), 0, 4).place(config(), ["a", "b"])
     assert (one.hookpoint, other.hookpoint) == ("a", "b")
     assert (one.ranks, one.shards, one.replicas) == ((0, 1, 2, 3), 1, 4)
     assert [one.streams_of(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
 
 
 def test_shards_of_a_replica_see_the_same_streams():
-    (one,) = place(config(latent_shards=2), ["a"], 4, 4)
+    run = config(latent_shards=2)
+    (one,) = Processes.of(run, 0, 4).place(run, ["a"])
     assert [one.streams_of(rank) for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
 
 
 def test_language_models_and_dictionaries_apart():
     run = config({}, {"processes": [3, 2], "latent_shards": 1}, lm_processes=1, latent_shards=3)
-    assert readers(run, 4) == 1
-    first, second = processes_of(run, 4, 4)
-    assert first == ((1, 2, 3), 3)
-    assert second == ((2, 3), 1)
-    assert [owner(stream, 4, 1) for stream in range(4)] == [0, 0, 0, 0]
-    assert [owner(stream, 4, 2) for stream in range(4)] == [0, 0, 1, 1]
-    assert [owner(stream, 2, 4) for stream in range(2)] == [0, 2]
+    assert Processes.of(run, 0, 4, 4).holders == (((1, 2, 3), 3), ((2, 3), 1))
+    assert [Processes.of(run, rank, 4, 4).reads for rank in range(4)] == [True, False, False, False]
+    assert [Processes(0, 4, 1, 4, 1, ()).owner(stream) for stream in range(4)] == [0, 0, 0, 0]
+    assert [Processes(0, 4, 2, 4, 1, ()).owner(stream) for stream in range(4)] == [0, 0, 1, 1]
+    assert [Processes(0, 4, 4, 2, 1, ()).owner(stream) for stream in range(2)] == [0, 2]
+    assert Processes(2, 4, 4, 2, 1, ()).own_streams == [1]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def test_language_models_and_dictionaries_apart():
         ({"latent_shards": 0}, {}, "must divide"),
         ({"processes": [1, 4]}, {}, r"`saes.0.processes` are \[1, 4\]; the run has 0 to 3"),
         ({"processes": []}, {}, "saes.0.processes"),
-        ({}, {"data_streams": 6}, "6 streams of data cannot be shared evenly by the 4 replicas"),
+        ({}, {"data_streams": 2}, "2 streams of data cannot be shared evenly by the 4 replicas"),
+        ({}, {"data_streams": 6}, "`batch_size` .64. must be a multiple of streams"),
         ({}, {"lm_processes": 4}, "`lm_processes: 4` of 4 processes"),
         (
             {"type": "matryoshka", "grow_from": "x", "k": None},
@@ -58,7 +59,7 @@ def test_language_models_and_dictionaries_apart():
 def test_what_does_not_divide_is_refused(saes, fields, message):
     run = config(saes, **fields)
     with pytest.raises(ValueError, match=message):
-        processes_of(run, 4, run.data_streams or 4)
+        Processes.of(run, 0, 4)
 
 
 @pytest.mark.parametrize("fields", [{"capacity_factor": 0.5}, {"data_streams": 0}])
@@ -93,7 +94,8 @@ class Numbers:
 def feed(ahead=False):
     streams = {number: Numbers(number) for number in range(4)}
     placement = Placement(0, "a", (0,), 1, 4)
-    return Feed(streams, [placement], {"a": (3, torch.float32)}, 2, 0, 1, torch.device("cpu"), ahead)
+    processes = Processes(0, 1, 1, 4, 2, ())
+    return Feed(streams, [placement], {"a": (3, torch.float32)}, processes, torch.device("cpu"), ahead)
 
 
 def seen(one):
@@ -114,3 +116,11 @@ def test_a_batch_is_all_streams_in_order_and_goes_on_where_it_was(ahead):
         assert seen(one) == seen(again)
     one.close()
     assert all(stream.closed for stream in one.streams.values())
+
+
+def test_a_stream_that_ends_is_said():
+    one = feed()
+    one.streams[2].tokens_seen = 4
+    one._iterators[2] = iter([])
+    with pytest.raises(EndOfStates, match="at their end after 4 rows.*`tokens`"):
+        one.advance()

@@ -47,7 +47,7 @@ def outcome(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
         sae = build_sae(spec.sae_config(D, "lm", "layer"))
         torch.manual_seed(0)
         initialize(sae, spec, torch.randn(64, D), torch.zeros(D), seed=0)
-        one = Learner(name, "layer", sae, spec, torch.zeros(D), 1.0, accelerator, 10, N)
+        one = Learner(name, "layer", sae, spec, torch.zeros(D), 1.0, accelerator, steps=10, batch_size=N)
         one.tokens_since_fired[::3] = N  # AuxK has something to do from the start
         one._find_dead()
         result = {}

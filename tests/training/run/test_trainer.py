@@ -22,7 +22,7 @@ from transformers import AutoModel
 from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
-from hf_matryoshka_sae.training.data.harvest import _lm_device, overlaps
+from hf_matryoshka_sae.training.data.text import lm_device, overlaps
 from hf_matryoshka_sae.training.run import closing
 from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.run.trainer import Trainer
@@ -193,9 +193,9 @@ def test_processes_do_not_share_a_language_models_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.tensor(0))  # as if it were there
     several = types.SimpleNamespace(num_processes=2, device=torch.device("cuda:1"))
     with pytest.raises(ValueError, match="all 2 processes"):
-        _lm_device(config(tmp_path, lm_device="cuda:0"), several)
-    assert _lm_device(config(tmp_path, lm_device="cpu"), several) == torch.device("cpu")
-    assert _lm_device(config(tmp_path), several) == several.device
+        lm_device(config(tmp_path, lm_device="cuda:0"), several)
+    assert lm_device(config(tmp_path, lm_device="cpu"), several) == torch.device("cpu")
+    assert lm_device(config(tmp_path), several) == several.device
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(finished, tmp_path, caplog):

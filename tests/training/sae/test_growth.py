@@ -298,7 +298,8 @@ def learner(sae, **fields):
     mean, scale = sample.mean(0), float(sample.std()) * D**0.5
     grown, base = grown_start(sae, spec, HOOKPOINT, mean, scale, sample, seed=0)
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Learner("grown", HOOKPOINT, grown, spec, mean, scale, Accelerator(cpu=True), 10, 128, 0, base)
+    rest = {"steps": 10, "batch_size": 128, "base": base}
+    return Learner("grown", HOOKPOINT, grown, spec, mean, scale, Accelerator(cpu=True), **rest)
 
 
 def ended(one):

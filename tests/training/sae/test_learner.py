@@ -26,7 +26,7 @@ def learner(accumulation=1, steps=STEPS, d_in=D, device="cpu", mixed_precision=N
         cpu=device == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
     )
     mean, scale = (torch.full((D,), 0.5), 2.0) if d_in == D else (torch.zeros(d_in), 1.0)
-    return Learner("sae", "layer", sae, spec, mean, scale, accelerator, steps, N)
+    return Learner("sae", "layer", sae, spec, mean, scale, accelerator, steps=steps, batch_size=N)
 
 
 def batches(count=STEPS, size=N):
