@@ -85,12 +85,10 @@ def _number(value: float | None, form: str) -> str:
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw FVU and recaptured loss against width to a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     drawn = [("fvu", "fraction of variance unexplained"), ("recaptured_zero", "recaptured loss (zero ablation)")]
     many = len(results) > 1
     for result in results:

@@ -115,13 +115,11 @@ class ProbeReport:
 
     def plot(self, path: str | Path) -> None:
         """Draw probe loss against width to a PNG, baselines as lines, and accuracies of k-sparse probes beside it."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         ks = self.about["k"]
-        figure, axes = pyplot.subplots(1, 2 if ks else 1, figsize=(11 if ks else 6, 4.4), layout="constrained")
+        figure = Figure(figsize=(11 if ks else 6, 4.4), layout="constrained")
+        axes = figure.subplots(1, 2 if ks else 1)
         axes = np.atleast_1d(axes)
         _draw(axes[0], self.rows, lambda row: (row["probe_loss"], row["probe_loss_interval"]))
         axes[0].set_ylabel("probe loss (nats, test part)")
