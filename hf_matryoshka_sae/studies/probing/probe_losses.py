@@ -18,12 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from ...common.distributed import processes
+from ...common.intervals import CrossedBootstrap
+from ...common.report import Report
 from ...evaluation.baselines import random_dictionary
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
 from ...models import SAEModel
 from .examples import Examples, take_windows, text_batches, text_examples, token_examples
-from .report import Bootstrap, ProbeReport, report_rows
+from .report import probe_records, probe_report
 from .scores import Probing
 from .sparse import has_scikit_learn
 from .tasks import LabelledTask, TokenTasks, usable_tasks
@@ -48,7 +50,7 @@ def probe_losses(
     resamples: int = 1000,
     seed: int = 0,
     show: bool = True,
-) -> ProbeReport:
+) -> Report:
     """Probe losses and k-sparse probes of dictionaries at each of their widths, beside baselines.
 
     Args:
@@ -77,7 +79,7 @@ def probe_losses(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        [`ProbeReport`]: each row has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
+        [`Report`]: each record has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
         `nothing`), `width`; `probe_loss` (nats, test part) and `train_loss`; `gain` over the best channel; each with
         an `_interval` of 95% but `train_loss`; `k_sparse`: by k `accuracy`, `f1` and `auc` on the test part, with
         intervals; `tasks`: by name `loss`, `train_loss`, the `latents` chosen in each split, and scores by k.
@@ -109,7 +111,8 @@ def probe_losses(
     _check_names(names, skipped)
     probing = Probing(ridge, ks, baselines, show)
     parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
-    rows = report_rows(parts, kinds, ks, names, Bootstrap(splits, len(names), resamples, seed))
+    bootstrap = CrossedBootstrap(splits, len(names), resamples=resamples, seed=seed)
+    records = probe_records(parts, kinds, ks, names, bootstrap)
     examples_found: dict[str, int] = {}
     for examples in sets:
         examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
@@ -130,7 +133,7 @@ def probe_losses(
         "seed": seed,
         "notes": notes,
     }
-    return ProbeReport(rows, about)
+    return probe_report(records, about)
 
 
 def _check_options(
