@@ -118,7 +118,7 @@ def test_a_folder_shows_at_most_fifteen_files():
 
 
 def test_figures_are_made_without_a_backend():
-    """pyplot holds figures and chooses a backend, which is the notebook's to choose."""
+    """It holds figures and chooses a backend, which is the notebook's to choose."""
     users = [
         name
         for name, path in modules().items()

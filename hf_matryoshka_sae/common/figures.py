@@ -1,4 +1,4 @@
-"""Figures: one way to draw a metric over widths, one way to save. None needs pyplot, which chooses a backend."""
+"""Figures: one way to draw a metric over widths, one way to save. None chooses a backend."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -27,7 +27,6 @@ from ...models import SAEModel
 from .examples import Examples, take_windows, text_batches, text_examples, token_examples
 from .report import probe_records, probe_report
 from .scores import Probing
-from .sparse import has_scikit_learn
 from .tasks import LabelledTask, TokenTasks, usable_tasks
 
 
@@ -61,10 +60,9 @@ def probe_losses(
             text alone ([`TokenTasks.of_properties`]).
         widths (`Sequence[int]`, *optional*), selection (`str`, *optional*, defaults to `"mask"`): Of those subjects
             that are no [`Dictionary`], see there.
-        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5 where
-            scikit-learn is installed.
+        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5.
         baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0; the hidden
-            state's channels: each alone and, where scikit-learn is installed, all together as the ceiling.
+            state's channels: each alone, and all together as the ceiling.
         max_tokens (`int`, *optional*, defaults to 10,000): Tokens of token tasks, in whole windows.
         splits (`int`, *optional*, defaults to 3), test_share (`float`, *optional*, defaults to 0.2): How often
             examples are split anew, and into what.
@@ -86,11 +84,10 @@ def probe_losses(
 
     Raises:
         `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
-        `ImportError`: if `k` asks for probes and scikit-learn is not installed.
     """
     _check_options(max_tokens, splits, test_share, least_share, max_pairs, resamples, k)
     dictionaries = _dictionaries(data, subjects, widths, selection)
-    ks, notes = _sparse_ks(k)
+    ks = [1, 2, 5] if k is None else sorted(set(k))
     show = show and processes()[0] == 0
     data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
     if context_length is None:
@@ -131,7 +128,7 @@ def probe_losses(
         "ridge": ridge,
         "k": list(ks),
         "seed": seed,
-        "notes": notes,
+        "notes": [],
     }
     return probe_report(records, about)
 
@@ -153,15 +150,6 @@ def _check_options(
         )
     if k is not None and any(number < 1 for number in k):
         raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
-
-
-def _sparse_ks(k: Sequence[int] | None) -> tuple[list[int], list[str]]:
-    if has_scikit_learn():
-        return [1, 2, 5] if k is None else sorted(set(k)), []
-    needed = "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]'"
-    if k:
-        raise ImportError(f"{needed}, or leave them out with k=().")
-    return [], [f"left out: k-sparse probes and all channels together ({needed})"]
 
 
 def _dictionaries(

@@ -17,8 +17,6 @@ from hf_matryoshka_sae.common.intervals import CrossedBootstrap
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
 from hf_matryoshka_sae.studies import LabelledTask, TokenTasks, probe_losses
-from hf_matryoshka_sae.studies.probing import probe_losses as probing
-from hf_matryoshka_sae.studies.probing import scores as probe_scores
 from hf_matryoshka_sae.studies.probing.report import probe_report
 from hf_matryoshka_sae.studies.probing.token_properties import property_names
 
@@ -134,18 +132,12 @@ def test_the_row_of_a_prefix_is_that_of_the_dictionary_cut(activation, options):
 
 def test_the_order_of_batches_does_not_matter():
     data = open_table()
-    report = probe(data, k=(1, 2) if has_sklearn() else ())
+    report = probe(data, k=(1, 2))
     data.batches = [
         TokenBatch(batch.input_ids.flip(0), batch.attention_mask.flip(0), batch.keep.flip(0))
         for batch in reversed(data.batches)
     ]
-    same(report, probe(data, k=(1, 2) if has_sklearn() else ()))
-
-
-def has_sklearn() -> bool:
-    from hf_matryoshka_sae.studies.probing.sparse import has_scikit_learn
-
-    return has_scikit_learn()
+    same(report, probe(data, k=(1, 2)))
 
 
 def test_intervals_are_those_of_a_mean_of_tasks_and_splits():
@@ -238,10 +230,9 @@ def test_texts_and_tokens_go_together(embedded, tmp_path):
     read = json.loads((tmp_path / "probing.json").read_text())
     assert read["rows"] == report.records
     assert (tmp_path / "probing.png").stat().st_size > 10_000
-    if has_sklearn():
-        row = report.subject("sae")[0]
-        assert set(row["k_sparse"]) == {"1", "2", "5"} and 0 <= row["k_sparse"]["1"]["auc"] <= 1
-        assert report.subject("all channels together")[0]["probe_loss"] < row["probe_loss"]
+    row = report.subject("sae")[0]
+    assert set(row["k_sparse"]) == {"1", "2", "5"} and 0 <= row["k_sparse"]["1"]["auc"] <= 1
+    assert report.subject("all channels together")[0]["probe_loss"] < row["probe_loss"]
     with pytest.raises(ValueError, match="there are 'sae'"):
         report.subject("other")
 
@@ -270,16 +261,6 @@ def test_labelled_data_of_another_kind(shared):
     report = probe_losses(data, sae, task, k=(), splits=1, context_length=32, show=False)
     (channels,) = report.subject("hidden-state channels")
     assert channels["probe_loss"] < 0.66
-
-
-def test_without_scikit_learn_what_needs_it_is_left_out_and_said(monkeypatch):
-    for module in (probing, probe_scores):
-        monkeypatch.setattr(module, "has_scikit_learn", lambda: False)
-    report = probe(open_table(), k=None)
-    assert "pip install" in str(report) and report.about["k"] == []
-    assert "all channels together" not in {row["subject"] for row in report.records}
-    with pytest.raises(ImportError, match=r"hf_matryoshka_sae\[probes\]"):
-        probe(open_table(), k=(1,))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +303,7 @@ def test_bad_subjects_and_tasks_are_named():
 def _one_of_two(rank: int, folder, data: Table) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
+    report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
     # One of the processes alone has too many activations; both say so.
     firing = [len(Dictionary(build()).encode(data.states(batch))[0].values) for batch in data.batches]
     with pytest.raises(ValueError, match="raise `max_pairs`"):
@@ -335,6 +316,6 @@ def _one_of_two(rank: int, folder, data: Table) -> None:
 def test_two_processes_find_what_one_finds(tmp_path):
     data = open_table(5)
     mp.spawn(_one_of_two, args=(tmp_path, data), nprocs=2)
-    alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
+    alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
     for rank in range(2):
         same(probe_report(*json.loads((tmp_path / f"{rank}.json").read_text())), alone)
