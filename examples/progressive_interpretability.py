@@ -130,13 +130,13 @@ def patterns(saes: dict, examples: HeldOut, test: HeldOut, given: dict, asked: d
         found = explainability(
             {method: saes[method]}, examples, test, widths, count, seed=seed, baselines=method == "matryoshka"
         )
-        for name, of_widths in found.rows.items():
+        for name, of_widths in found.subjects().items():
             kind = {f"random ({method})": "random", "neurons": "neurons"}.get(name, method)
             rows += [{"method": kind, **row} for row in of_widths]
     for number, width in enumerate(widths[:-1], start=1):
         sae = {"separate": saes[f"topk-{width}"]}
         found = explainability(sae, examples, test, [width], count * number, seed=seed, baselines=False)
-        rows += [{"method": "separate", **row} for row in found.rows["separate"]]
+        rows += [{"method": "separate", **row} for row in found.subject("separate")]
     full = next(row for row in rows if row["method"] == "topk" and row["width"] == widths[-1])
     return [*rows, {**full, "method": "separate"}]
 
@@ -154,7 +154,7 @@ def probes(saes: dict, examples: HeldOut, test: HeldOut, given: dict, asked: dic
         widths = [sae.config.num_latents] if method == "separate" else given["widths"]
         report = probe_losses(test, {name: sae}, tasks, widths, baselines=method == "matryoshka", seed=seed)
         kinds = {"dictionary": method, "all channels": "all channels", "channels": "channels", "random": "random"}
-        rows += [{**row, "method": kinds[row["kind"]]} for row in report.rows if row["kind"] in kinds]
+        rows += [{**row, "method": kinds[row["kind"]]} for row in report.records if row["kind"] in kinds]
     full = next(row for row in rows if row["method"] == "topk" and row["width"] == given["widths"][-1])
     kept = ("method", "width", "probe_loss")
     rows = [

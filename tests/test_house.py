@@ -115,3 +115,13 @@ def test_a_folder_shows_at_most_fifteen_files():
             continue
         files = [path for path in folder.iterdir() if path.is_file()]
         assert len(files) <= 15, f"{folder.relative_to(ROOT)} has {len(files)}"
+
+
+def test_figures_are_made_without_a_backend():
+    """It holds figures and chooses a backend, which is the notebook's to choose."""
+    users = [
+        name
+        for name, path in modules().items()
+        if "pyplot" in path.read_text() or "matplotlib.use" in path.read_text()
+    ]
+    assert not users

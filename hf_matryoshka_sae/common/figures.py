@@ -1,47 +1,56 @@
-"""Figures: one way to draw a metric over widths, one way to save."""
+"""Figures: one way to draw a metric over widths, one way to save. None chooses a backend."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def draw_widths(axis: Any, rows: dict[str, list[dict[str, Any]]], key: str, flat: Sequence[str] = ()) -> None:
-    """Draw `key` of each row against its width, with its `_interval` where it has one; those of one width as a line.
+Point = tuple[int | None, float, Sequence[float] | None]
+"""A width, a value, and the ends of its interval where it has one."""
+
+
+def draw_widths(
+    axis: Any, lines: dict[str, list[Point]], flat: Sequence[str] = (), dashed: Sequence[str] = ()
+) -> None:
+    """Draw values against width with their intervals; the `n`th line has the colour `C<n>` on every axis.
 
     Args:
         axis (`Axes`): Of matplotlib.
-        rows (`dict[str, list[dict]]`): By name.
-        key (`str`): Such as `"f1"`.
+        lines (`dict[str, list[Point]]`): By name.
         flat (`Sequence[str]`, *optional*): Names of what has but one width, and is drawn across.
+        dashed (`Sequence[str]`, *optional*): Names of baselines that have every width.
     """
-    for name, found in rows.items():
-        found = [row for row in found if row.get(key) is not None]
-        if not found:
-            continue
-        if name in flat:
-            axis.axhline(found[-1][key], color="gray", linestyle=":", label=name)
-            continue
-        middle = [row[key] for row in found]
-        spans = [row.get(f"{key}_interval") or (row[key], row[key]) for row in found]
-        below = [max(0.0, value - low) for value, (low, _) in zip(middle, spans, strict=True)]
-        above = [max(0.0, high - value) for value, (_, high) in zip(middle, spans, strict=True)]
-        widths = [row["width"] for row in found]
-        axis.errorbar(widths, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
+    for number, (name, points) in enumerate(lines.items()):
+        style = {"color": f"C{number}", "label": name}
+        if points and name in flat:
+            _, value, bounds = points[-1]
+            axis.axhline(value, linestyle=":", **style)
+            if bounds is not None:
+                axis.axhspan(*bounds, color=f"C{number}", alpha=0.06)
+        elif points:
+            widths, values, intervals = zip(*points, strict=True)
+            spans = [bounds or (value, value) for value, bounds in zip(values, intervals, strict=True)]
+            # The mean of resamples can lie on either side of an end of the interval by rounding.
+            below = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
+            above = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
+            style |= {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "--" if name in dashed else "-"}
+            axis.errorbar(widths, values, yerr=[below, above], **style)
+    label_widths(axis, {width for name, points in lines.items() if name not in flat for width, *_ in points})
+
+
+def label_widths(axis: Any, widths: set[int]) -> None:
+    """A logarithmic axis of widths, each labelled where they are few."""
     axis.set(xlabel="width (latents)", xscale="log")
-    widths = sorted({row["width"] for name, found in rows.items() if name not in flat for row in found})
-    if len(widths) <= 12:
-        axis.set_xticks(widths, list(map(str, widths)), rotation=45 if len(widths) > 8 else 0)
+    if 0 < len(widths) <= 12:
+        ticks = sorted(widths)
+        axis.set_xticks(ticks, list(map(str, ticks)), rotation=45 if len(ticks) > 8 else 0)
         axis.minorticks_off()
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure whole, then give it its name."""
-    from matplotlib import pyplot
-
+    """Write a matplotlib `Figure`, which needs no backend and leaves a notebook's alone, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp" + path.suffix)
     figure.savefig(temporary, dpi=150)
     temporary.replace(path)
-    pyplot.close(figure)

@@ -1,7 +1,9 @@
-"""Intervals of figures over seeds."""
+"""Intervals of figures: Student's t over seeds, and percentiles of bootstraps; the same seed, the same numbers."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
+
+import numpy as np
 
 
 def seed_interval(values: Sequence[float]) -> list[float] | None:
@@ -13,3 +15,46 @@ def seed_interval(values: Sequence[float]) -> list[float] | None:
     middle = mean(values)
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return [middle - half, middle + half]
+
+
+def middle_95(samples: np.ndarray) -> list:
+    """The 2.5th and the 97.5th percentile of resamples `(R, ...)`: two numbers, or a pair for each figure."""
+    return np.quantile(samples, [0.025, 0.975], axis=0).T.tolist()
+
+
+def resampled_rows(count: int, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """Numbers of rows drawn with replacement, `(resamples, count)`."""
+    return random.integers(count, size=(resamples, count))
+
+
+def resampled_means(table: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """The mean of each resample of a table's rows `(N, S)`, `(resamples, S)`; 0 of no rows."""
+    if not len(table):
+        return np.zeros((resamples, table.shape[1]))
+    return table[resampled_rows(len(table), resamples, random)].mean(1)
+
+
+def ratio_interval(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> list[float]:
+    """The interval of sum of values / sum of weights, both `(N,)`, over the resamples of [`resampled_rows`]."""
+    drawn = weights[rows].sum(1)
+    return middle_95(values[rows].sum(1)[drawn > 0] / drawn[drawn > 0])
+
+
+class CrossedBootstrap:
+    """Resamples of two things that cross, such as splits and tasks; the same for everything they are applied to.
+
+    Tasks count as independent, which those of one data set are not quite.
+
+    Args:
+        counts (`int`): Of the first and the second thing.
+        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+
+    def __init__(self, *counts: int, resamples: int = 1000, seed: int = 0):
+        random = np.random.default_rng(seed)
+        self._weights = [random.multinomial(n, np.full(n, 1 / n), resamples) / n for n in counts]
+
+    def interval(self, values: np.ndarray) -> list[float]:
+        """The middle 95% of the means of values `(first, second)`, both resampled."""
+        first, second = self._weights
+        return middle_95(((first @ values) * second).sum(1))

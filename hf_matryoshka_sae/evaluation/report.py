@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_matryoshka_sae.common.figures import save_figure
+from hf_matryoshka_sae.common.figures import draw_widths, save_figure
 
 
 ABOUT = (
@@ -85,28 +85,20 @@ def _number(value: float | None, form: str) -> str:
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw FVU and recaptured loss against width to a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     drawn = [("fvu", "fraction of variance unexplained"), ("recaptured_zero", "recaptured loss (zero ablation)")]
-    many = len(results) > 1
-    for result in results:
-        for name, rows in result["saes"].items():
-            for axis, (key, _) in zip(axes, drawn, strict=True):
-                points = [(row["width"], row[key]) for row in rows if row.get(key) is not None]
-                if points:
-                    label = f"{name} @ {result['hookpoint']}" if many else name
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
-    widths = sorted({row["width"] for result in results for rows in result["saes"].values() for row in rows})
-    for axis, (_, label) in zip(axes, drawn, strict=True):
-        axis.set(xlabel="width (latents)", ylabel=label, xscale="log")
-        axis.grid(alpha=0.3, which="both")
-        if len(widths) <= 12:
-            axis.set_xticks(widths, [str(width) for width in widths], rotation=45 if len(widths) > 8 else 0)
-            axis.minorticks_off()
+    named = {
+        f"{name} @ {result['hookpoint']}" if len(results) > 1 else name: rows
+        for result in results
+        for name, rows in result["saes"].items()
+    }
+    for axis, (key, label) in zip(axes, drawn, strict=True):
+        of_key = {name: [row for row in rows if row.get(key) is not None] for name, rows in named.items()}
+        draw_widths(axis, {name: [(row["width"], row[key], None) for row in rows] for name, rows in of_key.items()})
+        axis.set_ylabel(label)
     axes[0].set_ylim(0, min(axes[0].get_ylim()[1], 1.2))
     if axes[1].lines:
         axes[1].set_ylim(max(axes[1].get_ylim()[0], -0.2), 1)

@@ -15,13 +15,11 @@ def plot(plan: Plan, path: str | Path) -> None:
         plan ([`Plan`]): What to draw.
         path (`str` or `Path`): The PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [str(layout.mesh) for layout in plan.layouts]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    (left, right) = figure.subplots(1, 2)
     _stack(left, names, [{name: size / 1e9 for name, size in layout.memory.parts.items()} for layout in plan.layouts])
     left.axhline(plan.device.memory / 1e9, color="black", label=f"{plan.device.name}")
     left.axhline(plan.device.usable / 1e9, color="black", linestyle=":", label="of which usable")

@@ -49,10 +49,7 @@ class ProgressiveCurve:
 
 def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
     """Draw several curves into one picture: FVU against width and bits, recaptured loss and RSA against width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     panels = [
@@ -61,7 +58,8 @@ def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
         ("width", "recaptured_zero", "width (latents)", "recaptured loss (zero ablation)"),
         ("width", "rsa", "width (latents)", "RSA (Spearman)"),
     ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, (x_key, y_key, x_label, y_label) in zip(axes.flat, panels, strict=True):
         for name, curve in curves.items():
             points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]

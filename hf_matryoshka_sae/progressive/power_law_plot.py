@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from ..common.figures import save_figure
 from .power_law import PowerLawFit, flat
 
 
@@ -38,25 +39,19 @@ def plot_power_laws(fits: Mapping[str, tuple[Tensor | np.ndarray, PowerLawFit]],
     """
     if not fits:
         raise ValueError("There are no fits to draw: `fits` is empty.")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = 2 if len(fits) == 4 else min(3, len(fits))
     rows = -(-len(fits) // columns)
     size = (5.2 * columns, 4.4 * rows + 0.3)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (name, (importance, fit)) in zip(axes.flat, fits.items(), strict=False):
         _draw(axis, name, flat(importance), fit)
     for axis in axes.flat[len(fits) :]:
         axis.set_axis_off()
     figure.suptitle("Importance by rank: maximum-likelihood power laws with 95% intervals")
-    path = Path(path)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    pyplot.close(figure)
+    save_figure(figure, Path(path))
 
 
 def _draw(axis: "Axes", name: str, values: np.ndarray, fit: PowerLawFit) -> None:

@@ -9,10 +9,12 @@ Shapes: F `num_latents`, N latents drawn from a group, S scores.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..common.intervals import middle_95, resampled_means
 from ..evaluation.baselines import random_dictionary
 from ..evaluation.data import HeldOut
 from ..evaluation.firing import FiringSums
@@ -56,6 +58,16 @@ def with_baselines(
         neurons = neuron_dictionary(data, k=max(1, round(mean_l0(next(iter(saes.values())), data))))
         subjects[NEURONS] = neurons, [neurons.config.num_latents]
     return subjects
+
+
+def as_records(rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Records of a [`Report`] from rows by the names that [`with_baselines`] gives."""
+    kinds = {name: RANDOM for name in rows if name.startswith(f"{RANDOM} (")} | {NEURONS: NEURONS}
+    return [
+        {"subject": name, "kind": kinds.get(name, "dictionary"), **row}
+        for name, of_name in rows.items()
+        for row in of_name
+    ]
 
 
 @torch.no_grad()
@@ -149,13 +161,13 @@ class DrawnLatents:
         tables = [np.array([values[latent] for latent in group]).reshape(-1, size) for group in self.groups]
         generator = np.random.default_rng(seed)
         means = [table.mean(0) if len(table) else np.zeros(size) for table in tables]
-        samples = [_resampled(table, resamples, generator) for table in tables]
+        samples = [resampled_means(table, resamples, generator) for table in tables]
         rows = []
         for number, width in enumerate(self.widths, start=1):
             weights = np.array(self.eligible[:number], dtype=float)
             weights /= max(1.0, weights.sum())
             scores = np.tensordot(weights, means[:number], 1)
-            intervals = np.quantile(np.tensordot(weights, samples[:number], 1), [0.025, 0.975], axis=0).T.tolist()
+            intervals = middle_95(np.tensordot(weights, samples[:number], 1))
             if any(len(group) == 1 < count for group, count in zip(self.groups[:number], self.eligible, strict=False)):
                 intervals = [None] * size  # how much one latent stands for others cannot be told
             rows.append(
@@ -168,10 +180,3 @@ class DrawnLatents:
                 }
             )
         return rows
-
-
-def _resampled(table: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """The mean of each resample of a table's rows `(N, S)`, `(resamples, S)`."""
-    if not len(table):
-        return np.zeros((resamples, table.shape[1]))
-    return table[generator.integers(len(table), size=(resamples, len(table)))].mean(1)

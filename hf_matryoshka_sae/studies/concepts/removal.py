@@ -41,6 +41,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...common.distributed import processes
+from ...common.intervals import CrossedBootstrap
+from ...common.report import Report
 from ...evaluation.baselines import random_dictionary
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
@@ -49,11 +51,10 @@ from ...models.sparse_ops import LatentPairs, row_norms
 from ..drawn_latents import mean_l0, neuron_dictionary
 from ..probing.columns import LatentColumns
 from ..probing.examples import Examples, take_windows, text_batches, text_examples, token_examples
-from ..probing.report import Bootstrap
 from ..probing.tasks import LabelledTask, TokenTasks
 from ..probing.token_properties import WORD_CLASSES
 from .probes import Concepts, class_of, combination, fit_coinciding, fit_exclusive
-from .report import ConceptRemoval
+from .report import removal_report
 
 
 LATENTS = (2, 5, 10, 20, 50)
@@ -88,7 +89,7 @@ def spurious_correlation_removal(
     pairs: Sequence[tuple[str, str]] | None = None,
     widths: Sequence[int] | None = None,
     **options: Any,
-) -> ConceptRemoval:
+) -> Report:
     """SCR of dictionaries at each of their widths, beside random ones and the neurons.
 
     Args:
@@ -109,7 +110,7 @@ def spurious_correlation_removal(
             `seed` (`int`, 0); `show` (`bool`, `True`): progress bars.
 
     Returns:
-        [`ConceptRemoval`] with a row for each subject and width.
+        [`Report`] with a row for each subject and width.
 
     Raises:
         `ValueError`: for options out of range, attributes that are not there, or no pair with enough examples.
@@ -123,7 +124,7 @@ def targeted_probe_perturbation(
     task: Task | None = None,
     widths: Sequence[int] | None = None,
     **options: Any,
-) -> ConceptRemoval:
+) -> Report:
     """TPP of dictionaries at each of their widths, beside random ones and the neurons.
 
     Args:
@@ -133,7 +134,7 @@ def targeted_probe_perturbation(
             others are left out. By default word classes of tokens.
 
     Returns:
-        [`ConceptRemoval`] with a row for each subject and width.
+        [`Report`] with a row for each subject and width.
 
     Raises:
         `ValueError`: for options out of range, or fewer than three classes with enough examples.
@@ -179,7 +180,7 @@ def _measure(
     pairs: Sequence[tuple[str, str]] | None,
     widths: Sequence[int] | None,
     options: _Options,
-) -> ConceptRemoval:
+) -> Report:
     options.show = options.show and processes()[0] == 0
     dictionaries = _dictionaries(data, subjects, widths, options.selection)
     if task is None:
@@ -233,9 +234,9 @@ def _measure(
         "skipped": skipped,
         "seed": options.seed,
     }
-    bootstrap = Bootstrap(options.splits, len(facts), options.resamples, options.seed)
+    bootstrap = CrossedBootstrap(options.splits, len(facts), resamples=options.resamples, seed=options.seed)
     scores = {key: torch.stack(of_splits).numpy() for key, of_splits in found.items()}
-    return ConceptRemoval.of_scores(scores, kinds, about, bootstrap)
+    return removal_report(scores, kinds, about, bootstrap)
 
 
 def _dictionaries(

@@ -14,8 +14,6 @@ Shapes: A ablations, T positions, V vocabulary, W widths, N drawn tokens.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,61 +24,24 @@ from tqdm.auto import tqdm
 from ...activations import is_masked_lm
 from ...activations.hookpoints import first_tensor, hooked
 from ...common.distributed import processes, reduce_sum
-from ...common.figures import draw_widths, save_figure
+from ...common.intervals import ratio_interval, resampled_rows
+from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
-from ..drawn_latents import NEURONS, with_baselines
+from ..drawn_latents import as_records, with_baselines
 
 
 _LOGITS = 2**26  # held at a time
 _ROUNDING = 16  # a change of logits below this many units in the last place is no effect
 
 
-@dataclass
-class AblationSparsity:
-    """What ablations of latents change.
-
-    Args:
-        rows (`dict[str, list[dict]]`): By name, for each width: `width`; `fraction` of logits affected, with
-            `fraction_interval`; `size`, the mean of ||Delta||_2; `pairs` (ablations done) and `no_effect` (how many
-            of them changed nothing, and are left out of the means).
-        latents (`dict[str, dict[int, dict]]`): By name and latent, `fraction`, `size` and `pairs`, its means.
-        about (`dict`): Of the run: tokens drawn, positions, seed.
-    """
-
-    rows: dict[str, list[dict[str, Any]]]
-    latents: dict[str, dict[int, dict[str, Any]]]
-    about: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {**self.about, "saes": self.rows, "latents": self.latents}
-
-    def __str__(self) -> str:
-        lines = [
-            f"ablation sparsity: share of the next {self.about['positions']} tokens' logits that a latent acts on"
-        ]
-        head = f"{'width':>8} {'fraction':>9} {'95% interval':>15} {'size':>8} {'pairs':>6} {'no effect':>10}"
-        for name, rows in self.rows.items():
-            lines += [f"  {name}", f"  {head}"]
-            for row in rows:
-                low, high = row["fraction_interval"]
-                lines.append(
-                    f"  {row['width']:>8d} {row['fraction']:>9.4f} {f'{low:.4f} {high:.4f}':>15} "
-                    f"{row['size']:>8.3f} {row['pairs']:>6d} {row['no_effect']:>10d}"
-                )
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the fraction against width, with intervals, to a PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axis = figure.subplots()
-        draw_widths(axis, self.rows, "fraction", flat=(NEURONS,))
-        axis.set(ylabel=f"share of {self.about['positions']} tokens' logits affected", ylim=(0, None))
-        save_figure(figure, Path(path))
+_COLUMNS = (
+    Column("fraction", "fraction", "share of the next tokens' logits that a latent acts on.", ".4f", "lower"),
+    Column("size", "size", "mean of ||Delta||_2, the length of the change of the logits.", ".3f"),
+    Column("pairs", "pairs", "ablations done.", "d"),
+    Column("no_effect", "no effect", "how many of them changed nothing, and are left out of the means.", "d"),
+)
 
 
 @torch.no_grad()
@@ -95,7 +56,7 @@ def ablation_sparsity(
     seed: int = 0,
     resamples: int = 1000,
     show: bool = True,
-) -> AblationSparsity:
+) -> Report:
     """Take latents away, one at a time, and see how many logits change.
 
     Which latents fire is decided by all of the SAE's (selection `mask`).
@@ -115,7 +76,8 @@ def ablation_sparsity(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        [`AblationSparsity`].
+        [`Report`]: for each subject and width `fraction`, `size`, `pairs` and `no_effect`; of single `latents`
+        `fraction`, `size` and `pairs`.
 
     Raises:
         `ValueError`: if the model is no causal language model, windows have fewer than `positions` tokens, or an
@@ -150,7 +112,10 @@ def ablation_sparsity(
         "per_group": per_group,
         "seed": seed,
     }
-    return AblationSparsity(rows, latents, about)
+    title = f"ablation sparsity: share of the next {positions} tokens' logits that a latent acts on"
+    intervals = "Intervals: 95%, bootstrap over the drawn tokens."
+    records = as_records(rows)
+    return Report("ablation", title, records, _COLUMNS, about, intervals=intervals, latents=latents, grouped=True)
 
 
 def _places(data: HeldOut, tokens: int, positions: int, seed: int) -> list[tuple[Tensor, int]]:
@@ -264,7 +229,7 @@ def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int,
     firing, sums = _by_token(table, len(widths))
     if not len(firing):
         raise ValueError("Nothing fires on the tokens that were drawn, so nothing can be ablated. Draw more `tokens`.")
-    again = np.random.default_rng(seed).integers(len(firing), size=(resamples, len(firing)))
+    again = resampled_rows(len(firing), resamples, np.random.default_rng(seed))
     rows = []
     for number, width in enumerate(widths, start=1):
         inside = table[table[:, 1] < number]
@@ -272,9 +237,7 @@ def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int,
         fraction, size, interval = 0.0, 0.0, [0.0, 0.0]
         if weights.sum():
             fraction, size = values.sum(0) / weights.sum()
-            drawn = weights[again].sum(1)
-            fractions = values[:, 0][again].sum(1)[drawn > 0] / drawn[drawn > 0]
-            interval = np.quantile(fractions, [0.025, 0.975])
+            interval = ratio_interval(values[:, 0], weights, again)
         rows.append(
             {
                 "width": width,

@@ -7,71 +7,28 @@ explained by examples, and its share is reported.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from ...common.distributed import gathered, processes
-from ...common.figures import draw_widths, save_figure
+from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
-from ..drawn_latents import NEURONS, DrawnLatents, firing_counts, with_baselines
+from ..drawn_latents import DrawnLatents, as_records, firing_counts, with_baselines
 from .n2g import Explained, Explainer, firing_examples, score
 
 
 SCORES = ("f1", "precision", "recall", "correlation")
 
 
-@dataclass
-class Explainability:
-    """Scores of several dictionaries.
-
-    Args:
-        rows (`dict[str, list[dict]]`): By name, for each width: `width`, `latents` (drawn), `explainable` (share of
-            its latents that fire often enough), and each of `SCORES`, with an `_interval`.
-        latents (`dict[str, list[Explained]]`): The drawn latents of each.
-        about (`dict`): Of the run: tokens, examples, seed.
-    """
-
-    rows: dict[str, list[dict[str, Any]]]
-    latents: dict[str, list[Explained]]
-    about: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {
-            **self.about,
-            "saes": self.rows,
-            "latents": {name: [vars(one) for one in found] for name, found in self.latents.items()},
-        }
-
-    def __str__(self) -> str:
-        lines = ["N2G: patterns of tokens against firing on other text"]
-        head = f"{'width':>8} {'drawn':>6} {'explainable':>12} {'F1':>7} {'95% interval':>15}"
-        head += f" {'precision':>10} {'recall':>7} {'corr.':>7}"
-        for name, rows in self.rows.items():
-            lines += [f"  {name}", f"  {head}"]
-            for row in rows:
-                interval = row["f1_interval"]
-                told = "-" if interval is None else f"{interval[0]:.3f} {interval[1]:.3f}"
-                lines.append(
-                    f"  {row['width']:>8d} {row['latents']:>6d} {row['explainable']:>12.1%} {row['f1']:>7.3f} "
-                    f"{told:>15} {row['precision']:>10.3f} {row['recall']:>7.3f} "
-                    f"{row['correlation']:>7.3f}"
-                )
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw F1 against width, with intervals, to a PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axis = figure.subplots()
-        draw_widths(axis, self.rows, "f1", flat=(NEURONS,))
-        axis.set(ylabel="F1 of N2G patterns (mean over latents)", ylim=(0, 1))
-        save_figure(figure, Path(path))
+_COLUMNS = (
+    Column("latents", "drawn", "latents that were drawn.", "d"),
+    Column("explainable", "explainable", "share of latents that fire often enough to be explained.", ".1%", "higher"),
+    Column("f1", "F1", "of the patterns' prediction where a latent fires, on other text.", ".3f", "higher"),
+    Column("precision", "precision", "of the same.", ".3f", "higher", table="value"),
+    Column("recall", "recall", "of the same.", ".3f", "higher", table="value"),
+    Column("correlation", "corr.", "Pearson's, of predicted and actual activations.", ".3f", "higher", table="value"),
+)
 
 
 def explainability(
@@ -87,7 +44,7 @@ def explainability(
     seed: int = 0,
     resamples: int = 1000,
     show: bool = True,
-) -> Explainability:
+) -> Report:
     """Explain latents by patterns and test the patterns on other text.
 
     Args:
@@ -106,7 +63,8 @@ def explainability(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        [`Explainability`].
+        [`Report`]: for each subject and width the number of drawn `latents`, which share is `explainable`, and the
+        scores of `SCORES`; the drawn `latents` as [`Explained`].
 
     Raises:
         `ValueError`: if there is no SAE, widths it does not have, or nothing fires often enough.
@@ -135,7 +93,11 @@ def explainability(
         "least": least,
         "seed": seed,
     }
-    return Explainability(rows, found, about)
+    title = "N2G: patterns of tokens against firing on other text"
+    records, intervals = as_records(rows), "Intervals: 95%, bootstrap over the drawn latents within groups."
+    return Report(
+        "patterns", title, records, _COLUMNS, about, ["f1"], intervals=intervals, latents=found, grouped=True
+    )
 
 
 def _explain(

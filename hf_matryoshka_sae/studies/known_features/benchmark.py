@@ -14,9 +14,10 @@ import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ...common.figures import save_figure
-from ...common.files import write_json
+from ...common.figures import draw_widths, save_figure
+from ...common.files import write_json, write_text
 from ...common.intervals import seed_interval
+from ...common.report import markdown_table
 from ...common.seeds import derived_seed
 from ...evaluation.baselines import random_dictionary
 from ...models import SAEModel
@@ -121,9 +122,7 @@ class Benchmark:
                     )
         results = self._collected(seeds)
         write_json(self.folder / "synthetic.json", results)
-        temporary = self.folder / "synthetic.md.tmp"
-        temporary.write_text(markdown(results))
-        temporary.replace(self.folder / "synthetic.md")
+        write_text(self.folder / "synthetic.md", markdown(results))
         plot(results, self.folder / "synthetic.png")
         return results
 
@@ -208,13 +207,15 @@ def markdown(results: dict[str, Any]) -> str:
         f"{world['features']} features in {world['d_in']} dimensions, {results['expected_l0']:.3g} on at once; "
         f"{results['steps']} steps of {results['batch_size']}, seeds {', '.join(map(str, results['seeds']))}",
         "",
-        f"| recipe | width | {' | '.join(_SHOWN.values())} |",
-        f"|---|---|{'---|' * len(_SHOWN)}",
+        markdown_table(
+            ["recipe", "width", *_SHOWN.values()],
+            [
+                [name, str(row["width"]), *(_cell(row[key], row[f"{key}_interval"]) for key in _SHOWN)]
+                for name, rows in results["subjects"].items()
+                for row in rows
+            ],
+        ),
     ]
-    for name, rows in results["subjects"].items():
-        for row in rows:
-            cells = " | ".join(_cell(row[key], row[f"{key}_interval"]) for key in _SHOWN)
-            lines.append(f"| {name} | {row['width']} | {cells} |")
     return "\n".join([*lines, "", results["about"], ""])
 
 
@@ -233,25 +234,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
     drawn = {"mcc": "MCC (matched pairs)", "f1": "F1 (matched pairs)", "parents_fire": "P(parent's latent | child on)"}
-    for number, (name, rows) in enumerate(results["subjects"].items()):
-        style = {"color": f"C{number}", "linestyle": "--" if name in (RANDOM, SUPERVISED) else "-", "label": name}
-        for axis, key in zip(axes, drawn, strict=False):
-            shown = [row for row in rows if row[key] is not None]
-            half = [row[f"{key}_interval"][1] - row[key] if row[f"{key}_interval"] else 0.0 for row in shown]
-            widths, values = [row["width"] for row in shown], [row[key] for row in shown]
-            axis.errorbar(widths, values, yerr=half, marker="o", markersize=4, capsize=3, **style)
-        deciles = rows[-1]["f1_by_decile"]
-        axes[3].plot(range(1, len(deciles) + 1), deciles, marker="o", markersize=4, **style)
-    ticks = sorted({row["width"] for rows in results["subjects"].values() for row in rows})
-    for axis, label in zip(axes, drawn.values(), strict=False):
-        axis.set(xlabel="width (latents)", ylabel=label, xscale="log")
-        if len(ticks) <= 12:
-            axis.set_xticks(ticks, list(map(str, ticks)))
-            axis.minorticks_off()
+    subjects, dashed = results["subjects"], (RANDOM, SUPERVISED)
+    for axis, (key, label) in zip(axes, drawn.items(), strict=False):
+        lines = {
+            name: [(row["width"], row[key], row[f"{key}_interval"]) for row in rows if row[key] is not None]
+            for name, rows in subjects.items()
+        }
+        draw_widths(axis, lines, dashed=dashed)
+        axis.set_ylabel(label)
+    for name, rows in subjects.items():
+        deciles, style = rows[-1]["f1_by_decile"], "--" if name in dashed else "-"
+        axes[3].plot(range(1, len(deciles) + 1), deciles, marker="o", markersize=4, linestyle=style, label=name)
     axes[3].set(xlabel="tenth of features, the most frequent first", ylabel="F1, all latents")
+    axes[3].grid(alpha=0.3)
     for axis in axes:
         axis.set_ylim(0, 1.02)
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     world = results["world"]
     figure.suptitle(f"{world['features']} known features in {world['d_in']} dimensions")

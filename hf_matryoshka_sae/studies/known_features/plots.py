@@ -39,15 +39,11 @@ def _draw(
     colours: str,
     limits: tuple[float, float],
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     count, size = tree.num_features, max(4.0, 0.22 * tree.num_features)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(size * len(panels) + 1.2, size + 0.7), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(size * len(panels) + 1.2, size + 0.7), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for i, (axis, (name, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
         image = axis.imshow(values.numpy(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="equal")
         axis.set_title(name)

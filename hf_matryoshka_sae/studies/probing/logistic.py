@@ -13,7 +13,9 @@ Shapes: N words, D inputs, C classes, F latents.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,47 +42,49 @@ class LogisticProbe:
         return x.to(self.weight) @ self.weight.T + self.bias
 
 
-def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0) -> LogisticProbe:
-    """Fits a probe with L-BFGS; for one class the same as scikit-learn's with `class_weight="balanced"`, `C=1 / l2`.
+def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = False) -> LogisticProbe:
+    """Fits a probe with SciPy's L-BFGS; the same optimum as scikit-learn's with `class_weight="balanced"`, `C=1 / l2`.
 
     Args:
         x (`Tensor` of shape `(N, D)`): Inputs.
         targets (`Tensor` of shape `(N, C)`): bool; which classes each input is of.
         l2 (`float`, *optional*, defaults to 1.0): Weight of the squared length of w, on inputs of variance 1.
+        own_units (`bool`, *optional*, defaults to `False`): The same, but on inputs as they are.
 
     Raises:
         `ValueError`: if shapes do not fit, an input is not finite, or a class has no member or no other.
     """
-    weights = _balanced_weights(x, targets)
+    weights = _balanced_weights(x, targets).cpu()
     if not x.isfinite().all():
         raise ValueError("A probe's inputs must be finite; some are not.")
-    x, y = x.double(), targets.double()
-    mean = x.mean(0)
-    scale = (x - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    x = (x - mean) / scale
-    weight = x.new_zeros(y.shape[1], x.shape[1], requires_grad=True)
-    bias = x.new_zeros(y.shape[1], requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=_ITERATIONS,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-14,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+    z = x.double().cpu()
+    mean = z.mean(0)
+    variance = (z - mean).square().mean(0)
+    unit = torch.ones(()) if own_units else variance.mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    # Each input is divided by what its curvature at zero would ask for, the penalty's part too: few steps are needed.
+    penalty = l2 / len(z) * unit.double().square()
+    scale = (variance + 4 * penalty).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    z, penalty = (z - mean) / scale, penalty / scale.square()
+    solutions = [_minimum(z, y, c / len(z), penalty) for y, c in zip(targets.cpu().double().T, weights.T, strict=True)]
+    weight = torch.stack([solution[:-1] for solution in solutions]) / scale
+    bias = torch.stack([solution[-1] for solution in solutions]) - weight @ mean
+    return LogisticProbe(weight.to(x.device), bias.to(x.device))
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        # Divided by N, so that the solver's first step, of length 1, is of the right size.
-        fit = F.binary_cross_entropy_with_logits(x @ weight.T + bias, y, weights, reduction="sum")
-        total = (fit + l2 / 2 * weight.square().sum()) / len(x)
-        total.backward()
-        return total
 
-    with torch.enable_grad():
-        solver.step(loss)
-    weight = weight.detach() / scale
-    return LogisticProbe(weight, bias.detach() - weight @ mean)
+def _minimum(z: Tensor, y: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
+    """Weights and, last, bias `(D + 1,)` of the least loss of one class."""
+
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        w, b = torch.from_numpy(point[:-1]), point[-1]
+        margin = z @ w + b
+        # Not softplus, which is rounded where it is nearly linear: the value must agree with its slope.
+        value = -(weights * (F.logsigmoid(-margin) + y * margin)).sum() + (penalty * w.square()).sum() / 2
+        slope = weights * (margin.sigmoid() - y)
+        return value.item(), torch.cat([slope @ z + penalty * w, slope.sum()[None]]).numpy()
+
+    options = {"maxiter": _ITERATIONS, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9}
+    found = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x)
 
 
 def f1_scores(predicted: Tensor, targets: Tensor) -> Tensor:

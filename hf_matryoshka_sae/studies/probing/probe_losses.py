@@ -18,14 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from ...common.distributed import processes
+from ...common.intervals import CrossedBootstrap
+from ...common.report import Report
 from ...evaluation.baselines import random_dictionary
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
 from ...models import SAEModel
 from .examples import Examples, take_windows, text_batches, text_examples, token_examples
-from .report import Bootstrap, ProbeReport, report_rows
+from .report import probe_records, probe_report
 from .scores import Probing
-from .sparse import has_scikit_learn
 from .tasks import LabelledTask, TokenTasks, usable_tasks
 
 
@@ -48,7 +49,7 @@ def probe_losses(
     resamples: int = 1000,
     seed: int = 0,
     show: bool = True,
-) -> ProbeReport:
+) -> Report:
     """Probe losses and k-sparse probes of dictionaries at each of their widths, beside baselines.
 
     Args:
@@ -59,10 +60,9 @@ def probe_losses(
             text alone ([`TokenTasks.of_properties`]).
         widths (`Sequence[int]`, *optional*), selection (`str`, *optional*, defaults to `"mask"`): Of those subjects
             that are no [`Dictionary`], see there.
-        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5 where
-            scikit-learn is installed.
+        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5.
         baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0; the hidden
-            state's channels: each alone and, where scikit-learn is installed, all together as the ceiling.
+            state's channels: each alone, and all together as the ceiling.
         max_tokens (`int`, *optional*, defaults to 10,000): Tokens of token tasks, in whole windows.
         splits (`int`, *optional*, defaults to 3), test_share (`float`, *optional*, defaults to 0.2): How often
             examples are split anew, and into what.
@@ -77,18 +77,17 @@ def probe_losses(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        [`ProbeReport`]: each row has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
+        [`Report`]: each record has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
         `nothing`), `width`; `probe_loss` (nats, test part) and `train_loss`; `gain` over the best channel; each with
         an `_interval` of 95% but `train_loss`; `k_sparse`: by k `accuracy`, `f1` and `auc` on the test part, with
         intervals; `tasks`: by name `loss`, `train_loss`, the `latents` chosen in each split, and scores by k.
 
     Raises:
         `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
-        `ImportError`: if `k` asks for probes and scikit-learn is not installed.
     """
     _check_options(max_tokens, splits, test_share, least_share, max_pairs, resamples, k)
     dictionaries = _dictionaries(data, subjects, widths, selection)
-    ks, notes = _sparse_ks(k)
+    ks = [1, 2, 5] if k is None else sorted(set(k))
     show = show and processes()[0] == 0
     data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
     if context_length is None:
@@ -109,7 +108,8 @@ def probe_losses(
     _check_names(names, skipped)
     probing = Probing(ridge, ks, baselines, show)
     parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
-    rows = report_rows(parts, kinds, ks, names, Bootstrap(splits, len(names), resamples, seed))
+    bootstrap = CrossedBootstrap(splits, len(names), resamples=resamples, seed=seed)
+    records = probe_records(parts, kinds, ks, names, bootstrap)
     examples_found: dict[str, int] = {}
     for examples in sets:
         examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
@@ -128,9 +128,9 @@ def probe_losses(
         "ridge": ridge,
         "k": list(ks),
         "seed": seed,
-        "notes": notes,
+        "notes": [],
     }
-    return ProbeReport(rows, about)
+    return probe_report(records, about)
 
 
 def _check_options(
@@ -150,15 +150,6 @@ def _check_options(
         )
     if k is not None and any(number < 1 for number in k):
         raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
-
-
-def _sparse_ks(k: Sequence[int] | None) -> tuple[list[int], list[str]]:
-    if has_scikit_learn():
-        return [1, 2, 5] if k is None else sorted(set(k)), []
-    needed = "k-sparse probes need scikit-learn: pip install 'hf_matryoshka_sae[probes]'"
-    if k:
-        raise ImportError(f"{needed}, or leave them out with k=().")
-    return [], [f"left out: k-sparse probes and all channels together ({needed})"]
 
 
 def _dictionaries(

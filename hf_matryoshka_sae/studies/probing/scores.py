@@ -15,7 +15,7 @@ from ...evaluation.subjects import Dictionary
 from .columns import LatentColumns, own_latents
 from .examples import Examples
 from .newton import Probes, class_weights, cross_entropy, fit_probes
-from .sparse import classifier_scores, dense_probes, has_scikit_learn, shown_latents, sparse_probes
+from .sparse import classifier_scores, dense_probes, shown_latents, sparse_probes
 
 
 CHANNELS, ALL_CHANNELS = "hidden-state channels", "all channels together"
@@ -70,7 +70,7 @@ class Probing:
         with tqdm(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
             for name, columns, widths in work:
                 self._of_columns(name, columns, widths, examples.labels, tests, found, bar)
-        if self.channels and has_scikit_learn():
+        if self.channels:
             self._all_channels(examples, tests, found)
         return found
 

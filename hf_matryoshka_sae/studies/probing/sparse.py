@@ -1,7 +1,7 @@
-"""scikit-learn's logistic regressions: k-sparse probes, which may look at k latents, and probes of all channels.
+"""k-sparse probes, which may look at k latents, and probes of all channels.
 
 The k latents whose means differ most between the classes, |mean of positives - mean of negatives|, are chosen on the
-train part, and scikit-learn's logistic regression (C = 1) is fitted to them there, each class weighing one half; it is
+train part, and a logistic regression (C = 1) is fitted to them there, each class weighing one half; it is
 scored on the test part. This is SAEBench's sparse probing (Karvonen et al. 2025, arXiv 2503.09532; Gurnee et al.
 2023, arXiv 2305.01610), with weights in the place of equally many examples. What is to be a ceiling, a probe of the
 whole hidden state, must not be held back by a ridge that does not suit it: there C is chosen on a part of the train
@@ -10,38 +10,21 @@ examples.
 Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, K values of k.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...common.distributed import processes, reduce_sum
 from .columns import LatentColumns, own_latents
+from .logistic import fit_logistic
 from .newton import class_weights, cross_entropy
 
 
 SCORES = ("accuracy", "f1", "auc")
-_MAX_ITERATIONS = 1000
 _RIDGES = (1.0, 0.1, 0.01, 0.001)  # C, on channels of variance 1 on average
 
 
-def has_scikit_learn() -> bool:
-    """Whether k-sparse probes can be fitted here."""
-    return find_spec("sklearn") is not None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Fits as small as these are five times slower where BLAS's threads and torch's wait for each other."""
-    from threadpoolctl import threadpool_limits  # scikit-learn needs it too
-
-    with threadpool_limits(1):
-        yield
-
-
-@_one_thread()
 def sparse_probes(
     columns: LatentColumns,
     targets: Tensor,
@@ -59,9 +42,6 @@ def sparse_probes(
 
     Returns:
         `Tensor` of shape `(P, K, T, 3)`: [`SCORES`]; in the first two each class weighs one half.
-
-    Raises:
-        `ImportError`: if scikit-learn is not installed.
     """
     chosen = _chosen(columns, targets, ~test, widths, max(ks))
     latents, places = chosen.unique(return_inverse=True)
@@ -101,18 +81,10 @@ def shown_latents(columns: LatentColumns, latents: Tensor) -> Tensor:
 
 
 def _score(x: Tensor, target: Tensor, test: Tensor) -> Tensor:
-    # Newton's method: with k inputs by far the fastest of the solvers, to the same optimum.
-    model = _logistic_regression(1.0, "newton-cholesky").fit(x[~test].double().numpy(), target[~test].numpy())
-    return classifier_scores(torch.from_numpy(model.decision_function(x[test].double().numpy())), target[test])
+    probe = fit_logistic(x[~test], target[~test, None], own_units=True)
+    return classifier_scores(probe.scores(x[test])[:, 0], target[test])
 
 
-def _logistic_regression(strength: float, solver: str):
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, class_weight="balanced", max_iter=_MAX_ITERATIONS, solver=solver, tol=1e-5)
-
-
-@_one_thread()
 def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tensor) -> Tensor:
     """Log-odds `(N, T)` of logistic regressions on all channels.
 
@@ -122,9 +94,6 @@ def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tens
     Args:
         hidden (`Tensor` of shape `(N, D)`), targets (`Tensor` of shape `(N, T)`): Inputs and bool labels.
         test (`Tensor` of shape `(N,)`), validation (`Tensor` of shape `(N,)`): Parts, bool; apart from each other.
-
-    Raises:
-        `ImportError`: if scikit-learn is not installed.
     """
     rank, world = processes()
     x = hidden.double()
@@ -136,8 +105,7 @@ def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tens
         target = targets[:, task]
 
         def fitted(strength: float, part: Tensor, target: Tensor = target) -> Tensor:
-            model = _logistic_regression(strength, "lbfgs").fit(x[part].numpy(), target[part].numpy())
-            return torch.from_numpy(model.decision_function(x.numpy()))
+            return fit_logistic(x[part], target[part, None], 1 / strength, own_units=True).scores(x)[:, 0]
 
         best = _RIDGES[0]
         if all(0 < target[part].sum() < part.sum() for part in (rest, validation)):

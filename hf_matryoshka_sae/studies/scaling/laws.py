@@ -21,6 +21,7 @@ from scipy import optimize
 from tqdm.auto import tqdm
 
 from ...common.distributed import processes
+from ...common.intervals import middle_95
 
 
 PUBLISHED_GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
@@ -87,7 +88,7 @@ class ScalingLaw(ABC):
             raise ValueError("A band needs a bootstrap: fit with `resamples` above 0.")
         first, second = self._features(*(np.asarray(values, dtype=np.float64) for values in inputs))
         drawn = np.stack([np.exp(_log_loss(first, second, sample)) for sample in self.samples])
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        low, high = np.array(middle_95(drawn)).T
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _fit(law: type, inputs: tuple[np.ndarray, ...], loss: np.ndarray, resamples:
     errors = logs - _log_loss(first, second, found)
     samples, resampled = _resample(first, second, logs, full, resamples, seed)
     values = law._public(found[None])[0]
-    bounds = np.percentile(law._public(samples), [2.5, 97.5], axis=0).T if len(samples) else []
+    bounds = middle_95(law._public(samples)) if len(samples) else []
     spread = ((logs - logs.mean()) ** 2).sum()
     constants = dict(zip(law.names, [*values.tolist(), *[None] * (len(law.names) - len(values))], strict=True))
     return law(

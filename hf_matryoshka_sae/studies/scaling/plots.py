@@ -27,15 +27,13 @@ def plot_scaling(report: "ScalingReport", path: str | Path) -> None:
         report ([`ScalingReport`]): With at least one law.
         path (`str` or `Path`): The PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     largest = report.budgets[-1]
     points = [point for point in report.points if point.tokens == largest.tokens]
     colours = dict(zip(sorted({point.k for point in report.points}), _colours(report.points), strict=True))
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes = figure.subplots(2, 2)
     _draw_sizes(axes[0, 0], points, largest, colours)
     _draw_compute(axes[0, 1], report, colours)
     _draw_surface(axes[1, 0], points, largest)

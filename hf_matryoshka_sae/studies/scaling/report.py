@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...common.files import write_json, write_text
+from ...common.report import markdown_table
 from .laws import (
     JointScalingLaw,
     PowerLawWithFloor,
@@ -131,7 +132,7 @@ class ScalingReport:
                 cells.append(f"{law.predict(point.num_latents, point.k):.4f}" if law else "")
             rows.append([*cells, "yes" if point.held_out else ""])
         titles = [title for title, *_ in columns] + ["L(F, k)"] * bool(laws) + ["held out"]
-        return _markdown(titles, rows)
+        return markdown_table(titles, rows)
 
 
 def fit_points(points: Sequence[Point], resamples: int = 200, seed: int = 0) -> ScalingReport:
@@ -229,7 +230,7 @@ def _budget(tokens: int | None) -> str:
 
 def _error_table(errors: dict[str, float], count: int) -> str:
     rows = [[title, f"{errors[name]:.2%}"] for name, title in _PREDICTORS.items() if name in errors]
-    return _markdown([f"what predicts the {count} held-out points", "mean error"], rows)
+    return markdown_table([f"what predicts the {count} held-out points", "mean error"], rows)
 
 
 def _law_table(laws: dict[str, ScalingLaw]) -> str:
@@ -237,9 +238,4 @@ def _law_table(laws: dict[str, ScalingLaw]) -> str:
         [name, law.constants_text(), f"{law.rmse:.2%}", f"{law.r2:.4f}", f"{law.points}", law.interval_from]
         for name, law in laws.items()
     ]
-    return _markdown(["law", "constants [95%]", "error", "R²", "points", "resampled"], rows)
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["law", "constants [95%]", "error", "R²", "points", "resampled"], rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...activations import TokenBatch
+from ...common.report import Report
 from ...evaluation.data import HeldOut
 from ...evaluation.language_model import LossScaling
 from ...models import SAEModel
@@ -94,3 +95,8 @@ class Found:
     plot: Callable[[Path], None] | None = None
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: Report) -> "Found":
+        """What a report says."""
+        return cls(report.flat(), str(report), report.to_dict(), report.plot, report.notes)

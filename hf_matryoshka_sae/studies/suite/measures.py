@@ -1,22 +1,40 @@
 """The metrics as sections of one evaluation: each called with its size, each giving rows of plain numbers."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from ...common.report import Column, Report
 from ...evaluation import report
 from ...evaluation.core import IDENTITY, details, evaluate
 from ..concepts.absorption import absorption_on_task
 from ..concepts.first_letter import NotDefined, first_letter_task
 from ..concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
 from ..concepts.report import HEADLINE, WARNING
-from ..drawn_latents import NEURONS
+from ..drawn_latents import as_records
 from ..effects.ablation import ablation_sparsity
 from ..explanations.autointerp.interpretability import automated_interpretability
 from ..explanations.explainability import explainability
 from ..probing.probe_losses import probe_losses
 from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
+
+
+_ABSORPTION = (
+    Column("l0", "L0", "latents that fire on a word.", ".2f", table="nothing"),
+    Column(
+        "absorption_fraction",
+        "fraction",
+        "of a letter's direction that single words absorb.",
+        better="lower",
+    ),
+    Column("full_absorption", "full", "words whose letter is told by no latent of the letter.", better="lower"),
+    Column("split_latents", "latents a letter", "how many a letter is split into.", better="lower"),
+    Column("num_letters", "letters", "that the language model knows.", "d"),
+)
+_REMOVAL = (
+    Column("scr", "SCR", f"spurious correlation removal, {HEADLINE} latents taken out.", ".3f", "higher"),
+    Column("tpp", "TPP", f"targeted probe perturbation, {HEADLINE} latents taken out.", ".3f", "higher"),
+)
 
 
 def fidelity(bench: Bench, tokens: int) -> Found:
@@ -36,7 +54,7 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
             {
                 key: value["spearman"] if key == "rsa" and value is not None else value
                 for key, value in row.items()
-                if _plain(key, value)
+                if key == "rsa" or not isinstance(value, dict)
             }
             for row in found
         ]
@@ -44,30 +62,15 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
     }
 
 
-def _plain(key: str, value: Any) -> bool:
-    return key == "rsa" or not isinstance(value, dict)
-
-
 def probes(bench: Bench, tokens: int) -> Found:
     """Probe loss and k-sparse probes."""
-    tasks = [None, *bench.labelled]
-    found = probe_losses(
-        bench.data, bench.saes, tasks, bench.widths, selection=bench.selection, max_tokens=tokens, seed=bench.seed
-    )
-    rows: Rows = {}
-    for row in found.rows:
-        flat = {key: value for key, value in row.items() if key not in ("k_sparse", "tasks", "subject")}
-        for k, scores in row["k_sparse"].items():
-            flat[f"accuracy_{k}"] = scores["accuracy"]
-            flat[f"accuracy_{k}_interval"] = scores.get("accuracy_interval")
-        rows.setdefault(row["subject"], []).append(flat)
-    return Found(rows, str(found), {**found.about, "rows": found.rows}, found.plot, list(found.about["notes"]))
+    options = {"selection": bench.selection, "max_tokens": tokens, "seed": bench.seed}
+    return Found.of(probe_losses(bench.data, bench.saes, [None, *bench.labelled], bench.widths, **options))
 
 
 def patterns(bench: Bench, per_group: int) -> Found:
     """N2G."""
-    found = explainability(bench.saes, *bench.halves, bench.widths, per_group, seed=bench.seed)
-    return Found(found.rows, str(found), found.to_dict(), found.plot)
+    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, seed=bench.seed))
 
 
 def explanations(bench: Bench, per_group: int) -> Found:
@@ -82,25 +85,12 @@ def explanations(bench: Bench, per_group: int) -> Found:
         prompts=bench.prompts,
         seed=bench.seed,
     )
-    if found is None:
-        return Found({}, "", {})
-    told = found.about["judge"]
-    notes = [told[:1].upper() + told[1:] if found.about["stand_in"] else f"Judge: {told}"]
-    every = [rows[-1] for rows in found.rows.values()]
-    unusable = sum(row["malformed"] + row["refusals"] for row in every)
-    if unusable:
-        asked = sum(row["questions"] for row in every)
-        notes.append(
-            f"{unusable} of {asked} answers were refusals or malformed, and count as saying nothing: see `refusals` "
-            "and `malformed` by dictionary"
-        )
-    return Found(found.rows, str(found), found.to_dict(), found.plot, notes)
+    return Found({}, "", {}) if found is None else Found.of(found)
 
 
 def ablation(bench: Bench, tokens: int) -> Found:
     """Ablation sparsity."""
-    found = ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed)
-    return Found(found.rows, str(found), found.to_dict(), found.plot)
+    return Found.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
 
 
 def absorption(bench: Bench, size: int) -> Found:
@@ -116,71 +106,33 @@ def absorption(bench: Bench, size: int) -> Found:
     first = next(iter(results.values()))
     if not first["defined"]:
         return Found({}, first["reason"], results, notes=[first["reason"]])
-    keys = ("width", "l0", "full_absorption", "absorption_fraction", "split_latents", "num_letters", "reason")
+    keys = ("width", "reason", *(column.name for column in _ABSORPTION))
     rows = {name: [{key: row.get(key) for key in keys} for row in found["rows"]] for name, found in results.items()}
-    lines = [f"{'width':>8} {'fraction':>9} {'full':>9} {'latents a letter':>17} {'letters':>8}"]
-    for name, found in rows.items():
-        lines.append(f"  {name}")
-        for row in found:
-            cells = [row[key] for key in ("absorption_fraction", "full_absorption", "split_latents")]
-            told = " ".join(
-                f"{'-' if cell is None else format(cell, '.4f'):>{size}}"
-                for cell, size in zip(cells, (9, 9, 17), strict=True)
-            )
-            lines.append(f"{row['width']:>8} {told} {row['num_letters']:>8}")
     notes = list(dict.fromkeys(note for found in results.values() for note in found["notes"]))
-    return Found(rows, "\n".join(lines), results, lambda path: _plot_absorption(rows, path), notes)
-
-
-def _plot_absorption(rows: Rows, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    report.draw_widths(axis, rows, "absorption_fraction")
-    axis.set(ylabel="absorbed fraction of first letters", ylim=(0, None))
-    report.save_figure(figure, path)
+    told = Report(
+        "absorption", "First letters", as_records(rows), _ABSORPTION, {}, ["absorption_fraction"], notes=notes
+    )
+    return Found(rows, str(told), results, told.plot, notes)
 
 
 def removal(bench: Bench, tokens: int) -> Found:
     """SCR and TPP at their headline number of latents."""
     options = {"selection": bench.selection, "latents": [HEADLINE], "max_tokens": tokens, "seed": bench.seed}
-    rows: Rows = {}
-    parts = {
-        "scr": spurious_correlation_removal(bench.data, bench.saes, widths=bench.widths, **options),
-        "tpp": targeted_probe_perturbation(bench.data, bench.saes, widths=bench.widths, **options),
-    }
-    for name, found in parts.items():
-        for row in found.rows:
-            of_subject = rows.setdefault(row["subject"], [])
-            place = [each for each in of_subject if each["width"] == row["width"]]
-            if not place:
-                of_subject.append({"width": row["width"]})
-                place = of_subject[-1:]
-            count = str(HEADLINE)
-            place[0].update({name: row["score"][count], f"{name}_interval": row["interval"][count]})
-    everything = {name: found.to_dict() for name, found in parts.items()}
-    text = "\n\n".join(map(str, parts.values()))
-    return Found(rows, text, everything, lambda path: _plot_removal(rows, path), [WARNING])
-
-
-def _plot_removal(rows: Rows, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("scr", "tpp"), strict=True):
-        report.draw_widths(axis, rows, name, flat=(NEURONS,))
-        axis.set(ylabel=f"{name.upper()}, {HEADLINE} latents taken out")
-    figure.suptitle(WARNING, fontsize=9, color="tab:red")
-    report.save_figure(figure, path)
+    scr = spurious_correlation_removal(bench.data, bench.saes, widths=bench.widths, **options)
+    tpp = targeted_probe_perturbation(bench.data, bench.saes, widths=bench.widths, **options)
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    for part in (scr, tpp):
+        for record in part.records:
+            place = {key: record[key] for key in ("subject", "kind", "width")}
+            both, (column,) = records.setdefault((record["subject"], record["width"]), place), part.columns
+            both |= {part.name: column.value(record), f"{part.name}_interval": column.bounds(record)}
+    merged = Report(
+        "removal", "Concept removal", list(records.values()), _REMOVAL, {}, ["scr", "tpp"], warning=WARNING
+    )
+    everything = {part.name: part.to_dict() for part in (scr, tpp)}
+    return Found(merged.flat(), f"{scr}\n\n{tpp}", everything, merged.plot, [WARNING])
 
 
 def composition(bench: Bench, seeds: int) -> Found:
     """Meta-SAEs."""
-    found = meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds))
-    rows: Rows = {}
-    for row in found.rows:
-        rows.setdefault(row["subject"], []).append(
-            {"width": row["width"], "explained": row["explained"], "explained_interval": row["interval"]}
-        )
-    return Found(rows, str(found), found.to_dict(), found.plot)
+    return Found.of(meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds)))

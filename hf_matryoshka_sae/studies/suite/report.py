@@ -1,11 +1,11 @@
 """The report of a full evaluation: `report.md` with plots, and `suite.json`, from which model cards are filled."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...common.files import write_json
+from ...common.files import write_json, write_text
+from ...common.report import markdown_table
 
 
 FOLDER = "evaluation_suite"
@@ -40,9 +40,7 @@ def write_report(folder: Path, places: Sequence[dict[str, Any]], minutes: float 
     for place in places:
         parts += _place(place)
     path = folder / "report.md"
-    temporary = path.with_suffix(".md.tmp")
-    temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
@@ -100,8 +98,7 @@ def summary(place: dict[str, Any], name: str) -> str:
             lines += metric_lines(section["rows"], name, key, title, form, widths)
     if not lines:
         return ""
-    head = [["metric", "", *(f"{width:,}" for width in widths)], ["---", "---", *["---:"] * len(widths)]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
+    table = markdown_table(["metric", "", *(f"{width:,}" for width in widths)], lines, right=2)
     notes = [f"- {each['title']}: {note}" for each in place["sections"] for note in each.get("notes", [])]
     return "\n\n".join(filter(None, [f"**{name}**", table, "\n".join(notes)]))
 

@@ -13,8 +13,6 @@ Shapes: F latents, D `d_in`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -23,9 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...common.distributed import processes
-from ...common.figures import save_figure
-from ...common.files import write_json
 from ...common.intervals import seed_interval
+from ...common.report import Column, Report
 from ...common.seeds import derived_seed
 from ...evaluation.geometry import checked_widths, unit_rows
 from ...models import BatchTopKSAEConfig, SAEModel, build_sae
@@ -35,62 +32,17 @@ K = 4
 _SHARE = 4  # rows for each latent of the meta-SAE
 
 
-@dataclass
-class MetaSAE:
-    """What small SAEs explain of decoders.
-
-    Args:
-        rows (`list[dict]`): For each subject and width: `subject`, `kind` (`dictionary` or `random`), `width`,
-            `explained` (mean over seeds), `interval` (95%, Student's t over seeds; `None` of one seed) and `seeds`
-            (each).
-        about (`dict`): The recipe.
-    """
-
-    rows: list[dict[str, Any]]
-    about: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {**self.about, "rows": self.rows}
-
-    def __str__(self) -> str:
-        size = max(len(row["subject"]) for row in self.rows)
-        lines = [
-            f"Meta-SAE: variance of decoder rows explained by F/{_SHARE} latents, {K} at a time "
-            f"({self.about['steps']} steps); compare with random rows of the same width",
-            f"{'':{size}} {'width':>6} {'explained':>10} {'95%':>14}",
-        ]
-        for row in self.rows:
-            bounds = "{:.3f}..{:.3f}".format(*row["interval"]) if row["interval"] else "-"
-            lines.append(f"{row['subject']:{size}} {row['width']:>6} {row['explained']:>10.3f} {bounds:>14}")
-        return "\n".join(lines)
-
-    def save(self, folder: str | Path, name: str = "meta_sae") -> None:
-        """Write `<name>.json` and `<name>.png` into a folder."""
-        write_json(Path(folder) / f"{name}.json", self.to_dict())
-        self.plot(Path(folder) / f"{name}.png")
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the explained share against width, with intervals, to a PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axis = figure.subplots()
-        for name in dict.fromkeys(row["subject"] for row in self.rows):
-            rows = [row for row in self.rows if row["subject"] == name]
-            half = [row["interval"][1] - row["explained"] if row["interval"] else 0.0 for row in rows]
-            style = "--" if rows[0]["kind"] == "random" else "-"
-            xs, ys = [row["width"] for row in rows], [row["explained"] for row in rows]
-            axis.errorbar(xs, ys, yerr=half, marker="o", markersize=4, capsize=3, linestyle=style, label=name)
-        axis.set(xlabel="width (latents)", ylabel="variance of decoder rows explained", xscale="log")
-        widths = sorted({row["width"] for row in self.rows})
-        if len(widths) <= 12:
-            axis.set_xticks(widths, list(map(str, widths)), rotation=45 if len(widths) > 8 else 0)
-            axis.minorticks_off()
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
-        figure.suptitle("Meta-SAE: lower is less composed")
-        save_figure(figure, Path(path))
+_COLUMNS = (
+    Column(
+        "explained",
+        "explained",
+        f"share of the variance of decoder rows that F/{_SHARE} latents explain, {K} at a time, mean over seeds; only "
+        "the distance to random rows of the same shape says something.",
+        ".3f",
+        "lower",
+        interval="interval",
+    ),
+)
 
 
 def meta_sae(
@@ -103,7 +55,7 @@ def meta_sae(
     baselines: bool = True,
     seeds: Sequence[int] = (0, 1, 2),
     show: bool = True,
-) -> MetaSAE:
+) -> Report:
     """Train meta-SAEs on the decoder of each prefix, and on random rows.
 
     Nothing is read but weights; several processes do the same.
@@ -116,6 +68,10 @@ def meta_sae(
         baselines (`bool`, *optional*, defaults to `True`): Beside each SAE random unit rows of the same shape.
         seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): Of first weights, batches and random rows.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+
+    Returns:
+        [`Report`]: for each subject and width `explained`, the mean over seeds, its `interval` (95%, Student's t over
+        seeds; `None` of one seed), and that of each of the `seeds`.
 
     Raises:
         `ValueError`: for options out of range, or a decoder that is not finite or of which too few rows have a
@@ -148,7 +104,12 @@ def meta_sae(
                 if shape not in random:
                     random[shape] = [explained(_random_rows(shape, seed), seed) for seed in seeds]
                 rows.append(_row(f"random ({name})", "random", width, random[shape]))
-    return MetaSAE(rows, {"steps": steps, "batch_size": batch_size, "lr": lr, "k": K, "seeds": list(seeds)})
+    about = {"steps": steps, "batch_size": batch_size, "lr": lr, "k": K, "seeds": list(seeds)}
+    title = (
+        f"Meta-SAE: variance of decoder rows explained by F/{_SHARE} latents, {K} at a time ({steps} steps); compare "
+        "with random rows of the same width"
+    )
+    return Report("meta_sae", title, rows, _COLUMNS, about, intervals="Intervals: 95%, Student's t over seeds.")
 
 
 def _directions(name: str, sae: SAEModel, width: int) -> Tensor:

@@ -103,7 +103,7 @@ def tpp(*arguments, **options):
 
 
 def score(report, subject, width, count):
-    (row,) = [row for row in report.rows if (row["subject"], row["width"]) == (subject, width)]
+    (row,) = [row for row in report.records if (row["subject"], row["width"]) == (subject, width)]
     low, high = row["interval"][str(count)]
     assert low <= row["score"][str(count)] + 1e-12 and row["score"][str(count)] <= high + 1e-12
     return row["score"][str(count)]
@@ -119,7 +119,7 @@ def test_a_spurious_attribute_of_one_latent_is_taken_out():
     (facts,) = report.about["tasks"].values()
     assert facts["base"] < 0.8 and facts["clean"] > 0.99 and facts["keeps_first"] == 1
     assert abs(score(report, "random (sae)", F, 2)) < 0.6
-    assert [row["width"] for row in report.rows if row["kind"] == "random"] == [4, 10, F]
+    assert [row["width"] for row in report.records if row["kind"] == "random"] == [4, 10, F]
 
 
 def test_classes_of_one_latent_each_are_perturbed_one_at_a_time():
@@ -256,7 +256,7 @@ def test_neither_score_depends_on_the_units_of_latents():
         other.b_enc.mul_(factors)
         other.W_dec.div_(factors[:, None])
     for metric, (data, task) in ((scr, two_attributes()), (tpp, three_classes())):
-        rows, others = (metric(data, each, task, baselines=False).rows for each in (sae, other))
+        rows, others = (metric(data, each, task, baselines=False).records for each in (sae, other))
         for row, same in zip(rows, others, strict=True):
             assert row["score"] == pytest.approx(same["score"], abs=1e-9)
 
@@ -267,9 +267,9 @@ def test_the_row_of_a_prefix_is_that_of_the_dictionary_cut(activation, options):
     sae = dictionary({A: 0, B: 1, NOT_B: -1}, activation=activation, **options)
     whole = scr(data, {"sae": Dictionary(sae, [7, F], "restrict")}, task, baselines=False)
     cut = scr(data, {"sae": sae.truncate(7)}, task, widths=[7], baselines=False)
-    assert [row["width"] for row in whole.rows] == [7, F]
-    assert whole.rows[0]["score"] == pytest.approx(cut.rows[0]["score"])
-    assert whole.rows[0]["tasks"] == cut.rows[0]["tasks"]
+    assert [row["width"] for row in whole.records] == [7, F]
+    assert whole.records[0]["score"] == pytest.approx(cut.records[0]["score"])
+    assert whole.records[0]["tasks"] == cut.records[0]["tasks"]
 
 
 def test_a_seed_gives_the_same_and_another_seed_another():
@@ -284,9 +284,9 @@ def test_everything_shown_carries_the_warning(tmp_path):
     assert "arXiv 2605.18229" in str(report) and "do not rank" in str(report)
     report.save(tmp_path)
     saved = json.loads((tmp_path / "tpp.json").read_text())
-    assert "2605.18229" in saved["warning"] and saved["rows"] == report.rows
+    assert "2605.18229" in saved["warning"] and saved["rows"] == report.records
     assert (tmp_path / "tpp.png").stat().st_size > 10_000
-    assert {row["kind"] for row in report.rows} == {"dictionary", "random", "neurons"}
+    assert {row["kind"] for row in report.records} == {"dictionary", "random", "neurons"}
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def _one_of_two(rank: int, folder) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     data, task = two_attributes()
     report = scr(data, dictionary({A: 0, B: 1, NOT_B: -1}), task)
-    (folder / f"{rank}.json").write_text(json.dumps(report.rows))
+    (folder / f"{rank}.json").write_text(json.dumps(report.records))
     dist.destroy_process_group()
 
 
@@ -375,5 +375,5 @@ def test_two_processes_find_what_one_finds(tmp_path):
     mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
     alone = scr(data, dictionary({A: 0, B: 1, NOT_B: -1}), task)
     for rank in range(2):
-        for row, same in zip(json.loads((tmp_path / f"{rank}.json").read_text()), alone.rows, strict=True):
+        for row, same in zip(json.loads((tmp_path / f"{rank}.json").read_text()), alone.records, strict=True):
             assert row["score"] == pytest.approx(same["score"], abs=1e-9)

@@ -90,7 +90,7 @@ def test_every_ablation_done_by_hand(llama):
     found = ablation_sparsity(
         {"it": sae}, llama, [4, 10], tokens=1000, per_group=100, positions=4, baselines=False, show=False
     )
-    for row in found.rows["it"]:
+    for row in found.subject("it"):
         inside = [value for (_, _, latent), value in expected.items() if latent < row["width"]]
         assert row["pairs"] == len(inside) > 20
         assert row["fraction"] == pytest.approx(np.mean([fraction for fraction, _ in inside]), rel=1e-4)
@@ -106,9 +106,9 @@ def test_every_ablation_done_by_hand(llama):
 def test_latents_drawn_stand_for_all_that_fire(llama):
     """Means over many draws of one latent a group come close to the mean over all."""
     sae, options = relu_sae(16, 24), dict(tokens=1000, positions=4, baselines=False, show=False)
-    whole = ablation_sparsity({"it": sae}, llama, [6, 24], per_group=100, **options).rows["it"]
+    whole = ablation_sparsity({"it": sae}, llama, [6, 24], per_group=100, **options).subject("it")
     drawn = [
-        ablation_sparsity({"it": sae}, llama, [6, 24], per_group=1, seed=seed, **options).rows["it"]
+        ablation_sparsity({"it": sae}, llama, [6, 24], per_group=1, seed=seed, **options).subject("it")
         for seed in range(20)
     ]
     for index in range(2):
@@ -153,7 +153,7 @@ def test_a_latent_that_writes_one_logit_affects_one():
     found = ablation_sparsity({"it": sae}, data, [1, 2], positions=5, baselines=False, show=False)
     assert found.latents["it"][0]["fraction"] == pytest.approx(1 / (20 * 5))
     assert found.latents["it"][1]["fraction"] == pytest.approx(10 / (20 * 5))
-    first, both = found.rows["it"]
+    first, both = found.subject("it")
     assert first["fraction"] == pytest.approx(1 / 100)
     assert both["fraction"] == pytest.approx(5.5 / 100)
     assert first["size"] == pytest.approx(2.0)
@@ -161,7 +161,7 @@ def test_a_latent_that_writes_one_logit_affects_one():
 
 def test_what_changes_every_logit_alike_changes_nothing():
     data, sae = planted(20, torch.stack([torch.ones(20), torch.eye(20)[0]]))
-    first, both = ablation_sparsity({"it": sae}, data, [1, 2], positions=5, baselines=False, show=False).rows["it"]
+    first, both = ablation_sparsity({"it": sae}, data, [1, 2], positions=5, baselines=False, show=False).subject("it")
     assert first["no_effect"] == first["pairs"] > 0
     assert first["fraction"] == 0
     assert both["fraction"] == pytest.approx(1 / 100)
@@ -176,7 +176,7 @@ def test_tokens_on_which_nothing_fires_are_passed_over(llama):
     assert 0 < (sae.encode(states).to_dense() > 0).any(1).float().mean() < 0.9
     found = ablation_sparsity({"it": sae}, llama, tokens=1000, **options)
     expected = by_hand(llama, sae, positions=4)
-    assert found.rows["it"][-1]["pairs"] == len(expected)
+    assert found.subject("it")[-1]["pairs"] == len(expected)
     with torch.no_grad():
         sae.b_enc.sub_(100.0)
     with pytest.raises(ValueError, match="Nothing fires on the tokens"):
@@ -187,7 +187,7 @@ def test_the_same_call_gives_the_same_result_and_a_plot(llama, tmp_path):
     sae = relu_sae(16, 24)
     first, again = (ablation_sparsity({"it": sae}, llama, [8, 24], tokens=8, positions=4, show=False) for _ in "ab")
     assert first.to_dict() == again.to_dict()
-    assert list(first.rows) == ["it", "random (it)", "neurons"]
+    assert list(first.subjects()) == ["it", "random (it)", "neurons"]
     assert "random (it)" in str(first)
     first.plot(tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").stat().st_size > 10_000

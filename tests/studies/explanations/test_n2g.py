@@ -135,13 +135,13 @@ def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons():
     examples = open_heldout("embedded", "model.layers.2", text, tokens=20_000)
     test = open_heldout("embedded", "model.layers.2", tokens=8_000)
     found = explainability({"demo": _embedded()}, examples, test, [448, 2048], per_group=6, substitutes=1, show=False)
-    last = {name: rows[-1]["f1"] for name, rows in found.rows.items()}
+    last = {name: rows[-1]["f1"] for name, rows in found.subjects().items()}
     assert last["demo"] > 1.5 * last["random (demo)"] and last["demo"] > 1.5 * last["neurons"]
-    for rows in found.rows.values():
+    for rows in found.subjects().values():
         for row in rows:
             assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
     again = explainability({"demo": _embedded()}, examples, test, [448], 6, substitutes=1, baselines=False, show=False)
-    assert again.rows["demo"][0]["f1"] == pytest.approx(found.rows["demo"][0]["f1"])
+    assert again.subject("demo")[0]["f1"] == pytest.approx(found.subject("demo")[0]["f1"])
     assert "neurons" in str(found) and found.to_dict()["example_tokens"] == 20_000
 
 

@@ -43,6 +43,18 @@ def test_probe_minimises_the_written_loss(problem):
         np.testing.assert_allclose(probe.scores(x)[:, c].numpy(), z @ best[:-1] + best[-1], atol=1e-4)
 
 
+@pytest.mark.parametrize("l2", [1.0, 100.0])
+def test_probe_on_inputs_as_they_are_is_scikit_learn_s(problem, l2):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, targets = problem
+    x = torch.cat([x * torch.tensor([1e-2, 30.0, 1.0, 1.0, 1.0]), torch.zeros(120, 1)], 1)
+    scores = fit_logistic(x, targets, l2, own_units=True).scores(x)
+    for c in range(3):
+        right = linear_model.LogisticRegression(C=1 / l2, class_weight="balanced", solver="newton-cholesky", tol=1e-10)
+        expected = right.fit(x.double().numpy(), targets[:, c].numpy()).decision_function(x.double().numpy())
+        np.testing.assert_allclose(scores[:, c].numpy(), expected, atol=1e-5)
+
+
 def test_neither_units_nor_rotation_matter(problem):
     x, targets = problem
     x = x.double()

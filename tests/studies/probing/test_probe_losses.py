@@ -13,12 +13,11 @@ from torch import nn
 
 from hf_matryoshka_sae.activations import TokenBatch, heldout_batches, load_language_model
 from hf_matryoshka_sae.assets import load_embedded_lm
+from hf_matryoshka_sae.common.intervals import CrossedBootstrap
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
 from hf_matryoshka_sae.studies import LabelledTask, TokenTasks, probe_losses
-from hf_matryoshka_sae.studies.probing import probe_losses as probing
-from hf_matryoshka_sae.studies.probing import scores as probe_scores
-from hf_matryoshka_sae.studies.probing.report import Bootstrap, ProbeReport
+from hf_matryoshka_sae.studies.probing.report import probe_report
 from hf_matryoshka_sae.studies.probing.token_properties import property_names
 
 
@@ -78,8 +77,8 @@ def probe(data: HeldOut, subjects=None, **options):
 
 def same(left, right, tolerance: float = 1e-6) -> None:
     assert left.about == right.about
-    assert [row["subject"] for row in left.rows] == [row["subject"] for row in right.rows]
-    for one, other in zip(left.rows, right.rows, strict=True):
+    assert [row["subject"] for row in left.records] == [row["subject"] for row in right.records]
+    for one, other in zip(left.records, right.records, strict=True):
         assert one["width"] == other["width"]
         assert one["probe_loss"] == pytest.approx(other["probe_loss"], abs=tolerance)
         assert one["probe_loss_interval"] == pytest.approx(other["probe_loss_interval"], abs=tolerance)
@@ -123,35 +122,29 @@ def test_the_row_of_a_prefix_is_that_of_the_dictionary_cut(activation, options):
     sae, data = build(activation, **options), open_table()
     whole = probe(data, {"sae": Dictionary(sae, [6, F], "restrict")}, baselines=False)
     cut = probe(data, {"sae": sae.truncate(6)}, widths=[6], baselines=False)
-    for name, task in whole.rows[0]["tasks"].items():
-        other = cut.rows[0]["tasks"][name]
+    for name, task in whole.records[0]["tasks"].items():
+        other = cut.records[0]["tasks"][name]
         assert task["latents"] == other["latents"]
         for loss in ("loss", "train_loss"):
             assert task[loss] == pytest.approx(other[loss])
-    assert [row["width"] for row in whole.rows] == [6, F]
+    assert [row["width"] for row in whole.records] == [6, F]
 
 
 def test_the_order_of_batches_does_not_matter():
     data = open_table()
-    report = probe(data, k=(1, 2) if has_sklearn() else ())
+    report = probe(data, k=(1, 2))
     data.batches = [
         TokenBatch(batch.input_ids.flip(0), batch.attention_mask.flip(0), batch.keep.flip(0))
         for batch in reversed(data.batches)
     ]
-    same(report, probe(data, k=(1, 2) if has_sklearn() else ()))
-
-
-def has_sklearn() -> bool:
-    from hf_matryoshka_sae.studies.probing.sparse import has_scikit_learn
-
-    return has_scikit_learn()
+    same(report, probe(data, k=(1, 2)))
 
 
 def test_intervals_are_those_of_a_mean_of_tasks_and_splits():
     random = np.random.default_rng(0)
     of_tasks, of_splits = random.normal(size=(1, 400)), random.normal(size=(50, 1))
     for values, count in ((np.repeat(of_tasks, 5, 0), 400), (np.repeat(of_splits, 7, 1), 50)):
-        low, high = Bootstrap(*values.shape, resamples=4000).interval(values)
+        low, high = CrossedBootstrap(*values.shape, resamples=4000).interval(values)
         half = 1.96 * values.std() / count**0.5
         assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
         assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
@@ -235,12 +228,11 @@ def test_texts_and_tokens_go_together(embedded, tmp_path):
     assert "left out: -ly" in printed and "random (sae)" in printed and "probe loss" in printed
     report.save(tmp_path)
     read = json.loads((tmp_path / "probing.json").read_text())
-    assert read["rows"] == report.rows
+    assert read["rows"] == report.records
     assert (tmp_path / "probing.png").stat().st_size > 10_000
-    if has_sklearn():
-        row = report.subject("sae")[0]
-        assert set(row["k_sparse"]) == {"1", "2", "5"} and 0 <= row["k_sparse"]["1"]["auc"] <= 1
-        assert report.subject("all channels together")[0]["probe_loss"] < row["probe_loss"]
+    row = report.subject("sae")[0]
+    assert set(row["k_sparse"]) == {"1", "2", "5"} and 0 <= row["k_sparse"]["1"]["auc"] <= 1
+    assert report.subject("all channels together")[0]["probe_loss"] < row["probe_loss"]
     with pytest.raises(ValueError, match="there are 'sae'"):
         report.subject("other")
 
@@ -269,16 +261,6 @@ def test_labelled_data_of_another_kind(shared):
     report = probe_losses(data, sae, task, k=(), splits=1, context_length=32, show=False)
     (channels,) = report.subject("hidden-state channels")
     assert channels["probe_loss"] < 0.66
-
-
-def test_without_scikit_learn_what_needs_it_is_left_out_and_said(monkeypatch):
-    for module in (probing, probe_scores):
-        monkeypatch.setattr(module, "has_scikit_learn", lambda: False)
-    report = probe(open_table(), k=None)
-    assert "pip install" in str(report) and report.about["k"] == []
-    assert "all channels together" not in {row["subject"] for row in report.rows}
-    with pytest.raises(ImportError, match=r"hf_matryoshka_sae\[probes\]"):
-        probe(open_table(), k=(1,))
 
 
 @pytest.mark.parametrize(
@@ -321,12 +303,12 @@ def test_bad_subjects_and_tasks_are_named():
 def _one_of_two(rank: int, folder, data: Table) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
+    report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
     # One of the processes alone has too many activations; both say so.
     firing = [len(Dictionary(build()).encode(data.states(batch))[0].values) for batch in data.batches]
     with pytest.raises(ValueError, match="raise `max_pairs`"):
         probe(data, max_pairs=sum(firing[1::2]) + 1, baselines=False)
-    (folder / f"{rank}.json").write_text(json.dumps([report.rows, report.about]))
+    (folder / f"{rank}.json").write_text(json.dumps([report.records, report.about]))
     dist.destroy_process_group()
 
 
@@ -334,6 +316,6 @@ def _one_of_two(rank: int, folder, data: Table) -> None:
 def test_two_processes_find_what_one_finds(tmp_path):
     data = open_table(5)
     mp.spawn(_one_of_two, args=(tmp_path, data), nprocs=2)
-    alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2) if has_sklearn() else ())
+    alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
     for rank in range(2):
-        same(ProbeReport(*json.loads((tmp_path / f"{rank}.json").read_text())), alone)
+        same(probe_report(*json.loads((tmp_path / f"{rank}.json").read_text())), alone)

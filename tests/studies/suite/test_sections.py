@@ -11,7 +11,6 @@ from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.evaluation import HeldOut, LossScaling, evaluate_fidelity, open_heldout
 from hf_matryoshka_sae.evaluation.subjects import Dictionary
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
-from hf_matryoshka_sae.studies.probing.sparse import has_scikit_learn
 from hf_matryoshka_sae.studies.suite import SECTIONS, Bench, Section, run_sections, write_report
 from hf_matryoshka_sae.studies.suite.report import cuts, metric_lines
 
@@ -146,8 +145,6 @@ def test_every_section_runs_on_the_embedded_sae(section, tmp_path):
         return
     assert [row["width"] for row in found.rows["it"]] == [64, 448]
     for key, _, form in section.columns:
-        if section.name == "probes" and key != "probe_loss" and not has_scikit_learn():
-            continue
         assert all(format(row[key], form) for row in found.rows["it"])
     assert "random (it)" in found.rows or section.name == "composition"
     found.plot(tmp_path / "plot.png")

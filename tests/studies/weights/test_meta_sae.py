@@ -33,11 +33,11 @@ def sums_of_pairs() -> torch.Tensor:
 
 def test_sums_of_few_atoms_are_explained_and_random_rows_less():
     composed = meta_sae(with_decoder(sums_of_pairs()), steps=400, lr=3e-3, seeds=(0,), show=False)
-    dictionary, random = composed.rows
+    dictionary, random = composed.records
     assert dictionary["explained"] > 0.9
     assert random["explained"] < 0.75 and random["subject"] == "random (sae)"
     gaussian = meta_sae(with_decoder(torch.randn(F, D)), steps=400, lr=3e-3, seeds=(0,), show=False)
-    assert gaussian.rows[0]["explained"] == pytest.approx(gaussian.rows[1]["explained"], abs=0.03)
+    assert gaussian.records[0]["explained"] == pytest.approx(gaussian.records[1]["explained"], abs=0.03)
 
 
 def test_the_explained_share_is_that_of_the_trained_weights(monkeypatch):
@@ -61,11 +61,11 @@ def test_the_explained_share_is_that_of_the_trained_weights(monkeypatch):
 def test_lengths_of_rows_and_their_common_part_count_for_nothing():
     rows = sums_of_pairs()
     options = dict(steps=40, seeds=(0,), baselines=False, show=False)
-    first = meta_sae(with_decoder(rows), **options).rows
-    second = meta_sae(with_decoder(rows * (torch.rand(F, 1) + 0.1)), **options).rows
+    first = meta_sae(with_decoder(rows), **options).records
+    second = meta_sae(with_decoder(rows * (torch.rand(F, 1) + 0.1)), **options).records
     assert first[0]["explained"] == pytest.approx(second[0]["explained"], abs=1e-3)
     with_zeros = torch.cat([rows, torch.zeros(3, D)])
-    assert meta_sae(with_decoder(with_zeros), **options).rows[0]["explained"] == pytest.approx(
+    assert meta_sae(with_decoder(with_zeros), **options).records[0]["explained"] == pytest.approx(
         first[0]["explained"], abs=1e-6
     )
 
@@ -75,9 +75,9 @@ def test_a_prefix_is_the_dictionary_cut():
     sae = build_sae(MatryoshkaSAEConfig(d_in=D, num_latents=64, prefix_widths=[16, 32, 64], k=4)).eval()
     options = dict(steps=20, seeds=(5,), show=False)
     whole, cut = meta_sae(sae, **options), meta_sae(sae.truncate(32), **options)
-    assert [row["width"] for row in whole.rows] == [16, 32, 64] * 2
-    assert [row["explained"] for row in whole.rows if row["width"] == 32] == pytest.approx(
-        [row["explained"] for row in cut.rows if row["width"] == 32]
+    assert [row["width"] for row in whole.records] == [16, 32, 64] * 2
+    assert [row["explained"] for row in whole.records if row["width"] == 32] == pytest.approx(
+        [row["explained"] for row in cut.records if row["width"] == 32]
     )
 
 
@@ -85,19 +85,21 @@ def test_seeds_give_an_interval_and_are_repeatable():
     sae = with_decoder(sums_of_pairs())
     options = dict(steps=30, seeds=(0, 1, 2), show=False)
     first, again = meta_sae({"a": sae}, **options), meta_sae({"a": sae}, **options)
-    assert first.rows == again.rows
-    values = torch.tensor(first.rows[0]["seeds"]).double()
+    assert first.records == again.records
+    values = torch.tensor(first.records[0]["seeds"]).double()
     half = 4.302652729911275 * values.std() / 3**0.5
-    assert first.rows[0]["interval"] == pytest.approx((values.mean() + torch.stack([-half, half])).tolist(), abs=1e-7)
-    assert len(set(first.rows[0]["seeds"])) == 3
-    assert meta_sae(sae, steps=5, seeds=(0,), show=False).rows[0]["interval"] is None
+    assert first.records[0]["interval"] == pytest.approx(
+        (values.mean() + torch.stack([-half, half])).tolist(), abs=1e-7
+    )
+    assert len(set(first.records[0]["seeds"])) == 3
+    assert meta_sae(sae, steps=5, seeds=(0,), show=False).records[0]["interval"] is None
 
 
 def test_it_is_shown_and_saved(tmp_path):
     result = meta_sae(with_decoder(sums_of_pairs()), steps=5, seeds=(0, 1), show=False)
     assert "random (sae)" in str(result) and "compare with random rows" in str(result)
     result.save(tmp_path)
-    assert json.loads((tmp_path / "meta_sae.json").read_text())["rows"] == result.rows
+    assert json.loads((tmp_path / "meta_sae.json").read_text())["rows"] == result.records
     assert (tmp_path / "meta_sae.png").stat().st_size > 5000
 
 

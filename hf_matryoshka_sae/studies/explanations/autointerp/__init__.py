@@ -5,12 +5,10 @@ from .endpoint import EndpointJudge
 from .examination import Interpreted, PassageCounts
 from .interpretability import automated_interpretability, greet
 from .judges import ChatModelJudge, open_judge
-from .report import AutoInterp
 
 
 __all__ = [
     "AnswerCache",
-    "AutoInterp",
     "ChatModelJudge",
     "Cost",
     "EndpointJudge",

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ....common.distributed import processes
+from ....common.report import Report
 from ....evaluation.data import HeldOut
 from ....models import SAEModel
 from ...drawn_latents import DrawnLatents, firing_counts, with_baselines
@@ -24,7 +25,7 @@ from .examination import COUNTS, SCORES, Interpreted, PassageCounts, examine
 from .judges import open_judge
 from .questions import Questions
 from .readers import STAND_IN, JudgeReader, PatternReader, Reader
-from .report import AutoInterp
+from .report import interpretability_report
 
 
 GREETING = [{"role": "user", "content": "Are you there? Answer with the word yes."}]
@@ -59,7 +60,7 @@ def automated_interpretability(
     seed: int = 0,
     resamples: int = 1000,
     show: bool = True,
-) -> AutoInterp | None:
+) -> Report | None:
     """Explain latents and examine the explanations by detection, fuzzing and simulation.
 
     A judge is asked 3 questions about a latent and one for each passage that is simulated, with the defaults 17.
@@ -88,7 +89,7 @@ def automated_interpretability(
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
 
     Returns:
-        [`AutoInterp`]; `None` in all but the main process, which alone asks.
+        [`Report`] with the drawn `latents` as [`Interpreted`]; `None` in all but the main process, which alone asks.
 
     Raises:
         `ValueError`: if there is no SAE, widths it does not have, no score or one of another name, nothing fires
@@ -147,7 +148,7 @@ def automated_interpretability(
         "least": least,
         "seed": seed,
     }
-    return AutoInterp(rows, found, about)
+    return interpretability_report(rows, found, about)
 
 
 def _checked_scores(scores: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ def run(sae, text, judge, **options):
 def test_an_oracle_is_perfect(sae, text):
     judge = Called(oracle)
     found = run(sae, text, judge, price=(2.0, 10.0))
-    (row,) = found.rows["planted"]
+    (row,) = found.subject("planted")
     for score in ("detection", "detection_f1", "detection_accuracy", "fuzzing", "simulation"):
         assert row[score] == pytest.approx(1.0) and row[f"{score}_interval"] == pytest.approx([1.0, 1.0])
     assert row["detection_all_no"] == pytest.approx(10 / 14)
@@ -127,7 +127,7 @@ def test_a_judge_that_always_says_no_scores_as_chance(sae, text):
         zeros = [0] * len(re.findall(r"^\d+: ", question, re.M))
         return str(zeros) if "0 (not at all)" in question else "[]"
 
-    (row,) = run(sae, text, Called(no)).rows["planted"]
+    (row,) = run(sae, text, Called(no)).subject("planted")
     assert row["detection"] == row["fuzzing"] == 0.5 and row["simulation"] == row["detection_f1"] == 0
     assert row["detection_accuracy"] == row["detection_all_no"] == pytest.approx(10 / 14)
     assert row["constant"] == 3 and row["malformed"] == row["refusals"] == 0
@@ -138,7 +138,7 @@ def test_what_says_nothing_is_counted_not_dropped(sae, text, answer, kind):
     def answering(question: str) -> str:
         return "words" if "What do the marked" in question else answer
 
-    (row,) = run(sae, text, Called(answering)).rows["planted"]
+    (row,) = run(sae, text, Called(answering)).subject("planted")
     other = {"malformed": "refusals", "refusals": "malformed"}[kind]
     assert row[kind] == 3 * 16 and row[other] == 0 and row["latents"] == 3
     assert (row["detection"], row["fuzzing"], row["simulation"]) == (0.5, 0.5, 0.0)
@@ -149,14 +149,14 @@ def test_a_malformed_simulation_counts_as_silence(sae, text):
         answer = oracle(question)
         return "nowhere" if "0 (not at all)" in question and "10" not in answer else answer
 
-    (row,) = run(sae, text, Called(answering)).rows["planted"]
+    (row,) = run(sae, text, Called(answering)).subject("planted")
     assert row["malformed"] == 3 * 10 and row["simulation"] == pytest.approx(1.0)
 
 
 def test_without_an_explanation_nothing_more_is_asked(sae, text):
     judge = Called(lambda question: "I cannot say.")
     found = run(sae, text, judge)
-    (row,) = found.rows["planted"]
+    (row,) = found.subject("planted")
     assert row["refusals"] == row["questions"] == 3 and len(judge.asked) == 4 and row["detection"] == 0.5
     assert all(one.explanation == "" for one in found.latents["planted"])
 
@@ -166,7 +166,7 @@ def test_one_bad_answer_costs_one_latent(sae, text):
         first = f"the word{text[0].tokenizer.decode(words(text[0], 1))}"
         return "?" if first in question and "Below is a passage" not in question else oracle(question)
 
-    (row,) = run(sae, text, Called(answering)).rows["planted"]
+    (row,) = run(sae, text, Called(answering)).subject("planted")
     assert row["malformed"] == 2 and row["simulation"] == pytest.approx(1)
     assert row["detection"] == pytest.approx((0.5 + 1 + 1) / 3) == row["fuzzing"]
 
@@ -200,12 +200,12 @@ def test_after_a_break_only_the_rest_is_asked(sae, text, chat, tmp_path):
     cache.write_bytes(cache.read_bytes()[:-5])  # killed while it wrote
     resumed = run(sae, text, judge, cache=cache)
     assert len(chat.requests) == total + 21 + (52 - 19)
-    assert resumed.rows == whole.rows and resumed.latents == whole.latents
+    assert resumed.records == whole.records and resumed.latents == whole.latents
     assert resumed.about["cost"]["cached"] == 19 and resumed.about["cost"]["asked"] == 33
     same = ("prompt_tokens", "completion_tokens", "uncounted")
     assert [resumed.about["cost"][key] for key in same] == [whole.about["cost"][key] for key in same]
     chat.close()
-    assert run(sae, text, judge, cache=cache).rows == whole.rows
+    assert run(sae, text, judge, cache=cache).records == whole.records
 
 
 def test_an_error_ends_all_threads_soon(sae, text):
@@ -259,19 +259,19 @@ def test_a_users_own_prompts_are_asked(sae, text, tmp_path):
 def test_a_model_that_nobody_trained_is_counted(sae, text, tmp_path):
     judge = ChatModelJudge(str(tiny_chat_model(tmp_path / "chat")), device="cpu", max_tokens=8)
     found = run(sae, text, judge, per_group=1, scores=["detection", "fuzzing"])
-    (row,) = found.rows["planted"]
+    (row,) = found.subject("planted")
     assert row["questions"] == 3 and row["malformed"] >= 2 and row["detection"] == row["fuzzing"] == 0.5
     assert found.about["judge"] == "chat" and found.about["cost"]["completion_tokens"] > 0
 
 
 def test_patterns_stand_in_and_say_so(sae, text, tmp_path):
     found = run(sae, text, None)
-    (row,) = found.rows["planted"]
+    (row,) = found.subject("planted")
     for score in ("detection", "fuzzing", "simulation"):
         assert row[score] == pytest.approx(1.0)
     said = "no judge: N2G patterns stand in"
     assert said in str(found) and found.to_dict()["judge"] == said and found.to_dict()["stand_in"] is True
-    assert found.title == said and found.about["cost"]["asked"] == 0
+    assert said in found.title and found.about["cost"]["asked"] == 0
     token = text[0].tokenizer.decode(words(text[0], 1))
     assert found.latents["planted"][0].explanation == f"patterns '{token}'"
     found.save(tmp_path)
@@ -282,10 +282,10 @@ def test_patterns_stand_in_and_say_so(sae, text, tmp_path):
 def test_baselines_stand_beside_and_are_worse(text):
     sae = planted(text[0], words(text[0], 12))
     found = run(sae, text, None, widths=[6, 12], baselines=True, per_group=4)
-    assert list(found.rows) == ["planted", "random (planted)", "neurons"]
-    assert [row["width"] for row in found.rows["random (planted)"]] == [6, 12]
+    assert list(found.subjects()) == ["planted", "random (planted)", "neurons"]
+    assert [row["width"] for row in found.subject("random (planted)")] == [6, 12]
     for score in ("detection", "simulation"):
-        last = {name: rows[-1][score] for name, rows in found.rows.items()}
+        last = {name: rows[-1][score] for name, rows in found.subjects().items()}
         assert last["planted"] == pytest.approx(1.0) and max(last["neurons"], last["random (planted)"]) < 0.95
 
 
@@ -296,9 +296,9 @@ def test_a_trained_sae_is_interpreted_better_than_random_directions_and_neurons(
     demo = AutoModel.from_pretrained(embedded_sae_path()).eval()
     found = automated_interpretability({"demo": demo}, examples, test, widths=[448, 2048], per_group=6, show=False)
     for score in ("detection", "simulation"):
-        last = {name: rows[-1][score] for name, rows in found.rows.items()}
+        last = {name: rows[-1][score] for name, rows in found.subjects().items()}
         assert last["demo"] > last["random (demo)"] and last["demo"] > last["neurons"]
-    for rows in found.rows.values():
+    for rows in found.subjects().values():
         for row in rows:
             assert row["detection_interval"][0] <= row["detection"] <= row["detection_interval"][1]
             assert all(np.isfinite(row[score]) for score in ("detection", "fuzzing", "simulation"))

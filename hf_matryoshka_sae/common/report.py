@@ -1,0 +1,274 @@
+"""One report of a study: figures of subjects at their widths, as rows, a table, Markdown, JSON and a plot.
+
+A study gives records and says what its columns are; all else is done here, once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .figures import draw_widths, save_figure
+from .files import as_json, write_json
+
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+_PANELS = 3  # in a row of a plot
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a report.
+
+    Args:
+        name (`str`): In the rows; its interval is called `<name>_low` and `<name>_high` there.
+        title (`str`), meaning (`str`): What stands above it, and a sentence about what it is.
+        form (`str`, *optional*, defaults to `".4f"`): Its format.
+        better (`"higher"` or `"lower"`, *optional*): Where either is.
+        path (`str`, *optional*): Where a record has it, with dots between keys; by default under its name.
+        interval (`str`, *optional*): Where a record has its interval; by default at `<path>_interval`.
+        table (`str`, *optional*, defaults to `"interval"`): Whether the table shows it with its interval, its `value`
+            alone, or `nothing` of it.
+        uninformed (`float`, *optional*): What knowing nothing scores; drawn as a line.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    form: str = ".4f"
+    better: Literal["higher", "lower"] | None = None
+    path: str | None = None
+    interval: str | None = None
+    table: Literal["interval", "value", "nothing"] = "interval"
+    uninformed: float | None = None
+
+    def value(self, record: dict[str, Any]) -> Any:
+        """The figure in a record, `None` where it has none."""
+        return _at(record, self.path or self.name)
+
+    def bounds(self, record: dict[str, Any]) -> list[float] | None:
+        """Its interval in a record, `None` where it has none."""
+        return _at(record, self.interval or f"{self.path or self.name}_interval")
+
+    def cell(self, record: dict[str, Any]) -> str:
+        """The figure as text."""
+        value = self.value(record)
+        return "-" if value is None else format(value, self.form)
+
+    def bounds_cell(self, record: dict[str, Any]) -> str:
+        """Its interval as text."""
+        bounds = self.bounds(record)
+        return "-" if bounds is None or None in bounds else "..".join(format(bound, self.form) for bound in bounds)
+
+
+@dataclass
+class Report:
+    """What a study found; `str()` is its table.
+
+    Args:
+        name (`str`): Of its files.
+        title (`str`): Above the table.
+        records (`list[dict]`): For each subject and width `subject` (its name), `kind` (`dictionary`, `random`,
+            `neurons` and other baselines), `width` (`None` where there is none) and figures, JSON-able.
+        columns (`Sequence[Column]`): The figures.
+        about (`dict`): Of the run, JSON-able: what was read, options, seed; `skipped` are reasons by name.
+        plotted (`Sequence[str]`, *optional*): Names of the columns that are drawn; by default the first.
+        notes (`list[str]`, *optional*): What a reader has to know.
+        warning (`str`, *optional*): What a reader must not overlook.
+        intervals (`str`, *optional*): What the intervals are.
+        latents (`dict`, *optional*): By subject what was found of single latents.
+        grouped (`bool`, *optional*, defaults to `False`): In JSON, records are listed by subject as `saes`, not as
+            `rows`.
+    """
+
+    name: str
+    title: str
+    records: list[dict[str, Any]]
+    columns: Sequence[Column]
+    about: dict[str, Any]
+    plotted: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+    _: KW_ONLY
+    warning: str | None = None
+    intervals: str = ""
+    latents: dict[str, Any] = field(default_factory=dict)
+    grouped: bool = False
+
+    @property
+    def rows(self) -> "DataFrame":
+        """The figures as a pandas DataFrame: `subject`, `kind`, `width`, and for each column its value, `<name>_low`
+        and `<name>_high` where it has intervals; `attrs` says what each column means, and which way is better."""
+        from pandas import DataFrame
+
+        data = {key: [record.get(key) for record in self.records] for key in ("subject", "kind", "width")}
+        for column in self.columns:
+            data[column.name] = [column.value(record) for record in self.records]
+            bounds = [column.bounds(record) for record in self.records]
+            if any(bounds):
+                for number, end in enumerate(("low", "high")):
+                    data[f"{column.name}_{end}"] = [each and each[number] for each in bounds]
+        frame = DataFrame(data)
+        frame.attrs = {
+            "meaning": {column.name: column.meaning for column in self.columns},
+            "better": {column.name: column.better for column in self.columns},
+        }
+        return frame
+
+    @property
+    def explanation(self) -> str:
+        """What each figure means."""
+        return " ".join(
+            filter(None, [*(f"{column.name}: {column.meaning}" for column in self.columns), self.intervals])
+        )
+
+    def subject(self, name: str) -> list[dict[str, Any]]:
+        """The records of one subject, narrowest first.
+
+        Raises:
+            `ValueError`: if there is no such subject.
+        """
+        found = self.subjects().get(name)
+        if found is None:
+            raise ValueError(f"No subject is called '{name}'; there are {', '.join(map(repr, self.subjects()))}.")
+        return found
+
+    def subjects(self) -> dict[str, list[dict[str, Any]]]:
+        """The records by subject."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            found.setdefault(record["subject"], []).append(record)
+        return found
+
+    def flat(self) -> dict[str, list[dict[str, Any]]]:
+        """By subject, for each width, `width`, `kind` and each figure by its column's name, with its `_interval`."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            row = {key: record[key] for key in ("width", "kind") if key in record}
+            for column in self.columns:
+                value, bounds = column.value(record), column.bounds(record)
+                row |= {} if value is None else {column.name: value}
+                row |= {} if bounds is None else {f"{column.name}_interval": bounds}
+            found.setdefault(record["subject"], []).append(row)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        head = {"explanation": self.explanation} | ({} if self.warning is None else {"warning": self.warning})
+        found = {**head, **self.about}
+        if self.grouped:
+            found["saes"] = {
+                name: [{key: value for key, value in row.items() if key not in ("subject", "kind")} for row in rows]
+                for name, rows in self.subjects().items()
+            }
+        else:
+            found["rows"] = self.records
+        return found | ({"latents": _plain(self.latents)} if self.latents else {})
+
+    def as_json(self, indent: int | None = None) -> str:
+        """As JSON that any reader takes: what is not finite is null."""
+        return as_json(self.to_dict(), indent)
+
+    def _cells(self, arrows: bool) -> tuple[list[str], list[list[str]]]:
+        """Titles and rows of the table."""
+        titles, cells = ["", "width"], [[r["subject"], str(r["width"] or "-")] for r in self.records]
+        for column in self.columns:
+            if column.table == "nothing" or not any(column.value(record) is not None for record in self.records):
+                continue
+            titles.append(column.title + (_ARROWS[column.better] if arrows else ""))
+            cells = [[*row, column.cell(record)] for row, record in zip(cells, self.records, strict=True)]
+            if column.table == "interval" and any(map(column.bounds, self.records)):
+                titles.append("95%")
+                cells = [[*row, column.bounds_cell(record)] for row, record in zip(cells, self.records, strict=True)]
+        return titles, cells
+
+    def _remarks(self) -> list[str]:
+        skipped = [f"left out: {name} ({reason})" for name, reason in self.about.get("skipped", {}).items()]
+        return skipped + self.notes
+
+    def __str__(self) -> str:
+        warning = [f"warning: {self.warning}"] if self.warning else []
+        return "\n".join([self.title, *warning, *text_table(*self._cells(arrows=False)), *self._remarks()])
+
+    def markdown(self) -> str:
+        """The table as Markdown; arrows say which way is better."""
+        warning = [f"**{self.warning}**"] if self.warning else []
+        remarks = ["\n".join(f"- {line}" for line in self._remarks())]
+        parts = [self.title, *warning, markdown_table(*self._cells(arrows=True)), *remarks, self.explanation]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def save(self, folder: str | Path, name: str | None = None) -> None:
+        """Write `<name>.json` and `<name>.png` into a folder; the name is by default the report's."""
+        path = Path(folder) / (name or self.name)
+        write_json(path.with_name(f"{path.name}.json"), self.to_dict())
+        self.plot(path.with_name(f"{path.name}.png"))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw figures against width with their intervals, baselines of one width as lines, to a PNG."""
+        from matplotlib.figure import Figure
+
+        names = self.plotted or [self.columns[0].name]
+        drawn = [column for column in self.columns if column.name in names]
+        across = min(_PANELS, len(drawn))
+        down = -(-len(drawn) // across)
+        figure = Figure(figsize=(5.2 * across + 1.8, 4.2 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        subjects = self.subjects()
+        kinds = {name: records[0].get("kind") for name, records in subjects.items()}
+        flat = [name for name, kind in kinds.items() if kind not in (None, "dictionary", "random")]
+        for axis, column in zip(axes, drawn, strict=False):
+            lines = {
+                name: [
+                    (record["width"], column.value(record), column.bounds(record))
+                    for record in records
+                    if column.value(record) is not None
+                ]
+                for name, records in subjects.items()
+            }
+            draw_widths(axis, lines, flat, [name for name, kind in kinds.items() if kind == "random"])
+            if column.uninformed is not None:
+                axis.axhline(column.uninformed, color="black", linewidth=0.8, linestyle="--", label="knows nothing")
+            axis.set(ylabel=column.title + (f" ({column.better} is better)" if column.better else ""))
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
+        axes[0].legend(fontsize=8)
+        colour = "tab:red" if self.warning else "black"
+        figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
+        save_figure(figure, Path(path))
+
+
+def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the first column is flush left, all others right."""
+    sizes = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = []
+    for first, *others in [titles, *rows]:
+        right = [f"{cell:>{size}}" for cell, size in zip(others, sizes[1:], strict=True)]
+        lines.append(" ".join([f"{first:<{sizes[0]}}", *right]))
+    return lines
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: int | None = None) -> str:
+    """A table in Markdown; columns from number `right` on are flush right."""
+    rule = ["---" if right is None or number < right else "---:" for number in range(len(titles))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [titles, rule, *rows])
+
+
+def _at(record: dict[str, Any], path: str) -> Any:
+    found: Any = record
+    for key in path.split("."):
+        if not isinstance(found, dict):
+            return None
+        found = found.get(key)
+    return found
+
+
+def _plain(data: Any) -> Any:
+    """Dataclasses as dictionaries, wherever they stand."""
+    if is_dataclass(data):
+        return vars(data)
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    return [_plain(value) for value in data] if isinstance(data, list | tuple) else data
