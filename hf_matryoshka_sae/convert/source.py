@@ -154,17 +154,17 @@ def locate(
     if path.is_dir():
         files: LocalFiles | HubFiles = LocalFiles(path)
     elif _REPOSITORY.fullmatch(str(path_or_repo)):
-        files = _repository(str(path_or_repo), revision, token)
+        files = files_of_repository(str(path_or_repo), revision, token)
     else:
         raise ValueError(f"'{path_or_repo}' is no file or folder here, and no id of a Hub repository (owner/name).")
     inside = PurePosixPath(subfolder or "").as_posix().strip("/")
     found = find_weights(files.paths(), "" if inside == "." else inside)
     where = f"'{path_or_repo}'" + (f" under {subfolder!r}" if subfolder else "")
     if not found:
-        raise ValueError(f"{where} holds no SAE: none of its {_some(files.paths())} is a file of weights.")
+        raise ValueError(f"{where} holds no SAE: none of its {_counted(files.paths())} is a file of weights.")
     if len(found) > 1:
-        places = [_subfolder(weights, found) for weights in found]
-        raise ValueError(f"{where} holds {len(found)} SAEs; pass `subfolder` to say which: {_some(places, 'more')}.")
+        places = [subfolder_of(weights, found) for weights in found]
+        raise ValueError(f"{where} holds {len(found)} SAEs; pass `subfolder` to say which: {first_names(places)}.")
     return Place(files, found[0])
 
 
@@ -202,21 +202,30 @@ def _is_step(path: str, found: Sequence[str]) -> bool:
     return folder.name == "checkpoints" and (folder.parent / "ae.pt").as_posix() in found
 
 
-def _subfolder(weights: str, found: Sequence[str]) -> str:
+def subfolder_of(weights: str, found: Sequence[str]) -> str:
     """What to pass for this SAE: its folder, or its file where the folder has others."""
     folder = PurePosixPath(weights).parent
     alone = sum(PurePosixPath(other).parent == folder for other in found) == 1
     return folder.as_posix() if alone and folder.name else weights
 
 
-def _some(names: Sequence[str], rest: str = "files") -> str:
-    shown = ", ".join(names[:_LISTED])
-    if rest == "files":
-        return f"{len(names)} files ({shown}{', ...' if len(names) > _LISTED else ''})" if names else "0 files"
-    return shown + (f" and {len(names) - _LISTED} {rest}" if len(names) > _LISTED else "")
+def first_names(names: Sequence[str]) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _repository(repo_id: str, revision: str | None, token: str | bool | None) -> LocalFiles | HubFiles:
+def _counted(paths: Sequence[str]) -> str:
+    return f"{len(paths)} files" + (f" ({first_names(paths)})" if paths else "")
+
+
+def files_of_repository(
+    repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> LocalFiles | HubFiles:
+    """The files of a repository; without a connection, what the cache has of them.
+
+    Raises:
+        `ValueError`: if there is no such repository, or nothing of it can be had.
+    """
     try:
         return HubFiles(repo_id, revision, token)
     except GatedRepoError as error:

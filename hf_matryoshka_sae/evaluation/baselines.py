@@ -18,6 +18,7 @@ from ..common.distributed import reduce_sum
 from ..common.seeds import derived_seed
 from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, build_sae
 from .data import HasActivations
+from .firing import FiringSums
 from .geometry import checked_widths, groups, unit_rows
 from .similarity import TokenSample, checked_batches
 
@@ -165,11 +166,10 @@ def random_dictionary(
 
 def _firings(sae: SAEModel, parts: Sequence[Tensor]) -> Tensor:
     """How often each latent fires, `(F,)`."""
-    counts = torch.zeros(sae.config.num_latents, dtype=torch.int64, device=sae.W_enc.device)
+    sums = FiringSums(sae.config.num_latents, sae.W_enc.device)
     for x in parts:
-        pairs = sae.encode_pairs(x.to(sae.W_enc))
-        counts += torch.bincount(pairs.cols[pairs.values > 0], minlength=len(counts))
-    return counts
+        sums.add(sae.encode_pairs(x.to(sae.W_enc)))
+    return sums.fired
 
 
 def _config(config: SAEConfig, l0: float) -> SAEConfig:

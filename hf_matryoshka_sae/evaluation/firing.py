@@ -9,17 +9,34 @@ from ..common.distributed import reduce_sum
 from ..models.sparse_ops import LatentPairs
 
 
+def add_moments(moments: Tensor, cols: Tensor, values: Tensor) -> None:
+    """Add values and their squares, `(M,)`, to the sums `(2, F)` of the latents that they are of."""
+    values = values.double()
+    for total, powers in zip(moments, (values, values.square()), strict=True):
+        total += torch.bincount(cols, powers, len(total)).to(total.device)
+
+
 class FiringSums:
     """Counts per latent; every prefix follows from them, because latents are dropped, not computed anew.
 
     Args:
         num_latents (`int`): F.
+        device (`torch.device`, *optional*): Where they are added up.
+
+    Attributes:
+        tokens (`Tensor`), fired (`Tensor` of shape `(F,)`): Tokens, and on how many of them each latent fires.
+        moments (`Tensor` of shape `(2, F)`): Sums of its values and of their squares, float64.
     """
 
-    def __init__(self, num_latents: int):
-        self.tokens = torch.zeros((), dtype=torch.int64)
-        self.fired = torch.zeros(num_latents, dtype=torch.int64)
-        self.total = torch.zeros(num_latents, dtype=torch.float64)
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(2, num_latents, dtype=torch.float64, device=device)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of each latent's values, `(F,)`."""
+        return self.moments[0]
 
     @torch.no_grad()
     def add(self, pairs: LatentPairs) -> None:
@@ -28,11 +45,11 @@ class FiringSums:
         cols, values = pairs.cols[active], pairs.values[active]
         self.tokens += pairs.num_rows
         self.fired += torch.bincount(cols, minlength=len(self.fired)).to(self.fired.device)
-        self.total += torch.bincount(cols, values.double(), len(self.total)).to(self.total.device)
+        add_moments(self.moments, cols, values)
 
     def reduce(self) -> "FiringSums":
         """The counts of all processes."""
-        reduce_sum(self.tokens, self.fired, self.total)
+        reduce_sum(self.tokens, self.fired, self.moments)
         return self
 
     @property

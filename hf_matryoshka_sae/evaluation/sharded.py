@@ -44,8 +44,8 @@ class ShardedDictionary(Dictionary):
         start, stop = self.layout.rows
         own, whole = self.firing[0].reduce(), FiringSums(self.layout.num_latents)
         whole.tokens = own.tokens
-        for counts, part in ((whole.fired, own.fired), (whole.total, own.total)):
-            counts[start:stop] = part
+        for counts, part in ((whole.fired, own.fired), (whole.moments, own.moments)):
+            counts[..., start:stop] = part
             device = self.sae.b_dec.device
             counts.copy_(all_sum(counts.to(device), self.layout.shard_group))
         return whole.rows(self.widths)

@@ -48,7 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         "it promotes, and which latents are like it or fire with it. A command that was cut short is continued by the "
         "same command.",
     )
-    parser.add_argument("sae", metavar="SAE_DIR", help="folder of an SAE, or Hub id (then with --output_dir)")
+    parser.add_argument(
+        "sae",
+        metavar="SAE_DIR",
+        help="folder of an SAE of any format; or its file, or Hub id (then with --output_dir)",
+    )
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
     parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
     parser.add_argument("--dataset", metavar="PATH", help="text: file, folder or Hub id (default: embedded)")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import TokenBatch, TokenStream, harvest, resolve_hookpoints
+from ..common.token_text import token_texts
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from ..progressive.statistics import encoded
-from .patterns.vocabulary import token_texts
 
 
 logger = logging.getLogger(__name__)

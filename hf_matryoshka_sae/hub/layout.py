@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..models.places import sae_config, saes_below
+from ..convert.places import saes_in
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,17 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is no folder. Give the folder of a run, or that of a saved SAE.")
-    own = sae_config(folder)
-    if own is not None:
-        return [SAEFolder(folder, folder.name, own.get("hookpoint") or "", "")]
-    found = []
-    for place, config in saes_below(folder).items():
-        hookpoint = config.get("hookpoint") or ""
-        last = hookpoint.replace(":", "-")
-        name = place.removesuffix(last).rstrip("/") if last and place.endswith(last) else place
-        found.append(SAEFolder(folder / place, name, hookpoint, place))
+    places = [place for place in saes_in(folder).values() if place.config is not None]
+    found = [SAEFolder(folder / place.subfolder, place.name, place.hookpoint, place.subfolder) for place in places]
+    if found and not found[0].subfolder:
+        return found
     chosen = [sae for sae in found if names is None or _matches(sae, names)]
     if not chosen:
         wanted = "" if names is None else f" named {' or '.join(names)}"
         there = f" It holds {', '.join(sae.subfolder for sae in found)}." if found else " No run has ended there."
         raise ValueError(f"'{folder}' holds no SAE{wanted}.{there}")
     if len({sae.name for sae in chosen}) == 1:  # one SAE per hookpoint: the name says nothing
-        chosen = [replace(sae, subfolder=sae.folder.name if sae.name else sae.subfolder) for sae in chosen]
+        chosen = [replace(sae, subfolder=sae.folder.name) for sae in chosen]
     return chosen
 
 

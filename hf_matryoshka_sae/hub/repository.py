@@ -1,24 +1,13 @@
 """What a repository or a folder holds, and loading it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModel
-from transformers.utils import resolve_revision
-
-from ..models import SAECollectionConfig, SAEModel
-from ..models.checkpoint_files import failures_named
-from ..models.hub_failures import downloads_checked, requests_named
-from ..models.places import MODEL_TYPES
-from ..models.weight_checks import is_inner_folder
-from .layout import find_saes
+from ..convert.places import SAEPlace, saes_in
+from ..models import SAEModel
 
 
 @dataclass(frozen=True)
@@ -47,8 +36,8 @@ class SAEInfo:
         widths = list(config.get("prefix_widths") or [num_latents])
         named = {key: config.get(key) for key in ("base_model", "hookpoint")}
         sizes = [config["d_in"], num_latents, *widths]
-        if not all(type(size) is int and size > 0 for size in sizes) or not is_inner_folder(subfolder):
-            raise TypeError(f"{subfolder!r} is no place in it, or its sizes are no whole numbers")
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise TypeError(f"{subfolder!r} has sizes that are no whole numbers")
         if not all(isinstance(name, str | None) for name in (config["model_type"], *named.values())):
             raise TypeError(f"{subfolder!r} has names that are no text")
         return cls(
@@ -77,62 +66,17 @@ def list_saes(
         `ValueError`: if there is none.
         `OSError`: if the repository cannot be read.
     """
-    root = Path(repo_or_dir).expanduser()
-    if root.is_dir():
-        places = {sae.folder.relative_to(root).as_posix(): sae.folder for sae in find_saes(root)}
-        configs = {place: json.loads((folder / "config.json").read_text()) for place, folder in places.items()}
-    else:
-        with requests_named(partial(_no_list, str(repo_or_dir)), unusable=(json.JSONDecodeError,)):
-            configs = _configs(str(repo_or_dir), revision, token)
+    places = saes_in(repo_or_dir, revision=revision, token=token)
+    configs = {place: sae.config for place, sae in places.items() if sae.config is not None}
     if not configs:
         raise ValueError(
             f"{repo_or_dir} holds no SAE of this package. `hf_matryoshka_sae.convert.load` reads those of other "
             "libraries."
         )
-    places = {"" if place == "." else place: config for place, config in sorted(configs.items())}
     try:
-        return {place: SAEInfo.of(place, config) for place, config in places.items()}
+        return {place: SAEInfo.of(place, config) for place, config in configs.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The index or a config of {repo_or_dir} is damaged: {error!r}. Push it again.") from error
-
-
-def _no_list(repo: str, reason: str) -> str:
-    return (
-        f"The SAEs of {repo} could not be listed: no answer of the Hub came through ({reason}). The same call again "
-        "may get one."
-    )
-
-
-def _configs(repo: str, revision: str | None, token: str | bool | None) -> dict[str, dict[str, Any]]:
-    """What the SAEs of a repository are, by folder: from its index, else from all configs in it."""
-    where = {"revision": resolve_revision(repo, revision, token=token), "token": token}
-    try:
-        root = _config(repo, "config.json", where)
-    except EntryNotFoundError:
-        root = {}
-    if root.get("model_type") in MODEL_TYPES:
-        return {"": root}
-    if root.get("model_type") == SAECollectionConfig.model_type:
-        found = root.get("saes") or {}
-        if not isinstance(found, dict):
-            raise ValueError(f"The index of {repo} is damaged: `saes` should be by folder. Push it again.")
-        return found
-    files = [file for file in HfApi().list_repo_files(repo, **where) if file.endswith("/config.json")]
-    configs = {file.removesuffix("/config.json"): _config(repo, file, where) for file in files}
-    return {place: config for place, config in configs.items() if config.get("model_type") in MODEL_TYPES}
-
-
-def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
-    """A config of a repository; a damaged copy in the cache is fetched anew."""
-    for force in (False, True):
-        with downloads_checked(repo, where):
-            text = Path(hf_hub_download(repo, file, force_download=force, **where)).read_text(errors="replace")
-        try:
-            found = json.loads(text)
-            return found if isinstance(found, dict) else {}
-        except (ValueError, RecursionError) as error:
-            damage = error
-    raise ValueError(f"{file} of {repo} is no JSON ({damage}): damaged. Push it again.") from damage
 
 
 def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = None, **kwargs) -> SAEModel:
@@ -193,28 +137,5 @@ def matching(saes: Mapping[str, SAEInfo], pattern: str, source: str | Path) -> l
 
 
 def _load(repo_or_dir: str | Path, sae: SAEInfo, width: int | None, kwargs: dict[str, Any]) -> SAEModel:
-    if sae.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{sae.subfolder or 'The root'} of {repo_or_dir} is of the type {sae.model_type!r}, which is no SAE of "
-            f"this version. Known: {', '.join(sorted(MODEL_TYPES))}."
-        )
-    if width is not None:
-        kwargs = kwargs | {"width": width}
-    local = Path(repo_or_dir).expanduser()
-    source = str(local if local.is_dir() else repo_or_dir)
-    try:
-        with failures_named(source, kwargs):
-            return AutoModel.from_pretrained(source, subfolder=sae.subfolder, **kwargs).eval()
-    except OSError as error:
-        if "valid JSON" not in str(error):
-            raise
-        raise ValueError(
-            f"config.json of {sae.subfolder or 'the root'} of {source} is damaged: {error} Pass `force_download=True` "
-            "to replace a damaged copy in the cache, or push it again."
-        ) from error
-    except ValueError as error:
-        if "Unrecognized model" not in str(error):
-            raise
-        raise ValueError(
-            f"The index of {source} names {sae.subfolder or 'its root'}, and there is no SAE there. Push it again."
-        ) from error
+    source = Path(repo_or_dir).expanduser() if Path(repo_or_dir).expanduser().is_dir() else repo_or_dir
+    return SAEPlace(str(source), sae.subfolder, {"model_type": sae.model_type}).load(width, **kwargs)

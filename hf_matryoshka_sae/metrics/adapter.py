@@ -174,7 +174,7 @@ def with_firing(
     rows = sums.rows()
     if firing:
         counts = FiringSums(len(firing["fired"]))
-        counts.tokens, counts.fired, counts.total = sums.tokens, firing["fired"], firing["total"]
+        counts.tokens, counts.fired, counts.moments[0] = sums.tokens, firing["fired"], firing["total"]
         widths = [len(counts.fired)] if widths is None else widths
         if widths[-1] > len(counts.fired):
             raise ValueError(f"`fired` counts {len(counts.fired)} latents, fewer than the width {widths[-1]}.")

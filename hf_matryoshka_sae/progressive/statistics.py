@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..activations.gradients import loss_gradients
 from ..common.distributed import processes, reduce_sum
 from ..evaluation.data import HasActivations, HeldOut, activation_batches
+from ..evaluation.firing import FiringSums
 from ..models import SAEModel
 from ..models.safetensors_file import give_usual_permissions
 from ..models.sparse_ops import LatentPairs, pair_dot, row_norms
@@ -303,21 +304,18 @@ class _Sums:
         self.sae, self.device = sae, sae.W_dec.device
         self.neighbours = nearest_latents(sae, neighbours).to(self.device)
         self.squared_norms = decoder_rows(sae).double().square().sum(1)
-        names = ["frequency", "mean", "mean_square", "leave_one_out"] + ["attribution"] * attribution
+        self.firing = FiringSums(len(self.neighbours), self.device)
+        names = ["leave_one_out"] + ["attribution"] * attribution
         self.sums = {
             name: torch.zeros(len(self.neighbours), dtype=torch.float64, device=self.device) for name in names
         }
         self.cofiring = torch.zeros(self.neighbours.shape, dtype=torch.float64, device=self.device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def add(self, x: Tensor, pairs: LatentPairs, gradient: Tensor | None) -> None:
         with torch.no_grad():
             residual = x.to(self.device) - self.sae.decode_pairs(pairs, [pairs.num_latents])[0]
         values, cols = pairs.values.double(), pairs.cols
-        self.tokens += len(x)
-        self._sum("frequency", cols, (values > 0).double())
-        self._sum("mean", cols, values)
-        self._sum("mean_square", cols, values.square())
+        self.firing.add(pairs)
         self._sum("leave_one_out", cols, 2 * values * along_decoder(self.sae, pairs, residual))
         if gradient is not None:
             self._sum("attribution", cols, (values * along_decoder(self.sae, pairs, gradient.to(self.device))).abs())
@@ -335,11 +333,12 @@ class _Sums:
             self.cofiring[:, slot].index_add_(0, pairs.cols, both.double())
 
     def statistics(self) -> LatentStatistics:
-        reduce_sum(self.tokens, self.cofiring, *self.sums.values())
-        tokens = int(self.tokens)
+        reduce_sum(self.cofiring, *self.sums.values())
+        tokens = int(self.firing.reduce().tokens)
         if not tokens:
             raise ValueError("There are no hidden states to measure latents on: the activations are empty.")
-        means = {name: (total / tokens).cpu() for name, total in self.sums.items()}
+        fires = dict(zip(("frequency", "mean", "mean_square"), (self.firing.fired, *self.firing.moments), strict=True))
+        means = {name: (total.double() / tokens).cpu() for name, total in (fires | self.sums).items()}
         contribution = means["mean_square"] * self.squared_norms.cpu()
         means["leave_one_out"] += contribution
         return LatentStatistics(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..activations import TokenBatch, harvest, resolve_hookpoints, spliced_logits
 from ..activations.hookpoints import first_tensor, hooked
-from ..features.patterns.vocabulary import token_texts
+from ..common.token_text import token_texts
 from ..features.text import longest, own_hookpoint, read_text
 from ..models import SAEModel
 from .continuation import continued, prompt_tokens

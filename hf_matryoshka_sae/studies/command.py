@@ -16,7 +16,7 @@ from ..common.files import write_json
 from ..evaluation.core import ABOUT_ALL, IDENTITY, details, evaluate
 from ..evaluation.data import HeldOut, open_heldout
 from ..evaluation.language_model import LossScaling
-from ..evaluation.opening import by_place, open_saes
+from ..evaluation.opening import open_saes
 from ..evaluation.report import plot, table
 from ..models.digests import folder_digest, weights_digest
 from .explanations.autointerp.interpretability import greet
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "components and the identity.",
     )
     parser.add_argument(
-        "sae", metavar="REPO_OR_DIR", help="folder of an SAE, folder with several, Hub id, or 'embedded'"
+        "sae", metavar="REPO_OR_DIR", help="folder of an SAE, or of several; file of weights; Hub id; or 'embedded'"
     )
     parser.add_argument("--subfolder", help="of the repository or folder")
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
@@ -115,13 +115,13 @@ def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
     scaling = None if parsed.lm_exponent is None else LossScaling(parsed.lm_exponent, parsed.lm_irreducible)
     labelled = [_labelled(parsed)] if parsed.labelled else []
     judge = open_judge(parsed.judge)
-    saes, folder = open_saes(parsed.sae, parsed.subfolder)
+    groups, folder = open_saes(parsed.sae, parsed.subfolder, parsed.model, parsed.hookpoint)
     output = Path(parsed.output_dir) if parsed.output_dir else folder or Path("runs/evaluate")
     if judge is not None and accelerator.is_main_process:
         greet(judge, output / FOLDER / "answers.jsonl")  # it may not be there, and its turn comes late
     opened: dict[str, HeldOut] = {}
     results, places = [], []
-    for (model, hookpoint), group in by_place(saes, parsed.model, parsed.hookpoint).items():
+    for (model, hookpoint), group in groups.items():
         if model not in opened:
             opened = {model: _open(parsed, model, hookpoint, accelerator.device)}  # one language model at a time
         (place,) = resolve_hookpoints(opened[model].model, [hookpoint])

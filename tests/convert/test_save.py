@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_matryoshka_sae import CONFIGS, build_sae, convert
+from hf_matryoshka_sae.convert.formats import saelens
 
 from .reference import SHAPES, assert_computes, inputs
 
@@ -144,7 +145,7 @@ def test_a_failed_export_leaves_the_last_one(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_matryoshka_sae.convert.formats.saelens.write_json", fail)
+    monkeypatch.setattr(saelens, "write_json", fail)
     with pytest.raises(OSError, match="No space left"):
         convert.save(random_sae("topk"), tmp_path, "saelens")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

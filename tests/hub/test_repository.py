@@ -129,7 +129,7 @@ def test_an_index_that_names_what_is_not_there_is_refused(hub, repo):
 
 def test_a_repository_without_saes_is_refused(hub):
     hub.add("tester/other", {"config.json": b'{"model_type": "llama"}'})
-    with pytest.raises(ValueError, match="holds no SAE of this package.*convert.load"):
+    with pytest.raises(ValueError, match="holds no SAE"):
         sae_hub.list_saes("tester/other")
 
 

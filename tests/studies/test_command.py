@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hf_matryoshka_sae import cli
+from hf_matryoshka_sae import cli, convert
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout, weight_geometry
 from hf_matryoshka_sae.evaluation.opening import open_saes
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, TopKSAEConfig, build_sae
@@ -105,10 +105,32 @@ def test_names_tell_saes_apart(tmp_path):
     for place in ("a/model.layers.1", "b/model.layers.1-input", "c"):
         hookpoint = "model.layers.1:input" if place.startswith("b") else HOOKPOINT
         saved(tmp_path / place, hookpoint=hookpoint)
-    saes, folder = open_saes(str(tmp_path))
-    assert list(saes) == ["a", "b", "c"] and folder == tmp_path
-    assert list(open_saes(str(tmp_path), "a/model.layers.1")[0]) == ["a"]
-    assert list(open_saes(str(tmp_path), "a")[0]) == ["a"]
+    saved(tmp_path / "a/model.layers.2", hookpoint="model.layers.2")
+    groups, folder = open_saes(str(tmp_path))
+    assert folder == tmp_path
+    assert {where: list(saes) for where, saes in groups.items()} == {
+        ("embedded", HOOKPOINT): ["a", "c"],
+        ("embedded", "model.layers.1:input"): ["b"],
+        ("embedded", "model.layers.2"): ["a"],
+    }
+    (together,) = open_saes(str(tmp_path), hookpoint=HOOKPOINT)[0].values()
+    assert list(together) == ["a/model.layers.1", "a/model.layers.2", "b", "c"]
+    for subfolder in ("a/model.layers.1", "c"):
+        assert list(*open_saes(str(tmp_path), subfolder)[0].values()) == [subfolder[0]]
+
+
+def test_a_peers_checkpoint_is_evaluated_as_what_it_becomes(tmp_path):
+    """The same latents saved by this package and as SAELens saves them have the same figures."""
+    sae = saved(tmp_path / "ours", TopKSAEConfig)
+    convert.save(sae, tmp_path / "theirs" / "layer_1", "saelens")
+    results = []
+    for source in ("ours", "theirs"):
+        out = tmp_path / f"out-{source}"
+        flags = ["--hookpoint", HOOKPOINT, "--model", "embedded", "--no_baselines", "--output_dir", str(out)]
+        assert cli.main(["evaluate", str(tmp_path / source), *SMALL, *flags]) == 0
+        results.append(found(out)["saes"])
+    near(results[1]["layer_1"][0]["fvu"], results[0]["ours"][0]["fvu"])
+    near(results[1]["layer_1"][0]["l0"], results[0]["ours"][0]["l0"])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +158,7 @@ def test_what_the_config_lacks_must_be_named(tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path / "a")]) == 2
     assert "names no model; pass --model" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path / "nothing")]) == 2
-    assert "No SAE can be loaded from" in capsys.readouterr().err
+    assert "There is no folder or file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tmp_path / "a"), "--widths", "8,x"])
     assert "whole numbers such as 64,128,256" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..patterns.vocabulary import token_texts
+from ...common.token_text import token_texts
 
 
 _UNFINISHED = ".unfinished"

@@ -14,16 +14,16 @@ from transformers import AutoModel, AutoTokenizer
 
 from ...activations import DatasetConfig, Documents, load_language_model
 from ...activations.language_model import EMBEDDED
+from ...convert.places import only_sae, saes_in
 from ...models import SAEModel
 from ...models.digests import weights_digest
-from ...models.places import is_collection, saes_below
-from .layout import CONTEXTS, INDEX, LATENTS, is_hub_id
+from ...models.places import sae_config
+from .layout import CONTEXTS, INDEX, LATENTS
 
 
 _TEXT_FILES = (".parquet", ".jsonl", ".json", ".txt")
 _READ_WHOLE = 2**30  # bytes of text files that are digested; more would take longer than some builds
 _FIRST_DOCUMENTS = 64
-_SHOWN = 10
 
 
 # The SAE
@@ -36,46 +36,19 @@ def opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tuple
         `ValueError`: if there is none, or its weights are not finite.
     """
     if not isinstance(sae, SAEModel):
-        sae = _loaded_sae(sae).eval().to(device)
-        check_finite(sae)
-        return sae, _folder_of(sae)
+        try:
+            place = only_sae(saes_in(sae), " An index is of one SAE.")
+            loaded = place.load().to(device)
+        except OSError as error:
+            raise ValueError(f"No SAE can be loaded from '{sae}': {error}") from error
+        check_finite(loaded)
+        return loaded, place.folder
     check_finite(sae)
-    folder = _folder_of(sae)
-    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
-    if folder is not None and weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
-        folder = None
-    return sae, folder
-
-
-def _loaded_sae(source: str | os.PathLike) -> SAEModel:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_sae_folder(folder)
-    elif not is_hub_id(str(source)):
-        raise ValueError(f"There is no folder '{source}'. Name the folder of a saved SAE, or a Hub id.")
-    try:
-        sae = AutoModel.from_pretrained(str(folder if folder.is_dir() else source))
-    except OSError as error:
-        raise ValueError(f"No SAE can be loaded from '{source}': {error}") from error
-    if not isinstance(sae, SAEModel):
-        raise ValueError(f"'{source}' is a {type(sae).__name__}, not an SAE.")
-    return sae
-
-
-def _check_sae_folder(folder: Path) -> None:
-    """That it is an SAE's own folder, not that of a run or of another model."""
-    if (folder / "config.json").is_file() and not is_collection(folder):
-        return  # loading says what it is
-    below = list(saes_below(folder))
-    if not below:
-        raise ValueError(f"'{folder}' holds no SAE: no config.json in or under it is that of an SAE.")
-    names = ", ".join(below[:_SHOWN]) + (f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else "")
-    raise ValueError(f"'{folder}' is no SAE's own folder. An index is of one SAE; name one of those in it: {names}.")
-
-
-def _folder_of(sae: SAEModel) -> Path | None:
     folder = Path(sae.name_or_path or "/nowhere").expanduser()
-    return folder if (folder / "config.json").is_file() and not is_collection(folder) else None
+    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
+    if sae_config(folder) is None or weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
+        return sae, None
+    return sae, folder
 
 
 def check_finite(sae: SAEModel) -> None:

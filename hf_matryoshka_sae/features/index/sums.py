@@ -9,6 +9,8 @@ Shapes: F latents, M pairs.
 import torch
 from torch import Tensor
 
+from ...evaluation.firing import add_moments
+
 
 PROBABILITIES = (0.05, 0.2, 0.4, 0.5, 0.6, 0.8, 0.95, 0.99)
 """Of the quantiles that are kept, over the tokens on which a latent fires."""
@@ -52,9 +54,7 @@ class LatentSums:
         """Add latents `(M,)` and their activations, of as many tokens."""
         self.tokens += tokens
         self.counts.view(-1).index_add_(0, cols * BINS + bins_of(values), torch.ones_like(cols, dtype=torch.int32))
-        values, size = values.double(), len(self.counts)
-        self.moments[0] += torch.bincount(cols, values, minlength=size)
-        self.moments[1] += torch.bincount(cols, values.square(), minlength=size)
+        add_moments(self.moments, cols, values)
 
     def add_first(self, cols: Tensor, counted: bool) -> None:
         """Add latents that fire at the first position of a context; `counted`: they are also given to [`add`]."""

@@ -1,22 +1,16 @@
-"""What each token of a tokenizer says: its text as it stands in the middle of a text, leading space and all.
-
-Tokenizers mark the beginning of a word in different ways, and some drop a space where a text begins. So a token is
-decoded behind an "a", and a text is tokenised behind a line break or an "a": what is added is what counts.
-"""
+"""The tokens of a tokenizer by what they say, and the tokens that say a text."""
 
 import time
 import weakref
-from collections.abc import Iterable
 
 import numpy as np
 import regex
 
+from ...common.token_text import ANCHOR, LOST, coders, token_texts
 from .limits import check_token_regex
 
 
-_ANCHOR = "a"
-_CONTEXTS = ("\n", _ANCHOR, "")  # a token that continues a word is found behind the first or the last
-_LOST = "\ufffd"  # how a decoder shows bytes that are no whole character
+_CONTEXTS = ("\n", ANCHOR, "")  # a token that continues a word is found behind the first or the last
 
 _known: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -29,17 +23,6 @@ def vocabulary_of(tokenizer) -> "Vocabulary":
     return found
 
 
-def token_texts(tokenizer, tokens: Iterable[int]) -> list[str]:
-    """What each token adds to a text. Bytes that are no whole character are shown as U+FFFD."""
-    encode, decode = _coders(tokenizer)
-    tokens, anchor = list(tokens), encode(_ANCHOR)
-    behind = decode([anchor])[0] if anchor else ""
-    texts = decode([[*anchor, token] for token in tokens])
-    if all(text.startswith(behind) for text in texts):
-        return [text[len(behind) :] for text in texts]
-    return decode([[token] for token in tokens])
-
-
 class Vocabulary:
     """The tokens of a tokenizer and their texts.
 
@@ -49,7 +32,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer):
         self.length = len(tokenizer)
-        self._encode, self._decode = _coders(tokenizer)
+        self._encode, self._decode = coders(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
         self.texts = token_texts(tokenizer, range(self.size))
         # Where documents are packed one behind the other, this stands before each (see `activations.tokens`).
@@ -62,8 +45,8 @@ class Vocabulary:
         pieces: list[tuple[str, int]] = []
         broken: list[int] = []
         for token in [*tokens, None]:
-            text = _LOST if token is None else self.text(token)
-            if token is not None and _LOST in text:
+            text = LOST if token is None else self.text(token)
+            if token is not None and LOST in text:
                 broken.append(token)
                 continue
             if broken:
@@ -144,21 +127,3 @@ def _compiled(pattern: str) -> regex.Pattern:
         raise UnreadableRegex(f"{what} cannot be used: {error}") from error
     except (MemoryError, RecursionError):
         raise UnreadableRegex(f"{what} is too large. Repeat and nest less.") from None
-
-
-def _coders(tokenizer):
-    """Text to tokens without special ones, and batches of tokens to texts, each as the tokenizer does it plainly."""
-    if not tokenizer.is_fast:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return (
-            lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            lambda rows: [tokenizer.decode(row, **options) for row in rows],
-        )
-    backend = tokenizer.backend_tokenizer
-    return (
-        # Truncation and padding set for a model must not touch a pattern.
-        lambda text: tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-            "input_ids"
-        ],
-        lambda rows: backend.decode_batch(rows, skip_special_tokens=False),
-    )

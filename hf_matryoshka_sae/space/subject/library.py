@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 
 from ...activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
 from ...activations.language_model import EMBEDDED
 from ...assets import embedded_sae_path
+from ...convert.places import SAEPlace, saes_in
 from ...evaluation import HeldOut, open_heldout
-from ...hub import SAEInfo, list_saes, load
 from ..limits import UNREACHABLE
 from .opened import Opened
 
@@ -67,7 +67,7 @@ class Library:
         self._guard = threading.Lock()  # of the line above
         self._texts: dict[str, HeldOut] = {}
 
-    def saes(self, source: str) -> dict[str, SAEInfo]:
+    def saes(self, source: str) -> dict[str, SAEPlace]:
         """The SAEs of a repository or folder, by what the page calls their places.
 
         Args:
@@ -81,18 +81,12 @@ class Library:
             raise ValueError(f"Name a repository on the Hub (user/name), a folder, or '{EMBEDDED}'.")
         where = self._resolved(source)
         try:
-            found = list_saes(where, **self._revision(where))
-        except HFValidationError as error:
+            found = saes_in(where, **self._revision(where))
+        except (ValueError, *UNREACHABLE) as error:
             raise ValueError(
-                f"'{source[:80]}' is neither a folder{'' if self.public else ' here'} nor the name of a repository on "
-                f"the Hub (user/name). Check it, or open '{EMBEDDED}'."
+                f"'{source[:80]}' cannot be opened: {_first_line(error)} Check the name, or open '{EMBEDDED}'."
             ) from error
-        except UNREACHABLE as error:
-            raise ValueError(
-                f"'{source}' cannot be opened: there is no such folder here, and the Hub says: {_first_line(error)} "
-                f"Check the name, or open '{EMBEDDED}'."
-            ) from error
-        return {place or ROOT: info for place, info in found.items()}
+        return {place or ROOT: sae for place, sae in found.items()}
 
     def open(self, source: str, place: str = "") -> Opened:
         """An SAE with its language model and held-out text.
@@ -144,9 +138,13 @@ class Library:
         place = place or next(iter(saes))
         if place not in saes:
             raise ValueError(f"'{source}' holds no SAE at '{place}'. It holds: {', '.join(saes)}.")
-        info = saes[place]
-        model = self.model or info.base_model
-        if model is None or info.hookpoint is None:
+        where = self._resolved(source)
+        try:
+            sae = saes[place].load()
+        except (*UNREACHABLE, StrictDataclassError) as error:
+            raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
+        model, hookpoint = self.model or sae.config.base_model, sae.config.hookpoint
+        if model is None or hookpoint is None:
             raise ValueError(
                 f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can "
                 "be measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
@@ -157,21 +155,16 @@ class Library:
                 f"The config of '{source}' names '{model}' as its language model, a folder of some machine. Push it "
                 "with the model's id on the Hub."
             )
-        try:
-            where = self._resolved(source)
-            sae = load(where, info.subfolder, **self._revision(where))
-        except (*UNREACHABLE, StrictDataclassError) as error:
-            raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
-        data = self._heldout(model, info.hookpoint)
+        data = self._heldout(model, hookpoint)
         width = hookpoint_widths(data.model, [data.hookpoint])[data.hookpoint]
         if width != sae.config.d_in:
             raise ValueError(
-                f"This SAE reads hidden states of width {sae.config.d_in}, but '{info.hookpoint}' of '{model}' gives "
+                f"This SAE reads hidden states of width {sae.config.d_in}, but '{hookpoint}' of '{model}' gives "
                 f"{width}: it is the SAE of another model. Start the page with the right `--model`."
             )
         if self.model is not None:
             sae.config.base_model = self.model
-        return Opened(source, place, where, info.subfolder, sae.to(data.device), data, self, list(saes))
+        return Opened(source, place, where, saes[place].subfolder, sae.to(data.device), data, self, list(saes))
 
     def _heldout(self, model: str, hookpoint: str) -> HeldOut:
         """The text, tokenised once for each model, at a hookpoint."""
@@ -190,21 +183,21 @@ class Library:
             return str(embedded_sae_path())
         try:
             local = Path(source).expanduser()
-            is_folder = local.is_dir()
+            is_here = local.exists()
         except (RuntimeError, OSError) as error:  # nobody's home, or a name that is too long
             raise ValueError(
                 f"'{source[:80]}' is neither a folder nor a repository on the Hub. Check the name, or open "
                 f"'{EMBEDDED}'."
             ) from error
-        if is_folder and self.public and source not in self.shown:
+        if is_here and self.public and source not in self.shown:
             raise ValueError(
                 f"'{source}' cannot be opened: this page opens repositories on the Hub (user/name) and '{EMBEDDED}', "
                 "no folders of its machine."
             )
-        return str(local) if is_folder else source
+        return str(local) if is_here else source
 
     def _revision(self, where: str) -> dict[str, Any]:
-        return {} if self.revision is None or Path(where).is_dir() else {"revision": self.revision}
+        return {} if self.revision is None or Path(where).exists() else {"revision": self.revision}
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...activations import TokenBatch
+from ...common.token_text import token_texts
 
 
 WORD_CLASSES = {
@@ -40,7 +41,6 @@ _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s|$)")
 _OPENING, _CLOSING = "([{", ")]}"
-_ANCHOR = "a"
 
 Span = tuple[int, int]
 
@@ -86,30 +86,19 @@ def property_labels(batch: TokenBatch, reader: "TokenReader") -> Tensor:
 class TokenReader:
     """Puts the tokens of windows together as text.
 
-    A tokenizer marks the beginning of a word in its own way, and some drop a space where a text begins; so a token's
-    text is what it adds behind an "a". Bytes that are no whole character say U+FFFD.
-
     Args:
         tokenizer: Of any kind, from transformers.
     """
 
     def __init__(self, tokenizer):
         self._tokenizer, self._special = tokenizer, set(tokenizer.all_special_ids)
-        self._anchor = tokenizer(_ANCHOR, add_special_tokens=False, verbose=False)["input_ids"]
-        self._behind = self._decode([self._anchor])[0]
         self._texts: dict[int, str] = {}
-
-    def _decode(self, rows: list[list[int]]) -> list[str]:
-        return self._tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def texts(self, ids: Iterable[int]) -> list[str]:
         """What each token adds to a text."""
         ids = list(ids)
         new = [token for token in dict.fromkeys(ids) if token not in self._texts]
-        behind = self._decode([[*self._anchor, token] for token in new]) if new else []
-        alone = self._decode([[token] for token in new]) if new else []
-        for token, after, bare in zip(new, behind, alone, strict=True):
-            self._texts[token] = after[len(self._behind) :] if after.startswith(self._behind) else bare
+        self._texts.update(zip(new, token_texts(self._tokenizer, new), strict=True))
         return [self._texts[token] for token in ids]
 
     def parts(self, ids: Sequence[int], mask: Sequence[int]) -> Iterator[TextTokens]:

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from ...common.distributed import reduce_sum
 from ...evaluation.data import HasActivations
+from ...evaluation.firing import add_moments
 from ...evaluation.geometry import checked_widths, groups, unit_rows
 from ...evaluation.similarity import checked_batches
 from ...models import SAEModel
@@ -72,9 +73,7 @@ class CorrelationSums:
             pairs = self.sae.encode_pairs(part)
             others = torch.cat([_dense(reference, part) for reference in self.references], 1)
             self._add_products(pairs, others)
-            values = pairs.values.double()
-            self.moments[0].index_add_(0, pairs.cols, values)
-            self.moments[1].index_add_(0, pairs.cols, values.square())
+            add_moments(self.moments, pairs.cols, pairs.values)
             self.other_moments += torch.stack([others.sum(0), others.square().sum(0)])
             self.tokens += len(part)
 

@@ -2,14 +2,13 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoConfig
 
+from ...convert.places import SAEPlace, saes_in
+from ...convert.source import first_names
 from ...models import MODELS, SAEConfig, SAEModel, build_sae
-from ...models.places import is_collection
 from ...models.sharding import Layout
 from ..config.run import RunConfig
 from ..config.spec import SAESpec
@@ -108,24 +107,25 @@ class Start:
 
     Args:
         asked (`str`): The field that names it, for messages.
-        source (`str`): Folder or repository.
-        subfolder (`str`): In the repository.
+        place ([`SAEPlace`]): Where it lies.
         config ([`SAEConfig`]): Of the whole dictionary.
     """
 
     asked: str
-    source: str
-    subfolder: str
+    place: SAEPlace
     config: SAEConfig
 
     def load(self, layout: Layout | None = None) -> SAEModel:
         """The SAE; of a sharded dictionary the latents of this process, and no others are read."""
-        model = MODELS[type(self.config)]
+        place = self.place
         try:
             if layout is None or layout.shards == 1:
-                return model.from_pretrained(self.source, subfolder=self.subfolder)
-            own = own_config(self.config, layout)
-            return load_own_rows(model, own, self.source, layout, subfolder=self.subfolder)
+                return place.load()
+            if place.config is None:
+                raise ValueError(f"{self.asked} is another library's, which is not read in parts: convert it first.")
+            own, source = own_config(self.config, layout), str(place.folder or place.source)
+            subfolder = "" if place.folder else place.subfolder
+            return load_own_rows(MODELS[type(self.config)], own, source, layout, subfolder=subfolder)
         except OSError as error:
             raise ValueError(f"{self.asked} cannot be loaded: {error}") from error
 
@@ -134,32 +134,31 @@ def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
     """Where the trained SAE is that a run goes on from, or whose dictionary it makes larger.
 
     Args:
-        source (`str`): A folder with an SAE, a run's folder, or a repository.
+        source (`str`): A folder with an SAE, a run's folder, a file of weights, or a repository; of any format.
         spec ([`SAESpec`]): Its type must be the SAE's, unless that is to grow.
-        hookpoint (`str`): Looked for as a subfolder first.
+        hookpoint (`str`): Which of several: the one in the folder of this name.
         d_in (`int`): Width of the hidden states now.
         field (`str`, *optional*, defaults to `"init_from"`): Or `"grow_from"`: who asks.
 
     Raises:
         `ValueError`: if there is none, or it does not fit.
     """
-    place = hookpoint.replace(":", "-")
-    root, asked = Path(source), f"`{field}: {source}`"
-    folders = [root / place, *sorted(root.glob(f"*/{place}")), root]
-    named = [folder for folder in folders if (folder / "config.json").is_file() and not is_collection(folder)]
-    if root.is_dir() and not named:
-        raise ValueError(f"{asked} holds no SAE: looked for config.json there and in {place}/.")
-    if spec.name and (root / spec.name / place) in named:
-        named = [root / spec.name / place]
-    if field == "grow_from" and len(named) > 1:
-        raise ValueError(f"{asked} holds several SAEs, name one: {', '.join(str(path.parent) for path in named)}.")
-    found, subfolder = (str(named[0]), "") if named else (source, place)
+    inner, asked = hookpoint.replace(":", "-"), f"`{field}: {source}`"
     try:
-        config = AutoConfig.from_pretrained(found, subfolder=subfolder)
+        saes = saes_in(source)
+        places = {place: sae for place, sae in saes.items() if place in ("", inner) or place.endswith(f"/{inner}")}
+        if spec.name and f"{spec.name}/{inner}" in places:
+            places = {inner: places[f"{spec.name}/{inner}"]}
+        if field == "grow_from" and len(places) > 1:
+            raise ValueError(f"{asked} holds several SAEs, name one: {', '.join(places)}.")
+        if not places:
+            raise ValueError(f"{asked} holds no SAE at {inner}. It holds: {first_names(list(saes))}.")
+        place = places[min(places, key=lambda place: (place.count("/"), place))]  # its own folder before a run's
+        config = place.load_config()
     except OSError as error:
         raise ValueError(f"{asked} cannot be loaded: {error}") from error
-    if not isinstance(config, SAEConfig):
-        raise ValueError(f"{asked} is a {config.model_type}, not an SAE.")
+    except ValueError as error:
+        raise error if asked in str(error) else ValueError(f"{asked} cannot be loaded: {error}") from error
     kind = config.model_type.removesuffix("_sae")
     if kind != spec.type and field == "init_from":
         raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
@@ -171,7 +170,7 @@ def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
             )
     if config.d_in != d_in:
         raise ValueError(f"{asked} reads hidden states of width {config.d_in}; {hookpoint} has {d_in}.")
-    return Start(asked, found, subfolder, config)
+    return Start(asked, place, config)
 
 
 def _take_over(sae: SAEModel, start: SAEModel, mean: Tensor, scale: float, spec: SAESpec) -> None:

@@ -357,13 +357,13 @@ def test_another_hookpoint_than_the_saes_is_told(tmp_path, caplog):
 def test_a_folder_of_several_saes_is_refused_with_their_names(tmp_path):
     for place in ("matryoshka/model.layers.1", "topk/model.layers.1"):
         small.make_sae().save_pretrained(tmp_path / "run" / place)
-    with pytest.raises(ValueError, match="name one of those.* matryoshka/model.layers.1, topk/model.layers.1"):
+    with pytest.raises(ValueError, match="of one SAE. Name one of: matryoshka/model.layers.1, topk/model.layers.1"):
         build_index(tmp_path / "run")
     with pytest.raises(ValueError, match="holds no SAE"):
         (tmp_path / "empty").mkdir()
         build_index(tmp_path / "empty")
     for nowhere in ("/nope", "./nope", "~/nope", "a/b/c"):
-        with pytest.raises(ValueError, match=f"no folder '{nowhere}'"):
+        with pytest.raises(ValueError, match=f"no folder or file '{nowhere}'"):
             build_index(nowhere)
 
 

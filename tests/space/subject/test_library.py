@@ -195,10 +195,10 @@ def test_a_damaged_config_is_a_message(library, tmp_path, fields):
     assert len(str(caught.value)) > 10
 
 
-def test_a_config_that_is_no_json_is_no_sae(library, tmp_path):
+def test_a_config_that_is_no_json_is_a_message(library, tmp_path):
     small_sae(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "topk')
-    with pytest.raises(ValueError, match="holds no SAE"):
+    with pytest.raises(ValueError, match="config.json is no JSON"):
         library.open(str(tmp_path))
 
 
@@ -278,7 +278,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
     def fails(*_, **__):
         raise httpx.ConnectError("Name or service not known")
 
-    monkeypatch.setattr(library_module, "list_saes", fails)
+    monkeypatch.setattr(library_module, "saes_in", fails)
     with pytest.raises(ValueError, match="'somebody/sae' cannot be opened.*Name or service not known"):
         Library().open("somebody/sae")
 

@@ -443,7 +443,7 @@ def test_a_base_that_does_not_fit_the_run_is_refused(base, fields, message):
     ("source", "message"),
     [
         ("missing", "`grow_from: .*missing` cannot be loaded"),
-        ("empty", "`grow_from: .*empty` holds no SAE"),
+        ("empty", "`grow_from: .*empty` cannot be loaded: .* holds no SAE"),
         ("base", "holds several SAEs, name one"),
         ("narrow", "reads hidden states of width 32; model.layers.1 has 128"),
         ("gated", "A gated SAE cannot grow"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import maximum_filter1d
 
+from ....common.token_text import texts_in_place
 from ..n2g import Examples
 
 
@@ -19,8 +20,6 @@ BUFFER = 10
 ACTIVE = 0.01
 OPEN, CLOSE, LINE_BREAK = "«", "»", "⏎"
 _LOOKALIKES = str.maketrans({OPEN: "‹", CLOSE: "›", "\n": LINE_BREAK, "\r": None})
-_LOST = "\ufffd"
-_ANCHOR = "a"
 
 
 @dataclass(frozen=True)
@@ -130,21 +129,13 @@ class TokenTexts:
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._anchor = tokenizer(_ANCHOR, add_special_tokens=False, verbose=False)["input_ids"]
 
     def of(self, ids: tuple[int, ...]) -> list[str]:
         """What each token adds to the text before it; a character of several tokens stands at the last of them.
 
         Line breaks are written as ⏎, so that a passage is a line.
         """
-        rows = [[*self._anchor, *ids[:size]] for size in range(len(ids) + 1)]
-        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        added, so_far = [], texts[0]
-        for text in texts[1:]:
-            whole = text.rstrip(_LOST)
-            added.append(whole[len(so_far) :] if whole.startswith(so_far) else "")
-            so_far = whole if whole.startswith(so_far) else so_far
-        return [text.translate(_LOOKALIKES) for text in added]
+        return [text.translate(_LOOKALIKES) for text in texts_in_place(self._tokenizer, ids)]
 
     def marked(self, ids: tuple[int, ...], marks: np.ndarray) -> str:
         """A passage with marks around runs of tokens."""
