@@ -43,6 +43,14 @@ def two_processes() -> Iterator[Processes]:
     processes.close()
 
 
+@pytest.fixture(scope="session")
+def four_processes() -> Iterator[Processes]:
+    """Four processes of one group, for slow tests."""
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> HubServer:
     """An empty Hub that this process talks to, with an empty cache at `tmp_path / "cache"`."""

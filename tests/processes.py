@@ -1,4 +1,4 @@
-"""Processes that stay for the session, for tests of what several do together: to start an interpreter takes seconds."""
+"""Processes that stay for the session, for tests of what several do together: starting interpreters takes seconds."""
 
 import os
 import pickle

@@ -1,7 +1,6 @@
 """A dictionary in pieces by latents is the same dictionary, whoever wrote it and however much of it is read."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -222,20 +221,18 @@ def test_parts_written_in_any_order_make_the_files_that_one_makes(tmp_path, ends
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path):
+def _write_one_of_two(rank: int, staging: Path, size: str) -> None:
+    write_part(staging, *((0, 230), (230, 512))[rank], size)
+
+
+def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path, two_processes):
     sae, size = large(), "20KB"
     sae.load_state_dict(by_rule())
     sae.save_pretrained(tmp_path / "one", max_shard_size=size)
     with staged_files(tmp_path / "many") as staging:
         plan = plan_files(by_rule(), 512, size)
         allocate_files(staging, plan)
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in ((0, 230), (230, 512))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            assert worker.exitcode == 0
+        two_processes.run(_write_one_of_two, staging, size)
         write_index(staging, plan)
         sae.config.save_pretrained(staging)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")

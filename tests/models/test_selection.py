@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.models.selection import EncoderBlocks, select_above, select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout
@@ -138,26 +137,18 @@ def replicas_of(num_latents: int, rank: int) -> Layout:
     return Layout(num_latents, rank, 2, replica_group=dist.group.WORLD, group=dist.group.WORLD)
 
 
-def _select_on_rank(rank: int, folder: str, joined: dict, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        for name, (pre, k) in joined.items():
-            mine = pre.chunk(2)[rank]
-            rows, cols, _ = select_batch_topk(blocks_of(mine), k, replicas_of(pre.shape[1], rank))
-            results.put((rank, name, rows.tolist(), cols.tolist()))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_batch_topk_over_two_processes_equals_one_process_on_the_joined_batch(tmp_path):
-    joined = {name: (make(), k) for name, (make, k) in BATCHES.items()}
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_select_on_rank, (str(tmp_path), joined, results), nprocs=2)
-    masks = {name: torch.zeros(pre.shape, dtype=torch.bool) for name, (pre, _) in joined.items()}
-    for _ in range(2 * len(joined)):
-        rank, name, rows, cols = results.get()
-        masks[name][torch.tensor(rows, dtype=torch.int64) + rank * len(masks[name]) // 2, cols] = True
+def _select_on_rank(rank: int, joined: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {}
     for name, (pre, k) in joined.items():
-        assert torch.equal(masks[name], batch_topk_mask(pre, k)), name
+        found[name] = select_batch_topk(blocks_of(pre.chunk(2)[rank]), k, replicas_of(pre.shape[1], rank))[:2]
+    return found
+
+
+def test_batch_topk_over_two_processes_equals_one_process_on_the_joined_batch(two_processes):
+    joined = {name: (make(), k) for name, (make, k) in BATCHES.items()}
+    first, second = two_processes.run(_select_on_rank, joined)
+    for name, (pre, k) in joined.items():
+        mask = torch.zeros(pre.shape, dtype=torch.bool)
+        mask[first[name]] = True
+        mask[second[name][0] + len(pre) // 2, second[name][1]] = True
+        assert torch.equal(mask, batch_topk_mask(pre, k)), name

@@ -2,9 +2,6 @@ import importlib
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.progressive.refit import refit
 
@@ -147,25 +144,17 @@ def test_bad_arguments_are_refused(monkeypatch):
         refit(sae, [x], decoder=True)
 
 
-def _one_of_two(rank, folder, x):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
+def _one_of_two(rank, x):
     found = refit(make_sae("jumprelu"), x.split(20)[rank::2], decoder=True, l0=2.0)
-    numbers = torch.tensor([found.fvu_before, found.fvu_after, found.l0_before, found.tokens], dtype=torch.float64)
-    save_file({"numbers": numbers, **found.sae.state_dict()}, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    return [found.fvu_before, found.fvu_after, found.l0_before, found.tokens], found.sae.state_dict()
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     x = hidden_states(160)
-    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     parts = x.split(20)
     joined = [torch.cat(parts[2 * i : 2 * i + 2]) for i in range(4)]  # batch i of both processes
     one = refit(make_sae("jumprelu"), joined, decoder=True, l0=2.0)
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        expected = [one.fvu_before, one.fvu_after, one.l0_before, one.tokens]
-        assert found.pop("numbers").tolist() == pytest.approx(expected)
-        for name, tensor in one.sae.state_dict().items():
-            torch.testing.assert_close(found[name], tensor)
+    for numbers, state in two_processes.run(_one_of_two, x):
+        assert numbers == pytest.approx([one.fvu_before, one.fvu_after, one.l0_before, one.tokens])
+        torch.testing.assert_close(dict(state), dict(one.sae.state_dict()))

@@ -2,8 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from hf_matryoshka_sae.activations import TokenStream, harvest
@@ -293,19 +291,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 # Processes
 
 
-def _one_of_two(rank, folder, x):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    latent_statistics(make_sae("topk"), x.split(16)[rank::2]).save(folder / str(rank))
-    dist.destroy_process_group()
+def _one_of_two(rank, x):
+    return latent_statistics(make_sae("topk"), x.split(16)[rank::2])
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     x = hidden_states(80)
-    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     one = latent_statistics(make_sae("topk"), x.split(16))
-    for rank in range(2):
-        found = LatentStatistics.load(tmp_path / str(rank))
+    for found in two_processes.run(_one_of_two, x):
         assert found.tokens == 80
         _check(found, one.tensors())
