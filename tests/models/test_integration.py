@@ -13,6 +13,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from hf_matryoshka_sae import MatryoshkaSAE
 
+from ..axes import each
 from .reference import D, hidden_states, make_sae
 from .test_saving import assert_same_tensors, contents
 
@@ -91,8 +92,7 @@ def test_weights_that_fsdp2_has_spread_are_saved_gathered_or_refused(group, tmp_
     assert_same_tensors(AutoModel.from_pretrained(tmp_path / "gathered"), sae)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE])
+@each(width=[None, 4], load=[AutoModel, MatryoshkaSAE])
 def test_a_quantisation_is_refused_before_anything_is_read(tmp_path, load, width):
     make_sae("matryoshka-topk", torch.float32).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

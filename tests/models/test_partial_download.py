@@ -20,6 +20,7 @@ from hf_matryoshka_sae.models import partial_download
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, digest, row_digests
 
+from ..axes import each
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors, save
@@ -69,8 +70,7 @@ def weights_sent(hub: HubServer) -> int:
     return sum(request.sent for request in found)
 
 
-@layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@each(layout=["one file", "shards", "pieces"], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path, dtype, layout):
     sae = large(dtype)
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -165,8 +165,7 @@ def test_force_download_starts_over(hub, tmp_path):
 # Where there is no connection
 
 
-@layouts
-@pytest.mark.parametrize("how", ["offline", "local_files_only"])
+@each(layout=["one file", "shards", "pieces"], how=["offline", "local_files_only"])
 def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -225,8 +224,7 @@ def requests_of_a_pull(hub: HubServer) -> int:
     return hub.counted
 
 
-@pytest.mark.parametrize("layout", ["one file", "pieces"])
-@pytest.mark.parametrize("how", ["drop", "503", "truncate"])
+@each(layout=["one file", "pieces"], how=["drop", "503", "truncate"])
 def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -473,8 +471,7 @@ def test_those_who_wait_while_another_completes_the_file_get_it_too(hub, tmp_pat
     assert found == [sae.W_dec.sum().item()] * 2
 
 
-@pytest.mark.parametrize("byte", [0, 3, 9, 60, 200, 400])
-@pytest.mark.parametrize("digests", [True, False], ids=["digests", "none"])
+@each(byte=[0, 3, 9, 60, 200, 400], digests={"digests": True, "none": False})
 def test_a_header_damaged_on_the_way_is_fetched_again(hub, tmp_path, monkeypatch, byte, digests):
     sae = large()
     put(hub, sae, tmp_path / "saved", digests=False)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from hf_matryoshka_sae.models.selection import EncoderBlocks, select_above, select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout
 
+from ..axes import each
 from .reference import batch_topk_mask, topk_mask
 
 
@@ -54,10 +55,12 @@ WAYS = pytest.mark.parametrize("static", [False, True], ids=["listed", "static"]
 BLOCKS = pytest.mark.parametrize("block", [None, 32, 96], ids=["one block", "blocks of 32", "blocks of 96"])
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [1, 3, 8, 13, 40])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    pre=PRE,
+    k=[1, 3, 8, 13, 40],
+)
 def test_topk_keeps_the_largest_and_the_lowest_latent_of_equals(pre, k, block, static):
     pre = pre()
     selection = select_topk(blocks_of(pre, block), k, static)
@@ -65,10 +68,12 @@ def test_topk_keeps_the_largest_and_the_lowest_latent_of_equals(pre, k, block, s
     assert torch.equal(mask_of(selection, pre), topk_mask(pre, k))
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [0.1, 1, 2.5, 8, 40])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    pre=PRE,
+    k=[0.1, 1, 2.5, 8, 40],
+)
 def test_batch_topk_keeps_the_largest_of_the_batch_and_the_first_of_equals(pre, k, block, static):
     pre = pre()
     selection = select_batch_topk(blocks_of(pre, block), k, static=static)
@@ -76,10 +81,12 @@ def test_batch_topk_keeps_the_largest_of_the_batch_and_the_first_of_equals(pre, 
     assert torch.equal(mask_of(selection, pre), batch_topk_mask(pre, k))
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("make", [lambda: torch.randn(300, 700), lambda: torch.randn(300, 700).mul(4).round()])
-@pytest.mark.parametrize("k", [0.01, 3.3, 350, 600])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    make=[lambda: torch.randn(300, 700), lambda: torch.randn(300, 700).mul(4).round()],
+    k=[0.01, 3.3, 350, 600],
+)
 def test_batch_topk_is_exact_on_many_entries(make, k, block, static):
     pre = make()
     assert torch.equal(

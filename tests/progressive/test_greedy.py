@@ -5,6 +5,7 @@ from hf_matryoshka_sae.progressive import greedy as module
 from hf_matryoshka_sae.progressive.greedy import add_products, greedy_order
 from hf_matryoshka_sae.progressive.statistics import encoded
 
+from ..axes import each
 from ..models.reference import OPTIONS, PREFIXES, VARIANTS, F, assert_close, dense_latents, hidden_states, make_sae
 
 
@@ -27,8 +28,7 @@ def _brute_force(sae, x, widths=(F,)):
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=VARIANTS)
 def test_the_order_equals_brute_force(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 20)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 5)

@@ -5,6 +5,7 @@ import torch
 
 from hf_matryoshka_sae.progressive.refit import refit
 
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, D, F, assert_close, dense_forward, hidden_states, make_sae
 
 
@@ -16,8 +17,7 @@ def _fvu(sae, x):
     return (residual.square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=VARIANTS)
 def test_the_bias_is_the_best_and_activations_stay(variant, options):
     sae, x = make_sae(variant, **options), hidden_states(60)
     found = refit(sae, [x])
@@ -51,8 +51,7 @@ def test_gains_are_measured_on_batches_that_took_no_part():
         assert_close(found.sae.b_dec, alone.sae.b_dec)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=VARIANTS)
 def test_the_decoder_is_the_ridge_solution(variant, options, way):
     sae, x, ridge = make_sae(variant, **options), hidden_states(80), 0.1
     found = refit(sae, x.split(80), decoder=True, ridge=ridge)
@@ -94,9 +93,11 @@ def test_rows_of_silent_latents_stay():
 # Thresholds
 
 
-@pytest.mark.parametrize("l0", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("variant", ["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(
+    l0=[0.5, 2.0, 4.0],
+    variant=["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"],
+    options=OPTIONS,
+)
 def test_thresholds_are_rescaled_for_the_l0_asked(variant, l0, options):
     sae, batches = make_sae(variant, **options), list(hidden_states(2000).split(300))
     found = refit(sae, batches, l0=l0)

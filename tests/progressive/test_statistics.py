@@ -10,6 +10,7 @@ from hf_matryoshka_sae.progressive import statistics as module
 from hf_matryoshka_sae.progressive.statistics import LatentStatistics, latent_statistics
 
 from ..activations import tiny
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, F, assert_close, dense_latents, hidden_states, make_sae
 
 
@@ -51,8 +52,7 @@ def _check(found, expected):
             assert torch.equal(getattr(found, name), tensor), name
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=VARIANTS)
 def test_statistics_equal_the_dense_reference(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", 5 * F)  # several blocks of tokens, and of neighbours
     sae, x = make_sae(variant, **options), hidden_states(64)
@@ -101,8 +101,7 @@ def _heldout(batches=3):
     return HeldOut(tiny.llama(), [next(stream) for _ in range(batches)], "model.layers.1")
 
 
-@pytest.mark.parametrize("variant", ["topk", "gated", "matryoshka-jumprelu"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(variant=["topk", "gated", "matryoshka-jumprelu"], options=OPTIONS)
 def test_attribution_is_the_gradient_with_the_error_kept(variant, options):
     """x = reconstruction + error, the error held fixed: autograd through the decoder gives dL/da."""
     data, sae = _heldout(), make_sae(variant, torch.float32, d_in=16, **options)

@@ -31,6 +31,8 @@ from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.growth import BatchTopKOnBase, FrozenBase, grow, grown_start
 from hf_matryoshka_sae.training.sae.learner import Learner
 
+from ...axes import each
+
 
 D, F = 32, 24
 HOOKPOINT = "model.layers.1"
@@ -211,9 +213,11 @@ def trained(activation="batch_topk", nested=True, d_in=D, dtype=torch.float32, *
     return sae.to(dtype).eval()
 
 
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("activation", SPARSITY)
-@pytest.mark.parametrize("fields", [{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}], ids=str)
+@each(
+    nested=[True, False],
+    activation=SPARSITY,
+    fields=[{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}],
+)
 def test_the_base_is_the_first_prefix(activation, nested, fields):
     sae = trained(activation, nested, **fields)
     before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
