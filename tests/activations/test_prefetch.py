@@ -231,6 +231,7 @@ def test_no_thread_outlives_its_use():
     assert not _threads()
 
 
+@pytest.mark.slow
 def test_a_process_ends_without_close():
     lines = [
         "from hf_matryoshka_sae.activations import PrefetchedStream",

@@ -85,7 +85,7 @@ def random_sae(variant: str, d_in: int = 16, num_latents: int = 64):
     return sae
 
 
-@each(shape=SHAPES, variant=VARIANTS)
+@each(shape=SHAPES, variant=list(VARIANTS))
 def test_every_export_computes_the_same(tmp_path, variant, shape):
     sae, x = random_sae(variant, *shape), inputs(shape[0])
     with torch.no_grad():

@@ -153,6 +153,7 @@ def npz_of_zeros(file, shapes, said=None):
                     left -= entry.write(zeros[:left])
 
 
+@pytest.mark.slow
 def test_zeros_that_unfold_to_far_more_are_refused(tmp_path):
     file = tmp_path / "params.npz"
     npz_of_zeros(file, {"W_enc": (2**12, 2**14), "W_dec": (2**14, 2**12), "b_enc": (2**14,), "b_dec": (2**12,)})

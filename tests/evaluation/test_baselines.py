@@ -66,7 +66,7 @@ def _square_errors(sae, x, widths):
 
 @each(
     fields={"": {}, "no b_dec": {"apply_b_dec_to_input": False}, "norms": {"scale_by_decoder_norm": True}},
-    variant=VARIANTS,
+    variant=list(VARIANTS),
 )
 def test_a_random_dictionary_fires_as_often_at_every_width(variant, fields):
     x, widths = _data(), [6, 15, 40]

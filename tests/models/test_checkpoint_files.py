@@ -20,7 +20,7 @@ from .test_saving import assert_same_tensors, save
 layouts = pytest.mark.parametrize("layout", ["one file", "shards", "pieces"])
 
 
-@each(variant=VARIANTS, layout=["one file", "shards", "pieces"], width=[1, 2, 6, F])
+@each(variant=list(VARIANTS), layout=["one file", "shards", "pieces"], width=[1, 2, 6, F])
 def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, layout):
     sae = make_sae(variant, torch.float32)
     sae.permute_(torch.randperm(F))

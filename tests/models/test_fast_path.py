@@ -85,7 +85,7 @@ def weights_of(sae) -> torch.Tensor:
     block={"one block": None, "blocks of 32": 32, "blocks of 64": 64},
     static={"listed": False, "static": True},
     share={"pairs": 2.0, "matmuls": -1.0},
-    variant=VARIANTS,
+    variant=list(VARIANTS),
 )
 def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, share, static, block, monkeypatch):
     set_blocks(monkeypatch, block)

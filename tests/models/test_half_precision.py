@@ -17,7 +17,7 @@ def large_states(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@each(dtype=[torch.float16, torch.bfloat16], variant=VARIANTS)
+@each(dtype=[torch.float16, torch.bfloat16], variant=list(VARIANTS))
 def test_squared_errors_are_summed_in_float32(variant, dtype):
     sae, x = make_sae(variant, dtype), large_states(dtype)
     with torch.no_grad():

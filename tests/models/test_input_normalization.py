@@ -25,7 +25,7 @@ def normalised(x, kind):
     return mean, deviation + 1e-5, deviation
 
 
-@each(kind=["layer_norm", "constant_norm"], variant=VARIANTS)
+@each(kind=["layer_norm", "constant_norm"], variant=list(VARIANTS))
 def test_each_hidden_state_is_normalised_and_the_reconstruction_is_put_back(tmp_path, variant, kind, way):
     sae, x = make_sae(variant, input_normalization=kind), hidden_states(7) * 3 + 2
     shift, divisor, multiplier = normalised(x, kind)

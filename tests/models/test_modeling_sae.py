@@ -45,7 +45,7 @@ def assert_same_outputs(actual: SAEOutput, expected: SAEOutput):
 # Against the dense reference
 
 
-@each(variant=VARIANTS, fields=OPTIONS, training={"eval": False, "train": True})
+@each(variant=list(VARIANTS), fields=OPTIONS, training={"eval": False, "train": True})
 def test_outputs_and_gradients_equal_a_dense_reference(variant, fields, training):
     sae, x = make_sae(variant, **fields).train(training), hidden_states(N).requires_grad_()
     output = sae(x)
@@ -136,7 +136,7 @@ def test_batch_selection_counts_the_tokens_of_all_leading_dimensions(variant):
     assert torch.equal(sae(x).latents.to_dense().view(24, F), sae(x.view(24, D)).latents.to_dense())
 
 
-@each(variant=VARIANTS, shape=[(3,), (2, 3), (2, 1, 3)])
+@each(variant=list(VARIANTS), shape=[(3,), (2, 3), (2, 1, 3)])
 def test_silent_latents_reconstruct_the_bias(variant, shape):
     sae, x = make_sae(variant), hidden_states(*shape)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_silent_latents_reconstruct_the_bias(variant, shape):
     assert sae.b_dec.grad.abs().max() > 0 and not sae.W_enc.grad.any()
 
 
-@each(variant=VARIANTS, shape=[(0,), (2, 0)], training={"eval": False, "train": True})
+@each(variant=list(VARIANTS), shape=[(0,), (2, 0)], training={"eval": False, "train": True})
 def test_an_empty_batch_has_empty_outputs(variant, shape, training):
     sae, x = make_sae(variant).train(training), hidden_states(*shape)
     latents = sae.encode(x)
@@ -229,7 +229,7 @@ def test_each_decoded_prefix_is_the_decode_at_its_width(variant):
         assert_close(prefix, dense[..., :width] @ sae.W_dec[:width] + sae.b_dec)
 
 
-@each(variant=VARIANTS, fields=OPTIONS, width=[1, 2, 6, F])
+@each(variant=list(VARIANTS), fields=OPTIONS, width=[1, 2, 6, F])
 def test_a_truncated_sae_is_the_whole_one_at_that_width(variant, fields, width):
     sae, x = make_sae(variant, **fields), hidden_states(N)
     small = sae.truncate(width)
@@ -244,7 +244,7 @@ def test_a_truncated_sae_is_the_whole_one_at_that_width(variant, fields, width):
     assert sae.W_dec[:width].any()
 
 
-@each(variant=VARIANTS, selection=["restrict", "mask"], training={"eval": False, "train": True})
+@each(variant=list(VARIANTS), selection=["restrict", "mask"], training={"eval": False, "train": True})
 def test_restrict_competes_inside_the_prefix_and_mask_over_all_latents(variant, selection, training):
     sae, x, width = make_sae(variant).train(training), hidden_states(20), 6
     acts, _, _ = dense_forward(sae, x, width, selection)
@@ -257,7 +257,7 @@ def test_restrict_competes_inside_the_prefix_and_mask_over_all_latents(variant, 
 PLAIN = {"relu": {}, "topk": {"k": 3}, "batch_topk": {"k": 2.5}, "jumprelu": {"bandwidth": 0.3}}
 
 
-@each(activation=PLAIN, training={"eval": False, "train": True})
+@each(activation=list(PLAIN), training={"eval": False, "train": True})
 def test_one_prefix_is_the_plain_family_bit_for_bit(activation, training):
     shared = {"d_in": D, "num_latents": F, **PLAIN[activation]}
     saes = []

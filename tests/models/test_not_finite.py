@@ -44,7 +44,7 @@ def states(dtype=torch.float32):
     return x, spoiled, (spoiled != x).any(-1)
 
 
-@each(dtype=[torch.float32, torch.bfloat16], name=FAMILIES)
+@each(dtype=[torch.float32, torch.bfloat16], name=list(FAMILIES))
 def test_every_family_gives_nan_for_that_row_alone(name, dtype):
     sae = build(name).to(dtype)
     x, spoiled, bad = states(dtype)

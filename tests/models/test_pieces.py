@@ -87,7 +87,7 @@ def test_what_is_no_size_is_refused(tmp_path, size):
 # Saving and loading
 
 
-@each(variant=VARIANTS, size=[1, 400, "0.5KB"])
+@each(variant=list(VARIANTS), size=[1, 400, "0.5KB"])
 def test_pieces_load_as_the_single_file_does(tmp_path, variant, size):
     sae = make_sae(variant, torch.float32)
     sae.permute_(torch.randperm(F))

@@ -41,7 +41,7 @@ def test_latent_ids_survive_sorting_and_cutting():
 # Folding
 
 
-@each(variant=VARIANTS, fields=OPTIONS)
+@each(variant=list(VARIANTS), fields=OPTIONS)
 def test_folded_normalisation_takes_raw_inputs_exactly(variant, fields):
     sae, raw = make_sae(variant, **fields), hidden_states(N) * 5 + 2
     mean, scale = torch.randn(D, dtype=torch.float64), 3.7

@@ -36,7 +36,7 @@ def assert_same_tensors(actual: SAEModel, expected: SAEModel):
         assert tensor.dtype == states[1][name].dtype and torch.equal(tensor, states[1][name]), name
 
 
-@each(variant=VARIANTS, load=["AutoModel", "class"])
+@each(variant=list(VARIANTS), load=["AutoModel", "class"])
 def test_a_saved_sae_comes_back_bit_for_bit_with_its_class(tmp_path, variant, load):
     sae = make_sae(variant, torch.float32, apply_b_dec_to_input=False, base_model="some/model", hookpoint="layers.3")
     sae.permute_(torch.randperm(F))
@@ -130,7 +130,7 @@ def rewrite_weights(folder, change):
     save_file(state, path, metadata={"format": "pt"})
 
 
-@each(variant=VARIANTS, width=[None, 4])
+@each(variant=list(VARIANTS), width=[None, 4])
 def test_a_missing_tensor_is_named_never_invented(tmp_path, variant, width):
     sae = make_sae(variant)
     for name in sae.state_dict():

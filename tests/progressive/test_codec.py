@@ -62,7 +62,7 @@ def orthonormal_sae() -> SAEModel:
 # Whole codes
 
 
-@each(name=CONFIGS, shape=[(5, 7), (1,), ()])
+@each(name=list(CONFIGS), shape=[(5, 7), (1,), ()])
 def test_latents_come_back_within_a_step(name, shape):
     sae = random_sae(name)
     x, statistics, step = torch.randn(*shape, D), measured(sae), 0.1

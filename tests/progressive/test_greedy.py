@@ -28,7 +28,7 @@ def _brute_force(sae, x, widths=(F,)):
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
 
 
-@each(options=OPTIONS, variant=VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_order_equals_brute_force(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 20)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 5)

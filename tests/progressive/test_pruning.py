@@ -21,7 +21,7 @@ def _same(left, right):
         assert torch.equal(tensor, right.state_dict()[name]), name
 
 
-@each(options=OPTIONS, variant=VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_pruning_to_full_width_is_exact(variant, options):
     sae, x = make_sae(variant, **options), hidden_states(40)
     pruned = prune(sae, F, activations=[x])

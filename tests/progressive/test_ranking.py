@@ -13,7 +13,7 @@ from ..models.reference import OPTIONS, PREFIXES, VARIANTS, F, assert_close, den
 FIELDS = {"energy": "mean_square", "frequency": "frequency", "contribution": "contribution"}
 
 
-@each(by=RANKINGS, options=OPTIONS, variant=VARIANTS)
+@each(by=list(RANKINGS), options=OPTIONS, variant=list(VARIANTS))
 def test_sorting_changes_nothing_at_full_width(variant, options, by):
     sae, x = make_sae(variant, **options), hidden_states(40)
     statistics = latent_statistics(sae, [x])

@@ -17,7 +17,7 @@ def _fvu(sae, x):
     return (residual.square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-@each(options=OPTIONS, variant=VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_bias_is_the_best_and_activations_stay(variant, options):
     sae, x = make_sae(variant, **options), hidden_states(60)
     found = refit(sae, [x])
@@ -51,7 +51,7 @@ def test_gains_are_measured_on_batches_that_took_no_part():
         assert_close(found.sae.b_dec, alone.sae.b_dec)
 
 
-@each(options=OPTIONS, variant=VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_decoder_is_the_ridge_solution(variant, options, way):
     sae, x, ridge = make_sae(variant, **options), hidden_states(80), 0.1
     found = refit(sae, x.split(80), decoder=True, ridge=ridge)

@@ -52,7 +52,7 @@ def _check(found, expected):
             assert torch.equal(getattr(found, name), tensor), name
 
 
-@each(options=OPTIONS, variant=VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_statistics_equal_the_dense_reference(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", 5 * F)  # several blocks of tokens, and of neighbours
     sae, x = make_sae(variant, **options), hidden_states(64)

@@ -50,6 +50,7 @@ def near(got, wanted):
         assert got == pytest.approx(wanted, rel=1e-6, abs=1e-9) if isinstance(wanted, float) else got == wanted
 
 
+@pytest.mark.slow
 def test_the_report_is_what_the_functions_give(tmp_path, capsys):
     sae = saved(tmp_path / "run/nested" / HOOKPOINT)
     assert cli.main(["evaluate", str(tmp_path / "run/nested" / HOOKPOINT), *SMALL]) == 0

@@ -215,7 +215,7 @@ def trained(activation="batch_topk", nested=True, d_in=D, dtype=torch.float32, *
 
 @each(
     nested=[True, False],
-    activation=SPARSITY,
+    activation=list(SPARSITY),
     fields=[{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}],
 )
 def test_the_base_is_the_first_prefix(activation, nested, fields):
