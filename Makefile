@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LATEST ?= .venv-latest
 
-.PHONY: install demo test test-latest lock lint
+.PHONY: install demo test test-slow test-latest lock lint
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -19,7 +19,10 @@ demo: install
 	$(VENV)/bin/matryoshka-sae demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -m slow
 
 # The quick tests with the newest versions that pyproject.toml admits, in an environment of their own.
 test-latest:
@@ -29,7 +32,7 @@ test-latest:
 	$(LATEST)/bin/python -m pip list --format=freeze
 	$(LATEST)/bin/python -m pytest -m "not slow"
 
-# Take the newest versions, of all but torch, into constraints.txt. Commit it only with `make test` green.
+# Take the newest versions, of all but torch, into constraints.txt. Commit it only with `make test test-slow` green.
 lock:
 	$(PYTHON) -m venv --clear $(LATEST)
 	$(LATEST)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"

@@ -1,6 +1,7 @@
 """What every test shares: the optional data folder beside the checkout, and no network but a loopback Hub."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ SERVER = HubServer()
 os.environ |= {"HF_ENDPOINT": SERVER.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_TOKEN": "hf_loopback"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported, and for subprocesses
 
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
 from hf_matryoshka_sae.models import dense_ops  # noqa: E402
+
+from .processes import Processes  # noqa: E402
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -29,6 +33,22 @@ def shared() -> Path:
     if not (SHARED / "lm").is_dir():
         pytest.skip(f"needs the optional data folder {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[Processes]:
+    """Two processes of one group, for all tests."""
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def four_processes() -> Iterator[Processes]:
+    """Four processes of one group, for slow tests."""
+    processes = Processes(4)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

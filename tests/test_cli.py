@@ -30,6 +30,7 @@ def demo_run(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     folder, printed = demo_run
     assert "recaptured" in printed

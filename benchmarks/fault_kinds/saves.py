@@ -44,7 +44,7 @@ def run(seed: int, count: int = 12) -> Outcome:
     return Outcome("saves", count, count - len(failures), failures)
 
 
-def _save(folder: Path, seed: int, count: int) -> None:
+def save_often(folder: Path, seed: int, count: int) -> None:
     """What each of the two processes does."""
     import random
 
@@ -101,6 +101,6 @@ def _fault(place: Path, sae) -> str | None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _save(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        save_often(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     else:
         sys.stdout.write(f"{run(0)}\n")

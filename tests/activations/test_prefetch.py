@@ -22,6 +22,7 @@ from hf_matryoshka_sae.activations import (
 )
 from hf_matryoshka_sae.activations.stream import to_device
 
+from ..axes import each
 from . import tiny
 
 
@@ -128,8 +129,7 @@ def test_peek_shows_the_next_batches_and_uses_nothing_up(make):
     ahead.close()
 
 
-@pytest.mark.parametrize("source", ["plain", "ahead"])
-@pytest.mark.parametrize("target", ["plain", "ahead"])
+@each(source=["plain", "ahead"], target=["plain", "ahead"])
 def test_a_state_continues_with_and_without_a_thread(make, source, target):
     wrap = {"plain": lambda stream: stream, "ahead": PrefetchedStream}
     expected = _draw(make(), 60)
@@ -231,6 +231,7 @@ def test_no_thread_outlives_its_use():
     assert not _threads()
 
 
+@pytest.mark.slow
 def test_a_process_ends_without_close():
     lines = [
         "from hf_matryoshka_sae.activations import PrefetchedStream",

@@ -15,6 +15,7 @@ from hf_matryoshka_sae.activations import (
     spliced_losses,
 )
 
+from ..axes import each
 from . import tiny
 
 
@@ -46,9 +47,7 @@ def _reference(model, batch, path, replace):
     return total, count
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("replace", [lambda x: x, torch.zeros_like, lambda x: x + 1])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@each(pack=[True, False], replace=[lambda x: x, torch.zeros_like, lambda x: x + 1], name=["llama", "gpt2", "mixtral"])
 def test_losses_equal_the_reference(name, replace, pack):
     build, layers = tiny.ARCHITECTURES[name]
     model, batch = build(), _batch(pack=pack)

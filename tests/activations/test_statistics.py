@@ -1,8 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.activations import ActivationStream, TokenStream, estimate_statistics
 
@@ -72,19 +69,13 @@ def test_a_stream_is_measured_without_using_it_up():
     _check(found, torch.cat([next(stream)["model.layers.1"] for _ in range(4)]))
 
 
-def _one_of_two(rank: int, folder, rows: torch.Tensor) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = estimate_statistics(_batches(rows[rank::2]), 1000)["h"]
-    numbers = torch.tensor([found.scale, found.outlier_ratio], dtype=torch.float64)
-    save_file({"mean": found.mean, "numbers": numbers}, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+def _one_of_two(rank: int, rows: torch.Tensor):
+    return estimate_statistics(_batches(rows[rank::2]), 1000)["h"]
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     rows = _rows()
-    mp.spawn(_one_of_two, args=(tmp_path, rows), nprocs=2)
     one = estimate_statistics(_batches(rows), 1000)["h"]
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        torch.testing.assert_close(found["mean"], one.mean)
-        assert found["numbers"].tolist() == pytest.approx([one.scale, one.outlier_ratio], rel=1e-6)
+    for found in two_processes.run(_one_of_two, rows):
+        torch.testing.assert_close(found.mean, one.mean)
+        assert [found.scale, found.outlier_ratio] == pytest.approx([one.scale, one.outlier_ratio], rel=1e-6)

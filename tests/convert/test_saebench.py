@@ -5,6 +5,7 @@ import torch
 
 from hf_matryoshka_sae import convert
 
+from ..axes import each
 from .reference import SHAPES, inputs
 from .test_save import VARIANTS, random_sae
 
@@ -13,8 +14,7 @@ NAMES = {"model_name": "pythia-70m", "hook_name": "blocks.1.hook_resid_post"}
 PLAIN = [name for name in VARIANTS if "transcoder" not in name]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("variant", PLAIN)
+@each(shape=SHAPES, variant=PLAIN)
 def test_it_computes_what_the_sae_does(variant, shape):
     sae, x = random_sae(variant, *shape), inputs(shape[0])
     adapter = convert.to_saebench(sae, **NAMES)

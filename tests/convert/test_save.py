@@ -8,6 +8,7 @@ import torch
 from hf_matryoshka_sae import CONFIGS, build_sae, convert
 from hf_matryoshka_sae.convert.formats import saelens
 
+from ..axes import each
 from .reference import SHAPES, assert_computes, inputs
 
 
@@ -85,8 +86,7 @@ def random_sae(variant: str, d_in: int = 16, num_latents: int = 64):
     return sae
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(shape=SHAPES, variant=list(VARIANTS))
 def test_every_export_computes_the_same(tmp_path, variant, shape):
     sae, x = random_sae(variant, *shape), inputs(shape[0])
     with torch.no_grad():

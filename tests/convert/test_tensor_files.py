@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from hf_matryoshka_sae import convert
 from hf_matryoshka_sae.convert.tensor_files import read_tensors
 
+from ..axes import each
 from .reference import weights
 
 
@@ -59,8 +60,10 @@ def refused(file, message):
 # Pickles
 
 
-@pytest.mark.parametrize("layout", ["archive", "older", "bare 0", "bare 2", "bare 4"])
-@pytest.mark.parametrize("function", [open, os.system, exec], ids=["open", "system", "exec"])
+@each(
+    layout=["archive", "older", "bare 0", "bare 2", "bare 4"],
+    function={"open": open, "system": os.system, "exec": exec},
+)
 def test_the_code_that_a_pickle_asks_for_is_named_and_not_run(tmp_path, layout, function):
     file, marker = tmp_path / "ae.pt", tmp_path / "marker"
     arguments = {open: (str(marker), "w"), os.system: (f"touch {marker}",), exec: (f"open({str(marker)!r}, 'w')",)}
@@ -73,8 +76,7 @@ def test_the_code_that_a_pickle_asks_for_is_named_and_not_run(tmp_path, layout, 
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("older", [True, False])
-@pytest.mark.parametrize("function", [bytearray, torch.Tensor], ids=["bytearray", "Tensor"])
+@each(older=[True, False], function={"bytearray": bytearray, "Tensor": torch.Tensor})
 def test_a_pickle_cannot_ask_for_memory(tmp_path, older, function):
     call = Call(function, 2**31)
     torch.save(linear() | {"more": call}, tmp_path / "ae.pt", _use_new_zipfile_serialization=not older)
@@ -129,8 +131,7 @@ def test_what_lies_deep_in_a_pickle_is_no_recursion(tmp_path):
     assert sae.config.num_latents == 64
 
 
-@pytest.mark.parametrize("cut", [1, 60, 300])
-@pytest.mark.parametrize("older", [True, False])
+@each(cut=[1, 60, 300], older=[True, False])
 def test_half_a_pickle_says_that_it_is_damaged(tmp_path, older, cut):
     file = tmp_path / "ae.pt"
     torch.save(linear(), file, _use_new_zipfile_serialization=not older)
@@ -152,6 +153,7 @@ def npz_of_zeros(file, shapes, said=None):
                     left -= entry.write(zeros[:left])
 
 
+@pytest.mark.slow
 def test_zeros_that_unfold_to_far_more_are_refused(tmp_path):
     file = tmp_path / "params.npz"
     npz_of_zeros(file, {"W_enc": (2**12, 2**14), "W_dec": (2**14, 2**12), "b_enc": (2**14,), "b_dec": (2**12,)})
@@ -207,8 +209,7 @@ def saelens(folder, changed, **config):
     return folder
 
 
-@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@each(name=["W_enc", "W_dec", "b_enc", "b_dec"], value=[float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
     changed = weights(16, 64)[name]
     changed.view(-1)[5] = value
@@ -216,8 +217,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
         convert.load(saelens(tmp_path, {name: changed}))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32])
-@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
+@each(dtype=[torch.bool, torch.int8, torch.int32], name=["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
 def test_weights_that_are_no_floating_numbers_are_refused(tmp_path, name, dtype):
     with pytest.raises(ValueError, match=f"{name} of .*safetensors should hold floating numbers, is of type {dtype}"):
         convert.load(saelens(tmp_path, {name: weights(16, 64)[name].to(dtype)}))

@@ -10,6 +10,8 @@ from hf_matryoshka_sae.evaluation.baselines import Identity, PrincipalComponents
 from hf_matryoshka_sae.training import SAESpec
 from hf_matryoshka_sae.training.sae.initialization import initialize
 
+from ..axes import each
+
 
 D, F, PREFIXES = 8, 40, [6, 15, 40]
 
@@ -62,10 +64,10 @@ def _square_errors(sae, x, widths):
     return (sae.decode_pairs(sae.encode_pairs(x), widths) - x).double().square().sum((1, 2))
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}], ids=["", "no b_dec", "norms"]
+@each(
+    fields={"": {}, "no b_dec": {"apply_b_dec_to_input": False}, "norms": {"scale_by_decoder_norm": True}},
+    variant=list(VARIANTS),
 )
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_random_dictionary_fires_as_often_at_every_width(variant, fields):
     x, widths = _data(), [6, 15, 40]
     sae = _sae(variant, x, **fields)

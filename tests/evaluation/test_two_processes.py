@@ -3,9 +3,6 @@
 import json
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
 from hf_matryoshka_sae.studies import ablation_sparsity, explainability
@@ -23,12 +20,8 @@ def measured(data: HeldOut) -> dict:
     return json.loads(json.dumps({"patterns": patterns.to_dict(), "ablated": ablated.to_dict()}))
 
 
-def _one_of_two(rank: int, folder) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = measured(open_heldout("embedded", EMBEDDING, tokens=4000, lm_batch_size=4))
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def _one_of_two(rank: int) -> dict:
+    return measured(open_heldout("embedded", EMBEDDING, tokens=4000, lm_batch_size=4))
 
 
 def close(found, right) -> None:
@@ -46,8 +39,7 @@ def close(found, right) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path):
-    mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
+def test_two_processes_find_what_one_finds(two_processes):
     alone = measured(open_heldout("embedded", EMBEDDING, tokens=4000, lm_batch_size=4))
-    for rank in range(2):
-        close(json.loads((tmp_path / f"{rank}.json").read_text()), alone)
+    for found in two_processes.run(_one_of_two):
+        close(found, alone)

@@ -23,6 +23,7 @@ from hf_matryoshka_sae.models.digests import DIGESTS_NAME, row_digests
 from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
 from hf_matryoshka_sae.training.config.run import RunConfig
 
+from ..axes import each
 from ..conftest import SERVER
 from ..hub_server import HubServer
 from ..models.reference import F, hidden_states, make_sae
@@ -232,8 +233,7 @@ def test_an_sae_at_the_root_and_saes_in_folders_do_not_hide_each_other(hub, tmp_
     assert_same_tensors(AutoModel.from_pretrained("tester/alone"), sae.truncate(4))
 
 
-@pytest.mark.parametrize("second", ["one file", "shards", "pieces"])
-@pytest.mark.parametrize("first", ["one file", "shards", "pieces"])
+@each(second=["one file", "shards", "pieces"], first=["one file", "shards", "pieces"])
 def test_weights_of_an_earlier_push_in_other_files_are_taken_away(hub, tmp_path, first, second):
     (sae,) = save_run(tmp_path / "run", hookpoints=["layers.0"]).values()
     folder = tmp_path / "run" / "matryoshka" / "layers.0"
@@ -418,6 +418,7 @@ def test_a_push_into_a_repository_that_fails_leaves_the_old_one_working(hub, tmp
     assert is_whole(hub, new)
 
 
+@pytest.mark.slow
 def test_a_push_killed_in_the_middle_is_completed_by_the_next(hub, tmp_path):
     saes = save_run(tmp_path / "run")
     reached = threading.Event()

@@ -74,6 +74,7 @@ def results(sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
     saes = {variant: make_sae(variant, torch.float32, hookpoint=f"layers.{i}") for i, variant in enumerate(VARIANTS)}
     saes["normalised"] = make_sae("topk", torch.float32, hookpoint="layers.x", input_normalization="layer_norm")
@@ -97,6 +98,7 @@ def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
                 assert torch.equal(found[f"{place}-{width}{name}"], value), (place, width, name)
 
 
+@pytest.mark.slow
 def test_one_sae_at_the_root_loads_without_the_package_and_the_whole_after_a_part(hub, tmp_path):
     sae = make_sae("matryoshka-batch_topk", torch.float32)
     sae.push_to_hub("tester/one")
@@ -110,6 +112,7 @@ def test_one_sae_at_the_root_loads_without_the_package_and_the_whole_after_a_par
     assert torch.equal(found["-None"], results(sae, x)[""])
 
 
+@pytest.mark.slow
 def test_without_trust_nothing_of_the_repository_runs(hub, tmp_path):
     make_sae("relu", torch.float32).push_to_hub("tester/one")
     load = "from transformers import AutoModel\nAutoModel.from_pretrained('tester/one')"

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_matryoshka_sae.models import checkpoint_files
 
+from ..axes import each
 from .reference import VARIANTS, D, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors, save
 
@@ -19,9 +20,7 @@ from .test_saving import assert_same_tensors, save
 layouts = pytest.mark.parametrize("layout", ["one file", "shards", "pieces"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@layouts
-@pytest.mark.parametrize("width", [1, 2, 6, F])
+@each(variant=list(VARIANTS), layout=["one file", "shards", "pieces"], width=[1, 2, 6, F])
 def test_a_partly_loaded_sae_equals_the_truncated_one(tmp_path, variant, width, layout):
     sae = make_sae(variant, torch.float32)
     sae.permute_(torch.randperm(F))
@@ -77,8 +76,7 @@ def test_a_given_config_is_used_and_left_alone(tmp_path):
     assert config.num_latents == F and config.prefix_widths[-1] == F
 
 
-@pytest.mark.parametrize("width", [0, -1, F + 1])
-@pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE], ids=["AutoModel", "class"])
+@each(width=[0, -1, F + 1], load={"AutoModel": AutoModel, "class": MatryoshkaSAE})
 def test_widths_outside_the_dictionary_are_refused(tmp_path, load, width):
     make_sae("matryoshka-relu").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"`width` must lie between 1 and num_latents \({F}\), got {width}"):
@@ -150,8 +148,7 @@ class CountingSlice:
 _safe_open = checkpoint_files.safe_open
 
 
-@layouts
-@pytest.mark.parametrize("variant", ["relu", "gated", "matryoshka-jumprelu"])
+@each(layout=["one file", "shards", "pieces"], variant=["relu", "gated", "matryoshka-jumprelu"])
 def test_only_the_asked_rows_are_taken_from_the_file(tmp_path, monkeypatch, variant, layout):
     sae = make_sae(variant)
     save(sae, tmp_path, layout)

@@ -15,6 +15,8 @@ from hf_matryoshka_sae import (
     TopKSAEConfig,
 )
 
+from ..axes import each
+
 
 SMALL = {"d_in": 4, "num_latents": 16}
 
@@ -39,23 +41,20 @@ def test_field_of_another_family_is_refused():
         ReluSAEConfig(**SMALL, k=3)
 
 
-@pytest.mark.parametrize("name", ["d_in", "num_latents"])
-@pytest.mark.parametrize("size", [0, -3])
+@each(name=["d_in", "num_latents"], size=[0, -3])
 def test_sizes_below_one_are_refused(name, size):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got {size}"):
         GatedSAEConfig(**SMALL | {name: size})
 
 
-@pytest.mark.parametrize("k", [0, -1, 17, float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda k: TopKSAEConfig(**SMALL, k=k),
-        lambda k: BatchTopKSAEConfig(**SMALL, k=k),
-        lambda k: matryoshka(activation="topk", k=k),
-        lambda k: matryoshka(activation="batch_topk", k=k),
-    ],
-    ids=["topk", "batch_topk", "matryoshka-topk", "matryoshka-batch_topk"],
+@each(
+    k=[0, -1, 17, float("nan"), float("inf")],
+    build={
+        "topk": lambda k: TopKSAEConfig(**SMALL, k=k),
+        "batch_topk": lambda k: BatchTopKSAEConfig(**SMALL, k=k),
+        "matryoshka-topk": lambda k: matryoshka(activation="topk", k=k),
+        "matryoshka-batch_topk": lambda k: matryoshka(activation="batch_topk", k=k),
+    },
 )
 def test_k_outside_the_dictionary_is_refused(build, k):
     with pytest.raises(ValueError, match=r"`k` must lie between 1 and num_latents \(16\)"):
@@ -98,9 +97,9 @@ def test_unknown_activation_is_refused_and_the_nearest_one_named():
         matryoshka(activation="batchtopk")
 
 
-@pytest.mark.parametrize("build", [lambda **f: JumpReLUSAEConfig(**SMALL, **f), matryoshka], ids=["jumprelu", "m"])
-@pytest.mark.parametrize(
-    "field", [{"bandwidth": 0}, {"bandwidth": -1.0}, {"bandwidth": float("nan")}, {"initial_threshold": -0.1}], ids=str
+@each(
+    build={"jumprelu": lambda **f: JumpReLUSAEConfig(**SMALL, **f), "m": matryoshka},
+    field=[{"bandwidth": 0}, {"bandwidth": -1.0}, {"bandwidth": float("nan")}, {"initial_threshold": -0.1}],
 )
 def test_bandwidths_and_thresholds_that_give_no_gradient_are_refused(build, field):
     with pytest.raises(ValueError, match=f"`{next(iter(field))}` must be"):
@@ -135,10 +134,10 @@ def test_default_prefixes_have_the_published_shares(num_latents, expected):
     assert MatryoshkaSAEConfig(num_latents=num_latents, k=1).prefix_widths == expected
 
 
-@pytest.mark.parametrize("num_latents", range(1, 70))
-def test_default_prefixes_are_valid_for_every_size(num_latents):
-    widths = MatryoshkaSAEConfig(num_latents=num_latents, k=1).widths
-    assert widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] == num_latents
+def test_default_prefixes_are_valid_for_every_size():
+    for num_latents in range(1, 70):
+        widths = MatryoshkaSAEConfig(num_latents=num_latents, k=1).widths
+        assert widths == sorted(set(widths)) and widths[0] >= 1 and widths[-1] == num_latents
 
 
 @pytest.mark.parametrize(

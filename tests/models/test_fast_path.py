@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_matryoshka_sae.models import dense_ops, selection
 
+from ..axes import each
 from .reference import VARIANTS, assert_close, batch_topk_mask, make_sae, step_with_kernel, topk_mask
 
 
@@ -80,10 +81,12 @@ def weights_of(sae) -> torch.Tensor:
     return torch.linspace(1, 2, len(sae.prefix_widths), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("block", [None, 32, 64], ids=["one block", "blocks of 32", "blocks of 64"])
-@pytest.mark.parametrize("static", [False, True], ids=["listed", "static"])
-@pytest.mark.parametrize("share", [2.0, -1.0], ids=["pairs", "matmuls"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(
+    block={"one block": None, "blocks of 32": 32, "blocks of 64": 64},
+    static={"listed": False, "static": True},
+    share={"pairs": 2.0, "matmuls": -1.0},
+    variant=list(VARIANTS),
+)
 def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, share, static, block, monkeypatch):
     set_blocks(monkeypatch, block)
     monkeypatch.setattr(dense_ops, "_SHARE", share)
@@ -128,8 +131,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["listed", "static"])
-@pytest.mark.parametrize("variant", COMPETING)
+@each(static={"listed": False, "static": True}, variant=COMPETING)
 def test_nothing_of_size_n_x_f_is_made(variant, static, monkeypatch):
     num_tokens, num_latents, block = 512, 2048, 128
     monkeypatch.setitem(selection._BLOCK_ENTRIES, "cpu", block * num_tokens)
@@ -160,8 +162,7 @@ def test_many_latents_that_fire_are_summed_by_matmuls_and_few_are_not():
     assert not dense_ops.worthwhile(num_pairs=500, num_rows=10, num_latents=100)
 
 
-@pytest.mark.parametrize("num_latents", [1, 31, 33, 100, 1021])
-@pytest.mark.parametrize("variant", ["topk", "matryoshka-batch_topk", "relu"])
+@each(num_latents=[1, 31, 33, 100, 1021], variant=["topk", "matryoshka-batch_topk", "relu"])
 def test_any_number_of_latents_trains(variant, num_latents):
     k = {"k": min(3, num_latents)} if variant != "relu" else {}
     fields = {"prefix_widths": sorted({max(1, num_latents // 3), num_latents})} if "matryoshka" in variant else {}

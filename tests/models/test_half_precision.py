@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ..axes import each
 from .reference import VARIANTS, D, dense_forward, make_sae
 
 
@@ -16,8 +17,7 @@ def large_states(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@variants
+@each(dtype=[torch.float16, torch.bfloat16], variant=list(VARIANTS))
 def test_squared_errors_are_summed_in_float32(variant, dtype):
     sae, x = make_sae(variant, dtype), large_states(dtype)
     with torch.no_grad():

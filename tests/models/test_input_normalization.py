@@ -10,6 +10,7 @@ from hf_matryoshka_sae.models import selection
 from hf_matryoshka_sae.progressive import calibrate_thresholds, latent_statistics, prune, refit
 from hf_matryoshka_sae.progressive.codec import encode_progressive
 
+from ..axes import each
 from .reference import VARIANTS, D, F, assert_close, dense_forward, hidden_states, make_sae
 from .test_saving import assert_same_tensors
 
@@ -24,8 +25,7 @@ def normalised(x, kind):
     return mean, deviation + 1e-5, deviation
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(kind=["layer_norm", "constant_norm"], variant=list(VARIANTS))
 def test_each_hidden_state_is_normalised_and_the_reconstruction_is_put_back(tmp_path, variant, kind, way):
     sae, x = make_sae(variant, input_normalization=kind), hidden_states(7) * 3 + 2
     shift, divisor, multiplier = normalised(x, kind)
@@ -105,8 +105,7 @@ def group_max(sae, x, groups):
     return out
 
 
-@pytest.mark.parametrize("block", [None, 32], ids=["one block", "blocks of 32"])
-@pytest.mark.parametrize("order", ["as it was", "shuffled"])
+@each(block={"one block": None, "blocks of 32": 32}, order=["as it was", "shuffled"])
 def test_the_largest_of_each_group_is_kept(monkeypatch, block, order):
     latents, size = 96, 12
     sae = TopKSAE(TopKSAEConfig(d_in=D, num_latents=latents, k=latents // size, group_size=size)).double()

@@ -13,6 +13,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from hf_matryoshka_sae import MatryoshkaSAE
 
+from ..axes import each
 from .reference import D, hidden_states, make_sae
 from .test_saving import assert_same_tensors, contents
 
@@ -53,10 +54,8 @@ def test_encode_and_decode_work_on_weights_that_fsdp2_has_spread(group, variant,
         torch.testing.assert_close(other.grad.full_tensor(), tensor.grad, msg=name)
 
 
-def two_processes(rank: int, store: str, folder: str) -> None:
+def one_of_two(rank: int, folder: str) -> None:
     """Encode, decode and backward with weights spread over two processes, each with hidden states of its own."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    torch.manual_seed(0)
     sae = make_sae("matryoshka-topk", torch.float32)
     batches = torch.randn(2, 9, D)
     spread = fully_shard(copy.deepcopy(sae))
@@ -73,12 +72,11 @@ def two_processes(rank: int, store: str, folder: str) -> None:
     spread.save_pretrained(folder, state_dict=state)
     dist.barrier()
     assert_same_tensors(AutoModel.from_pretrained(folder), sae)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_encode_decode_and_save_what_is_spread_over_them(tmp_path):
-    torch.multiprocessing.spawn(two_processes, (str(tmp_path / "store"), str(tmp_path / "saved")), nprocs=2)
+def test_two_processes_encode_decode_and_save_what_is_spread_over_them(tmp_path, two_processes):
+    two_processes.run(one_of_two, str(tmp_path / "saved"))
 
 
 def test_weights_that_fsdp2_has_spread_are_saved_gathered_or_refused(group, tmp_path):
@@ -94,8 +92,7 @@ def test_weights_that_fsdp2_has_spread_are_saved_gathered_or_refused(group, tmp_
     assert_same_tensors(AutoModel.from_pretrained(tmp_path / "gathered"), sae)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE])
+@each(width=[None, 4], load=[AutoModel, MatryoshkaSAE])
 def test_a_quantisation_is_refused_before_anything_is_read(tmp_path, load, width):
     make_sae("matryoshka-topk", torch.float32).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

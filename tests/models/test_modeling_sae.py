@@ -8,6 +8,7 @@ import torch
 
 from hf_matryoshka_sae import CONFIGS, MatryoshkaSAEConfig, SAEOutput, SparseLatents, TopKSAE, build_sae
 
+from ..axes import each
 from .reference import (
     OPTIONS,
     PREFIXES,
@@ -44,9 +45,7 @@ def assert_same_outputs(actual: SAEOutput, expected: SAEOutput):
 # Against the dense reference
 
 
-@variants
-@options
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@each(variant=list(VARIANTS), fields=OPTIONS, training={"eval": False, "train": True})
 def test_outputs_and_gradients_equal_a_dense_reference(variant, fields, training):
     sae, x = make_sae(variant, **fields).train(training), hidden_states(N).requires_grad_()
     output = sae(x)
@@ -71,8 +70,7 @@ def test_outputs_and_gradients_equal_a_dense_reference(variant, fields, training
         assert parameter.grad.abs().max() > 0 or (variant == "gated" and name == "b_enc"), name
 
 
-@pytest.mark.parametrize("variant", ["jumprelu", "gated", "matryoshka-jumprelu"])
-@options
+@each(variant=["jumprelu", "gated", "matryoshka-jumprelu"], fields=OPTIONS)
 def test_penalties_on_gates_have_the_gradients_of_a_dense_reference(variant, fields):
     sae, x = make_sae(variant, **fields).train(), hidden_states(N)
     pairs = sae.encode_pairs(x)
@@ -93,9 +91,11 @@ def test_penalties_on_gates_have_the_gradients_of_a_dense_reference(variant, fie
         assert_same_gradient(parameter, state[name])
 
 
-@pytest.mark.parametrize("weights", [None, [1, 1, 1], [0.2, 0, 3]], ids=str)
-@pytest.mark.parametrize("width", [None, 1, 5, 7])
-@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu"])
+@each(
+    weights=[None, [1, 1, 1], [0.2, 0, 3]],
+    width=[None, 1, 5, 7],
+    activation=["relu", "topk", "batch_topk", "jumprelu"],
+)
 def test_matryoshka_weighs_its_prefixes_as_configured_at_every_width(activation, width, weights):
     sae, x = make_sae(f"matryoshka-{activation}", prefix_weights=weights), hidden_states(N)
     acts, prefixes, loss = dense_forward(sae, x, width)
@@ -136,8 +136,7 @@ def test_batch_selection_counts_the_tokens_of_all_leading_dimensions(variant):
     assert torch.equal(sae(x).latents.to_dense().view(24, F), sae(x.view(24, D)).latents.to_dense())
 
 
-@variants
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 1, 3)], ids=str)
+@each(variant=list(VARIANTS), shape=[(3,), (2, 3), (2, 1, 3)])
 def test_silent_latents_reconstruct_the_bias(variant, shape):
     sae, x = make_sae(variant), hidden_states(*shape)
     with torch.no_grad():
@@ -149,9 +148,7 @@ def test_silent_latents_reconstruct_the_bias(variant, shape):
     assert sae.b_dec.grad.abs().max() > 0 and not sae.W_enc.grad.any()
 
 
-@variants
-@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@each(variant=list(VARIANTS), shape=[(0,), (2, 0)], training={"eval": False, "train": True})
 def test_an_empty_batch_has_empty_outputs(variant, shape, training):
     sae, x = make_sae(variant).train(training), hidden_states(*shape)
     latents = sae.encode(x)
@@ -196,8 +193,7 @@ def test_hidden_states_of_another_width_are_refused_with_both_widths(call):
         getattr(sae, call)(torch.randn(2, 5))
 
 
-@pytest.mark.parametrize("width", [0, -1, F + 1])
-@pytest.mark.parametrize("call", ["__call__", "encode"])
+@each(width=[0, -1, F + 1], call=["__call__", "encode"])
 def test_widths_outside_the_dictionary_are_refused(call, width):
     sae, x = make_sae("matryoshka-relu"), hidden_states(2)
     with pytest.raises(ValueError, match=f"`width` must lie between 1 and num_latents .{F}., got {width}"):
@@ -233,9 +229,7 @@ def test_each_decoded_prefix_is_the_decode_at_its_width(variant):
         assert_close(prefix, dense[..., :width] @ sae.W_dec[:width] + sae.b_dec)
 
 
-@variants
-@options
-@pytest.mark.parametrize("width", [1, 2, 6, F])
+@each(variant=list(VARIANTS), fields=OPTIONS, width=[1, 2, 6, F])
 def test_a_truncated_sae_is_the_whole_one_at_that_width(variant, fields, width):
     sae, x = make_sae(variant, **fields), hidden_states(N)
     small = sae.truncate(width)
@@ -250,9 +244,7 @@ def test_a_truncated_sae_is_the_whole_one_at_that_width(variant, fields, width):
     assert sae.W_dec[:width].any()
 
 
-@variants
-@pytest.mark.parametrize("selection", ["restrict", "mask"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@each(variant=list(VARIANTS), selection=["restrict", "mask"], training={"eval": False, "train": True})
 def test_restrict_competes_inside_the_prefix_and_mask_over_all_latents(variant, selection, training):
     sae, x, width = make_sae(variant).train(training), hidden_states(20), 6
     acts, _, _ = dense_forward(sae, x, width, selection)
@@ -265,8 +257,7 @@ def test_restrict_competes_inside_the_prefix_and_mask_over_all_latents(variant, 
 PLAIN = {"relu": {}, "topk": {"k": 3}, "batch_topk": {"k": 2.5}, "jumprelu": {"bandwidth": 0.3}}
 
 
-@pytest.mark.parametrize("activation", PLAIN)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@each(activation=list(PLAIN), training={"eval": False, "train": True})
 def test_one_prefix_is_the_plain_family_bit_for_bit(activation, training):
     shared = {"d_in": D, "num_latents": F, **PLAIN[activation]}
     saes = []

@@ -6,6 +6,8 @@ import torch
 from hf_matryoshka_sae.evaluation import Dictionary
 from hf_matryoshka_sae.models import CONFIGS, MODELS
 
+from ..axes import each
+
 
 D, F = 16, 64
 FAMILIES = {
@@ -42,8 +44,7 @@ def states(dtype=torch.float32):
     return x, spoiled, (spoiled != x).any(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@each(dtype=[torch.float32, torch.bfloat16], name=list(FAMILIES))
 def test_every_family_gives_nan_for_that_row_alone(name, dtype):
     sae = build(name).to(dtype)
     x, spoiled, bad = states(dtype)
@@ -64,10 +65,10 @@ def test_every_family_gives_nan_for_that_row_alone(name, dtype):
     assert prefixes[:, bad].isnan().all() and prefixes[:, ~bad].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "fields", [{"scale_by_decoder_norm": True}, {"input_normalization": "constant_norm"}], ids=str
+@each(
+    fields=[{"scale_by_decoder_norm": True}, {"input_normalization": "constant_norm"}],
+    name=["topk", "batch_topk", "relu"],
 )
-@pytest.mark.parametrize("name", ["topk", "batch_topk", "relu"])
 def test_scaled_and_normalised_saes_do_too(name, fields):
     sae = build(name, **fields)
     x, spoiled, bad = states()

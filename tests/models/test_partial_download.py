@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hf_matryoshka_sae.models import partial_download
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
 from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, digest, row_digests
 
+from ..axes import each
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors, save
@@ -68,8 +70,7 @@ def weights_sent(hub: HubServer) -> int:
     return sum(request.sent for request in found)
 
 
-@layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@each(layout=["one file", "shards", "pieces"], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path, dtype, layout):
     sae = large(dtype)
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -164,8 +165,7 @@ def test_force_download_starts_over(hub, tmp_path):
 # Where there is no connection
 
 
-@layouts
-@pytest.mark.parametrize("how", ["offline", "local_files_only"])
+@each(layout=["one file", "shards", "pieces"], how=["offline", "local_files_only"])
 def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -224,8 +224,7 @@ def requests_of_a_pull(hub: HubServer) -> int:
     return hub.counted
 
 
-@pytest.mark.parametrize("layout", ["one file", "pieces"])
-@pytest.mark.parametrize("how", ["drop", "503", "truncate"])
+@each(layout=["one file", "pieces"], how=["drop", "503", "truncate"])
 def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
     put(hub, sae, tmp_path / "saved", layout=layout)
@@ -399,43 +398,48 @@ def test_a_checkpoint_of_another_family_is_refused(hub, tmp_path):
 # Several at once
 
 
-def _pull(url: str, cache: str, width: int | None, queue, piece: int = 2**26) -> None:
-    partial_download._PIECE = piece
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = url, False, cache
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
-    sae = MatryoshkaSAE.from_pretrained(REPO, **({} if width is None else {"width": width}))
-    queue.put((width, sae.W_dec.sum().item()))
+# (Threads would share what transformers patches while it loads.)
 
 
-def _start_over_and_over(url: str, cache: str, times: int) -> None:
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = url, False, cache
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
-    for _ in range(times):
-        MatryoshkaSAE.from_pretrained(REPO, width=64, force_download=True)
+@contextmanager
+def _hub_of_another_process(url: str, cache: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", cache)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield
 
 
-def pull_at_once(hub: HubServer, tmp_path, widths) -> dict[int | None, float]:
-    """What processes get that load at once. (Threads would share what transformers patches while it loads.)"""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = (hub.url, str(tmp_path / "cache"))
-    workers = [context.Process(target=_pull, args=(*arguments, width, queue)) for width in widths]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join()
-    return found
+def _pull(rank: int, url: str, cache: str, widths: list[int | None]) -> float:
+    with _hub_of_another_process(url, cache):
+        options = {} if widths[rank] is None else {"width": widths[rank]}
+        return MatryoshkaSAE.from_pretrained(REPO, **options).W_dec.sum().item()
 
 
-def test_processes_that_pull_at_once_get_the_same_and_fetch_it_once(hub, tmp_path):
+def _pull_slowly(url: str, cache: str) -> None:
+    partial_download._PIECE = 2**16
+    _pull(0, url, cache, [2048])
+
+
+def _start_over_or_read(rank: int, url: str, cache: str, done: Path, expected: torch.Tensor) -> None:
+    with _hub_of_another_process(url, cache):
+        for _ in range(10 * (1 - rank)):
+            MatryoshkaSAE.from_pretrained(REPO, width=64, force_download=True)
+        while rank and not done.exists():
+            assert torch.equal(MatryoshkaSAE.from_pretrained(REPO, width=64).W_dec, expected)
+        done.touch()
+
+
+def test_processes_that_pull_at_once_get_the_same_and_fetch_it_once(hub, tmp_path, two_processes):
     sae = large(latents=4096)
     put(hub, sae, tmp_path / "saved")
-    found = pull_at_once(hub, tmp_path, (4096, 1024))
-    assert found == {width: sae.W_dec[:width].sum().item() for width in (4096, 1024)}
+    found = two_processes.run(_pull, hub.url, str(tmp_path / "cache"), [4096, 1024])
+    assert found == [sae.W_dec[:width].sum().item() for width in (4096, 1024)]
     assert weights_sent(hub) <= row_bytes(sae, 0, 4096)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_path, monkeypatch):
     sae = large(latents=4096)
     put(hub, sae, tmp_path / "saved")
@@ -447,9 +451,8 @@ def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_pat
             threading.Event().wait(3)
 
     hub.watch(hold)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    worker = context.Process(target=_pull, args=(hub.url, str(tmp_path / "cache"), 2048, queue, 2**16))
+    arguments = (hub.url, str(tmp_path / "cache"))
+    worker = multiprocessing.get_context("spawn").Process(target=_pull_slowly, args=arguments)
     worker.start()
     assert reached.wait(60)
     worker.kill()
@@ -460,16 +463,15 @@ def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_pat
     assert first > 0 and weights_sent(hub) < row_bytes(sae, 0, 2048)
 
 
-def test_those_who_wait_while_another_completes_the_file_get_it_too(hub, tmp_path):
+def test_those_who_wait_while_another_completes_the_file_get_it_too(hub, tmp_path, two_processes):
     sae = large(latents=4096)
     put(hub, sae, tmp_path / "saved")
     MatryoshkaSAE.from_pretrained(REPO, width=100)
-    found = pull_at_once(hub, tmp_path, (None, 4096, 1000))
-    assert found == {width: sae.W_dec[: width or 4096].sum().item() for width in (None, 4096, 1000)}
+    found = two_processes.run(_pull, hub.url, str(tmp_path / "cache"), [None, 4096])
+    assert found == [sae.W_dec.sum().item()] * 2
 
 
-@pytest.mark.parametrize("byte", [0, 3, 9, 60, 200, 400])
-@pytest.mark.parametrize("digests", [True, False], ids=["digests", "none"])
+@each(byte=[0, 3, 9, 60, 200, 400], digests={"digests": True, "none": False})
 def test_a_header_damaged_on_the_way_is_fetched_again(hub, tmp_path, monkeypatch, byte, digests):
     sae = large()
     put(hub, sae, tmp_path / "saved", digests=False)
@@ -525,17 +527,12 @@ def test_force_download_mends_a_damaged_whole_file(hub, tmp_path):
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
 
 
-def test_who_reads_while_another_starts_over_sees_no_holes(hub, tmp_path):
+def test_who_reads_while_another_starts_over_sees_no_holes(hub, tmp_path, two_processes):
     sae = large()
     put(hub, sae, tmp_path / "saved")
     MatryoshkaSAE.from_pretrained(REPO, width=64)
-    arguments = (hub.url, str(tmp_path / "cache"), 10)
-    other = multiprocessing.get_context("spawn").Process(target=_start_over_and_over, args=arguments)
-    other.start()
-    while other.is_alive():
-        assert torch.equal(MatryoshkaSAE.from_pretrained(REPO, width=64).W_dec, sae.W_dec[:64])
-    other.join()
-    assert other.exitcode == 0
+    expected = sae.W_dec[:64].detach().clone()
+    two_processes.run(_start_over_or_read, hub.url, str(tmp_path / "cache"), tmp_path / "done", expected)
 
 
 def test_a_cache_that_cannot_be_written_to_serves_what_it_has(hub, tmp_path, monkeypatch):

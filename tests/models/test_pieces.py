@@ -1,7 +1,6 @@
 """A dictionary in pieces by latents is the same dictionary, whoever wrote it and however much of it is read."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from hf_matryoshka_sae.models.pieces import (
 )
 from hf_matryoshka_sae.models.saving import staged_files
 
+from ..axes import each
 from ..hub_server import HubServer
 from .reference import VARIANTS, F, make_sae
 from .test_partial_download import REPO, large, layouts, put, row_bytes, weights_sent
@@ -52,8 +52,7 @@ def test_everything_that_fits_a_file_is_one_file_as_transformers_has_it():
     ]
 
 
-@pytest.mark.parametrize("limit", [1, 600, 700, 5000, 5440, 40_000, 200_000])
-@pytest.mark.parametrize("latents", [1, 64, 509])
+@each(limit=[1, 600, 700, 5000, 5440, 40_000, 200_000], latents=[1, 64, 509])
 def test_pieces_keep_to_the_bound_and_are_as_few_and_as_equal_as_can_be(limit, latents):
     sae = TopKSAE(TopKSAEConfig(d_in=64, num_latents=latents, k=1))
     row, whole = row_bytes(sae, 1, 2) if latents > 1 else 64 * 8 + 4 + 8, 64 * 4
@@ -88,8 +87,7 @@ def test_what_is_no_size_is_refused(tmp_path, size):
 # Saving and loading
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [1, 400, "0.5KB"])
+@each(variant=list(VARIANTS), size=[1, 400, "0.5KB"])
 def test_pieces_load_as_the_single_file_does(tmp_path, variant, size):
     sae = make_sae(variant, torch.float32)
     sae.permute_(torch.randperm(F))
@@ -141,8 +139,7 @@ def test_a_save_interrupted_while_pieces_are_written_leaves_the_earlier_one(tmp_
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("killed_after", range(8))
-@pytest.mark.parametrize("sizes", [(400, 400), (400, 300), ("5GB", 400), (400, "5GB")], ids=str)
+@each(killed_after=range(8), sizes=[(400, 400), (400, 300), ("5GB", 400), (400, "5GB")])
 def test_a_save_killed_while_files_take_their_places_never_leaves_a_mixture(
     tmp_path, monkeypatch, sizes, killed_after
 ):
@@ -206,8 +203,7 @@ def by_rule() -> dict[str, torch.Tensor]:
     return large().state_dict()
 
 
-@pytest.mark.parametrize("size", ["20KB", "5GB"], ids=["pieces", "one file"])
-@pytest.mark.parametrize("ends", [[0, 512], [0, 170, 170, 341, 512]], ids=["one", "four"])
+@each(size={"pieces": "20KB", "one file": "5GB"}, ends={"one": [0, 512], "four": [0, 170, 170, 341, 512]})
 def test_parts_written_in_any_order_make_the_files_that_one_makes(tmp_path, ends, size):
     sae = large()
     sae.load_state_dict(by_rule())
@@ -222,20 +218,18 @@ def test_parts_written_in_any_order_make_the_files_that_one_makes(tmp_path, ends
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path):
+def _write_one_of_two(rank: int, staging: Path, size: str) -> None:
+    write_part(staging, *((0, 230), (230, 512))[rank], size)
+
+
+def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path, two_processes):
     sae, size = large(), "20KB"
     sae.load_state_dict(by_rule())
     sae.save_pretrained(tmp_path / "one", max_shard_size=size)
     with staged_files(tmp_path / "many") as staging:
         plan = plan_files(by_rule(), 512, size)
         allocate_files(staging, plan)
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=write_part, args=(staging, *part, size)) for part in ((0, 230), (230, 512))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            assert worker.exitcode == 0
+        two_processes.run(_write_one_of_two, staging, size)
         write_index(staging, plan)
         sae.config.save_pretrained(staging)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
@@ -412,8 +406,10 @@ def test_a_piece_that_does_not_fit_the_others_is_named(saved, change, message, r
             type(sae).from_pretrained(folder, width=None if read == "whole" else F)
 
 
-@pytest.mark.parametrize("read", ["whole", "width", "latents"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"\xff" * 64 + data[64:]])
+@each(
+    read=["whole", "width", "latents"],
+    damage=[lambda data: data[:-1], lambda data: b"", lambda data: b"\xff" * 64 + data[64:]],
+)
 def test_a_damaged_piece_is_refused_with_what_to_do(saved, damage, read):
     folder, sae = saved
     path = folder / pieces_of(folder)[1][0]
@@ -430,22 +426,20 @@ def _changed(folder, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-@pytest.mark.parametrize("width", [None, 2])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda index: index["pieces"].pop(),
-        lambda index: index["pieces"].pop(1),
-        lambda index: index["pieces"].reverse(),
-        lambda index: index["pieces"][0].update(stop=index["pieces"][0]["stop"] + 1),
-        lambda index: index["pieces"][1].update(file="../other/model.safetensors"),
-        lambda index: index.update(num_latents=F + 1),
-        lambda index: index.pop("pieces"),
-        lambda index: index.update(pieces=[]),
-        lambda index: index.update(pieces="none"),
-        lambda index: index["pieces"][0].update(start="a"),
-    ],
-    ids=["last gone", "middle gone", "order", "overlap", "another folder", "count", "no pieces", "empty", "text", "a"],
+@each(
+    width=[None, 2],
+    change={
+        "last gone": lambda index: index["pieces"].pop(),
+        "middle gone": lambda index: index["pieces"].pop(1),
+        "order": lambda index: index["pieces"].reverse(),
+        "overlap": lambda index: index["pieces"][0].update(stop=index["pieces"][0]["stop"] + 1),
+        "another folder": lambda index: index["pieces"][1].update(file="../other/model.safetensors"),
+        "count": lambda index: index.update(num_latents=F + 1),
+        "no pieces": lambda index: index.pop("pieces"),
+        "empty": lambda index: index.update(pieces=[]),
+        "text": lambda index: index.update(pieces="none"),
+        "a": lambda index: index["pieces"][0].update(start="a"),
+    },
 )
 def test_an_index_whose_pieces_do_not_make_the_dictionary_is_refused(saved, change, width):
     folder, sae = saved

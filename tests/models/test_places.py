@@ -10,6 +10,7 @@ from hf_matryoshka_sae import MatryoshkaSAE, TopKSAE
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.models.places import collection_index, saes_below
 
+from ..axes import each
 from .reference import make_sae
 from .test_saving import assert_same_tensors
 
@@ -36,8 +37,7 @@ def run(request, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("subfolder", ["", "nested", "nested/", "nested/layers.3"])
+@each(width=[None, 4], subfolder=["", "nested", "nested/", "nested/layers.3"])
 def test_the_only_sae_of_a_run_is_loaded_from_its_folder(run, subfolder, width):
     folder, saes = run("layers.3")
     loaded = MatryoshkaSAE.from_pretrained(folder, subfolder=subfolder, width=width)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ..axes import each
 from .reference import OPTIONS, VARIANTS, D, F, assert_close, hidden_states, make_sae
 
 
@@ -40,8 +41,7 @@ def test_latent_ids_survive_sorting_and_cutting():
 # Folding
 
 
-@variants
-@options
+@each(variant=list(VARIANTS), fields=OPTIONS)
 def test_folded_normalisation_takes_raw_inputs_exactly(variant, fields):
     sae, raw = make_sae(variant, **fields), hidden_states(N) * 5 + 2
     mean, scale = torch.randn(D, dtype=torch.float64), 3.7

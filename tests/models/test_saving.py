@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from hf_matryoshka_sae import MODELS, SAEModel, TopKSAE
 from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
 
+from ..axes import each
 from .reference import VARIANTS, D, F, assert_close, hidden_states, make_sae
 
 
@@ -35,8 +36,7 @@ def assert_same_tensors(actual: SAEModel, expected: SAEModel):
         assert tensor.dtype == states[1][name].dtype and torch.equal(tensor, states[1][name]), name
 
 
-@variants
-@pytest.mark.parametrize("load", ["AutoModel", "class"])
+@each(variant=list(VARIANTS), load=["AutoModel", "class"])
 def test_a_saved_sae_comes_back_bit_for_bit_with_its_class(tmp_path, variant, load):
     sae = make_sae(variant, torch.float32, apply_b_dec_to_input=False, base_model="some/model", hookpoint="layers.3")
     sae.permute_(torch.randperm(F))
@@ -69,8 +69,7 @@ def test_a_folded_normalisation_is_in_the_saved_weights(tmp_path, variant):
     assert_close(loaded(raw).reconstruction, expected)
 
 
-@pytest.mark.parametrize("variant", ["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"])
-@pytest.mark.parametrize("width", [None, 4])
+@each(variant=["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"], width=[None, 4])
 def test_thresholds_stay_fp32_in_a_bf16_sae(tmp_path, variant, width):
     sae = make_sae(variant, torch.float32)
     sae.save_pretrained(tmp_path)
@@ -131,8 +130,7 @@ def rewrite_weights(folder, change):
     save_file(state, path, metadata={"format": "pt"})
 
 
-@variants
-@pytest.mark.parametrize("width", [None, 4])
+@each(variant=list(VARIANTS), width=[None, 4])
 def test_a_missing_tensor_is_named_never_invented(tmp_path, variant, width):
     sae = make_sae(variant)
     for name in sae.state_dict():
@@ -142,8 +140,7 @@ def test_a_missing_tensor_is_named_never_invented(tmp_path, variant, width):
             type(sae).from_pretrained(tmp_path, width=width)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("field", [{"d_in": D + 2}, {"num_latents": F + 1, "prefix_widths": [F + 1]}], ids=str)
+@each(width=[None, 4], field=[{"d_in": D + 2}, {"num_latents": F + 1, "prefix_widths": [F + 1]}])
 def test_shapes_other_than_the_config_says_are_refused(saved, field, width):
     folder, sae = saved
     path = folder / "config.json"
@@ -153,20 +150,18 @@ def test_shapes_other_than_the_config_says_are_refused(saved, field, width):
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("load", ["AutoModel", "class"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
-        lambda data: data[:20],
-        lambda data: b"",
-        lambda data: b"garbage" * 100,
-        lambda data: b"\xff" * 64 + data[64:],
-        lambda data: data + b"x",
-    ],
-    ids=["half", "one byte short", "in the header", "empty", "garbage", "header overwritten", "one byte long"],
+@each(
+    width=[None, 4],
+    load=["AutoModel", "class"],
+    damage={
+        "half": lambda data: data[: len(data) // 2],
+        "one byte short": lambda data: data[:-1],
+        "in the header": lambda data: data[:20],
+        "empty": lambda data: b"",
+        "garbage": lambda data: b"garbage" * 100,
+        "header overwritten": lambda data: b"\xff" * 64 + data[64:],
+        "one byte long": lambda data: data + b"x",
+    },
 )
 def test_a_damaged_file_is_refused_with_its_place_and_what_to_do(saved, load, damage, width):
     folder, sae = saved
@@ -188,8 +183,7 @@ def test_a_damaged_index_is_refused(tmp_path, layout, text, width):
         type(sae).from_pretrained(folder, width=width)
 
 
-@pytest.mark.parametrize("width", [None, 4])
-@pytest.mark.parametrize("load", [TopKSAE, SAEModel])
+@each(width=[None, 4], load=[TopKSAE, SAEModel])
 def test_a_checkpoint_of_another_family_is_refused(saved, load, width):
     with pytest.raises(ValueError, match="holds a matryoshka_sae.*AutoModel"):
         load.from_pretrained(saved[0], width=width)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.models.selection import EncoderBlocks, select_above, select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout
 
+from ..axes import each
 from .reference import batch_topk_mask, topk_mask
 
 
@@ -55,10 +55,12 @@ WAYS = pytest.mark.parametrize("static", [False, True], ids=["listed", "static"]
 BLOCKS = pytest.mark.parametrize("block", [None, 32, 96], ids=["one block", "blocks of 32", "blocks of 96"])
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [1, 3, 8, 13, 40])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    pre=PRE,
+    k=[1, 3, 8, 13, 40],
+)
 def test_topk_keeps_the_largest_and_the_lowest_latent_of_equals(pre, k, block, static):
     pre = pre()
     selection = select_topk(blocks_of(pre, block), k, static)
@@ -66,10 +68,12 @@ def test_topk_keeps_the_largest_and_the_lowest_latent_of_equals(pre, k, block, s
     assert torch.equal(mask_of(selection, pre), topk_mask(pre, k))
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("pre", PRE.values(), ids=PRE)
-@pytest.mark.parametrize("k", [0.1, 1, 2.5, 8, 40])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    pre=PRE,
+    k=[0.1, 1, 2.5, 8, 40],
+)
 def test_batch_topk_keeps_the_largest_of_the_batch_and_the_first_of_equals(pre, k, block, static):
     pre = pre()
     selection = select_batch_topk(blocks_of(pre, block), k, static=static)
@@ -77,10 +81,12 @@ def test_batch_topk_keeps_the_largest_of_the_batch_and_the_first_of_equals(pre, 
     assert torch.equal(mask_of(selection, pre), batch_topk_mask(pre, k))
 
 
-@WAYS
-@BLOCKS
-@pytest.mark.parametrize("make", [lambda: torch.randn(300, 700), lambda: torch.randn(300, 700).mul(4).round()])
-@pytest.mark.parametrize("k", [0.01, 3.3, 350, 600])
+@each(
+    static={"listed": False, "static": True},
+    block={"one block": None, "blocks of 32": 32, "blocks of 96": 96},
+    make=[lambda: torch.randn(300, 700), lambda: torch.randn(300, 700).mul(4).round()],
+    k=[0.01, 3.3, 350, 600],
+)
 def test_batch_topk_is_exact_on_many_entries(make, k, block, static):
     pre = make()
     assert torch.equal(
@@ -138,26 +144,18 @@ def replicas_of(num_latents: int, rank: int) -> Layout:
     return Layout(num_latents, rank, 2, replica_group=dist.group.WORLD, group=dist.group.WORLD)
 
 
-def _select_on_rank(rank: int, folder: str, joined: dict, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        for name, (pre, k) in joined.items():
-            mine = pre.chunk(2)[rank]
-            rows, cols, _ = select_batch_topk(blocks_of(mine), k, replicas_of(pre.shape[1], rank))
-            results.put((rank, name, rows.tolist(), cols.tolist()))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_batch_topk_over_two_processes_equals_one_process_on_the_joined_batch(tmp_path):
-    joined = {name: (make(), k) for name, (make, k) in BATCHES.items()}
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_select_on_rank, (str(tmp_path), joined, results), nprocs=2)
-    masks = {name: torch.zeros(pre.shape, dtype=torch.bool) for name, (pre, _) in joined.items()}
-    for _ in range(2 * len(joined)):
-        rank, name, rows, cols = results.get()
-        masks[name][torch.tensor(rows, dtype=torch.int64) + rank * len(masks[name]) // 2, cols] = True
+def _select_on_rank(rank: int, joined: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {}
     for name, (pre, k) in joined.items():
-        assert torch.equal(masks[name], batch_topk_mask(pre, k)), name
+        found[name] = select_batch_topk(blocks_of(pre.chunk(2)[rank]), k, replicas_of(pre.shape[1], rank))[:2]
+    return found
+
+
+def test_batch_topk_over_two_processes_equals_one_process_on_the_joined_batch(two_processes):
+    joined = {name: (make(), k) for name, (make, k) in BATCHES.items()}
+    first, second = two_processes.run(_select_on_rank, joined)
+    for name, (pre, k) in joined.items():
+        mask = torch.zeros(pre.shape, dtype=torch.bool)
+        mask[first[name]] = True
+        mask[second[name][0] + len(pre) // 2, second[name][1]] = True
+        assert torch.equal(mask, batch_topk_mask(pre, k)), name

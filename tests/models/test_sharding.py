@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hf_matryoshka_sae.models.selection import EncoderBlocks, select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout, exchange_rows, shard_rows
@@ -56,10 +55,7 @@ def layout_of(rank: int, replicas: int, shards: int, factor: float) -> Layout:
     return Layout(F, replica, replicas, shard, shards, *groups, factor)
 
 
-def work(rank: int, replicas: int, shards: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    world = replicas * shards
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def work(rank: int, replicas: int, shards: int) -> dict[str, tuple]:
     found = {}
     for name, (pre, k, factor) in matrices().items():
         layout = layout_of(rank, replicas, shards, factor)
@@ -77,9 +73,7 @@ def work(rank: int, replicas: int, shards: int, folder: str) -> None:
         part = whole[start:stop].clone()
         exchange_rows(part, order, layout, budget=3 * (stop - start))
         found[f"order {name}"] = part, start, stop
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -94,12 +88,13 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (2, 2), (1, 4)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def outcomes(request, tmp_path_factory):
-    replicas, shards = request.param
-    folder = str(tmp_path_factory.mktemp("sharded"))
-    mp.spawn(work, (replicas, shards, folder), nprocs=replicas * shards)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(replicas * shards)]
+SHAPES = [(1, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 2), (1, 4)))]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def outcomes(request):
+    processes = request.getfixturevalue("two_processes" if request.param == (1, 2) else "four_processes")
+    return processes.run(work, *request.param)
 
 
 def mask_of(outcomes: list[dict], key: str) -> torch.Tensor:

@@ -16,6 +16,8 @@ from hf_matryoshka_sae.models.sparse_ops import (
     prefix_errors,
 )
 
+from ..axes import each
+
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -90,9 +92,11 @@ def preactivations(x, W_enc, b_enc, b_dec, scale=None):
     return pre if scale is None else pre * scale
 
 
-@pytest.mark.parametrize("subtract", [True, False], ids=["b_dec subtracted", "b_dec unused"])
-@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "plain"])
-@pytest.mark.parametrize("density", [0.4, 0.0, 1.0])
+@each(
+    subtract={"b_dec subtracted": True, "b_dec unused": False},
+    scaled={"scaled": True, "plain": False},
+    density=[0.4, 0.0, 1.0],
+)
 def test_encoder_gradients_match_finite_differences(density, scaled, subtract):
     x, W_enc, b_enc, b_dec = encoder()
     pairs = random_pairs(5, 7, density)
@@ -190,8 +194,7 @@ def test_jumprelu_is_strict_and_its_values_pass_gradients_only_above_the_thresho
     assert z.grad.tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.7], ids=["reconstruction", "with L0"])
-@pytest.mark.parametrize("theta", [0.3, 0.8])
+@each(penalty={"reconstruction": 0.0, "with L0": 0.7}, theta=[0.3, 0.8])
 def test_jumprelu_threshold_gradient_is_that_of_the_kernel_smoothed_loss(theta, penalty):
     # Convolved with a rectangle of width h, L has the derivative (L(theta + h/2) - L(theta - h/2)) / h.
     # The published estimator differs from it by theta h / 4 here: latents in the window's upper half already fire.
@@ -232,8 +235,7 @@ def test_jumprelu_compares_bf16_values_with_unrounded_thresholds():
 # Matrices of fewer bits
 
 
-@pytest.mark.parametrize("widths", [[31], [3, 17, 31]], ids=str)
-@pytest.mark.parametrize("density", [0.1, 0.9])
+@each(widths=[[31], [3, 17, 31]], density=[0.1, 0.9])
 def test_bfloat16_matrices_cost_their_own_rounding_alone(widths, density):
     """Sums are taken in float32 and rounded once: what comes out is within a few last bits of float64.
 

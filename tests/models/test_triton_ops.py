@@ -5,6 +5,8 @@ import torch
 
 from hf_matryoshka_sae.models import dense_ops, sparse_ops, triton_ops
 
+from ..axes import each
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -25,9 +27,11 @@ def bags_of(sizes: list[int], num_rows: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(len(bags), device=DEVICE), index, bags, offsets
 
 
-@TYPES
-@WIDTHS
-@pytest.mark.parametrize("sizes", [[3, 0, 1, 20, 8], [0, 0], [9], [], [0, 65, 0]], ids=str)
+@each(
+    dtype=[torch.float32, torch.bfloat16],
+    d_in=[1, 37, 256, 300],
+    sizes=[[3, 0, 1, 20, 8], [0, 0], [9], [], [0, 65, 0]],
+)
 def test_gather_sum_adds_up_in_float32(sizes, d_in, dtype):
     source = torch.randn(11, d_in, device=DEVICE).to(dtype)
     values, index, bags, offsets = bags_of(sizes, 11)
@@ -45,9 +49,7 @@ def test_sums_are_rounded_once_to_the_type_asked_for():
     assert torch.equal(out, triton_ops.gather_sum(values, source, index, offsets).bfloat16())
 
 
-@TYPES
-@WIDTHS
-@pytest.mark.parametrize("sizes", [[3, 0, 1, 20, 8], [0, 0], []], ids=str)
+@each(dtype=[torch.float32, torch.bfloat16], d_in=[1, 37, 256, 300], sizes=[[3, 0, 1, 20, 8], [0, 0], []])
 def test_pair_dot_adds_up_in_float32(sizes, d_in, dtype):
     right = torch.randn(11, d_in, device=DEVICE).to(dtype)
     left = torch.randn(max(1, len(sizes)), d_in, device=DEVICE).to(dtype)

@@ -17,6 +17,7 @@ from hf_matryoshka_sae.models.checkpoint_files import read_latents
 from hf_matryoshka_sae.models.pieces import PIECES_INDEX_NAME
 from hf_matryoshka_sae.models.weight_checks import is_file_name, is_inner_folder, tensor_shapes
 
+from ..axes import each
 from .reference import VARIANTS, D, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors, rewrite_weights, save
 
@@ -56,10 +57,12 @@ def test_shapes_by_the_config_are_those_of_the_model(variant):
     assert tensor_shapes(sae.config) == {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
-@loaders
-@widths
-@pytest.mark.parametrize("name", ["W_enc", "b_dec", "threshold"])
-@pytest.mark.parametrize("dtype", ["I32", "bool", "int8"])
+@each(
+    load={"AutoModel": AutoModel, "class": MatryoshkaSAE},
+    width=[None, 4],
+    name=["W_enc", "b_dec", "threshold"],
+    dtype=["I32", "bool", "int8"],
+)
 def test_weights_that_are_no_floating_numbers_are_refused(folder, load, width, name, dtype):
     if dtype == "I32":  # the bytes of floating numbers by another name
         edit_header(folder, lambda header: header[name].update(dtype="I32"))
@@ -69,17 +72,14 @@ def test_weights_that_are_no_floating_numbers_are_refused(folder, load, width, n
         load.from_pretrained(folder, width=width)
 
 
-@loaders
-@widths
-@pytest.mark.parametrize("shape", [(), (1,), (F, D, 1)], ids=str)
+@each(load={"AutoModel": AutoModel, "class": MatryoshkaSAE}, width=[None, 4], shape=[(), (1,), (F, D, 1)])
 def test_weights_of_other_axes_are_refused(folder, load, width, shape):
     rewrite_weights(folder, lambda state: state.update(W_dec=torch.zeros(shape)))
     with pytest.raises(ValueError, match=rf"W_dec in .*{folder.name}"):
         load.from_pretrained(folder, width=width)
 
 
-@loaders
-@widths
+@each(load={"AutoModel": AutoModel, "class": MatryoshkaSAE}, width=[None, 4])
 def test_sizes_that_no_memory_has_are_refused_before_anything_is_made(folder, load, width):
     edit_config(folder, num_latents=10**12, prefix_widths=[10**12], d_in=10**9)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -119,10 +119,12 @@ def test_only_a_relative_path_without_steps_up_is_a_folder_inside(name):
     assert is_inner_folder("") and is_inner_folder("sae/model.layers.3-input") and is_inner_folder("layers.3:input")
 
 
-@loaders
-@widths
-@pytest.mark.parametrize("layout", ["shards", "pieces"])
-@pytest.mark.parametrize("absolute", [True, False])
+@each(
+    load={"AutoModel": AutoModel, "class": MatryoshkaSAE},
+    width=[None, 4],
+    layout=["shards", "pieces"],
+    absolute=[True, False],
+)
 def test_an_index_names_no_files_outside_its_folder(tmp_path, load, width, layout, absolute):
     folder, outside = tmp_path / "sae", tmp_path / "outside"
     outside.mkdir()
@@ -174,10 +176,12 @@ def test_an_index_of_a_million_pieces_is_refused_at_once(tmp_path):
 # Numbers
 
 
-@loaders
-@widths
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+@each(
+    load={"AutoModel": AutoModel, "class": MatryoshkaSAE},
+    width=[None, 4],
+    value=[float("nan"), float("inf"), float("-inf")],
+    name=["W_enc", "W_dec", "b_enc", "b_dec"],
+)
 def test_weights_that_are_not_finite_are_refused(folder, load, width, value, name):
     rewrite_weights(folder, lambda state: state[name].view(-1)[:2].fill_(value))
     with pytest.raises(ValueError, match=f"{name} of .*{folder.name} has 2 entries of .* that are no finite numbers"):

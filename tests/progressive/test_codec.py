@@ -20,6 +20,8 @@ from hf_matryoshka_sae.progressive.codec import decode_latents, decode_progressi
 from hf_matryoshka_sae.progressive.rate import bits_per_token, default_step
 from hf_matryoshka_sae.progressive.statistics import LatentStatistics, latent_statistics
 
+from ..axes import each
+
 
 pytest.importorskip("constriction")
 
@@ -60,8 +62,7 @@ def orthonormal_sae() -> SAEModel:
 # Whole codes
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(5, 7), (1,), ()])
+@each(name=list(CONFIGS), shape=[(5, 7), (1,), ()])
 def test_latents_come_back_within_a_step(name, shape):
     sae = random_sae(name)
     x, statistics, step = torch.randn(*shape, D), measured(sae), 0.1
@@ -86,8 +87,7 @@ def test_a_small_step_gives_the_reconstruction():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("block", [1, 3, 8, 64, 1000])
-@pytest.mark.parametrize("groups", [None, [F], [1, 2, F]])
+@each(block=[1, 3, 8, 64, 1000], groups=[None, [F], [1, 2, F]])
 def test_blocks_and_groups_change_the_order_alone(block, groups):
     sae = random_sae()
     x, statistics = torch.randn(67, D), measured(sae)

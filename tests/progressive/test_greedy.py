@@ -1,13 +1,11 @@
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.progressive import greedy as module
 from hf_matryoshka_sae.progressive.greedy import add_products, greedy_order
 from hf_matryoshka_sae.progressive.statistics import encoded
 
+from ..axes import each
 from ..models.reference import OPTIONS, PREFIXES, VARIANTS, F, assert_close, dense_latents, hidden_states, make_sae
 
 
@@ -30,8 +28,7 @@ def _brute_force(sae, x, widths=(F,)):
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_order_equals_brute_force(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 20)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 5)
@@ -83,20 +80,14 @@ def test_bad_input_is_refused(monkeypatch):
         greedy_order(sae, [hidden_states(3)])
 
 
-def _one_of_two(rank, folder, x):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    found = greedy_order(make_sae("topk"), x.split(16)[rank::2])
-    save_file({"order": found.order, "error": found.error}, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+def _one_of_two(rank, x):
+    return greedy_order(make_sae("topk"), x.split(16)[rank::2])
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     x = hidden_states(80)
-    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     one = greedy_order(make_sae("topk"), [x])
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert torch.equal(found["order"], one.order)
-        assert_close(found["error"], one.error)
+    for found in two_processes.run(_one_of_two, x):
+        assert torch.equal(found.order, one.order)
+        assert_close(found.error, one.error)

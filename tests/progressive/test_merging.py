@@ -4,6 +4,7 @@ import torch
 from hf_matryoshka_sae.progressive.merging import merge_latents
 from hf_matryoshka_sae.progressive.statistics import latent_statistics
 
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, D, F, assert_close, hidden_states, make_sae
 
 
@@ -21,9 +22,11 @@ def _twins(variant, **options):
     return sae
 
 
-@pytest.mark.parametrize("with_data", [True, False], ids=["statistics", "data-free"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("matryoshka")])
+@each(
+    with_data={"statistics": True, "data-free": False},
+    options=OPTIONS,
+    variant=[name for name in VARIANTS if not name.startswith("matryoshka")],
+)
 def test_latents_that_fire_alike_are_merged_without_loss(variant, options, with_data):
     sae, x = _twins(variant, **options), hidden_states(200)
     before = sae(x).reconstruction

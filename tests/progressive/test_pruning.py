@@ -10,6 +10,7 @@ from hf_matryoshka_sae.progressive.ranking import rank_latents, sort_latents
 from hf_matryoshka_sae.progressive.refit import refit
 from hf_matryoshka_sae.progressive.statistics import latent_statistics
 
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, F, assert_close, dense_forward, hidden_states, make_sae
 
 
@@ -20,8 +21,7 @@ def _same(left, right):
         assert torch.equal(tensor, right.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_pruning_to_full_width_is_exact(variant, options):
     sae, x = make_sae(variant, **options), hidden_states(40)
     pruned = prune(sae, F, activations=[x])

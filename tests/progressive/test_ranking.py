@@ -6,15 +6,14 @@ from hf_matryoshka_sae.progressive.greedy import greedy_order
 from hf_matryoshka_sae.progressive.ranking import RANKINGS, rank_latents, sort_latents
 from hf_matryoshka_sae.progressive.statistics import latent_statistics
 
+from ..axes import each
 from ..models.reference import OPTIONS, PREFIXES, VARIANTS, F, assert_close, dense_forward, hidden_states, make_sae
 
 
 FIELDS = {"energy": "mean_square", "frequency": "frequency", "contribution": "contribution"}
 
 
-@pytest.mark.parametrize("by", RANKINGS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(by=list(RANKINGS), options=OPTIONS, variant=list(VARIANTS))
 def test_sorting_changes_nothing_at_full_width(variant, options, by):
     sae, x = make_sae(variant, **options), hidden_states(40)
     statistics = latent_statistics(sae, [x])

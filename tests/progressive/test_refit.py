@@ -2,12 +2,10 @@ import importlib
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae.progressive.refit import refit
 
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, D, F, assert_close, dense_forward, hidden_states, make_sae
 
 
@@ -19,8 +17,7 @@ def _fvu(sae, x):
     return (residual.square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_bias_is_the_best_and_activations_stay(variant, options):
     sae, x = make_sae(variant, **options), hidden_states(60)
     found = refit(sae, [x])
@@ -54,8 +51,7 @@ def test_gains_are_measured_on_batches_that_took_no_part():
         assert_close(found.sae.b_dec, alone.sae.b_dec)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_the_decoder_is_the_ridge_solution(variant, options, way):
     sae, x, ridge = make_sae(variant, **options), hidden_states(80), 0.1
     found = refit(sae, x.split(80), decoder=True, ridge=ridge)
@@ -97,9 +93,11 @@ def test_rows_of_silent_latents_stay():
 # Thresholds
 
 
-@pytest.mark.parametrize("l0", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("variant", ["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(
+    l0=[0.5, 2.0, 4.0],
+    variant=["batch_topk", "jumprelu", "matryoshka-batch_topk", "matryoshka-jumprelu"],
+    options=OPTIONS,
+)
 def test_thresholds_are_rescaled_for_the_l0_asked(variant, l0, options):
     sae, batches = make_sae(variant, **options), list(hidden_states(2000).split(300))
     found = refit(sae, batches, l0=l0)
@@ -147,25 +145,17 @@ def test_bad_arguments_are_refused(monkeypatch):
         refit(sae, [x], decoder=True)
 
 
-def _one_of_two(rank, folder, x):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
+def _one_of_two(rank, x):
     found = refit(make_sae("jumprelu"), x.split(20)[rank::2], decoder=True, l0=2.0)
-    numbers = torch.tensor([found.fvu_before, found.fvu_after, found.l0_before, found.tokens], dtype=torch.float64)
-    save_file({"numbers": numbers, **found.sae.state_dict()}, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    return [found.fvu_before, found.fvu_after, found.l0_before, found.tokens], found.sae.state_dict()
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     x = hidden_states(160)
-    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     parts = x.split(20)
     joined = [torch.cat(parts[2 * i : 2 * i + 2]) for i in range(4)]  # batch i of both processes
     one = refit(make_sae("jumprelu"), joined, decoder=True, l0=2.0)
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        expected = [one.fvu_before, one.fvu_after, one.l0_before, one.tokens]
-        assert found.pop("numbers").tolist() == pytest.approx(expected)
-        for name, tensor in one.sae.state_dict().items():
-            torch.testing.assert_close(found[name], tensor)
+    for numbers, state in two_processes.run(_one_of_two, x):
+        assert numbers == pytest.approx([one.fvu_before, one.fvu_after, one.l0_before, one.tokens])
+        torch.testing.assert_close(dict(state), dict(one.sae.state_dict()))

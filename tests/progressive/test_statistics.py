@@ -2,8 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from hf_matryoshka_sae.activations import TokenStream, harvest
@@ -12,6 +10,7 @@ from hf_matryoshka_sae.progressive import statistics as module
 from hf_matryoshka_sae.progressive.statistics import LatentStatistics, latent_statistics
 
 from ..activations import tiny
+from ..axes import each
 from ..models.reference import OPTIONS, VARIANTS, F, assert_close, dense_latents, hidden_states, make_sae
 
 
@@ -53,8 +52,7 @@ def _check(found, expected):
             assert torch.equal(getattr(found, name), tensor), name
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each(options=OPTIONS, variant=list(VARIANTS))
 def test_statistics_equal_the_dense_reference(variant, options, way, monkeypatch):
     monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", 5 * F)  # several blocks of tokens, and of neighbours
     sae, x = make_sae(variant, **options), hidden_states(64)
@@ -103,8 +101,7 @@ def _heldout(batches=3):
     return HeldOut(tiny.llama(), [next(stream) for _ in range(batches)], "model.layers.1")
 
 
-@pytest.mark.parametrize("variant", ["topk", "gated", "matryoshka-jumprelu"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(variant=["topk", "gated", "matryoshka-jumprelu"], options=OPTIONS)
 def test_attribution_is_the_gradient_with_the_error_kept(variant, options):
     """x = reconstruction + error, the error held fixed: autograd through the decoder gives dL/da."""
     data, sae = _heldout(), make_sae(variant, torch.float32, d_in=16, **options)
@@ -293,19 +290,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 # Processes
 
 
-def _one_of_two(rank, folder, x):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    latent_statistics(make_sae("topk"), x.split(16)[rank::2]).save(folder / str(rank))
-    dist.destroy_process_group()
+def _one_of_two(rank, x):
+    return latent_statistics(make_sae("topk"), x.split(16)[rank::2])
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(two_processes):
     x = hidden_states(80)
-    mp.spawn(_one_of_two, args=(tmp_path, x), nprocs=2)
     torch.manual_seed(0)
     one = latent_statistics(make_sae("topk"), x.split(16))
-    for rank in range(2):
-        found = LatentStatistics.load(tmp_path / str(rank))
+    for found in two_processes.run(_one_of_two, x):
         assert found.tokens == 80
         _check(found, one.tensors())

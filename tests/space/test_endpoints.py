@@ -71,6 +71,7 @@ def test_an_sae_without_an_index_says_so(endpoints, bare):
             ask()
 
 
+@pytest.mark.slow
 def test_without_an_index_the_rest_still_answers(endpoints, bare):
     assert [hit["label"] for hit in plain(endpoints.search("the", sae=bare, top=2))] == ["", ""]
     read = plain(endpoints.read_text(TEXT, bare))

@@ -1,9 +1,8 @@
 """The sub-command against the functions it is made of, and two processes against one."""
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
@@ -51,6 +50,7 @@ def near(got, wanted):
         assert got == pytest.approx(wanted, rel=1e-6, abs=1e-9) if isinstance(wanted, float) else got == wanted
 
 
+@pytest.mark.slow
 def test_the_report_is_what_the_functions_give(tmp_path, capsys):
     sae = saved(tmp_path / "run/nested" / HOOKPOINT)
     assert cli.main(["evaluate", str(tmp_path / "run/nested" / HOOKPOINT), *SMALL]) == 0
@@ -164,19 +164,17 @@ def test_what_the_config_lacks_must_be_named(tmp_path, capsys):
     assert "whole numbers such as 64,128,256" in capsys.readouterr().err
 
 
+def _printed(rank: int, command: list[str]) -> str:
+    with redirect_stdout(StringIO()) as output:
+        assert cli.main(command) == 0
+    return output.getvalue()
+
+
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(tmp_path):
+def test_two_processes_report_what_one_does(tmp_path, two_processes):
     saved(tmp_path / "sae")
-    command = ["-m", "hf_matryoshka_sae.cli", "evaluate", str(tmp_path / "sae"), "--tokens", "3000"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    printed = []
-    for start in ([], launcher):
-        folder = ["--context_length", "40", "--output_dir", str(tmp_path / str(len(start)))]
-        done = subprocess.run(
-            [sys.executable, *start, *command, *folder], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    assert printed[1].count("held-out tokens") == printed[1].count("Saved") == 1
-    near(found(tmp_path / str(len(launcher))), found(tmp_path / "0"))
+    command = ["evaluate", str(tmp_path / "sae"), "--tokens", "3000", "--context_length", "40", "--output_dir"]
+    printed = "".join(two_processes.run(_printed, [*command, str(tmp_path / "two")]))
+    assert printed.count("held-out tokens") == printed.count("Saved") == 1
+    assert cli.main([*command, str(tmp_path / "one")]) == 0
+    near(found(tmp_path / "two"), found(tmp_path / "one"))

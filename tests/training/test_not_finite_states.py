@@ -1,13 +1,10 @@
 """Runs on a language model some of whose hidden states are not finite: NaN wherever one of a few tokens stands."""
 
 import json
-import os
 import signal
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from hf_matryoshka_sae.activations import load_language_model
@@ -172,20 +169,15 @@ def test_a_cache_holds_finite_states_alone_and_says_so(tmp_path, spoiled, caplog
     assert left_out > 0 and f"{left_out} hidden states with NaN" in caplog.text
 
 
-def _one_of_two(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    setup.load_language_model = broken_at(RARE)
-    train(config(folder, data_streams=2))
+def _one_of_two(rank, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_language_model", broken_at(RARE))
+        train(config(folder, data_streams=2))
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_what_one_does(tmp_path, spoiled):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_one_of_two, (port, str(tmp_path / "two")), nprocs=2)
+def test_two_processes_leave_out_what_one_does(tmp_path, spoiled, two_processes):
+    two_processes.run(_one_of_two, tmp_path / "two")
     train(config(tmp_path / "one", data_streams=2))
     counts = [[line["states_left_out"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert counts[0] == counts[1] and counts[0][-1] > 0

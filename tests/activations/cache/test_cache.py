@@ -23,6 +23,7 @@ from hf_matryoshka_sae.activations.cache.format import STORED_DTYPES, decode, en
 from hf_matryoshka_sae.activations.cache.order import ReadingOrder
 from hf_matryoshka_sae.activations.cache.storage import CacheStorage
 
+from ...axes import each
 from .. import tiny
 
 
@@ -85,16 +86,14 @@ def test_each_cached_row_comes_once_in_an_epoch_unchanged(cache):
     assert torch.equal(_sorted(again), _sorted(rows)) and not torch.equal(again, rows)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("epoch", [0, 2])
+@each(world_size=[1, 2, 3, 7], epoch=[0, 2])
 def test_readers_divide_the_cache(cache, world_size, epoch):
     parts = [_epoch(_open(cache, rank=rank, world_size=world_size), epoch) for rank in range(world_size)]
     assert torch.equal(_sorted(torch.cat(parts)), _sorted(cache[2]))
     assert max(map(len, parts)) - min(map(len, parts)) <= len(_open(cache).index.shards)
 
 
-@pytest.mark.parametrize("rows", [[1] * 12, [5, 1, 1, 2, 1, 1, 30]])
-@pytest.mark.parametrize("world_size", [2, 3])
+@each(rows=[[1] * 12, [5, 1, 1, 2, 1, 1, 30]], world_size=[2, 3])
 def test_small_shards_are_divided_evenly(rows, world_size):
     orders = [ReadingOrder(rows, 2, 4, 0, rank, world_size) for rank in range(world_size)]
     counts = [order.rows_per_epoch for order in orders]

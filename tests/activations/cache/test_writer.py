@@ -2,12 +2,9 @@
 
 import itertools
 import json
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from hf_matryoshka_sae.activations import ActivationStream, CachedActivationStream, build_cache, has_cache
@@ -142,24 +139,16 @@ def test_shards_are_plain_safetensors_files(tmp_path):
     assert index["rows"] == ROWS and index["dtype"] == "bf16"
 
 
-def _worker(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
+def _one_of_two(rank, folder):
     model = tiny.llama()
     _write(folder, model, rank, 2)
     assert has_cache(folder)  # on every process, as soon as it is through
     CachedActivationStream(folder, _fingerprint(model), HOOKPOINTS, 30, 300, rank=rank, world_size=2)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_of_one_launch_write_one_cache(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+def test_two_processes_of_one_launch_write_one_cache(tmp_path, two_processes):
+    two_processes.run(_one_of_two, str(tmp_path))
     torch.manual_seed(0)
     model = tiny.llama()
     stream = CachedActivationStream(tmp_path, _fingerprint(model), HOOKPOINTS, 30, 300)

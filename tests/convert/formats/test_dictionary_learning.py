@@ -8,6 +8,7 @@ import torch
 
 from hf_matryoshka_sae import convert
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, inputs, jumprelu, relu, topk, weights
 
 
@@ -40,8 +41,7 @@ def scalars(k=5, threshold=0.3):
     return {"k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(threshold)}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_config", [True, False])
+@each(shape=SHAPES, with_config=[True, False])
 def test_autoencoder(tmp_path, shape, with_config):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, linear(tensors) | {"bias": tensors["b_dec"]}, "AutoEncoder" if with_config else None)
@@ -101,8 +101,7 @@ def test_without_a_config_the_two_look_alike_which_is_said(tmp_path, caplog):
     assert "may be a TopK or a BatchTopK SAE" in caplog.text
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_config", [True, False])
+@each(shape=SHAPES, with_config=[True, False])
 def test_matryoshka_groups_are_lengths(tmp_path, shape, with_config):
     tensors, x = weights(*shape), inputs(shape[0])
     groups = torch.tensor([3, 2, shape[1] - 5])

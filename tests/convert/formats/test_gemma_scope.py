@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from hf_matryoshka_sae import convert
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, inputs, jumprelu, weights
 
 
@@ -34,8 +35,7 @@ def write_2(folder, tensors, config=None, **more):
     return folder
 
 
-@pytest.mark.parametrize("lower", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(lower=[True, False], shape=SHAPES)
 def test_jumprelu(tmp_path, shape, lower):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, tensors, lower)

@@ -7,6 +7,7 @@ import torch
 
 from hf_matryoshka_sae import convert
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, inputs, relu, topk, weights
 
 
@@ -26,8 +27,7 @@ def write(file, tensors, activation=None, k=None):
     return file
 
 
-@pytest.mark.parametrize("activation", ["ReLU", None])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(activation=["ReLU", None], shape=SHAPES)
 def test_relu(tmp_path, shape, activation):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path / "5.pt", tensors, activation)
@@ -35,8 +35,7 @@ def test_relu(tmp_path, shape, activation):
         assert_computes(convert.load(source), x, *encode_decode(x, tensors, relu))
 
 
-@pytest.mark.parametrize("k", [1, 6])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(k=[1, 6], shape=SHAPES)
 def test_topk_normalises(tmp_path, shape, k):
     tensors, x = weights(*shape), inputs(shape[0]) * 3 + 1
     write(tmp_path / "5.pt", tensors, "TopK", k)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_matryoshka_sae import convert
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, inputs, jumprelu, relu, topk, weights
 
 
@@ -28,16 +29,14 @@ def write(folder, tensors, config, metadata=None, names=("W_enc", "W_dec", "b_en
     return folder
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("subtract", [True, False])
+@each(shape=SHAPES, subtract=[True, False])
 def test_standard(tmp_path, shape, subtract):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, tensors, {"architecture": "standard", "apply_b_dec_to_input": subtract}, {})
     assert_computes(convert.load(tmp_path), x, *encode_decode(x, tensors, relu, subtract))
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(kind=["layer_norm", "constant_norm_rescale"], shape=SHAPES)
 def test_normalised_hidden_states(tmp_path, shape, kind):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, tensors, {"architecture": "standard", "normalize_activations": kind}, {})
@@ -54,8 +53,7 @@ def test_jumprelu_with_thresholds_of_both_signs(tmp_path, shape):
     assert_computes(convert.load(tmp_path), x, *encode_decode(x, tensors, jumprelu(tensors["threshold"])))
 
 
-@pytest.mark.parametrize("k", [1, 5])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(k=[1, 5], shape=SHAPES)
 def test_topk(tmp_path, shape, k):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, tensors, {"architecture": "topk", "k": k}, {})

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from hf_matryoshka_sae import convert
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, inputs, jumprelu, relu, topk, weights
 
 
@@ -45,8 +46,7 @@ def write(folder, state, name, config=None, config_name="config.json"):
 # Llama Scope
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("by_contribution", [True, False])
+@each(shape=SHAPES, by_contribution=[True, False])
 def test_llama_scope(tmp_path, shape, by_contribution):
     tensors, x = weights(*shape), inputs(shape[0])
     config = {
@@ -81,9 +81,11 @@ def test_llama_scope_r1_distill(tmp_path):
 NAMES = ("W_E", "b_E", "W_D", "b_D")
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
-@pytest.mark.parametrize("norm", ["token-wise", "dataset-wise", "inference"])
-@pytest.mark.parametrize("by_contribution", [True, False])
+@each(
+    activation=["relu", "topk", "jumprelu"],
+    norm=["token-wise", "dataset-wise", "inference"],
+    by_contribution=[True, False],
+)
 def test_llamascopium(tmp_path, activation, norm, by_contribution):
     tensors, x = weights(16, 64), inputs(16)
     hook = "blocks.2.hook_resid_post"
@@ -165,9 +167,9 @@ def test_qwen_scope_without_its_name_needs_k(tmp_path):
 # Bussmann
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["vanilla", "topk", "batchtopk", "jumprelu", "global-matryoshka-topk"])
-@pytest.mark.parametrize("unit_norm", [True, False])
+@each(
+    shape=SHAPES, kind=["vanilla", "topk", "batchtopk", "jumprelu", "global-matryoshka-topk"], unit_norm=[True, False]
+)
 def test_bussmann(tmp_path, shape, kind, unit_norm):
     tensors, x = weights(*shape), inputs(shape[0])
     state, groups = matrices(tensors), [3, 2, shape[1] - 5]
@@ -216,8 +218,7 @@ def test_nabeshima(tmp_path, shape, caplog):
 # mlsae, CSR
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("standardize", [True, False])
+@each(shape=SHAPES, standardize=[True, False])
 def test_mlsae(tmp_path, shape, standardize):
     tensors, x = weights(*shape) | {"b_enc": torch.zeros(shape[1])}, inputs(shape[0])
     state = {name: value for name, value in linear(tensors).items() if name.endswith("weight")}
@@ -228,9 +229,7 @@ def test_mlsae(tmp_path, shape, standardize):
     assert_computes(convert.load(tmp_path), x, *encode_decode(x, tensors, topk(4), norm=norm))
 
 
-@pytest.mark.parametrize("name", ["decoder.linear.weight", "encoder.weight"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("normalize", [True, False])
+@each(name=["decoder.linear.weight", "encoder.weight"], shape=SHAPES, normalize=[True, False])
 def test_csr_has_one_matrix_under_either_name(tmp_path, shape, name, normalize):
     tensors, x = weights(*shape), inputs(shape[0])
     tensors["W_dec"] = tensors["W_enc"]

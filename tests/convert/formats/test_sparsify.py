@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from hf_matryoshka_sae import convert
 from hf_matryoshka_sae.progressive import prune
 
+from ...axes import each
 from ..reference import SHAPES, assert_computes, encode_decode, groupmax, inputs, topk, weights
 
 
@@ -23,8 +24,7 @@ def write(folder, tensors, **config):
     return folder
 
 
-@pytest.mark.parametrize("normalize_decoder", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@each(normalize_decoder=[True, False], shape=SHAPES)
 def test_topk(tmp_path, shape, normalize_decoder):
     tensors, x = weights(*shape), inputs(shape[0])
     write(tmp_path, tensors, k=4, normalize_decoder=normalize_decoder)

@@ -201,6 +201,7 @@ def test_many_repeats_in_repeats_are_quick(characters):
     assert found[0].nonzero().flatten().tolist() == [60]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_compiles_fast():
     words = {f"{'Ġ' if i % 2 else ''}w{i}": i for i in range(250_000)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))

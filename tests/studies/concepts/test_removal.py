@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from hf_matryoshka_sae.activations import TokenBatch
@@ -360,20 +358,15 @@ def test_classes_of_texts(embedded):
     assert list(report.about["tasks"]) == ["labels: 0", "labels: 1", "labels: 2"]
 
 
-def _one_of_two(rank: int, folder) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _one_of_two(rank: int) -> list[dict]:
     data, task = two_attributes()
-    report = scr(data, dictionary({A: 0, B: 1, NOT_B: -1}), task)
-    (folder / f"{rank}.json").write_text(json.dumps(report.records))
-    dist.destroy_process_group()
+    return scr(data, dictionary({A: 0, B: 1, NOT_B: -1}), task).records
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path):
+def test_two_processes_find_what_one_finds(two_processes):
     data, task = two_attributes()
-    mp.spawn(_one_of_two, args=(tmp_path,), nprocs=2)
     alone = scr(data, dictionary({A: 0, B: 1, NOT_B: -1}), task)
-    for rank in range(2):
-        for row, same in zip(json.loads((tmp_path / f"{rank}.json").read_text()), alone.records, strict=True):
+    for rows in two_processes.run(_one_of_two):
+        for row, same in zip(rows, alone.records, strict=True):
             assert row["score"] == pytest.approx(same["score"], abs=1e-9)

@@ -103,6 +103,7 @@ def test_every_ablation_done_by_hand(llama):
         assert entry["fraction"] == pytest.approx(np.mean(own), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_latents_drawn_stand_for_all_that_fire(llama):
     """Means over many draws of one latent a group come close to the mean over all."""
     sae, options = relu_sae(16, 24), dict(tokens=1000, positions=4, baselines=False, show=False)

@@ -38,6 +38,7 @@ def test_a_seed_trains_the_same_sae():
     assert not a.cosine.equal(c.cosine)
 
 
+@pytest.mark.slow
 def test_parents_go_silent_in_the_vanilla_sae_alone():
     vanilla, matryoshka = trained("vanilla", 800), trained("matryoshka", 800)
     assert vanilla.parents_fire < 0.05

@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from hf_matryoshka_sae.activations import TokenBatch, heldout_batches, load_language_model
 from hf_matryoshka_sae.assets import load_embedded_lm
 from hf_matryoshka_sae.common.intervals import CrossedBootstrap
+from hf_matryoshka_sae.common.report import Report
 from hf_matryoshka_sae.evaluation import Dictionary, HeldOut
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, TopKSAEConfig, build_sae
 from hf_matryoshka_sae.studies import LabelledTask, TokenTasks, probe_losses
-from hf_matryoshka_sae.studies.probing.report import probe_report
 from hf_matryoshka_sae.studies.probing.token_properties import property_names
 
 
@@ -300,22 +298,18 @@ def test_bad_subjects_and_tasks_are_named():
         probe(data, wide, baselines=False)
 
 
-def _one_of_two(rank: int, folder, data: Table) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _one_of_two(rank: int, data: Table) -> Report:
     report = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
     # One of the processes alone has too many activations; both say so.
     firing = [len(Dictionary(build()).encode(data.states(batch))[0].values) for batch in data.batches]
     with pytest.raises(ValueError, match="raise `max_pairs`"):
         probe(data, max_pairs=sum(firing[1::2]) + 1, baselines=False)
-    (folder / f"{rank}.json").write_text(json.dumps([report.records, report.about]))
-    dist.destroy_process_group()
+    return report
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path):
+def test_two_processes_find_what_one_finds(two_processes):
     data = open_table(5)
-    mp.spawn(_one_of_two, args=(tmp_path, data), nprocs=2)
     alone = probe(data, {"relu": build(), "topk": build("topk", k=3)}, k=(1, 2))
-    for rank in range(2):
-        same(probe_report(*json.loads((tmp_path / f"{rank}.json").read_text())), alone)
+    for report in two_processes.run(_one_of_two, data):
+        same(report, alone)

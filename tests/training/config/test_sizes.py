@@ -80,7 +80,7 @@ class _NoEvaluation(Closing):
     """Solves for the threshold and ends."""
 
     def run(self, feed, folder, skipped):
-        self._calibration(feed, rows)
+        self._calibration(feed)
         return [], []
 
 

@@ -1,19 +1,16 @@
 """Two gloo processes give the gradients, counters and thresholds of one process with the joined batch."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.initialization import initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
+
+from ...processes import forget_accelerator
 
 
 D, F, N = 8, 64, 64
@@ -72,26 +69,10 @@ def outcome(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def worker(rank: int, port: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.save(outcome(rank, 2), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("outcomes"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(worker, (port, path), nprocs=2)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    one = outcome(0, 1)
-    return one, *(torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(2))
+def outcomes(two_processes):
+    forget_accelerator()
+    return outcome(0, 1), *two_processes.run(outcome, 2)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -176,12 +176,14 @@ def test_an_error_is_told_to_all(start):
     assert "Process 1 of 2 failed: out of luck" in run.log(0) and "No checkpoint was saved yet" in run.log(0)
 
 
+@pytest.mark.slow
 def test_who_ends_well_first_is_not_missed(start):
     run = start(3, "end_one_after_another")
     assert run.finish(40) == [0, 0, 0]
     assert not any("rror" in run.log(rank) or "WARNING" in run.log(rank) for rank in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_is_stopped_is_named_and_waited_for(stopped, start):
     other = 1 - stopped

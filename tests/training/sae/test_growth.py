@@ -6,12 +6,9 @@ import inspect
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -33,6 +30,8 @@ from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.growth import BatchTopKOnBase, FrozenBase, grow, grown_start
 from hf_matryoshka_sae.training.sae.learner import Learner
+
+from ...axes import each
 
 
 D, F = 32, 24
@@ -178,13 +177,14 @@ def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, t
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def _one_of_two(rank, run):
+    train(run)
+
+
 @pytest.mark.slow
-def test_two_processes_keep_the_base_too(runs, tmp_path):
+def test_two_processes_keep_the_base_too(runs, tmp_path, two_processes):
     names = ["batch_topk", "jumprelu"]
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config(tmp_path / "run", [grown_spec(runs[0], name) for name in names]).to_dict()))
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_matryoshka_sae.train"]
-    subprocess.run([sys.executable, "-m", *launch, "--config", str(path)], check=True, capture_output=True)
+    two_processes.run(_one_of_two, config(tmp_path / "run", [grown_spec(runs[0], name) for name in names]))
     for name in names:
         base, grown = load(runs[0] / "base", name), load(tmp_path / "run", name)
         for key, tensor in base.state_dict().items():
@@ -213,9 +213,11 @@ def trained(activation="batch_topk", nested=True, d_in=D, dtype=torch.float32, *
     return sae.to(dtype).eval()
 
 
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("activation", SPARSITY)
-@pytest.mark.parametrize("fields", [{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}], ids=str)
+@each(
+    nested=[True, False],
+    activation=list(SPARSITY),
+    fields=[{}, {"apply_b_dec_to_input": False}, {"scale_by_decoder_norm": True}],
+)
 def test_the_base_is_the_first_prefix(activation, nested, fields):
     sae = trained(activation, nested, **fields)
     before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}

@@ -10,6 +10,8 @@ from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.sae.initialization import geometric_median, initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
 
+from ...axes import each
+
 
 D, F, K, N, STEPS = 8, 64, 4, 128, 40
 SMALLEST = {"weights_dtype": "bfloat16", "optimizer_dtype": "int8"}
@@ -257,18 +259,16 @@ def test_geometric_median_is_the_point_of_least_total_distance():
 # Fewer bits
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "fields",
-    [
+@each(
+    moments=["float32", "bfloat16", "int8"],
+    weights=["float32", "bfloat16"],
+    fields=[
         {"type": "matryoshka", "ema_decay": 0.9, "sort_every": 5},
         {"type": "topk", "auxk_coefficient": 1.0, "dead_tokens": 3 * N, "grad_clip": 1.0},
         {"type": "jumprelu", "k": None, "target_l0": 4.0},
         {"type": "gated", "k": None, "target_l0": 4.0},
         {"preset": "saelens"},
     ],
-    ids=str,
 )
 def test_fewer_bits_learn_as_well(fields, weights, moments):
     """Within what another seed's first weights would change, of steps as large as these."""

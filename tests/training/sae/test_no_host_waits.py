@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_matryoshka_sae.models import selection
 
+from ...axes import each
 from .test_learner import SMALLEST, N, batches, learner
 
 
@@ -59,9 +60,8 @@ def test_asking_is_noticed():
         assert asked.names
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+@each(
+    fields=[
         {"type": "topk"},
         {"type": "topk", "multi_topk": True},
         {"type": "batch_topk", "grad_clip": 1.0, "ema_decay": 0.9},
@@ -72,9 +72,8 @@ def test_asking_is_noticed():
         {"type": "matryoshka", "sort_every": 1, "grad_clip": 1.0, **SMALLEST},
         {"type": "topk", "optimizer_dtype": "bfloat16"},
     ],
-    ids=str,
+    dead={"all alive": None, "some dead": [3, 9, 40]},
 )
-@pytest.mark.parametrize("dead", [None, [3, 9, 40]], ids=["all alive", "some dead"])
 def test_a_step_asks_the_device_nothing(fields, dead, monkeypatch):
     monkeypatch.setattr(selection, "_host_may_look", lambda device: False)
     one = learner(**fields)

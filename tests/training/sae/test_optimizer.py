@@ -11,6 +11,8 @@ from hf_matryoshka_sae.training.run.checkpoints import load_tree, save_tree
 from hf_matryoshka_sae.training.sae import optimizer as module
 from hf_matryoshka_sae.training.sae.optimizer import LowPrecisionAdam, build_optimizer
 
+from ...axes import each
+
 
 F, D = 24, 40
 BETAS, EPS, LR = (0.9, 0.99), 1e-8, 1e-3
@@ -115,8 +117,7 @@ def test_a_second_moment_follows_gradients_that_become_small(moments):
     assert read(optimizer, parameter, "exp_avg_sq").mean() == pytest.approx(v, rel=0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moments", MOMENTS)
+@each(dtype=[torch.float32, torch.bfloat16], moments=MOMENTS)
 def test_a_gradient_that_is_not_finite_changes_not_one_bit(moments, dtype):
     parameter = weights(dtype=dtype)
     optimizer = made(parameter, moments, unit_rows=True)
@@ -163,8 +164,7 @@ def test_state_has_its_rows_first_and_moves_with_them(moments, monkeypatch):
     assert_same(expected, tensors(other, second))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moments", MOMENTS)
+@each(dtype=[torch.float32, torch.bfloat16], moments=MOMENTS)
 def test_a_range_of_rows_alone_gets_the_same_values(moments, dtype):
     whole, rows = weights(dtype=dtype), slice(7, 19)
     part = torch.nn.Parameter(whole.detach()[rows].clone())
@@ -188,8 +188,7 @@ def test_the_size_of_the_pieces_changes_nothing(monkeypatch):
     assert_same(*outcomes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moments", MOMENTS)
+@each(dtype=[torch.float32, torch.bfloat16], moments=MOMENTS)
 def test_a_resumed_optimizer_goes_on_bit_for_bit(moments, dtype, tmp_path):
     whole, part = weights(dtype=dtype), weights(dtype=dtype)
     one, other = made(whole, moments), made(part, moments)

@@ -1,14 +1,10 @@
 """Latents sharded over two processes, and 2 x 2 over four, train every family as one process does, to 1e-5."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.models.sharding import Layout
@@ -18,6 +14,8 @@ from hf_matryoshka_sae.training.run.building import own_config
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.initialization import initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
+
+from ...processes import forget_accelerator
 
 
 # d_in, latents (four shards would not be equal, two are), tokens, steps, precision. In many steps of a large float32
@@ -90,23 +88,12 @@ def outcome(rank: int, replicas: int, shards: int, shape: str) -> dict[str, dict
     return found
 
 
-def worker(rank: int, port: int, path: str, replicas: int, shards: int, shape: str) -> None:
-    torch.set_num_threads(1)
-    world = str(replicas * shards)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.save(outcome(rank, replicas, shards, shape), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 _alone: dict[str, dict] = {}
 
 
 def alone(shape: str) -> dict[str, dict[str, torch.Tensor]]:
     if shape not in _alone:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         _alone[shape] = outcome(0, 1, 1, shape)
     return _alone[shape]
 
@@ -114,15 +101,11 @@ def alone(shape: str) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(
     scope="module", params=[name if name == "1x2" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def outcomes(request, tmp_path_factory):
+def outcomes(request):
     """What one process has, and what each replica's shards have."""
     replicas, shards, shape = CASES[request.param]
-    path = str(tmp_path_factory.mktemp("outcomes"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(worker, (port, path, replicas, shards, shape), nprocs=replicas * shards)
-    found = [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(replicas * shards)]
+    processes = request.getfixturevalue("two_processes" if replicas * shards == 2 else "four_processes")
+    found = processes.run(outcome, replicas, shards, shape)
     return alone(shape), [found[replica * shards : (replica + 1) * shards] for replica in range(replicas)]
 
 
