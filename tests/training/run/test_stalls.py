@@ -3,9 +3,8 @@
 import threading
 import time
 
-from hf_matryoshka_sae.training.run.board import Beat
-from hf_matryoshka_sae.training.run.peers import Peer
-from hf_matryoshka_sae.training.run.stalls import Stalls, whereabouts
+from hf_matryoshka_sae.training.run.peers import Beat, Peer
+from hf_matryoshka_sae.training.run.watchdog import Stalls, whereabouts
 
 
 PEERS = {rank: Peer(rank, 3, 100 + rank, "elsewhere", "") for rank in (1, 2)}
