@@ -84,7 +84,7 @@ def test_a_place_is_a_line_of_this_package():
     time.sleep(0.1)
     place = whereabouts(inside.ident)
     board.set()
-    assert place.startswith("training/stalls.py:") and place.endswith(", in wait")
+    assert place.startswith("training/run/watchdog.py:") and place.endswith(", in wait")
 
 
 def whereabouts_of_waiting():
