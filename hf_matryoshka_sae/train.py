@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0
     from .training import load_run_config
-    from .training.config.readiness import check_ready
+    from .training.config.run import check_ready
 
     try:
         config = load_run_config(*_config_and_flags(arguments), look=check_ready)

@@ -18,8 +18,7 @@ from ..activations import harvest, resolve_hookpoints
 from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
 from ..assets import embedded_lm_path
-from ..training.config.run import RunConfig
-from ..training.config.sizes import shuffle_tokens, window_pool_tokens
+from ..training.config.run import RunConfig, shuffle_tokens, window_pool_tokens
 from ..training.config.spec import SAESpec
 
 

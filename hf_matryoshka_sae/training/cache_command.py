@@ -10,8 +10,7 @@ from ..activations.cache.reader import checked_index
 from ..activations.cache.storage import CacheStorage
 from ..activations.cache.writer import missing_writers
 from ..common.logs import log_to_stderr
-from .config.run import load_run_config
-from .config.sizes import calibration_tokens
+from .config.run import calibration_tokens, load_run_config
 from .data.placement import Processes
 from .data.text import TextSource
 from .run.trainer import make_accelerator

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...training import RunConfig, SAESpec
 from ...training.config.fields import from_dict, override, read_yaml
-from ...training.config.sizes import LARGEST_EVALUATION
+from ...training.config.run import LARGEST_EVALUATION
 
 
 _LEAST_OF_K, _LEAST_JOINT = 3, 6  # constants of the laws

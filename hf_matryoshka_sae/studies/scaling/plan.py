@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from ...activations.language_model import EMBEDDED, load_language_model
 from ...common.files import write_text
 from ...training import RunConfig, load_run_config
-from ...training.config.sizes import calibration_tokens, with_sizes_of
+from ...training.config.run import calibration_tokens, with_sizes_of
 from ...training.run.folder import FREE_TO_CHANGE
 from .config import Sweep
 

@@ -1,15 +1,28 @@
-"""A run is one YAML file; the same fields are these dataclasses, and every command-line flag overrides one of them."""
+"""A run is one YAML file; the same fields are these dataclasses, and every command-line flag overrides one of them.
+
+How many hidden states a run spends on what is not training is here too, where its fields leave that open: a short run
+should not wait longer for its text, normalisation, thresholds and report than for its training, so these are shares of
+`tokens`, up to a size that is enough for any run.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...common.data_source import DatasetConfig
+import yaml
+
+from ...common.data_source import EMBEDDED, DatasetConfig, local_files
 from .fields import from_dict, override, read_yaml
 from .spec import SAESpec
-from .trackers import check_names
+from .trackers import check_installed, check_names
+
+
+_SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
+_SMALLEST = 4096
+LARGEST_POOL = 4_000_000
+LARGEST_EVALUATION = 60_000
 
 
 @dataclass(kw_only=True)
@@ -187,3 +200,72 @@ def load_run_config(
     if look is not None:
         look(run)
     return run.check_saes()
+
+
+def check_ready(config: RunConfig) -> None:
+    """Look for the files and packages that a run names.
+
+    Raises:
+        `ValueError`: for fields, a data file, a folder of a model or a tracker's package that are not there.
+    """
+    config.check_text()
+    check_installed(config.trackers)
+    if config.lm_processes is not None:
+        return  # processes that only hold SAEs may be where neither the text nor the language model is
+    for dataset in (config.dataset, config.eval_dataset):
+        if dataset is not None and dataset.path != EMBEDDED:
+            local_files(dataset)
+    path = Path(config.model).expanduser()
+    if (path.is_absolute() or config.model.startswith((".", "~"))) and not path.is_dir():
+        raise ValueError(f"The language model's folder {config.model!r} does not exist. Check `model`.")
+
+
+def normalization_tokens(config: RunConfig) -> int:
+    """Hidden states whose mean and scale are measured, over all processes; they are trained on as well."""
+    return _size(config.normalization_tokens, config.tokens // 8, 65_536)
+
+
+def calibration_tokens(config: RunConfig) -> int:
+    """Hidden states that thresholds are solved for on, over all processes; they are read for nothing else."""
+    return _size(config.calibration_tokens, config.tokens // 5, 200_000)
+
+
+def eval_tokens(config: RunConfig) -> int:
+    """Held-out tokens that dictionaries are measured on at the end."""
+    return _size(config.eval_tokens, config.tokens // 4, LARGEST_EVALUATION)
+
+
+def window_pool_tokens(config: RunConfig, streams: int = 1) -> int:
+    """Tokens of text in the pool of each of a run's streams, which is filled before the first forward pass."""
+    return _size(config.window_pool_tokens, 8 * config.tokens // streams, LARGEST_POOL)
+
+
+def shuffle_tokens(config: RunConfig, streams: int = 1) -> int:
+    """Hidden states in the shuffle buffer of each of a run's streams.
+
+    A buffer is full before the first step, and what it holds at the end is never used.
+    """
+    return _size(config.shuffle_tokens, config.tokens // (4 * streams), 131_072)
+
+
+def _size(given: int | None, share: int, largest: int) -> int:
+    return given if given is not None else max(_SMALLEST, min(share, largest))
+
+
+def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
+    """The run with the sizes that the fields of an earlier one state, where its own fields leave them open."""
+    stated = {name: before[name] for name in _SIZES if getattr(config, name) is None and before.get(name) is not None}
+    return dataclasses.replace(config, **stated)
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """A run with the sizes with which it was begun, where it goes on from a checkpoint in its folder.
+
+    An earlier version wrote them into `run.yaml` whatever the length of the run.
+    """
+    folder = Path(config.output_dir)
+    path = folder / "run.yaml"
+    if not (config.resume and path.is_file() and any(folder.glob("checkpoint-*"))):
+        return config
+    before = yaml.safe_load(path.read_text())
+    return with_sizes_of(config, before) if isinstance(before, dict) else config

@@ -18,8 +18,7 @@ from ...activations import ActivationStatistics, RowStream, RowTable, StatesStre
 from ...activations.states import ONE, is_table
 from ...common import distributed
 from ...evaluation import HeldOut
-from ..config.run import RunConfig
-from ..config.sizes import eval_tokens, normalization_tokens, shuffle_tokens
+from ..config.run import RunConfig, eval_tokens, normalization_tokens, shuffle_tokens
 from .placement import Processes
 from .text import TextSource
 

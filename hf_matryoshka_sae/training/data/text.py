@@ -29,8 +29,7 @@ from ...activations import (
     wait_for_cache,
 )
 from ...evaluation import HeldOut
-from ..config.run import RunConfig
-from ..config.sizes import LARGEST_POOL, calibration_tokens, eval_tokens, shuffle_tokens, window_pool_tokens
+from ..config.run import LARGEST_POOL, RunConfig, calibration_tokens, eval_tokens, shuffle_tokens, window_pool_tokens
 from .placement import Processes
 
 

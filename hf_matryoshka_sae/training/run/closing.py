@@ -18,8 +18,7 @@ from ...evaluation.report import excluded
 from ...evaluation.sharded import ShardedDictionary
 from ...models import SAEModel
 from ...models.places import collection_index, is_collection, saes_below
-from ..config.run import RunConfig
-from ..config.sizes import calibration_tokens
+from ..config.run import RunConfig, calibration_tokens
 from ..data.feed import EndOfStates, Feed
 from ..data.harvest import Harvest
 from ..data.placement import Placement
@@ -27,8 +26,7 @@ from ..sae.calibration import calibrate_threshold
 from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows, save_own_rows
 from .provenance import Provenance, describe_sae
-from .report import evaluate, write_report
-from .targets import missed_targets
+from .report import evaluate, missed_targets, write_report
 
 
 class Closing:

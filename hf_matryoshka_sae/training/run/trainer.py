@@ -18,9 +18,7 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ...common.distributed import gathered
-from ..config.readiness import check_ready
-from ..config.run import RunConfig
-from ..config.sizes import as_begun
+from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
 from ..data.feed import Feed
 from ..data.harvest import open_harvest

@@ -3,9 +3,8 @@
 import threading
 import time
 
-from hf_matryoshka_sae.training.run.board import Beat
-from hf_matryoshka_sae.training.run.peers import Peer
-from hf_matryoshka_sae.training.run.stalls import Stalls, whereabouts
+from hf_matryoshka_sae.training.run.peers import Beat, Peer
+from hf_matryoshka_sae.training.run.watchdog import Stalls, whereabouts
 
 
 PEERS = {rank: Peer(rank, 3, 100 + rank, "elsewhere", "") for rank in (1, 2)}
@@ -85,7 +84,7 @@ def test_a_place_is_a_line_of_this_package():
     time.sleep(0.1)
     place = whereabouts(inside.ident)
     board.set()
-    assert place.startswith("training/stalls.py:") and place.endswith(", in wait")
+    assert place.startswith("training/run/watchdog.py:") and place.endswith(", in wait")
 
 
 def whereabouts_of_waiting():

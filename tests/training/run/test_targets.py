@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_matryoshka_sae.training import RunConfig, train
-from hf_matryoshka_sae.training.run.targets import missed_targets
+from hf_matryoshka_sae.training.run.report import missed_targets
 
 from ..sae.test_learner import learner
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hf_matryoshka_sae.activations import load_language_model
 from hf_matryoshka_sae.planning.workload import read_workload
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
-from hf_matryoshka_sae.training.config.sizes import (
+from hf_matryoshka_sae.training.config.run import (
     as_begun,
     calibration_tokens,
     eval_tokens,
