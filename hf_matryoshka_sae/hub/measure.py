@@ -73,6 +73,9 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
         logger.info("'%s' is in no run's folder: nothing is measured, model and text are unknown.", run_dir)
         return
     config = _run_config(folder or Path(run_dir))
+    if config.model is None or config.dataset is None:
+        logger.info("The run in '%s' was given hidden states, which are not kept: nothing is measured.", run_dir)
+        return
     groups: dict[str, list[SAEFolder]] = {}
     for sae in saes:
         groups.setdefault(sae.hookpoint, []).append(sae)

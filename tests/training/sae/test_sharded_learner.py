@@ -67,7 +67,9 @@ def outcome(rank: int, replicas: int, shards: int, shape: str) -> dict[str, dict
         sample = torch.randn(64, d_in, generator=torch.Generator().manual_seed(99))
         initialize(sae, spec, sample, sample.mean(0), 0, layout)
         mean, length = torch.zeros(d_in, dtype=dtype), {"steps": 2 * steps, "batch_size": tokens, "seed": 3}
-        one = Learner(name, "layer", sae.to(dtype), spec, mean, 1.0, accelerator, layout=layout, config=whole, **length)
+        one = Learner(
+            name, "layer", sae.to(dtype), spec, mean, 1.0, accelerator, layout=layout, config=whole, **length
+        )
         latents = torch.arange(*layout.rows)
         one.tokens_since_fired[(latents % 3 == 0) & (latents < num_latents // 2)] = tokens
         one._find_dead()  # the second half, so a shard, has none
