@@ -111,7 +111,7 @@ class Report:
             if any(bounds):
                 for number, end in enumerate(("low", "high")):
                     data[f"{column.name}_{end}"] = [each and each[number] for each in bounds]
-        frame = DataFrame(data)
+        frame = DataFrame(data).astype({"width": "Int64"})  # there may be none
         frame.attrs = {
             "meaning": {column.name: column.meaning for column in self.columns},
             "better": {column.name: column.better for column in self.columns},

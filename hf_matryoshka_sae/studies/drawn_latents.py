@@ -19,6 +19,7 @@ from ..evaluation.baselines import random_dictionary
 from ..evaluation.data import HeldOut
 from ..evaluation.firing import FiringSums
 from ..evaluation.geometry import checked_widths
+from ..evaluation.subjects import Dictionary
 from ..models import SAEModel, TopKSAE, TopKSAEConfig
 
 
@@ -60,14 +61,50 @@ def with_baselines(
     return subjects
 
 
+def checked_dictionaries(
+    data: HeldOut,
+    subjects: Mapping[str, Dictionary | SAEModel] | SAEModel,
+    widths: Sequence[int] | None,
+    selection: str,
+    kind: type[Dictionary] = Dictionary,
+) -> dict[str, Dictionary]:
+    """Subjects by name as dictionaries of one kind, on the data's device; widths and selection are those of SAEs.
+
+    Raises:
+        `ValueError`: if there is none, or one that is neither an SAE nor a [`Dictionary`].
+    """
+    found = {}
+    for name, subject in (subjects if isinstance(subjects, Mapping) else {"sae": subjects}).items():
+        if isinstance(subject, SAEModel):
+            subject = kind(subject, widths, selection)
+        elif not isinstance(subject, Dictionary):
+            raise ValueError(f"Subjects must be SAEs or `Dictionary`s; '{name}' is a {type(subject).__name__}.")
+        elif not isinstance(subject, kind):
+            subject = kind(subject.sae, subject.widths, subject.selection)
+        subject.sae.to(data.device)
+        found[name] = subject
+    if not found:
+        raise ValueError("There is no dictionary to measure: `subjects` is empty.")
+    return found
+
+
+def random_dictionaries(dictionaries: Mapping[str, Dictionary], data: HeldOut, seed: int) -> dict[str, Dictionary]:
+    """For each dictionary one of its kind with random directions that fires as often on the data."""
+    found = {}
+    for name, one in dictionaries.items():
+        random = random_dictionary(one.sae, data, one.widths, seed=seed)
+        found[f"{RANDOM} ({name})"] = type(one)(random, one.widths, one.selection)
+    return found
+
+
+def kind_of(name: str) -> str:
+    """`dictionary`, `random` or `neurons`, by the names that baselines are given here."""
+    return NEURONS if name == NEURONS else RANDOM if name.startswith(f"{RANDOM} (") else "dictionary"
+
+
 def as_records(rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Records of a [`Report`] from rows by the names that [`with_baselines`] gives."""
-    kinds = {name: RANDOM for name in rows if name.startswith(f"{RANDOM} (")} | {NEURONS: NEURONS}
-    return [
-        {"subject": name, "kind": kinds.get(name, "dictionary"), **row}
-        for name, of_name in rows.items()
-        for row in of_name
-    ]
+    """Records of a [`Report`] from rows by name."""
+    return [{"subject": name, "kind": kind_of(name), **row} for name, of_name in rows.items() for row in of_name]
 
 
 @torch.no_grad()

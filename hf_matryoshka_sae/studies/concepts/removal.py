@@ -43,12 +43,18 @@ from tqdm.auto import tqdm
 from ...common.distributed import processes
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Report
-from ...evaluation.baselines import random_dictionary
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs, row_norms
-from ..drawn_latents import mean_l0, neuron_dictionary
+from ..drawn_latents import (
+    NEURONS,
+    checked_dictionaries,
+    kind_of,
+    mean_l0,
+    neuron_dictionary,
+    random_dictionaries,
+)
 from ..probing.columns import LatentColumns
 from ..probing.examples import Examples, take_windows, text_batches, text_examples, token_examples
 from ..probing.tasks import LabelledTask, TokenTasks
@@ -182,7 +188,7 @@ def _measure(
     options: _Options,
 ) -> Report:
     options.show = options.show and processes()[0] == 0
-    dictionaries = _dictionaries(data, subjects, widths, options.selection)
+    dictionaries = checked_dictionaries(data, subjects, widths, options.selection, Contributions)
     if task is None:
         task = TokenTasks.of_properties(data, [*_KINDS, *_PLACES] if metric == "scr" else WORD_CLASSES)
         pairs = list(product(_KINDS, _PLACES)) if metric == "scr" and pairs is None else pairs
@@ -197,8 +203,11 @@ def _measure(
     elif options.baselines:
         data = replace(data, batches=text_batches(task, data, context_length)[0])
     kinds = dict.fromkeys(dictionaries, "dictionary")
-    if options.baselines:
-        dictionaries = _with_baselines(data, dictionaries, kinds, options.seed)
+    if options.baselines:  # of neurons as many are on as of the first dictionary's latents fire
+        first = next(iter(dictionaries.values())).sae
+        dictionaries |= random_dictionaries(dictionaries, data, options.seed)
+        dictionaries[NEURONS] = Contributions(neuron_dictionary(data, max(1, round(mean_l0(first, data)))))
+        kinds = {name: kinds.get(name) or kind_of(name) for name in dictionaries}
     if isinstance(task, TokenTasks):
         examples = token_examples(data, [task], dictionaries, options.max_pairs, options.show)
     else:
@@ -237,39 +246,6 @@ def _measure(
     bootstrap = CrossedBootstrap(options.splits, len(facts), resamples=options.resamples, seed=options.seed)
     scores = {key: torch.stack(of_splits).numpy() for key, of_splits in found.items()}
     return removal_report(scores, kinds, about, bootstrap)
-
-
-def _dictionaries(
-    data: HeldOut, subjects: Subjects, widths: Sequence[int] | None, selection: str
-) -> dict[str, Dictionary]:
-    subjects = subjects if isinstance(subjects, Mapping) else {"sae": subjects}
-    found = {}
-    for name, subject in subjects.items():
-        if not isinstance(subject, Dictionary | SAEModel):
-            raise ValueError(f"Subjects must be SAEs or `Dictionary`s; '{name}' is a {type(subject).__name__}.")
-        given = (subject, widths, selection)
-        if isinstance(subject, Dictionary):
-            given = (subject.sae, subject.widths, subject.selection)
-        found[name] = Contributions(*given)
-        found[name].sae.to(data.device)
-    if not found:
-        raise ValueError("There is no dictionary to measure: `subjects` is empty.")
-    return found
-
-
-def _with_baselines(
-    data: HeldOut, dictionaries: dict[str, Dictionary], kinds: dict[str, str], seed: int
-) -> dict[str, Dictionary]:
-    """The dictionaries, a random one for each, and the neurons, as many of them on as of the first latents fire."""
-    found = dict(dictionaries)
-    for name, dictionary in dictionaries.items():
-        random = random_dictionary(dictionary.sae, data, dictionary.widths, seed=seed)
-        found[f"random ({name})"] = Contributions(random, dictionary.widths, dictionary.selection)
-        kinds[f"random ({name})"] = "random"
-    first = next(iter(dictionaries.values())).sae
-    found["neurons"] = Contributions(neuron_dictionary(data, max(1, round(mean_l0(first, data)))))
-    kinds["neurons"] = "neurons"
-    return found
 
 
 def _fitted(

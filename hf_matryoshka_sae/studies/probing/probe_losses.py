@@ -20,10 +20,10 @@ from torch import Tensor
 from ...common.distributed import processes
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Report
-from ...evaluation.baselines import random_dictionary
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
 from ...models import SAEModel
+from ..drawn_latents import checked_dictionaries, kind_of, random_dictionaries
 from .examples import Examples, take_windows, text_batches, text_examples, token_examples
 from .report import probe_records, probe_report
 from .scores import Probing
@@ -86,7 +86,7 @@ def probe_losses(
         `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
     """
     _check_options(max_tokens, splits, test_share, least_share, max_pairs, resamples, k)
-    dictionaries = _dictionaries(data, subjects, widths, selection)
+    dictionaries = checked_dictionaries(data, subjects, widths, selection)
     ks = [1, 2, 5] if k is None else sorted(set(k))
     show = show and processes()[0] == 0
     data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
@@ -95,10 +95,8 @@ def probe_losses(
     kinds = dict.fromkeys(dictionaries, "dictionary")
     if baselines:
         source = data if data.batches else replace(data, batches=text_batches(labelled[0], data, context_length)[0])
-        for name, dictionary in list(dictionaries.items()):
-            random = random_dictionary(dictionary.sae, source, dictionary.widths, seed=seed)
-            kinds[f"random ({name})"] = "random"
-            dictionaries[f"random ({name})"] = Dictionary(random, dictionary.widths, dictionary.selection)
+        dictionaries |= random_dictionaries(dictionaries, source, seed)
+        kinds = {name: kinds.get(name) or kind_of(name) for name in dictionaries}
     sets = [token_examples(data, token_tasks, dictionaries, max_pairs, show)] if token_tasks else []
     sets += [text_examples(data, task, dictionaries, context_length, max_pairs, show) for task in labelled]
     seeds = [seed * splits + number for number in range(splits)]
@@ -150,26 +148,6 @@ def _check_options(
         )
     if k is not None and any(number < 1 for number in k):
         raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
-
-
-def _dictionaries(
-    data: HeldOut,
-    subjects: Mapping[str, Dictionary | SAEModel] | SAEModel,
-    widths: Sequence[int] | None,
-    selection: str,
-) -> dict[str, Dictionary]:
-    subjects = subjects if isinstance(subjects, Mapping) else {"sae": subjects}
-    found = {}
-    for name, subject in subjects.items():
-        if not isinstance(subject, Dictionary | SAEModel):
-            raise ValueError(f"Subjects must be SAEs or `Dictionary`s; '{name}' is a {type(subject).__name__}.")
-        if isinstance(subject, SAEModel):
-            subject = Dictionary(subject, widths, selection)
-        subject.sae.to(data.device)
-        found[name] = subject
-    if not found:
-        raise ValueError("There is no dictionary to probe: `subjects` is empty.")
-    return found
 
 
 def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:

@@ -1,9 +1,10 @@
 """Meta-SAE: how far a dictionary's latents are themselves sums of few directions.
 
 A small SAE is trained on the decoder's rows as if they were hidden states: a BatchTopK SAE of F/4 latents with k = 4,
-by Adam (1500 steps of up to 1024 rows, learning rate 5e-4), its decoder rows kept at length 1. Reported is the share
-of the rows' variance about their mean that it explains (Leask et al. 2025, arXiv 2502.04878; Bussmann et al. 2025,
-arXiv 2503.17547): lower means latents that are less composed of each other. Lengths of rows do not count.
+by the learner of training (1500 steps of up to 1024 rows, Adam at a constant rate of 5e-4, no auxiliary loss), its
+decoder rows kept at length 1. Reported is the share of the rows' variance about their mean that it explains (Leask et
+al. 2025, arXiv 2502.04878; Bussmann et al. 2025, arXiv 2503.17547): lower means latents that are less composed of each
+other. Lengths of rows do not count.
 
 F/4 latents explain a good part of any rows, the more so the fewer rows there are for their dimension, and what they
 explain still grows at the end of training. So only the difference to random rows of the same number and dimension says
@@ -17,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,11 +27,16 @@ from ...common.intervals import seed_interval
 from ...common.report import Column, Report
 from ...common.seeds import derived_seed
 from ...evaluation.geometry import checked_widths, unit_rows
-from ...models import BatchTopKSAEConfig, SAEModel, build_sae
+from ...models import SAEModel, build_sae
+from ...models.sharding import Layout
+from ...training.config.spec import SAESpec
+from ...training.sae.initialization import initialize
+from ...training.sae.learner import Learner
 
 
 K = 4
 _SHARE = 4  # rows for each latent of the meta-SAE
+_RECIPE = {"lr_warmup_steps": 0, "lr_decay_fraction": 0.0, "auxk_coefficient": 0.0}
 
 
 _COLUMNS = (
@@ -137,25 +144,23 @@ def explained_variance(
 
     Activations are chosen among all rows together, k of each on average, as in the batches of training.
     """
-    generator = torch.Generator().manual_seed(seed)
-    middle = rows.mean(0)
-    count = len(rows) // _SHARE
-    directions = torch.randn(count, rows.shape[1], generator=generator).to(rows)
-    sae = build_sae(BatchTopKSAEConfig(d_in=rows.shape[1], num_latents=count, k=min(K, count))).to(rows.device).train()
-    with torch.no_grad():
-        sae.W_dec.copy_(unit_rows(directions)[0])
-        sae.W_enc.copy_(sae.W_dec)
-        sae.b_dec.copy_(middle)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
-    for _ in range(steps):
+    middle, count = rows.mean(0), len(rows) // _SHARE
+    fields = {"type": "batch_topk", "num_latents": count, "k": min(K, count), "lr": lr, **_RECIPE}
+    spec = SAESpec.from_dict(fields, "")
+    sae = build_sae(spec.sae_config(rows.shape[1], "decoder rows", "W_dec"))
+    initialize(sae, spec, rows, middle.to(sae.b_dec), seed)
+    # Every process trains its own, the same one, and each has an accelerator to itself, which would keep optimizers.
+    accelerator, own = Accelerator(cpu=not torch.cuda.is_available()), Layout(count)
+    start = torch.zeros_like(middle), 1.0  # rows are taken as they are
+    options = {"layout": own, "device": rows.device}
+    learner = Learner("meta", "W_dec", sae, spec, *start, accelerator, steps, min(batch_size, len(rows)), **options)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "batches"))
+    for step in range(steps):
         batch = rows
         if batch_size < len(rows):
             batch = rows[torch.randperm(len(rows), generator=generator)[:batch_size].to(rows.device)]
-        sae.prefix_errors(sae.encode_pairs(batch), batch, [count])[0].sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            sae.W_dec.copy_(unit_rows(sae.W_dec)[0])
+        learner.accumulate(batch, step)
+        learner.step(step)
         if bar is not None:
             bar.update()
     with torch.no_grad():
