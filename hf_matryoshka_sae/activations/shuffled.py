@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.ahead import ReadAhead
+
 
 # So many reads in a row without a finite row mean that the model or the hookpoint is at fault, not some text.
 _PATIENCE = 8
@@ -137,9 +139,10 @@ class ShuffledStream(ABC):
                 f" got {buffer_tokens}. Several times as much shuffles well."
             )
         self.hookpoints, self.batch_size, self.buffer_tokens = list(hookpoints), batch_size, buffer_tokens
-        self._rows_per_read = rows_per_read
+        self.rows_per_read = rows_per_read
         self._buffer = ShuffleBuffer(buffer_tokens, seed)
-        self._ahead: deque[dict[str, Tensor]] = deque()  # read, but not yet in the buffer; see `PrefetchedStream`
+        self._ahead: deque[dict[str, Tensor]] = deque()  # read, but not yet in the buffer; see `read_ahead`
+        self.reader: ReadAhead[dict[str, Tensor]] | None = None
         self._exhausted = False
         self.tokens_seen = self.num_not_finite = 0
         self._reads_without_rows = 0
@@ -152,6 +155,8 @@ class ShuffledStream(ABC):
         return self
 
     def __next__(self) -> dict[str, Tensor]:
+        if self.reader is not None and not self._exhausted:
+            self.reader.start()
         if len(self._buffer) < max(self.buffer_tokens // 2, self.batch_size):
             self.fill()
         if len(self._buffer) == 0:
@@ -169,7 +174,7 @@ class ShuffledStream(ABC):
         Raises:
             `ValueError`: nothing that is read can be used.
         """
-        while not self._exhausted and self._buffer.room >= self._rows_per_read:
+        while not self._exhausted and self._buffer.room >= self.rows_per_read:
             rows = self._next_rows()
             if rows is None:
                 self._exhausted = True
@@ -199,7 +204,21 @@ class ShuffledStream(ABC):
         return {name: values.index_select(0, kept) for name, values in rows.items()}
 
     def _next_rows(self) -> dict[str, Tensor] | None:
+        if self.reader is not None:
+            return self.reader.take()
         return self._ahead.popleft() if self._ahead else self._read()
+
+    def read_ahead(self) -> None:
+        """Read in a thread from the next batch on; see [`PrefetchedStream`], which also ends it."""
+        # A filling takes half the buffer: with as much at hand it never waits for a model that is fast enough.
+        self.reader = ReadAhead(
+            self._read,
+            self.buffer_tokens // 2,
+            size=lambda rows: len(next(iter(rows.values()))),
+            waiting=self._ahead,
+            device=self._read_device(),
+            name="activation-reader",
+        )
 
     def peek(
         self, count: int, chunk_size: int = 8192, advance: Callable[[int], Any] = lambda rows: None
@@ -215,6 +234,7 @@ class ShuffledStream(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
+        self.close()
         return {
             "buffer": self._buffer.state_dict(),
             "ahead": list(self._ahead),
@@ -225,14 +245,21 @@ class ShuffledStream(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same data and options."""
+        self._forget_ahead()
         self._buffer.load_state_dict({**state["buffer"], "rows": self._placed(state["buffer"]["rows"])})
-        self._ahead.clear()
         self._ahead.extend(self._placed(rows) for rows in state.get("ahead", []))
         self._exhausted, self.tokens_seen = state["exhausted"], state["tokens_seen"]
         self.num_not_finite = state.get("num_not_finite", 0)
 
-    def close(self) -> None:  # noqa: B027 (most streams have nothing to close)
-        """Ends what runs in the background: here nothing, in a [`PrefetchedStream`] its thread."""
+    def close(self) -> None:
+        """Ends the thread of `read_ahead`, at the latest after its forward pass; the next batch starts another."""
+        if self.reader is not None:
+            self.reader.stop()
+
+    def _forget_ahead(self) -> None:
+        if self.reader is not None:
+            self.reader.reset()
+        self._ahead.clear()
 
     def _placed(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values.to(self._row_device()) for name, values in rows.items()}

@@ -306,7 +306,7 @@ class StatesStream(ShuffledStream):
             self._source = _OfIterator(states, hookpoints)
 
     def _read(self) -> dict[str, Tensor] | None:
-        rows = self._source.read(self._rows_per_read)
+        rows = self._source.read(self.rows_per_read)
         if rows is None:
             return None
         return {name: values.detach().to(self._device, self._dtype or values.dtype) for name, values in rows.items()}
@@ -324,5 +324,5 @@ class StatesStream(ShuffledStream):
         Raises:
             `ValueError`: if the states are others, or an iterator that cannot be rewound.
         """
+        super().load_state_dict(state)  # which ends the thread that reads ahead
         self._source.load_state_dict(state["source"])
-        super().load_state_dict(state)

@@ -100,8 +100,8 @@ class ActivationStream(ShuffledStream):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
-        own = {"num_outliers": self.num_outliers, "token_stream": self.token_stream.state_dict()}
-        return super().state_dict() | own
+        state = super().state_dict()  # which ends the thread that reads ahead, and counts
+        return state | {"num_outliers": self.num_outliers, "token_stream": self.token_stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same model, data and options."""

@@ -12,8 +12,8 @@ from ..models.sparse_ops import LatentPairs
 def add_moments(moments: Tensor, cols: Tensor, values: Tensor) -> None:
     """Add values and their squares, `(M,)`, to the sums `(2, F)` of the latents that they are of."""
     values = values.double()
-    for total, powers in zip(moments, (values, values.square()), strict=True):
-        total += torch.bincount(cols, powers, len(total)).to(total.device)
+    for row, powers in enumerate((values, values.square())):
+        moments[row] += torch.bincount(cols, powers, moments.shape[1]).to(moments.device)
 
 
 class FiringSums:

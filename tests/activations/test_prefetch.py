@@ -89,13 +89,9 @@ def test_the_reader_stays_within_half_a_buffer(make):
     ahead = PrefetchedStream(make())
     next(ahead)
 
-    def held():
-        with ahead._reader._changed:
-            return ahead._reader._rows()
-
-    _until(lambda: held() >= BUFFER // 2)
+    _until(lambda: ahead.reader.held() >= BUFFER // 2)
     time.sleep(0.05)
-    assert held() < BUFFER // 2 + ahead._rows_per_read
+    assert ahead.reader.held() < BUFFER // 2 + ahead.rows_per_read
     ahead.close()
 
 
@@ -138,9 +134,9 @@ def test_a_state_continues_with_and_without_a_thread(make, source, target):
         part = wrap[source](make())
         _draw(part, stop)
         if source == "ahead" and stop:
-            _until(lambda part=part: part._ahead)
+            _until(lambda part=part: part.reader.waiting)
         state = part.state_dict()
-        queued.add(len(part._ahead) > 0)
+        queued.add(bool(part.reader and part.reader.waiting))
         resumed = wrap[target](make())
         resumed.load_state_dict(state)
         assert resumed.tokens_seen == stop * BATCH
@@ -204,7 +200,7 @@ def test_an_error_comes_at_its_place_and_a_state_before_it_is_good():
     plain, ahead = failing(), PrefetchedStream(failing())
     expected = draw_all(plain)
     first = _draw(ahead, 5)
-    _until(lambda: ahead._reader._error is not None)
+    _until(lambda: ahead.reader.error is not None)
     state = ahead.state_dict()
     assert all(map(_equal, [*first, *draw_all(ahead)], expected))
     assert all(map(_equal, _draw(ahead, 20), _draw(plain, 20)))  # whoever tries again goes on

@@ -126,12 +126,13 @@ class CachedActivationStream(ShuffledStream):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: how many rows have been given out."""
+        self.close()
         return {"tokens_seen": self.tokens_seen, "exhausted": False}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, given the same cache and options."""
+        self._forget_ahead()
         self.tokens_seen = state["tokens_seen"]
-        self._ahead.clear()
         self._buffer.restart(self.tokens_seen)
         self._seek(self.tokens_seen)
 
