@@ -1,7 +1,7 @@
 """What every test shares: the optional data folder beside the checkout, and no network but a loopback Hub."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported, and for subprocesses
 
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
 from hf_matryoshka_sae.models import dense_ops  # noqa: E402
 
+from . import tiny_run  # noqa: E402
 from .processes import Processes  # noqa: E402
 
 
@@ -33,6 +35,24 @@ def shared() -> Path:
     if not (SHARED / "lm").is_dir():
         pytest.skip(f"needs the optional data folder {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for all test processes, which `make` fills in the first that asks."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name / "run", base / name / "done"
+    with FileLock(base / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A run of two families at two hookpoints that has ended, with nothing measured; not to be changed."""
+    return made_once(tmp_path_factory, "finished", tiny_run.run)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from hf_matryoshka_sae.hub import measure
 
-from . import tiny_run
+from ..conftest import made_once
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,18 +21,14 @@ def few_resamples() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> Path:
-    """A run that has ended, with nothing measured; not to be changed."""
-    return tiny_run.run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture(scope="session")
 def measured_run(finished_run, tmp_path_factory) -> Path:
-    """The same run with everything measured; not to be changed."""
-    folder = tmp_path_factory.mktemp("measured") / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-    measure.measure_run(folder, show=False)
-    return folder
+    """The finished run with everything measured; not to be changed."""
+
+    def measured(folder: Path) -> None:
+        shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+        measure.measure_run(folder, show=False)
+
+    return made_once(tmp_path_factory, "measured", measured)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from hf_matryoshka_sae.hub.card_text import text_words
 from hf_matryoshka_sae.hub.command import push_main
 from hf_matryoshka_sae.hub.public import hub_id, public_index
 
-from . import tiny_run
+from .. import tiny_run
 from .test_card import edit
 
 

@@ -37,25 +37,18 @@ def config(folder, **fields):
     return RunConfig.from_dict({**SMALL, "output_dir": str(folder), **fields})
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("provenance")
-    train(config(folder))
-    return folder
-
-
-def test_a_run_says_what_was_folded_in_and_calibrated(finished):
-    found = read_provenance(finished)
-    sae = found["saes"]["nested/model.layers.1"]
-    weights = load_file(finished / "nested/model.layers.1/model.safetensors")
+def test_a_run_says_what_was_folded_in_and_calibrated(finished_run):
+    found = read_provenance(finished_run)
+    sae = found["saes"]["nested/model.layers.0"]
+    weights = load_file(finished_run / "nested/model.layers.0/model.safetensors")
     assert sae["calibration"]["threshold"] == pytest.approx(weights["threshold"][0].item(), rel=1e-5)
     assert (sae["calibration"]["l0"], sae["calibration"]["tokens"]) == (4, 1024)
     assert sae["mean_norm"] > 0 and sae["scale"] > 0
-    assert sae["weights"] == folder_digest(finished / "nested/model.layers.1")
-    assert found["tokens"] == 8 * 128
+    assert sae["weights"] == folder_digest(finished_run / "nested/model.layers.0")
+    assert found["tokens"] == 10 * 128
     assert found["language_model"]["class"] == "LlamaForCausalLM"
     (session,) = found["sessions"]
-    assert (session["from_step"], session["to_step"]) == (0, 8)
+    assert (session["from_step"], session["to_step"]) == (0, 10)
     assert session["seconds"] > 0 and session["versions"]["torch"] == torch.__version__
     assert session["hardware"]["processes"] == 1
 
@@ -83,8 +76,8 @@ def test_sessions_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     assert (second["from_step"], second["to_step"]) == (4, 8)
 
 
-def test_starting_over_forgets_earlier_sessions(finished, tmp_path):
-    (tmp_path / "provenance.json").write_text((finished / "provenance.json").read_text())
+def test_starting_over_forgets_earlier_sessions(finished_run, tmp_path):
+    (tmp_path / "provenance.json").write_text((finished_run / "provenance.json").read_text())
     train(config(tmp_path, resume=False, tokens=256))
     assert [each["from_step"] for each in read_provenance(tmp_path)["sessions"]] == [0]
 
@@ -138,7 +131,7 @@ def test_a_model_without_a_config_is_described_too():
     assert describe_model(torch.nn.Linear(2, 3)) == {"class": "Linear", "parameters": 9}
 
 
-def test_the_file_is_json_without_places_of_this_machine(finished):
-    text = (finished / "provenance.json").read_text()
+def test_the_file_is_json_without_places_of_this_machine(finished_run):
+    text = (finished_run / "provenance.json").read_text()
     assert json.loads(text)["format"] == 1
-    assert str(finished) not in text
+    assert str(finished_run) not in text

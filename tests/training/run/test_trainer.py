@@ -198,6 +198,7 @@ def test_processes_do_not_share_a_language_models_device(tmp_path, monkeypatch):
     assert lm_device(config(tmp_path), several) == several.device
 
 
+@pytest.mark.slow
 def test_a_broken_newest_checkpoint_is_passed_over(finished, tmp_path, caplog):
     train(config(tmp_path, keep_checkpoints=3))
     newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
@@ -244,6 +245,7 @@ def test_a_run_that_starts_over_goes_on_as_itself_and_leaves_the_earlier_one_who
         train(config(folder))
 
 
+@pytest.mark.slow
 def test_runs_share_an_activation_cache_and_a_stale_one_is_refused(finished, tmp_path):
     fields = {"activation_cache": str(tmp_path / "cache")}
     (live,), (cached,) = finished[1], train(config(tmp_path / "first", **fields))
@@ -277,6 +279,7 @@ def test_whoever_watches_is_told_of_each_step_and_of_what_takes_time(tmp_path):
     assert heard == [*steps, (4, "saving"), (4, "training"), (4, "finishing")]
 
 
+@pytest.mark.slow
 def test_several_saes_learn_from_one_forward_pass(tmp_path):
     saes = [
         {"type": kind, "num_latents": 64, "auxk_coefficient": 0.0, **fields}
@@ -297,6 +300,7 @@ def test_several_saes_learn_from_one_forward_pass(tmp_path):
     assert "relu-64-l0_32/model.layers.2-input" in folders
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_saved_sae(finished, tmp_path):
     before = finished[1][0]["saes"]["nested"][-1]["fvu"]
     saes = [{"type": "matryoshka", "name": "more", "lr": 1e-5}]
