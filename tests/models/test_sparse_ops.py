@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from hf_matryoshka_sae import SparseLatents
-from hf_matryoshka_sae.models import sparse_ops
+from hf_matryoshka_sae.models import dense_ops
 from hf_matryoshka_sae.models.families import jumprelu
 from hf_matryoshka_sae.models.sparse_ops import (
     LatentPairs,
@@ -270,6 +270,6 @@ def test_bfloat16_matrices_cost_their_own_rounding_alone(widths, density):
 def test_products_with_a_vector_need_no_copy_of_all_rows(monkeypatch):
     rows, vector, weights = torch.randn(50, 7).bfloat16(), torch.randn(7), torch.randn(50)
     for size in (2**16, 8):
-        monkeypatch.setattr(sparse_ops, "_ROWS", size)
-        assert torch.allclose(sparse_ops.matrix_vector(rows, vector), rows.float() @ vector, atol=1e-5)
-        assert torch.allclose(sparse_ops.vector_matrix(weights, rows), weights @ rows.float(), atol=1e-5)
+        monkeypatch.setattr(dense_ops, "_ROWS", size)
+        assert torch.allclose(dense_ops.matrix_vector(rows, vector), rows.float() @ vector, atol=1e-5)
+        assert torch.allclose(dense_ops.vector_matrix(weights, rows), weights @ rows.float(), atol=1e-5)

@@ -152,8 +152,8 @@ def explained_variance(
     # Every process trains its own, the same one, and each has an accelerator to itself, which would keep optimizers.
     accelerator, own = Accelerator(cpu=not torch.cuda.is_available()), Layout(count)
     start = torch.zeros_like(middle), 1.0  # rows are taken as they are
-    options = {"layout": own, "device": rows.device}
-    learner = Learner("meta", "W_dec", sae, spec, *start, accelerator, steps, min(batch_size, len(rows)), **options)
+    options = {"steps": steps, "batch_size": min(batch_size, len(rows)), "layout": own, "device": rows.device}
+    learner = Learner("meta", "W_dec", sae, spec, *start, accelerator, **options)
     generator = torch.Generator().manual_seed(derived_seed(seed, "batches"))
     for step in range(steps):
         batch = rows

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from ...activations.language_model import EMBEDDED
 from ...common.data_source import local_files
 from ...common.files import write_text
+from ...models.places import is_collection
 from ..config.fields import read_yaml
 from ..config.run import RunConfig
 from ..config.spec import SAESpec
@@ -206,6 +207,8 @@ class RunFolder:
             if inside and (self.path / place / "config.json").is_file():
                 saved.append(self.path / place)
         records = [path for path in (self.path / name for name in _RECORDS) if path.exists()]
+        if is_collection(self.path):
+            records.append(self.path / "config.json")  # the index of its SAEs
         # A run that was killed before its first checkpoint only leaves a log; who asks to start over may want it.
         worth = {"results.json"} if self.config.resume else {"results.json", "metrics.jsonl"}
         return saved + records if saved or worth & {path.name for path in records} else []

@@ -39,6 +39,7 @@ def trained(folder, *steps, finished=False, **fields):
         (folder / PLACE).mkdir(parents=True)
         (folder / PLACE / "config.json").write_text("{}")
         (folder / "results.json").write_text("{}")
+        (folder / "config.json").write_text('{"model_type": "sae_collection"}')
     return run.run_id
 
 
