@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_it_says_how_the_run_was_made(card, measured_run):
     assert line["Threshold"] == format(sae["calibration"]["threshold"], ".4g")
     assert (line["Solved for L0"], line["On tokens"]) == ("4", "1,024")
     assert (line["Scale"], line["Norm of the mean"]) == (format(sae["scale"], ".4g"), format(sae["mean_norm"], ".4g"))
-    assert f"torch {torch.__version__}" in card
+    assert f"torch {version('torch')}" in card
     assert f"hf_matryoshka_sae {hf_matryoshka_sae.__version__}" in card
     assert "1,280 hidden states in 10 steps of 128" in card
     assert made["language_model"]["class"] in card

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_run_says_what_was_folded_in_and_calibrated(finished_run):
     assert found["language_model"]["class"] == "LlamaForCausalLM"
     (session,) = found["sessions"]
     assert (session["from_step"], session["to_step"]) == (0, 10)
-    assert session["seconds"] > 0 and session["versions"]["torch"] == torch.__version__
+    assert session["seconds"] > 0 and session["versions"]["torch"] == version("torch")
     assert session["hardware"]["processes"] == 1
 
 
