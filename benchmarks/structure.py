@@ -98,9 +98,12 @@ def traced() -> Iterator[set[str]]:
 
 def ways() -> dict[str, list[str]]:
     """The files that a training step, a whole run, `evaluate` and the Prune tab pass through."""
+    # All imported before anything is traced: what importing calls, such as decorators, is no way.
+    from hf_matryoshka_sae import convert, hub, studies  # noqa: F401
     from hf_matryoshka_sae.cli import main
     from hf_matryoshka_sae.space import Library
     from hf_matryoshka_sae.space.page import Page
+    from hf_matryoshka_sae.studies import command  # noqa: F401
     from hf_matryoshka_sae.training import train
 
     trainer = train.__globals__["Trainer"]
