@@ -11,6 +11,8 @@ the units nor a rotation of the hidden states matter.
 Shapes: N words, D inputs, C classes, F latents.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +67,23 @@ def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = 
     penalty = l2 / len(z) * unit.double().square()
     scale = (variance + 4 * penalty).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     z, penalty = (z - mean) / scale, penalty / scale.square()
-    solutions = [_minimum(z, y, c / len(z), penalty) for y, c in zip(targets.cpu().double().T, weights.T, strict=True)]
+    classes = zip(targets.cpu().double().T, weights.T, strict=True)
+    with _one_thread():
+        solutions = [_minimum(z, y, c / len(z), penalty) for y, c in classes]
     weight = torch.stack([solution[:-1] for solution in solutions]) / scale
     bias = torch.stack([solution[-1] for solution in solutions]) - weight @ mean
     return LogisticProbe(weight.to(x.device), bias.to(x.device))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Fits as small as these take several times longer where torch's threads wait for each other at every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _minimum(z: Tensor, y: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
