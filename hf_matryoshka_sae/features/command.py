@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig
 from ..activations.language_model import EMBEDDED
+from ..common.command import exit_status
 from .index.build import build_index
 from .index.latent_pass import IndexSizes
 from .index.layout import FOLDER
@@ -24,21 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # ours is the one to watch
     # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    try:
+
+    def work() -> None:
         index = _build(parsed, accelerator)
         if accelerator.is_main_process:
             sys.stdout.write(_summary(index, parsed.output_dir or parsed.sae))
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            sys.stderr.write("\nInterrupted. What was done is saved; the same command goes on from there.\n")
-        return 130
-    except (ValueError, OSError) as error:
-        if accelerator.is_main_process:
-            sys.stderr.write(f"\nerror: {error}\n")
-        return 2
+
+    try:
+        return exit_status(work, "Interrupted. What was done is saved; the same command goes on from there.")
     finally:
         accelerator.end_training()
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

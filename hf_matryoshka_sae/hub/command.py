@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..common.command import exit_status
 from .contents import run_repository
 from .layout import find_saes
 from .measure import measure_run
@@ -99,12 +100,4 @@ def _run(
     parser: argparse.ArgumentParser, arguments: list[str] | None, act: Callable[[argparse.Namespace], None]
 ) -> int:
     parsed = parser.parse_args(arguments)
-    try:
-        act(parsed)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on from here\n")
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
-    return 0
+    return exit_status(lambda: act(parsed), "Stopped. The same command goes on from here.")

@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ..common.command import exit_status
 from ..common.files import write_json, write_text
 from ..training.config.run import load_run_config
 from .devices import DEVICES, find_device
@@ -18,13 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the plan of a run from command-line arguments; returns the exit status: 1 where nothing fits."""
     parsed, flags = _parser().parse_known_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    try:
-        config = load_run_config(parsed.config, flags).check_text()
-        work = read_workload(config, parsed.d_in, parsed.lm_parameters, parsed.dead_share)
-        plan = make_plan(work, parsed.devices, find_device(parsed.device, parsed.devices_per_machine))
-    except ValueError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
+    return exit_status(lambda: _run(parsed, flags))
+
+
+def _run(parsed: argparse.Namespace, flags: list[str]) -> int:
+    config = load_run_config(parsed.config, flags).check_text()
+    work = read_workload(config, parsed.d_in, parsed.lm_parameters, parsed.dead_share)
+    plan = make_plan(work, parsed.devices, find_device(parsed.device, parsed.devices_per_machine))
     sys.stdout.write(report(plan, config))
     if parsed.markdown:
         write_text(Path(parsed.markdown), report(plan, config, markdown=True))

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig, open_dataset, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
+from ..common.command import exit_status
 from ..common.files import write_json
 from ..evaluation.core import ABOUT_ALL, IDENTITY, details, evaluate
 from ..evaluation.data import HeldOut, open_heldout
@@ -35,16 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     try:
-        _run(parsed, accelerator)
-    except KeyboardInterrupt:
-        return 130
-    except ValueError as error:
-        if accelerator.is_main_process:
-            sys.stderr.write(f"\nerror: {error}\n")
-        return 2
+        return exit_status(lambda: _run(parsed, accelerator))
     finally:
         accelerator.end_training()
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from ..activations.cache.format import STORED_DTYPES, read_index
 from ..activations.cache.reader import checked_index
 from ..activations.cache.storage import CacheStorage
 from ..activations.cache.writer import missing_writers
+from ..common.command import exit_status
 from ..common.logs import log_to_stderr
 from .config.run import calibration_tokens, load_run_config
 from .data.placement import Processes
@@ -25,15 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.info is not None and flags:
         parser.error(f"{flags[0]} means nothing beside --info")
     log_to_stderr()
-    try:
-        _info(parsed.info) if parsed.info is not None else _build(parsed, flags)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. The same command starts this part over; complete parts stay.\n")
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
-    return 0
+    return exit_status(
+        lambda: _info(parsed.info) if parsed.info is not None else _build(parsed, flags),
+        "Stopped. The same command starts this part over; complete parts stay.",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

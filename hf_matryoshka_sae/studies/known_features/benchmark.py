@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ...common.command import exit_status
 from ...common.figures import draw_widths, save_figure
 from ...common.files import write_json, write_text
 from ...common.intervals import seed_interval
@@ -258,17 +259,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark from command-line arguments; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         results = _benchmark(parsed).run(parsed.seeds)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. What was finished is kept: the same command goes on from there.\n")
-        return 130
-    except ValueError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
-    folder = Path(parsed.output_dir)
-    sys.stdout.write(f"{markdown(results)}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
-    return 0
+        folder = Path(parsed.output_dir)
+        sys.stdout.write(f"{markdown(results)}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
+
+    return exit_status(work, "Interrupted. What was finished is kept: the same command goes on from there.")
 
 
 def _benchmark(parsed: argparse.Namespace) -> Benchmark:

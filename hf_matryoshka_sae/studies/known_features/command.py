@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ...common.command import exit_status
 from ...common.files import write_json
 from ...common.seeds import derived_seed
 from .matching import Match, match
@@ -28,15 +29,7 @@ ABOUT = (
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison from command-line arguments; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    try:
-        _run(parsed)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Seeds that were done are in toy.json.\n")
-        return 130
-    except ValueError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
-    return 0
+    return exit_status(lambda: _run(parsed), "Interrupted. Seeds that were done are in toy.json.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from ...common.command import exit_status
 from ...common.logs import log_to_stderr
 from ...training import Interrupted
 from .config import load_sweep
@@ -22,15 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (parsed.config is None) == (parsed.points is None):
         parser.error("give either --config, for a sweep, or --points, to fit points that are there")
     log_to_stderr()
-    try:
-        _run(parsed, flags)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        sys.stderr.write(f"\n{stopped or 'Stopped.'}\n")
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        return 2
-    return 0
+    return exit_status(lambda: _run(parsed, flags), stops=(Interrupted,))
 
 
 def _parser() -> argparse.ArgumentParser:
