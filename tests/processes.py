@@ -39,7 +39,7 @@ class Processes:
         """
         if not self._workers:
             self._start()
-        for pipe in self._pipes:
+        for pipe in self._pipes:  # `send` would leave tensors in memory that ends with this process
             pipe.send_bytes(pickle.dumps((function, arguments)))
         results, waiting = {}, list(self._pipes)
         while waiting:

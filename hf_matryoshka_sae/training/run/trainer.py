@@ -122,8 +122,7 @@ class Trainer:
         states: Any = None,
         heldout: Any = None,
     ):
-        self.config, self.progress = as_begun(config), progress
-        config = self.config
+        self.config, self.progress = config, progress
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
