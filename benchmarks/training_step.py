@@ -31,7 +31,7 @@ from own_steps import MATMUL, MATMUL_PAIR, OURS, Factory, Step, matmul_step, own
 from peer_steps import peer_steps
 from tqdm.auto import tqdm
 
-from hf_matryoshka_sae.training.run.checkpoints import write_json
+from hf_matryoshka_sae.common.files import write_json
 
 
 matplotlib.use("Agg")
