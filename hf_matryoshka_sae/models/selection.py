@@ -13,91 +13,25 @@ accelerator every shape is known in advance (`static`), so that the host never w
 Shapes: N tokens, D `d_in`, F latents, B latents in a block, G groups, M pairs.
 """
 
-import threading
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .encoder_blocks import GROUP, EncoderBlocks
+from .screening import ScreenedBlock, above, counts, screened, screens
 from .sharding import Layout, cut_of_batch, cut_of_rows
 
 
-_GROUP = 32
 _SAMPLE = 2**16
-# Entries of one block of pre-activations. Fewer blocks mean fewer candidates that a later block overrules.
-_BLOCK_ENTRIES = {"cpu": 2**24, "cuda": 2**29}
-# A CPU's block is kept for the next step: malloc hands memory of this size back to the system, and fetching it anew
-# costs a fifth of the matmul. (CUDA tensors have torch's own pool.)
-_kept = threading.local()
-
+# Screening gives up: where less than so many rows have a certain floor, where candidates are so many times the places,
+# where so large a share of a block is above its threshold.
+_TOLD, _CROWDED, _DENSE = 0.75, 4, 1 / 32
 Selection = tuple[Tensor, Tensor, Tensor]
-
-
-class EncoderBlocks:
-    """The pre-activations `((x - b_dec) W_enc^T + b_enc) * scale`, computed a block of latents at a time.
-
-    Iterating gives `(first latent, block)`, latents ascending. A block `(N, B)` is padded with -inf to whole groups
-    and is overwritten by the next one. The product is taken in the wider type of the hidden states and the weights,
-    under autocast in its type.
-
-    Args:
-        x (`Tensor` of shape `(N, D)`): Hidden states.
-        W_enc (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`): Encoder.
-        b_dec (`Tensor` of shape `(D,)`, *optional*): Subtracted from the input.
-        scale (`Tensor` of shape `(F,)`, *optional*): Positive factor of each latent.
-        block_latents (`int`, *optional*): B; by default what suits the device and N.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor | None = None,
-        scale: Tensor | None = None,
-        block_latents: int | None = None,
-    ):
-        self.num_rows, self.num_latents, self.device = len(x), len(W_enc), x.device
-        fitting = _BLOCK_ENTRIES.get(x.device.type, 2**27) // max(1, len(x))
-        self.block_latents = min(_whole_groups(block_latents or max(1, fitting)), _whole_groups(len(W_enc)))
-        autocast = torch.is_autocast_enabled(x.device.type)
-        wider = torch.promote_types(x.dtype, W_enc.dtype)
-        self.dtype = torch.get_autocast_dtype(x.device.type) if autocast else wider
-        self._x = (x if b_dec is None else x - b_dec).to(self.dtype)
-        self._W_enc, self._b_enc, self._scale = W_enc, b_enc, scale
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        buffer = self._take_buffer()
-        for start in range(0, self.num_latents, max(1, self.block_latents)):  # a shard may hold none
-            stop = min(start + self.block_latents, self.num_latents)
-            rows, biases = (part[start:stop].to(self.dtype) for part in (self._W_enc, self._b_enc))
-            width = _whole_groups(len(rows))
-            block = buffer[: self.num_rows * width].view(self.num_rows, width)
-            torch.addmm(biases, self._x, rows.T, out=block[:, : len(rows)])
-            if self._scale is not None:
-                block[:, : len(rows)] *= self._scale[start:stop]
-            block[:, len(rows) :].fill_(-torch.inf)
-            yield start, block
-        if self.device.type == "cpu":
-            _kept.buffer = buffer
-
-    def _take_buffer(self) -> Tensor:
-        """The kept buffer, which then is nobody else's, or a new one."""
-        entries = self.num_rows * self.block_latents
-        buffer, _kept.buffer = getattr(_kept, "buffer", None), None
-        fits = buffer is not None and self.device.type == "cpu" and buffer.dtype == self.dtype
-        return buffer if fits and len(buffer) >= entries else self._x.new_empty(entries)
 
 
 def _host_may_look(device: torch.device) -> bool:
     """Whether sizes may depend on the data: the host would wait for an accelerator to tell."""
     return device.type == "cpu"
-
-
-def _whole_groups(size: int) -> int:
-    return -(-size // _GROUP) * _GROUP
 
 
 def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
@@ -121,6 +55,28 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, sorted by token, then by latent.
     """
+    if not screens(blocks):
+        return _above(blocks, threshold)
+    parts = []
+    for block in screened(blocks, threshold):
+        counts.tokens += blocks.num_rows
+        if block.share_reaching() > _DENSE:
+            counts.fallbacks += blocks.num_rows
+            of_block = threshold[block.start : block.stop] if isinstance(threshold, Tensor) else threshold
+            rows, cols, values = _above(blocks.latents(block.start, block.stop), of_block)
+            parts.append((rows, cols + block.start, values))
+            continue
+        rows, cols = block.reaching(block.group_maxima())
+        values = blocks.exact(rows, cols)
+        won = values > (threshold.detach()[cols] if isinstance(threshold, Tensor) else threshold)
+        parts.append((rows[won], cols[won], values[won]))
+        counts.candidates += len(rows)
+        counts.pairs += len(parts[-1][0])
+    return _joined(parts)
+
+
+def _above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
+    """The same from float32 products."""
     found, mask = [], None
     for start, block in blocks:
         limit = threshold
@@ -239,9 +195,20 @@ def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bo
         return nothing, nothing, torch.empty(0, dtype=blocks.dtype, device=blocks.device)
     static = not _host_may_look(blocks.device) if static is None else static
     bags = blocks.num_rows if per_row else 1
+    if screens(blocks):
+        counts.tokens += blocks.num_rows
+        chosen = _screened_static(blocks, count, bags) if static else _screened_list(blocks, count, bags)
+        if chosen is not None:
+            return chosen
+        counts.fallbacks += blocks.num_rows
+    return _largest(blocks, count, bags, static)
+
+
+def _largest(blocks: EncoderBlocks, count: int, bags: int, static: bool) -> Selection:
+    """The same from the products that `blocks` gives."""
     chosen = floor = None
     for start, block in blocks:
-        maxima = block.view(blocks.num_rows, -1, _GROUP).amax(-1)
+        maxima = block.view(blocks.num_rows, -1, GROUP).amax(-1)
         if static:
             rows, cols, values = _fixed_candidates(block, maxima, bags, count)
         else:
@@ -253,6 +220,62 @@ def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bo
         chosen, floor = _cut_fixed(found, bags, count) if static else _cut_list(found, bags, count)
     assert chosen is not None
     return chosen
+
+
+def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
+    """The same by way of bf16 products; `None` where they cannot tell."""
+    chosen = floor = told = None
+    for block in screened(blocks):
+        maxima = block.group_maxima()
+        if floor is None:
+            floor = _lower_bound(block, maxima, bags, count)
+            told = floor > 0  # bits are in order only above 0; of NaN neither is true
+            if told.sum() < _TOLD * bags:
+                return None
+        rows, cols = block.reaching(maxima, torch.where(told, floor, torch.inf))
+        if len(rows) > _CROWDED * count * bags + blocks.num_rows:
+            if bags == 1:
+                return None
+            crowded = torch.bincount(rows, minlength=bags)[:, None] > _CROWDED * count
+            told &= ~crowded
+            if told.sum() < _TOLD * bags:
+                return None
+            kept = told[rows, 0]
+            rows, cols = rows[kept], cols[kept]
+        counts.candidates += len(rows)
+        values = blocks.exact(rows, cols)
+        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, floor = _cut_list(found, bags, count)
+    untold = (~told).flatten().nonzero().squeeze(1)
+    if len(untold):
+        counts.fallbacks += len(untold)
+        rows, cols, _ = _largest(blocks.rows(untold), count, len(untold), static=False)
+        kept, rows = told[chosen[0], 0], untold[rows]
+        chosen = _joined([tuple(part[kept] for part in chosen), (rows, cols, blocks.exact(rows, cols))])
+    counts.pairs += len(chosen[0])
+    return chosen
+
+
+def _screened_static(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
+    """The same with shapes that are known in advance; the host waits once, to see whether it was certain."""
+    chosen, missed = None, torch.full((bags, 1), -torch.inf, device=blocks.device)
+    wanted = 2 * count + 16
+    for block in screened(blocks):
+        size = block.stop - block.start
+        upper = block.upper[:, :size].contiguous()
+        if size % GROUP:
+            upper = F.pad(upper, (0, -size % GROUP), value=-torch.inf)
+        maxima = upper.view(blocks.num_rows, -1, GROUP).amax(-1)
+        rows, cols, bound = _fixed_candidates(upper, maxima, bags, wanted)
+        bound = bound.view(bags, -1).float()
+        if bound.shape[1] == wanted:
+            missed = torch.maximum(missed, above(bound.amin(1, keepdim=True)))
+        cols = (cols + block.start).clamp(max=block.stop - 1)  # of padding none can win
+        values = blocks.exact(rows, cols).masked_fill(bound.flatten() == -torch.inf, -torch.inf)
+        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, _ = _cut_fixed(found, bags, count)
+    certain = (chosen[2].view(bags, -1).amin(1, keepdim=True) > missed).all()
+    return chosen if certain else None
 
 
 def _joined(parts: list[Selection]) -> Selection:
@@ -268,13 +291,17 @@ def _joined(parts: list[Selection]) -> Selection:
 # has its own cut, 1 where the batch has one.
 
 
-def _lower_bound(block: Tensor, maxima: Tensor, bags: int, count: int) -> Tensor:
+def _lower_bound(block: Tensor | ScreenedBlock, maxima: Tensor, bags: int, count: int) -> Tensor:
     """`(bags, 1)` numbers that at least `count` entries reach."""
-    entries, maxima = block.view(bags, -1), maxima.view(bags, -1)
     # Hardly more groups than places would give a floor that lets nearly everything through.
-    source = maxima if maxima.shape[1] >= 1.5 * count else entries
+    grouped = maxima.numel() >= 1.5 * count * bags
+    if isinstance(block, ScreenedBlock):
+        source = block.lower(maxima if grouped else None)
+    else:
+        source = maxima if grouped else block
+    source = source.reshape(bags, -1)
     if source.shape[1] < count:
-        return entries.new_full((bags, 1), -torch.inf)
+        return source.new_full((bags, 1), -torch.inf)
     guess = _sampled_bound(source, count) if bags == 1 else None
     return source.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True) if guess is None else guess
 
@@ -297,11 +324,11 @@ def _listed_candidates(block: Tensor, maxima: Tensor, floor: Tensor) -> Selectio
     """All entries of `block` that reach the floor; only groups whose maximum does are looked at."""
     per_row = maxima.shape[1]
     groups = (maxima >= floor).flatten().nonzero().squeeze(1)
-    values = block.view(-1, _GROUP).index_select(0, groups)
+    values = block.view(-1, GROUP).index_select(0, groups)
     limit = floor[groups // per_row] if len(floor) > 1 else floor
     hit, place = (values >= limit).nonzero(as_tuple=True)
     group = groups[hit]
-    return group // per_row, group % per_row * _GROUP + place, values[hit, place]
+    return group // per_row, group % per_row * GROUP + place, values[hit, place]
 
 
 def _cut_list(found: Selection, bags: int, count: int) -> tuple[Selection, Tensor]:
@@ -334,9 +361,9 @@ def _fixed_candidates(block: Tensor, maxima: Tensor, bags: int, count: int) -> S
     entries, maxima = block.view(bags, -1), maxima.view(bags, -1)
     if maxima.shape[1] > count:
         groups = _first_largest(maxima, count)
-        members = entries.view(bags, -1, _GROUP).gather(1, groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+        members = entries.view(bags, -1, GROUP).gather(1, groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
         best = _first_largest(members, count)
-        positions = groups.gather(1, best // _GROUP) * _GROUP + best % _GROUP
+        positions = groups.gather(1, best // GROUP) * GROUP + best % GROUP
     else:
         positions = _first_largest(entries, min(count, entries.shape[1]))
     flat = positions + torch.arange(bags, device=block.device)[:, None] * entries.shape[1]
