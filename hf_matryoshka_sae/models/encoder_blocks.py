@@ -34,6 +34,7 @@ class EncoderBlocks:
         b_dec (`Tensor` of shape `(D,)`, *optional*): Subtracted from the input.
         scale (`Tensor` of shape `(F,)`, *optional*): Positive factor of each latent.
         block_latents (`int`, *optional*): B; by default what suits the device and N.
+        screening (`bool`, *optional*, defaults to `True`): Whether bf16 products may say which pairs can win.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class EncoderBlocks:
         b_dec: Tensor | None = None,
         scale: Tensor | None = None,
         block_latents: int | None = None,
+        screening: bool = True,
     ):
         self.num_rows, self.num_latents, self.device = len(x), len(W_enc), x.device
         fitting = BLOCK_ENTRIES.get(x.device.type, 2**27) // max(1, len(x))
@@ -52,7 +54,7 @@ class EncoderBlocks:
         wider = torch.promote_types(x.dtype, W_enc.dtype)
         self.dtype = torch.get_autocast_dtype(x.device.type) if autocast else wider
         self.x = (x if b_dec is None else x - b_dec).to(self.dtype)
-        self.W_enc, self.b_enc, self.scale = W_enc, b_enc, scale
+        self.W_enc, self.b_enc, self.scale, self.screening = W_enc, b_enc, scale, screening
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """The first latent of each block, and the one after its last."""

@@ -5,16 +5,16 @@ rounded to bf16. Then, by the Cauchy-Schwarz inequality,
 
     |w.x - w^.x^| = |(w - w^).x + w^.(x - x^)| <= ||w - w^|| ||x|| + ||w^|| ||x - x^||
 
-and all four lengths are known for every row. What float32 itself rounds is bounded in the same way: a sum of n products
-is wrong by at most n 2^-23 ||w|| ||x||, in whatever order it is taken (Higham 2002, section 3.1; twice the constant,
-to spare). So the error of a pair is at most
+and all four lengths are known for every row. What float32 itself rounds is bounded in the same way: a sum of n
+products is wrong by at most n 2^-23 ||w|| ||x||, in whatever order it is taken (Higham 2002, section 3.1; twice the
+constant, to spare). So the error of a pair is at most
 
     E = r X + l T + d,   r = ||w - w^||,  X = ||x||,  l = ||w||,  T = ||x - x^|| (1 + 2^-7) + n 2^-23 (...),
 
-a sum of three products, which rides along as three more columns of the matmul, each rounded up to bf16: the matmul gives
-U = w^.x^ + b + E, an upper bound of the pre-activation, and U - 2E is a lower one. (Three columns hold the bias, as a
-sum of bf16 numbers that is exact to 2^-24. Hidden states are centred first, which makes X and T small; what that takes
-away is a constant of each latent and joins its bias.)
+a sum of three products, which rides along as three more columns of the matmul, each rounded up to bf16: the matmul
+gives U = w^.x^ + b + E, an upper bound of the pre-activation, and U - 2E is a lower one. (Three columns hold the bias,
+as a sum of bf16 numbers that is exact to 2^-24. Hidden states are centred first, which makes X and T small; what that
+takes away is a constant of each latent and joins its bias.)
 
 A pair whose upper bound misses the cut cannot win. The others, about 1.1 to 1.3 for each winner, are scored again in
 float32, one dot product each, and the exact cut is made among those. So the selection is that of float32 dot products
@@ -94,7 +94,8 @@ def screens(blocks: EncoderBlocks) -> bool:
     forced = getattr(_state, "forced", None)
     if forced is not None:
         return forced
-    return blocks.num_rows * blocks.num_latents >= _SMALLEST and bf16_is_fast(blocks.device)
+    enough = blocks.num_rows * blocks.num_latents >= _SMALLEST
+    return blocks.screening and enough and bf16_is_fast(blocks.device)
 
 
 @dataclass
@@ -202,7 +203,7 @@ def screened(blocks: EncoderBlocks, limit: Tensor | float | None = None) -> Iter
 def _latents(
     blocks: EncoderBlocks, start: int, stop: int, limit: Tensor | float | None, centre: Tensor, inner: int
 ) -> tuple[Tensor, Tensor]:
-    """The latents of a block as bf16 rows with their columns of the bound, `(B, inner)`; and those columns, `(3, B)`."""
+    """The latents of a block as bf16 rows with columns of the bound, `(B, inner)`; and those columns, `(3, B)`."""
     rows, bias = blocks.W_enc[start:stop].detach(), blocks.b_enc[start:stop].detach().float()
     if blocks.scale is not None:
         scale = blocks.scale[start:stop]

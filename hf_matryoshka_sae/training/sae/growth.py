@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...models import MatryoshkaSAE, MatryoshkaSAEConfig, SAEConfig, SAEModel
 from ...models.configuration_sae import PREFIX_ACTIVATIONS
+from ...models.encoder_blocks import EncoderBlocks
 from ...models.families import BatchTopK
-from ...models.selection import EncoderBlocks, Selection, select_above, select_batch_topk
+from ...models.selection import Selection, select_above, select_batch_topk
 from ...models.sharding import Layout, all_sum
 from ..config.spec import SAESpec
 from .initialization import initialize
