@@ -12,6 +12,7 @@ from ..common.token_text import token_texts
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from ..progressive.statistics import encoded
+from .firings import values_of
 
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,7 @@ class TextFeatures:
             `ValueError`: if there is no such latent at this width.
         """
         latent = checked_latent(latent, self.width)
-        values = torch.zeros(len(self.tokens))
-        chosen = self.pairs.cols == latent
-        values[self.pairs.rows[chosen]] = self.pairs.values[chosen].float()
-        return values
+        return values_of(self.pairs, torch.tensor([latent]))[:, 0]
 
     def top_latents(self, count: int = 10, by: str = "max") -> list[tuple[int, float]]:
         """The strongest latents of the whole text.

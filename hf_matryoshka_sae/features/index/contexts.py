@@ -6,39 +6,11 @@ the latent's activations on them. Each window gives a latent at most one context
 Shapes: B windows, S tokens in a window, W tokens in a context, F latents, M pairs, C candidates.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ..firings import Firings
 from .best import Best, random_keys, value_keys
-
-
-@dataclass
-class Firings:
-    """What fires in some windows.
-
-    Args:
-        input_ids (`Tensor` of shape `(B, S)`): Tokens.
-        numbers (`Tensor` of shape `(B,)`): Number of each window in the text.
-        tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each token that counts, in these windows.
-        rows (`Tensor` of shape `(M,)`): Token of each pair, ascending.
-        cols (`Tensor` of shape `(M,)`): Latent of each pair.
-        values (`Tensor` of shape `(M,)`): Activation, positive.
-    """
-
-    input_ids: Tensor
-    numbers: Tensor
-    tokens: Tensor
-    rows: Tensor
-    cols: Tensor
-    values: Tensor
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each token in the whole text, `(N,)`."""
-        length = self.input_ids.shape[1]
-        return self.numbers[self.tokens // length] * length + self.tokens % length
 
 
 class Contexts:
@@ -96,7 +68,7 @@ class Contexts:
         """Tokens and activations around the chosen pairs `(C,)`, which differ in latent or window."""
         ids, width = firings.input_ids, self.width
         length, num_latents = ids.shape[1], len(self.top.keys)
-        token = firings.tokens[firings.rows[chosen]]
+        token = firings.places[chosen]
         window, place = token // length, token % length
         start = (place - _before(width)).clamp(0, length - width)
         # Which context the other pairs of the same latents and windows belong to.
@@ -105,7 +77,7 @@ class Contexts:
         of_pair = number[_bags(firings, slice(None), num_latents)]
         pairs = (of_pair >= 0).nonzero().squeeze(1)
         context = of_pair[pairs].long()
-        offset = firings.tokens[firings.rows[pairs]] % length - start[context]
+        offset = firings.places[pairs] % length - start[context]
         inside = ((offset >= 0) & (offset < width)).nonzero().squeeze(1)
         activations = torch.zeros(len(chosen), width, device=ids.device)
         activations[context[inside], offset[inside]] = firings.values[pairs[inside]].float()
@@ -124,12 +96,12 @@ class Contexts:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the place of a state."""
         for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.load_state_dict(_part(state, kind))
+            best.load_state_dict(part_of(state, kind))
 
     def merge(self, state: dict[str, Tensor]) -> None:
         """Add another process's."""
         for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.merge(_part(state, kind))
+            best.merge(part_of(state, kind))
 
 
 def _before(width: int) -> int:
@@ -141,8 +113,9 @@ def _bags(firings: Firings, pairs, num_latents: int | None = None) -> Tensor:
     """A number for each latent and window of some pairs."""
     cols = firings.cols[pairs]
     factor = num_latents or (int(cols.max()) + 1 if len(cols) else 1)
-    return firings.tokens[firings.rows[pairs]] // firings.input_ids.shape[1] * factor + cols
+    return firings.places[pairs] // firings.input_ids.shape[1] * factor + cols
 
 
-def _part(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.partition(".")[2]: rows for name, rows in state.items() if name.startswith(f"{kind}.")}
+def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a state that were saved as `name.<their own name>`, by that."""
+    return {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
+from ..firings import joined
 from .cofiring import TokenSample
-from .contexts import Contexts
+from .contexts import Contexts, part_of
 from .sums import LatentSums
-from .windows import Fired, joined
+from .windows import Fired
 
 
 TOKENS_AT_ONCE = 2**15  # whose pairs are looked at together
@@ -82,7 +83,7 @@ class LatentPass:
         for batch in chunk:
             self.sums.add_first(batch.first, batch.first_counts)
             if self.tree is not None:
-                self.tree.add(batch.pairs)
+                self.tree.add(batch.firings.pairs)
         firings = joined([batch.firings for batch in chunk])
         self.sums.add(firings.cols, firings.values, sum(batch.tokens for batch in chunk))
         self.contexts.add(firings)
@@ -105,14 +106,10 @@ class LatentPass:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the place of a state."""
         for part, held in self._parts().items():
-            held.load_state_dict(_of(state, part))
+            held.load_state_dict(part_of(state, part))
 
     def merge(self, state: dict[str, Tensor]) -> None:
         """Add another process's; a tree sums over processes by itself."""
         for part, held in self._parts().items():
             if part != "tree":
-                held.merge(_of(state, part))
-
-
-def _of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+                held.merge(part_of(state, part))
