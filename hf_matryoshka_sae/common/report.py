@@ -34,6 +34,7 @@ class Column:
         table (`str`, *optional*, defaults to `"interval"`): Whether the table shows it with its interval, its `value`
             alone, or `nothing` of it.
         uninformed (`float`, *optional*): What knowing nothing scores; drawn as a line.
+        limits (`tuple[float, float]`, *optional*): What lies outside is not drawn.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Column:
     interval: str | None = None
     table: Literal["interval", "value", "nothing"] = "interval"
     uninformed: float | None = None
+    limits: tuple[float, float] | None = None
 
     def value(self, record: dict[str, Any]) -> Any:
         """The figure in a record, `None` where it has none."""
@@ -231,6 +233,9 @@ class Report:
             draw_widths(axis, lines, flat, [name for name, kind in kinds.items() if kind == "random"])
             if column.uninformed is not None:
                 axis.axhline(column.uninformed, color="black", linewidth=0.8, linestyle="--", label="knows nothing")
+            if column.limits is not None:
+                low, high = axis.get_ylim()
+                axis.set_ylim(max(low, column.limits[0]), min(high, column.limits[1]))
             axis.set(ylabel=column.title + (f" ({column.better} is better)" if column.better else ""))
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()

@@ -15,7 +15,7 @@ from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
 from ..drawn_latents import DrawnLatents, as_records, firing_counts, with_baselines
-from .n2g import Explained, Explainer, firing_examples, score
+from .n2g import Explainer, firing_examples, score
 
 
 SCORES = ("f1", "precision", "recall", "correlation")
@@ -79,8 +79,12 @@ def explainability(
                 f"No latent of `{name}` fires on at least {least} of the {examples.tokens} tokens that examples come "
                 "from. Give more text, or a smaller `least`."
             )
-        explained = _explain(name, sae, drawn.latents, examples, test, examples_per_latent, substitutes, seed, show)
-        found[name] = explained
+        from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
+        explainer = Explainer(sae, examples, examples_per_latent, substitutes, seed)
+        rank, world = processes()
+        bar = tqdm(drawn.latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
+        own = [score(one, explainer.explain(one, from_text), on_text, examples_per_latent) for one in bar]
+        explained = found[name] = sorted(gathered(own), key=lambda one: one.latent)
         values = {one.latent: [getattr(one, key) for key in SCORES] for one in explained}
         rows[name] = drawn.rows(values, SCORES, resamples, seed)
     about = {
@@ -98,22 +102,3 @@ def explainability(
     return Report(
         "patterns", title, records, _COLUMNS, about, ["f1"], intervals=intervals, latents=found, grouped=True
     )
-
-
-def _explain(
-    name: str,
-    sae: SAEModel,
-    latents: list[int],
-    examples: HeldOut,
-    test: HeldOut,
-    count: int,
-    substitutes: int,
-    seed: int,
-    show: bool,
-) -> list[Explained]:
-    from_text, on_text = (firing_examples(sae, data, latents, show) for data in (examples, test))
-    explainer = Explainer(sae, examples, count, substitutes, seed)
-    rank, world = processes()
-    bar = tqdm(latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
-    found = gathered([score(one, explainer.explain(one, from_text), on_text, count) for one in bar])
-    return sorted(found, key=lambda one: one.latent)
