@@ -87,13 +87,10 @@ def evaluate(
 
 def _add_details(rows: list[dict[str, Any]], dictionary: Dictionary) -> None:
     """Geometry and densities of each width; the firings were summed over processes with the rows."""
-    widths = dictionary.widths
-    if dictionary.encodes_once:
-        densities = density_metrics(dictionary.firing[0], widths)
-    else:
-        each = zip(dictionary.firing, widths, strict=True)
-        densities = [density_metrics(firing, [width])[0] for firing, width in each]
-    for row, shape, density in zip(rows, weight_geometry(dictionary.sae, widths), densities, strict=True):
+    each = zip(dictionary.firing, dictionary.encodings, strict=True)
+    densities = [row for firing, widths in each for row in density_metrics(firing, widths)]
+    shapes = weight_geometry(dictionary.sae, dictionary.widths)
+    for row, shape, density in zip(rows, shapes, densities, strict=True):
         row.update(geometry=shape, density=density)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import TokenBatch, TokenStream, harvest, resolve_hookpoints
+from ..common.checks import check_at_least
 from ..common.token_text import token_texts
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
@@ -97,8 +98,7 @@ def text_features(
     Raises:
         `ValueError`: if the text is empty or special tokens alone, or the model has no such hookpoint.
     """
-    if top < 1 or max_tokens < 1:
-        raise ValueError(f"`top` and `max_tokens` must be at least 1, got {top} and {max_tokens}.")
+    check_at_least(1, top=top, max_tokens=max_tokens)
     sae = sae if width is None else sae.truncate(width)
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     batch, left_out = read_text(tokenizer, text, min(max_tokens, longest(model)))

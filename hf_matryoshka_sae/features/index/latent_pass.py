@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ...common.checks import check_at_least
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
 from ..firings import joined
@@ -58,8 +59,7 @@ class IndexSizes:
         """Raises `ValueError` for a size below 1, or 0 where nothing of a kind may be kept."""
         for name, value in asdict(self).items():
             least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+            check_at_least(least, **{name: value})
 
 
 class LatentPass:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.token_text import token_texts
 from .layout import Context, Feature
 from .store import FeatureIndex
@@ -55,8 +56,7 @@ def export_neuronpedia(
     Raises:
         `ValueError`: if the layer cannot be told, a latent does not exist, or the folder holds batches already.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_at_least(1, batch_size=batch_size)
     latents = list(range(len(index)) if latents is None else latents)
     folder = Path(path)
     if any(folder.glob("batch-*.json")):

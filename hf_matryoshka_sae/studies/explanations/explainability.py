@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.distributed import gathered, processes
 from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
@@ -69,8 +70,7 @@ def explainability(
     Raises:
         `ValueError`: if there is no SAE, widths it does not have, or nothing fires often enough.
     """
-    if per_group < 1 or least < 1:
-        raise ValueError(f"`per_group` and `least` must be at least 1, got {per_group} and {least}.")
+    check_at_least(1, per_group=per_group, least=least)
     rows, found = {}, {}
     for name, (sae, chosen) in with_baselines(saes, examples, widths, baselines, seed).items():
         drawn = DrawnLatents.of(firing_counts(sae, examples) >= least, chosen, per_group, seed)

@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.command import exit_status
 from ...common.figures import draw_widths, save_figure
 from ...common.files import write_json, write_text
@@ -269,9 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _benchmark(parsed: argparse.Namespace) -> Benchmark:
-    for name in ("steps", "batch_size", "samples"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    check_at_least(1, steps=parsed.steps, batch_size=parsed.batch_size, samples=parsed.samples)
     if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
         raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
     world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})

@@ -196,11 +196,9 @@ def _read(
 ) -> tuple[Tensor, dict[str, list[LatentColumns]]]:
     """Hidden states and latents of examples. A batch comes with the examples of its tokens, or of its rows and then
     with the numbers of tokens that are averaged."""
-    bound = max_pairs // max(1, sum(1 if of.encodes_once else len(of.widths) for of in dictionaries.values()))
+    bound = max_pairs // max(1, sum(len(of.encodings) for of in dictionaries.values()))
     collectors = {
-        name: [
-            PairCollector(of.sae.config.num_latents, bound) for _ in range(1 if of.encodes_once else len(of.widths))
-        ]
+        name: [PairCollector(of.sae.config.num_latents, bound) for _ in of.encodings]
         for name, of in dictionaries.items()
     }
     hidden: Tensor | None = None

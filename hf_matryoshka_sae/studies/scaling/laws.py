@@ -94,17 +94,9 @@ class ScalingLaw(ABC):
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the samples as plain numbers, strings and lists, for JSON."""
-        return {
-            "constants": self.constants,
-            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
-            "interval_from": self.interval_from,
-            "resamples": len(self.samples),
-            "points": self.points,
-            "rmse": self.rmse,
-            "r2": self.r2,
-            "irreducible": self.irreducible,
-        }
+        """Everything but the samples as plain numbers, strings and tuples, for JSON."""
+        told = {name: value for name, value in vars(self).items() if name != "samples"}
+        return told | {"resamples": len(self.samples)}
 
     def constants_text(self) -> str:
         """The constants with their intervals."""

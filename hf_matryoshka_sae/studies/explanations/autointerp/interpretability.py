@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ....common.checks import check_at_least
 from ....common.distributed import processes
 from ....common.report import Report
 from ....evaluation.data import HeldOut
@@ -97,10 +98,7 @@ def automated_interpretability(
             cache.
     """
     scores = _checked_scores(scores)
-    if min(per_group, least, workers) < 1:
-        raise ValueError(
-            f"`per_group`, `least` and `workers` must be at least 1, got {per_group}, {least} and {workers}."
-        )
+    check_at_least(1, per_group=per_group, least=least, workers=workers)
     if examples.tokenizer is None:
         raise ValueError("Explanations need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
     counts, templates, answers = passages or PassageCounts(), Questions(prompts), AnswerCache(cache)
