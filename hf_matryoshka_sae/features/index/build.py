@@ -172,7 +172,10 @@ def build_index(
         if tree is not None:
             tree.reduce()
         if rank == 0:
-            _write(target, about, sae, lm, found, sizes, tree)
+            columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
+            logits = why or "final norm's gain included, biases left out"
+            contexts = context_tables(found.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
+            write_index(target, about | {"tokens": int(found.sums.tokens), "logits": logits}, columns, contexts)
             shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()
@@ -207,18 +210,3 @@ def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
 def _overlapping(batches: Generator, overlapped: bool) -> Generator:
     """The same, in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches
-
-
-def _write(
-    target: Path,
-    about: dict[str, Any],
-    sae: SAEModel,
-    lm: nn.Module,
-    found: LatentPass,
-    sizes: IndexSizes,
-    tree: Tree | None,
-) -> None:
-    columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
-    about = about | {"tokens": int(found.sums.tokens), "logits": why or "final norm's gain included, biases left out"}
-    contexts = context_tables(found.contexts, about["context_length"], sizes.quantiles, sizes.quantile_contexts)
-    write_index(target, about, columns, contexts)

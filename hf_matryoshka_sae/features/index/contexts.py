@@ -6,6 +6,8 @@ the latent's activations on them. Each window gives a latent at most one context
 Shapes: B windows, S tokens in a window, W tokens in a context, F latents, M pairs, C candidates.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,37 @@ from ..firings import Firings
 from .best import Best, random_keys, value_keys
 
 
-class Contexts:
+class Parts:
+    """What is known of the latents in several parts, saved and joined as one: a tensor is called `<part>.<name>`.
+
+    Attributes:
+        parts (`dict[str, Any]`): By name; what has no `merge` adds up over processes by itself.
+    """
+
+    parts: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        parts = self.parts.items()
+        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the place of a state."""
+        for part, held in self.parts.items():
+            held.load_state_dict(_of_part(state, part))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add another process's."""
+        for part, held in self.parts.items():
+            if hasattr(held, "merge"):
+                held.merge(_of_part(state, part))
+
+
+def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+
+
+class Contexts(Parts):
     """The contexts kept so far.
 
     Args:
@@ -34,6 +66,7 @@ class Contexts:
         }
         self.top = Best(num_latents, top, payload, device)
         self.sample = Best(num_latents, sample, payload, device)
+        self.parts = {"top": self.top, "sample": self.sample}
         self.width, self.seed = width, seed
 
     def add(self, firings: Firings) -> None:
@@ -88,21 +121,6 @@ class Contexts:
             "peak": (place - start)[:, None],
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
-        kinds = {"top": self.top, "sample": self.sample}
-        return {f"{kind}.{name}": rows for kind, best in kinds.items() for name, rows in best.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.load_state_dict(part_of(state, kind))
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's."""
-        for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.merge(part_of(state, kind))
-
 
 def _before(width: int) -> int:
     """Tokens shown before the one in question; what came before it says more than what follows."""
@@ -114,8 +132,3 @@ def _bags(firings: Firings, pairs, num_latents: int | None = None) -> Tensor:
     cols = firings.cols[pairs]
     factor = num_latents or (int(cols.max()) + 1 if len(cols) else 1)
     return firings.places[pairs] // firings.input_ids.shape[1] * factor + cols
-
-
-def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a state that were saved as `name.<their own name>`, by that."""
-    return {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

@@ -1,7 +1,7 @@
 """What is known of every latent while the text goes by, and how much of it is kept."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
 from ..firings import joined
 from .cofiring import TokenSample
-from .contexts import Contexts, part_of
+from .contexts import Contexts, Parts
 from .sums import LatentSums
 from .windows import Fired
 
@@ -62,7 +62,7 @@ class IndexSizes:
             check_at_least(least, **{name: value})
 
 
-class LatentPass:
+class LatentPass(Parts):
     """What one process knows of every latent."""
 
     def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None):
@@ -72,6 +72,8 @@ class LatentPass:
         self.contexts = Contexts(latents, sizes.top_contexts, sizes.sampled_contexts, width, seed, device)
         self.cofiring = TokenSample(latents, sizes.cofiring_tokens, seed, device)
         self.tree, self.num_latents = tree, latents
+        self.parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
+        self.parts |= {"tree": tree} if hasattr(tree, "load_state_dict") else {}
 
     def batches_at_once(self, windows: int, context_length: int) -> int:
         """Batches in a chunk."""
@@ -89,27 +91,7 @@ class LatentPass:
         self.contexts.add(firings)
         self.cofiring.add(firings)
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
-        return parts | ({"tree": self.tree} if hasattr(self.tree, "load_state_dict") else {})
-
     @property
     def resumable(self) -> bool:
         """Whether all of it can be saved."""
         return self.tree is None or hasattr(self.tree, "load_state_dict")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, by name."""
-        parts = self._parts().items()
-        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for part, held in self._parts().items():
-            held.load_state_dict(part_of(state, part))
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's; a tree sums over processes by itself."""
-        for part, held in self._parts().items():
-            if part != "tree":
-                held.merge(part_of(state, part))
