@@ -212,16 +212,29 @@ class Report:
         """Draw figures against width with their intervals, baselines of one width as lines, to a PNG."""
         from matplotlib.figure import Figure
 
-        names = self.plotted or [self.columns[0].name]
-        drawn = [column for column in self.columns if column.name in names]
-        across = min(_PANELS, len(drawn))
-        down = -(-len(drawn) // across)
+        count = len(self._drawn)
+        across = min(_PANELS, count)
+        down = -(-count // across)
         figure = Figure(figsize=(5.2 * across + 1.8, 4.2 * down), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).flatten()
+        self.draw(axes)
+        for axis in axes[count:]:
+            axis.set_axis_off()
+        colour = "tab:red" if self.warning else "black"
+        figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
+        save_figure(figure, Path(path))
+
+    @property
+    def _drawn(self) -> list[Column]:
+        names = self.plotted or [self.columns[0].name]
+        return [column for column in self.columns if column.name in names]
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """Draw the figures on axes of matplotlib, one each; the first has the legend."""
         subjects = self.subjects()
         kinds = {name: records[0].get("kind") for name, records in subjects.items()}
         flat = [name for name, kind in kinds.items() if kind not in (None, "dictionary", "random")]
-        for axis, column in zip(axes, drawn, strict=False):
+        for axis, column in zip(axes, self._drawn, strict=False):
             lines = {
                 name: [
                     (record["width"], column.value(record), column.bounds(record))
@@ -237,12 +250,7 @@ class Report:
                 low, high = axis.get_ylim()
                 axis.set_ylim(max(low, column.limits[0]), min(high, column.limits[1]))
             axis.set(ylabel=column.title + (f" ({column.better} is better)" if column.better else ""))
-        for axis in axes[len(drawn) :]:
-            axis.set_axis_off()
         axes[0].legend(fontsize=8)
-        colour = "tab:red" if self.warning else "black"
-        figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
-        save_figure(figure, Path(path))
 
 
 def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
