@@ -100,9 +100,9 @@ class HeldOut:
                 yield states
 
 
-def windows_of(batch: TokenBatch, usable: Tensor) -> TokenBatch:
-    """The windows of a batch where `usable`, `[B]`, is true."""
-    return TokenBatch(batch.input_ids[usable], batch.attention_mask[usable], batch.keep[usable], batch.padded)
+def windows_of(batch: TokenBatch, chosen: Tensor | slice) -> TokenBatch:
+    """Some windows of a batch: those where `chosen`, `(B,)` bool, is true, of these numbers, or of a slice."""
+    return TokenBatch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.keep[chosen], batch.padded)
 
 
 def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Tensor]:

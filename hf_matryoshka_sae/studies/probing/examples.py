@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ...activations import TokenBatch, TokenStream
 from ...common.distributed import processes, reduce_sum
-from ...evaluation.data import HeldOut
+from ...evaluation.data import HeldOut, windows_of
 from ...evaluation.subjects import Dictionary
 from .columns import LatentColumns, PairCollector
 from .tasks import LabelledTask, TokenTasks
@@ -84,10 +84,7 @@ def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) ->
         size = len(batch.input_ids)
         rows.append(torch.tensor([row for row in range(size) if first + row in chosen], dtype=torch.long))
         first += size
-    batches = [
-        TokenBatch(batch.input_ids[some], batch.attention_mask[some], batch.keep[some], batch.padded)
-        for batch, some in zip(data.batches, rows, strict=True)
-    ]
+    batches = [windows_of(batch, some) for batch, some in zip(data.batches, rows, strict=True)]
     filled = [number for number, some in enumerate(rows) if len(some)]
     taken = [TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks]
     return replace(data, batches=[batches[number] for number in filled]), taken
