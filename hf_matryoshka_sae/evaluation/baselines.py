@@ -37,9 +37,9 @@ class Identity:
     def __init__(self, widths: Sequence[int]):
         self.widths = list(widths)
 
-    def reconstruct(self, x: Tensor, widths: Sequence[int] | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Hidden states `(N, D)` once for each width, `(P, N, D)`."""
-        return x.expand(len(self.widths if widths is None else widths), *x.shape)
+        return x.expand(len(self.widths), *x.shape)
 
 
 @dataclass
@@ -91,15 +91,14 @@ class PrincipalComponents:
         return cls(mean, components.T.flip(0).contiguous(), variances.flip(0).clamp(min=0), widths)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, widths: Sequence[int] | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """The reconstruction of hidden states `(N, D)` at each width, `(P, N, D)`."""
         d_in = len(self.mean)
         if x.dim() != 2 or x.shape[1] != d_in:
             raise ValueError(f"These components take hidden states (N, {d_in}), got {tuple(x.shape)}.")
         mean, components = self.mean.to(x), self.components.to(x)
         scores = (x - mean) @ components.T
-        widths = self.widths if widths is None else widths
-        return torch.stack([torch.addmm(mean, scores[:, :width], components[:width]) for width in widths])
+        return torch.stack([torch.addmm(mean, scores[:, :width], components[:width]) for width in self.widths])
 
     def fvu(self, widths: Sequence[int] | None = None) -> list[float]:
         """The fraction of variance unexplained at each width on the fitted tokens: the tail of the variances."""

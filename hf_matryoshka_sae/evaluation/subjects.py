@@ -57,6 +57,12 @@ class Dictionary:
         """The widths that are read off each encoding: all of them, or one each."""
         return [self.widths] if self.encodes_once else [[width] for width in self.widths]
 
+    def check(self, name: str, states: Tensor) -> None:
+        """Raises `ValueError` for hidden states `(N, D)` of another width than the SAE's, which has this name."""
+        d_in = self.sae.config.d_in
+        if states.shape[1] != d_in:
+            raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
+
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[LatentPairs]:
         """The latents of `(N, D)` hidden states: once for all widths, or at each of them."""

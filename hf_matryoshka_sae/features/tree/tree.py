@@ -134,14 +134,13 @@ class LatentTree:
 
     def to_json(self) -> dict[str, Any]:
         """The tree as JSON-able values."""
-        keys = ("latent", "level", "parent", "score", "frequency", "maximum", "children")
         nodes = (self.node(latent) for latent in range(len(self)))
         return {
             "format": "hf_matryoshka_sae.latent_tree/1",
             "threshold": self.threshold,
             "tokens": self.tokens,
             "starts": self.starts,
-            "nodes": [{key: getattr(node, key) for key in keys} for node in nodes],
+            "nodes": [vars(node) for node in nodes],
         }
 
     def save(self, path: str | os.PathLike) -> Path:

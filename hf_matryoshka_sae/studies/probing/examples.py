@@ -210,7 +210,7 @@ def _read(
             hidden = torch.zeros(num_rows, states.shape[1])
         hidden[ids] = (states if counts is None else _means(states, row, counts)).cpu()
         for name, of in dictionaries.items():
-            _check_width(name, of, states)
+            of.check(name, states)
             for collector, pairs in zip(collectors[name], of.encode(states), strict=True):
                 if counts is None:
                     collector.add(ids[pairs.rows.cpu()], pairs.cols, pairs.values)
@@ -227,12 +227,6 @@ def _read(
 def _means(states: Tensor, row: Tensor, counts: Tensor) -> Tensor:
     total = states.new_zeros(len(counts), states.shape[1]).index_add_(0, row, states)
     return total / counts.clamp(min=1).to(total)[:, None]
-
-
-def _check_width(name: str, dictionary: Dictionary, states: Tensor) -> None:
-    d_in = dictionary.sae.config.d_in
-    if states.shape[1] != d_in:
-        raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
 
 
 def _joined(hidden: Tensor | None, num_rows: int) -> Tensor:
