@@ -18,7 +18,7 @@ from ..common.distributed import reduce_sum
 from ..common.seeds import derived_seed
 from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, build_sae
 from .data import HasActivations
-from .firing import FiringSums
+from .firing import firings_of
 from .geometry import checked_widths, groups, unit_rows
 from .similarity import TokenSample, checked_batches
 
@@ -143,7 +143,7 @@ def random_dictionary(
     if x.shape[1] != sae.config.d_in:
         raise ValueError(f"This SAE takes hidden states of width d_in = {sae.config.d_in}, got {tuple(x.shape)}.")
     parts = x.split(max(1, _BLOCK_ENTRIES // max(sae.config.num_latents, len(widths) * x.shape[1])))
-    fired = _firings(sae, parts)
+    fired = firings_of(sae, parts).fired
     if not fired.any():
         raise ValueError("No latent of the SAE fires on these hidden states; there is no L0 to match.")
     random = build_sae(_config(sae.config, fired.sum().item() / len(x))).to(x.device).eval()
@@ -161,14 +161,6 @@ def random_dictionary(
         scales[group] = scale
     _set_encoder(random, thresholds, scales)
     return random
-
-
-def _firings(sae: SAEModel, parts: Sequence[Tensor]) -> Tensor:
-    """How often each latent fires, `(F,)`."""
-    sums = FiringSums(sae.config.num_latents, sae.W_enc.device)
-    for x in parts:
-        sums.add(sae.encode_pairs(x.to(sae.W_enc)))
-    return sums.fired
 
 
 def _config(config: SAEConfig, l0: float) -> SAEConfig:

@@ -207,15 +207,17 @@ def _measure(
         examples = token_examples(data, [task], dictionaries, options.max_pairs, options.show)
     else:
         examples = text_examples(data, task, dictionaries, context_length, options.max_pairs, options.show)
-    tests = _splits(examples, options)
+    seeds = range(options.seed * options.splits, (options.seed + 1) * options.splits)
+    tests = [examples.held_out(options.test_share, seed) for seed in seeds]
     if metric == "scr":
         chosen, skipped = _chosen_pairs(examples, pairs, tests, options.least)
     else:
         chosen, skipped = _chosen_classes(examples, tests, options.least)
     found: dict[tuple[str, int], list[Tensor]] = {}
     facts: dict[str, list[dict[str, float]]] = {}
-    for number, test in enumerate(tqdm(tests, desc=metric.upper(), disable=not options.show, leave=False)):
-        generator = torch.Generator().manual_seed(options.seed * options.splits + number)
+    bar = tqdm(tests, desc=metric.upper(), disable=not options.show, leave=False)
+    for seed, test in zip(seeds, bar, strict=True):
+        generator = torch.Generator().manual_seed(seed)
         fitted = list(_fitted(examples, chosen, test, options.most, generator))
         for name, fact in (item for concepts in fitted for item in concepts.facts().items()):
             facts.setdefault(name, []).append(fact)
@@ -270,11 +272,6 @@ def _scores(
 
 
 # What there is to measure on
-
-
-def _splits(examples: Examples, options: _Options) -> list[Tensor]:
-    """The test part of each split, `(N,)` bool."""
-    return [examples.held_out(options.test_share, options.seed * options.splits + s) for s in range(options.splits)]
 
 
 def _fewest(cells: Tensor, count: int, tests: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from ...common.command import exit_status
 from ...common.files import write_json
 from ...common.report import text_table
 from ...common.seeds import derived_seed
-from .matching import Match, match
+from .matching import match
 from .model import ToyModel
 from .plots import plot_activations, plot_cosines
 from .training import BATCH_SIZE, FAMILIES, PUBLISHED_L0, STEPS, toy_spec, train_toy
@@ -76,21 +76,13 @@ def _run(parsed: argparse.Namespace) -> None:
                 sae = train_toy(model, spec, accelerator, parsed.steps, seed, lambda *_: bar.update())
                 matches[family] = match(model, sae, seed=derived_seed(seed, "measure"))
                 results.append({"seed": seed, "family": family, **matches[family].summary(tree.names)})
-            _write(folder, parsed.steps, target_l0, tree, results)
-            _plot(folder, tree, matches, seed)
+            run = dict(steps=parsed.steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
+            found = {"about": ABOUT, **run, "features": tree.num_features, "results": results}
+            write_json(folder / "toy.json", found)
+            title = f"Which latents fire with a feature (seed {seed})"
+            plot_activations(matches, tree, folder / f"activations-seed{seed}.png", title)
+            plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
     sys.stdout.write(f"{table(results, tree)}\nSaved {folder / 'toy.json'} and pictures of each seed beside it.\n")
-
-
-def _write(folder: Path, steps: int, target_l0: float, tree: FeatureTree, results: list[dict[str, Any]]) -> None:
-    run = dict(steps=steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
-    write_json(folder / "toy.json", {"about": ABOUT, **run, "features": tree.num_features, "results": results})
-
-
-def _plot(folder: Path, tree: FeatureTree, matches: dict[str, Match], seed: int) -> None:
-    plot_activations(
-        matches, tree, folder / f"activations-seed{seed}.png", f"Which latents fire with a feature (seed {seed})"
-    )
-    plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
 
 
 def table(results: list[dict[str, Any]], tree: FeatureTree) -> str:

@@ -87,7 +87,13 @@ def probe_losses(
         `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
     """
     check_at_least(1, max_tokens=max_tokens, splits=splits, max_pairs=max_pairs, resamples=resamples)
-    _check_options(test_share, least_share, k)
+    if not 0 < test_share < 1 or not 0 <= least_share < 0.5:
+        raise ValueError(
+            f"Expected `test_share` between 0 and 1 and `least_share` from 0 to below 0.5; got {test_share} and "
+            f"{least_share}."
+        )
+    if k is not None and any(number < 1 for number in k):
+        raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
     dictionaries = checked_dictionaries(data, subjects, widths, selection)
     ks = [1, 2, 5] if k is None else sorted(set(k))
     show = show and processes()[0] == 0
@@ -129,16 +135,6 @@ def probe_losses(
         "notes": [],
     }
     return probe_report(records, about)
-
-
-def _check_options(test_share: float, least_share: float, k: Sequence[int] | None) -> None:
-    if not 0 < test_share < 1 or not 0 <= least_share < 0.5:
-        raise ValueError(
-            f"Expected `test_share` between 0 and 1 and `least_share` from 0 to below 0.5; got {test_share} and "
-            f"{least_share}."
-        )
-    if k is not None and any(number < 1 for number in k):
-        raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
 
 
 def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:
