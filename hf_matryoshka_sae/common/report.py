@@ -34,7 +34,7 @@ class Column:
         table (`str`, *optional*, defaults to `"interval"`): Whether the table shows it with its interval, its `value`
             alone, or `nothing` of it.
         uninformed (`float`, *optional*): What knowing nothing scores; drawn as a line.
-        limits (`tuple[float, float]`, *optional*): What lies outside is not drawn.
+        limits (`tuple[float, float]`, *optional*): What lies outside is not drawn; the better end is.
     """
 
     name: str
@@ -247,8 +247,9 @@ class Report:
             if column.uninformed is not None:
                 axis.axhline(column.uninformed, color="black", linewidth=0.8, linestyle="--", label="knows nothing")
             if column.limits is not None:
-                low, high = axis.get_ylim()
-                axis.set_ylim(max(low, column.limits[0]), min(high, column.limits[1]))
+                (low, high), (least, most) = axis.get_ylim(), column.limits
+                low = least if column.better == "lower" else max(low, least)
+                axis.set_ylim(low, most if column.better == "higher" else min(high, most))
             axis.set(ylabel=column.title + (f" ({column.better} is better)" if column.better else ""))
         axes[0].legend(fontsize=8)
 
