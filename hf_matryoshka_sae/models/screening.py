@@ -43,6 +43,7 @@ _COLUMNS = 6  # hi, mid and low part of the bias; r X; l T; d
 _UP = 1 + 2**-7  # a number times this, rounded to bf16, is not below the number
 _OUT = 2**-8  # twice what rounding U to bf16 may change, as a share of it
 _LEAST = 1e-17  # below this float32 squares vanish, and with them the lengths of rows
+_PIECE = {"cpu": 2**17}  # entries of the encoder that are rounded at once
 _SMALLEST = 2**22  # entries N F below which nothing is gained
 _state = threading.local()
 
@@ -204,20 +205,27 @@ def _latents(
     blocks: EncoderBlocks, start: int, stop: int, limit: Tensor | float | None, centre: Tensor, inner: int
 ) -> tuple[Tensor, Tensor]:
     """The latents of a block as bf16 rows with columns of the bound, `(B, inner)`; and those columns, `(3, B)`."""
-    rows, bias = blocks.W_enc[start:stop].detach(), blocks.b_enc[start:stop].detach().float()
-    if blocks.scale is not None:
-        scale = blocks.scale[start:stop]
-        rows, bias = rows * scale[:, None], bias * scale
+    W_enc, bias = blocks.W_enc[start:stop].detach(), blocks.b_enc[start:stop].detach().float()
+    scale = None if blocks.scale is None else blocks.scale[start:stop]
+    depth = W_enc.shape[1]
+    right = W_enc.new_empty(len(W_enc), inner, dtype=torch.bfloat16)
+    constant, residue, length = (W_enc.new_empty(len(W_enc)) for _ in range(3))
+    size = max(1, _PIECE.get(W_enc.device.type, 2**26) // depth)
+    for first in range(0, len(W_enc), size):  # in pieces that stay in a CPU's cache
+        piece = slice(first, first + size)
+        rows = W_enc[piece] if scale is None else W_enc[piece] * scale[piece, None]
+        rounded = right[piece, :depth].copy_(rows)
+        constant[piece], length[piece] = rows @ centre, _lengths(rows)
+        residue[piece] = _lengths(rows - rounded)
+    if scale is not None:
+        bias = bias * scale
     if limit is not None:
         bias = bias - (limit[start:stop] if isinstance(limit, Tensor) else limit)
-    constant, depth = rows @ centre, rows.shape[1]
-    right = rows.new_zeros(len(rows), inner, dtype=torch.bfloat16)
-    rounded = right[:, :depth].copy_(rows)
     d = (bias.abs() + constant.abs()) * (inner * 2.0**-23) + _LEAST**2
     bias = bias + constant
     for column in range(depth, depth + 3):  # the sum of three bf16 numbers is the bias to 24 bits
         right[:, column] = bias
         bias = bias - right[:, column]
-    right[:, depth + 3], right[:, depth + 4] = _up(_lengths(rows - rounded)), _up(_lengths(rows))
-    right[:, depth + 5] = _up(d)
+    right[:, depth + 3 : depth + _COLUMNS] = torch.stack([_up(residue), _up(length), _up(d)], 1)
+    right[:, depth + _COLUMNS :] = 0
     return right, right[:, depth + 3 : depth + _COLUMNS].float().T.contiguous()

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ...common.distributed import gathered
+from ...common.memory import keep_freed_memory
 from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
 from ..data.feed import Feed
@@ -80,6 +81,8 @@ def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[di
             raise ValueError("`heldout` rows go with `states`; held-out text is the config's `eval_dataset`.")
     config = as_begun(config)
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog, RunFolder(config, accelerator) as folder:
         if accelerator.is_main_process:
             check_access(config.trackers)
