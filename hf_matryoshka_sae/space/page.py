@@ -12,10 +12,9 @@ from .looks.html import escape
 from .looks.links import View
 from .looks.messages import told, warn
 from .subject.library import Library
-from .subject.opened import Pruning
 from .tabs.compare import CompareTab
 from .tabs.features import FeaturesTab
-from .tabs.inputs import Shown, area
+from .tabs.inputs import HEAVY, LIGHT, Shown, area
 from .tabs.prune import PruneTab
 from .tabs.search import SearchTab
 from .tabs.text import TextTab
@@ -116,8 +115,7 @@ class Page:
             )
         current = self.shown.current
         search = [current, self.search.query, self.search.kind]
-        model: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
-        started.success(told(self.search.find_linked), search, self.search.hits, **model)
+        started.success(told(self.search.find_linked), search, self.search.hits, **HEAVY)
         self.features.built.success(told(self.describe), current, self.about, api_visibility="private").then(
             told(self.features.refresh),
             [current, self.shown.latent],
@@ -126,28 +124,24 @@ class Page:
         ).then(told(self.tree.refresh), current, self.tree.tree, api_visibility="private")
         for event in (started, *opened):
             pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
-            light = {"api_visibility": "private", "show_progress": "hidden"}
             event.success(
                 told(self.features.refresh),
                 [current, self.shown.latent],
                 [self.features.without, self.features.table, self.features.feature],
-                **light,
-            ).then(told(self.tree.refresh), current, self.tree.tree, **light).then(
+                **LIGHT,
+            ).then(told(self.tree.refresh), current, self.tree.tree, **LIGHT).then(
                 told(self.prune.show_measured),
                 pruning,
                 [self.prune.chart, self.prune.figures],
-                **model,
+                **HEAVY,
             )
 
     def warm(self) -> None:
         """Open what is shown at first, and measure what of it is shown at first."""
         try:
-            opened = self.endpoints.library.open(self.default)
-            if opened.index is not None:
-                opened.tree()
-                _ = opened.labels
-            opened.curve("trained")
-            opened.measured(Pruning(width=opened.num_latents))
+            if self.endpoints.describe(self.default)["index_tokens"] is not None:
+                self.endpoints.family(0, self.default)
+            self.endpoints.curve(self.default, measure=[0])
         except (ValueError, *UNREACHABLE):
             pass  # the visitor is told
 
@@ -174,10 +168,10 @@ class Page:
 
     def _first_latent(self, view: View) -> int:
         """The latent of the link, else the one with most energy."""
-        opened = self.endpoints.library.open(view.sae, view.place)
-        if view.latent is not None or opened.index is None:
+        current = view.sae, view.place
+        if view.latent is not None or self.endpoints.describe(*current)["index_tokens"] is None:
             return view.latent or 0
-        return int(opened.columns()["mean_square"].argmax())
+        return self.endpoints.latents(*current, count=1)[0]["latent"]
 
     def open_source(self, source: str) -> tuple[Any, ...]:
         """Open a repository or folder."""

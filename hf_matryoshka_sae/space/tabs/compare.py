@@ -9,7 +9,7 @@ from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
 from ..looks.messages import told
 from ..subject.opened import RANKINGS
-from .inputs import BARS, Shown, area
+from .inputs import BARS, HEAVY, Shown, area
 
 
 _ROWS = (
@@ -43,9 +43,7 @@ class CompareTab:
             told(self.show),
             [*self.left, *self.right],
             self.outcome,
-            api_visibility="private",
-            concurrency_id="model",
-            concurrency_limit=1,
+            **HEAVY,
         )
 
     @staticmethod
@@ -78,7 +76,7 @@ class CompareTab:
         names = [_name("A", found["figures"][0]), _name("B", found["figures"][1])]
         curves = {}
         for name, (source, where, by, _) in zip(names, (left, right), strict=True):
-            rows = self.endpoints.library.open(source, where).curve(by)
+            rows = self.endpoints.curve(source, where, by).rows
             curves[name] = [(row["width"], row["fvu"]) for row in rows]
         marks = [
             Mark(name, figures["width"], figures["fvu"], name.split(":")[0])
