@@ -207,13 +207,9 @@ class Endpoints:
             raise ValueError(f"A text can be continued by up to 100 tokens, got {new_tokens}.")
         pruned = opened.pruned(opened.check(Pruning(ranking, width, k or None)))
         with self.library.lock:
+            data = opened.data
             found = reconstruct_text(
-                pruned,
-                opened.data.model,
-                opened.tokenizer,
-                text,
-                hookpoint=opened.data.hookpoint,
-                max_new_tokens=new_tokens,
+                pruned, data.model, data.tokenizer, text, hookpoint=data.hookpoint, max_new_tokens=new_tokens
             )
         lost = found.spliced_loss - found.loss
         predicted = ~torch.isnan(lost)

@@ -95,46 +95,29 @@ class Page:
         ]
         # Not among what runs a language model: what is open already opens at once, whatever others wait for.
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 20}
-        started = self.blocks.load(
-            told(self.start),
-            None,
-            [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind],
-            **options,
-        )
+        first = [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind]
+        started = self.blocks.load(told(self.start), None, first, **options)
         started.success(None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place})")
         opened = [
             gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options),
             self.place.input(told(self.open_place), [self.shown.current, self.place], everything, **options),
         ]
         for event in opened:
-            event.success(
-                None,
-                [self.source, self.place],
-                None,
-                js="(sae, place) => showInLink({sae, place, latent: null}, true)",
-            )
+            step = "(sae, place) => showInLink({sae, place, latent: null}, true)"
+            event.success(None, [self.source, self.place], None, js=step)
         current = self.shown.current
         search = [current, self.search.query, self.search.kind]
         started.success(told(self.search.find_linked), search, self.search.hits, **HEAVY)
-        self.features.built.success(told(self.describe), current, self.about, api_visibility="private").then(
-            told(self.features.refresh),
-            [current, self.shown.latent],
-            [self.features.without, self.features.table, self.features.feature],
-            api_visibility="private",
-        ).then(told(self.tree.refresh), current, self.tree.tree, api_visibility="private")
-        for event in (started, *opened):
-            pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
-            event.success(
-                told(self.features.refresh),
-                [current, self.shown.latent],
-                [self.features.without, self.features.table, self.features.feature],
-                **LIGHT,
-            ).then(told(self.tree.refresh), current, self.tree.tree, **LIGHT).then(
-                told(self.prune.show_measured),
-                pruning,
-                [self.prune.chart, self.prune.figures],
-                **HEAVY,
-            )
+        built = self.features.built.success(told(self.describe), current, self.about, **LIGHT)
+        pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
+        indexed = [self.features.without, self.features.table, self.features.feature]
+        for event in (built, started, *opened):
+            refreshed = event.success(
+                told(self.features.refresh), [current, self.shown.latent], indexed, **LIGHT
+            ).then(told(self.tree.refresh), current, self.tree.tree, **LIGHT)
+            if event is not built:
+                measured = [self.prune.chart, self.prune.figures]
+                refreshed.then(told(self.prune.show_measured), pruning, measured, **HEAVY)
 
     def warm(self) -> None:
         """Open what is shown at first, and measure what of it is shown at first."""
