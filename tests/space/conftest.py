@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -69,13 +70,17 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"The page was not there after {_SECONDS} s:\n{log.read_text()[-2000:]}")
 
 
+_STREAMS = WeakKeyDictionary()
+"""What each tab waits for from the page's queue."""
+
+
 class Visits:
     """Tabs of one browser, which reads the page's scripts once for all of them; what goes wrong in any is kept."""
 
     def __init__(self, context, url: str):
         self.context, self.url = context, url
         self.problems: list[str] = []
-        self._shared, self._streams = {}, {}
+        self._shared = {}
 
     def open(self, query: str = "", width: int = 1280):
         """A new tab at a query."""
@@ -84,7 +89,7 @@ class Visits:
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
-        streams = self._streams[page] = set()
+        streams = _STREAMS[page] = set()
         page.on("request", lambda request: streams.add(request) if "/queue/" in request.url else None)
         for ended in ("requestfinished", "requestfailed"):
             page.on(ended, lambda request: streams.discard(request))
@@ -96,15 +101,8 @@ class Visits:
         """The one tab of a width that tests use one after the other."""
         if width not in self._shared:
             self._shared[width] = self.open(width=width)
+        rest(self._shared[width])
         return self._shared[width]
-
-    def rest(self, page) -> None:
-        """Wait until nothing that was asked for is under way: leaving a page breaks that off, which it reports."""
-        page.locator("#figures table").wait_for(state="attached")  # the last of what opening an SAE asks for
-        until = time.monotonic() + _SECONDS
-        while self._streams[page]:
-            assert time.monotonic() < until, f"Still under way: {[one.url for one in self._streams[page]]}"
-            page.wait_for_timeout(20)
 
     def check(self) -> None:
         """Nothing has gone wrong since the last check."""
@@ -157,10 +155,24 @@ def open_page(visits):
 
 
 def choose_tab(page, name: str) -> None:
-    """Go to a tab; on a narrow screen it may be in the menu."""
+    """Go to a tab, which may be in the menu on a narrow screen, and wait until the page is at rest."""
     tab = page.get_by_role("tab", name=name, exact=True)
     if tab.count() and tab.first.is_visible():
         tab.first.click()
     else:
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown button", has_text=name).click()
+    rest(page)
+
+
+def rest(page) -> None:
+    """Wait until nothing is under way, nor what follows on it.
+
+    Leaving a page breaks off what is under way, which it reports; and Gradio closes its stream after the last answer,
+    and may lose what is asked for in that moment.
+    """
+    until, quiet = time.monotonic() + _SECONDS, 0
+    while quiet < 4:
+        assert time.monotonic() < until, f"Still under way: {[request.url for request in _STREAMS[page]]}"
+        page.wait_for_timeout(50)
+        quiet = 0 if _STREAMS[page] else quiet + 1

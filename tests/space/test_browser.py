@@ -15,7 +15,7 @@ from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, TopKSAE, TopKSAECon
 from hf_matryoshka_sae.studies.command import main as evaluate
 
 from ..conftest import SERVER
-from .conftest import TOKENS, choose_tab
+from .conftest import TOKENS, choose_tab, rest
 
 
 pytestmark = pytest.mark.slow
@@ -190,7 +190,7 @@ def test_a_text_is_tried_and_steered_and_its_markup_stays_text(page):
     page.locator("#along .token").first.wait_for()
 
 
-def test_two_prunings_are_compared_and_their_latents_lead_to_their_page(page, visits):
+def test_two_prunings_are_compared_and_their_latents_lead_to_their_page(page):
     choose_tab(page, "Compare")
     page.get_by_role("button", name="Compare").last.click()
     page.locator("#comparison h3", has_text="Which features survive").wait_for()
@@ -198,7 +198,7 @@ def test_two_prunings_are_compared_and_their_latents_lead_to_their_page(page, vi
     assert "512 latents are in both" in page.locator("#comparison").inner_text()
     link = page.locator("#comparison a[data-latent]").first
     latent = link.get_attribute("data-latent")
-    visits.rest(page)
+    rest(page)
     link.click()
     page.locator("#feature h2", has_text=f"Latent {latent} ").wait_for()
 
@@ -217,7 +217,7 @@ def test_markup_in_a_link_is_text(open_page):
         assert page.locator(".toast-body form, .toast-body img, form[action*=evil]").count() == 0
 
 
-def test_going_back_leads_to_the_latent_before(desktop, visits):
+def test_going_back_leads_to_the_latent_before(desktop):
     page = desktop
     choose_tab(page, "Features")
     page.get_by_label("Latent", exact=True).fill("7")
@@ -226,7 +226,7 @@ def test_going_back_leads_to_the_latent_before(desktop, visits):
     page.wait_for_function("new URLSearchParams(location.search).get('latent') == '7'")
     page.locator("#latents a[data-latent]:not([data-latent='7'])").first.click()
     page.wait_for_function("new URLSearchParams(location.search).get('latent') != '7'")
-    visits.rest(page)
+    rest(page)
     page.go_back()
     page.locator("#feature h2", has_text="Latent 7 ").wait_for()
 
