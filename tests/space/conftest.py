@@ -18,7 +18,7 @@ from hf_matryoshka_sae.space.endpoints import Endpoints
 from ..conftest import SERVER
 
 
-TOKENS = 4_000
+TOKENS = 2_000
 _SECONDS = 180
 
 

@@ -36,6 +36,7 @@ def set_width(page) -> None:
 
 
 def open_source(page, source: str) -> None:
+    rest(page)
     page.get_by_label("SAE: a repository on the Hub").fill(source)
     page.get_by_role("button", name="Open", exact=True).first.click()
 
@@ -106,6 +107,7 @@ def test_a_pruned_sae_is_downloaded_and_loads(desktop, tmp_path):
 def test_a_pruned_sae_is_pushed_opened_and_indexed(open_page):
     SERVER.reset()
     page = open_page("?width=64")
+    rest(page)
     page.get_by_label("or push it to your repository").fill("somebody/pruned")
     page.get_by_label(re.compile("Token with write access")).fill("hf_loopback")
     page.get_by_role("button", name="Push to the Hub").click()
@@ -239,6 +241,7 @@ def test_saes_of_other_families_and_sizes_open(open_page, tmp_path):
     page.locator("#about", has_text="relu_sae").wait_for()
     page.locator("#figures th", has_text="300 latents").wait_for()
     assert not page.get_by_label("number input for k: latents per token").is_visible()
+    rest(page)
     page.get_by_label("Which of its SAEs").click()
     page.get_by_role("option", name="b/model.layers.2").click()
     page.locator("#about", has_text="topk_sae").wait_for()
@@ -257,6 +260,7 @@ def test_a_damaged_index_is_said_and_built_anew(open_page, tmp_path):
     contexts.write_bytes(content)
     page = open_page(f"?{urlencode({'sae': str(tmp_path), 'tab': 'features'})}")
     page.locator("#about", has_text="damaged").wait_for()
+    rest(page)
     page.get_by_label("number input for Tokens of text to look at").fill("10000")
     page.get_by_role("button", name="Build the index").click()
     page.locator("#latents a[data-latent]").first.wait_for()
@@ -266,6 +270,7 @@ def test_a_damaged_index_is_said_and_built_anew(open_page, tmp_path):
 def test_bad_input_is_a_message(open_page):
     page = open_page("?latent=5000&tab=features")
     page.locator(".toast-body", has_text="no latent 5000").wait_for()
+    rest(page)
     page.get_by_label("Latent", exact=True).fill("99999")
     page.get_by_role("button", name="Open", exact=True).last.click()
     page.locator(".toast-body", has_text="numbered 0 to 2047").wait_for()
