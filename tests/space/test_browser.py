@@ -283,9 +283,9 @@ def test_bad_input_is_a_message(open_page):
 
 
 def test_a_link_opens_what_it_says(open_page):
-    page = open_page("?sae=embedded&width=192&ranking=frequency&tab=search&latent=7&q=return&kind=words")
+    page = open_page("?sae=embedded&width=192&ranking=frequency&tab=search&latent=7&q=the&kind=words")
     page.locator("#hits tbody tr").first.wait_for()
-    assert page.get_by_label("Pattern or words").input_value() == "return"
+    assert page.get_by_label("Pattern or words").input_value() == "the"
     assert page.get_by_role("radio", name="words").is_checked()
     choose_tab(page, "Features")
     page.locator("#feature h2", has_text="Latent 7 ").wait_for()
