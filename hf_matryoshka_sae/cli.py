@@ -82,13 +82,13 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
 
             return convert(rest or ["--help"])
         case "toy":
-            from .studies.known_features.command import main as toy
+            from .studies.known_features.command import toy_main
 
-            return toy(rest)
+            return toy_main(rest)
         case "synthetic":
-            from .studies.known_features.benchmark import main as synthetic
+            from .studies.known_features.command import synthetic_main
 
-            return synthetic(rest)
+            return synthetic_main(rest)
     from .demo import demo
 
     return demo(parsed.output_dir)

@@ -5,15 +5,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from . import load, save
-from .registry import formats
+from .names import WRITABLE, check_name, formats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert one SAE as the command-line arguments say; returns the exit status."""
     parsed = _parser().parse_args(arguments)
+    try:
+        check_name(parsed.to, writable=True)
+        if parsed.source_format is not None:
+            check_name(parsed.source_format)
+    except ValueError as error:
+        return _refused(error)
+    return _convert(parsed)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
+    from .loading import load, save
+
     try:
         sae = load(
             parsed.source,
@@ -30,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, SafetensorError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        return _refused(error)
     widths = "" if len(sae.prefix_widths) == 1 else f", prefixes {', '.join(map(str, sae.prefix_widths))}"
     sys.stdout.write(
         f"{type(sae).__name__}: {sae.config.num_latents} latents of {sae.config.d_in} dimensions{widths}; "
@@ -41,9 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _refused(error: Exception) -> int:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return 2
+
+
 def _parser() -> argparse.ArgumentParser:
     known = "\n".join(
-        f"  {name:<20} {'reads and writes' if name in formats(writable=True) else 'reads':<17} {about}"
+        f"  {name:<20} {'reads and writes' if name in WRITABLE else 'reads':<17} {about}"
         for name, about in formats().items()
     )
     parser = argparse.ArgumentParser(

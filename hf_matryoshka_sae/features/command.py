@@ -2,18 +2,17 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator
-from transformers.utils import logging as transformers_logging
+from ..common.command import exit_status, measuring
+from ..common.data_source import EMBEDDED, DatasetConfig, local_files
+from .sizes import FOLDER, IndexSizes
 
-from ..activations import DatasetConfig
-from ..activations.language_model import EMBEDDED
-from ..common.command import exit_status
-from .index.build import build_index
-from .index.latent_pass import IndexSizes
-from .index.layout import FOLDER
-from .index.store import FeatureIndex
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .index.store import FeatureIndex
 
 
 _SHOWN = 5
@@ -22,19 +21,26 @@ _SHOWN = 5
 def main(arguments: list[str] | None = None) -> int:
     """Build an index from command-line arguments; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return exit_status(
+        lambda: _run(parsed), "Interrupted. What was done is saved; the same command goes on from there."
+    )
 
-    def work() -> None:
-        index = _build(parsed, accelerator)
+
+def _run(parsed: argparse.Namespace) -> None:
+    for name in ("context_length", "lm_batch_size"):
+        if getattr(parsed, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    path = parsed.dataset or EMBEDDED
+    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
+    dataset = DatasetConfig(path, split=split, column=parsed.column)
+    if path != EMBEDDED:
+        local_files(dataset)  # raises where they are missing
+    sizes = IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens)
+    sizes.check()
+    with measuring() as accelerator:
+        index = _build(parsed, dataset, sizes, accelerator)
         if accelerator.is_main_process:
             sys.stdout.write(_summary(index, parsed.output_dir or parsed.sae))
-
-    try:
-        return exit_status(work, "Interrupted. What was done is saved; the same command goes on from there.")
-    finally:
-        accelerator.end_training()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,8 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to look at (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
     parser.add_argument("--lm_batch_size", type=int, default=32, help="windows in a batch (default: %(default)s)")
-    parser.add_argument("--top_contexts", type=int, default=IndexSizes.top_contexts, help="of each latent")
-    parser.add_argument("--context_tokens", type=int, default=IndexSizes.context_tokens, help="shown of a context")
+    parser.add_argument(
+        "--top_contexts", type=int, default=IndexSizes.top_contexts, help="kept of each latent (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context_tokens",
+        type=int,
+        default=IndexSizes.context_tokens,
+        help="shown of a context (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random samples (default: %(default)s)")
     parser.add_argument("--output_dir", help=f"folder in which {FOLDER}/ is made (default: the SAE's)")
     parser.add_argument(
@@ -68,13 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex:
-    for name in ("context_length", "lm_batch_size"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
-    path = parsed.dataset or EMBEDDED
-    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
-    dataset = DatasetConfig(path, split=split, column=parsed.column)
+def _build(
+    parsed: argparse.Namespace, dataset: DatasetConfig, sizes: IndexSizes, accelerator: "Accelerator"
+) -> "FeatureIndex":
+    from .index.build import build_index
+
     return build_index(
         parsed.sae,
         parsed.model,
@@ -84,7 +95,7 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
         hookpoint=parsed.hookpoint,
         context_length=parsed.context_length,
         lm_batch_size=parsed.lm_batch_size,
-        sizes=IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens),
+        sizes=sizes,
         seed=parsed.seed,
         resume=not parsed.restart,
         save_every=parsed.save_every,
@@ -92,7 +103,7 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
     )
 
 
-def _summary(index: FeatureIndex, place: str) -> str:
+def _summary(index: "FeatureIndex", place: str) -> str:
     """What the index is of, and the latents that fire most."""
     about, table = index.about, index.table(["latent", "frequency", "max"]).to_pydict()
     dead = sum(frequency == 0 for frequency in table["frequency"])

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from ..common.command import exit_status
 from ..common.files import write_json, write_text
-from ..training.config.run import load_run_config
+from ..training.config.run import RunConfig, load_run_config
 from .devices import DEVICES, find_device
-from .plan import make_plan
-from .plots import plot
-from .report import report, to_dict
-from .workload import read_workload
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace, flags: list[str]) -> int:
-    config = load_run_config(parsed.config, flags).check_text()
+    if parsed.device.lower() != "cpu":  # which is measured, with torch
+        find_device(parsed.device)
+    config = load_run_config(parsed.config, flags, look=RunConfig.check_text)
+    from .plan import make_plan
+    from .plots import plot
+    from .report import report, to_dict
+    from .workload import read_workload
+
     work = read_workload(config, parsed.d_in, parsed.lm_parameters, parsed.dead_share)
     plan = make_plan(work, parsed.devices, find_device(parsed.device, parsed.devices_per_machine))
     sys.stdout.write(report(plan, config))

@@ -1,38 +1,26 @@
-"""`matryoshka-sae toy`: train a vanilla and a Matryoshka SAE on a tree of features and compare what they found."""
+"""`matryoshka-sae toy` and `synthetic`: their arguments, read and checked before anything heavy is imported."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+import yaml
 
 from ...common.command import exit_status
-from ...common.files import write_json
-from ...common.seeds import derived_seed
-from .matching import Match, match
-from .model import ToyModel
-from .plots import plot_activations, plot_cosines
-from .training import BATCH_SIZE, FAMILIES, PUBLISHED_L0, STEPS, toy_spec, train_toy
-from .tree import TREE_FILE, FeatureTree, load_tree, random_tree
+from ...training.config.describe import described
+from ...training.config.spec import SAESpec
+from .settings import BATCH_SIZE, PUBLISHED_L0, SAMPLES, STEPS, TOY_BATCH_SIZE, TOY_STEPS, World
 
 
-ABOUT = (
-    "A feature is recovered where the decoder row of its latent points along it (cosine at least 0.9) and the latent "
-    "fires where it should (recall and precision at least 0.95). parents_fire: P(a parent's latent fires | one of its "
-    "children is on), the mean over parents; near 0 the children have absorbed their parent. mcc: mean correlation of "
-    "features and matched latents. mean_max_cosine: mean over features of the largest cosine of any decoder row."
-)
+def toy_main(arguments: list[str] | None = None) -> int:
+    """Train a vanilla and a Matryoshka SAE on a tree of features and compare them; returns the exit status."""
+    parsed = _toy_parser().parse_args(arguments)
+    return exit_status(lambda: _toy(parsed), "Interrupted. Seeds that were done are in toy.json.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison from command-line arguments; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
-    return exit_status(lambda: _run(parsed), "Interrupted. Seeds that were done are in toy.json.")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _toy_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae toy",
         description="Train a vanilla and a Matryoshka SAE on a tree of features (Nabeshima 2024): children absorb "
@@ -40,7 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"of {BATCH_SIZE} samples (default: %(default)s, as published)"
+        "--steps",
+        type=int,
+        default=TOY_STEPS,
+        help=f"of {TOY_BATCH_SIZE} samples (default: %(default)s, published)",
     )
     parser.add_argument(
         "--target_l0", type=float, help=f"default: {PUBLISHED_L0} as published; other trees: their own"
@@ -52,59 +43,78 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(parsed: argparse.Namespace) -> None:
+def _toy(parsed: argparse.Namespace) -> None:
     for name in ("steps", "target_l0"):
         value = getattr(parsed, name)
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, got {value:g}.")
-    tree = load_tree(parsed.tree or TREE_FILE) if parsed.random_tree is None else random_tree(parsed.random_tree)
-    target_l0 = parsed.target_l0
-    if target_l0 is None:
-        published = parsed.tree is None and parsed.random_tree is None
-        target_l0 = PUBLISHED_L0 if published else tree.expected_l0
-    folder = Path(parsed.output_dir)
-    tree.save(folder / "tree.json")
-    accelerator = Accelerator(cpu=True)  # a dictionary of this size only waits on a GPU
-    results: list[dict[str, Any]] = []
-    with tqdm(total=len(parsed.seeds) * len(FAMILIES) * parsed.steps, unit="step") as bar:
-        for seed in parsed.seeds:
-            model, matches = ToyModel(tree, seed), {}
-            for family in FAMILIES:
-                bar.set_description(f"{family}, seed {seed}")
-                spec = toy_spec(family, tree.num_features, target_l0)
-                sae = train_toy(model, spec, accelerator, parsed.steps, seed, lambda *_: bar.update())
-                matches[family] = match(model, sae, seed=derived_seed(seed, "measure"))
-                results.append({"seed": seed, "family": family, **matches[family].summary(tree.names)})
-            _write(folder, parsed.steps, target_l0, tree, results)
-            _plot(folder, tree, matches, seed)
-    sys.stdout.write(f"{table(results, tree)}\nSaved {folder / 'toy.json'} and pictures of each seed beside it.\n")
+    from .comparison import compare
+
+    compare(parsed)
 
 
-def _write(folder: Path, steps: int, target_l0: float, tree: FeatureTree, results: list[dict[str, Any]]) -> None:
-    run = dict(steps=steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
-    write_json(folder / "toy.json", {"about": ABOUT, **run, "features": tree.num_features, "results": results})
-
-
-def _plot(folder: Path, tree: FeatureTree, matches: dict[str, Match], seed: int) -> None:
-    plot_activations(
-        matches, tree, folder / f"activations-seed{seed}.png", f"Which latents fire with a feature (seed {seed})"
+def synthetic_main(arguments: list[str] | None = None) -> int:
+    """Train recipes on a world of known features and compare them; returns the exit status."""
+    parsed = _synthetic_parser().parse_args(arguments)
+    return exit_status(
+        lambda: _synthetic(parsed), "Interrupted. What was finished is kept: the same command goes on from there."
     )
-    plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
 
 
-def table(results: list[dict[str, Any]], tree: FeatureTree) -> str:
-    """The results as text, a line per seed and family."""
-    header = f"{'L0':>6} {'FVU':>7} {'max cosine':>11} {'MCC':>7} {'recovered':>10} {'parent fires':>13}"
-    lines = [
-        f"{tree.num_features} features, true L0 {tree.expected_l0:.4g}",
-        f"{'seed':>6} {'family':<11} {header}",
-    ]
-    for row in results:
-        recovered = f"{row['recovered']}/{tree.num_features}"
-        fires = "-" if row["parents_fire"] is None else f"{row['parents_fire']:.2%}"
-        lines.append(
-            f"{row['seed']:>6} {row['family']:<11} {row['l0']:>6.3f} {row['fvu']:>7.4f} "
-            f"{row['mean_max_cosine']:>11.4f} {row['mcc']:>7.4f} {recovered:>10} {fires:>13}"
-        )
-    lines.append("parent fires: P(a parent's latent fires | one of its children is on), mean over parents")
-    return "\n".join(lines)
+def _synthetic(parsed: argparse.Namespace) -> None:
+    for name in ("steps", "batch_size", "samples"):
+        if getattr(parsed, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
+        raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
+    world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})
+    recipes = None if parsed.recipes is None else _read_recipes(Path(parsed.recipes))
+    from .benchmark import Benchmark, default_recipes, markdown
+    from .synthetic import SyntheticModel
+
+    if recipes is None:
+        k = parsed.k or max(1, round(SyntheticModel(world).expected_l0))
+        recipes = default_recipes(parsed.num_latents or world.features, k)
+    folder = Path(parsed.output_dir)
+    benchmark = Benchmark(world, recipes, folder, parsed.steps, parsed.batch_size, parsed.widths, parsed.samples)
+    results = benchmark.run(parsed.seeds)
+    sys.stdout.write(f"{markdown(results)}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
+
+
+def _read_recipes(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"The recipes {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    recipes = data.get("saes") if isinstance(data, dict) else data
+    if not isinstance(recipes, list):
+        raise ValueError(f"{path} must hold a list under `saes`, as a run's YAML does.")
+    for number, recipe in enumerate(recipes):
+        SAESpec.from_dict(recipe, f"saes.{number}.")  # what is wrong is said now
+    return recipes
+
+
+def _synthetic_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae synthetic",
+        description="Train recipes on synthetic hidden states of known features, and compare at each width how many "
+        "features each found. The published scale: --features 16384 --d_in 768 --trees 128.",
+    )
+    parser.add_argument("--recipes", metavar="YAML", help="with `saes:` as in a run's file; by default four families")
+    parser.add_argument("--num_latents", type=int, help="of the default recipes (default: as many as features)")
+    parser.add_argument("--k", type=int, help="of the default recipes (default: the features' own L0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", help="measured (default: a Matryoshka SAE's)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="to match and measure on (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/synthetic", help="default: %(default)s")
+    world = parser.add_argument_group("the world of features")
+    meanings = {field.name: field.meaning for field in described(World)}
+    for field in dataclasses.fields(World):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        text = f"{meanings[field.name].rstrip('.')} (default: %(default)s)"
+        world.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+    return parser

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ...common.command import Interrupted
 from ...common.distributed import gathered
 from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
@@ -37,12 +38,6 @@ logger = get_logger(__name__)
 
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint has been saved."""
-
-    on_all_processes = True
 
 
 def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from accelerate.state import AcceleratorState
 
 from hf_matryoshka_sae.cli import main as cli
 from hf_matryoshka_sae.studies.known_features import benchmark
-from hf_matryoshka_sae.studies.known_features.benchmark import Benchmark, default_recipes, main
+from hf_matryoshka_sae.studies.known_features.benchmark import Benchmark, default_recipes
+from hf_matryoshka_sae.studies.known_features.command import synthetic_main as main
 from hf_matryoshka_sae.studies.known_features.synthetic import World
 
 
