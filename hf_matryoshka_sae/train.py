@@ -1,6 +1,6 @@
 """Train SAEs on the hidden states of a language model.
 
-    python -m hf_matryoshka_sae.train --config run.yaml
+    matryoshka-sae train --config run.yaml
     accelerate launch -m hf_matryoshka_sae.train --config run.yaml --batch_size 4096 --saes.0.k 64
 
 Every field of the YAML file is a flag too; a dot reaches into nested fields, a number, from 0, into a list.

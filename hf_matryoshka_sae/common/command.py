@@ -1,5 +1,6 @@
 """The frame of a sub-command: what it says of wrong names, and how its work ends on the terminal."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,14 @@ class Interrupted(Exception):
     """The work was asked to stop; what it needs to go on has been saved."""
 
     on_all_processes = True
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The value of a flag such as `--widths 64,256,1024`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,256,1024, got {text!r}") from None
 
 
 def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -> int:

@@ -7,11 +7,12 @@ subtracted from the input, in which units thresholds are. What an SAE here canno
 from typing import TYPE_CHECKING
 
 from ..common.lazy import imports_on_use
+from . import formats as _folder  # noqa: F401  (before the function, which has its name)
+from .names import formats
 
 
 if TYPE_CHECKING:
     from .loading import load, save
-    from .names import formats
     from .places import SAEPlace, saes_in
     from .registry import able_to_write
     from .saebench import SAEBenchAdapter, to_saebench

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.command import whole_numbers
 from .names import WRITABLE, check_name, formats
 
 
@@ -73,16 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="of SOURCE (default: found by looking)")
     parser.add_argument("--subfolder", help="folder or file in SOURCE, where it holds several SAEs")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--prefix_widths", type=_widths, help="such as 64,256,1024, where SOURCE does not say")
+    parser.add_argument("--prefix_widths", type=whole_numbers, help="such as 64,256,1024, where SOURCE does not say")
     parser.add_argument("--k", type=float, help="latents per token, where SOURCE does not say")
     parser.add_argument("--hookpoint", help="where it reads: a module's path in transformers (with ':input')")
     parser.add_argument("--base_model", help="Hub id of the language model")
     parser.add_argument("--width", type=int, help="keep only the first latents")
     return parser
-
-
-def _widths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,256,1024, got {text!r}") from None

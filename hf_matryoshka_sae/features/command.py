@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "sae",
-        metavar="SAE_DIR",
+        metavar="REPO_OR_DIR",
         help="folder of an SAE of any format; or its file, or Hub id (then with --output_dir)",
     )
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")

@@ -64,7 +64,9 @@ def pull_main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("repo", metavar="REPO", help="user/name on the Hub")
     parser.add_argument("--width", type=int, help="only the first so many latents (default: all)")
-    parser.add_argument("--saes", default="*", metavar="PATTERN", help="folders or hookpoints (default: all)")
+    parser.add_argument(
+        "--saes", nargs="+", default=["*"], metavar="NAME", help="hookpoints, folders or patterns (default: all)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit")
     parser.add_argument("--output_dir", metavar="DIR", help="also save them as folders of their own")
     return _run(parser, arguments, _pull)
@@ -76,7 +78,7 @@ def _pull(parsed: argparse.Namespace) -> None:
     from .repository import list_saes, load, matching
 
     saes = list_saes(parsed.repo, revision=parsed.revision)
-    chosen = matching(saes, parsed.saes, parsed.repo)
+    chosen = {sae.subfolder: sae for names in parsed.saes for sae in matching(saes, names, parsed.repo)}.values()
     for info in chosen:  # before anything is fetched
         if parsed.width is not None and parsed.width > info.num_latents:
             place = info.subfolder or parsed.repo

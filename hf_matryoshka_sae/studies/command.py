@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..common.command import exit_status, measuring
+from ..common.command import exit_status, measuring, whole_numbers
 from ..common.data_source import EMBEDDED, DatasetConfig, local_files
 
 
@@ -27,16 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", metavar="PATH", help="held-out text: file, folder or Hub id")
     parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
     parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=60_000, help="to evaluate on (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=60_000, help="of it, to measure on (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
-    parser.add_argument("--widths", type=_widths, help="such as 64,128,256 (default: the SAE's prefix widths)")
+    parser.add_argument("--widths", type=whole_numbers, help="such as 64,128,256 (default: the SAE's prefix widths)")
     parser.add_argument(
         "--selection",
         choices=("mask", "restrict"),
         default="mask",
         help="whether latents past the width compete for places (mask, the default) or not; matters to TopK alone",
     )
-    parser.add_argument("--no_baselines", action="store_true", help="the SAEs only")
+    parser.add_argument("--no_baselines", action="store_true", help="measure the SAEs only")
     parser.add_argument("--lm_exponent", type=float, help="of the language model's loss over its training compute")
     parser.add_argument("--lm_irreducible", type=float, default=0.0, help="nats of that law (default: %(default)s)")
     parser.add_argument(
@@ -56,15 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     suite.add_argument("--prompts", metavar="FOLDER", help="with the judge's prompts (default: the package's)")
     suite.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
-    parser.add_argument("--output_dir", help="default: beside the SAE where it is a folder, else runs/evaluate")
+    parser.add_argument(
+        "--output_dir", help="of the results (default: the SAE's where it is a folder, else runs/evaluate)"
+    )
     return parser
-
-
-def _widths(text: str) -> list[int]:
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,128,256, got {text!r}") from None
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -80,6 +75,8 @@ def _run(parsed: argparse.Namespace) -> None:
     for path in (parsed.dataset, parsed.labelled):
         if path is not None and path != EMBEDDED:
             local_files(DatasetConfig(path, split=parsed.split))  # raises where they are missing
+    if parsed.widths is not None:
+        parsed.widths = sorted(set(parsed.widths))
     from .evaluating import run
 
     with measuring() as accelerator:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ...common.command import exit_status
+from ...common.command import exit_status, whole_numbers
 from ...training.config.describe import described
 from ...training.config.spec import SAESpec
 from .settings import BATCH_SIZE, PUBLISHED_L0, SAMPLES, STEPS, TOY_BATCH_SIZE, TOY_STEPS, World
@@ -26,7 +26,7 @@ def _toy_parser() -> argparse.ArgumentParser:
         description="Train a vanilla and a Matryoshka SAE on a tree of features (Nabeshima 2024): children absorb "
         "their parents in the one, not in the other.",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one comparison each (default: 0 1 2)")
     parser.add_argument(
         "--steps",
         type=int,
@@ -39,7 +39,7 @@ def _toy_parser() -> argparse.ArgumentParser:
     tree = parser.add_mutually_exclusive_group()
     tree.add_argument("--tree", metavar="FILE", help="JSON of a tree; by default the published one")
     tree.add_argument("--random_tree", metavar="SEED", type=int, help="make a tree")
-    parser.add_argument("--output_dir", default="runs/toy", help="default: %(default)s")
+    parser.add_argument("--output_dir", default="runs/toy", help="folder of the results (default: %(default)s)")
     return parser
 
 
@@ -105,12 +105,12 @@ def _synthetic_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", metavar="YAML", help="with `saes:` as in a run's file; by default four families")
     parser.add_argument("--num_latents", type=int, help="of the default recipes (default: as many as features)")
     parser.add_argument("--k", type=int, help="of the default recipes (default: the features' own L0)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one comparison each (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step (default: %(default)s)")
-    parser.add_argument("--widths", type=int, nargs="+", help="measured (default: a Matryoshka SAE's)")
+    parser.add_argument("--widths", type=whole_numbers, help="such as 64,128,256 (default: those of a Matryoshka SAE)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="to match and measure on (default: %(default)s)")
-    parser.add_argument("--output_dir", default="runs/synthetic", help="default: %(default)s")
+    parser.add_argument("--output_dir", default="runs/synthetic", help="folder of the results (default: %(default)s)")
     world = parser.add_argument_group("the world of features")
     meanings = {field.name: field.meaning for field in described(World)}
     for field in dataclasses.fields(World):

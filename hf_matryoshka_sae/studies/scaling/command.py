@@ -29,10 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae sweep",
-        description="Train an SAE for each size, k and number of tokens, and fit the scaling laws L(F), L(C) and "
+        description="Train an SAE for each size, k and number of tokens, and fit the scaling laws L(F), L(C)\nand "
         "L(F, k) to their held-out losses. Run again, it trains only what its folder lacks.",
-        epilog=f"{help_text(described(Grid, 'sweep.'))}\n\nEvery field of the YAML file is a flag too, for example "
-        "--sweep.k '[8, 16]' --batch_size 4096; `matryoshka-sae train --help` has the others.",
+        epilog=f"the section `sweep` of the YAML file:\n{help_text(described(Grid, 'sweep.'), 80)}\n\n"
+        "Every field of the YAML file is a flag too, for example --sweep.k '[8, 16]' --batch_size 4096;\n"
+        "`matryoshka-sae train --help` has the others.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -40,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--points", metavar="CSV", help="train nothing, fit these: num_latents, k, loss; tokens, flops, held_out"
     )
-    parser.add_argument("--output_dir", help="default: what the config says; runs/scaling for --points")
+    parser.add_argument(
+        "--output_dir", help="of runs and results (default: what the file says; runs/scaling for --points)"
+    )
     parser.add_argument("--processes", type=int, help="runs at a time (default: one for each CUDA device)")
     parser.add_argument("--fit_only", action="store_true", help="train nothing, fit what is finished")
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap (default: %(default)s)")
