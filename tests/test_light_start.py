@@ -45,7 +45,7 @@ MISTAKES = {
     "sweep --config run.yaml --sweep.kk 3": "Unknown field `sweep.kk`",
     "sweep --points a.csv --batch_size 3": "--batch_size means nothing beside --points",
     "evaluate embedded --tokens 0": "`tokens` must be at least 1",
-    "evaluate embedded --widths 8,x": "expected whole numbers such as 64,256,1024, got '8,x'",
+    "evaluate embedded --widths 8,x": "expected whole numbers such as 64,128,256, got '8,x'",
     "evaluate embedded --dataset no/such.parquet": "does not exist",
     "index embedded --top_contexts 0": "`top_contexts` must be at least 1",
     "index embedded --dataset no/such.parquet": "does not exist",

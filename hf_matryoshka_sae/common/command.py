@@ -21,11 +21,11 @@ class Interrupted(Exception):
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The value of a flag such as `--widths 64,256,1024`."""
+    """The value of a flag such as `--widths 64,128,256`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,256,1024, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,128,256, got {text!r}") from None
 
 
 def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -> int:

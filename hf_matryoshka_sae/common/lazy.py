@@ -31,9 +31,7 @@ def imports_on_use(package: str) -> tuple[Callable[[str], Any], Callable[[], lis
     def get(name: str) -> Any:
         if name.startswith("__") or name not in read():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(sources[name], package), name)
-        setattr(module, name, value)
-        return value
+        return getattr(importlib.import_module(sources[name], package), name)
 
     def names() -> list[str]:
         return sorted({*vars(module), *read()})
