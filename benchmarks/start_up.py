@@ -2,8 +2,8 @@
 
     python benchmarks/start_up.py [--rounds 5]
 
-Every line is a fresh process; they run in turns, and the best of all rounds counts: of the time that passes, and of the
-processor's, which other work on the machine changes less.
+Every line is a fresh process; they run in turns, and the best of all rounds counts: of the time that passes, and of
+the processor's, which other work on the machine changes less.
 """
 
 import argparse
