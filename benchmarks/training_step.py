@@ -32,7 +32,7 @@ from peer_steps import peer_steps
 from tqdm.auto import tqdm
 
 from hf_matryoshka_sae.common.files import write_json
-from hf_matryoshka_sae.common.memory import keep_freed_memory
+from hf_matryoshka_sae.training.run.memory import keep_freed_memory
 
 
 matplotlib.use("Agg")

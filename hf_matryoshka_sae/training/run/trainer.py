@@ -17,8 +17,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ...common.command import Interrupted
 from ...common.distributed import gathered
-from ...common.memory import keep_freed_memory
 from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
 from ..data.feed import Feed
@@ -29,6 +29,7 @@ from .building import build_learners
 from .checkpoints import Checkpoint
 from .closing import Closing, place_of
 from .folder import RunFolder
+from .memory import keep_freed_memory
 from .metrics_log import MetricsLog
 from .provenance import Provenance
 from .watchdog import Watchdog
@@ -38,12 +39,6 @@ logger = get_logger(__name__)
 
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint has been saved."""
-
-    on_all_processes = True
 
 
 def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[dict[str, Any]]:
