@@ -11,6 +11,7 @@ from hf_matryoshka_sae.training.config.spec import FAMILIES
 
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "huggingface_hub")
+OPTIONAL = ("matplotlib", "datasets", "evaluate", "gradio", "pandas", "wandb")
 
 
 def python(code: str) -> subprocess.CompletedProcess:
@@ -53,10 +54,13 @@ assert not loaded, loaded
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["hf_matryoshka_sae", "transformers"])
-def test_classes_register_whichever_package_is_imported_first(first):
+def test_classes_register_whichever_package_is_imported_first_and_nothing_optional_is(first):
     second = {"hf_matryoshka_sae": "transformers", "transformers": "hf_matryoshka_sae"}[first]
     code = f"""
-import {first}, {second}
+import sys, {first}
+loaded = [name for name in {OPTIONAL!r} if name in sys.modules]
+assert not loaded or {first!r} == "transformers", loaded
+import {second}
 from transformers import AutoConfig, AutoModel
 config = AutoConfig.for_model("topk_sae", d_in=4, num_latents=8, k=2)
 sae = AutoModel.from_config(config)
