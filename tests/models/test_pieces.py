@@ -63,12 +63,6 @@ def test_pieces_keep_to_the_bound_and_are_as_few_and_as_equal_as_can_be(limit, l
     assert len(sizes) in (1, latents) or fewer * ((limit - whole) // row) < latents
 
 
-def test_any_rows_give_the_same_plan():
-    state = large().state_dict()
-    part = {name: tensor if name in WHOLE_TENSORS else tensor[:3] for name, tensor in state.items()}
-    assert plan_files(part, 512, "30KB") == plan_files(state, 512, 30_000)
-
-
 @pytest.mark.parametrize("size", ["5 GB", "5gb", "0.005TB", "5000MB", 5 * 10**9, "5000000KB"])
 def test_sizes_are_read_as_transformers_reads_them(size):
     state = {"W_enc": torch.empty(1, 1000, device="meta")}
@@ -106,16 +100,6 @@ def test_pieces_load_as_the_single_file_does(tmp_path, variant, size):
         assert_same_tensors(load.from_pretrained(tmp_path / "pieces"), sae)
     for width in range(1, F + 1):
         assert_same_tensors(AutoModel.from_pretrained(tmp_path / "pieces", width=width), sae.truncate(width))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_types_survive_pieces(tmp_path, dtype):
-    sae = large(dtype)
-    sae.save_pretrained(tmp_path, max_shard_size="30KB")
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert_same_tensors(loaded, sae)
-    assert loaded.threshold.dtype == torch.float32
-    assert AutoModel.from_pretrained(tmp_path, dtype=torch.float32).W_enc.dtype == torch.float32
 
 
 def test_loading_info_and_overrides_work_with_pieces(tmp_path):
@@ -329,18 +313,6 @@ def sae_hub_digests(hub: HubServer, sae, ends: list[int]) -> None:
     """Digests as a push makes them: blocks end where pieces do."""
     found = row_digests(sae.state_dict(), 512, [*sae.prefix_widths, *ends], WHOLE_TENSORS)
     hub.add(REPO, {DIGESTS_NAME: json.dumps(found).encode()})
-
-
-def test_latents_whose_connection_stays_broken_say_so_and_go_on(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    sae = large()
-    put(hub, sae, tmp_path / "saved", layout="pieces")
-    read_latents(REPO, 0, 1)
-    hub.fail(2, "drop", times=1000)
-    with pytest.raises(OSError, match="same call again goes on"):
-        read_latents(REPO, 0, 300)
-    hub.fail(1, "drop", times=0)
-    assert torch.equal(read_latents(REPO, 0, 300)[1]["W_dec"], sae.W_dec[:300])
 
 
 # Damage

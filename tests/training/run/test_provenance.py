@@ -44,7 +44,7 @@ def test_a_run_says_what_was_folded_in_and_calibrated(finished_run):
     assert (sae["calibration"]["l0"], sae["calibration"]["tokens"]) == (4, 1024)
     assert sae["mean_norm"] > 0 and sae["scale"] > 0
     assert sae["weights"] == folder_digest(finished_run / "nested/model.layers.0")
-    assert found["tokens"] == 10 * 128 and "calibration" not in found["saes"]["plain/model.layers.0"]
+    assert found["tokens"] == 10 * 128
     assert found["language_model"]["class"] == "LlamaForCausalLM"
     (session,) = found["sessions"]
     assert (session["from_step"], session["to_step"]) == (0, 10)
@@ -64,10 +64,13 @@ def test_sessions_of_a_resumed_run_add_up(tmp_path, interrupt):
     assert (second["from_step"], second["to_step"]) == (4, 8)
 
 
-def test_starting_over_forgets_earlier_sessions(finished_run, tmp_path):
+def test_starting_over_forgets_earlier_sessions_and_families_without_calibration_name_none(finished_run, tmp_path):
     (tmp_path / "provenance.json").write_text((finished_run / "provenance.json").read_text())
-    train(config(tmp_path, resume=False, tokens=256))
-    assert [each["from_step"] for each in read_provenance(tmp_path)["sessions"]] == [0]
+    saes = [{"type": "topk", "name": "plain", "num_latents": 64, "k": 4}]
+    train(config(tmp_path, resume=False, tokens=256, saes=saes))
+    found = read_provenance(tmp_path)
+    assert [each["from_step"] for each in found["sessions"]] == [0]
+    assert "calibration" not in found["saes"]["plain/model.layers.1"]  # a run of no family that has one
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import types
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -326,15 +327,11 @@ def test_nan_without_end_stops_the_run_with_a_message(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in rows.values())
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
-def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished, error):
-    def full(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(SAEModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(config(tmp_path))
-    monkeypatch.undo()
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished):
+    for error in (SafetensorError("No space left"), OSError(errno.ENOSPC, "No space left on device")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(SAEModel, "save_pretrained", Mock(side_effect=error))
+            train(config(tmp_path))
     train(config(tmp_path))
     assert equal(weights(finished[0]), weights(tmp_path))
 

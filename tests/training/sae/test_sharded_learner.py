@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from hf_matryoshka_sae.models import build_sae
-from hf_matryoshka_sae.models.sharding import Layout
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.data.placement import Meshes, Placement
 from hf_matryoshka_sae.training.run.building import own_config
@@ -130,8 +129,3 @@ def test_sharded_training_equals_that_of_one_process(outcomes, name):
             assert torch.allclose(found, value, atol=1e-5, rtol=1e-5), (key, (found - value).abs().max())
     start = expected["losses"][0, 0]
     assert (expected["losses"][1:, 0] - start).abs().max() > 1e-3  # something was learnt
-
-
-def test_layouts_of_a_run():
-    layout = Layout(62, 1, 2, 1, 2)
-    assert layout.processes == 4 and layout.rows == (31, 62)
