@@ -156,6 +156,12 @@ def test_nothing_of_size_n_x_f_is_kept_for_the_backward_pass():
     assert max(kept) <= 2048 * sae.config.d_in
 
 
+def test_many_latents_that_fire_are_summed_by_matmuls_and_few_are_not():
+    assert dense_ops.worthwhile(num_pairs=500_000, num_rows=10_000, num_latents=100)
+    assert not dense_ops.worthwhile(num_pairs=100_000, num_rows=10_000, num_latents=100)
+    assert not dense_ops.worthwhile(num_pairs=500, num_rows=10, num_latents=100)
+
+
 @each(num_latents=[1, 31, 33, 100, 1021], variant=["topk", "matryoshka-batch_topk", "relu"])
 def test_any_number_of_latents_trains(variant, num_latents):
     k = {"k": min(3, num_latents)} if variant != "relu" else {}

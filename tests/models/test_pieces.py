@@ -315,6 +315,18 @@ def sae_hub_digests(hub: HubServer, sae, ends: list[int]) -> None:
     hub.add(REPO, {DIGESTS_NAME: json.dumps(found).encode()})
 
 
+def test_latents_whose_connection_stays_broken_say_so_and_go_on(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    sae = large()
+    put(hub, sae, tmp_path / "saved", layout="pieces")
+    read_latents(REPO, 0, 1)
+    hub.fail(2, "drop", times=1000)
+    with pytest.raises(OSError, match="same call again goes on"):
+        read_latents(REPO, 0, 300)
+    hub.fail(1, "drop", times=0)
+    assert torch.equal(read_latents(REPO, 0, 300)[1]["W_dec"], sae.W_dec[:300])
+
+
 # Damage
 
 

@@ -156,6 +156,19 @@ def test_a_position_within_a_run_is_found():
         assert list(itertools.islice(rows(position), 100)) == expected[position : position + 100]
 
 
+def test_a_batch_is_of_many_runs_however_small(cache):
+    stream = _open(cache)
+    sizes = [end - first for _, first, end in next(stream._order.blocks(0)).runs]
+    assert max(sizes) <= 30 // 16
+
+
+def test_no_rows_wait(cache):
+    stream = _open(cache)
+    for _ in range(50):
+        next(stream)
+        assert len(stream._buffer) == 0
+
+
 def test_resumed_equals_uninterrupted(cache):
     whole = _open(cache, seed=3)
     expected = [_stacked(next(whole)) for _ in range(80)]
