@@ -33,9 +33,9 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-def put(hub: HubServer, sae: SAEModel, folder, digests=True, layout="one file", size=40_000) -> None:
-    """Commit a saved SAE to the loopback Hub, in files of at most `size` bytes where it is in several."""
-    save(sae, folder, layout, size)
+def put(hub: HubServer, sae: SAEModel, folder, digests=True, layout="one file") -> None:
+    """Commit a saved SAE to the loopback Hub."""
+    save(sae, folder, layout, 40_000)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     if digests:
         found = row_digests(sae.state_dict(), sae.config.num_latents, sae.prefix_widths, WHOLE_TENSORS)
@@ -202,7 +202,7 @@ def requests_of_a_pull(hub: HubServer) -> int:
 @each(layout=["one file", "pieces"], how=["drop", "503", "truncate"])
 def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch, how, layout):
     sae = large()
-    put(hub, sae, tmp_path / "saved", layout=layout, size=120_000)
+    put(hub, sae, tmp_path / "saved", layout=layout)
     total = requests_of_a_pull(hub)
     assert total >= 8
     survived = 0

@@ -135,3 +135,9 @@ def test_shards_cover_the_dictionary_in_order():
         assert rows[0][0] == 0 and rows[-1][1] == num_latents
         assert all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
         assert max(b - a for a, b in rows) - min(b - a for a, b in rows) <= 1
+
+
+def test_widths_of_a_shard_are_those_of_its_own_latents():
+    layout = Layout(20, shard=1, shards=4)
+    assert layout.rows == (5, 10)
+    assert layout.own_widths([3, 5, 7, 12, 20]) == [0, 0, 2, 5, 5]
