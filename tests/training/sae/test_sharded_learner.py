@@ -19,7 +19,7 @@ from ...processes import forget_accelerator
 
 # d_in, latents, tokens, steps, precision. In many steps of a large float32
 # dictionary some pre-activation comes so near to a threshold or a cut that rounding decides; not so in float64.
-SHAPES = {"small": (8, 62, 64, 5, torch.float32), "larger": (32, 514, 256, 12, torch.float64)}
+SHAPES = {"small": (8, 62, 64, 5, torch.float32), "larger": (32, 514, 128, 8, torch.float64)}
 CASES = {"1x2": (1, 2, "small"), "2x1": (2, 1, "small"), "2x2": (2, 2, "larger")}
 SPECS = {
     "matryoshka": {"type": "matryoshka", "k": 3, "error_unit": "fvu", "sort_every": 2},
