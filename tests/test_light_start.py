@@ -19,6 +19,7 @@ HEAVY = (
     *("torch", "transformers", "accelerate", "datasets", "numpy", "huggingface_hub", "safetensors"),
     *("pandas", "pyarrow", "scipy", "matplotlib", "gradio"),
 )
+OPTIONAL = ("matplotlib", "datasets", "evaluate", "gradio", "pandas", "wandb")
 RUN = """
 model: embedded
 dataset: embedded
@@ -110,10 +111,13 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(said, command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["hf_matryoshka_sae", "transformers"])
-def test_classes_register_whichever_package_is_imported_first(first):
+def test_classes_register_whichever_package_is_imported_first_and_nothing_optional_is(first):
     second = {"hf_matryoshka_sae": "transformers", "transformers": "hf_matryoshka_sae"}[first]
     code = f"""
-import {first}, {second}
+import sys, {first}
+loaded = [name for name in {OPTIONAL!r} if name in sys.modules]
+assert not loaded or {first!r} == "transformers", loaded
+import {second}
 from transformers import AutoConfig, AutoModel
 config = AutoConfig.for_model("topk_sae", d_in=4, num_latents=8, k=2)
 sae = AutoModel.from_config(config)

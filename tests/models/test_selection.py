@@ -52,7 +52,6 @@ PRE = {
 }
 
 
-WAYS = pytest.mark.parametrize("static", [False, True], ids=["listed", "static"])
 BLOCKS = pytest.mark.parametrize("block", [None, 32, 96], ids=["one block", "blocks of 32", "blocks of 96"])
 
 
