@@ -1,6 +1,5 @@
-"""The ways in: sub-commands, the demo, and the README's snippets on what the demo leaves."""
+"""The ways in: sub-commands and the demo."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import yaml
 
 from hf_matryoshka_sae import cli, demo
 from hf_matryoshka_sae.studies.scaling import load_sweep
-from hf_matryoshka_sae.training import RunConfig, load_run_config
+from hf_matryoshka_sae.training import load_run_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,27 +39,6 @@ def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     assert len(re.findall(r"latent +\d+ \(prefix", printed)) == 10
     assert printed.count("[[") == 1 + 10 * 4
     assert (folder / "runs/demo/results.png").is_file()
-
-
-@pytest.mark.slow
-def test_the_readme_snippets_run_on_what_the_demo_leaves(demo_run, hub):
-    """Those about the Hub against a loopback one."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(demo_run[0] / "home")}
-    for block in blocks:
-        environment = online if "hub.push" in block else None
-        run = [sys.executable, "-c", block]
-        done = subprocess.run(run, cwd=demo_run[0], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "model.layers.2/model.safetensors" in hub.files("your-name/demo-sae")
-
-
-def test_the_readme_run_is_a_valid_config():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        RunConfig.from_dict(yaml.safe_load(block))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
