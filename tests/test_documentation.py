@@ -2,8 +2,8 @@
 
 Blocks of a page run in order, in one folder in which the demo has been run (with fewer tokens) and which has the
 checkout's examples/ and the like beside it. Python blocks share their names, YAML blocks whose first line names a file
-are written to it, shell commands run through the functions behind them, against a loopback Hub. Before a block may
-stand
+are written to it, shell commands run through the functions behind them, against a loopback Hub. `open_heldout` gives
+fewer tokens than it is asked for. Before a block may stand
 
     <!-- run with: --tokens 3000 -->    flags that are added to its commands, so that it ends soon
     <!-- not run: why -->               Python is compiled, flags are read, and no more
@@ -11,6 +11,7 @@ stand
 
 import argparse
 import contextlib
+import functools
 import re
 import runpy
 import shlex
@@ -24,7 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_matryoshka_sae import cli, convert, demo
+from hf_matryoshka_sae import cli, convert, demo, evaluation
+from hf_matryoshka_sae.evaluation import open_heldout
 from hf_matryoshka_sae.train import main as train
 from hf_matryoshka_sae.training import RunConfig, load_run_config
 
@@ -32,7 +34,8 @@ from hf_matryoshka_sae.training import RunConfig, load_run_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "api")]
 BESIDE = ("accelerate_configs", "benchmarks", "examples", "spaces_app")
-SHORT = dict(demo.DEMO, tokens=40_960, eval_tokens=3000, calibration_tokens=10_000)
+SHORT = dict(demo.DEMO, tokens=40_960, eval_tokens=1500, calibration_tokens=5_000, normalization_tokens=5_000)
+HELDOUT_TOKENS = 2_000
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>run with|not run): (?P<said>.*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
@@ -186,6 +189,8 @@ def reader(demo_folder, tmp_path, monkeypatch, hub) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(demo, "DEMO", SHORT)
     monkeypatch.setattr(demo, "demo", lambda output_dir: 0)  # done
+    few = functools.partial(open_heldout, tokens=HELDOUT_TOKENS)
+    monkeypatch.setattr(evaluation, "open_heldout", lambda *args, tokens=None, **kwargs: few(*args, **kwargs))
     return folder
 
 
