@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_matryoshka_sae import cli, convert, demo, evaluation
+from hf_matryoshka_sae import cli, convert, demo, evaluation, hub
 from hf_matryoshka_sae.evaluation import open_heldout
 from hf_matryoshka_sae.train import main as train
 from hf_matryoshka_sae.training import RunConfig, load_run_config
@@ -34,8 +34,8 @@ from hf_matryoshka_sae.training import RunConfig, load_run_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "api")]
 BESIDE = ("accelerate_configs", "benchmarks", "examples", "spaces_app")
-SHORT = dict(demo.DEMO, tokens=40_960, eval_tokens=1500, calibration_tokens=5_000, normalization_tokens=5_000)
-HELDOUT_TOKENS = 2_000
+SHORT = dict(demo.DEMO, tokens=40_960, eval_tokens=1000, calibration_tokens=5_000, normalization_tokens=5_000)
+HELDOUT_TOKENS = 1_000
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>run with|not run): (?P<said>.*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
@@ -176,12 +176,14 @@ def demo_folder(tmp_path_factory) -> Path:
         patch.chdir(folder)
         patch.setattr(demo, "DEMO", SHORT)
         assert cli.main(["demo"]) == 0
+        hub.measure_run("runs/demo")  # what every push of it would do first
     return folder
 
 
 @pytest.fixture
-def reader(demo_folder, tmp_path, monkeypatch, hub) -> Path:
+def reader(demo_folder, tmp_path, monkeypatch, request) -> Path:
     """Where a reader of a page stands."""
+    request.getfixturevalue("hub")  # the loopback one
     folder = tmp_path / "reader"
     shutil.copytree(demo_folder, folder)
     for name in BESIDE:
