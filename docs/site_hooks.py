@@ -1,4 +1,7 @@
-"""Equations of the site (see mkdocs.yml): between lines of `$$`, or as $`...`$ within a line, as on GitHub."""
+"""What the site makes of the pages (see mkdocs.yml): equations, and tables of fields that a phone can show.
+
+Equations stand between lines of `$$`, or as $`...`$ within a line, as on GitHub.
+"""
 
 import re
 
@@ -13,3 +16,8 @@ def on_page_markdown(markdown: str, **_) -> str:
     """A page with its equations as MathML, which browsers draw themselves."""
     markdown = _BLOCK.sub(lambda found: f'<div class="equation">{convert(found[1], display="block")}</div>', markdown)
     return _INLINE.sub(lambda found: convert(found[1]), markdown)
+
+
+def on_page_content(html: str, page, **_) -> str:
+    """The reference of fields in a box of its own, whose tables `site.css` lays out for narrow screens."""
+    return f'<div class="fields">{html}</div>' if page.file.src_uri.startswith("reference/") else html
