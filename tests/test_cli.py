@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_matryoshka_sae import cli, demo
-from hf_matryoshka_sae.studies.scaling import load_sweep
+from hf_matryoshka_sae.studies.scaling.config import load_sweep
 from hf_matryoshka_sae.training import load_run_config
 
 

@@ -1,8 +1,10 @@
-"""Text and JSON written whole or not at all."""
+"""Files written whole or not at all, and JSON that any reader takes."""
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,17 @@ def _with_null(data: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary name, then rename."""
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A name to write a file to; it takes its own when the block has ended well, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -34,6 +34,11 @@ def resampled_means(table: np.ndarray, resamples: int, random: np.random.Generat
     return table[resampled_rows(len(table), resamples, random)].mean(1)
 
 
+def resampled_counts(count: int, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """How often each of `count` things is drawn in each resample, `(resamples, count)`."""
+    return random.multinomial(count, np.full(count, 1 / count), resamples)
+
+
 def ratio_interval(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> list[float]:
     """The interval of sum of values / sum of weights, both `(N,)`, over the resamples of [`resampled_rows`]."""
     drawn = weights[rows].sum(1)
@@ -52,7 +57,7 @@ class CrossedBootstrap:
 
     def __init__(self, *counts: int, resamples: int = 1000, seed: int = 0):
         random = np.random.default_rng(seed)
-        self._weights = [random.multinomial(n, np.full(n, 1 / n), resamples) / n for n in counts]
+        self._weights = [resampled_counts(n, resamples, random) / n for n in counts]
 
     def interval(self, values: np.ndarray) -> list[float]:
         """The middle 95% of the means of values `(first, second)`, both resampled."""

@@ -34,6 +34,7 @@ class Column:
         table (`str`, *optional*, defaults to `"interval"`): Whether the table shows it with its interval, its `value`
             alone, or `nothing` of it.
         uninformed (`float`, *optional*): What knowing nothing scores; drawn as a line.
+        limits (`tuple[float, float]`, *optional*): What lies outside is not drawn; the better end is.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Column:
     interval: str | None = None
     table: Literal["interval", "value", "nothing"] = "interval"
     uninformed: float | None = None
+    limits: tuple[float, float] | None = None
 
     def value(self, record: dict[str, Any]) -> Any:
         """The figure in a record, `None` where it has none."""
@@ -210,16 +212,29 @@ class Report:
         """Draw figures against width with their intervals, baselines of one width as lines, to a PNG."""
         from matplotlib.figure import Figure
 
-        names = self.plotted or [self.columns[0].name]
-        drawn = [column for column in self.columns if column.name in names]
-        across = min(_PANELS, len(drawn))
-        down = -(-len(drawn) // across)
+        count = len(self._drawn)
+        across = min(_PANELS, count)
+        down = -(-count // across)
         figure = Figure(figsize=(5.2 * across + 1.8, 4.2 * down), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).flatten()
+        self.draw(axes)
+        for axis in axes[count:]:
+            axis.set_axis_off()
+        colour = "tab:red" if self.warning else "black"
+        figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
+        save_figure(figure, Path(path))
+
+    @property
+    def _drawn(self) -> list[Column]:
+        names = self.plotted or [self.columns[0].name]
+        return [column for column in self.columns if column.name in names]
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """Draw the figures on axes of matplotlib, one each; the first has the legend."""
         subjects = self.subjects()
         kinds = {name: records[0].get("kind") for name, records in subjects.items()}
         flat = [name for name, kind in kinds.items() if kind not in (None, "dictionary", "random")]
-        for axis, column in zip(axes, drawn, strict=False):
+        for axis, column in zip(axes, self._drawn, strict=False):
             lines = {
                 name: [
                     (record["width"], column.value(record), column.bounds(record))
@@ -231,13 +246,12 @@ class Report:
             draw_widths(axis, lines, flat, [name for name, kind in kinds.items() if kind == "random"])
             if column.uninformed is not None:
                 axis.axhline(column.uninformed, color="black", linewidth=0.8, linestyle="--", label="knows nothing")
+            if column.limits is not None:
+                (low, high), (least, most) = axis.get_ylim(), column.limits
+                low = least if column.better == "lower" else max(low, least)
+                axis.set_ylim(low, most if column.better == "higher" else min(high, most))
             axis.set(ylabel=column.title + (f" ({column.better} is better)" if column.better else ""))
-        for axis in axes[len(drawn) :]:
-            axis.set_axis_off()
         axes[0].legend(fontsize=8)
-        colour = "tab:red" if self.warning else "black"
-        figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
-        save_figure(figure, Path(path))
 
 
 def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

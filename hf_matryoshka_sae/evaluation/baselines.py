@@ -18,7 +18,7 @@ from ..common.distributed import reduce_sum
 from ..common.seeds import derived_seed
 from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, build_sae
 from .data import HasActivations
-from .firing import FiringSums
+from .firing import firings_of
 from .geometry import checked_widths, groups, unit_rows
 from .similarity import TokenSample, checked_batches
 
@@ -37,9 +37,9 @@ class Identity:
     def __init__(self, widths: Sequence[int]):
         self.widths = list(widths)
 
-    def reconstruct(self, x: Tensor, widths: Sequence[int] | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Hidden states `(N, D)` once for each width, `(P, N, D)`."""
-        return x.expand(len(self.widths if widths is None else widths), *x.shape)
+        return x.expand(len(self.widths), *x.shape)
 
 
 @dataclass
@@ -91,15 +91,14 @@ class PrincipalComponents:
         return cls(mean, components.T.flip(0).contiguous(), variances.flip(0).clamp(min=0), widths)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, widths: Sequence[int] | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """The reconstruction of hidden states `(N, D)` at each width, `(P, N, D)`."""
         d_in = len(self.mean)
         if x.dim() != 2 or x.shape[1] != d_in:
             raise ValueError(f"These components take hidden states (N, {d_in}), got {tuple(x.shape)}.")
         mean, components = self.mean.to(x), self.components.to(x)
         scores = (x - mean) @ components.T
-        widths = self.widths if widths is None else widths
-        return torch.stack([torch.addmm(mean, scores[:, :width], components[:width]) for width in widths])
+        return torch.stack([torch.addmm(mean, scores[:, :width], components[:width]) for width in self.widths])
 
     def fvu(self, widths: Sequence[int] | None = None) -> list[float]:
         """The fraction of variance unexplained at each width on the fitted tokens: the tail of the variances."""
@@ -144,7 +143,7 @@ def random_dictionary(
     if x.shape[1] != sae.config.d_in:
         raise ValueError(f"This SAE takes hidden states of width d_in = {sae.config.d_in}, got {tuple(x.shape)}.")
     parts = x.split(max(1, _BLOCK_ENTRIES // max(sae.config.num_latents, len(widths) * x.shape[1])))
-    fired = _firings(sae, parts)
+    fired = firings_of(sae, parts).fired
     if not fired.any():
         raise ValueError("No latent of the SAE fires on these hidden states; there is no L0 to match.")
     random = build_sae(_config(sae.config, fired.sum().item() / len(x))).to(x.device).eval()
@@ -162,14 +161,6 @@ def random_dictionary(
         scales[group] = scale
     _set_encoder(random, thresholds, scales)
     return random
-
-
-def _firings(sae: SAEModel, parts: Sequence[Tensor]) -> Tensor:
-    """How often each latent fires, `(F,)`."""
-    sums = FiringSums(sae.config.num_latents, sae.W_enc.device)
-    for x in parts:
-        sums.add(sae.encode_pairs(x.to(sae.W_enc)))
-    return sums.fired
 
 
 def _config(config: SAEConfig, l0: float) -> SAEConfig:

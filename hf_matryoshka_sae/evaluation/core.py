@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.report import Column, Report
 from ..models import SAEModel
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut
 from .fidelity import evaluate_fidelity
 from .geometry import density_metrics, weight_geometry
 from .language_model import LossScaling
-from .report import ABOUT
+from .report import ABOUT, records_of
 from .subjects import Dictionary, Subject
 
 
@@ -22,15 +23,15 @@ ABOUT_ALL = (
 
 IDENTITY = "identity"
 
+_COSINE = "mean over latents of the largest cosine to another's {} row."
 _DETAILS = (
-    ("width", "geometry", "width", 8, "d"),
-    ("max enc cos", "geometry", "average_max_encoder_cosine_sim", 12, ".3f"),
-    ("max dec cos", "geometry", "average_max_decoder_cosine_sim", 12, ".3f"),
-    ("near copies", "geometry", "share_near_duplicates", 12, ".2%"),
-    ("eff. rank", "geometry", "effective_rank", 10, ".1f"),
-    ("alive", "density", "frac_alive", 8, ".2%"),
-    ("over 1%", "density", "freq_over_1_percent", 8, ".2%"),
-    ("over 10%", "density", "freq_over_10_percent", 9, ".2%"),
+    Column("encoder", "max enc cos", _COSINE.format("encoder"), ".3f", path="geometry.average_max_encoder_cosine_sim"),
+    Column("decoder", "max dec cos", _COSINE.format("decoder"), ".3f", path="geometry.average_max_decoder_cosine_sim"),
+    Column("copies", "near copies", "share of near copies.", ".2%", path="geometry.share_near_duplicates"),
+    Column("rank", "eff. rank", "of the decoder rows.", ".1f", path="geometry.effective_rank"),
+    Column("alive", "alive", "share of latents that fire.", ".2%", path="density.frac_alive"),
+    Column("over_1", "over 1%", "share of those on over 1% of tokens.", ".2%", path="density.freq_over_1_percent"),
+    Column("over_10", "over 10%", "the same for 10%.", ".2%", path="density.freq_over_10_percent"),
 )
 
 
@@ -86,31 +87,17 @@ def evaluate(
 
 def _add_details(rows: list[dict[str, Any]], dictionary: Dictionary) -> None:
     """Geometry and densities of each width; the firings were summed over processes with the rows."""
-    widths = dictionary.widths
-    if dictionary.encodes_once:
-        densities = density_metrics(dictionary.firing[0], widths)
-    else:
-        each = zip(dictionary.firing, widths, strict=True)
-        densities = [density_metrics(firing, [width])[0] for firing, width in each]
-    for row, shape, density in zip(rows, weight_geometry(dictionary.sae, widths), densities, strict=True):
+    each = zip(dictionary.firing, dictionary.encodings, strict=True)
+    densities = [row for firing, widths in each for row in density_metrics(firing, widths)]
+    shapes = weight_geometry(dictionary.sae, dictionary.widths)
+    for row, shape, density in zip(rows, shapes, densities, strict=True):
         row.update(geometry=shape, density=density)
 
 
 def details(results: Sequence[dict[str, Any]]) -> str:
     """Geometry and densities as text, a line per width of each dictionary."""
-    lines = []
+    tables = []
     for result in results:
-        lines.append(f"{result['hookpoint']}: weights and firing")
-        for name, rows in result["saes"].items():
-            if "geometry" not in rows[0]:
-                continue
-            lines.append(f"  {name}")
-            lines.append("  " + " ".join(f"{title:>{size}}" for title, _, _, size, _ in _DETAILS))
-            for row in rows:
-                cells = [(row[part][key], size, form) for _, part, key, size, form in _DETAILS]
-                lines.append("  " + " ".join(_cell(*cell) for cell in cells))
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, size: int, form: str) -> str:
-    return f"{'-':>{size}}" if value is None else f"{value:>{size}{form}}"
+        records = [record for record in records_of(result) if "geometry" in record]
+        tables.append(str(Report("details", f"{result['hookpoint']}: weights and firing", records, _DETAILS, {})))
+    return "\n".join(tables)

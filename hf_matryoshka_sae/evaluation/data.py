@@ -1,5 +1,6 @@
 """What an SAE is evaluated on: a language model, held-out tokens, and a place in the model."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from ..activations import (
     load_language_model,
     resolve_hookpoints,
 )
+from ..activations.language_model import EMBEDDED
 from ..common.distributed import processes
 
 
@@ -98,9 +100,9 @@ class HeldOut:
                 yield states
 
 
-def windows_of(batch: TokenBatch, usable: Tensor) -> TokenBatch:
-    """The windows of a batch where `usable`, `[B]`, is true."""
-    return TokenBatch(batch.input_ids[usable], batch.attention_mask[usable], batch.keep[usable], batch.padded)
+def windows_of(batch: TokenBatch, chosen: Tensor | slice) -> TokenBatch:
+    """Some windows of a batch: those where `chosen`, `(B,)` bool, is true, of these numbers, or of a slice."""
+    return TokenBatch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.keep[chosen], batch.padded)
 
 
 def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Tensor]:
@@ -112,6 +114,15 @@ def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Te
     if isinstance(source, Tensor):
         return [source]
     return source.activations() if hasattr(source, "activations") else source
+
+
+def as_config(dataset: Any) -> Any:
+    """What was given as text, as a [`DatasetConfig`] where it is not documents themselves."""
+    if dataset is None:
+        return DatasetConfig(EMBEDDED, split="heldout")
+    if isinstance(dataset, (str, os.PathLike)):
+        return DatasetConfig(str(dataset))
+    return DatasetConfig(**dataset) if isinstance(dataset, dict) else dataset
 
 
 def open_heldout(
@@ -146,11 +157,5 @@ def open_heldout(
     if hookpoint is None:
         raise ValueError("Name the `hookpoint` at which the SAE reads, for example 'model.layers.2'.")
     (place,) = resolve_hookpoints(lm, [hookpoint])
-    if dataset is None:
-        dataset = DatasetConfig("embedded", split="heldout")
-    elif isinstance(dataset, str):
-        dataset = DatasetConfig(dataset)
-    elif isinstance(dataset, dict):
-        dataset = DatasetConfig(**dataset)
-    batches = heldout_batches(dataset, tokenizer, context_length, tokens, lm_batch_size, exclude=exclude)
+    batches = heldout_batches(as_config(dataset), tokenizer, context_length, tokens, lm_batch_size, exclude=exclude)
     return HeldOut(lm, batches, place, tokenizer.mask_token_id, tokenizer)

@@ -120,9 +120,7 @@ def _add(name: str, subject: Subject, states: Tensor, sums: ReconstructionSums, 
     if not isinstance(subject, Dictionary):
         sums.add(states, subject.reconstruct(states))
         return
-    d_in = subject.sae.config.d_in
-    if states.shape[1] != d_in:
-        raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
+    subject.check(name, states)
     pairs = subject.encode(states)
     subject.count(pairs)
     if watch is not None:

@@ -1,11 +1,12 @@
 """Which latents fire, how often and how strongly: sums that stream, and L0, L1 and dead share of every prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.distributed import reduce_sum
+from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 
 
@@ -14,6 +15,15 @@ def add_moments(moments: Tensor, cols: Tensor, values: Tensor) -> None:
     values = values.double()
     for row, powers in enumerate((values, values.square())):
         moments[row] += torch.bincount(cols, powers, moments.shape[1]).to(moments.device)
+
+
+@torch.no_grad()
+def firings_of(sae: SAEModel, states: Iterable[Tensor]) -> "FiringSums":
+    """What an SAE in `eval` mode does on hidden states, `(n, D)` each; of this process alone."""
+    sums = FiringSums(sae.config.num_latents, sae.W_enc.device)
+    for x in states:
+        sums.add(sae.encode_pairs(x.to(sae.W_enc)))
+    return sums
 
 
 class FiringSums:

@@ -8,7 +8,6 @@ Shapes: F latents, D `d_in`, P prefixes, B latents in a block.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,64 +51,6 @@ def prefix_maxima(similarities: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.stack([similarities[:, group].amax(1) for group in groups(widths)], 1).cummax(1).values
 
 
-@dataclass
-class LatentGeometry:
-    """The weights of each of the F latents below the last width.
-
-    Cosines are NaN where a row of zeros has no direction, or a latent has no other beside it.
-
-    Args:
-        widths (`list[int]`): P prefix widths.
-        encoder_norm (`Tensor` of shape `(F,)`): Length of the encoder's row.
-        encoder_bias (`Tensor` of shape `(F,)`): `b_enc`.
-        decoder_norm (`Tensor` of shape `(F,)`): Length of the decoder's row.
-        encoder_decoder_cosine_sim (`Tensor` of shape `(F,)`): Of the latent's two rows.
-        max_encoder_cosine_sim (`Tensor` of shape `(F, P)`): The largest with any other latent of each prefix.
-        max_decoder_cosine_sim (`Tensor` of shape `(F, P)`): The same for the decoder's rows.
-    """
-
-    widths: list[int]
-    encoder_norm: Tensor
-    encoder_bias: Tensor
-    decoder_norm: Tensor
-    encoder_decoder_cosine_sim: Tensor
-    max_encoder_cosine_sim: Tensor
-    max_decoder_cosine_sim: Tensor
-
-
-@torch.no_grad()
-def latent_geometry(
-    sae: SAEModel, widths: Sequence[int] | None = None, block_latents: int | None = None
-) -> LatentGeometry:
-    """Norms and cosine similarities of every latent, from the weights alone.
-
-    Similarities are computed B rows at a time: F^2 D operations and B x F numbers, whatever the number of widths.
-
-    Args:
-        sae ([`SAEModel`]): An SAE.
-        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
-        block_latents (`int`, *optional*): B; by default what fits 64 MB.
-
-    Raises:
-        `ValueError`: if the widths do not increase, or weights are not finite.
-    """
-    widths = checked_widths(widths, sae)
-    encoder, decoder = sae.W_enc[: widths[-1]].float(), sae.W_dec[: widths[-1]].float()
-    if not (encoder.isfinite().all() and decoder.isfinite().all()):
-        raise ValueError("The SAE's weights hold NaN or infinity; its geometry cannot be measured.")
-    (encoder_unit, encoder_directed), (decoder_unit, decoder_directed) = unit_rows(encoder), unit_rows(decoder)
-    cosine = (encoder_unit * decoder_unit).sum(1)
-    return LatentGeometry(
-        widths=widths,
-        encoder_norm=encoder.norm(dim=1),
-        encoder_bias=sae.b_enc[: widths[-1]].float().clone(),
-        decoder_norm=decoder.norm(dim=1),
-        encoder_decoder_cosine_sim=torch.where(encoder_directed & decoder_directed, cosine, torch.nan),
-        max_encoder_cosine_sim=max_cosines(encoder, widths, block_latents),
-        max_decoder_cosine_sim=max_cosines(decoder, widths, block_latents),
-    )
-
-
 def max_cosines(rows: Tensor, widths: Sequence[int], block_rows: int | None = None) -> Tensor:
     """The largest cosine similarity of each row with any other row of each prefix.
 
@@ -134,9 +75,7 @@ def max_cosines(rows: Tensor, widths: Sequence[int], block_rows: int | None = No
 
 
 @torch.no_grad()
-def weight_geometry(
-    sae: SAEModel, widths: Sequence[int] | None = None, block_latents: int | None = None
-) -> list[dict[str, Any]]:
+def weight_geometry(sae: SAEModel, widths: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """The geometry of every prefix: how many of its latents repeat each other.
 
     Redundancy of the decoder is told in three ways. With unit rows u_i and the eigenvalues l of their covariance
@@ -146,30 +85,41 @@ def weight_geometry(
     Lengths are left out because an SAE may move them between its encoder and its decoder.
 
     Args:
-        sae ([`SAEModel`]), widths (*optional*), block_latents (*optional*): As in [`latent_geometry`].
+        sae ([`SAEModel`]): An SAE; nothing is read but its weights, in F^2 D operations.
+        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
 
     Returns:
         `list[dict]`: a row per width. Rows of zeros are left out of means and counted; a mean over nothing is `None`.
+
+    Raises:
+        `ValueError`: if the widths do not increase, or weights are not finite.
     """
-    latents = latent_geometry(sae, widths, block_latents)
+    widths = checked_widths(widths, sae)
+    encoder, decoder = sae.W_enc[: widths[-1]].float(), sae.W_dec[: widths[-1]].float()
+    if not (encoder.isfinite().all() and decoder.isfinite().all()):
+        raise ValueError("The SAE's weights hold NaN or infinity; its geometry cannot be measured.")
+    (encoder_unit, encoder_directed), (decoder_unit, decoder_directed) = unit_rows(encoder), unit_rows(decoder)
+    cosine = (encoder_unit * decoder_unit).sum(1).where(encoder_directed & decoder_directed, torch.nan)
+    encoder_norm, decoder_norm, encoder_bias = encoder.norm(dim=1), decoder.norm(dim=1), sae.b_enc.float()
+    encoder_maxima, decoder_maxima = max_cosines(encoder, widths), max_cosines(decoder, widths)
     found = []
-    for p, (width, covariance) in enumerate(_covariances(sae.W_dec, latents.widths)):
-        nearest = latents.max_decoder_cosine_sim[:width, p]
+    for p, (width, covariance) in enumerate(_covariances(sae.W_dec, widths)):
+        nearest = decoder_maxima[:width, p]
         rank, ratio = _spread(covariance)
         found.append(
             {
                 "width": width,
-                "average_max_encoder_cosine_sim": _mean(latents.max_encoder_cosine_sim[:width, p]),
+                "average_max_encoder_cosine_sim": _mean(encoder_maxima[:width, p]),
                 "average_max_decoder_cosine_sim": _mean(nearest),
-                "encoder_decoder_cosine_sim": _mean(latents.encoder_decoder_cosine_sim[:width]),
-                "encoder_norm": _mean(latents.encoder_norm[:width]),
-                "encoder_bias": _mean(latents.encoder_bias[:width]),
-                "decoder_norm": _mean(latents.decoder_norm[:width]),
+                "encoder_decoder_cosine_sim": _mean(cosine[:width]),
+                "encoder_norm": _mean(encoder_norm[:width]),
+                "encoder_bias": _mean(encoder_bias[:width]),
+                "decoder_norm": _mean(decoder_norm[:width]),
                 "share_near_duplicates": _mean(torch.where(nearest.isnan(), nearest, (nearest > _NEAR).to(nearest))),
                 "effective_rank": rank,
                 "participation_ratio": ratio,
-                "zero_encoder_rows": int((latents.encoder_norm[:width] == 0).sum()),
-                "zero_decoder_rows": int((latents.decoder_norm[:width] == 0).sum()),
+                "zero_encoder_rows": int((encoder_norm[:width] == 0).sum()),
+                "zero_decoder_rows": int((decoder_norm[:width] == 0).sum()),
             }
         )
     return found

@@ -1,36 +1,54 @@
-"""Results as people read them: a table, a plot, a JSON file."""
+"""Results of an evaluation as people read them: a table and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_matryoshka_sae.common.figures import draw_widths, save_figure
+from ..common.report import Column, Report
 
 
-ABOUT = (
-    "fvu: squared error over the variance about the held-out mean. recaptured: (ablated - spliced) / "
-    "(ablated - clean) cross-entropy, with the hidden states replaced by zero (zero) or by their mean (mean) as the "
-    "ablation. compute: training compute of a model of that loss, as a share of this one's, by the scaling law that "
-    "was given. kl: from the clean model's predictions, in nats. rsa: rank correlation of the tokens' cosine "
-    "similarities before and after. dead: share of the prefix's latents that never fire on the held-out tokens. "
+_COLUMNS = (
+    Column("l0", "L0", "latents that fire per token.", ".2f"),
+    Column("fvu", "FVU", "squared error over the variance about the held-out mean.", better="lower", limits=(0, 1.2)),
+    Column("ce", "CE", "cross-entropy with the reconstruction in the place of the hidden states, in nats."),
+    Column(
+        "recaptured_zero",
+        "recaptured",
+        "(ablated - spliced) / (ablated - clean) cross-entropy, with the hidden states replaced by zero as the "
+        "ablation.",
+        better="higher",
+        limits=(-0.2, 1),
+    ),
+    Column("recaptured_mean", "(mean abl.)", "the same, with them replaced by their mean."),
+    Column(
+        "compute_share",
+        "compute",
+        "training compute of a model of that loss, as a share of this one's, by the scaling law that was given.",
+        ".2%",
+    ),
+    Column("kl", "KL", "from the clean model's predictions, in nats."),
+    Column(
+        "rsa",
+        "RSA",
+        "rank correlation of the tokens' cosine similarities before and after.",
+        path="rsa.spearman",
+        table="value",
+    ),
+    Column("dead", "dead", "share of the prefix's latents that never fire on the held-out tokens.", ".2%"),
+    Column("bits", "bits", "per token, of the progressive code.", ".2f"),
+    Column("fvu_coded", "FVU coded", "of what that decodes to."),
+)
+_SELECTION = (
     "selection mask: all latents compete for places, those past the width are dropped; the same as encoding the "
     "prefix alone wherever a threshold decides."
 )
+ABOUT = Report("", "", [], _COLUMNS, {}, intervals=_SELECTION).explanation
 
-_COLUMNS = (
-    ("width", "width", 8, "d"),
-    ("L0", "l0", 8, ".2f"),
-    ("FVU", "fvu", 8, ".4f"),
-    ("CE", "ce", 8, ".4f"),
-    ("recaptured", "recaptured_zero", 11, ".4f"),
-    ("(mean abl.)", "recaptured_mean", 11, ".4f"),
-    ("compute", "compute_share", 8, ".2%"),
-    ("KL", "kl", 8, ".4f"),
-    ("RSA", "rsa", 7, ".4f"),
-    ("dead", "dead", 7, ".2%"),
-    ("bits", "bits", 8, ".2f"),  # per token, of the progressive code; and the FVU of what it decodes to
-    ("FVU coded", "fvu_coded", 10, ".4f"),
-)
+
+def records_of(result: dict[str, Any], several: bool = False) -> list[dict[str, Any]]:
+    """Records of a [`Report`] from what `evaluate_fidelity` gives for a hookpoint, which is told of `several`."""
+    place = f" @ {result['hookpoint']}" if several else ""
+    return [{"subject": f"{name}{place}", **row} for name, rows in result["saes"].items() for row in rows]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -39,17 +57,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results (`Sequence[dict]`): What `evaluate_fidelity` gives for each hookpoint, with a `hookpoint` added.
     """
-    lines = []
+    tables = []
     for result in results:
-        lines.append(f"{result['hookpoint']}: {result['tokens']} held-out tokens, {_losses(result)}")
-        lines += [f"  {sentence}" for sentence in excluded(result)]
-        found = [row for rows in result["saes"].values() for row in rows]
-        columns = [column for column in _COLUMNS if any(_value(row, column[1]) is not None for row in found)]
-        for name, rows in result["saes"].items():
-            lines.append(f"  {name} (selection: {result.get('selection', 'mask')})")
-            lines.append("  " + " ".join(f"{title:>{size}}" for title, _, size, _ in columns))
-            lines += ["  " + " ".join(_cell(row, *column[1:]) for column in columns) for row in rows]
-    return "\n".join(lines)
+        about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
+        title = f"{result['hookpoint']}: {about}"
+        tables.append(str(Report("evaluation", title, records_of(result), _COLUMNS, {}, notes=excluded(result))))
+    return "\n".join(tables)
 
 
 def excluded(result: dict[str, Any]) -> list[str]:
@@ -66,42 +79,13 @@ def excluded(result: dict[str, Any]) -> list[str]:
 def _losses(result: dict[str, Any]) -> str:
     if result["clean_ce"] is None:
         return "no language-model loss"
-    ce = {name: _number(result[f"{name}_ce"], ".4f") for name in ("clean", "zero", "mean")}
-    return f"CE clean {ce['clean']}, zero-ablated {ce['zero']}, mean-ablated {ce['mean']}"
-
-
-def _value(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    return value["spearman"] if isinstance(value, dict) else value
-
-
-def _cell(row: dict[str, Any], key: str, size: int, form: str) -> str:
-    return f"{_number(_value(row, key), form):>{size}}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    clean, zero, mean = (format(result[f"{name}_ce"], ".4f") for name in ("clean", "zero", "mean"))
+    return f"CE clean {clean}, zero-ablated {zero}, mean-ablated {mean}"
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw FVU and recaptured loss against width to a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    drawn = [("fvu", "fraction of variance unexplained"), ("recaptured_zero", "recaptured loss (zero ablation)")]
-    named = {
-        f"{name} @ {result['hookpoint']}" if len(results) > 1 else name: rows
-        for result in results
-        for name, rows in result["saes"].items()
-    }
-    for axis, (key, label) in zip(axes, drawn, strict=True):
-        of_key = {name: [row for row in rows if row.get(key) is not None] for name, rows in named.items()}
-        draw_widths(axis, {name: [(row["width"], row[key], None) for row in rows] for name, rows in of_key.items()})
-        axis.set_ylabel(label)
-    axes[0].set_ylim(0, min(axes[0].get_ylim()[1], 1.2))
-    if axes[1].lines:
-        axes[1].set_ylim(max(axes[1].get_ylim()[0], -0.2), 1)
-    axes[0].legend(fontsize=8)
-    figure.suptitle("Held-out reconstruction at every width")
-    save_figure(figure, path)
+    records = [record for result in results for record in records_of(result, len(results) > 1)]
+    drawn = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
+    title = "Held-out reconstruction at every width"
+    Report("evaluation", title, records, _COLUMNS, {}, drawn or ["fvu"]).plot(path)

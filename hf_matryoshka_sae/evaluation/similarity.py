@@ -8,6 +8,7 @@ decides as much as the dictionary does, so [`TokenSample`] picks the same ones f
 Shapes: N tokens, D `d_in`, P prefixes, R resamples.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from ..common.distributed import processes, shared_group
+from ..common.intervals import middle_95, resampled_counts
 from .data import HasActivations, activation_batches
 
 
@@ -209,7 +211,7 @@ def representational_similarity(
 
 def _weights(count: int, resamples: int, seed: int) -> Tensor:
     """How often each resample drew each token, `(1 + R, N)`; first the sample as it is."""
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = resampled_counts(count, resamples, np.random.default_rng(seed))
     return torch.cat([torch.ones(1, count, dtype=torch.float64), torch.from_numpy(drawn).double()])
 
 
@@ -235,10 +237,9 @@ def _score(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float | None, 
     left, right = _standardised(left), _standardised(right)
     if left is None or right is None:
         return None, None
-    scores = _weighted_correlations(left, right, weights)
-    if len(scores) == 1:
-        return scores[0].item(), None
-    return scores[0].item(), scores[1:].nanquantile(scores.new_tensor([0.025, 0.975])).tolist()
+    score, *resampled = _weighted_correlations(left, right, weights).tolist()
+    known = [each for each in resampled if not math.isnan(each)]
+    return score, middle_95(np.array(known)) if known else None
 
 
 def _standardised(matrix: Tensor) -> Tensor | None:

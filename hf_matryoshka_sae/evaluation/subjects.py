@@ -50,7 +50,18 @@ class Dictionary:
             raise ValueError(f"`selection` must be 'mask' or 'restrict', got {selection!r}.")
         self.selection = selection
         self.encodes_once = selection == "mask" or sae.config.activation_name != "topk"
-        self.firing = [FiringSums(num_latents) for _ in range(1 if self.encodes_once else len(self.widths))]
+        self.firing = [FiringSums(num_latents) for _ in self.encodings]
+
+    @property
+    def encodings(self) -> list[list[int]]:
+        """The widths that are read off each encoding: all of them, or one each."""
+        return [self.widths] if self.encodes_once else [[width] for width in self.widths]
+
+    def check(self, name: str, states: Tensor) -> None:
+        """Raises `ValueError` for hidden states `(N, D)` of another width than the SAE's, which has this name."""
+        d_in = self.sae.config.d_in
+        if states.shape[1] != d_in:
+            raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[LatentPairs]:
@@ -79,7 +90,5 @@ class Dictionary:
 
     def firing_rows(self) -> list[dict[str, float]]:
         """L0, L1 and dead share at each width, of what was counted in all processes."""
-        if self.encodes_once:
-            return self.firing[0].reduce().rows(self.widths)
-        each = zip(self.firing, self.widths, strict=True)
-        return [sums.reduce().rows([width])[0] for sums, width in each]
+        each = zip(self.firing, self.encodings, strict=True)
+        return [row for sums, widths in each for row in sums.reduce().rows(widths)]

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig
 from ..activations.language_model import EMBEDDED
+from ..common.checks import check_at_least
 from ..common.command import exit_status
 from .index.build import build_index
 from .index.latent_pass import IndexSizes
@@ -69,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex:
-    for name in ("context_length", "lm_batch_size"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    check_at_least(1, context_length=parsed.context_length, lm_batch_size=parsed.lm_batch_size)
     path = parsed.dataset or EMBEDDED
     split = parsed.split or ("heldout" if path == EMBEDDED else "train")
     dataset = DatasetConfig(path, split=split, column=parsed.column)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import TokenBatch, TokenStream, harvest, resolve_hookpoints
+from ..common.checks import check_at_least
 from ..common.token_text import token_texts
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from ..progressive.statistics import encoded
+from .firings import values_of
 
 
 logger = logging.getLogger(__name__)
@@ -50,10 +52,7 @@ class TextFeatures:
             `ValueError`: if there is no such latent at this width.
         """
         latent = checked_latent(latent, self.width)
-        values = torch.zeros(len(self.tokens))
-        chosen = self.pairs.cols == latent
-        values[self.pairs.rows[chosen]] = self.pairs.values[chosen].float()
-        return values
+        return values_of(self.pairs, torch.tensor([latent]))[:, 0]
 
     def top_latents(self, count: int = 10, by: str = "max") -> list[tuple[int, float]]:
         """The strongest latents of the whole text.
@@ -99,8 +98,7 @@ def text_features(
     Raises:
         `ValueError`: if the text is empty or special tokens alone, or the model has no such hookpoint.
     """
-    if top < 1 or max_tokens < 1:
-        raise ValueError(f"`top` and `max_tokens` must be at least 1, got {top} and {max_tokens}.")
+    check_at_least(1, top=top, max_tokens=max_tokens)
     sae = sae if width is None else sae.truncate(width)
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     batch, left_out = read_text(tokenizer, text, min(max_tokens, longest(model)))

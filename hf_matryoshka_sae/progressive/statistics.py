@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..activations.gradients import loss_gradients
 from ..common.distributed import processes, reduce_sum
+from ..common.files import staged
 from ..evaluation.data import HasActivations, HeldOut, activation_batches
 from ..evaluation.firing import FiringSums
 from ..models import SAEModel
@@ -101,15 +102,10 @@ class LatentStatistics:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `statistics.safetensors` into a folder, usually the SAE's own; returns its path."""
         path = Path(folder) / STATISTICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with staged(path) as temporary:
             metadata = {"format": _FORMAT, "tokens": str(self.tokens)}
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, staged, metadata)
-            give_usual_permissions(staged)
-            os.replace(staged, path)
-        finally:
-            staged.unlink(missing_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary, metadata)
+            give_usual_permissions(temporary)
         return path
 
     @classmethod

@@ -1,5 +1,8 @@
 """What can be asked of an open SAE, in plain values: the endpoints of the API, and what the tabs show."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +11,39 @@ from ..features import TextFeatures, search_latents, search_words, text_features
 from ..features.text import checked_latent
 from ..steering import reconstruct_text, steer
 from .limits import checked_text, on_gpu
-from .subject.answers import feature_of, list_latents, measured_row
+from .subject.answers import feature_of, list_latents
 from .subject.comparing import compare
+from .subject.exporting import export, push
+from .subject.indexes import build
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
+from .subject.trees import Branch, Families
 
 
 _ALL: list["Endpoints"] = []
+_DRAWN = 1500
+"""Latents of a tree that are shown at once."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is known of an SAE at all widths, and of one pruning of it.
+
+    Args:
+        rows (`list[dict]`): Widths from a 64th of the dictionary to all of it, each with the figures that are known.
+        pruning ([`Pruning`]): With its defaults filled in.
+        figures (`dict`, *optional*), whole (`dict`, *optional*): Of the pruning, and of the SAE as it was trained,
+            where they are measured.
+        hookpoint (`str`): Where the SAE reads.
+        command (`str`): What measures the same in a shell; empty where nothing does.
+    """
+
+    rows: list[dict[str, Any]]
+    pruning: Pruning
+    figures: dict[str, Any] | None
+    whole: dict[str, Any] | None
+    hookpoint: str
+    command: str
 
 
 def _made(number: int) -> "Endpoints":
@@ -67,8 +96,12 @@ class Endpoints:
 
         Rankings are trained, energy, frequency and attribution; 0 stands for all latents, and for k as trained.
         """
+        opened, pruning = self._pruning(sae, place, ranking, width, k)
+        return opened.figures(pruning)
+
+    def _pruning(self, sae: str, place: str, ranking: str, width: int, k: int = 0) -> tuple[Opened, Pruning]:
         opened = self.library.open(sae, place)
-        return measured_row(opened, opened.check(Pruning(ranking, width, k or None)))
+        return opened, opened.check(Pruning(ranking, width, k or None))
 
     def feature(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """All that the feature index knows of a latent: contexts, histogram, logit effects, neighbours, family."""
@@ -174,13 +207,9 @@ class Endpoints:
             raise ValueError(f"A text can be continued by up to 100 tokens, got {new_tokens}.")
         pruned = opened.pruned(opened.check(Pruning(ranking, width, k or None)))
         with self.library.lock:
+            data = opened.data
             found = reconstruct_text(
-                pruned,
-                opened.data.model,
-                opened.tokenizer,
-                text,
-                hookpoint=opened.data.hookpoint,
-                max_new_tokens=new_tokens,
+                pruned, data.model, data.tokenizer, text, hookpoint=data.hookpoint, max_new_tokens=new_tokens
             )
         lost = found.spliced_loss - found.loss
         predicted = ~torch.isnan(lost)
@@ -258,10 +287,75 @@ class Endpoints:
         other_width: int = 0,
     ) -> dict[str, Any]:
         """Two SAEs, or two prunings of one: figures of both, latents both keep, and the most similar latents."""
-        left, right = self.library.open(sae, place), self.library.open(other, other_place)
-        return compare(
-            (left, left.check(Pruning(ranking, width))), (right, right.check(Pruning(other_ranking, other_width)))
+        left = self._pruning(sae, place, ranking, width)
+        return compare(left, self._pruning(other, other_place, other_ranking, other_width))
+
+    # What the tabs ask besides; no endpoints of the API
+
+    def num_latents(self, sae: str, place: str) -> int:
+        """How many latents an SAE has."""
+        return self.library.open(sae, place).num_latents
+
+    def curve(
+        self,
+        sae: str,
+        place: str = "",
+        ranking: str = "trained",
+        width: int = 0,
+        k: int = 0,
+        measure: Sequence[int] = (),
+    ) -> Curve:
+        """What is known of an SAE at all widths, with the losses of the whole and at the widths in `measure`."""
+        opened, pruning = self._pruning(sae, place, ranking, width, k)
+        whole = opened.check(Pruning())
+        for chosen in measure:
+            opened.measured(opened.check(Pruning(ranking, chosen, pruning.k)))
+            opened.measured(whole)
+        command = ""
+        if pruning.ranking == "trained" and pruning.k is None and self.library.dataset is None:
+            command = (
+                f"matryoshka-sae evaluate {opened.source} --widths {pruning.width} --tokens {self.library.tokens} "
+                "--selection restrict"
+            )
+        return Curve(
+            opened.curve(ranking, pruning.k),
+            pruning,
+            opened.known_figures(pruning),
+            opened.known_figures(whole),
+            opened.data.hookpoint,
+            command,
         )
+
+    def families(self, sae: str, place: str) -> Families:
+        """The largest families of latents."""
+        opened = self.library.open(sae, place)
+        return opened.tree().largest(opened.labels, _DRAWN)
+
+    def branch(self, latent: int, sae: str, place: str) -> Branch:
+        """A latent with all that is below it in the tree."""
+        opened = self.library.open(sae, place)
+        return opened.tree().branch(latent, opened.labels)
+
+    def build_index(self, sae: str, place: str, tokens: int) -> int:
+        """Build an SAE's feature index on the page's text; returns of how many tokens it is."""
+        return build(self.library.open(sae, place), tokens).about["tokens"]
+
+    def download(self, sae: str, place: str, ranking: str, width: int, k: int, folder: str) -> str:
+        """The path of a zip file in `folder` that holds a pruned SAE."""
+        return str(export(*self._pruning(sae, place, ranking, width, k), Path(folder)))
+
+    def push(
+        self, pruned: tuple[str, str, str, int, int], repo: str, token: str | None, private: bool
+    ) -> tuple[str, str]:
+        """Push a pruned SAE (SAE, place, ranking, width and k) to a repository; returns its id and address.
+
+        Raises:
+            `ValueError`: if the repository is not named as it must be, or strangers visit and give no token.
+        """
+        if self.library.public and not token:
+            raise ValueError("Give a token with write access to your repositories: this page pushes with no other.")
+        opened, pruning = self._pruning(*pruned)
+        return push(opened.pruned(pruning), repo, token, private)
 
 
 def _mean(values: torch.Tensor) -> float | None:

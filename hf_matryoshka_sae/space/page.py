@@ -12,10 +12,9 @@ from .looks.html import escape
 from .looks.links import View
 from .looks.messages import told, warn
 from .subject.library import Library
-from .subject.opened import Pruning
 from .tabs.compare import CompareTab
 from .tabs.features import FeaturesTab
-from .tabs.inputs import Shown, area
+from .tabs.inputs import HEAVY, LIGHT, Shown, area
 from .tabs.prune import PruneTab
 from .tabs.search import SearchTab
 from .tabs.text import TextTab
@@ -96,58 +95,36 @@ class Page:
         ]
         # Not among what runs a language model: what is open already opens at once, whatever others wait for.
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 20}
-        started = self.blocks.load(
-            told(self.start),
-            None,
-            [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind],
-            **options,
-        )
+        first = [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind]
+        started = self.blocks.load(told(self.start), None, first, **options)
         started.success(None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place})")
         opened = [
             gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options),
             self.place.input(told(self.open_place), [self.shown.current, self.place], everything, **options),
         ]
         for event in opened:
-            event.success(
-                None,
-                [self.source, self.place],
-                None,
-                js="(sae, place) => showInLink({sae, place, latent: null}, true)",
-            )
+            step = "(sae, place) => showInLink({sae, place, latent: null}, true)"
+            event.success(None, [self.source, self.place], None, js=step)
         current = self.shown.current
         search = [current, self.search.query, self.search.kind]
-        model: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
-        started.success(told(self.search.find_linked), search, self.search.hits, **model)
-        self.features.built.success(told(self.describe), current, self.about, api_visibility="private").then(
-            told(self.features.refresh),
-            [current, self.shown.latent],
-            [self.features.without, self.features.table, self.features.feature],
-            api_visibility="private",
-        ).then(told(self.tree.refresh), current, self.tree.tree, api_visibility="private")
-        for event in (started, *opened):
-            pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
-            light = {"api_visibility": "private", "show_progress": "hidden"}
-            event.success(
-                told(self.features.refresh),
-                [current, self.shown.latent],
-                [self.features.without, self.features.table, self.features.feature],
-                **light,
-            ).then(told(self.tree.refresh), current, self.tree.tree, **light).then(
-                told(self.prune.show_measured),
-                pruning,
-                [self.prune.chart, self.prune.figures],
-                **model,
-            )
+        started.success(told(self.search.find_linked), search, self.search.hits, **HEAVY)
+        built = self.features.built.success(told(self.describe), current, self.about, **LIGHT)
+        pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
+        indexed = [self.features.without, self.features.table, self.features.feature]
+        for event in (built, started, *opened):
+            refreshed = event.success(
+                told(self.features.refresh), [current, self.shown.latent], indexed, **LIGHT
+            ).then(told(self.tree.refresh), current, self.tree.tree, **LIGHT)
+            if event is not built:
+                measured = [self.prune.chart, self.prune.figures]
+                refreshed.then(told(self.prune.show_measured), pruning, measured, **HEAVY)
 
     def warm(self) -> None:
         """Open what is shown at first, and measure what of it is shown at first."""
         try:
-            opened = self.endpoints.library.open(self.default)
-            if opened.index is not None:
-                opened.tree()
-                _ = opened.labels
-            opened.curve("trained")
-            opened.measured(Pruning(width=opened.num_latents))
+            if self.endpoints.describe(self.default)["index_tokens"] is not None:
+                self.endpoints.family(0, self.default)
+            self.endpoints.curve(self.default, measure=[0])
         except (ValueError, *UNREACHABLE):
             pass  # the visitor is told
 
@@ -174,10 +151,10 @@ class Page:
 
     def _first_latent(self, view: View) -> int:
         """The latent of the link, else the one with most energy."""
-        opened = self.endpoints.library.open(view.sae, view.place)
-        if view.latent is not None or opened.index is None:
+        current = view.sae, view.place
+        if view.latent is not None or self.endpoints.describe(*current)["index_tokens"] is None:
             return view.latent or 0
-        return int(opened.columns()["mean_square"].argmax())
+        return self.endpoints.latents(*current, count=1)[0]["latent"]
 
     def open_source(self, source: str) -> tuple[Any, ...]:
         """Open a repository or folder."""

@@ -6,7 +6,8 @@ from .concepts.first_letter import FirstLetterTask, NotDefined, first_letter_tas
 from .concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
 from .drawn_latents import neuron_dictionary
 from .effects.ablation import ablation_sparsity
-from .explanations.autointerp import automated_interpretability, open_judge
+from .explanations.autointerp.interpretability import automated_interpretability
+from .explanations.autointerp.judges import open_judge
 from .explanations.explainability import explainability
 from .probing.probe_losses import probe_losses
 from .probing.tasks import LabelledTask, TokenTasks, attribute_task

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..activations import DatasetConfig, open_dataset, resolve_hookpoints
 from ..activations.language_model import EMBEDDED
+from ..common.checks import check_at_least
 from ..common.command import exit_status
 from ..common.files import write_json
 from ..evaluation.core import ABOUT_ALL, IDENTITY, details, evaluate
@@ -97,9 +98,7 @@ def _widths(text: str) -> list[int]:
 
 
 def _run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
-    for name in ("tokens", "context_length"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    check_at_least(1, tokens=parsed.tokens, context_length=parsed.context_length)
     if parsed.suite == "core" and (parsed.minutes or parsed.labelled or parsed.judge or parsed.prompts):
         raise ValueError("--minutes, --labelled, --judge and --prompts belong to --suite full.")
     if parsed.minutes is not None and not parsed.minutes > 0:

@@ -17,7 +17,7 @@ import torch
 from ..common.intervals import middle_95, resampled_means
 from ..evaluation.baselines import random_dictionary
 from ..evaluation.data import HeldOut
-from ..evaluation.firing import FiringSums
+from ..evaluation.firing import firings_of
 from ..evaluation.geometry import checked_widths
 from ..evaluation.subjects import Dictionary
 from ..models import SAEModel, TopKSAE, TopKSAEConfig
@@ -107,13 +107,10 @@ def as_records(rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
     return [{"subject": name, "kind": kind_of(name), **row} for name, of_name in rows.items() for row in of_name]
 
 
-@torch.no_grad()
 def firing_counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
     """On how many tokens each latent fires, `(F,)`; every process reads all of the text."""
-    sums = FiringSums(sae.config.num_latents)
-    for batch in data.batches:
-        sums.add(sae.encode_pairs(data.states(batch.to(data.device)).to(sae.W_enc)))
-    return sums.fired.cpu().numpy()
+    states = (data.states(batch.to(data.device)) for batch in data.batches)
+    return firings_of(sae, states).fired.cpu().numpy()
 
 
 def mean_l0(sae: SAEModel, data: HeldOut) -> float:

@@ -1,4 +1,4 @@
-"""The page as a process of its own, and a browser to drive it."""
+"""The page in this process and as a process of its own, and a browser to drive it."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -17,7 +18,7 @@ from hf_matryoshka_sae.space.endpoints import Endpoints
 from ..conftest import SERVER
 
 
-TOKENS = 4_000
+TOKENS = 2_000
 _SECONDS = 180
 
 
@@ -69,60 +70,109 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"The page was not there after {_SECONDS} s:\n{log.read_text()[-2000:]}")
 
 
+_STREAMS = WeakKeyDictionary()
+"""What each tab waits for from the page's queue."""
+
+
+class Visits:
+    """Tabs of one browser, which reads the page's scripts once for all of them; what goes wrong in any is kept."""
+
+    def __init__(self, context, url: str):
+        self.context, self.url = context, url
+        self.problems: list[str] = []
+        self._shared = {}
+
+    def open(self, query: str = "", width: int = 1280):
+        """A new tab at a query."""
+        page = self.context.new_page()
+        page.set_viewport_size({"width": width, "height": 900})
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
+        streams = _STREAMS[page] = set()
+        page.on("request", lambda request: streams.add(request) if "/queue/" in request.url else None)
+        for ended in ("requestfinished", "requestfailed"):
+            page.on(ended, lambda request: streams.discard(request))
+        page.goto(self.url + query)
+        page.locator("#about p").wait_for()
+        return page
+
+    def shared(self, width: int):
+        """The one tab of a width that tests use one after the other."""
+        if width not in self._shared:
+            self._shared[width] = self.open(width=width)
+        rest(self._shared[width])
+        return self._shared[width]
+
+    def check(self) -> None:
+        """Nothing has gone wrong since the last check."""
+        problems, self.problems = self.problems, []
+        assert not problems
+
+
 @pytest.fixture(scope="session")
-def browser():
+def visits(space):
     """Chromium, driven by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs a chromium on the path")
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(params=[1280, 360], ids=["desktop", "phone"])
-def any_width(request) -> int:
-    """Width of the screen in pixels."""
-    return request.param
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield Visits(browser.new_context(), space)
+        browser.close()
 
 
 @pytest.fixture
-def open_page(browser, space):
-    """Opens the page at a query; at the end nothing may have gone wrong in it."""
-    contexts, problems = [], []
+def desktop(visits):
+    """The page on a desktop, as the test before left it."""
+    yield visits.shared(1280)
+    visits.check()
 
-    def open_at(query: str = "", width: int = 1280, allowed: tuple[str, ...] = ()):
-        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                problems.append(message.text)
-                if message.type == "error" and not any(text in message.text for text in allowed)
-                else None
-            ),
-        )
-        page.goto(space + query)
-        page.locator("#about p").wait_for()
-        return page
+
+@pytest.fixture(params=[1280, 360], ids=["desktop", "phone"])
+def page(visits, request):
+    """The page on a desktop and on a phone, as the test before left it."""
+    yield visits.shared(request.param)
+    visits.check()
+
+
+@pytest.fixture
+def open_page(visits):
+    """Opens the page at a query, for this test alone."""
+    opened = []
+
+    def open_at(query: str = ""):
+        opened.append(visits.open(query))
+        return opened[-1]
 
     yield open_at
-    seen = list(problems)  # what closing breaks off (a request still under way) is no fault of the page
-    for context in contexts:
-        context.close()
-    assert not seen
+    problems = list(visits.problems)  # what closing breaks off (a request still under way) is no fault of the page
+    for page in opened:
+        page.close()
+    visits.problems.clear()
+    assert not problems
 
 
 def choose_tab(page, name: str) -> None:
-    """Go to a tab; on a narrow screen it may be in the menu."""
+    """Go to a tab, which may be in the menu on a narrow screen, and wait until the page is at rest."""
     tab = page.get_by_role("tab", name=name, exact=True)
     if tab.count() and tab.first.is_visible():
         tab.first.click()
     else:
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown button", has_text=name).click()
+    rest(page)
+
+
+def rest(page) -> None:
+    """Wait until nothing is under way, nor what follows on it.
+
+    Leaving a page breaks off what is under way, which it reports; and Gradio closes its stream after the last answer,
+    and may lose what is asked for in that moment.
+    """
+    until, quiet = time.monotonic() + _SECONDS, 0
+    while quiet < 4:
+        assert time.monotonic() < until, f"Still under way: {[request.url for request in _STREAMS[page]]}"
+        page.wait_for_timeout(50)
+        quiet = 0 if _STREAMS[page] else quiet + 1

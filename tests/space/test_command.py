@@ -55,11 +55,11 @@ def test_without_gradio_it_says_what_to_install():
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_ends_with_a_message(tmp_path):
+def test_a_port_that_is_taken_ends_with_a_message(capsys):
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, "-m", "hf_matryoshka_sae.cli", "space", "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+        assert cli.main(["space", "--port", str(taken.getsockname()[1]), "--tokens", "300"]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and "Traceback" not in error

@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 
 from ...activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
 from ...common.ahead import ahead, shared_cores
+from ...common.checks import check_at_least
 from ...common.distributed import processes
+from ...evaluation.data import as_config
 from ...models import SAEModel
 from ...models.digests import weights_digest
 from ..tree.sums import EdgeSums
@@ -27,7 +29,6 @@ from .latent_pass import IndexSizes, LatentPass, Tree
 from .layout import FOLDER, write_index
 from .progress import Recorder, States
 from .sources import (
-    as_config,
     check_target,
     described,
     opened_model,
@@ -106,8 +107,7 @@ def build_index(
     sizes.check()
     if not 1 <= tokens < MOST_POSITIONS // 2:
         raise ValueError(f"`tokens` must lie between 1 and {MOST_POSITIONS // 2 - 1}, got {tokens}.")
-    if save_every < 1:
-        raise ValueError(f"`save_every` must be at least 1, got {save_every}.")
+    check_at_least(1, save_every=save_every)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sae, folder = opened_sae(sae, device)
     if tree is None and len(sae.prefix_widths) > 1:
@@ -172,7 +172,10 @@ def build_index(
         if tree is not None:
             tree.reduce()
         if rank == 0:
-            _write(target, about, sae, lm, found, sizes, tree)
+            columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
+            logits = why or "final norm's gain included, biases left out"
+            contexts = context_tables(found.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
+            write_index(target, about | {"tokens": int(found.sums.tokens), "logits": logits}, columns, contexts)
             shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()
@@ -207,18 +210,3 @@ def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
 def _overlapping(batches: Generator, overlapped: bool) -> Generator:
     """The same, in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches
-
-
-def _write(
-    target: Path,
-    about: dict[str, Any],
-    sae: SAEModel,
-    lm: nn.Module,
-    found: LatentPass,
-    sizes: IndexSizes,
-    tree: Tree | None,
-) -> None:
-    columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
-    about = about | {"tokens": int(found.sums.tokens), "logits": why or "final norm's gain included, biases left out"}
-    contexts = context_tables(found.contexts, about["context_length"], sizes.quantiles, sizes.quantile_contexts)
-    write_index(target, about, columns, contexts)

@@ -11,8 +11,8 @@ Shapes: F latents, T tokens of a latent, P kept tokens.
 import torch
 from torch import Tensor
 
+from ..firings import Firings
 from .best import Best, key_positions, random_keys
-from .contexts import Firings
 
 
 _ENTRIES_AT_ONCE = 2**22

@@ -6,42 +6,46 @@ the latent's activations on them. Each window gives a latent at most one context
 Shapes: B windows, S tokens in a window, W tokens in a context, F latents, M pairs, C candidates.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..firings import Firings
 from .best import Best, random_keys, value_keys
 
 
-@dataclass
-class Firings:
-    """What fires in some windows.
+class Parts:
+    """What is known of the latents in several parts, saved and joined as one: a tensor is called `<part>.<name>`.
 
-    Args:
-        input_ids (`Tensor` of shape `(B, S)`): Tokens.
-        numbers (`Tensor` of shape `(B,)`): Number of each window in the text.
-        tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each token that counts, in these windows.
-        rows (`Tensor` of shape `(M,)`): Token of each pair, ascending.
-        cols (`Tensor` of shape `(M,)`): Latent of each pair.
-        values (`Tensor` of shape `(M,)`): Activation, positive.
+    Attributes:
+        parts (`dict[str, Any]`): By name; what has no `merge` adds up over processes by itself.
     """
 
-    input_ids: Tensor
-    numbers: Tensor
-    tokens: Tensor
-    rows: Tensor
-    cols: Tensor
-    values: Tensor
+    parts: dict[str, Any]
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of each token in the whole text, `(N,)`."""
-        length = self.input_ids.shape[1]
-        return self.numbers[self.tokens // length] * length + self.tokens % length
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        parts = self.parts.items()
+        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the place of a state."""
+        for part, held in self.parts.items():
+            held.load_state_dict(_of_part(state, part))
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add another process's."""
+        for part, held in self.parts.items():
+            if hasattr(held, "merge"):
+                held.merge(_of_part(state, part))
 
 
-class Contexts:
+def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+
+
+class Contexts(Parts):
     """The contexts kept so far.
 
     Args:
@@ -62,6 +66,7 @@ class Contexts:
         }
         self.top = Best(num_latents, top, payload, device)
         self.sample = Best(num_latents, sample, payload, device)
+        self.parts = {"top": self.top, "sample": self.sample}
         self.width, self.seed = width, seed
 
     def add(self, firings: Firings) -> None:
@@ -96,7 +101,7 @@ class Contexts:
         """Tokens and activations around the chosen pairs `(C,)`, which differ in latent or window."""
         ids, width = firings.input_ids, self.width
         length, num_latents = ids.shape[1], len(self.top.keys)
-        token = firings.tokens[firings.rows[chosen]]
+        token = firings.places[chosen]
         window, place = token // length, token % length
         start = (place - _before(width)).clamp(0, length - width)
         # Which context the other pairs of the same latents and windows belong to.
@@ -105,7 +110,7 @@ class Contexts:
         of_pair = number[_bags(firings, slice(None), num_latents)]
         pairs = (of_pair >= 0).nonzero().squeeze(1)
         context = of_pair[pairs].long()
-        offset = firings.tokens[firings.rows[pairs]] % length - start[context]
+        offset = firings.places[pairs] % length - start[context]
         inside = ((offset >= 0) & (offset < width)).nonzero().squeeze(1)
         activations = torch.zeros(len(chosen), width, device=ids.device)
         activations[context[inside], offset[inside]] = firings.values[pairs[inside]].float()
@@ -115,21 +120,6 @@ class Contexts:
             "activations": activations,
             "peak": (place - start)[:, None],
         }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
-        kinds = {"top": self.top, "sample": self.sample}
-        return {f"{kind}.{name}": rows for kind, best in kinds.items() for name, rows in best.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.load_state_dict(_part(state, kind))
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's."""
-        for kind, best in (("top", self.top), ("sample", self.sample)):
-            best.merge(_part(state, kind))
 
 
 def _before(width: int) -> int:
@@ -141,8 +131,4 @@ def _bags(firings: Firings, pairs, num_latents: int | None = None) -> Tensor:
     """A number for each latent and window of some pairs."""
     cols = firings.cols[pairs]
     factor = num_latents or (int(cols.max()) + 1 if len(cols) else 1)
-    return firings.tokens[firings.rows[pairs]] // firings.input_ids.shape[1] * factor + cols
-
-
-def _part(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.partition(".")[2]: rows for name, rows in state.items() if name.startswith(f"{kind}.")}
+    return firings.places[pairs] // firings.input_ids.shape[1] * factor + cols

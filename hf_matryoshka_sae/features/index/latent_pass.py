@@ -1,16 +1,18 @@
 """What is known of every latent while the text goes by, and how much of it is kept."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from ...common.checks import check_at_least
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
+from ..firings import joined
 from .cofiring import TokenSample
-from .contexts import Contexts
+from .contexts import Contexts, Parts
 from .sums import LatentSums
-from .windows import Fired, joined
+from .windows import Fired
 
 
 TOKENS_AT_ONCE = 2**15  # whose pairs are looked at together
@@ -57,11 +59,10 @@ class IndexSizes:
         """Raises `ValueError` for a size below 1, or 0 where nothing of a kind may be kept."""
         for name, value in asdict(self).items():
             least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+            check_at_least(least, **{name: value})
 
 
-class LatentPass:
+class LatentPass(Parts):
     """What one process knows of every latent."""
 
     def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None):
@@ -71,6 +72,8 @@ class LatentPass:
         self.contexts = Contexts(latents, sizes.top_contexts, sizes.sampled_contexts, width, seed, device)
         self.cofiring = TokenSample(latents, sizes.cofiring_tokens, seed, device)
         self.tree, self.num_latents = tree, latents
+        self.parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
+        self.parts |= {"tree": tree} if hasattr(tree, "load_state_dict") else {}
 
     def batches_at_once(self, windows: int, context_length: int) -> int:
         """Batches in a chunk."""
@@ -82,37 +85,13 @@ class LatentPass:
         for batch in chunk:
             self.sums.add_first(batch.first, batch.first_counts)
             if self.tree is not None:
-                self.tree.add(batch.pairs)
+                self.tree.add(batch.firings.pairs)
         firings = joined([batch.firings for batch in chunk])
         self.sums.add(firings.cols, firings.values, sum(batch.tokens for batch in chunk))
         self.contexts.add(firings)
         self.cofiring.add(firings)
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
-        return parts | ({"tree": self.tree} if hasattr(self.tree, "load_state_dict") else {})
-
     @property
     def resumable(self) -> bool:
         """Whether all of it can be saved."""
         return self.tree is None or hasattr(self.tree, "load_state_dict")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, by name."""
-        parts = self._parts().items()
-        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for part, held in self._parts().items():
-            held.load_state_dict(_of(state, part))
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's; a tree sums over processes by itself."""
-        for part, held in self._parts().items():
-            if part != "tree":
-                held.merge(_of(state, part))
-
-
-def _of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}

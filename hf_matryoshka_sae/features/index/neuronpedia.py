@@ -8,55 +8,25 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.token_text import token_texts
+from .layout import Context, Feature
+from .store import FeatureIndex
 
 
 _UNFINISHED = ".unfinished"
 
 
-class IndexedContext(Protocol):
-    """See [`Context`]."""
-
-    kind: str
-    token_ids: Sequence[int]
-    activations: Sequence[float]
-    peak: int
-    value: float
-
-
-class IndexedFeature(Protocol):
-    """See [`Feature`]."""
-
-    latent: int
-    frequency: float
-    max: float
-    histogram: tuple[Sequence[float], Sequence[int]]
-    promoted: list[tuple[int, float]]
-    suppressed: list[tuple[int, float]]
-    cofiring: list[tuple[int, float]]
-    contexts: Sequence[IndexedContext]
-
-
-class Index(Protocol):
-    """What is exported: a [`FeatureIndex`], or anything like one."""
-
-    about: Mapping[str, Any]
-
-    def __len__(self) -> int: ...
-
-    def feature(self, latent: int, contexts: bool = True) -> IndexedFeature: ...
-
-
 def export_neuronpedia(
-    index: Index,
+    index: FeatureIndex,
     path: str | os.PathLike,
     tokenizer,
     model_id: str | None = None,
@@ -86,8 +56,7 @@ def export_neuronpedia(
     Raises:
         `ValueError`: if the layer cannot be told, a latent does not exist, or the folder holds batches already.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_at_least(1, batch_size=batch_size)
     latents = list(range(len(index)) if latents is None else latents)
     folder = Path(path)
     if any(folder.glob("batch-*.json")):
@@ -143,7 +112,7 @@ def _layer(about: Mapping[str, Any]) -> int:
 class _Writer:
     """Features of one index as JSON-able values."""
 
-    def __init__(self, index: Index, tokenizer):
+    def __init__(self, index: FeatureIndex, tokenizer):
         self.index, self.tokenizer = index, tokenizer
         self.frequencies: dict[int, float] = {}
 
@@ -185,7 +154,7 @@ class _Writer:
         tokens = [int(token) for token in tokens]
         return token_texts(self.tokenizer, tokens) if tokens else []
 
-    def _phi(self, feature: IndexedFeature, other: int, rate: float) -> float:
+    def _phi(self, feature: Feature, other: int, rate: float) -> float:
         """Pearson's correlation of whether two latents fire, from how often the other fires where this one does."""
         if other not in self.frequencies:
             self.frequencies[other] = self.index.feature(other, contexts=False).frequency
@@ -194,9 +163,9 @@ class _Writer:
         # The rate may come from a sample of the tokens: what it gives can lie a little outside.
         return max(-1.0, min(1.0, (rate * one - one * two) / spread)) if spread else 0.0
 
-    def _activations(self, feature: IndexedFeature) -> list[dict[str, Any]]:
+    def _activations(self, feature: Feature) -> list[dict[str, Any]]:
         """Contexts: the strongest, then those of each quantile, strongest quantile first."""
-        groups: dict[str, list[IndexedContext]] = {}
+        groups: dict[str, list[Context]] = {}
         for context in feature.contexts:
             groups.setdefault(str(context.kind), []).append(context)
         quantiles = sorted((kind for kind in groups if kind.isdigit()), key=int, reverse=True)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...common.files import staged
 from ...models.safetensors_file import give_usual_permissions
 from .latent_pass import LatentPass
 from .windows import Fired, Position
@@ -32,16 +32,11 @@ def state_file(folder: Path, rank: int, world: int) -> Path:
 
 def save_state(path: Path, settings: dict[str, Any], position: Position, state: dict[str, Tensor]) -> None:
     """Replace the file by a newer state; it is complete before it takes its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     tensors |= {_TEXT + name: tensor.contiguous() for name, tensor in position.tensors().items()}
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, staged, {"settings": json.dumps(settings), "position": position.to_json()})
-        give_usual_permissions(staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged(path) as temporary:
+        save_file(tensors, temporary, {"settings": json.dumps(settings), "position": position.to_json()})
+        give_usual_permissions(temporary)
 
 
 def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str, Tensor]] | None:

@@ -83,15 +83,6 @@ def opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -
 # The text
 
 
-def as_config(dataset: Any) -> Any:
-    """What was given as text, as a [`DatasetConfig`] where it is not documents themselves."""
-    if dataset is None:
-        return DatasetConfig(EMBEDDED, split="heldout")
-    if isinstance(dataset, (str, os.PathLike)):
-        return DatasetConfig(str(dataset))
-    return DatasetConfig(**dataset) if isinstance(dataset, dict) else dataset
-
-
 def text_digest(dataset: DatasetConfig | Documents | list[str]) -> str | None:
     """SHA-256 that tells a text from another under the same name; `None` for the Hub's and the embedded one.
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ...activations import TokenBatch, TokenStream, harvest
 from ...models import SAEModel
-from ...models.sparse_ops import LatentPairs, PairIndex
 from ...progressive.statistics import firing_blocks
-from .contexts import Firings
+from ..firings import Firings, joined_pairs
 
 
 logger = logging.getLogger(__name__)
@@ -160,7 +159,6 @@ class Fired:
 
     Args:
         firings ([`Firings`]): At the positions that count.
-        pairs ([`LatentPairs`]): The same, as pairs.
         first (`Tensor` of shape `(m,)`): Latents that fire at first positions, counted or not.
         first_counts (`bool`): Whether those are counted.
         tokens (`int`): Positions that count.
@@ -168,7 +166,6 @@ class Fired:
     """
 
     firings: Firings
-    pairs: LatentPairs
     first: Tensor
     first_counts: bool
     tokens: int
@@ -184,22 +181,13 @@ def fired(sae: SAEModel, batch: Harvested) -> Fired:
     """
     device = sae.W_enc.device
     ids = batch.windows.batch.input_ids.to(device)
-    parts, begin = [], 0
-    for _, x, pairs in firing_blocks(sae, [batch.states.to(device)]):
-        parts.append((pairs.rows + begin, pairs.cols, pairs.values))
-        begin += len(x)
-    rows, cols, values = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    pairs = joined_pairs([pairs for _, _, pairs in firing_blocks(sae, [batch.states.to(device)])])
     tokens, counted = batch.tokens.to(device), batch.counted.to(device)
     at_first = tokens % ids.shape[1] == 0
     first_counts = bool(counted[at_first].any())
-    first = cols[at_first[rows] & (values > 0)]
-    keep = (counted[rows] & (values > 0)).nonzero().squeeze(1)
-    if len(keep) < len(rows):
-        rows, cols, values = rows[keep], cols[keep], values[keep]
-    numbers = batch.windows.first + torch.arange(len(ids), device=device)
-    firings = Firings(ids, numbers, tokens, rows, cols, values)
-    pairs = LatentPairs(PairIndex(rows, cols, len(tokens), sae.config.num_latents), values)
-    return Fired(firings, pairs, first, first_counts, int(counted.sum()), batch.windows.after)
+    first = pairs.cols[at_first[pairs.rows] & (pairs.values > 0)]
+    firings = Firings.of(ids, batch.windows.first, tokens, pairs, counted[pairs.rows])
+    return Fired(firings, first, first_counts, int(counted.sum()), batch.windows.after)
 
 
 def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:
@@ -207,23 +195,3 @@ def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:
     with closing(batches):
         for batch in batches:
             yield fired(sae, batch)
-
-
-def joined(parts: list[Firings]) -> Firings:
-    """Several batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-    length = parts[0].input_ids.shape[1]
-    windows = tokens = 0
-    moved = []
-    for part in parts:
-        moved.append((part.tokens + windows * length, part.rows + tokens))
-        windows, tokens = windows + len(part.input_ids), tokens + len(part.tokens)
-    return Firings(
-        torch.cat([part.input_ids for part in parts]),
-        torch.cat([part.numbers for part in parts]),
-        torch.cat([tokens for tokens, _ in moved]),
-        torch.cat([rows for _, rows in moved]),
-        torch.cat([part.cols for part in parts]),
-        torch.cat([part.values for part in parts]),
-    )

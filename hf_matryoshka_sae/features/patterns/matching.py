@@ -17,22 +17,8 @@ import regex
 import torch
 from torch import Tensor
 
+from . import nodes
 from .limits import check_copies
-from .nodes import (
-    AnyToken,
-    BackReference,
-    Begin,
-    Capture,
-    Choice,
-    Joined,
-    Look,
-    Node,
-    Prefix,
-    Repeat,
-    Text,
-    TokenRegex,
-    walk,
-)
 from .parser import Names, parse
 from .vocabulary import UnreadableRegex, Vocabulary, vocabulary_of
 
@@ -175,11 +161,11 @@ class _Expression:
         deadline (`float`): On the monotonic clock.
     """
 
-    def __init__(self, node: Node, vocabulary: Vocabulary, deadline: float):
+    def __init__(self, node: nodes.Node, vocabulary: Vocabulary, deadline: float):
         self.vocabulary, self.deadline, self._written = vocabulary, deadline, 0
         if vocabulary.size + _FIRST > _LAST:
             raise ValueError(f"Patterns take vocabularies of up to {_LAST - _FIRST} tokens, got {vocabulary.size}.")
-        self.classes = {part: self._class(part) for part in walk(node) if isinstance(part, TokenRegex)}
+        self.classes = {part: self._class(part) for part in nodes.walk(node) if isinstance(part, nodes.TokenRegex)}
         self.characters = _FIRST + _places(vocabulary.size, self.classes, self._in_time)
         self.text = self.write(node)
         try:
@@ -187,11 +173,11 @@ class _Expression:
         except ValueError as error:
             raise _Unwritable(str(error), node.at) from error
 
-    def _in_time(self, node: Node) -> None:
+    def _in_time(self, node: nodes.Node) -> None:
         if time.monotonic() > self.deadline:
             raise _Unwritable("to find the tokens of this pattern takes too long. Name fewer of them.", node.at)
 
-    def _class(self, node: TokenRegex) -> np.ndarray:
+    def _class(self, node: nodes.TokenRegex) -> np.ndarray:
         self._in_time(node)
         try:
             found = self.vocabulary.matching(node.regex, node.search, self.deadline)
@@ -202,7 +188,7 @@ class _Expression:
             raise _Unwritable(f"no token matches `{node.regex}`.{more}", node.at)
         return found
 
-    def write(self, node: Node) -> str:
+    def write(self, node: nodes.Node) -> str:
         """The expression of a part."""
         text = self._write(node)
         self._written += len(text)
@@ -210,56 +196,56 @@ class _Expression:
             raise _Unwritable("written out, the pattern is too long. Repeat less, or by {n}.", node.at)
         return text
 
-    def _write(self, node: Node) -> str:
+    def _write(self, node: nodes.Node) -> str:
         match node:
-            case AnyToken():
+            case nodes.AnyToken():
                 return f"[{chr(_FIRST)}-{chr(_LAST)}]"
-            case Begin():
+            case nodes.Begin():
                 separator = self.vocabulary.separator
                 behind = "" if separator is None else f"|(?<={self._tokens([separator])})"
                 return f"(?:\\A{behind})"
-            case Text():
+            case nodes.Text():
                 self._in_time(node)
                 try:
                     return self._tokens(self.vocabulary.tokens(node.text))
                 except ValueError as error:
                     raise _Unwritable(str(error), node.at) from error
-            case TokenRegex():
+            case nodes.TokenRegex():
                 return _ranges(self.characters[self.classes[node]])
-            case Joined():
+            case nodes.Joined():
                 return "".join(map(self.write, node.parts))
-            case Choice():
+            case nodes.Choice():
                 return f"(?:{'|'.join(map(self.write, node.parts))})"
-            case Repeat():
+            case nodes.Repeat():
                 return f"(?:{self.write(node.part)}){_bounds(node.low, node.high)}"
-            case Capture():
+            case nodes.Capture():
                 return f"(?P<{node.name}>{self.write(node.part)})"
-            case BackReference():
+            case nodes.BackReference():
                 return f"(?P={node.name})"
-            case Look():
+            case nodes.Look():
                 sign = ("" if node.ahead else "<") + ("!" if node.negative else "=")
                 return f"(?{sign}{self.write(node.part)})"
-            case Prefix():
+            case nodes.Prefix():
                 return self._beginnings(node.part, "")
 
     def _tokens(self, tokens: list[int]) -> str:
         return "".join(chr(self.characters[token]) for token in tokens)
 
-    def _beginnings(self, node: Node, rest: str) -> str:
+    def _beginnings(self, node: nodes.Node, rest: str) -> str:
         """Any beginning, of one token or more, of what the part followed by `rest` matches."""
         match node:
-            case Text():
+            case nodes.Text():
                 signs = self.write(node)
                 ways = [f"{signs[:i]}(?={signs[i:]}{rest})" for i in range(1, len(signs) + 1)]
-            case Joined():
+            case nodes.Joined():
                 ways, before = [], ""
                 for place, part in enumerate(node.parts):
                     behind = "".join(map(self.write, node.parts[place + 1 :]))
                     ways.append(before + self._beginnings(part, behind + rest))
                     before += self.write(part)
-            case Choice():
+            case nodes.Choice():
                 ways = [self._beginnings(part, rest) for part in node.parts]
-            case Repeat():
+            case nodes.Repeat():
                 ways = self._repeated_beginnings(node, rest)
             case _:
                 ways = [f"{self.write(node)}(?={rest})"]
@@ -269,7 +255,7 @@ class _Expression:
             raise _Unwritable("written out, the prefix is too long. Repeat less inside it.", node.at)
         return text
 
-    def _repeated_beginnings(self, node: Repeat, rest: str) -> list[str]:
+    def _repeated_beginnings(self, node: nodes.Repeat, rest: str) -> list[str]:
         part = f"(?:{self.write(node.part)})"
         if max(node.low, node.high or 0) > _MOST_IN_PREFIX:
             raise _Unwritable(f"repeats inside [prefix ...] go to {_MOST_IN_PREFIX}.", node.at)
@@ -287,7 +273,9 @@ class _Expression:
         return ways
 
 
-def _places(size: int, classes: dict[TokenRegex, np.ndarray], in_time: Callable[[Node], None]) -> np.ndarray:
+def _places(
+    size: int, classes: dict[nodes.TokenRegex, np.ndarray], in_time: Callable[[nodes.Node], None]
+) -> np.ndarray:
     """A place for each token, so that tokens in the same classes follow each other: `(V,)`."""
     kind = np.zeros(size, dtype=np.int64)
     for node, members in classes.items():

@@ -18,22 +18,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from . import nodes
 from .limits import DEEPEST, LONGEST_SOURCE, MOST_PARTS, Sizes
-from .nodes import (
-    AnyToken,
-    BackReference,
-    Begin,
-    Capture,
-    Choice,
-    Joined,
-    Look,
-    Node,
-    Prefix,
-    Repeat,
-    Text,
-    TokenRegex,
-    walk,
-)
 from .source import Source, checked_names
 
 
@@ -49,7 +35,7 @@ _MOST = 10_000  # repeats that can be asked for by number
 _MOST_PREFIXED = 500  # parts, each of which is written once for every part before it
 
 
-def parse(source: str, names: Names | None = None) -> tuple[Node, Source]:
+def parse(source: str, names: Names | None = None) -> tuple[nodes.Node, Source]:
     """The tree of a pattern, and the source that its places refer to: with the named patterns before it.
 
     Args:
@@ -68,8 +54,8 @@ def parse(source: str, names: Names | None = None) -> tuple[Node, Source]:
             f"A pattern has at most {LONGEST_SOURCE:,} characters with its names, got {len(whole.text):,}. Give many "
             "texts as a list: `names={'word': [...]}` and [literal_set word]."
         )
-    sets: dict[str, Node] = {
-        name: Choice(tuple(Text(text, at=0) for text in value), at=0) for name, value in texts.items()
+    sets: dict[str, nodes.Node] = {
+        name: nodes.Choice(tuple(nodes.Text(text, at=0) for text in value), at=0) for name, value in texts.items()
     }
     return _Parser(whole, sets).pattern(), whole
 
@@ -77,7 +63,7 @@ def parse(source: str, names: Names | None = None) -> tuple[Node, Source]:
 class _Parser:
     """Recursive descent over the characters of one source."""
 
-    def __init__(self, whole: Source, names: dict[str, Node]):
+    def __init__(self, whole: Source, names: dict[str, nodes.Node]):
         self.whole, self.source, self.names = whole, whole.text, names
         self.at, self.end, self.depth = 0, len(self.source), 0
         self.captured: set[str] = set()
@@ -87,7 +73,7 @@ class _Parser:
     def error(self, message: str, at: int | None = None) -> ValueError:
         return self.whole.error(message, self.at if at is None else at)
 
-    def made(self, node: Node) -> Node:
+    def made(self, node: nodes.Node) -> nodes.Node:
         """A part, if it is not too large."""
         size = self.sizes.of(node)
         if size.parts > MOST_PARTS:
@@ -98,7 +84,7 @@ class _Parser:
 
     # Lines
 
-    def pattern(self) -> Node:
+    def pattern(self) -> nodes.Node:
         """Named lines, then the pattern."""
         found = None
         for start, stop in self._lines():
@@ -127,7 +113,7 @@ class _Parser:
                 yield start, stop
             start += len(line) + 1
 
-    def _range(self, start: int, stop: int) -> Node:
+    def _range(self, start: int, stop: int) -> nodes.Node:
         self.at, self.end = start, stop
         node = self.choice(closing="")
         if self.at < self.end:
@@ -137,7 +123,7 @@ class _Parser:
 
     # Parts
 
-    def choice(self, closing: str) -> Node:
+    def choice(self, closing: str) -> nodes.Node:
         """Alternatives, up to a closing bracket or the end."""
         start = self.at
         self.depth += 1
@@ -151,9 +137,9 @@ class _Parser:
         if closing and self._peek() != closing:
             raise self.error(f"'{closing}' is missing here.")
         self.at += len(closing)
-        return parts[0] if len(parts) == 1 else self.made(Choice(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.made(nodes.Choice(tuple(parts), at=start))
 
-    def joined(self) -> Node:
+    def joined(self) -> nodes.Node:
         start, parts = self.at, []
         known = 0  # parts in these
         before = ""  # the sign with which the last part began; nothing for text
@@ -165,7 +151,7 @@ class _Parser:
             elif sign == "[":
                 parts.append(self._bracket())
             elif sign == ".":
-                parts.append(AnyToken(at=self.at))
+                parts.append(nodes.AnyToken(at=self.at))
                 self.at += 1
             elif sign == "#":  # no comment: a backtick before it opened a quotation
                 raise self.error("a '#' stands behind an open backtick. Write `\\#`, or close the backtick.")
@@ -178,9 +164,9 @@ class _Parser:
                 raise self.error("with its names written out, the pattern is too long.", start)
         if not parts:
             raise self.error("expected a pattern, there is nothing. `(A)?` makes A optional.", start)
-        return parts[0] if len(parts) == 1 else self.made(Joined(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.made(nodes.Joined(tuple(parts), at=start))
 
-    def _text(self) -> list[Node]:
+    def _text(self) -> list[nodes.Node]:
         """Text up to the next sign; spaces at its end are for the eye alone."""
         start, found, kept = self.at, "", 0
         while (sign := self._peek()) and sign not in _SPECIAL:
@@ -195,9 +181,9 @@ class _Parser:
             else:
                 found += sign
                 kept = kept if sign == " " else len(found)
-        return [Text(found[:kept], at=start)] if kept else []
+        return [nodes.Text(found[:kept], at=start)] if kept else []
 
-    def _repeat(self, parts: list[Node], before: str) -> None:
+    def _repeat(self, parts: list[nodes.Node], before: str) -> None:
         start, sign = self.at, self._peek()
         self.at += 1
         if sign == "{":
@@ -205,7 +191,7 @@ class _Parser:
         else:
             low, high = {"+": (1, None), "*": (0, None), "?": (0, 1)}[sign]
         last = parts[-1] if parts else None
-        if last is None or isinstance(last, (Look, Begin)):
+        if last is None or isinstance(last, (nodes.Look, nodes.Begin)):
             raise self.error(f"'{sign}' repeats what is before it, and that is nothing. Write `\\{sign}`?", start)
         if not before:
             raise self.error(
@@ -218,7 +204,7 @@ class _Parser:
                 "put the first in parentheses to repeat it.",
                 start,
             )
-        parts[-1] = self.made(Repeat(last, low, high, at=last.at))
+        parts[-1] = self.made(nodes.Repeat(last, low, high, at=last.at))
 
     def _bounds(self, start: int) -> tuple[int, int | None]:
         found = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
@@ -233,7 +219,7 @@ class _Parser:
             raise self.error(f"expected bounds from small to large, at most {_MOST}, got {found[0][:-1]}.", start)
         return low, high
 
-    def _group(self) -> Node:
+    def _group(self) -> nodes.Node:
         start = self.at
         for opening in ("(?<=", "(?<!", "(?=", "(?!"):
             if self.source.startswith(opening, start):
@@ -243,26 +229,26 @@ class _Parser:
             raise self.error("expected (?=A), (?!A), (?<=A) or (?<!A) behind '(?'.")
         return self.choice(closing=")")
 
-    def _look(self, opening: str) -> Node:
+    def _look(self, opening: str) -> nodes.Node:
         start, before = self.at, set(self.captured)
         self.at += len(opening)
         part = self.choice(closing=")")
         ahead, negative = "<" not in opening, "!" in opening
         if negative:
             self.captured = before  # where it has to fail, it captures nothing
-        found = list(walk(part))
-        captures = {node.name for node in found if isinstance(node, Capture)}
-        if not ahead and any(isinstance(node, BackReference) and node.name in captures for node in found):
+        found = list(nodes.walk(part))
+        captures = {node.name for node in found if isinstance(node, nodes.Capture)}
+        if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in found):
             raise self.error(
                 "a look-behind is matched from its end, so it cannot repeat what it captures itself. Write the part "
                 "before the token in the pattern itself: the mask is at the end of a match anyway.",
                 start,
             )
-        return self.made(Look(part, ahead, negative, at=start))
+        return self.made(nodes.Look(part, ahead, negative, at=start))
 
     # Brackets
 
-    def _bracket(self) -> Node:
+    def _bracket(self) -> nodes.Node:
         start = self.at
         self.at += 1
         found = _NAME.match(self.source, self.at, self.end)
@@ -286,9 +272,9 @@ class _Parser:
         if self._peek() != "]":
             raise self.error(f"expected ']' or '=' behind '{name}'.")
         self.at += 1
-        return Begin(at=start) if name == "BEGIN" else self._reference(name, start)
+        return nodes.Begin(at=start) if name == "BEGIN" else self._reference(name, start)
 
-    def _capture(self, name: str, start: int) -> Node:
+    def _capture(self, name: str, start: int) -> nodes.Node:
         if name in self.names:
             raise self.error(f"'{name}' is a named pattern already; capture under another name.", start)
         self.open.append(name)
@@ -297,13 +283,13 @@ class _Parser:
         if name in self.open or name in self.sizes.of(part).captures:
             raise self.error(f"'{name}' is captured within its own capture; name one of them otherwise.", start)
         self.captured.add(name)
-        return self.made(Capture(name, part, at=start))
+        return self.made(nodes.Capture(name, part, at=start))
 
-    def _reference(self, name: str, start: int) -> Node:
+    def _reference(self, name: str, start: int) -> nodes.Node:
         if name in self.open:
             raise self.error(f"[{name}] stands within [{name}=...], which has not ended there.", start)
         if name in self.captured:
-            return BackReference(name, at=start)
+            return nodes.BackReference(name, at=start)
         if name not in self.names:
             known = sorted({*self.names, *self.captured, *_RESERVED})
             near = difflib.get_close_matches(name, known, n=1) or known
@@ -312,25 +298,25 @@ class _Parser:
         self.captured |= self.sizes.of(node).captures
         return node
 
-    def _prefix(self, start: int) -> Node:
+    def _prefix(self, start: int) -> nodes.Node:
         if self._peek() == " ":
             self.at += 1
         part = self.choice(closing="]")
-        if any(isinstance(node, (Capture, Look, Prefix)) for node in walk(part)):
+        if any(isinstance(node, (nodes.Capture, nodes.Look, nodes.Prefix)) for node in nodes.walk(part)):
             raise self.error("[prefix A] takes no captures, look-arounds or other prefixes inside.", start)
         if self.sizes.of(part).parts > _MOST_PREFIXED:
             raise self.error(f"[prefix ...] takes up to {_MOST_PREFIXED} parts. Leave the rest behind it.", start)
-        return self.made(Prefix(part, at=start))
+        return self.made(nodes.Prefix(part, at=start))
 
-    def _token_regex(self, start: int) -> Node:
+    def _token_regex(self, start: int) -> nodes.Node:
         regex, regex_at = self._quoted("[re `\\d+`]")
         option = re.compile(r"\s*(?:,\s*search\s*=\s*(\w+)\s*)?\]").match(self.source, self.at, self.end)
         if option is None or option[1] not in (None, "True", "False"):
             raise self.error("expected `]`, `, search=True]` or `, search=False]` here.")
         self.at = option.end()
-        return TokenRegex(regex, option[1] == "True", at=start, regex_at=regex_at)
+        return nodes.TokenRegex(regex, option[1] == "True", at=start, regex_at=regex_at)
 
-    def _literal_set(self, start: int) -> Node:
+    def _literal_set(self, start: int) -> nodes.Node:
         named = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
         if named is not None:
             self.at = named.end()
@@ -342,7 +328,7 @@ class _Parser:
         if self._peek() != "]":
             raise self.error("expected ',' or ']' behind a text in backticks.")
         self.at += 1
-        return self.made(Choice(tuple(Text(text, at=at) for text, at in texts), at=start))
+        return self.made(nodes.Choice(tuple(nodes.Text(text, at=at) for text, at in texts), at=start))
 
     def _quoted(self, example: str) -> tuple[str, int]:
         """Text in backticks, and where it begins."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...activations import TokenBatch
+from ...common.checks import check_at_least
 from ...common.distributed import processes, reduce_sum
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
@@ -209,8 +210,7 @@ def _search(
     show: bool,
     what: str,
 ) -> list[PatternHit]:
-    if top < 1:
-        raise ValueError(f"`top` must be at least 1, got {top}.")
+    check_at_least(1, top=top)
     sae = sae if width is None else sae.truncate(width)
     sums = MaskSums(sae.config.num_latents, sae.W_dec.device)
     masks, problem = [], None

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...common.distributed import processes, reduce_sum
+from ...common.distributed import processes
+from ...evaluation.firing import FiringSums
 from ...models import SAEModel
-from ...models.sparse_ops import LatentPairs
+from ...models.sparse_ops import LatentPairs, PairIndex
 
 
 MAX_EDGES = 2**26
@@ -54,8 +55,7 @@ class EdgeSums:
         self.starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()  # of each SAE's latents among all
         self.total = sum(sizes)
         self.level = torch.arange(len(levels)).repeat_interleave(torch.tensor(levels))
-        self.maximum, self.square, self.fires = (torch.zeros(self.total, dtype=torch.float64) for _ in range(3))
-        self.tokens = torch.zeros(1, dtype=torch.float64)
+        self.firing, self.maximum = FiringSums(self.total), torch.zeros(self.total, dtype=torch.float64)
         self._edges: list[tuple[Tensor, Tensor]] = []  # keys parent * total + child, and (product, parent's square)
         self._kept = self._merged = 0
 
@@ -72,9 +72,7 @@ class EdgeSums:
         values = torch.cat([one.values for one in pairs]).double().cpu()
         fires = values > 0  # a value below 0 is no firing, and has no place in a cosine of firings
         rows, cols, values = rows[fires], cols[fires], values[fires]
-        self.tokens += pairs[0].num_rows
-        self.fires.index_add_(0, cols, torch.ones_like(values))
-        self.square.index_add_(0, cols, values.square())
+        self.firing.add(LatentPairs(PairIndex(rows, cols, pairs[0].num_rows, self.total), values))
         self.maximum.scatter_reduce_(0, cols, values, "amax")
         levels = self.level[cols]
         for level in range(int(self.level[-1])):
@@ -125,20 +123,24 @@ class EdgeSums:
         self._merge()
         empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64)
         keys, sums = self._edges[0] if self._edges else empty
-        counted = {name: getattr(self, name) for name in ("maximum", "square", "fires", "tokens")}
-        return {**counted, "keys": keys, "sums": sums}
+        return {**self._counted(), "keys": keys, "sums": sums}
+
+    def _counted(self) -> dict[str, Tensor]:
+        firing = self.firing
+        named = {"square": firing.moments[1], "fires": firing.fired, "tokens": firing.tokens}
+        return {"maximum": self.maximum, **named}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what [`state_dict`] gave."""
-        for name in ("maximum", "square", "fires", "tokens"):
-            getattr(self, name).copy_(state[name])
+        for name, tensor in self._counted().items():
+            tensor.copy_(state[name].view_as(tensor))
         self._edges = [(state["keys"], state["sums"])]
         self._kept = self._merged = len(state["keys"])
 
     def reduce(self) -> None:
         """Add up over processes."""
         self._merge()
-        reduce_sum(self.tokens, self.fires, self.square)
+        self.firing.reduce()
         _, world = processes()
         if world > 1:
             gathered: list[Any] = [None] * world
@@ -155,7 +157,7 @@ class EdgeSums:
             return empty, empty, torch.zeros(0, dtype=torch.float64)
         ((keys, sums),) = self._edges
         parent, child = keys // self.total, keys % self.total
-        cosine = sums[:, 0] / (sums[:, 1] * self.square[child]).sqrt()
+        cosine = sums[:, 0] / (sums[:, 1] * self.firing.moments[1, child]).sqrt()
         return parent, child, cosine * (self.maximum[child] / self.maximum[parent]).clamp(max=1)
 
     def parents(self, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:

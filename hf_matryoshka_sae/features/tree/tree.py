@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...common.distributed import processes
+from ...common.files import write_text
 from ...evaluation.data import HasActivations, activation_batches
 from ...models import SAEModel
 from ...progressive.statistics import encoded, firing_blocks
@@ -133,19 +134,19 @@ class LatentTree:
 
     def to_json(self) -> dict[str, Any]:
         """The tree as JSON-able values."""
-        keys = ("latent", "level", "parent", "score", "frequency", "maximum", "children")
         nodes = (self.node(latent) for latent in range(len(self)))
         return {
             "format": "hf_matryoshka_sae.latent_tree/1",
             "threshold": self.threshold,
             "tokens": self.tokens,
             "starts": self.starts,
-            "nodes": [{key: getattr(node, key) for key in keys} for node in nodes],
+            "nodes": [vars(node) for node in nodes],
         }
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the JSON; returns its path."""
-        return _write(path, json.dumps(self.to_json(), allow_nan=False))
+        write_text(Path(path), json.dumps(self.to_json(), allow_nan=False))
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LatentTree":
@@ -181,7 +182,8 @@ class LatentTree:
             path (`str` or `os.PathLike`): Of the HTML file.
             labels (`dict[int, str]`, *optional*): What to write beside latents; text, not markup.
         """
-        return _write(path, tree_page(self, labels or {}))
+        write_text(Path(path), tree_page(self, labels or {}))
+        return Path(path)
 
 
 _NUMBERS = ("score", "frequency", "maximum")
@@ -245,29 +247,16 @@ def build_tree(
             start += pairs.num_rows
             sums.add(*(pairs if one is largest else encoded(one, rows) for one in [sae, *others]))
     sums.reduce()
-    if not sums.tokens:
+    if not sums.firing.tokens:
         raise ValueError("There are no hidden states to build a tree on: the activations are empty.")
     parent, score = sums.parents(threshold)
     return LatentTree(
         level=sums.level,
         parent=parent,
         score=score,
-        frequency=sums.fires / sums.tokens,
+        frequency=sums.firing.frequency,
         maximum=sums.maximum,
         threshold=threshold,
-        tokens=int(sums.tokens),
+        tokens=int(sums.firing.tokens),
         starts=sums.starts,
     )
-
-
-def _write(path: str | os.PathLike, text: str) -> Path:
-    """A file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    return path

@@ -3,34 +3,30 @@
 from html import escape
 from typing import Any
 
-from ..subject.opened import Opened
 from . import html
 from .charts import Axis, bar_chart
 
 
-def feature_page(found: dict[str, Any], opened: Opened) -> str:
+def feature_page(
+    found: dict[str, Any], below: list[list[dict[str, Any]]], prefix_widths: list[int], current: tuple[str, str]
+) -> str:
     """What the index knows of a latent.
 
     Args:
         found (`dict`): What `Endpoints.feature` gives.
-        opened ([`Opened`]): The SAE.
+        below (`list[list[dict]]`): The latents below it in the tree, level by level, as `Endpoints.family` gives them.
+        prefix_widths (`list[int]`), current (`tuple[str, str]`): Of its SAE; and which that is, by source and place.
     """
     label = f" — {escape(found['label'])}" if found["label"] else ""
-    never = "" if found["count"] else '<p class="note">It never fired on the text of this index.</p>'
+    histogram = found["histogram"]
     parts = [
         f"<h2>Latent {found['latent']}{label}</h2>",
-        never,
+        "" if found["count"] else '<p class="note">It never fired on the text of this index.</p>',
         _facts(found),
-        _widths(found, opened),
+        _widths(found, prefix_widths),
         '<div class="wide"><section>',
         "<h3>How strongly it fires</h3>",
-        bar_chart(
-            found["histogram"]["edges"],
-            found["histogram"]["counts"],
-            Axis("activation", log=True),
-            "tokens",
-            (380, 200),
-        ),
+        bar_chart(histogram["edges"], histogram["counts"], Axis("activation", log=True), "tokens", (380, 200)),
         "</section><section>",
         _logits(found),
         "</section></div>",
@@ -38,10 +34,10 @@ def feature_page(found: dict[str, Any], opened: Opened) -> str:
         html.contexts(found["contexts"], found["max"]),
         _quantiles(found),
         '<div class="wide"><section>',
-        _family(found, opened),
+        _family(found, below[1:], current),
         "</section><section>",
-        _others("Nearest decoder rows", "cosine", found["neighbours"], opened),
-        _others("Fires together with", "share of its tokens", found["cofiring"], opened),
+        _others("Nearest decoder rows", "cosine", found["neighbours"], current),
+        _others("Fires together with", "share of its tokens", found["cofiring"], current),
         "</section></div>",
     ]
     return "".join(parts)
@@ -61,9 +57,8 @@ def _facts(found: dict[str, Any]) -> str:
     return f'<ul class="facts">{items}</ul>'
 
 
-def _widths(found: dict[str, Any], opened: Opened) -> str:
+def _widths(found: dict[str, Any], widths: list[int]) -> str:
     """Which widths still contain it."""
-    widths = opened.sae.prefix_widths
     inside = ", ".join(f"{width:,}" for width in found["widths"])
     lines = [f"<li>Prefixes that contain it: <b>{inside}</b> (of {', '.join(f'{w:,}' for w in widths)}).</li>"]
     for ranking, place in found["places"].items():
@@ -101,27 +96,23 @@ def _quantiles(found: dict[str, Any]) -> str:
     return f"<details><summary>Samples from weak to strong firings</summary>{sections}</details>"
 
 
-def _family(found: dict[str, Any], opened: Opened) -> str:
+def _family(found: dict[str, Any], deeper: list[list[dict[str, Any]]], current: tuple[str, str]) -> str:
     parts = ["<h3>Family in the tree</h3>"]
     if found["parent"] is None and not found["children"]:
         return parts[0] + "<p class=quiet>No parent and no children.</p>"
     if found["parent"] is not None:
         latent, score, label = found["parent"]
-        name = html.latent_name(opened.source, opened.place, latent, label)
+        name = html.latent_name(*current, latent, label)
         parts.append(f"<p>Refines {name} (score {score:.2f}).</p>")
-    parts.append(_others("Refined by", "score", found["children"], opened) if found["children"] else "")
-    deeper = opened.tree().levels_below(found["latent"])[1:]
+    parts.append(_others("Refined by", "score", found["children"], current) if found["children"] else "")
     for number, level in enumerate(deeper, start=2):
-        names = ", ".join(html.latent_name(opened.source, opened.place, latent) for latent in level[:100])
+        names = ", ".join(html.latent_name(*current, row["latent"]) for row in level[:100])
         parts.append(f"<p>{number} levels below: {names}</p>")
     return "".join(parts)
 
 
-def _others(title: str, column: str, others: list[list[Any]], opened: Opened) -> str:
+def _others(title: str, column: str, others: list[list[Any]], current: tuple[str, str]) -> str:
     if not others:
         return f"<h3>{title}</h3><p class=quiet>None.</p>"
-    rows = [
-        [html.latent_name(opened.source, opened.place, latent, label), f"{value:.3f}"]
-        for latent, value, label in others
-    ]
+    rows = [[html.latent_name(*current, latent, label), f"{value:.3f}"] for latent, value, label in others]
     return f"<h3>{title}</h3>" + html.table(["latent", column], rows, numbers=(1,))

@@ -1,29 +1,13 @@
-"""What is known of an open SAE, its prunings and its latents, in plain values."""
+"""What is known of the latents of an open SAE, in plain values."""
 
 from typing import Any
 
 from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
-from .opened import Opened, Pruning
+from .opened import Opened
 
 
-FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb")
 SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation": "max", "number": "latent"}
-
-
-def measured_row(opened: Opened, pruning: Pruning) -> dict[str, Any]:
-    """The figures of a pruning in plain values."""
-    row = opened.measured(pruning)
-    rsa = row.get("rsa") or {}
-    return {
-        **{name: row.get(name) for name in FIGURES},
-        "rsa": rsa.get("spearman"),
-        "recaptured_mean": row.get("recaptured_mean"),
-        "dead": row.get("dead"),
-        "tokens": row["tokens"],
-        "k": pruning.k,
-        "ranking": pruning.ranking,
-    }
 
 
 def feature_of(opened: Opened, latent: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...models import SAEModel
-from .answers import measured_row
 from .opened import Opened, Pruning
 
 
@@ -52,7 +51,7 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
 
 
 def _figures(opened: Opened, pruning: Pruning) -> dict[str, Any]:
-    return {"sae": opened.source, "place": opened.place, **measured_row(opened, pruning)}
+    return {"sae": opened.source, "place": opened.place, **opened.figures(pruning)}
 
 
 def _kept(opened: Opened, first: Pruning, second: Pruning, shown: int) -> dict[str, Any]:

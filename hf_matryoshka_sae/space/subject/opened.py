@@ -42,6 +42,7 @@ RANKINGS = ("trained", "energy", "frequency", "attribution")
 SELECTION = "restrict"
 """A pruned SAE never sees the latents it lacks: what is measured is what is downloaded."""
 
+FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb", "recaptured_mean", "dead", "tokens")
 _COUNTED = ("topk", "batch_topk")
 
 
@@ -246,9 +247,16 @@ class Opened:
         (row,) = found.pop("subjects")["sae"]
         return {**found, **row, "size_mb": size_mb(sae)}
 
-    def is_measured(self, pruning: Pruning) -> bool:
-        """Whether [`measured`] is known already."""
-        return ("measured", pruning) in self._kept
+    def figures(self, pruning: Pruning) -> dict[str, Any]:
+        """The figures of a pruning in plain values."""
+        row = self.measured(pruning)
+        known = {name: row.get(name) for name in FIGURES}
+        rsa = (row.get("rsa") or {}).get("spearman")
+        return {**known, "rsa": rsa, "k": pruning.k, "ranking": pruning.ranking}
+
+    def known_figures(self, pruning: Pruning) -> dict[str, Any] | None:
+        """The same where they are measured already."""
+        return self.figures(pruning) if ("measured", pruning) in self._kept else None
 
     def curve(self, ranking: str, k: int | None = None) -> list[dict[str, Any]]:
         """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured.

@@ -9,7 +9,7 @@ from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
 from ..looks.messages import told
 from ..subject.opened import RANKINGS
-from .inputs import BARS, Shown, area
+from .inputs import BARS, HEAVY, Shown, area
 
 
 _ROWS = (
@@ -43,9 +43,7 @@ class CompareTab:
             told(self.show),
             [*self.left, *self.right],
             self.outcome,
-            api_visibility="private",
-            concurrency_id="model",
-            concurrency_limit=1,
+            **HEAVY,
         )
 
     @staticmethod
@@ -75,24 +73,16 @@ class CompareTab:
         left = (sae, place, ranking, int(width or 0))
         right = (other, other_place, other_ranking, int(other_width or 0))
         found = self.endpoints.compare(*left, *right)
-        names = [_name("A", found["figures"][0]), _name("B", found["figures"][1])]
-        curves = {}
-        for name, (source, where, by, _) in zip(names, (left, right), strict=True):
-            rows = self.endpoints.library.open(source, where).curve(by)
-            curves[name] = [(row["width"], row["fvu"]) for row in rows]
-        marks = [
-            Mark(name, figures["width"], figures["fvu"], name.split(":")[0])
-            for name, figures in zip(names, found["figures"], strict=True)
-        ]
+        curves, marks = {}, []
+        for letter, side, figures in zip("AB", (left, right), found["figures"], strict=True):
+            name = f"{letter}: {figures['sae']}, {figures['ranking']}"
+            curves[name] = [(row["width"], row["fvu"]) for row in self.endpoints.curve(*side[:3]).rows]
+            marks.append(Mark(name, figures["width"], figures["fvu"], letter))
         chart = line_chart(
             curves, Axis("width (latents)", log=True), Axis("fraction of variance unexplained", low=0.0), marks
         )
         figures = f"<section>{_figures(found['figures'])}</section>"
         return f'<div class="wide">{chart}{figures}</div>{_latents(found, left, right)}'
-
-
-def _name(letter: str, figures: dict[str, Any]) -> str:
-    return f"{letter}: {figures['sae']}, {figures['ranking']}"
 
 
 def _figures(figures: list[dict[str, Any]]) -> str:
@@ -101,15 +91,13 @@ def _figures(figures: list[dict[str, Any]]) -> str:
 
 
 def _latents(found: dict[str, Any], left: tuple, right: tuple) -> str:
-    different = ""
-    if not found["same_place"]:
-        different = (
-            '<p class="note">These read different places or models, so their hidden states are not the same and '
-            "cosines of their latents mean little.</p>"
-        )
     if found["same_sae"]:
         return _kept(found["kept"], left)
-    return different + _matches(found["matches"], left, right)
+    different = (
+        '<p class="note">These read different places or models, so their hidden states are not the same and '
+        "cosines of their latents mean little.</p>"
+    )
+    return ("" if found["same_place"] else different) + _matches(found["matches"], left, right)
 
 
 def _names(latents: list[int], side: tuple, count: int) -> str:
@@ -127,11 +115,7 @@ def _kept(kept: dict[str, Any], side: tuple) -> str:
 
 def _matches(matches: dict[str, Any], left: tuple, right: tuple) -> str:
     rows = [
-        [
-            html.latent_name(left[0], left[1], one),
-            html.latent_name(right[0], right[1], other),
-            f"{cosine:.3f}",
-        ]
+        [html.latent_name(*left[:2], one), html.latent_name(*right[:2], other), f"{cosine:.3f}"]
         for one, other, cosine in matches["pairs"]
     ]
     return (

@@ -8,10 +8,8 @@ from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.feature_page import feature_page
 from ..looks.messages import told, warn
-from ..subject.answers import SORTS, feature_of, list_latents
-from ..subject.indexes import build
-from ..subject.opened import Opened
-from .inputs import BARS, Shown, area
+from ..subject.answers import SORTS
+from .inputs import BARS, HEAVY, LIGHT, Shown, area
 
 
 _ROWS = 40
@@ -51,30 +49,27 @@ class FeaturesTab:
         self._wire()
 
     def _wire(self) -> None:
-        light: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 20}
         order = [self.shown.current, self.sort, self.ascending, self.contains, self.page]
         opening = gr.on(
             [self.open.click, self.shown.latent.submit],
             told(self.show),
             [self.shown.current, self.shown.latent],
             self.feature,
-            **light,
+            **LIGHT,
         )
         opening.then(None, self.shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)")
         for changed in (self.sort.input, self.ascending.input, self.contains.submit, self.contains.blur):
-            changed(lambda: 1, None, self.page, **light).then(told(self.list), order, self.table, **light)
-        self.page.submit(told(self.list), order, self.table, **light)
+            changed(lambda: 1, None, self.page, **LIGHT).then(told(self.list), order, self.table, **LIGHT)
+        self.page.submit(told(self.list), order, self.table, **LIGHT)
         for button, step in ((self.back, -1), (self.forth, 1)):
-            button.click(lambda page, step=step: max(1, int(page or 1) + step), self.page, self.page, **light).then(
-                told(self.list), order, self.table, **light
+            button.click(lambda page, step=step: max(1, int(page or 1) + step), self.page, self.page, **LIGHT).then(
+                told(self.list), order, self.table, **LIGHT
             )
         self.built = self.build.click(
             told(self.build_index),
             [self.shown.current, self.tokens],
             self.without,
-            api_visibility="private",
-            concurrency_id="model",
-            concurrency_limit=1,
+            **HEAVY,
         )
         for place in (self.table, self.feature):
             opens_latents(place, self.endpoints, self.shown, self.feature)
@@ -83,36 +78,37 @@ class FeaturesTab:
         """A latent's page."""
         if latent is None:
             raise ValueError("Say which latent: its number.")
-        return show_feature(self.endpoints.library.open(*current), int(latent))
+        return latent_html(self.endpoints, current, int(latent))
 
     def refresh(self, current: tuple[str, str], latent: float | None) -> tuple[Any, str, str]:
         """What the tab shows of an SAE that was just opened."""
-        opened = self.endpoints.library.open(*current)
-        if opened.index is None:
+        about = self.endpoints.describe(*current)
+        if about["index_tokens"] is None:
             return gr.update(visible=True), "", '<p class="quiet">There is no index to read from.</p>'
         number = int(latent or 0)
-        if number >= opened.num_latents:
-            warn(f"This SAE has latents 0 to {opened.num_latents - 1}, so there is no latent {number}.")
+        if number >= about["num_latents"]:
+            warn(f"This SAE has latents 0 to {about['num_latents'] - 1}, so there is no latent {number}.")
             number = 0
-        page = show_feature(opened, number)
-        return gr.update(visible=False), latents_table(opened, "energy", True, "", 1), page
+        return gr.update(visible=False), self.list(current, "energy", False, "", 1), self.show(current, number)
 
     def list(self, current: tuple[str, str], sort: str, ascending: bool, contains: str, page: float | None) -> str:
         """The table of latents."""
-        opened = self.endpoints.library.open(*current)
-        return latents_table(opened, sort, not ascending, contains or "", int(page or 1))
+        page = max(1, int(page or 1))
+        rows = self.endpoints.latents(*current, sort, not ascending, contains or "", (page - 1) * _ROWS, _ROWS)
+        return latents_table(rows, current, f"Page {page}: latents by {sort}, and the tokens they fire on")
 
     def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> Any:
         """Build the SAE's index on the page's text."""
-        found = build(self.endpoints.library.open(*current), int(tokens)).about["tokens"]
+        found = self.endpoints.build_index(*current, int(tokens))
         if found < tokens:
             gr.Info(f"The page's text has {found:,} tokens, so the index is of these.")
         return gr.update(visible=False)
 
 
-def show_feature(opened: Opened, latent: int) -> str:
+def latent_html(endpoints: Endpoints, current: tuple[str, str], latent: int) -> str:
     """A latent's page; raises `ValueError` if there is none."""
-    return feature_page(feature_of(opened, latent), opened)
+    found, family = endpoints.feature(latent, *current), endpoints.family(latent, *current)
+    return feature_page(found, family["below"], endpoints.describe(*current)["prefix_widths"], current)
 
 
 def opens_latents(place: gr.HTML, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
@@ -120,39 +116,30 @@ def opens_latents(place: gr.HTML, endpoints: Endpoints, shown: Shown, feature: g
 
     def open_latent(current: tuple[str, str], chosen: gr.SelectData) -> tuple[Any, int, str]:
         """Open the latent that was selected."""
-        opened = endpoints.library.open(*current)
-        return gr.update(selected="features"), int(chosen.index), show_feature(opened, int(chosen.index))
+        latent = int(chosen.index)
+        return gr.update(selected="features"), latent, latent_html(endpoints, current, latent)
 
     place.select(
         told(open_latent),
         shown.current,
         [shown.tabs, shown.latent, feature],
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_limit=20,
+        **LIGHT,
     ).then(None, shown.latent, None, js="latent => showInLink({latent, tab: 'features'}, true)").then(
         None, None, None, js=_TO_VIEW
     )
 
 
-def latents_table(opened: Opened, sort: str, descending: bool, contains: str, page: int) -> str:
-    """Latents in an order, a page of them."""
-    page = max(1, page)
-    rows = list_latents(opened, sort, descending, contains, (page - 1) * _ROWS, _ROWS)
+def latents_table(rows: list[dict[str, Any]], current: tuple[str, str], caption: str) -> str:
+    """Latents, one a row."""
     if not rows:
         return '<p class="quiet">No more latents here. Go back a page, or look for something else.</p>'
     cells = [
         [
-            html.latent_name(opened.source, opened.place, row["latent"], row["label"]),
+            html.latent_name(*current, row["latent"], row["label"]),
             f"{row['frequency']:.3%}",
             f"{row['energy']:.3g}",
             f"{row['smallest_width']:,}",
         ]
         for row in rows
     ]
-    return html.table(
-        ["latent", "fires", "energy", "in width"],
-        cells,
-        f"Page {page}: latents by {sort}, and the tokens they fire on",
-        numbers=(1, 2, 3),
-    )
+    return html.table(["latent", "fires", "energy", "in width"], cells, caption, numbers=(1, 2, 3))

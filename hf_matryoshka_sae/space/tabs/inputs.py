@@ -1,6 +1,7 @@
 """What the tabs share: where they show HTML, and what is open."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 from gradio.utils import get_space
@@ -22,6 +23,10 @@ class Shown:
     latent: gr.Number
     tabs: gr.Tabs
 
+
+# How handlers run: many at once where they only read an index, one at a time where they run a language model.
+LIGHT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 20}
+HEAVY: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 
 # Gradio fills these in where a handler has them as a default: a bar for each tqdm that runs in it, or one of its own.
 BARS, BAR = gr.Progress(track_tqdm=True), gr.Progress()

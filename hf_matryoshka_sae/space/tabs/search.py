@@ -8,7 +8,7 @@ from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told
 from .features import opens_latents
-from .inputs import BARS, Shown, area
+from .inputs import BARS, HEAVY, Shown, area
 
 
 EXAMPLES = (
@@ -54,9 +54,7 @@ class SearchTab:
             told(self.find),
             [shown.current, self.query, self.kind],
             self.hits,
-            api_visibility="private",
-            concurrency_id="model",
-            concurrency_limit=1,
+            **HEAVY,
         )
         found.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
         opens_latents(self.hits, endpoints, shown, feature)
@@ -79,11 +77,11 @@ class SearchTab:
             ]
             for hit in hits
         ]
-        opened = self.endpoints.library.open(*current)
+        tokens = self.endpoints.describe(*current)["tokens"]
         return html.table(
             ["latent", "cosine", "precision", "recall"],
             rows,
-            f"{hits[0]['tokens_matched']:,} of {opened.data.tokens:,} held-out tokens match. Precision: share of a "
+            f"{hits[0]['tokens_matched']:,} of {tokens:,} held-out tokens match. Precision: share of a "
             "latent's firings that match; recall: share of matches on which it fires.",
             numbers=(1, 2, 3),
         )

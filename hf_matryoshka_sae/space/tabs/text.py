@@ -10,7 +10,7 @@ from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told
 from .features import opens_latents
-from .inputs import Shown, area
+from .inputs import HEAVY, Shown, area
 from .prune import SAMPLE
 
 
@@ -56,20 +56,19 @@ class TextTab:
         self._wire(shown, feature)
 
     def _wire(self, shown: Shown, feature: gr.HTML) -> None:
-        slow: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
         gr.on(
             [self.read.click, self.text.submit],
             told(self.show),
             [shown.current, self.text, self.width],
             self.found,
-            **slow,
+            **HEAVY,
         )
         gr.on(
             [self.follow.click, self.one.submit],
             told(self.show_one),
             [shown.current, self.text, self.width, self.one],
             self.along,
-            **slow,
+            **HEAVY,
         )
         self.steer.click(
             told(self.continue_both),
@@ -85,7 +84,7 @@ class TextTab:
                 self.seed,
             ],
             self.steered,
-            **slow,
+            **HEAVY,
         )
         opens_latents(self.found, self.endpoints, shown, feature)
 
@@ -138,7 +137,7 @@ class TextTab:
 
     def _width(self, current: tuple[str, str], width: float) -> int:
         # The slider may still have the width of the SAE that was open before.
-        return min(int(width), self.endpoints.library.open(*current).num_latents)
+        return min(int(width), self.endpoints.num_latents(*current))
 
 
 def text_html(found: dict[str, Any], current: tuple[str, str]) -> str:

@@ -5,15 +5,17 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told
-from ..subject.opened import Opened
-from ..subject.trees import IndexTree
+from ..subject.trees import Branch, Families
 from .features import opens_latents
-from .inputs import Shown, area
+from .inputs import LIGHT, Shown, area
 
 
-_MOST = 1500
 ABOUT = """A latent of one prefix is a child of a latent of the narrower prefix if that one does, where the child
 fires, what the child does (masked cosine of at least 0.6). Unfold a family; click a latent to open it."""
+_NO_TREE = (
+    '<p class="note">This SAE has one width, so no latent refines another: a tree needs a Matryoshka SAE, or '
+    "prefix widths given when it was converted.</p>"
+)
 
 
 class TreeTab:
@@ -38,86 +40,60 @@ class TreeTab:
             told(self.draw),
             [shown.current, self.latent, self.unfolded],
             self.tree,
-            api_visibility="private",
-            concurrency_limit=20,
+            **LIGHT,
         )
         opens_latents(self.tree, endpoints, shown, feature)
 
     def draw(self, current: tuple[str, str], latent: str, unfolded: bool) -> str:
         """The tree, or the family of one latent."""
-        opened = self.endpoints.library.open(*current)
         latent = latent.strip()
         if latent and not (latent.isdecimal() and latent.isascii()):
             raise ValueError(f"A latent is named by its number, got '{latent[:40]}'. Leave it empty for all families.")
-        return tree_html(opened, int(latent) if latent else None, unfolded)
+        if len(self.endpoints.describe(*current)["prefix_widths"]) < 2:
+            return _NO_TREE
+        if not latent:
+            return families_html(self.endpoints.families(*current), current, unfolded)
+        path = [int(latent), *self.endpoints.family(int(latent), *current)["ancestors"]]
+        branch = self.endpoints.branch(path[-1], *current)
+        return f'<div class="tree">{_list([branch], current, set(path), unfolded)}</div>'
 
     def refresh(self, current: tuple[str, str]) -> str:
         """What the tab shows of an SAE that was just opened."""
-        opened = self.endpoints.library.open(*current)
-        if opened.index is None:
+        if self.endpoints.describe(*current)["index_tokens"] is None:
             return '<p class="quiet">The tree is part of the feature index; build it on the Features tab.</p>'
-        return tree_html(opened, None, False)
+        return self.draw(current, "", False)
 
 
-def tree_html(opened: Opened, latent: int | None, unfolded: bool) -> str:
-    """Families of latents, each to be unfolded.
-
-    Args:
-        opened ([`Opened`]): The SAE.
-        latent (`int`, *optional*): Show its family alone, unfolded down to it.
-        unfolded (`bool`): Whether all is unfolded.
-
-    Raises:
-        `ValueError`: if there is no such latent, or no index.
-    """
-    tree = opened.tree()
-    widths = opened.sae.prefix_widths
-    if len(widths) < 2:
-        return (
-            '<p class="note">This SAE has one width, so no latent refines another: a tree needs a Matryoshka SAE, or '
-            "prefix widths given when it was converted.</p>"
-        )
-    if latent is not None:
-        tree.check(latent)
-        path = [latent, *tree.ancestors(latent)]
-        return f'<div class="tree">{_list(opened, tree, [path[-1]], set(path), unfolded)}</div>'
-    families, parts, drawn = tree.families(), [], 0
-    about = f"{tree.joined:,} of {len(tree):,} latents have a parent; {len(families):,} families."
-    for level, width in enumerate(widths):
-        roots = [root for root in families if tree.level[root] == level]
-        chosen = []
-        for root in roots:
-            drawn += 1 + tree.size(root)
-            if drawn > _MOST:
-                break
-            chosen.append(root)
-        if roots:
-            rest = f", the largest {len(chosen)} shown" if len(chosen) < len(roots) else ""
-            parts.append(f"<h3>From width {width:,}: {len(roots)} families{rest}</h3>")
-            parts.append(_list(opened, tree, chosen, set(), unfolded))
+def families_html(families: Families, current: tuple[str, str], unfolded: bool) -> str:
+    """Families of latents, each to be unfolded."""
+    count = sum(count for _, count, _ in families.levels)
+    parts = []
+    for width, here, largest in families.levels:
+        rest = f", the largest {len(largest)} shown" if len(largest) < here else ""
+        parts.append(f"<h3>From width {width:,}: {here} families{rest}</h3>")
+        parts.append(_list(largest, current, set(), unfolded))
+    about = f"{families.joined:,} of {families.latents:,} latents have a parent; {count:,} families."
     return f'<p class="quiet">{about}</p><div class="tree">{"".join(parts)}</div>'
 
 
-def _list(opened: Opened, tree: IndexTree, latents: list[int], path: set[int], unfolded: bool) -> str:
+def _list(branches: list[Branch], current: tuple[str, str], path: set[int], unfolded: bool) -> str:
     """Latents and, folded, what is below them; no deeper than there are levels."""
     items = []
-    for latent in latents:
-        line = _line(opened, tree, latent)
-        children = tree.children(latent)
-        if not children:
+    for branch in branches:
+        line = _line(branch, current)
+        if not branch.children:
             items.append(f"<li><span>{line}</span></li>")
             continue
-        state = " open" if unfolded or latent in path else ""
-        below = _list(opened, tree, children, path, unfolded)
-        summary = f"<summary>{line} <span class=quiet>({len(children)})</span></summary>"
+        state = " open" if unfolded or branch.latent in path else ""
+        below = _list(branch.children, current, path, unfolded)
+        summary = f"<summary>{line} <span class=quiet>({len(branch.children)})</span></summary>"
         items.append(f"<li><details{state}>{summary}{below}</details></li>")
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _line(opened: Opened, tree: IndexTree, latent: int) -> str:
-    name = html.latent_name(opened.source, opened.place, latent, opened.labels[latent])
-    if tree.parent[latent] < 0:
-        return f"{name} <span class=quiet>{tree.frequency[latent]:.2%}</span>"
-    score = tree.score(latent)
-    meter = f'<meter value="{score:.3f}" aria-label="score {score:.2f}"></meter> {score:.2f}'
-    return f"{name} <span class=quiet>{meter} · {tree.frequency[latent]:.2%}</span>"
+def _line(branch: Branch, current: tuple[str, str]) -> str:
+    name = html.latent_name(*current, branch.latent, branch.label)
+    if branch.score is None:
+        return f"{name} <span class=quiet>{branch.frequency:.2%}</span>"
+    meter = f'<meter value="{branch.score:.3f}" aria-label="score {branch.score:.2f}"></meter> {branch.score:.2f}'
+    return f"{name} <span class=quiet>{meter} · {branch.frequency:.2%}</span>"

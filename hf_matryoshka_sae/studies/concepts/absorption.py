@@ -31,6 +31,8 @@ from tqdm.auto import tqdm
 
 from ...activations import hookpoint_widths, resolve_hookpoints
 from ...common.distributed import processes
+from ...evaluation.geometry import checked_widths
+from ...features.firings import joined_pairs
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs, PairIndex, row_norms
 from ..probing.logistic import LogisticProbe, f1_scores, fit_logistic, main_latents, rank_latents
@@ -104,7 +106,7 @@ def absorption(
     thresholds = thresholds or AbsorptionThresholds()
     (hookpoint,) = resolve_hookpoints(model, [hookpoint])
     _check_fit(sae, hookpoint_widths(model, [hookpoint])[hookpoint], hookpoint)
-    widths = _checked_widths(sae, widths)
+    widths = checked_widths(widths, sae)
     try:
         task = first_letter_task(model, tokenizer, hookpoint, **task_options)
     except NotDefined as error:
@@ -141,7 +143,7 @@ def absorption_on_task(
     """
     thresholds = thresholds or AbsorptionThresholds()
     _check_fit(sae, task.states.shape[1], task.source.get("hookpoint"))
-    widths = _checked_widths(sae, widths)
+    widths = checked_widths(widths, sae)
     classes = task.letters.unique()
     targets = task.letters[:, None] == classes
     probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
@@ -312,15 +314,14 @@ def _unit_latents(sae: SAEModel, states: Tensor, width: int, selection: str) -> 
             values = part.values.float()
             # Where the config scales latents by these lengths they already are in those units.
             scaled = values if sae.config.scale_by_decoder_norm else values * norms[part.cols]
-            parts.append((part.rows.cpu() + start, part.cols.cpu(), scaled.cpu()))
+            index = PairIndex(part.rows.cpu(), part.cols.cpu(), part.num_rows, part.num_latents)
+            parts.append(LatentPairs(index, scaled.cpu()))
     finally:
         sae.train(training)
-    rows, cols, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if not values.isfinite().all():
+    latents = joined_pairs(parts)
+    if not latents.values.isfinite().all():
         raise ValueError("The SAE gives latents that are not finite; its weights or its dtype are unsound.")
-    fires = values != 0
-    index = PairIndex(rows[fires], cols[fires], len(states), sae.config.num_latents)
-    return LatentPairs(index, values[fires]), (decoder / norms[:, None]).cpu()
+    return latents.keep(latents.values != 0), (decoder / norms[:, None]).cpu()
 
 
 def _of_words(latents: LatentPairs, chosen: Tensor) -> LatentPairs:
@@ -336,15 +337,6 @@ def _check_fit(sae: SAEModel, width: int, hookpoint: str | None) -> None:
             f"This SAE takes hidden states of width d_in = {sae.config.d_in}, those at {hookpoint} have {width}. "
             "Choose the language model and hookpoint it was trained on."
         )
-
-
-def _checked_widths(sae: SAEModel, widths: Sequence[int] | None) -> list[int]:
-    widths = list(sae.prefix_widths if widths is None else widths)
-    if not widths or not all(1 <= width <= sae.config.num_latents for width in widths):
-        raise ValueError(
-            f"`widths` must be one or more numbers between 1 and num_latents ({sae.config.num_latents}), got {widths}."
-        )
-    return widths
 
 
 def _reason(task: FirstLetterTask, f1: Tensor, kept: Tensor, thresholds: AbsorptionThresholds) -> str:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.distributed import processes
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Report
@@ -50,7 +51,6 @@ from ...models.sparse_ops import LatentPairs, row_norms
 from ..drawn_latents import (
     NEURONS,
     checked_dictionaries,
-    kind_of,
     mean_l0,
     neuron_dictionary,
     random_dictionaries,
@@ -165,14 +165,11 @@ class _Options:
     show: bool = True
 
     def __post_init__(self):
-        counts = {
-            name: getattr(self, name) for name in ("max_tokens", "splits", "least", "most", "max_pairs", "resamples")
-        }
-        if min(counts.values()) < 1 or self.most < self.least or not 0 < self.test_share < 1:
-            raise ValueError(
-                f"Expected numbers of at least 1, `most` not below `least`, and `test_share` between 0 and 1; got "
-                f"{counts} and {self.test_share}."
-            )
+        counts = ("max_tokens", "splits", "least", "max_pairs", "resamples")
+        check_at_least(1, **{name: getattr(self, name) for name in counts})
+        check_at_least(self.least, most=self.most)
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"`test_share` must lie between 0 and 1, got {self.test_share}.")
         if not self.latents or any(isinstance(n, bool) or n < 1 for n in self.latents):
             raise ValueError(f"`latents` must hold numbers of latents, each at least 1; got {list(self.latents)}.")
         self.latents = sorted(set(self.latents))
@@ -202,25 +199,25 @@ def _measure(
         data, (task,) = take_windows(data, [task], options.max_tokens)
     elif options.baselines:
         data = replace(data, batches=text_batches(task, data, context_length)[0])
-    kinds = dict.fromkeys(dictionaries, "dictionary")
     if options.baselines:  # of neurons as many are on as of the first dictionary's latents fire
         first = next(iter(dictionaries.values())).sae
         dictionaries |= random_dictionaries(dictionaries, data, options.seed)
         dictionaries[NEURONS] = Contributions(neuron_dictionary(data, max(1, round(mean_l0(first, data)))))
-        kinds = {name: kinds.get(name) or kind_of(name) for name in dictionaries}
     if isinstance(task, TokenTasks):
         examples = token_examples(data, [task], dictionaries, options.max_pairs, options.show)
     else:
         examples = text_examples(data, task, dictionaries, context_length, options.max_pairs, options.show)
-    tests = _splits(examples, options)
+    seeds = range(options.seed * options.splits, (options.seed + 1) * options.splits)
+    tests = [examples.held_out(options.test_share, seed) for seed in seeds]
     if metric == "scr":
         chosen, skipped = _chosen_pairs(examples, pairs, tests, options.least)
     else:
         chosen, skipped = _chosen_classes(examples, tests, options.least)
     found: dict[tuple[str, int], list[Tensor]] = {}
     facts: dict[str, list[dict[str, float]]] = {}
-    for number, test in enumerate(tqdm(tests, desc=metric.upper(), disable=not options.show, leave=False)):
-        generator = torch.Generator().manual_seed(options.seed * options.splits + number)
+    bar = tqdm(tests, desc=metric.upper(), disable=not options.show, leave=False)
+    for seed, test in zip(seeds, bar, strict=True):
+        generator = torch.Generator().manual_seed(seed)
         fitted = list(_fitted(examples, chosen, test, options.most, generator))
         for name, fact in (item for concepts in fitted for item in concepts.facts().items()):
             facts.setdefault(name, []).append(fact)
@@ -245,7 +242,7 @@ def _measure(
     }
     bootstrap = CrossedBootstrap(options.splits, len(facts), resamples=options.resamples, seed=options.seed)
     scores = {key: torch.stack(of_splits).numpy() for key, of_splits in found.items()}
-    return removal_report(scores, kinds, about, bootstrap)
+    return removal_report(scores, about, bootstrap)
 
 
 def _fitted(
@@ -268,20 +265,13 @@ def _scores(
     concepts: Concepts, columns: list[LatentColumns], dictionary: Dictionary, latents: Sequence[int]
 ) -> list[Tensor]:
     """Scores `(T, K)` at each width."""
-    widths, rows = dictionary.widths, dictionary.sae.W_dec
-    each = [widths] if dictionary.encodes_once else [[width] for width in widths]
-    found = []
-    for some, at in zip(columns, each, strict=True):
-        found += [concepts.scores(accuracies) for accuracies in concepts.accuracies(some, rows, at, latents)]
+    rows, found = dictionary.sae.W_dec, []
+    for some, widths in zip(columns, dictionary.encodings, strict=True):
+        found += [concepts.scores(accuracies) for accuracies in concepts.accuracies(some, rows, widths, latents)]
     return found
 
 
 # What there is to measure on
-
-
-def _splits(examples: Examples, options: _Options) -> list[Tensor]:
-    """The test part of each split, `(N,)` bool."""
-    return [examples.held_out(options.test_share, options.seed * options.splits + s) for s in range(options.splits)]
 
 
 def _fewest(cells: Tensor, count: int, tests: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Column, Report
+from ..drawn_latents import kind_of
 
 
 WARNING = (
@@ -30,7 +31,6 @@ _TASKS = {
 
 def removal_report(
     scores: Mapping[tuple[str, int], np.ndarray],
-    kinds: Mapping[str, str],
     about: dict[str, Any],
     bootstrap: CrossedBootstrap,
 ) -> Report:
@@ -41,7 +41,7 @@ def removal_report(
     """
     records = []
     for (name, width), values in scores.items():
-        record = {"subject": name, "kind": kinds[name], "width": width, "score": {}, "interval": {}, "tasks": {}}
+        record = {"subject": name, "kind": kind_of(name), "width": width, "score": {}, "interval": {}, "tasks": {}}
         for number, count in enumerate(map(str, about["latents"])):
             of_count = values[:, :, number]
             record["score"][count] = float(of_count.mean())

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ...activations import is_masked_lm
 from ...activations.hookpoints import first_tensor, hooked
+from ...common.checks import check_at_least
 from ...common.distributed import processes, reduce_sum
 from ...common.intervals import ratio_interval, resampled_rows
 from ...common.report import Column, Report
@@ -83,10 +84,7 @@ def ablation_sparsity(
         `ValueError`: if the model is no causal language model, windows have fewer than `positions` tokens, or an
             SAE has not the widths asked for.
     """
-    if min(tokens, per_group, positions) < 1:
-        raise ValueError(
-            f"`tokens`, `per_group` and `positions` must be at least 1, got {tokens}, {per_group} and {positions}."
-        )
+    check_at_least(1, tokens=tokens, per_group=per_group, positions=positions)
     if not data.has_loss or is_masked_lm(data.model):
         raise ValueError(
             f"Ablations are followed to the next tokens' logits, and {type(data.model).__name__} predicts no next "

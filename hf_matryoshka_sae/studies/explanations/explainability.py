@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.distributed import gathered, processes
 from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
 from ..drawn_latents import DrawnLatents, as_records, firing_counts, with_baselines
-from .n2g import Explained, Explainer, firing_examples, score
+from .n2g import Explainer, firing_examples, score
 
 
 SCORES = ("f1", "precision", "recall", "correlation")
@@ -69,8 +70,7 @@ def explainability(
     Raises:
         `ValueError`: if there is no SAE, widths it does not have, or nothing fires often enough.
     """
-    if per_group < 1 or least < 1:
-        raise ValueError(f"`per_group` and `least` must be at least 1, got {per_group} and {least}.")
+    check_at_least(1, per_group=per_group, least=least)
     rows, found = {}, {}
     for name, (sae, chosen) in with_baselines(saes, examples, widths, baselines, seed).items():
         drawn = DrawnLatents.of(firing_counts(sae, examples) >= least, chosen, per_group, seed)
@@ -79,8 +79,12 @@ def explainability(
                 f"No latent of `{name}` fires on at least {least} of the {examples.tokens} tokens that examples come "
                 "from. Give more text, or a smaller `least`."
             )
-        explained = _explain(name, sae, drawn.latents, examples, test, examples_per_latent, substitutes, seed, show)
-        found[name] = explained
+        from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
+        explainer = Explainer(sae, examples, examples_per_latent, substitutes, seed)
+        rank, world = processes()
+        bar = tqdm(drawn.latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
+        own = [score(one, explainer.explain(one, from_text), on_text, examples_per_latent) for one in bar]
+        explained = found[name] = sorted(gathered(own), key=lambda one: one.latent)
         values = {one.latent: [getattr(one, key) for key in SCORES] for one in explained}
         rows[name] = drawn.rows(values, SCORES, resamples, seed)
     about = {
@@ -98,22 +102,3 @@ def explainability(
     return Report(
         "patterns", title, records, _COLUMNS, about, ["f1"], intervals=intervals, latents=found, grouped=True
     )
-
-
-def _explain(
-    name: str,
-    sae: SAEModel,
-    latents: list[int],
-    examples: HeldOut,
-    test: HeldOut,
-    count: int,
-    substitutes: int,
-    seed: int,
-    show: bool,
-) -> list[Explained]:
-    from_text, on_text = (firing_examples(sae, data, latents, show) for data in (examples, test))
-    explainer = Explainer(sae, examples, count, substitutes, seed)
-    rank, world = processes()
-    bar = tqdm(latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
-    found = gathered([score(one, explainer.explain(one, from_text), on_text, count) for one in bar])
-    return sorted(found, key=lambda one: one.latent)

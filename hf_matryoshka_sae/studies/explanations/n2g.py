@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ...activations import harvest
 from ...common.distributed import processes
 from ...evaluation.data import HeldOut
+from ...features.firings import Firings, joined, span, values_of
 from ...models import SAEModel
 from .n2g_trie import START, WILDCARD, PatternTrie
 
@@ -94,31 +95,23 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
         `ValueError`: if there are no tokens.
     """
     wanted = sorted(set(latents))
-    number = torch.full((sae.config.num_latents,), -1)
-    number[wanted] = torch.arange(len(wanted))
-    windows, keeps, places, owners, values, start = [], [], [], [], [], 0
+    chosen = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=sae.W_enc.device)
+    chosen[wanted] = True
+    parts, keeps, first = [], [], 0
     sae.eval()
     for batch in tqdm(data.batches, desc="examples", disable=not show or processes()[0] != 0, leave=False):
         batch = batch.to(data.device)
         pairs = sae.encode_pairs(data.states(batch).to(sae.W_enc))
-        owner = number[pairs.cols.cpu()]
-        chosen = (owner >= 0) & (pairs.values.cpu() > 0)
-        read = batch.keep.flatten().nonzero().flatten().cpu()
-        places.append(read[pairs.rows.cpu()[chosen]] + start)
-        owners.append(owner[chosen])
-        values.append(pairs.values.cpu().float()[chosen])
-        windows.append(batch.input_ids.cpu())
+        read = batch.keep.flatten().nonzero().flatten().to(sae.W_enc.device)
+        parts.append(Firings.of(batch.input_ids.cpu(), first, read, pairs, chosen[pairs.cols]))
         keeps.append(batch.keep.cpu())
-        start += batch.input_ids.numel()
-    if not start:
+        first += len(batch.input_ids)
+    if not first:
         raise ValueError("There are no tokens to take examples from.")
-    if len({part.shape[1] for part in windows}) > 1:
+    if len({keep.shape[1] for keep in keeps}) > 1:
         raise ValueError("Examples need windows of one length; open the data with packed text.")
-    place, owner, value = torch.cat(places), torch.cat(owners), torch.cat(values)
-    order = owner.argsort(stable=True)
-    counts = torch.bincount(owner, minlength=len(wanted)).tolist()
-    parts = zip(place[order].split(counts), value[order].split(counts), strict=True)
-    return Examples(torch.cat(windows), torch.cat(keeps), dict(zip(wanted, parts, strict=True)))
+    firings = joined(parts)
+    return Examples(firings.input_ids, torch.cat(keeps), firings.of_latents(wanted))
 
 
 class Explainer:
@@ -160,7 +153,7 @@ class Explainer:
         if latent not in found.fired or not len(found.fired[latent][0]):
             raise ValueError(f"There are no examples of latent {latent}: it does not fire, or was not looked for.")
         places, values = found.fired[latent]
-        length = found.windows.shape[1]
+        inside = (found.windows != (WILDCARD if self.bos is None else self.bos)).numpy()
         order = values.argsort(descending=True, stable=True)
         top = order[: -(-self.count // 2)]
         rest = order[len(top) :]
@@ -168,16 +161,11 @@ class Explainer:
         drawn = rest[torch.randperm(len(rest), generator=generator)[: self.count - len(top)]]
         contexts = []
         for index in torch.cat([top, drawn]).tolist():
-            row, column = divmod(int(places[index]), length)
-            tokens = found.windows[row, max(0, column + 1 - _LONGEST) : column + 1].tolist()
-            contexts.append((self._text(tokens), float(values[index])))
+            row, column = divmod(int(places[index]), inside.shape[1])
+            # What stands before a separator is of another document.
+            start, stop = span(inside[row], column, _LONGEST - 1, 0)
+            contexts.append((found.windows[row, start:stop].tolist(), float(values[index])))
         return contexts
-
-    def _text(self, tokens: list[int]) -> list[int]:
-        """What stands behind the last separator: a pattern does not reach into another document."""
-        if self.bos in tokens[:-1]:
-            return tokens[len(tokens) - tokens[::-1].index(self.bos) :] or tokens[-1:]
-        return tokens
 
     def _add(self, trie: PatternTrie, latent: int, tokens: list[int], value: float) -> None:
         runs = [tokens[-size:] for size in range(1, len(tokens) + 1)]
@@ -251,11 +239,7 @@ class Explainer:
 @torch.no_grad()
 def latent_values(sae: SAEModel, x: Tensor, latent: int) -> Tensor:
     """One latent's values `(n,)` on hidden states `(n, D)`, at inference."""
-    pairs = sae.encode_pairs(x.to(sae.W_enc))
-    chosen = pairs.cols == latent
-    values = torch.zeros(len(x))
-    values[pairs.rows[chosen].cpu()] = pairs.values[chosen].float().cpu()
-    return values
+    return values_of(sae.encode_pairs(x.to(sae.W_enc)), torch.tensor([latent]))[:, 0]
 
 
 def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> Explained:

@@ -14,11 +14,12 @@ import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.command import exit_status
-from ...common.figures import draw_widths, save_figure
+from ...common.figures import save_figure
 from ...common.files import write_json, write_text
 from ...common.intervals import seed_interval
-from ...common.report import markdown_table
+from ...common.report import Column, Report
 from ...common.seeds import derived_seed
 from ...evaluation.baselines import random_dictionary
 from ...models import SAEModel
@@ -33,24 +34,31 @@ from .training import train_toy
 STEPS, BATCH_SIZE = 2000, 1024
 RANDOM, SUPERVISED = "random", "supervised"
 
-ABOUT = (
-    "Synthetic hidden states of known features. Latents are matched one to one with features so that the sum of the "
-    "absolute correlations of their activations is largest, at each width among its first latents; plain SAEs are "
-    "sorted by energy. mcc: mean correlation of matched pairs. f1: of a latent's firing as a sign of its feature, "
-    "mean over matched pairs. found: features with a latent of F1 at least 0.8. uniqueness: of latents that fire, the "
-    "share of different features among those they correlate with most. parents_fire: P(the latent of a feature with "
-    "children fires | one of them is on), mean; near 0 the children have absorbed it. random: a random dictionary "
+_SHARE = {"better": "higher", "limits": (0.0, 1.02)}
+_COLUMNS = (
+    Column("mcc", "MCC", "mean correlation of matched pairs.", ".3f", **_SHARE),
+    Column("f1", "F1", "of a latent's firing as a sign of its feature, mean over matched pairs.", ".3f", **_SHARE),
+    Column("precision", "precision", "of the same.", ".3f", "higher", table="nothing"),
+    Column("recall", "recall", "of the same.", ".3f", "higher", table="nothing"),
+    Column("cosine", "cosine", "of the directions of matched pairs.", ".3f", "higher", table="nothing"),
+    Column("found", "found", "features with a latent of F1 at least 0.8.", ".1f", "higher"),
+    Column(
+        "uniqueness", "unique", "share of different features among the best of latents that fire.", ".3f", "higher"
+    ),
+    Column(
+        "parents_fire",
+        "parents fire",
+        "P(the latent of a feature with children fires | one of them is on), mean; near 0 they have absorbed it.",
+        ".3f",
+        **_SHARE,
+    ),
+    Column("l0", "L0", "latents that fire.", ".2f"),
+)
+_MATCHED = (
+    "Latents are matched one to one with features so that the sum of the absolute correlations of their activations "
+    "is largest, at each width among its first latents; plain SAEs are sorted by energy. random: a random dictionary "
     "with the L0 of the first recipe. supervised: told the features. Intervals: 95%, Student's t over seeds."
 )
-_MEASURES = ("mcc", "f1", "precision", "recall", "cosine", "found", "uniqueness", "parents_fire", "l0")
-_SHOWN = {
-    "mcc": "MCC",
-    "f1": "F1",
-    "found": "found",
-    "uniqueness": "unique",
-    "parents_fire": "parents fire",
-    "l0": "L0",
-}
 
 
 def default_recipes(num_latents: int, k: int) -> list[dict[str, Any]]:
@@ -123,7 +131,7 @@ class Benchmark:
                     )
         results = self._collected(seeds)
         write_json(self.folder / "synthetic.json", results)
-        write_text(self.folder / "synthetic.md", markdown(results))
+        write_text(self.folder / "synthetic.md", report_of(results).markdown())
         plot(results, self.folder / "synthetic.png")
         return results
 
@@ -176,8 +184,7 @@ class Benchmark:
                     by_subject.setdefault(name if kind == "trained" else kind, []).append(rows)
         order = [*self.specs, RANDOM, SUPERVISED]
         model = SyntheticModel(self.world, seeds[0])
-        return {
-            "about": ABOUT,
+        found = {
             "world": dataclasses.asdict(self.world),
             "expected_l0": model.expected_l0,
             "steps": self.steps,
@@ -185,6 +192,7 @@ class Benchmark:
             "seeds": list(seeds),
             "subjects": {name: _over_seeds(by_subject[name]) for name in order},
         }
+        return {"about": report_of(found).explanation, **found}
 
 
 def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -192,7 +200,7 @@ def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for of_width in zip(*runs, strict=True):
         row: dict[str, Any] = {"width": of_width[0]["width"]}
-        for key in _MEASURES:
+        for key in (column.name for column in _COLUMNS):
             values = [each[key] for each in of_width if each[key] is not None]
             row[key] = mean(values) if values else None
             row[f"{key}_interval"] = seed_interval(values)
@@ -201,58 +209,33 @@ def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A table, a line for each subject and width."""
-    world = results["world"]
-    lines = [
-        f"{world['features']} features in {world['d_in']} dimensions, {results['expected_l0']:.3g} on at once; "
-        f"{results['steps']} steps of {results['batch_size']}, seeds {', '.join(map(str, results['seeds']))}",
-        "",
-        markdown_table(
-            ["recipe", "width", *_SHOWN.values()],
-            [
-                [name, str(row["width"]), *(_cell(row[key], row[f"{key}_interval"]) for key in _SHOWN)]
-                for name, rows in results["subjects"].items()
-                for row in rows
-            ],
-        ),
-    ]
-    return "\n".join([*lines, "", results["about"], ""])
-
-
-def _cell(value: float | None, interval: list[float] | None) -> str:
-    if value is None:
-        return "-"
-    digits = 3 if abs(value) < 2 else 1
-    half = f" ± {interval[1] - value:.{digits}f}" if interval else ""
-    return f"{value:.{digits}f}{half}"
+def report_of(results: dict[str, Any]) -> Report:
+    """The results as a report."""
+    world, subjects = results["world"], results["subjects"].items()
+    title = (
+        f"{world['features']} known features in {world['d_in']} dimensions, {results['expected_l0']:.3g} on at once; "
+        f"{results['steps']} steps of {results['batch_size']}, seeds {', '.join(map(str, results['seeds']))}"
+    )
+    kinds = dict.fromkeys((RANDOM, SUPERVISED), "random")  # both are drawn as what is not trained
+    records = [{"subject": name, "kind": kinds.get(name), **row} for name, rows in subjects for row in rows]
+    return Report("synthetic", title, records, _COLUMNS, {}, ["mcc", "f1", "parents_fire"], intervals=_MATCHED)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw MCC, F1 and whether parents fire against width, and F1 against frequency, to a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure, report = Figure(figsize=(12, 8), layout="constrained"), report_of(results)
     axes = figure.subplots(2, 2).flatten()
-    drawn = {"mcc": "MCC (matched pairs)", "f1": "F1 (matched pairs)", "parents_fire": "P(parent's latent | child on)"}
-    subjects, dashed = results["subjects"], (RANDOM, SUPERVISED)
-    for axis, (key, label) in zip(axes, drawn.items(), strict=False):
-        lines = {
-            name: [(row["width"], row[key], row[f"{key}_interval"]) for row in rows if row[key] is not None]
-            for name, rows in subjects.items()
-        }
-        draw_widths(axis, lines, dashed=dashed)
-        axis.set_ylabel(label)
-    for name, rows in subjects.items():
-        deciles, style = rows[-1]["f1_by_decile"], "--" if name in dashed else "-"
+    report.draw(axes[:3])
+    for name, rows in results["subjects"].items():
+        style = "--" if name in (RANDOM, SUPERVISED) else "-"
+        deciles = rows[-1]["f1_by_decile"]
         axes[3].plot(range(1, len(deciles) + 1), deciles, marker="o", markersize=4, linestyle=style, label=name)
     axes[3].set(xlabel="tenth of features, the most frequent first", ylabel="F1, all latents")
     axes[3].grid(alpha=0.3)
-    for axis in axes:
-        axis.set_ylim(0, 1.02)
-    axes[0].legend(fontsize=8)
-    world = results["world"]
-    figure.suptitle(f"{world['features']} known features in {world['d_in']} dimensions")
+    axes[3].set_ylim(0, 1.02)
+    figure.suptitle(report.title, fontsize=9)
     save_figure(figure, path)
 
 
@@ -263,15 +246,13 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         results = _benchmark(parsed).run(parsed.seeds)
         folder = Path(parsed.output_dir)
-        sys.stdout.write(f"{markdown(results)}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
+        sys.stdout.write(f"{report_of(results).markdown()}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
 
     return exit_status(work, "Interrupted. What was finished is kept: the same command goes on from there.")
 
 
 def _benchmark(parsed: argparse.Namespace) -> Benchmark:
-    for name in ("steps", "batch_size", "samples"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(parsed, name)}.")
+    check_at_least(1, steps=parsed.steps, batch_size=parsed.batch_size, samples=parsed.samples)
     if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
         raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
     world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from ...common.command import exit_status
 from ...common.files import write_json
+from ...common.report import text_table
 from ...common.seeds import derived_seed
-from .matching import Match, match
+from .matching import match
 from .model import ToyModel
 from .plots import plot_activations, plot_cosines
 from .training import BATCH_SIZE, FAMILIES, PUBLISHED_L0, STEPS, toy_spec, train_toy
@@ -75,36 +76,29 @@ def _run(parsed: argparse.Namespace) -> None:
                 sae = train_toy(model, spec, accelerator, parsed.steps, seed, lambda *_: bar.update())
                 matches[family] = match(model, sae, seed=derived_seed(seed, "measure"))
                 results.append({"seed": seed, "family": family, **matches[family].summary(tree.names)})
-            _write(folder, parsed.steps, target_l0, tree, results)
-            _plot(folder, tree, matches, seed)
+            run = dict(steps=parsed.steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
+            found = {"about": ABOUT, **run, "features": tree.num_features, "results": results}
+            write_json(folder / "toy.json", found)
+            title = f"Which latents fire with a feature (seed {seed})"
+            plot_activations(matches, tree, folder / f"activations-seed{seed}.png", title)
+            plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
     sys.stdout.write(f"{table(results, tree)}\nSaved {folder / 'toy.json'} and pictures of each seed beside it.\n")
-
-
-def _write(folder: Path, steps: int, target_l0: float, tree: FeatureTree, results: list[dict[str, Any]]) -> None:
-    run = dict(steps=steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
-    write_json(folder / "toy.json", {"about": ABOUT, **run, "features": tree.num_features, "results": results})
-
-
-def _plot(folder: Path, tree: FeatureTree, matches: dict[str, Match], seed: int) -> None:
-    plot_activations(
-        matches, tree, folder / f"activations-seed{seed}.png", f"Which latents fire with a feature (seed {seed})"
-    )
-    plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
 
 
 def table(results: list[dict[str, Any]], tree: FeatureTree) -> str:
     """The results as text, a line per seed and family."""
-    header = f"{'L0':>6} {'FVU':>7} {'max cosine':>11} {'MCC':>7} {'recovered':>10} {'parent fires':>13}"
-    lines = [
-        f"{tree.num_features} features, true L0 {tree.expected_l0:.4g}",
-        f"{'seed':>6} {'family':<11} {header}",
+    titles = ["seed", "family", "L0", "FVU", "max cosine", "MCC", "recovered", "parent fires"]
+    rows = [
+        [
+            str(row["seed"]),
+            row["family"],
+            f"{row['l0']:.3f}",
+            *(f"{row[key]:.4f}" for key in ("fvu", "mean_max_cosine", "mcc")),
+            f"{row['recovered']}/{tree.num_features}",
+            "-" if row["parents_fire"] is None else f"{row['parents_fire']:.2%}",
+        ]
+        for row in results
     ]
-    for row in results:
-        recovered = f"{row['recovered']}/{tree.num_features}"
-        fires = "-" if row["parents_fire"] is None else f"{row['parents_fire']:.2%}"
-        lines.append(
-            f"{row['seed']:>6} {row['family']:<11} {row['l0']:>6.3f} {row['fvu']:>7.4f} "
-            f"{row['mean_max_cosine']:>11.4f} {row['mcc']:>7.4f} {recovered:>10} {fires:>13}"
-        )
-    lines.append("parent fires: P(a parent's latent fires | one of its children is on), mean over parents")
-    return "\n".join(lines)
+    title = f"{tree.num_features} features, true L0 {tree.expected_l0:.4g}"
+    meaning = "parent fires: P(a parent's latent fires | one of its children is on), mean over parents"
+    return "\n".join([title, *text_table(titles, rows), meaning])

@@ -66,9 +66,7 @@ class _Sums:
 def encode(sae: SAEModel, x: Tensor) -> Tensor:
     """Activations `(N, L)`; under selection "mask" those of a width are the first ones."""
     pairs = sae.encode_pairs(x)
-    dense = torch.zeros(len(x), sae.config.num_latents)
-    dense[pairs.rows, pairs.cols] = pairs.values.float()
-    return dense
+    return pairs.index.spread(pairs.values.float())
 
 
 def assign(correlation: Tensor) -> tuple[Tensor, Tensor]:

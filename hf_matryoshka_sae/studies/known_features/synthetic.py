@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
+from ...common.checks import check_at_least
 from ...common.seeds import derived_seed
 
 
@@ -69,9 +70,8 @@ class World:
     bias: float = 1.0
 
     def __post_init__(self):
-        for name in ("features", "d_in", "branching", "levels", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        counts = ("features", "d_in", "branching", "levels", "rank")
+        check_at_least(1, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.trees <= self.features:
             raise ValueError(f"`trees` must lie between 0 and `features` ({self.features}), got {self.trees}.")
         if not 0 < self.p_min <= self.p_max < 1:

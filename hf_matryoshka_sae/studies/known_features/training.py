@@ -10,6 +10,7 @@ from itertools import islice
 from accelerate import Accelerator
 
 from ...activations import estimate_statistics
+from ...common.checks import check_at_least
 from ...common.seeds import derived_seed
 from ...models import SAEModel, build_sae
 from ...training.config.spec import SAESpec
@@ -73,8 +74,7 @@ def train_toy(
     Raises:
         `ValueError`: if there is no step to do, or there are several processes.
     """
-    if min(steps, batch_size) < 1:
-        raise ValueError(f"`steps` and `batch_size` must be at least 1, got {steps} and {batch_size}.")
+    check_at_least(1, steps=steps, batch_size=batch_size)
     if accelerator.num_processes > 1:
         raise ValueError(f"The toy model trains in one process, got {accelerator.num_processes}.")
     learner = _learner(model, spec, accelerator, steps, batch_size, seed)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ...activations import TokenBatch, TokenStream
 from ...common.distributed import processes, reduce_sum
-from ...evaluation.data import HeldOut
+from ...evaluation.data import HeldOut, windows_of
 from ...evaluation.subjects import Dictionary
 from .columns import LatentColumns, PairCollector
 from .tasks import LabelledTask, TokenTasks
@@ -84,10 +84,7 @@ def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) ->
         size = len(batch.input_ids)
         rows.append(torch.tensor([row for row in range(size) if first + row in chosen], dtype=torch.long))
         first += size
-    batches = [
-        TokenBatch(batch.input_ids[some], batch.attention_mask[some], batch.keep[some], batch.padded)
-        for batch, some in zip(data.batches, rows, strict=True)
-    ]
+    batches = [windows_of(batch, some) for batch, some in zip(data.batches, rows, strict=True)]
     filled = [number for number, some in enumerate(rows) if len(some)]
     taken = [TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks]
     return replace(data, batches=[batches[number] for number in filled]), taken
@@ -196,11 +193,9 @@ def _read(
 ) -> tuple[Tensor, dict[str, list[LatentColumns]]]:
     """Hidden states and latents of examples. A batch comes with the examples of its tokens, or of its rows and then
     with the numbers of tokens that are averaged."""
-    bound = max_pairs // max(1, sum(1 if of.encodes_once else len(of.widths) for of in dictionaries.values()))
+    bound = max_pairs // max(1, sum(len(of.encodings) for of in dictionaries.values()))
     collectors = {
-        name: [
-            PairCollector(of.sae.config.num_latents, bound) for _ in range(1 if of.encodes_once else len(of.widths))
-        ]
+        name: [PairCollector(of.sae.config.num_latents, bound) for _ in of.encodings]
         for name, of in dictionaries.items()
     }
     hidden: Tensor | None = None
@@ -215,7 +210,7 @@ def _read(
             hidden = torch.zeros(num_rows, states.shape[1])
         hidden[ids] = (states if counts is None else _means(states, row, counts)).cpu()
         for name, of in dictionaries.items():
-            _check_width(name, of, states)
+            of.check(name, states)
             for collector, pairs in zip(collectors[name], of.encode(states), strict=True):
                 if counts is None:
                     collector.add(ids[pairs.rows.cpu()], pairs.cols, pairs.values)
@@ -232,12 +227,6 @@ def _read(
 def _means(states: Tensor, row: Tensor, counts: Tensor) -> Tensor:
     total = states.new_zeros(len(counts), states.shape[1]).index_add_(0, row, states)
     return total / counts.clamp(min=1).to(total)[:, None]
-
-
-def _check_width(name: str, dictionary: Dictionary, states: Tensor) -> None:
-    d_in = dictionary.sae.config.d_in
-    if states.shape[1] != d_in:
-        raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
 
 
 def _joined(hidden: Tensor | None, num_rows: int) -> Tensor:

@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...features.firings import values_of
 from ...models.sparse_ops import LatentPairs, PairIndex, gather_sum
 
 
@@ -167,7 +168,7 @@ def main_latents(
     Returns:
         The latents, and the F1 of the probes tried, for k = 1, 2, ...
     """
-    inputs, heldout_inputs = _columns(train, ranked), _columns(heldout, ranked)
+    inputs, heldout_inputs = values_of(train, ranked), values_of(heldout, ranked)
     curve: list[float] = []
     for k in range(1, len(ranked) + 1):
         probe = fit_logistic(inputs[:, :k], train_target[:, None])
@@ -191,15 +192,6 @@ def _balanced_weights(x: Tensor | LatentPairs, targets: Tensor) -> Tensor:
             f"Each class of a probe needs members and others among the {rows} inputs; members are {members.tolist()}."
         )
     return torch.where(targets, rows / (2 * members.double()), rows / (2 * (rows - members).double()))
-
-
-def _columns(latents: LatentPairs, ids: Tensor) -> Tensor:
-    """Activations of some latents, `(N, k)`."""
-    dense = torch.zeros(latents.num_rows, len(ids), dtype=torch.float64)
-    for column, latent in enumerate(ids.tolist()):
-        of_latent = latents.cols == latent
-        dense[latents.rows[of_latent], column] = latents.values[of_latent].double()
-    return dense
 
 
 class _PairMatrix:

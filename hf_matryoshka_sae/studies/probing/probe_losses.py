@@ -17,13 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ...common.checks import check_at_least
 from ...common.distributed import processes
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Report
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
 from ...models import SAEModel
-from ..drawn_latents import checked_dictionaries, kind_of, random_dictionaries
+from ..drawn_latents import checked_dictionaries, random_dictionaries
 from .examples import Examples, take_windows, text_batches, text_examples, token_examples
 from .report import probe_records, probe_report
 from .scores import Probing
@@ -85,18 +86,23 @@ def probe_losses(
     Raises:
         `ValueError`: for options out of range, tasks of which none can be used, or more activations than `max_pairs`.
     """
-    _check_options(max_tokens, splits, test_share, least_share, max_pairs, resamples, k)
+    check_at_least(1, max_tokens=max_tokens, splits=splits, max_pairs=max_pairs, resamples=resamples)
+    if not 0 < test_share < 1 or not 0 <= least_share < 0.5:
+        raise ValueError(
+            f"Expected `test_share` between 0 and 1 and `least_share` from 0 to below 0.5; got {test_share} and "
+            f"{least_share}."
+        )
+    if k is not None and any(number < 1 for number in k):
+        raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
     dictionaries = checked_dictionaries(data, subjects, widths, selection)
     ks = [1, 2, 5] if k is None else sorted(set(k))
     show = show and processes()[0] == 0
     data, token_tasks, labelled = _sorted_tasks(data, tasks, max_tokens)
     if context_length is None:
         context_length = data.batches[0].input_ids.shape[1] if data.batches else 128
-    kinds = dict.fromkeys(dictionaries, "dictionary")
     if baselines:
         source = data if data.batches else replace(data, batches=text_batches(labelled[0], data, context_length)[0])
         dictionaries |= random_dictionaries(dictionaries, source, seed)
-        kinds = {name: kinds.get(name) or kind_of(name) for name in dictionaries}
     sets = [token_examples(data, token_tasks, dictionaries, max_pairs, show)] if token_tasks else []
     sets += [text_examples(data, task, dictionaries, context_length, max_pairs, show) for task in labelled]
     seeds = [seed * splits + number for number in range(splits)]
@@ -107,7 +113,7 @@ def probe_losses(
     probing = Probing(ridge, ks, baselines, show)
     parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
     bootstrap = CrossedBootstrap(splits, len(names), resamples=resamples, seed=seed)
-    records = probe_records(parts, kinds, ks, names, bootstrap)
+    records = probe_records(parts, ks, names, bootstrap)
     examples_found: dict[str, int] = {}
     for examples in sets:
         examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
@@ -129,25 +135,6 @@ def probe_losses(
         "notes": [],
     }
     return probe_report(records, about)
-
-
-def _check_options(
-    max_tokens: int,
-    splits: int,
-    test_share: float,
-    least_share: float,
-    max_pairs: int,
-    resamples: int,
-    k: Sequence[int] | None,
-) -> None:
-    if min(max_tokens, splits, max_pairs, resamples) < 1 or not 0 < test_share < 1 or not 0 <= least_share < 0.5:
-        raise ValueError(
-            "Expected `max_tokens`, `splits`, `max_pairs` and `resamples` of at least 1, `test_share` between 0 and 1 "
-            f"and `least_share` from 0 to below 0.5; got {max_tokens}, {splits}, {max_pairs}, {resamples}, "
-            f"{test_share} and {least_share}."
-        )
-    if k is not None and any(number < 1 for number in k):
-        raise ValueError(f"`k` must hold numbers of latents, each at least 1; got {list(k)}.")
 
 
 def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:

@@ -1,6 +1,6 @@
 """What probing found as a report, and how sure it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 from ...common.intervals import CrossedBootstrap
 from ...common.report import Column, Report
+from ..drawn_latents import kind_of
 from .scores import ALL_CHANNELS, CHANNELS, Key, Scores
 from .sparse import SCORES
 
@@ -49,17 +50,21 @@ def probe_report(records: list[dict[str, Any]], about: dict[str, Any]) -> Report
 
 def probe_records(
     parts: Sequence[dict[Key, Scores]],
-    kinds: Mapping[str, str],
     ks: Sequence[int],
     names: Sequence[str],
     bootstrap: CrossedBootstrap,
 ) -> list[dict[str, Any]]:
     """A record for each subject and width, over the tasks of all parts."""
-    kinds = {**kinds, CHANNELS: "channels", ALL_CHANNELS: "all channels"}
+    kinds = {CHANNELS: "channels", ALL_CHANNELS: "all channels"}
     joined = {key: _joined([part[key] for part in parts]) for key in parts[0]}
     channels = next((found["loss"] for (name, _), found in joined.items() if name == CHANNELS), None)
     rows = [
-        {"subject": name, "kind": kinds[name], "width": width, **_row(found, channels, ks, names, bootstrap)}
+        {
+            "subject": name,
+            "kind": kinds.get(name) or kind_of(name),
+            "width": width,
+            **_row(found, channels, ks, names, bootstrap),
+        }
         for (name, width), found in joined.items()
     ]
     if channels is not None:

@@ -58,9 +58,8 @@ class Probing:
         found: dict[Key, Scores] = {}
         work: list[tuple[str, LatentColumns, list[int]]] = []
         for name, dictionary in dictionaries.items():
-            columns, widths = examples.latents[name], dictionary.widths
-            each = [widths] if dictionary.encodes_once else [[width] for width in widths]
-            work += [(name, some, at) for some, at in zip(columns, each, strict=True)]
+            each = zip(examples.latents[name], dictionary.encodings, strict=True)
+            work += [(name, columns, widths) for columns, widths in each]
         if self.channels:
             d_in = examples.hidden.shape[1]
             own, alone = own_latents(d_in), torch.zeros_like(examples.hidden)

@@ -7,13 +7,13 @@ import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...evaluation.data import HeldOut
+from ...models.configuration_sae import nearest
 from .token_properties import TokenReader, property_labels, property_names
 
 
@@ -177,9 +177,7 @@ def attribute_task(
 def _column(dataset: Any, column: str) -> list:
     names = _columns(dataset)
     if column not in names:
-        near = get_close_matches(column, names, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"The data set has no column '{column}'; its columns are {', '.join(names)}.{hint}")
+        raise ValueError(f"The data set has no column '{column}'.{nearest(column, names)}")
     if isinstance(dataset, Sequence):
         return [row.get(column) for row in dataset]
     if isinstance(dataset, Mapping) or hasattr(dataset, "__len__"):

@@ -40,7 +40,6 @@ _LETTERS_BEFORE_SUFFIX = 2
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s|$)")
-_OPENING, _CLOSING = "([{", ")]}"
 
 Span = tuple[int, int]
 
@@ -137,15 +136,14 @@ def _spelled(pattern: str) -> Property:
     return lambda part: [bool(compiled.fullmatch(part.text[start:end])) for start, end in part.spans]
 
 
-def _last_tokens(part: TextTokens, true: Callable[[str], bool]) -> list[bool]:
+def _last_tokens(true: Callable[[str], bool]) -> Property:
     """The tokens in which a word ends of which something is true."""
-    ends = [word.end() for word in _WORD.finditer(part.text) if true(word[0])]
-    return _hold([end - 1 for end in ends], part)
+    return lambda part: _hold([word.end() - 1 for word in _WORD.finditer(part.text) if true(word[0])], part)
 
 
-def _first_tokens(part: TextTokens, true: Callable[[str], bool]) -> list[bool]:
+def _first_tokens(true: Callable[[str], bool]) -> Property:
     """The tokens in which a word begins of which something is true."""
-    return _hold([word.start() for word in _WORD.finditer(part.text) if true(word[0])], part)
+    return lambda part: _hold([word.start() for word in _WORD.finditer(part.text) if true(word[0])], part)
 
 
 def _hold(characters: Iterable[int], part: TextTokens) -> list[bool]:
@@ -158,38 +156,22 @@ def _hold(characters: Iterable[int], part: TextTokens) -> list[bool]:
 
 def _of_class(words: str) -> Property:
     lexicon = frozenset(words.split())
-    return lambda part: _last_tokens(part, lambda word: word.lower() in lexicon)
+    return _last_tokens(lambda word: word.lower() in lexicon)
 
 
 def _with_suffix(suffix: str) -> Property:
     least = len(suffix) + _LETTERS_BEFORE_SUFFIX
-    return lambda part: _last_tokens(part, lambda word: len(word) >= least and word.lower().endswith(suffix))
+    return _last_tokens(lambda word: len(word) >= least and word.lower().endswith(suffix))
 
 
 def _with_letter(letter: str) -> Property:
-    return lambda part: _first_tokens(part, lambda word: word[0].lower() == letter)
-
-
-def _capitalised(part: TextTokens) -> list[bool]:
-    return _first_tokens(part, lambda word: word[0].isupper() and not (len(word) > 1 and word.isupper()))
-
-
-def _all_capitals(part: TextTokens) -> list[bool]:
-    return _last_tokens(part, lambda word: len(word) > 1 and word.isupper())
-
-
-def _begins_word(part: TextTokens) -> list[bool]:
-    return _first_tokens(part, lambda word: True)
+    return _first_tokens(lambda word: word[0].lower() == letter)
 
 
 def _continues_word(part: TextTokens) -> list[bool]:
     """The first letter of the token is inside of a word, and the word began before."""
     inside = {at for word in _WORD.finditer(part.text) for at in range(word.start() + 1, word.end())}
     return [start in inside for start, _ in part.raw]
-
-
-def _ends_long_word(part: TextTokens) -> list[bool]:
-    return _last_tokens(part, lambda word: len(word) >= 9)
 
 
 def _follows_the(part: TextTokens) -> list[bool]:
@@ -202,10 +184,6 @@ def _sentence_ends(part: TextTokens) -> list[int]:
     return [found.start() for found in _SENTENCE_END.finditer(part.text)]
 
 
-def _ends_sentence(part: TextTokens) -> list[bool]:
-    return _hold(_sentence_ends(part), part)
-
-
 def _begins_sentence(part: TextTokens) -> list[bool]:
     starts = sorted({end + 1 for end in _sentence_ends(part)} | {b.end() for b in _BLANK_LINE.finditer(part.text)})
     words = [word.start() for word in _WORD.finditer(part.text)]
@@ -213,8 +191,12 @@ def _begins_sentence(part: TextTokens) -> list[bool]:
     return _hold({words[place] for place in places if place < len(words)}, part)
 
 
-def _inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[bool]:
+def _inside(opens: str, closes: str, alike: str = "") -> Property:
     """The tokens of which the first character is behind what has been opened and not yet closed."""
+    return lambda part: _are_inside(part, opens, closes, alike)
+
+
+def _are_inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[bool]:
     blank = {found.start() for found in _BLANK_LINE.finditer(part.text)}
     depth, quoted, inside = 0, False, []
     for at, character in enumerate(part.text):
@@ -230,22 +212,6 @@ def _inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[bool]
     return [start < end and inside[start] for start, end in part.spans]
 
 
-def _in_brackets(part: TextTokens) -> list[bool]:
-    return _inside(part, _OPENING, _CLOSING, "")
-
-
-def _in_quotes(part: TextTokens) -> list[bool]:
-    return _inside(part, "\u201c", "\u201d", '"')
-
-
-def _early(part: TextTokens) -> list[bool]:
-    return [4 * position < part.length for position in part.positions]
-
-
-def _late(part: TextTokens) -> list[bool]:
-    return [4 * position >= 3 * part.length for position in part.positions]
-
-
 def _seen_before(part: TextTokens) -> list[bool]:
     seen, found = set(), []
     for token in part.ids:
@@ -258,17 +224,17 @@ _PROPERTIES: dict[str, Property] = {
     "digit": _says(r"\d"),
     "punctuation": _spelled(r"[^\w\s]+"),
     "line break": _says(r"\n"),
-    "begins a word": _begins_word,
+    "begins a word": _first_tokens(lambda word: True),
     "continues a word": _continues_word,
-    "ends a long word": _ends_long_word,
-    "capitalised": _capitalised,
-    "all capitals": _all_capitals,
-    "in double quotes": _in_quotes,
-    "in brackets": _in_brackets,
+    "ends a long word": _last_tokens(lambda word: len(word) >= 9),
+    "capitalised": _first_tokens(lambda word: word[0].isupper() and not (len(word) > 1 and word.isupper())),
+    "all capitals": _last_tokens(lambda word: len(word) > 1 and word.isupper()),
+    "in double quotes": _inside("\u201c", "\u201d", '"'),
+    "in brackets": _inside("([{", ")]}"),
     "begins a sentence": _begins_sentence,
-    "ends a sentence": _ends_sentence,
-    "first quarter of the context": _early,
-    "last quarter of the context": _late,
+    "ends a sentence": lambda part: _hold(_sentence_ends(part), part),
+    "first quarter of the context": lambda part: [4 * position < part.length for position in part.positions],
+    "last quarter of the context": lambda part: [4 * position >= 3 * part.length for position in part.positions],
     "seen before": _seen_before,
     "follows 'the'": _follows_the,
     **{name: _of_class(words) for name, words in WORD_CLASSES.items()},

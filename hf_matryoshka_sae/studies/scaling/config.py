@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...common.checks import check_at_least
 from ...training import RunConfig, SAESpec
 from ...training.config.fields import from_dict, override, read_yaml
 from ...training.config.run import LARGEST_EVALUATION
@@ -41,8 +42,7 @@ class Grid:
         for name in ("num_latents", "k", "name"):
             if name in self.sae:
                 raise ValueError(f"`sweep.sae.{name}` differs between the SAEs of a sweep: leave it out.")
-        if self.saes_per_run is not None and self.saes_per_run < 1:
-            raise ValueError(f"`sweep.saes_per_run` must be at least 1, got {self.saes_per_run}.")
+        check_at_least(1, **{"sweep.saes_per_run": self.saes_per_run})
         if isinstance(self.hold_out, float) and not 0 <= self.hold_out < 1:
             raise ValueError(f"`sweep.hold_out` must lie in [0, 1), got {self.hold_out}.")
         if not isinstance(self.hold_out, float | list):

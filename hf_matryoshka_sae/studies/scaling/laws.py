@@ -78,12 +78,14 @@ class ScalingLaw(ABC):
     @abstractmethod
     def _coefficients(self) -> np.ndarray: ...
 
-    def _predict(self, *inputs: Any) -> np.ndarray:
+    def predict(self, *inputs: Any) -> np.ndarray:
+        """The loss at inputs of the law (sizes or compute; sizes and active latents), in their common shape."""
         inputs = np.broadcast_arrays(*(np.asarray(values, dtype=np.float64) for values in inputs))
         first, second = self._features(*(values.ravel() for values in inputs))
         return np.exp(_log_loss(first, second, self._coefficients)).reshape(inputs[0].shape)
 
-    def _band(self, *inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    def band(self, *inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of the middle 95% of the resamples' losses at inputs `[m]`, as for [`predict`]."""
         if not len(self.samples):
             raise ValueError("A band needs a bootstrap: fit with `resamples` above 0.")
         first, second = self._features(*(np.asarray(values, dtype=np.float64) for values in inputs))
@@ -92,17 +94,9 @@ class ScalingLaw(ABC):
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the samples as plain numbers, strings and lists, for JSON."""
-        return {
-            "constants": self.constants,
-            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
-            "interval_from": self.interval_from,
-            "resamples": len(self.samples),
-            "points": self.points,
-            "rmse": self.rmse,
-            "r2": self.r2,
-            "irreducible": self.irreducible,
-        }
+        """Everything but the samples as plain numbers, strings and tuples, for JSON."""
+        told = {name: value for name, value in vars(self).items() if name != "samples"}
+        return told | {"resamples": len(self.samples)}
 
     def constants_text(self) -> str:
         """The constants with their intervals."""
@@ -140,14 +134,6 @@ class PowerLawWithFloor(ScalingLaw):
         coefficient, exponent, floor = self.constants.values()
         return np.array([np.log(coefficient), exponent, *([np.log(floor)] if floor else [])])
 
-    def predict(self, x: Any) -> np.ndarray:
-        """The loss at `x`, in the shape of `x`."""
-        return self._predict(x)
-
-    def band(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of the middle 95% of the resamples' losses at `x`, `[m]`."""
-        return self._band(x)
-
 
 @dataclass
 class JointScalingLaw(ScalingLaw):
@@ -163,14 +149,6 @@ class JointScalingLaw(ScalingLaw):
     @property
     def _coefficients(self) -> np.ndarray:
         return np.array([value for value in self.constants.values() if value is not None])
-
-    def predict(self, num_latents: Any, k: Any) -> np.ndarray:
-        """The loss at sizes and numbers of active latents, in their common shape."""
-        return self._predict(num_latents, k)
-
-    def band(self, num_latents: Any, k: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of the middle 95% of the resamples' losses, `[m]`."""
-        return self._band(num_latents, k)
 
 
 def fit_power_law_with_floor(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...activations import TokenBatch
 from ...common.report import Report
-from ...evaluation.data import HeldOut
+from ...evaluation.data import HeldOut, windows_of
 from ...evaluation.language_model import LossScaling
 from ...models import SAEModel
 from ..probing.tasks import LabelledTask
@@ -58,7 +58,7 @@ class Bench:
             parts = batches[::2], batches[1::2]
         else:  # by windows
             (batch,) = batches
-            parts = tuple([_rows_of(batch, slice(start, None, 2))] for start in (0, 1))
+            parts = tuple([windows_of(batch, slice(start, None, 2))] for start in (0, 1))
         if not all(int(batch.keep.sum()) for part in parts for batch in part[:1]):
             raise ValueError(
                 "There is too little held-out text to explain latents by one half and test it on another."
@@ -70,10 +70,6 @@ def _spread(batches: Sequence[TokenBatch], count: int) -> list[TokenBatch]:
     total = sum(int(batch.keep.sum()) for batch in batches)
     wanted = max(1, round(len(batches) * min(1.0, count / max(1, total))))
     return [batches[index * len(batches) // wanted] for index in range(wanted)]
-
-
-def _rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.keep[rows], batch.padded)
 
 
 @dataclass

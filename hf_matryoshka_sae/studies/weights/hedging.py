@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.checks import check_at_least
 from ...evaluation.geometry import unit_rows
 
 
@@ -39,8 +40,7 @@ def hedging_rate(control_W_dec: Tensor, extended_W_dec: Tensor, draws: int = 50,
         `ValueError`: for shapes that do not fit, rows of zeros, or as many new latents as there are dimensions.
     """
     width, d_in = _checked(control_W_dec, extended_W_dec)
-    if draws < 1:
-        raise ValueError(f"`draws` must be at least 1, got {draws}.")
+    check_at_least(1, draws=draws)
     control, extended = control_W_dec.double().cpu(), extended_W_dec.double().cpu()
     for name, rows in (("control", control), ("extended", extended)):
         if not (rows.isfinite().all() and rows.any(1).all()):

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...common.checks import check_at_least
 from ...common.distributed import processes
 from ...common.intervals import seed_interval
 from ...common.report import Column, Report
@@ -84,11 +85,9 @@ def meta_sae(
         `ValueError`: for options out of range, or a decoder that is not finite or of which too few rows have a
             direction.
     """
-    if min(steps, batch_size) < 1 or not lr > 0 or not seeds:
-        raise ValueError(
-            f"Expected `steps` and `batch_size` of at least 1, `lr` above 0 and a seed; got {steps}, {batch_size}, "
-            f"{lr} and {list(seeds)}."
-        )
+    check_at_least(1, steps=steps, batch_size=batch_size)
+    if not lr > 0 or not seeds:
+        raise ValueError(f"Expected `lr` above 0 and a seed, got {lr} and {list(seeds)}.")
     saes = saes if isinstance(saes, Mapping) else {"sae": saes}
     if not saes or not all(isinstance(sae, SAEModel) for sae in saes.values()):
         found = {name: type(sae).__name__ for name, sae in saes.items()}

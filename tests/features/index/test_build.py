@@ -176,7 +176,7 @@ def test_an_interrupt_keeps_what_was_done(built, tmp_path, monkeypatch, where):
     monkeypatch.setattr(module.LatentPass, "add", counted)
     with monkeypatch.context() as patch:
         if where != "adding":
-            patch.setattr(module, *{"reading": ("harvested", reading), "writing": ("_write", writing)}[where])
+            patch.setattr(module, *{"reading": ("harvested", reading), "writing": ("write_index", writing)}[where])
         with pytest.raises(KeyboardInterrupt):
             small.build(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -196,7 +196,7 @@ def test_a_state_of_another_text_is_not_continued(tmp_path, monkeypatch):
     }
     for name, way in ways.items():
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_write", lambda *arguments: 1 / 0)
+            patch.setattr(module, "write_index", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 small.build(tmp_path / name, texts=way(first), save_every=60)
         assert list((tmp_path / name / "features" / ".building").iterdir())
@@ -216,7 +216,7 @@ def _seen(load, results):
 
 def test_a_state_of_other_settings_is_not_continued(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", lambda *arguments: 1 / 0)
+        patch.setattr(module, "write_index", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             small.build(tmp_path, save_every=60, seed=3)
     assert list((tmp_path / "features" / ".building").iterdir())

@@ -209,7 +209,8 @@ def test_figures_are_measured_once(embedded, monkeypatch):
     calls = []
     monkeypatch.setattr(opened, "evaluate_fidelity", lambda *args, **options: calls.append(args))
     monkeypatch.setattr(embedded.data.model, "forward", lambda *args, **options: calls.append(args))
-    assert embedded.is_measured(Pruning(width=7)) and not embedded.is_measured(Pruning(width=8))
+    assert embedded.known_figures(Pruning(width=7))["fvu"] == first["fvu"]
+    assert embedded.known_figures(Pruning(width=8)) is None
     assert embedded.measured(Pruning(width=7)) == first
     assert [row["fvu"] for row in embedded.curve("trained")] == [row["fvu"] for row in curve]
     assert not calls

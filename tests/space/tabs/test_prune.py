@@ -14,15 +14,21 @@ from gradio import oauth  # noqa: E402
 
 from hf_matryoshka_sae.assets import embedded_sae_path  # noqa: E402
 from hf_matryoshka_sae.space.page import Page  # noqa: E402
-from hf_matryoshka_sae.space.tabs.prune import export  # noqa: E402
+from hf_matryoshka_sae.space.subject.exporting import export  # noqa: E402
+from hf_matryoshka_sae.space.subject.opened import Pruning  # noqa: E402
 
 
 OPEN = ("embedded", "")
 
 
 @pytest.fixture(scope="module")
-def tab(endpoints):
-    return Page(endpoints.library, "embedded").prune
+def page(endpoints) -> Page:
+    return Page(endpoints.library, "embedded")
+
+
+@pytest.fixture
+def tab(page):
+    return page.prune
 
 
 def visitor(token: str) -> gr.OAuthToken:
@@ -49,27 +55,27 @@ def test_a_repository_has_an_owner_and_a_name(tab, name):
         tab.push_with_token(OPEN, "trained", 64, 16, name, "hf_loopback", True)
 
 
-def test_old_downloads_are_removed(tab, tmp_path):
-    sae = AutoModel.from_pretrained(embedded_sae_path(), width=8)
-    first = export(sae, tmp_path, "first")
+def test_old_downloads_are_removed(endpoints, tmp_path):
+    opened = endpoints.library.open("embedded")
+    first = export(opened, Pruning(width=8), tmp_path)
     os.utime(first, (0, 0))
-    second = export(sae, tmp_path, "second")
+    second = export(opened, Pruning("energy", 9, 3), tmp_path)
+    assert (first.name, second.name) == ("embedded-trained-8.zip", "embedded-energy-9-k3.zip")
     assert second.is_file() and not first.exists()
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path != second.parent]
 
 
-def test_a_page_has_a_login_on_a_space_alone(endpoints, monkeypatch):
-    def has_login() -> bool:
-        blocks = Page(endpoints.library, "embedded").blocks
-        return any(isinstance(block, gr.LoginButton) for block in blocks.blocks.values())
+def test_a_page_has_a_login_on_a_space_alone(endpoints, page, monkeypatch):
+    def has_login(page: Page) -> bool:
+        return any(isinstance(block, gr.LoginButton) for block in page.blocks.blocks.values())
 
-    assert not has_login()
+    assert not has_login(page)
     pytest.importorskip("authlib")
     monkeypatch.setenv("SYSTEM", "spaces")
     monkeypatch.setenv("SPACE_ID", "somebody/space")
     for name in ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL"):
         monkeypatch.setattr(oauth, name, "https://somewhere")
-    assert has_login()
+    assert has_login(Page(endpoints.library, "embedded"))
 
 
 def test_strangers_push_with_a_token_of_their_own(tab, monkeypatch):

@@ -191,9 +191,9 @@ def test_bad_input_is_named():
     sae = dictionary(letters, attributes, False)
     with pytest.raises(ValueError, match="d_in = 16"):
         absorption_on_task(sae, dataclasses.replace(task, states=task.states[:, :8]), thresholds=WORLD)
-    with pytest.raises(ValueError, match="`widths` must be one or more"):
+    with pytest.raises(ValueError, match="`widths` must strictly increase"):
         absorption_on_task(sae, task, [], thresholds=WORLD)
-    with pytest.raises(ValueError, match="between 1 and"):
+    with pytest.raises(ValueError, match="at most 10"):
         absorption_on_task(sae, task, [11], thresholds=WORLD)
 
 

@@ -332,7 +332,7 @@ def test_what_cannot_be_measured_is_told():
     sae = dictionary({})
     with pytest.raises(ValueError, match="`latents` must hold numbers of latents, each at least 1; got \\[0\\]"):
         scr(data, sae, task, latents=(0,))
-    with pytest.raises(ValueError, match="`most` not below `least`"):
+    with pytest.raises(ValueError, match="`most` must be at least 20, got 5"):
         scr(data, sae, task, most=5)
     with pytest.raises(ValueError, match="`pairs` must hold pairs of two of label 0, label 1; got \\['label 9'\\]"):
         scr(data, sae, task, [("label 0", "label 9")])

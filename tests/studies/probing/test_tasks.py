@@ -68,7 +68,7 @@ def test_blank_texts_and_missing_labels_are_left_out():
     ("data", "options", "message"),
     [
         (columns(a=30, b=30), {"label": "lable"}, "no column 'lable'.*Did you mean 'label'"),
-        (columns(a=30, b=30), {"text": "body"}, "its columns are text, label"),
+        (columns(a=30, b=30), {"text": "body"}, "Known: label, text"),
         (columns(a=30), {}, r"two classes .* 1: 'a' \(30\)"),
         (columns(a=30, b=3), {}, "at least 20 texts each"),
         (columns(a=30, b=30), {"max_texts": 39}, "40 in all"),

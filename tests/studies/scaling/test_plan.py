@@ -6,8 +6,8 @@ import shutil
 import pytest
 import yaml
 
-from hf_matryoshka_sae.studies.scaling import Sweep, load_sweep, plan_runs
-from hf_matryoshka_sae.studies.scaling.plan import cost, is_finished, own_cache
+from hf_matryoshka_sae.studies.scaling.config import Sweep, load_sweep
+from hf_matryoshka_sae.studies.scaling.plan import cost, is_finished, own_cache, plan_runs
 from hf_matryoshka_sae.studies.scaling.points import finished_points
 from hf_matryoshka_sae.training import load_run_config
 

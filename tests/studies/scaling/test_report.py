@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_matryoshka_sae.studies.scaling import Point, fit_points, read_points, training_flops, write_points
 from hf_matryoshka_sae.studies.scaling.command import main
 from hf_matryoshka_sae.studies.scaling.laws import PUBLISHED_GPT4
+from hf_matryoshka_sae.studies.scaling.points import Point, read_points, training_flops, write_points
+from hf_matryoshka_sae.studies.scaling.report import fit_points
 
 
 def published(num_latents, k):

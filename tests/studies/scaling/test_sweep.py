@@ -13,7 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_matryoshka_sae import cli
-from hf_matryoshka_sae.studies.scaling import command, load_sweep, plan_runs, read_points, running
+from hf_matryoshka_sae.studies.scaling import command, running
+from hf_matryoshka_sae.studies.scaling.config import load_sweep
+from hf_matryoshka_sae.studies.scaling.plan import plan_runs
+from hf_matryoshka_sae.studies.scaling.points import read_points
 from hf_matryoshka_sae.training import load_run_config, train
 from hf_matryoshka_sae.training.run import trainer as trainer_module
 

@@ -108,7 +108,7 @@ def test_what_has_no_meta_sae_is_told():
     sae = with_decoder(sums_of_pairs())
     with pytest.raises(ValueError, match="needs 8 rows with a direction, the first 5 of `sae` have 5"):
         meta_sae(sae, [5, F])
-    with pytest.raises(ValueError, match="`steps` and `batch_size` of at least 1"):
+    with pytest.raises(ValueError, match="`steps` must be at least 1"):
         meta_sae(sae, steps=0)
     with torch.no_grad():
         sae.W_dec[3, 3] = torch.nan

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import maximum_filter1d
 
 from ....common.token_text import texts_in_place
+from ....features.firings import span
 from ..n2g import Examples
 
 
@@ -99,12 +100,7 @@ class LatentContexts:
 
     def _around(self, place: int) -> Context:
         row, column = divmod(int(place), self._windows.shape[1])
-        keep = self._keep[row]
-        start = max(0, column - self._buffer)
-        stop = min(len(keep), column + self._buffer + 1)
-        left, right = np.flatnonzero(~keep[start:column]), np.flatnonzero(~keep[column + 1 : stop])
-        start = start + int(left[-1]) + 1 if len(left) else start
-        stop = column + 1 + int(right[0]) if len(right) else stop
+        start, stop = span(self._keep[row], column, self._buffer, self._buffer)
         part = np.s_[row, start:stop]
         ids = tuple(self._windows[part].tolist())
         return Context(row, start, stop, ids, self._values[part], self._active[part])

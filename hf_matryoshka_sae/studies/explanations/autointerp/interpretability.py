@@ -7,12 +7,14 @@ made from the examples and answer the same questions about the same passages.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from ....common.checks import check_at_least
 from ....common.distributed import processes
 from ....common.report import Report
 from ....evaluation.data import HeldOut
@@ -20,7 +22,7 @@ from ....models import SAEModel
 from ...drawn_latents import DrawnLatents, firing_counts, with_baselines
 from ..n2g import Examples, Explainer, firing_examples
 from .answers import AnswerCache, Judge
-from .contexts import ACTIVE, LatentContexts, TokenTexts
+from .contexts import ACTIVE, Context, LatentContexts, TokenTexts
 from .examination import COUNTS, SCORES, Interpreted, PassageCounts, examine
 from .judges import open_judge
 from .questions import Questions
@@ -97,10 +99,7 @@ def automated_interpretability(
             cache.
     """
     scores = _checked_scores(scores)
-    if min(per_group, least, workers) < 1:
-        raise ValueError(
-            f"`per_group`, `least` and `workers` must be at least 1, got {per_group}, {least} and {workers}."
-        )
+    check_at_least(1, per_group=per_group, least=least, workers=workers)
     if examples.tokenizer is None:
         raise ValueError("Explanations need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
     counts, templates, answers = passages or PassageCounts(), Questions(prompts), AnswerCache(cache)
@@ -125,11 +124,14 @@ def automated_interpretability(
             )
         from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
         if judge is None:
-            read = _pattern_reader(Explainer(sae, examples, seed=seed), from_text, texts, on_text.windows.numpy())
+            explainer = Explainer(sae, examples, seed=seed)
+            read = partial(_read_by_patterns, explainer, from_text, texts, on_text.windows.numpy())
         else:
-            read = _judge_reader(judge, answers, templates, texts, from_text, counts, seed)
-        work = _examination(read, from_text, on_text, scores, counts, seed)
-        bar = _bar(name, len(drawn.latents), show)
+            read = partial(
+                _read_by_judge, partial(JudgeReader, judge, answers, templates, texts), from_text, counts, seed
+            )
+        work = partial(_examined, read, from_text, on_text, scores, counts, seed)
+        bar = tqdm(total=len(drawn.latents), desc=f"interpreting {name}", disable=not show, leave=False)
         found[name] = _each(work, drawn.latents, 1 if judge is None else workers, answers, bar)
         rows[name] = _rows(drawn, found[name], scores, resamples, seed)
 
@@ -158,48 +160,36 @@ def _checked_scores(scores: Sequence[str]) -> list[str]:
     return chosen
 
 
-Reads = Callable[[int], Reader]
+def _read_by_patterns(
+    explainer: Explainer, from_text: Examples, texts: TokenTexts, windows: np.ndarray, latent: int
+) -> Reader:
+    return PatternReader(explainer.explain(latent, from_text), texts, windows)
 
 
-def _pattern_reader(explainer: Explainer, from_text: Examples, texts: TokenTexts, windows: np.ndarray) -> Reads:
-    return lambda latent: PatternReader(explainer.explain(latent, from_text), texts, windows)
+def _read_by_judge(
+    reader: Callable[[list[Context]], Reader], from_text: Examples, counts: PassageCounts, seed: int, latent: int
+) -> Reader:
+    contexts = LatentContexts(from_text, latent, _least_active(from_text, latent))
+    generator = np.random.default_rng([seed, latent, _EXAMPLES])
+    return reader(contexts.firing(counts.examples_top, counts.examples_weighted, generator))
 
 
-def _judge_reader(
-    judge: Judge,
-    answers: AnswerCache,
-    templates: Questions,
-    texts: TokenTexts,
+def _examined(
+    read: Callable[[int], Reader],
     from_text: Examples,
+    on_text: Examples,
+    scores: list[str],
     counts: PassageCounts,
     seed: int,
-) -> Reads:
-    def read(latent: int) -> Reader:
-        contexts = LatentContexts(from_text, latent, _least_active(from_text, latent))
-        generator = np.random.default_rng([seed, latent, _EXAMPLES])
-        shown = contexts.firing(counts.examples_top, counts.examples_weighted, generator)
-        return JudgeReader(judge, answers, templates, texts, shown)
-
-    return read
-
-
-def _examination(
-    read: Reads, from_text: Examples, on_text: Examples, scores: list[str], counts: PassageCounts, seed: int
-) -> Callable[[int], Interpreted]:
-    def work(latent: int) -> Interpreted:
-        contexts = LatentContexts(on_text, latent, _least_active(from_text, latent))
-        generator = np.random.default_rng([seed, latent, _TEST])
-        return examine(latent, read(latent), contexts, scores, counts, generator)
-
-    return work
+    latent: int,
+) -> Interpreted:
+    contexts = LatentContexts(on_text, latent, _least_active(from_text, latent))
+    generator = np.random.default_rng([seed, latent, _TEST])
+    return examine(latent, read(latent), contexts, scores, counts, generator)
 
 
 def _least_active(from_text: Examples, latent: int) -> float:
     return ACTIVE * float(from_text.fired[latent][1].max())
-
-
-def _bar(name: str, total: int, show: bool) -> tqdm:
-    return tqdm(total=total, desc=f"interpreting {name}", disable=not show, leave=False)
 
 
 def _each(

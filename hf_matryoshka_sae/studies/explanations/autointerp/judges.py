@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ....common.checks import check_at_least
 from .answers import Judge, Message, Reply
 from .endpoint import EndpointJudge
 
@@ -37,8 +38,7 @@ class ChatModelJudge:
         dtype: str | None = None,
         max_tokens: int = 1024,
     ):
-        if max_tokens < 1:
-            raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}.")
+        check_at_least(1, max_tokens=max_tokens)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             if not self._tokenizer.chat_template:

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from hf_matryoshka_sae.studies.explanations.autointerp import AnswerCache, Cost, Reply
-from hf_matryoshka_sae.studies.explanations.autointerp.answers import answer_key
+from hf_matryoshka_sae.studies.explanations.autointerp.answers import AnswerCache, Cost, Reply, answer_key
 
 
 class Counting:

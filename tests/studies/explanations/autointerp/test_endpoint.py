@@ -7,7 +7,8 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from hf_matryoshka_sae.studies.explanations.autointerp import EndpointJudge, open_judge
+from hf_matryoshka_sae.studies.explanations.autointerp.endpoint import EndpointJudge
+from hf_matryoshka_sae.studies.explanations.autointerp.judges import open_judge
 
 
 MESSAGES = [{"role": "user", "content": "two words"}]

@@ -12,14 +12,12 @@ from transformers import AutoModel
 from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
 from hf_matryoshka_sae.models import SAEModel
-from hf_matryoshka_sae.studies.explanations.autointerp import (
-    ChatModelJudge,
-    EndpointJudge,
-    PassageCounts,
-    Reply,
-    automated_interpretability,
-)
 from hf_matryoshka_sae.studies.explanations.autointerp import interpretability as module
+from hf_matryoshka_sae.studies.explanations.autointerp.answers import Reply
+from hf_matryoshka_sae.studies.explanations.autointerp.endpoint import EndpointJudge
+from hf_matryoshka_sae.studies.explanations.autointerp.examination import PassageCounts
+from hf_matryoshka_sae.studies.explanations.autointerp.interpretability import automated_interpretability
+from hf_matryoshka_sae.studies.explanations.autointerp.judges import ChatModelJudge
 
 from ....evaluation.planted import frequent, planted
 from .test_judges import tiny_chat_model

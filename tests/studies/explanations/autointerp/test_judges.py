@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_matryoshka_sae.assets import embedded_lm_path
-from hf_matryoshka_sae.studies.explanations.autointerp import ChatModelJudge, open_judge
+from hf_matryoshka_sae.studies.explanations.autointerp.judges import ChatModelJudge, open_judge
 
 
 TEMPLATE = (
