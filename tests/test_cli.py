@@ -1,19 +1,17 @@
-"""The ways in: sub-commands, the demo, and the README's snippets on what the demo leaves."""
+"""The ways in: sub-commands and the demo."""
 
 import importlib.util
 import io
 import re
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_matryoshka_sae import cli, demo
-from hf_matryoshka_sae.hub import measure
 from hf_matryoshka_sae.studies.scaling.config import load_sweep
-from hf_matryoshka_sae.training import RunConfig, load_run_config
+from hf_matryoshka_sae.training import load_run_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,31 +34,11 @@ def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     folder, printed = demo_run
     assert "recaptured" in printed
     assert "-> MatryoshkaSAE" in printed
-    widths = [int(width) for width in re.findall(r"^ +(\d+) +\d+\.\d+ +0\.\d+", printed, re.MULTILINE)]
+    widths = [int(width) for width in re.findall(r"^matryoshka +(\d+) +\d+\.\d+ +0\.\d+", printed, re.MULTILINE)]
     assert widths == [64, 192, 448, 960, 2048]
     assert len(re.findall(r"latent +\d+ \(prefix", printed)) == 10
     assert printed.count("[[") == 1 + 10 * 4
     assert (folder / "runs/demo/results.png").is_file()
-
-
-@pytest.mark.slow
-def test_the_readme_snippets_run_on_what_the_demo_leaves(demo_run, hub, monkeypatch):
-    """Those about the Hub against a loopback one; all on fewer tokens, p-values from fewer samples."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    monkeypatch.setattr(measure, "fit_power_law", partial(measure.fit_power_law, resamples=20))
-    monkeypatch.chdir(demo_run[0])
-    for block in blocks:
-        fewer = block.replace("tokens=10_000", "tokens=3_000")
-        exec(compile(fewer, "README.md", "exec"), {"__name__": "__main__"})
-    assert "model.layers.2/model.safetensors" in hub.files("your-name/demo-sae")
-
-
-def test_the_readme_run_is_a_valid_config():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        RunConfig.from_dict(yaml.safe_load(block))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
