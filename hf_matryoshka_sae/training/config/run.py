@@ -52,8 +52,8 @@ class RunConfig:
     """Tokens of a window of text."""
     model_revision: str | None = None
     """Branch, tag or commit of the language model on the Hub."""
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the language model; by default what its checkpoint has."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Of the language model; by default what its checkpoint has. auto: bfloat16 where this hardware is fast at it."""
     init_from: str | None = None
     """Continue every SAE from this folder or repository."""
 
