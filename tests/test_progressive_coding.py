@@ -149,13 +149,20 @@ def test_a_small_run_is_reported_and_not_done_twice(tmp_path, monkeypatch, capsy
     arguments = ["--model", "embedded", "--widths", "32", "64", "--k", "4", "--seeds", "3", "4", "--tokens", "2048"]
     arguments += ["--eval_tokens", "600", "--statistics_tokens", "600", "--batch_size", "256"]
     arguments += ["--output_dir", str(tmp_path)]
+    judged = []
+
+    def judge_once(*given):
+        judged.append(judged[0] if judged else progressive_coding_judge.judge(*given))
+        return judged[-1]
+
     with monkeypatch.context() as patch:
+        patch.setattr("progressive_coding.judge", judge_once)
         # Most of a small comparison's time would go into p-values, timed steps, and the layout of pictures.
         patch.setattr(progressive_coding_judge, "fit_power_law", partial(fit_power_law, resamples=20))
         patch.setattr(progressive_coding_judge, "WARM_UP", 1)
         patch.setattr(progressive_coding_judge, "TURNS", 2)
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
-        assert main(arguments) == 0
+        assert main(arguments) == 0 and len(judged) == 2
     found = json.loads((tmp_path / "results.json").read_text())
     with open(tmp_path / "results.csv") as file:
         lines = list(csv.DictReader(file))
