@@ -75,10 +75,12 @@ def push(
     found = find_saes(run_dir, saes)
     for sae in found:
         check_sae(sae.folder)
+    api = _api(token)
+    with _requests(repo_id):  # a wrong name, or no connection, is told before anything is measured
+        api.repo_exists(repo_id)
     if measure:
         measure_run(run_dir, saes, show=show)
     message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in found)}"
-    api = _api(token)
     repo_id, parent, before = _prepare(api, repo_id, private, revision)
     _check_root(repo_id, before, at_root=found[0].subfolder == "")
     repository = run_repository(run_dir, repo_id, found, before, license)
