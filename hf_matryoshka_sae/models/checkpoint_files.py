@@ -316,7 +316,7 @@ def _published_digests(source, where: dict, again: bool) -> dict | None:
         if found is None:
             return None
         try:
-            digests = json.loads(Path(found).read_text())
+            digests = json.loads(Path(found).read_text(encoding="utf-8"))
         except ValueError:
             continue
         if isinstance(digests, dict):

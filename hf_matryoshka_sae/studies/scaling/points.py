@@ -108,7 +108,7 @@ def read_points(path: str | Path) -> list[Point]:
         `ValueError`: for a file that is missing, a column that is missing or unknown, or a value that is no number.
     """
     try:
-        lines = list(csv.DictReader(Path(path).read_text().splitlines()))
+        lines = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
     except OSError as error:
         raise ValueError(f"The points cannot be read from {path}: {error}") from error
     kinds = {field.name: field.type for field in fields(Point)}

@@ -36,7 +36,7 @@ class MetricsLog:
         self.file = None
         if accelerator.is_main_process:
             self._keep_until(start)
-            self.file = open(self.path, "a", buffering=1)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
 
     def _keep_until(self, start: int) -> None:
         kept = []
