@@ -57,12 +57,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results (`Sequence[dict]`): What `evaluate_fidelity` gives for each hookpoint, with a `hookpoint` added.
     """
-    tables = []
-    for result in results:
-        about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
-        title = f"{result['hookpoint']}: {about}"
-        tables.append(str(Report("evaluation", title, records_of(result), _COLUMNS, {}, notes=excluded(result))))
-    return "\n".join(tables)
+    return "\n".join(map(str, map(report_of, results)))
+
+
+def report_of(result: dict[str, Any]) -> Report:
+    """The [`Report`] of what `evaluate_fidelity` gives for a hookpoint."""
+    about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
+    title = f"{result['hookpoint']}: {about}"
+    return Report("evaluation", title, records_of(result), _COLUMNS, {}, notes=excluded(result))
 
 
 def excluded(result: dict[str, Any]) -> list[str]:
