@@ -10,25 +10,34 @@ import nbformat
 from nbclient import NotebookClient
 
 
-# Bars are widgets, of which a file keeps nothing; figures are for screens.
-os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(path: Path) -> None:
-    """Execute a notebook in an empty folder, so that what it writes lies about nowhere."""
+    """Execute a notebook in an empty folder: what it writes is not left anywhere."""
     book = nbformat.read(path, as_version=4)
-    for cell in book.cells:
-        cell.metadata = {}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        where = {"metadata": {"path": scratch}}
-        NotebookClient(book, kernel_name="python3", timeout=900, resources=where, record_timing=False).execute()
+        client = NotebookClient(
+            book,
+            kernel_name="python3",
+            timeout=900,
+            resources={"metadata": {"path": scratch}},
+            record_timing=False,
+            coalesce_streams=True,
+            store_widget_state=False,
+        )
+        client.execute()
+    for cell in book.cells:
+        if cell.cell_type == "code":  # of bars nothing is to be seen without the process that drew them
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(book, path)
     sys.stdout.write(f"{path.name}: {time.monotonic() - begin:.0f} s\n")
 
 
 if __name__ == "__main__":
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     folder, *names = sys.argv[1:]
     for path in sorted(Path(folder).glob("*.ipynb")):
         if not names or path.stem in names:
