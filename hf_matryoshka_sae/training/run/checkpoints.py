@@ -113,7 +113,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         `ValueError` or `OSError`: if it does not say so.
     """
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("fields", {}), dict):
         raise ValueError(f"its {_MANIFEST} is no manifest")
     files = manifest.get("files")

@@ -138,7 +138,7 @@ def _is_here(path: str | None) -> bool:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What a run's `provenance.json` says; empty where it has none, or a damaged one."""
     try:
-        found = json.loads((Path(folder) / PROVENANCE_FILE).read_text())
+        found = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
