@@ -192,8 +192,9 @@ def test_a_failing_run_stops_the_others_and_its_message_is_shown(tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_with_its_processes_running_it_goes_on(tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])  # Windows has not both
+def test_killed_with_its_processes_running_it_goes_on(tmp_path, name):
+    number = getattr(signal, name)
     path, folder = write(tmp_path, sweep={"tokens": [128_000]}, checkpoint_every=20)
     call = [sys.executable, "-m", "hf_matryoshka_sae.cli", "sweep", "--config", path, "--processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
