@@ -25,7 +25,9 @@ from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training.data.text import lm_device, overlaps
 from hf_matryoshka_sae.training.run import closing
 from hf_matryoshka_sae.training.run import trainer as trainer_module
-from hf_matryoshka_sae.training.run.trainer import Trainer
+from hf_matryoshka_sae.training.run.trainer import Trainer, make_accelerator
+
+from ...processes import forget_accelerator
 
 
 RUN = {
@@ -438,3 +440,11 @@ def test_two_processes_end_within_noise_of_one(tmp_path, monkeypatch):
         results = json.loads((folder / "run" / "results.json").read_text())["results"]
         fvus.append([row["fvu"] for row in results[0]["saes"]["nested"]])
     assert fvus[1] == pytest.approx(fvus[0], rel=0.05)
+
+
+def test_apples_gpus_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    forget_accelerator()
+    assert make_accelerator(config(tmp_path)).device.type == "cpu"  # sums are in float64, which they do not have
+    forget_accelerator()
