@@ -1,6 +1,7 @@
 """What an SAE returns: sparse latents, a few (value, index) slots per token, and all that `forward` gives."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -10,6 +11,19 @@ from transformers.utils import ModelOutput
 
 InputNorm = tuple[Tensor, Tensor]
 """What was taken off each token's hidden state, and what it was then divided by: `(..., 1)` each."""
+
+_LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
+
+
+def normalized(x: Tensor, kind: str) -> tuple[Tensor, InputNorm]:
+    """Hidden states `(N, D)` with each token normalised as a config's `input_normalization` says, and how it was."""
+    if kind == "constant_norm":
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = (norms / x.shape[-1] ** 0.5).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+        return x / scale, (torch.zeros_like(scale), scale)
+    mean = x.mean(-1, keepdim=True)
+    deviation = (x - mean).std(-1, keepdim=True)
+    return (x - mean) / (deviation + _LAYER_NORM_EPS), (mean, deviation)
 
 
 @dataclass
@@ -58,7 +72,7 @@ class SparseLatents:
         # scatter_add: padded slots add 0 to latent 0 instead of overwriting it.
         return dense.scatter_add(-1, self.indices, self.values)
 
-    def to(self, *args, **kwargs) -> "SparseLatents":
+    def to(self, *args: Any, **kwargs: Any) -> "SparseLatents":
         """The same latents on another device or with values of another type; arguments as of `Tensor.to`."""
         values = self.values.to(*args, **kwargs)
         indices = self.indices.to(values.device, non_blocking=kwargs.get("non_blocking", False))
@@ -75,7 +89,7 @@ class SparseLatents:
             raise TypeError("The latents of one token have no length; `l0` is how many fire.")
         return len(self.values)
 
-    def __getitem__(self, index) -> "SparseLatents":
+    def __getitem__(self, index: Any) -> "SparseLatents":
         """The latents of some tokens: `index` is of a tensor of the tokens, of shape `(...)`."""
         if isinstance(index, tuple) and any(part is Ellipsis for part in index[:-1]):
             raise IndexError("Only tokens can be indexed. For single latents take `to_dense()[..., latent]`.")
@@ -95,7 +109,7 @@ def _flattened(latents: SparseLatents) -> tuple[list, int]:
     return [latents.values, latents.indices, latents.input_norm], latents.num_latents
 
 
-def _unflattened(parts, num_latents: int) -> SparseLatents:
+def _unflattened(parts: Any, num_latents: int) -> SparseLatents:
     values, indices, input_norm = parts
     return SparseLatents(values, indices, num_latents, input_norm)
 

@@ -87,7 +87,7 @@ class GivenStates:
 
     def __init__(
         self, states: Any, config: RunConfig, accelerator: Accelerator, processes: Processes, heldout: Any = None
-    ):
+    ) -> None:
         self.config, self.processes, self.device = config, processes, accelerator.device
         self._states, self._heldout = states, None
         if isinstance(states, RowStream):
@@ -162,7 +162,7 @@ class Harvest:
         processes ([`Processes`]): What each does.
     """
 
-    def __init__(self, source: Source, config: RunConfig, accelerator: Accelerator, processes: Processes):
+    def __init__(self, source: Source, config: RunConfig, accelerator: Accelerator, processes: Processes) -> None:
         self.source, self.config, self.accelerator, self.processes = source, config, accelerator, processes
 
     @cached_property

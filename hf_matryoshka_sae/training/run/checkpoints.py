@@ -79,7 +79,7 @@ class Checkpoint:
         path (`Path`): Its folder.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     def tree(self, name: str) -> Any:
@@ -133,7 +133,7 @@ class Checkpoints:
         about (`dict`, *optional*): Written into every manifest: the `run_id` and the `fields` of the run.
     """
 
-    def __init__(self, folder: Path, keep: int, about: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, keep: int, about: dict[str, Any] | None = None) -> None:
         self.folder, self.keep, self.about = folder, max(1, keep), about or {}
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._broken: set[Path] = set()

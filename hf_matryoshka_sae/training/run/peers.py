@@ -123,7 +123,7 @@ class Board:
         rank (`int`): This process.
     """
 
-    def __init__(self, store: Any, rank: int):
+    def __init__(self, store: Any, rank: int) -> None:
         self.mine = Beat()
         self.beats: dict[int, Beat] = {}
         """Of the processes that are read."""

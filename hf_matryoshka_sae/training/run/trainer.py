@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ...common.command import Interrupted
 from ...common.distributed import gathered
 from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
@@ -28,6 +29,7 @@ from .building import build_learners
 from .checkpoints import Checkpoint
 from .closing import Closing, place_of
 from .folder import RunFolder
+from .memory import keep_freed_memory
 from .metrics_log import MetricsLog
 from .provenance import Provenance
 from .watchdog import Watchdog
@@ -37,12 +39,6 @@ logger = get_logger(__name__)
 
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint has been saved."""
-
-    on_all_processes = True
 
 
 def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[dict[str, Any]]:
@@ -80,6 +76,8 @@ def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[di
             raise ValueError("`heldout` rows go with `states`; held-out text is the config's `eval_dataset`.")
     config = as_begun(config)
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog, RunFolder(config, accelerator) as folder:
         if accelerator.is_main_process:
             check_access(config.trackers)
@@ -124,7 +122,7 @@ class Trainer:
         progress: Callable[[int, str], None] = lambda step, doing: None,
         states: Any = None,
         heldout: Any = None,
-    ):
+    ) -> None:
         self.config, self.progress = config, progress
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
@@ -331,7 +329,7 @@ class Trainer:
 
 
 @contextmanager
-def _interrupt_flag():
+def _interrupt_flag() -> Iterator[threading.Event]:
     """An event that Ctrl-C or a termination request sets, so that the step at hand is finished first.
 
     A second Ctrl-C stops at once.
@@ -341,7 +339,7 @@ def _interrupt_flag():
         yield stop
         return
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:  # noqa: ARG001 (what a handler is called with)
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

@@ -80,14 +80,14 @@ class LowPrecisionAdam(torch.optim.Optimizer):
         eps: float,
         moments: str,
         seed: int = 0,
-    ):
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "unit_rows": False, "first_row": 0})
         self.moments, self.seed = moments, seed
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:
         """One step of all parameters that have gradients."""
         assert closure is None, "gradients are there already"
         number = 0
@@ -240,7 +240,7 @@ class _Dice:
         parameter (`Tensor`): Its shape and device are read.
     """
 
-    def __init__(self, seed: int, number: int, step: Tensor, parameter: Tensor):
+    def __init__(self, seed: int, number: int, step: Tensor, parameter: Tensor) -> None:
         start = (seed * 1_000_003 + number) % 2**31
         self.key = _mixed(step.long() + (start << 31))
         self.shape, self.device = parameter.shape[1:], parameter.device
