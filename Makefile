@@ -49,8 +49,8 @@ lock:
 # The documentation as a site, in site/. It is read from the source, so neither torch nor the package is installed for it.
 docs:
 	$(PYTHON) -m venv $(DOCS)
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
-	  | $(DOCS)/bin/python -m pip install -q -r /dev/stdin
+	$(DOCS)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(DOCS)/bin/python -m pip install -q --group docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 lint: install
