@@ -260,7 +260,7 @@ def _note(folder: Path, name: str, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What a file holds; nothing where there is none, or it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

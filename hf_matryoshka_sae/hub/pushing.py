@@ -184,7 +184,7 @@ def _prepare(
         with downloads_checked(repo_id, {}):
             path = api.hf_hub_download(repo_id, _CONFIG, revision=parent)
     try:
-        return repo_id, parent, json.loads(Path(path).read_text())
+        return repo_id, parent, json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"The config.json at the root of {repo_id}, to which this push would add, is damaged ({error}). Delete "

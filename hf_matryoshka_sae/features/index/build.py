@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ...activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
 from ...common.ahead import ahead, shared_cores
 from ...common.checks import check_at_least
@@ -144,9 +145,8 @@ def build_index(
         "sizes": asdict(sizes) | {"context_tokens": min(sizes.context_tokens, context_length)},
         "weights": weights_digest(sae),
         "probabilities": list(PROBABILITIES),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("hf_matryoshka_sae", "torch", "transformers")
-        },
+        "versions": {"hf_matryoshka_sae": __version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     # Of documents that need not end only the first are known: enough to continue, not to take an index for theirs.
     comparable = isinstance(dataset, (DatasetConfig, list))
