@@ -76,6 +76,7 @@ class TopK(Relu):
 
     @staticmethod
     def select(model: nn.Module, blocks: EncoderBlocks, layout: Layout | None) -> Selection:
+        """Tokens, latents and pre-activations of the pairs that take part."""
         group_size = getattr(model.config, "group_size", None)
         if group_size is not None:
             return select_group_max(blocks, model.latent_ids[: blocks.num_latents] // group_size)
@@ -83,6 +84,7 @@ class TopK(Relu):
 
     @staticmethod
     def values(model: nn.Module, pre: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Activations of the pairs, and the gate a penalty acts on where that is something else."""
         return torch.relu(pre), None
 
 
@@ -91,14 +93,17 @@ class BatchTopK(TopK):
 
     @staticmethod
     def tensors(model: nn.Module, num_latents: int) -> None:
+        """Create the tensors that only this family has."""
         model.register_buffer("threshold", torch.empty(num_latents, dtype=torch.float32))
 
     @staticmethod
     def initial(model: nn.Module) -> dict[str, float]:
+        """Initial value of each of these tensors."""
         return {"threshold": 0.0}
 
     @staticmethod
     def select(model: nn.Module, blocks: EncoderBlocks, layout: Layout | None) -> Selection:
+        """Tokens, latents and pre-activations of the pairs that take part."""
         if model.training:
             return select_batch_topk(blocks, model.k, layout)
         return select_above(blocks, model.threshold[: blocks.num_latents].clamp(min=0))
@@ -109,20 +114,24 @@ class JumpReLU(Relu):
 
     @staticmethod
     def tensors(model: nn.Module, num_latents: int) -> None:
+        """Create the tensors that only this family has."""
         model.threshold = nn.Parameter(torch.empty(num_latents, dtype=torch.float32))
 
     @staticmethod
     def initial(model: nn.Module) -> dict[str, float]:
+        """Initial value of each of these tensors."""
         return {"threshold": float(model.config.initial_threshold)}
 
     @staticmethod
     def select(model: nn.Module, blocks: EncoderBlocks, layout: Layout | None) -> Selection:
+        """Tokens, latents and pre-activations of the pairs that take part."""
         threshold = model.threshold[: blocks.num_latents].detach()
         # In training the kernel's window reaches below the threshold: silent latents there move it too.
         return select_above(blocks, threshold - model.config.bandwidth / 2 if model.training else threshold)
 
     @staticmethod
     def values(model: nn.Module, pre: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Activations of the pairs, and the gate a penalty acts on where that is something else."""
         return jumprelu(pre, model.threshold[cols], float(model.config.bandwidth))
 
 
@@ -131,15 +140,18 @@ class Gated(Relu):
 
     @staticmethod
     def tensors(model: nn.Module, num_latents: int) -> None:
+        """Create the tensors that only this family has."""
         model.r_mag = nn.Parameter(torch.empty(num_latents))
         model.b_mag = nn.Parameter(torch.empty(num_latents))
 
     @staticmethod
     def initial(model: nn.Module) -> dict[str, float]:
+        """Initial value of each of these tensors."""
         return {"r_mag": 0.0, "b_mag": 0.0}
 
     @staticmethod
     def values(model: nn.Module, pre: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Activations of the pairs, and the gate a penalty acts on where that is something else."""
         b_enc, b_mag = model.b_enc, model.b_mag
         if model.config.scale_by_decoder_norm:  # `pre` is, so both biases are
             norms = row_norms(model.W_dec)

@@ -41,10 +41,9 @@ class Integration:
     """How an SAE meets libraries that expect layers; a part of [`SAEModel`]."""
 
     def get_input_embeddings(self) -> None:
-        """An SAE has none; FSDP2 asks."""
-        return None
+        """Return nothing: an SAE has no embeddings, and FSDP2 asks for them."""
 
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 (refused, whatever they are)
         """Raises `ValueError`: PEFT adapts an SAE inside another module only."""
         raise ValueError(
             "PEFT adapts layers, and an SAE's weights are parameters of the model itself. Put it inside a module: "

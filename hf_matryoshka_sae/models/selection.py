@@ -48,8 +48,13 @@ def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
 
 
 def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
-    """Pairs strictly above `threshold` (a number or `(F,)`). How many there are is known to the data alone: the host
-    waits for each block.
+    """Select the pairs strictly above a threshold.
+
+    How many there are is known to the data alone: the host waits for each block.
+
+    Args:
+        blocks ([`EncoderBlocks`]): The pre-activations.
+        threshold (`float` or `Tensor` of shape `(F,)`): One for all latents, or one for each.
 
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, sorted by token, then by latent.

@@ -86,7 +86,8 @@ class PairIndex:
 
 
 def _offsets(sorted_bags: Tensor, num_bags: int) -> Tensor:
-    """Where each bag begins, and the end of the last. (bincount would make the host wait for the device.)"""
+    """Return where each bag begins, and the end of the last, `(num_bags + 1,)`."""
+    # bincount would make the host wait for the device.
     return torch.searchsorted(sorted_bags, torch.arange(num_bags + 1, device=sorted_bags.device))
 
 

@@ -57,14 +57,22 @@ class Source(Protocol):
     """Whether the streams read for a while before they give their first rows."""
 
     @property
-    def hookpoints(self) -> list[str]: ...
+    def hookpoints(self) -> list[str]:
+        """Where SAEs read."""
+        ...
 
     @property
-    def model(self) -> nn.Module | None: ...
+    def model(self) -> nn.Module | None:
+        """The language model, where there is one."""
+        ...
 
-    def streams(self) -> dict[int, RowStream]: ...
+    def streams(self) -> dict[int, RowStream]:
+        """Streams of training rows by hookpoint number."""
+        ...
 
-    def heldout(self, hookpoint: str) -> HeldOut | HeldOutStates: ...
+    def heldout(self, hookpoint: str) -> HeldOut | HeldOutStates:
+        """Return what SAEs of a hookpoint are evaluated on."""
+        ...
 
 
 class GivenStates:

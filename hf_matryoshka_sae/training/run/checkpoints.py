@@ -107,8 +107,9 @@ class Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `files` with their checksums, and since format 1 `format_version`, the
-    `run_id` and the `fields` of its run.
+    """Return what a checkpoint says of itself.
+
+    Its `step`, `files` with checksums, and since format 1 `format_version`, the `run_id` and the `fields` of its run.
 
     Raises:
         `ValueError` or `OSError`: if it does not say so.

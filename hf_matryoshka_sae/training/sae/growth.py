@@ -241,8 +241,10 @@ class FrozenBase:
 
 
 class BatchTopKOnBase(BatchTopK):
-    """BatchTopK in training on a frozen base: the base fires above its thresholds, as it will at inference, and new
-    latents compete for the places that are left of k per token.
+    """BatchTopK in training on a frozen base.
+
+    The base fires above its thresholds, as it will at inference, and new latents compete for the places that are left
+    of k per token.
 
     Args:
         width (`int`): Latents of the base.

@@ -154,7 +154,8 @@ class LowPrecisionAdam(torch.optim.Optimizer):
                 _replace(state[key][rows], value, kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`. (PyTorch would turn every tensor into the parameter's type.)"""
+        """Go on from a `state_dict`."""
+        # PyTorch would turn every tensor into the parameter's type.
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, entry in state_dict["state"].items():
@@ -202,8 +203,10 @@ _LOWEST = (0x3F800000 >> 20) - 255
 
 
 def _bits(values: Tensor, noise: Tensor, drop: int) -> Tensor:
-    """The bits of float32 numbers plus noise below bit `drop`: cut there, they are rounded at random, in the mean
-    exactly (the numbers between two cuts are evenly spaced)."""
+    """Return the bits of float32 numbers plus noise below bit `drop`.
+
+    Cut there, they are rounded at random, in the mean exactly: the numbers between two cuts are evenly spaced.
+    """
     return (noise & (2**drop - 1)).add_(values.view(torch.int32))
 
 
