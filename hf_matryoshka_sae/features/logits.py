@@ -91,8 +91,8 @@ def final_norm(model: nn.Module) -> nn.Module | None:
     """The module whose output the unembedding takes, where that is a norm; found by running two tokens."""
     head = model.get_output_embeddings()
     outputs: list[tuple[nn.Module, Tensor]] = []
-    seen: list[Tensor] = []
-    handles = [head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    head_inputs: list[Tensor] = []
+    handles = [head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))]
     for name, module in model.named_modules():
         if "norm" in type(module).__name__.lower() and name:
             handles.append(
@@ -108,7 +108,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     for module, output in reversed(outputs):
-        if seen and first_tensor(output).shape == seen[-1].shape and torch.equal(first_tensor(output), seen[-1]):
+        if head_inputs and first_tensor(output).shape == head_inputs[-1].shape and torch.equal(first_tensor(output), head_inputs[-1]):
             return module
     return None
 

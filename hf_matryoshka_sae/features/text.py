@@ -107,10 +107,10 @@ def text_features(
     batch = batch.to(next(model.parameters()).device)
     states = harvest(model, batch.input_ids, batch.attention_mask, [hookpoint])[hookpoint]
     read = batch.keep[0].cpu()
-    found = encoded(sae, states[batch.keep].float().to(sae.W_enc.device))
+    pairs_of_states = encoded(sae, states[batch.keep].float().to(sae.W_enc.device))
     places = read.nonzero().flatten()  # of the read tokens among all
-    rows, cols, values = places[found.rows.cpu()], found.cols.cpu(), found.values.float().cpu()
-    index = type(found.index)(rows, cols, len(read), found.num_latents)
+    rows, cols, values = places[pairs_of_states.rows.cpu()], pairs_of_states.cols.cpu(), pairs_of_states.values.float().cpu()
+    index = type(pairs_of_states.index)(rows, cols, len(read), pairs_of_states.num_latents)
     pairs = LatentPairs(index, values)
     return TextFeatures(
         tokens=token_texts(tokenizer, batch.input_ids[0].tolist()),
@@ -118,7 +118,7 @@ def text_features(
         read=read,
         top=_strongest(pairs, top),
         left_out=left_out,
-        width=found.num_latents,
+        width=pairs_of_states.num_latents,
         pairs=pairs,
     )
 
@@ -172,9 +172,9 @@ def _special(tokenizer) -> set[int]:
 
 
 def _strongest(pairs: LatentPairs, top: int) -> list[list[tuple[int, float]]]:
-    found: list[list[tuple[int, float]]] = [[] for _ in range(pairs.num_rows)]
+    by_token: list[list[tuple[int, float]]] = [[] for _ in range(pairs.num_rows)]
     for place in pairs.values.argsort(descending=True, stable=True).tolist():
-        row = found[int(pairs.rows[place])]
+        row = by_token[int(pairs.rows[place])]
         if len(row) < top and pairs.values[place] > 0:
             row.append((int(pairs.cols[place]), float(pairs.values[place])))
-    return found
+    return by_token

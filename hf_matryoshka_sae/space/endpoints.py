@@ -57,7 +57,7 @@ class Endpoints:
         library ([`Library`]): Opens them.
     """
 
-    def __init__(self, library: Library):
+    def __init__(self, library: Library) -> None:
         self.library = library
         self._number = len(_ALL)
         _ALL.append(self)

@@ -39,7 +39,7 @@ class Page:
         default (`str`): What is open at first.
     """
 
-    def __init__(self, library: Library, default: str):
+    def __init__(self, library: Library, default: str) -> None:
         self.endpoints, self.default = Endpoints(library), default
         with gr.Blocks(title=TITLE, delete_cache=(3600, 3600), analytics_enabled=False) as self.blocks:
             for name in (*_LIGHT, *_HEAVY):  # first: a handler of the same name would take it

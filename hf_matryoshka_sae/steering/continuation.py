@@ -126,7 +126,7 @@ class LatentHook:
         start (`int`, *optional*, defaults to 0): Positions before this one are left as they are.
     """
 
-    def __init__(self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0):
+    def __init__(self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0) -> None:
         self.sae, self.latent, self.mode, self.amount, self.start = sae, latent, mode, amount, start
         self.largest = 0.0
         row = sae.W_dec.detach()[latent].float()

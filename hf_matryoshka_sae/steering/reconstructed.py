@@ -127,7 +127,7 @@ def _losses(model: nn.Module, batch: TokenBatch, hookpoint: str, replace) -> Ten
 class _Reconstructing:
     """Replaces hidden states while text is generated: those of the prompt that are read, and every new one."""
 
-    def __init__(self, replace, keep: Tensor):
+    def __init__(self, replace, keep: Tensor) -> None:
         self.replace, self.keep, self.started = replace, keep, False
 
     def __call__(self, hookpoint: str, value) -> Tensor | None:

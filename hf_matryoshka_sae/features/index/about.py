@@ -24,10 +24,10 @@ def read_about(path: Path, source) -> dict[str, Any]:
         )
     try:
         about = json.loads(path.read_text())
-        done = about["done"] and about["format"]
+        format_name = about["done"] and about["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): damaged. Build the index anew.") from error
-    if done != FORMAT:
+    if format_name != FORMAT:
         raise ValueError(f"{path} is no finished index of format {FORMAT!r}, but of {about['format']!r}.")
     for name, fits in _FIELDS.items():
         if not fits(about.get(name)):

@@ -65,7 +65,7 @@ class Best:
         count: int,
         payload: dict[str, tuple[int, torch.dtype]] | None = None,
         device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         self.keys = torch.full((num_latents, count), -1, dtype=torch.int64, device=device)
         self._limit = self.keys.new_full((num_latents,), -1)
         self.payload = {
@@ -99,8 +99,8 @@ class Best:
         cut = torch.cat([old, new], 1).topk(count, dim=1, sorted=False).values.amin(1)
         free = (old < cut[:, None]) | (old < 0)
         places = (~free).to(torch.uint8).argsort(dim=1, stable=True)  # free places first
-        taken = (keys[order] >= cut[row]).nonzero().squeeze(1)
-        order, row, rank = order[taken], row[taken], rank[taken]
+        chosen = (keys[order] >= cut[row]).nonzero().squeeze(1)
+        order, row, rank = order[chosen], row[chosen], rank[chosen]
         place = places[row, rank]
         self.keys[latents[row], place] = keys[order]
         self._limit[latents] = self.keys[latents].amin(1)
@@ -114,11 +114,11 @@ class Best:
     def in_order(self) -> "Best":
         """The same with the largest key first, so that nothing tells in which order entries came."""
         order = self.keys.argsort(dim=1, descending=True)
-        found = Best(*self.keys.shape, device=self.keys.device)
-        found.keys = self.keys.gather(1, order)
-        found._limit = self._limit
-        found.payload = {name: rows.gather(1, order[..., None].expand_as(rows)) for name, rows in self.payload.items()}
-        return found
+        ordered = Best(*self.keys.shape, device=self.keys.device)
+        ordered.keys = self.keys.gather(1, order)
+        ordered._limit = self._limit
+        ordered.payload = {name: rows.gather(1, order[..., None].expand_as(rows)) for name, rows in self.payload.items()}
+        return ordered
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors, by name."""
@@ -137,6 +137,6 @@ class Best:
         cols, places = (state["keys"] >= 0).nonzero(as_tuple=True)
         if not len(cols):
             return
-        taken, place = self.take(cols.to(device), state["keys"][cols, places].to(device))
-        cols, places = cols[taken.cpu()], places[taken.cpu()]
+        chosen, place = self.take(cols.to(device), state["keys"][cols, places].to(device))
+        cols, places = cols[chosen.cpu()], places[chosen.cpu()]
         self.write(cols.to(device), place, **{name: state[name][cols, places].to(device) for name in self.payload})

@@ -154,28 +154,28 @@ def build_index(
     documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
     stream = TokenStream(documents, tokenizer, context_length, lm_batch_size, exclude=exclude, num_epochs=1)
     windows = NumberedWindows(stream, tokens, rank, world)
-    found = LatentPass(sae, sizes, context_length, seed, tree)
+    latent_pass = LatentPass(sae, sizes, context_length, seed, tree)
     states = States(target / _BUILDING, about, rank, world)
-    if resume and (position := states.load(found)) is not None:
+    if resume and (position := states.load(latent_pass)) is not None:
         windows.go_to(position)
     bar = tqdm(total=-(-tokens // world), desc="feature index", unit="tok", disable=rank != 0 or not show, leave=False)
-    done = Recorder(found, states, save_every, found.batches_at_once(lm_batch_size, context_length), bar)
-    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, done.kept_when_interrupted():
+    recorder = Recorder(latent_pass, states, save_every, latent_pass.batches_at_once(lm_batch_size, context_length), bar)
+    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, recorder.kept_when_interrupted():
         batches = _overlapping(fired_in(sae, _overlapping(harvested(windows, lm, place), overlapped)), overlapped)
         with closing(batches):
-            done.add(batches)
+            recorder.add(batches)
         if world > 1:
             end = Position(windows.position.batches, windows.position.tokens, windows.stream.state_dict())
-            states.save(found, end)
+            states.save(latent_pass, end)
             dist.barrier()
-            done.merge(states.of(other) for other in range(1, world) if rank == 0)
+            recorder.merge(states.of(other) for other in range(1, world) if rank == 0)
         if tree is not None:
             tree.reduce()
         if rank == 0:
-            columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
+            columns, why = latent_columns(sae, lm, latent_pass.sums, latent_pass.contexts, latent_pass.cofiring, sizes, tree)
             logits = why or "final norm's gain included, biases left out"
-            contexts = context_tables(found.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
-            write_index(target, about | {"tokens": int(found.sums.tokens), "logits": logits}, columns, contexts)
+            contexts = context_tables(latent_pass.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
+            write_index(target, about | {"tokens": int(latent_pass.sums.tokens), "logits": logits}, columns, contexts)
             shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()

@@ -29,7 +29,7 @@ class TokenSample:
         device (`torch.device`, *optional*): Where it is kept.
     """
 
-    def __init__(self, num_latents: int, count: int, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, count: int, seed: int, device: torch.device | str = "cpu") -> None:
         self.best, self.seed = Best(num_latents, count, device=device), seed
         self.positions = torch.zeros(0, dtype=torch.int64, device=device)
         self.sizes = torch.zeros(0, dtype=torch.int64, device=device)
@@ -43,12 +43,12 @@ class TokenSample:
         candidates = self.best.passing(firings.cols, keys)
         if not len(candidates):
             return
-        taken, _ = self.best.take(firings.cols[candidates], keys[candidates])
-        wanted = torch.zeros(len(firings.tokens), dtype=torch.bool, device=keys.device)
-        wanted[firings.rows[candidates[taken]]] = True
-        sizes = torch.bincount(firings.rows, minlength=len(wanted))
-        lists = firings.cols[wanted[firings.rows]].int()
-        self._append(key_positions(token_keys[wanted]), sizes[wanted], lists)
+        chosen, _ = self.best.take(firings.cols[candidates], keys[candidates])
+        needed = torch.zeros(len(firings.tokens), dtype=torch.bool, device=keys.device)
+        needed[firings.rows[candidates[chosen]]] = True
+        sizes = torch.bincount(firings.rows, minlength=len(needed))
+        lists = firings.cols[needed[firings.rows]].int()
+        self._append(key_positions(token_keys[needed]), sizes[needed], lists)
 
     def _append(self, positions: Tensor, sizes: Tensor, lists: Tensor) -> None:
         self.positions = torch.cat([self.positions, positions])
@@ -59,8 +59,8 @@ class TokenSample:
 
     def clear(self) -> None:
         """Throw away the lists of tokens that no latent keeps any more, and sort the others by position."""
-        kept = key_positions(self.best.keys[self.best.keys >= 0]).unique()
-        rows = torch.isin(self.positions, kept).nonzero().squeeze(1)
+        positions = key_positions(self.best.keys[self.best.keys >= 0]).unique()
+        rows = torch.isin(self.positions, positions).nonzero().squeeze(1)
         rows = rows[self.positions[rows].argsort()]
         self.lists = self.lists[_places(self.sizes, rows)]
         self.positions, self.sizes = self.positions[rows], self.sizes[rows]
@@ -75,7 +75,7 @@ class TokenSample:
         self.clear()
         num_latents = len(self.best.keys)
         count = min(count, num_latents - 1)
-        found, rates = [], []
+        latents_by_block, rates = [], []
         block = max(1, _ENTRIES_AT_ONCE // num_latents)
         for start in range(0, num_latents if count else 0, block):
             keys = self.best.keys[start : start + block]
@@ -85,12 +85,12 @@ class TokenSample:
             ranked = counts * num_latents + torch.arange(num_latents - 1, -1, -1, device=keys.device)
             best = ranked.topk(count, dim=1).values
             together, latents = best // num_latents, num_latents - 1 - best % num_latents
-            found.append(torch.where(together > 0, latents, -1))
+            latents_by_block.append(torch.where(together > 0, latents, -1))
             rates.append(together / (keys >= 0).sum(1, keepdim=True).clamp(min=1))
-        if not found:
+        if not latents_by_block:
             empty = self.best.keys[:, :0]
             return empty, empty.double()
-        return torch.cat(found), torch.cat(rates)
+        return torch.cat(latents_by_block), torch.cat(rates)
 
     def _counts(self, keys: Tensor) -> Tensor:
         """On how many of the tokens of some latents each latent fires, `(len(keys), F)`."""

@@ -55,16 +55,16 @@ def _histograms(counts: Tensor) -> dict[str, Any]:
     first = np.where(any_filled, filled.argmax(1), 0)
     end = np.where(any_filled, counts.shape[1] - filled[:, ::-1].argmax(1), 0)
     places = np.arange(counts.shape[1])
-    kept = (places >= first[:, None]) & (places < end[:, None])
-    return {"histogram_start": first.astype(np.int16), "histogram": list_column(counts, kept)}
+    inside = (places >= first[:, None]) & (places < end[:, None])
+    return {"histogram_start": first.astype(np.int16), "histogram": list_column(counts, inside)}
 
 
 def _cofiring(cofiring: TokenSample, count: int) -> dict[str, Any]:
     latents, rates = (part.cpu().numpy() for part in cofiring.strongest(count))
-    kept = latents >= 0
+    inside = latents >= 0
     return {
-        "cofiring": list_column(latents.astype(np.int32), kept),
-        "cofiring_rates": list_column(rates.astype(np.float32), kept),
+        "cofiring": list_column(latents.astype(np.int32), inside),
+        "cofiring_rates": list_column(rates.astype(np.float32), inside),
     }
 
 

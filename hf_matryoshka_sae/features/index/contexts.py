@@ -27,18 +27,18 @@ class Parts:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, by name."""
         parts = self.parts.items()
-        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
+        return {f"{part}.{name}": tensor for part, sums in parts for name, tensor in sums.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the place of a state."""
-        for part, held in self.parts.items():
-            held.load_state_dict(_of_part(state, part))
+        for part, sums in self.parts.items():
+            sums.load_state_dict(_of_part(state, part))
 
     def merge(self, state: dict[str, Tensor]) -> None:
         """Add another process's."""
-        for part, held in self.parts.items():
-            if hasattr(held, "merge"):
-                held.merge(_of_part(state, part))
+        for part, sums in self.parts.items():
+            if hasattr(sums, "merge"):
+                sums.merge(_of_part(state, part))
 
 
 def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Contexts(Parts):
 
     def __init__(
         self, num_latents: int, top: int, sample: int, width: int, seed: int, device: torch.device | str = "cpu"
-    ):
+    ) -> None:
         payload = {
             "token_ids": (width, torch.int32),
             "activations": (width, torch.float32),
@@ -82,9 +82,9 @@ class Contexts(Parts):
         if not len(candidates):
             return
         cols = firings.cols[candidates]
-        taken, places = best.take(cols, keys[candidates])
-        chosen = candidates[taken]
-        best.write(cols[taken], places, **self._cut_out(firings, chosen))
+        accepted, places = best.take(cols, keys[candidates])
+        chosen = candidates[accepted]
+        best.write(cols[accepted], places, **self._cut_out(firings, chosen))
 
     @staticmethod
     def _one_per_window(firings: Firings, candidates: Tensor, keys: Tensor) -> Tensor:

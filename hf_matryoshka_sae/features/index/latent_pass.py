@@ -65,7 +65,7 @@ class IndexSizes:
 class LatentPass(Parts):
     """What one process knows of every latent."""
 
-    def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None):
+    def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None) -> None:
         latents, device = sae.config.num_latents, sae.W_enc.device
         width = min(sizes.context_tokens, context_length)
         self.sums = LatentSums(latents, device)

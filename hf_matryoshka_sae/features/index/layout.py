@@ -144,11 +144,11 @@ class Feature:
     @property
     def quantile_contexts(self) -> dict[int, list[Context]]:
         """A random sample by quantile of activation, weakest quantile first."""
-        found: dict[int, list[Context]] = {}
+        by_quantile: dict[int, list[Context]] = {}
         for context in self.contexts:
             if context.kind != TOP:
-                found.setdefault(int(context.kind), []).append(context)
-        return dict(sorted(found.items()))
+                by_quantile.setdefault(int(context.kind), []).append(context)
+        return dict(sorted(by_quantile.items()))
 
 
 def is_hub_id(source: str) -> bool:
@@ -213,9 +213,9 @@ def write_index(
             path.unlink(missing_ok=True)
 
 
-def list_column(rows: Tensor | np.ndarray, kept: np.ndarray | None = None) -> pa.Array:
+def list_column(rows: Tensor | np.ndarray, inside: np.ndarray | None = None) -> pa.Array:
     """A column of lists from a matrix; `kept` says which entries are in."""
     rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-    sizes = np.full(len(rows), rows.shape[1]) if kept is None else kept.sum(1)
-    values = rows.reshape(-1) if kept is None else rows[kept]
+    sizes = np.full(len(rows), rows.shape[1]) if inside is None else inside.sum(1)
+    values = rows.reshape(-1) if inside is None else rows[inside]
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32()), pa.array(values))

@@ -103,16 +103,16 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def _layer(about: Mapping[str, Any]) -> int:
-    found = re.search(r"\d+", str(about.get("hookpoint", "")))
-    if found is None:
+    number = re.search(r"\d+", str(about.get("hookpoint", "")))
+    if number is None:
         raise ValueError(f"The hookpoint {about.get('hookpoint')!r} names no layer; pass `layer`.")
-    return int(found[0])
+    return int(number[0])
 
 
 class _Writer:
     """Features of one index as JSON-able values."""
 
-    def __init__(self, index: FeatureIndex, tokenizer):
+    def __init__(self, index: FeatureIndex, tokenizer) -> None:
         self.index, self.tokenizer = index, tokenizer
         self.frequencies: dict[int, float] = {}
 
@@ -170,7 +170,7 @@ class _Writer:
             groups.setdefault(str(context.kind), []).append(context)
         quantiles = sorted((kind for kind in groups if kind.isdigit()), key=int, reverse=True)
         share = feature.frequency / len(quantiles) if quantiles else 0.0
-        found = []
+        records = []
         for kind in ["top", *quantiles]:
             contexts = groups.get(kind, [])
             values = [float(context.value) for context in contexts]
@@ -180,7 +180,7 @@ class _Writer:
                 bounds = {"bin_min": _number(min(values)), "bin_max": _number(max(values))}
                 bounds["bin_contains"] = _number(share)
             for context in contexts:
-                found.append(
+                records.append(
                     bounds
                     | {
                         "tokens": self._texts(context.token_ids),
@@ -188,7 +188,7 @@ class _Writer:
                         "qualifying_token_index": int(context.peak),
                     }
                 )
-        return found
+        return records
 
 
 def _number(value: float) -> float | None:

@@ -57,20 +57,20 @@ def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str
 class States:
     """The saved states of an unfinished index."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int):
+    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int) -> None:
         self.folder, self.about, self.rank, self.world = folder, about, rank, world
 
-    def save(self, found: LatentPass, position: Position) -> None:
+    def save(self, latent_pass: LatentPass, position: Position) -> None:
         """Save this process's."""
-        if found.resumable or self.world > 1:
-            save_state(state_file(self.folder, self.rank, self.world), self.about, position, found.state_dict())
+        if latent_pass.resumable or self.world > 1:
+            save_state(state_file(self.folder, self.rank, self.world), self.about, position, latent_pass.state_dict())
 
-    def load(self, found: LatentPass) -> Position | None:
+    def load(self, latent_pass: LatentPass) -> Position | None:
         """Put this process's state into `found`; where the text goes on, or `None` where there is none."""
-        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if found.resumable else None
+        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if latent_pass.resumable else None
         if saved is None:
             return None
-        found.load_state_dict(saved[1])
+        latent_pass.load_state_dict(saved[1])
         logger.info("Continuing the index in %s at token %d.", self.folder.parent, saved[0].tokens)
         return saved[0]
 
@@ -95,7 +95,7 @@ class Recorder:
         bar: A tqdm bar of tokens.
     """
 
-    def __init__(self, found: LatentPass, states: States, save_every: int, at_once: int, bar):
+    def __init__(self, found: LatentPass, states: States, save_every: int, at_once: int, bar) -> None:
         self.found, self.states, self.save_every, self.at_once, self.bar = found, states, save_every, at_once, bar
         self._waiting: list[Fired] = []
         self._unsaved, self._after = 0, None
@@ -136,10 +136,10 @@ class Recorder:
             self._whole = False
             self.found.add(self._waiting)
             self._whole, self._after = True, self._waiting[-1].after
-            done = sum(batch.tokens for batch in self._waiting)
-            self._unsaved += done
+            tokens = sum(batch.tokens for batch in self._waiting)
+            self._unsaved += tokens
             self._waiting = []
-            self.bar.update(done)
+            self.bar.update(tokens)
 
     def _save(self) -> None:
         if self._after is not None and self._unsaved:

@@ -45,7 +45,7 @@ class FeatureIndex:
             `context_length`, `weights`, `versions`, ...
     """
 
-    def __init__(self, about: dict[str, Any], locate: Callable[[str, int], Path], places: np.ndarray | None = None):
+    def __init__(self, about: dict[str, Any], locate: Callable[[str, int], Path], places: np.ndarray | None = None) -> None:
         self.about = about
         self._locate = locate
         self._places = places
@@ -114,16 +114,16 @@ class FeatureIndex:
         """
         if isinstance(columns, str):
             raise ValueError(f"`columns` is a list of names, got {columns!r}; write [{columns!r}].")
-        wanted = list(SCALARS) if columns is None else list(columns)
-        for name in wanted:
+        names = list(SCALARS) if columns is None else list(columns)
+        for name in names:
             if name not in LATENT_SCHEMA.names:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
         # Of relations, the latents say which values stay with those that are left.
-        needed = wanted if self._places is None else list(dict.fromkeys([*wanted, *_deciding(wanted)]))
+        needed = names if self._places is None else list(dict.fromkeys([*names, *_deciding(names)]))
         table = self._read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
-        return self._moved_table(table.take(self._places), wanted)
+        return self._moved_table(table.take(self._places), names)
 
     def feature(self, latent: int, contexts: bool = True) -> Feature:
         """All that is known of a latent.
@@ -163,7 +163,7 @@ class FeatureIndex:
 
         Reads the contexts of all latents.
         """
-        found: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
+        peaks: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
         columns = ["latent", "kind", "token_ids", "peak"]
         for group in range(self._contexts.num_row_groups):
             table = self._read(lambda group=group: self._contexts.read_row_group(group, columns=columns))
@@ -174,8 +174,8 @@ class FeatureIndex:
             places = ids.offsets.to_numpy()[:-1] + table["peak"].to_numpy()
             tokens = ids.values.to_numpy()[places]
             for latent, token in zip(table["latent"].to_pylist(), tokens.tolist(), strict=True):
-                found[latent].append(token)
-        return found if self._places is None else [found[place] for place in self._places]
+                peaks[latent].append(token)
+        return peaks if self._places is None else [peaks[place] for place in self._places]
 
     def _place(self, latent: int) -> int:
         """Where in the files a latent is."""
@@ -185,9 +185,9 @@ class FeatureIndex:
 
     def _feature(self, place: int) -> Feature:
         group, row = divmod(place, LATENTS_PER_GROUP[LATENTS])
-        found = self._read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
+        values = self._read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
         pairs = {
-            name: list(zip(found.pop(name) or [], found.pop(other) or [], strict=True))
+            name: list(zip(values.pop(name) or [], values.pop(other) or [], strict=True))
             for name, other in (
                 ("promoted", "promoted_logits"),
                 ("suppressed", "suppressed_logits"),
@@ -195,15 +195,15 @@ class FeatureIndex:
                 ("cofiring", "cofiring_rates"),
             )
         }
-        del found["fingerprint"]
-        start, counts = found.pop("histogram_start"), np.array(found.pop("histogram"), np.int64)
+        del values["fingerprint"]
+        start, counts = values.pop("histogram_start"), np.array(values.pop("histogram"), np.int64)
         histogram = (bin_edges().numpy()[start : start + len(counts) + 1], counts)
-        quantiles = dict(zip(self.about["probabilities"], found.pop("quantiles"), strict=False))
-        parent = found.pop("parent")
+        quantiles = dict(zip(self.about["probabilities"], values.pop("quantiles"), strict=False))
+        parent = values.pop("parent")
         if parent < 0:
-            parent = found["parent_score"] = None
-        children = found.pop("children") or []
-        return Feature(**found, **pairs, quantiles=quantiles, histogram=histogram, parent=parent, children=children)
+            parent = values["parent_score"] = None
+        children = values.pop("children") or []
+        return Feature(**values, **pairs, quantiles=quantiles, histogram=histogram, parent=parent, children=children)
 
     # Another SAE with the same latents
 
@@ -234,17 +234,17 @@ class FeatureIndex:
         """
         table = self.table(["latent_id", "fingerprint"])
         places = {key: place for place, key in enumerate(table["latent_id"].to_pylist())}
-        wanted = [places.get(key, -1) for key in sae.latent_ids.tolist()]
-        missing = wanted.count(-1)
-        found = np.array(wanted)
+        rows = [places.get(key, -1) for key in sae.latent_ids.tolist()]
+        missing = rows.count(-1)
+        places_in_file = np.array(rows)
         if not missing:
-            missing = int((table["fingerprint"].to_numpy()[found] != fingerprints(sae)).sum())
+            missing = int((table["fingerprint"].to_numpy()[places_in_file] != fingerprints(sae)).sum())
         if missing:
             raise ValueError(
-                f"{missing} of the SAE's {len(wanted)} latents are not those of this index: it is of another SAE, or "
+                f"{missing} of the SAE's {len(rows)} latents are not those of this index: it is of another SAE, or "
                 "they were merged or trained further. Build an index of this SAE."
             )
-        return FeatureIndex(self.about, self._locate, found if self._places is None else self._places[found])
+        return FeatureIndex(self.about, self._locate, places_in_file if self._places is None else self._places[places_in_file])
 
     @cached_property
     def _numbers(self) -> np.ndarray:
@@ -253,11 +253,11 @@ class FeatureIndex:
         numbers[self._places] = np.arange(len(self._places))
         return numbers
 
-    def _moved_table(self, table: pa.Table, wanted: list[str]) -> pa.Table:
+    def _moved_table(self, table: pa.Table, names: list[str]) -> pa.Table:
         """The columns `wanted`, with latents renumbered and without relations to those that are gone."""
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         moved = {}
-        for name in wanted:
+        for name in names:
             if name in RELATIONS:
                 moved[name] = self._moved_lists(columns[RELATIONS[name]], columns[name], renumber=name in _OF_LATENTS)
             elif name in _OF_LATENTS:
@@ -267,7 +267,7 @@ class FeatureIndex:
                 moved[name] = pa.array(np.where(there, columns[name].to_numpy(), 0), pa.float32())
             else:
                 moved[name] = columns[name]
-        return pa.table([moved[name] for name in wanted], names=wanted)
+        return pa.table([moved[name] for name in names], names=names)
 
     def _moved_lists(self, latents: pa.ListArray, values: pa.ListArray, renumber: bool) -> pa.ListArray:
         """Lists of what goes with latents, or of these themselves, without those that are gone."""
@@ -275,9 +275,9 @@ class FeatureIndex:
         there = numbers >= 0
         rows = np.repeat(np.arange(len(latents)), latents.value_lengths().to_numpy())
         sizes = np.bincount(rows[there], minlength=len(latents))
-        kept = numbers if renumber else values.flatten().to_numpy()
+        entries = numbers if renumber else values.flatten().to_numpy()
         offsets = pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, pa.array(kept[there], values.type.value_type))
+        return pa.ListArray.from_arrays(offsets, pa.array(entries[there], values.type.value_type))
 
     def _moved(self, feature: Feature, latent: int) -> Feature:
         def there(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:

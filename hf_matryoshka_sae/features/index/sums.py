@@ -43,7 +43,7 @@ class LatentSums:
         device (`torch.device`, *optional*): Where they are added up.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(num_latents, BINS, dtype=torch.int32, device=device)
         self.first = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.first_only = torch.zeros(num_latents, dtype=torch.int64, device=device)
@@ -58,10 +58,10 @@ class LatentSums:
 
     def add_first(self, cols: Tensor, counted: bool) -> None:
         """Add latents that fire at the first position of a context; `counted`: they are also given to [`add`]."""
-        found = torch.bincount(cols, minlength=len(self.first))
-        self.first += found
+        counts = torch.bincount(cols, minlength=len(self.first))
+        self.first += counts
         if not counted:
-            self.first_only += found
+            self.first_only += counts
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors, by name."""
@@ -97,13 +97,13 @@ class LatentSums:
         """
         edges = bin_edges().to(self.counts.device)
         shares = edges.new_tensor(probabilities)
-        found = []
+        parts = []
         for counts, limit in zip(self.counts.split(_LATENTS_AT_ONCE), largest.split(_LATENTS_AT_ONCE), strict=True):
             below = counts.double().cumsum(1)
-            wanted = below[:, -1:] * shares
-            place = torch.searchsorted(below, wanted).clamp_(max=BINS - 1)
+            ranks = below[:, -1:] * shares
+            place = torch.searchsorted(below, ranks).clamp_(max=BINS - 1)
             inside = counts.gather(1, place).double()
-            part = (wanted - (below.gather(1, place) - inside)) / inside
+            part = (ranks - (below.gather(1, place) - inside)) / inside
             values = edges[place] + part * (edges[place + 1] - edges[place])
-            found.append(torch.minimum(values, limit.double()[:, None]))
-        return torch.cat(found)
+            parts.append(torch.minimum(values, limit.double()[:, None]))
+        return torch.cat(parts)

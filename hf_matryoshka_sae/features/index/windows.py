@@ -50,8 +50,8 @@ class Position:
     @classmethod
     def of(cls, text: str, tensors: dict[str, Tensor]) -> "Position":
         """From what [`to_json`] and [`tensors`] gave."""
-        found = json.loads(text)
-        return cls(found["batches"], found["tokens"], found["stream"] | tensors)
+        position = json.loads(text)
+        return cls(position["batches"], position["tokens"], position["stream"] | tensors)
 
 
 @dataclass
@@ -78,7 +78,7 @@ class NumberedWindows:
         rank (`int`), world (`int`): This process, and how many there are.
     """
 
-    def __init__(self, stream: TokenStream, tokens: int, rank: int, world: int):
+    def __init__(self, stream: TokenStream, tokens: int, rank: int, world: int) -> None:
         self.stream, self.tokens, self.rank, self.world = stream, tokens, rank, world
         self.position = Position(0, 0, {})
 
@@ -103,23 +103,23 @@ class NumberedWindows:
 
     def _within(self, batch: TokenBatch) -> TokenBatch:
         """Without the positions that are more than the tokens wanted."""
-        left = self.tokens - self.position.tokens
+        room = self.tokens - self.position.tokens
         counted = batch.keep.flatten().cumsum(0).view_as(batch.keep)
-        if counted[-1, -1] <= left:
+        if counted[-1, -1] <= room:
             return batch
-        keep = batch.keep & (counted <= left)
+        keep = batch.keep & (counted <= room)
         count = int(keep.any(1).nonzero().max()) + 1
         return TokenBatch(batch.input_ids[:count], batch.attention_mask[:count], keep[:count], batch.padded)
 
     def _ended(self) -> None:
-        found = self.position.tokens
-        if found == 0:
+        tokens = self.position.tokens
+        if tokens == 0:
             raise ValueError(
                 f"The data set gives no token: it does not fill one window of {self.stream.context_length} tokens. "
                 "Use more text or a smaller `context_length`."
             )
         if self.rank == 0:
-            logger.warning("The data set has %d tokens, fewer than the %d asked for.", found, self.tokens)
+            logger.warning("The data set has %d tokens, fewer than the %d asked for.", tokens, self.tokens)
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Size:
 class Sizes:
     """Sizes of parts, each worked out once: what names stand for is the same part wherever they are."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[int, tuple[Node, Size]] = {}  # by identity: to compare parts would walk through them
 
     def of(self, node: Node) -> Size:
@@ -78,9 +78,9 @@ def check_token_regex(expression: str) -> None:
         raise ValueError(f"a regular expression has at most {LONGEST_REGEX:,} characters, got {len(expression):,}.")
     if re.search(r"\(\?[\w-]*x", expression):
         raise ValueError("regular expressions for tokens take no (?x); write it without spaces and comments.")
-    for found in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
-        if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in found.groups()):
-            raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {found[0][:20]}.")
+    for repeat in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
+        if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in repeat.groups()):
+            raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {repeat[0][:20]}.")
     check_copies(expression)
 
 

@@ -43,7 +43,7 @@ class TokenPattern:
     ```
     """
 
-    def __init__(self, source: str, expression: "_Expression"):
+    def __init__(self, source: str, expression: "_Expression") -> None:
         self.source = source
         self._characters = expression.characters
         self._expression = expression.text
@@ -120,17 +120,17 @@ class TokenPattern:
         flags = [_OPEN] * (len(tokens) + 1)
         text, start = self._text(tokens).ljust(width, _NOTHING), 0
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
                 raise TimeoutError
             try:
-                found = pattern.search(text + "".join(flags), start, timeout=left)
+                match = pattern.search(text + "".join(flags), start, timeout=seconds)
             except MemoryError:
                 raise TimeoutError from None  # what it keeps to go back to has grown with time
-            if found is None:
+            if match is None:
                 return
             # Starts before this one have no match that ends at an open place, and never will.
-            start, end = found.span()
+            start, end = match.span()
             flags[end] = _TAKEN
             if end > start:
                 yield end - 1
@@ -147,7 +147,7 @@ class TokenPattern:
 class _Unwritable(ValueError):
     """A part has no expression; `at` says where it stands."""
 
-    def __init__(self, message: str, at: int):
+    def __init__(self, message: str, at: int) -> None:
         super().__init__(message)
         self.at = at
 
@@ -161,7 +161,7 @@ class _Expression:
         deadline (`float`): On the monotonic clock.
     """
 
-    def __init__(self, node: nodes.Node, vocabulary: Vocabulary, deadline: float):
+    def __init__(self, node: nodes.Node, vocabulary: Vocabulary, deadline: float) -> None:
         self.vocabulary, self.deadline, self._written = vocabulary, deadline, 0
         if vocabulary.size + _FIRST > _LAST:
             raise ValueError(f"Patterns take vocabularies of up to {_LAST - _FIRST} tokens, got {vocabulary.size}.")
@@ -180,13 +180,13 @@ class _Expression:
     def _class(self, node: nodes.TokenRegex) -> np.ndarray:
         self._in_time(node)
         try:
-            found = self.vocabulary.matching(node.regex, node.search, self.deadline)
+            tokens = self.vocabulary.matching(node.regex, node.search, self.deadline)
         except UnreadableRegex as error:
             raise _Unwritable(str(error), node.at if error.at is None else node.regex_at + error.at) from error
-        if not len(found):
+        if not len(tokens):
             more = "" if node.search else " A token's leading space counts; `, search=True` looks for a part of it."
             raise _Unwritable(f"no token matches `{node.regex}`.{more}", node.at)
-        return found
+        return tokens
 
     def write(self, node: nodes.Node) -> str:
         """The expression of a part."""

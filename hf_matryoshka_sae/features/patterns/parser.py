@@ -63,7 +63,7 @@ def parse(source: str, names: Names | None = None) -> tuple[nodes.Node, Source]:
 class _Parser:
     """Recursive descent over the characters of one source."""
 
-    def __init__(self, whole: Source, names: dict[str, nodes.Node]):
+    def __init__(self, whole: Source, names: dict[str, nodes.Node]) -> None:
         self.whole, self.source, self.names = whole, whole.text, names
         self.at, self.end, self.depth = 0, len(self.source), 0
         self.captured: set[str] = set()
@@ -86,23 +86,23 @@ class _Parser:
 
     def pattern(self) -> nodes.Node:
         """Named lines, then the pattern."""
-        found = None
+        tree = None
         for start, stop in self._lines():
             definition = _DEFINITION.match(self.source, start, stop)
-            if found is not None:
+            if tree is not None:
                 raise self.error("the pattern stands alone on the last line; the line before is one already.", start)
             self.captured = set()
             if definition is None:
-                found = self._range(start, stop)
+                tree = self._range(start, stop)
                 continue
             name = definition[1]
             if name in _RESERVED:
                 raise self.error(f"'{name}' has a meaning of its own; choose another name.", start)
             self.names[name] = self._range(definition.end(), stop)
-        if found is None:
+        if tree is None:
             hint = "Lines `name = pattern` only name patterns (write `\\=` for the character)." if self.names else ""
             raise self.error(f"there is no pattern. {hint}".rstrip(), len(self.source))
-        return found
+        return tree
 
     def _lines(self) -> Iterator[tuple[int, int]]:
         """Where lines begin and end, without comments and those that are empty."""
@@ -117,8 +117,8 @@ class _Parser:
         self.at, self.end = start, stop
         node = self.choice(closing="")
         if self.at < self.end:
-            found = self.source[self.at]
-            raise self.error(f"'{found}' closes nothing. Write `\\{found}` for the character.")
+            sign = self.source[self.at]
+            raise self.error(f"'{sign}' closes nothing. Write `\\{sign}` for the character.")
         return self.made(node)
 
     # Parts
@@ -168,7 +168,7 @@ class _Parser:
 
     def _text(self) -> list[nodes.Node]:
         """Text up to the next sign; spaces at its end are for the eye alone."""
-        start, found, kept = self.at, "", 0
+        start, text, length = self.at, "", 0
         while (sign := self._peek()) and sign not in _SPECIAL:
             self.at += 1
             if sign == "\\":
@@ -176,12 +176,12 @@ class _Parser:
                 if not escaped:
                     raise self.error("a backslash escapes the character behind it, and there is none.", self.at - 1)
                 self.at += 1
-                found += _ESCAPES.get(escaped, escaped)
-                kept = len(found)
+                text += _ESCAPES.get(escaped, escaped)
+                length = len(text)
             else:
-                found += sign
-                kept = kept if sign == " " else len(found)
-        return [nodes.Text(found[:kept], at=start)] if kept else []
+                text += sign
+                length = length if sign == " " else len(text)
+        return [nodes.Text(text[:length], at=start)] if length else []
 
     def _repeat(self, parts: list[nodes.Node], before: str) -> None:
         start, sign = self.at, self._peek()
@@ -207,16 +207,16 @@ class _Parser:
         parts[-1] = self.made(nodes.Repeat(last, low, high, at=last.at))
 
     def _bounds(self, start: int) -> tuple[int, int | None]:
-        found = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
-        if found is None or not (found[1] or found[3]):
+        bounds = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
+        if bounds is None or not (bounds[1] or bounds[3]):
             raise self.error("expected {2}, {2,}, {,5} or {2,5}. Write `\\{` for the character.", start)
-        self.at = found.end()
-        if max(len(found[1]), len(found[3])) > 9:
+        self.at = bounds.end()
+        if max(len(bounds[1]), len(bounds[3])) > 9:
             raise self.error(f"repeats go to {_MOST}.", start)
-        low = int(found[1] or 0)
-        high = low if not found[2] else int(found[3]) if found[3] else None
+        low = int(bounds[1] or 0)
+        high = low if not bounds[2] else int(bounds[3]) if bounds[3] else None
         if max(low, high or 0) > _MOST or (high is not None and low > high) or high == 0:
-            raise self.error(f"expected bounds from small to large, at most {_MOST}, got {found[0][:-1]}.", start)
+            raise self.error(f"expected bounds from small to large, at most {_MOST}, got {bounds[0][:-1]}.", start)
         return low, high
 
     def _group(self) -> nodes.Node:
@@ -236,9 +236,9 @@ class _Parser:
         ahead, negative = "<" not in opening, "!" in opening
         if negative:
             self.captured = before  # where it has to fail, it captures nothing
-        found = list(nodes.walk(part))
-        captures = {node.name for node in found if isinstance(node, nodes.Capture)}
-        if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in found):
+        inside = list(nodes.walk(part))
+        captures = {node.name for node in inside if isinstance(node, nodes.Capture)}
+        if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in inside):
             raise self.error(
                 "a look-behind is matched from its end, so it cannot repeat what it captures itself. Write the part "
                 "before the token in the pattern itself: the mask is at the end of a match anyway.",
@@ -251,15 +251,15 @@ class _Parser:
     def _bracket(self) -> nodes.Node:
         start = self.at
         self.at += 1
-        found = _NAME.match(self.source, self.at, self.end)
-        if found is None:
+        match = _NAME.match(self.source, self.at, self.end)
+        if match is None:
             raise self.error(
                 "expected [name], [name=pattern], [re `...`], [literal_set ...], [prefix ...] or [BEGIN]. "
                 "Write `\\[` for the character.",
                 start,
             )
-        name = found[0]
-        self.at = found.end()
+        name = match[0]
+        self.at = match.end()
         if name == "re":
             return self._token_regex(start)
         if name == "literal_set":
@@ -317,10 +317,10 @@ class _Parser:
         return nodes.TokenRegex(regex, option[1] == "True", at=start, regex_at=regex_at)
 
     def _literal_set(self, start: int) -> nodes.Node:
-        named = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
-        if named is not None:
-            self.at = named.end()
-            return self._reference(named[1], start)
+        reference = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
+        if reference is not None:
+            self.at = reference.end()
+            return self._reference(reference[1], start)
         texts = [self._quoted("[literal_set ` red`, ` blue`]")]
         while more := re.compile(r"\s*,").match(self.source, self.at, self.end):
             self.at = more.end()
@@ -332,11 +332,11 @@ class _Parser:
 
     def _quoted(self, example: str) -> tuple[str, int]:
         """Text in backticks, and where it begins."""
-        found = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
-        if found is None:
+        match = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
+        if match is None:
             raise self.error(f"expected something in backticks, as in {example}.")
-        self.at = found.end()
-        return found[1], found.start(1)
+        self.at = match.end()
+        return match[1], match.start(1)
 
     def _peek(self) -> str:
         return self.source[self.at] if self.at < self.end else ""

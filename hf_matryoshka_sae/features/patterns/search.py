@@ -53,7 +53,7 @@ class MaskSums:
         device (`torch.device`, *optional*): Where the sums are.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         # sum a m, sum a^2, tokens on which it fires, tokens on which it fires and the mask is 1
         self.sums = torch.zeros(4, num_latents, dtype=torch.float64, device=device)
         self.matched = torch.zeros(1, dtype=torch.float64, device=device)
@@ -154,11 +154,11 @@ def search_words(
     def mask(batch: TokenBatch) -> Tensor:
         rows = batch.input_ids.cpu()
         real = batch.attention_mask.cpu().bool()
-        found = torch.zeros(rows.shape, dtype=torch.bool)
+        batch_mask = torch.zeros(rows.shape, dtype=torch.bool)
         for number, row in enumerate(rows):
             places = real[number].nonzero().flatten()
-            found[number, places] = word_mask(words, row[places].tolist(), vocabulary)
-        return found
+            batch_mask[number, places] = word_mask(words, row[places].tolist(), vocabulary)
+        return batch_mask
 
     return _search(mask, sae, data, top, width, show, f"the words {', '.join(words)}")
 
@@ -182,7 +182,7 @@ def word_mask(words: Sequence[str], tokens: list[int], vocabulary: Vocabulary) -
     text = "".join(piece for piece, _ in pieces)
     any_word = "|".join(regex.escape(word.strip()) for word in words)
     # Not \b: a word may begin or end with a sign.
-    spans = [found.span() for found in regex.finditer(f"(?<!\\w)(?:{any_word})(?!\\w)", text, regex.IGNORECASE)]
+    spans = [match.span() for match in regex.finditer(f"(?<!\\w)(?:{any_word})(?!\\w)", text, regex.IGNORECASE)]
     mask, token, start, now = torch.zeros(len(tokens), dtype=torch.bool), 0, 0, 0
     for piece, length in pieces:
         end = start + len(piece)
@@ -236,9 +236,9 @@ def _add_batches(sums: MaskSums, masks: list[Tensor], sae: SAEModel, data: HeldO
     batches: Iterator = zip(data.share(), masks, strict=True)
     bar = tqdm(batches, desc="search", total=len(masks), disable=not show or processes()[0] != 0, leave=False)
     for batch, mask in bar:
-        kept, start = mask.to(batch.keep.device)[batch.keep], 0
-        if not len(kept):
+        values, start = mask.to(batch.keep.device)[batch.keep], 0
+        if not len(values):
             continue
         for _, _, pairs in firing_blocks(sae, [data.states(batch)]):
-            sums.add(pairs, kept[start : start + pairs.num_rows])
+            sums.add(pairs, values[start : start + pairs.num_rows])
             start += pairs.num_rows

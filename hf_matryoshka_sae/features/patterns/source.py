@@ -18,7 +18,7 @@ class Source:
         text (`str`): All lines: `name = pattern` for each name, then the pattern.
     """
 
-    def __init__(self, source: str, named: Mapping[str, str]):
+    def __init__(self, source: str, named: Mapping[str, str]) -> None:
         self._heads = [f"{name} = " for name in named]
         self._names = list(named)
         lines = [f"{name} = {pattern}\n" for name, pattern in named.items()]
@@ -40,9 +40,9 @@ class Source:
 def _pointed_at(text: str, column: int) -> str:
     """The line, or what is around the column, and a caret below the column."""
     first = max(0, min(column - _SHOWN // 2, len(text) - _SHOWN))
-    shown, column = text[first : first + _SHOWN], column - first
-    before = "".join("\t" if sign == "\t" else " " * _cells(sign) for sign in shown[:column])
-    return f"    {shown}\n    {before}^"
+    excerpt, column = text[first : first + _SHOWN], column - first
+    before = "".join("\t" if sign == "\t" else " " * _cells(sign) for sign in excerpt[:column])
+    return f"    {excerpt}\n    {before}^"
 
 
 def _cells(sign: str) -> int:

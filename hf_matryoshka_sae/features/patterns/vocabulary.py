@@ -17,10 +17,10 @@ _known: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 def vocabulary_of(tokenizer) -> "Vocabulary":
     """The vocabulary of a tokenizer, decoded once for as long as the tokenizer lives."""
-    found = _known.get(tokenizer)
-    if found is None or found.length != len(tokenizer):  # tokens may have been added
-        found = _known[tokenizer] = Vocabulary(tokenizer)
-    return found
+    vocabulary = _known.get(tokenizer)
+    if vocabulary is None or vocabulary.length != len(tokenizer):  # tokens may have been added
+        vocabulary = _known[tokenizer] = Vocabulary(tokenizer)
+    return vocabulary
 
 
 class Vocabulary:
@@ -30,7 +30,7 @@ class Vocabulary:
         tokenizer: Of any kind, from transformers.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self.length = len(tokenizer)
         self._encode, self._decode = coders(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
@@ -94,7 +94,7 @@ class Vocabulary:
             compiled = _compiled(pattern)
             matches = compiled.search if search else compiled.fullmatch
             try:
-                found = [
+                tokens = [
                     token
                     for token, text in enumerate(self.texts)
                     if matches(text, timeout=max(1e-6, deadline - time.monotonic()))
@@ -104,14 +104,14 @@ class Vocabulary:
                     f"the regular expression {pattern!r:.100} takes too long on this vocabulary. Avoid repeats inside "
                     "repeats, or allow more time."
                 ) from None
-            self._matching[key] = np.array(found, dtype=np.int64)
+            self._matching[key] = np.array(tokens, dtype=np.int64)
         return self._matching[key]
 
 
 class UnreadableRegex(ValueError):
     """A regular expression that cannot be used; `at` says where in it, if that is known."""
 
-    def __init__(self, message: str, at: int | None = None):
+    def __init__(self, message: str, at: int | None = None) -> None:
         super().__init__(message)
         self.at = at
 

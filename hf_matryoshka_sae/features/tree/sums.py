@@ -38,7 +38,7 @@ class EdgeSums:
         `ValueError`: if there is one level only.
     """
 
-    def __init__(self, sae: SAEModel, other: SAEModel | Sequence[SAEModel] | None = None, max_edges: int = MAX_EDGES):
+    def __init__(self, sae: SAEModel, other: SAEModel | Sequence[SAEModel] | None = None, max_edges: int = MAX_EDGES) -> None:
         others = [] if other is None else [other] if isinstance(other, SAEModel) else list(other)
         saes = [sae, *others]
         sizes = [one.config.num_latents for one in saes]
@@ -88,10 +88,10 @@ class EdgeSums:
         ends = counts.cumsum(0)
         start = 0
         while start < len(counts):
-            done = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(torch.searchsorted(ends, torch.tensor(done + _PRODUCTS_AT_ONCE), right=True)))
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(torch.searchsorted(ends, torch.tensor(before + _PRODUCTS_AT_ONCE), right=True)))
             left = torch.arange(start, stop).repeat_interleave(counts[start:stop])
-            right = offsets[above[0][left]] + torch.arange(len(left)) - (ends - counts)[left] + done
+            right = offsets[above[0][left]] + torch.arange(len(left)) - (ends - counts)[left] + before
             a, b = above[2][left], below[2][right]
             self._keep(above[1][left] * self.total + below[1][right], torch.stack([a * b, a.square()], 1))
             start = stop
@@ -127,8 +127,8 @@ class EdgeSums:
 
     def _counted(self) -> dict[str, Tensor]:
         firing = self.firing
-        named = {"square": firing.moments[1], "fires": firing.fired, "tokens": firing.tokens}
-        return {"maximum": self.maximum, **named}
+        counts = {"square": firing.moments[1], "fires": firing.fired, "tokens": firing.tokens}
+        return {"maximum": self.maximum, **counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what [`state_dict`] gave."""
@@ -171,5 +171,5 @@ class EdgeSums:
         best = torch.zeros(self.total, dtype=torch.float64).scatter_reduce_(0, child, score, "amax")
         winner = score == best[child]
         none = self.total
-        found = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
-        return torch.where((found < none) & (best >= threshold), found, -1), best
+        parents = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
+        return torch.where((parents < none) & (best >= threshold), parents, -1), best

@@ -84,11 +84,11 @@ class LatentTree:
 
     @cached_property
     def _children(self) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
+        children: dict[int, list[int]] = {}
         for latent in self.score.argsort(descending=True, stable=True).tolist():
             if self.parent[latent] >= 0:
-                found.setdefault(int(self.parent[latent]), []).append(latent)
-        return found
+                children.setdefault(int(self.parent[latent]), []).append(latent)
+        return children
 
     def node(self, latent: int) -> TreeNode:
         """One latent.
@@ -122,11 +122,11 @@ class LatentTree:
         """
         own = self.node(latent).level
         level = own + 1 if level is None else level
-        found = [latent]
+        latents = [latent]
         for _ in range(own, level):
-            found = [child for one in found for child in self._children.get(one, [])]
-        found = found if level > own else []
-        return sorted(((child, float(self.score[child])) for child in found), key=lambda item: -item[1])
+            latents = [child for one in latents for child in self._children.get(one, [])]
+        latents = latents if level > own else []
+        return sorted(((child, float(self.score[child])) for child in latents), key=lambda item: -item[1])
 
     def roots(self) -> list[int]:
         """Latents without a parent, by level."""
@@ -156,19 +156,19 @@ class LatentTree:
             `ValueError`: if the file is not there or holds something else.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            nodes = found["nodes"]
-            if found["format"] != "hf_matryoshka_sae.latent_tree/1":
-                raise KeyError(found["format"])
-            _check_nodes(nodes, found["starts"])
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            nodes = content["nodes"]
+            if content["format"] != "hf_matryoshka_sae.latent_tree/1":
+                raise KeyError(content["format"])
+            _check_nodes(nodes, content["starts"])
             numbers = [torch.tensor([node[key] for node in nodes], dtype=torch.float64) for key in _NUMBERS]
             return cls(
                 torch.tensor([node["level"] for node in nodes], dtype=torch.int64),
                 torch.tensor([-1 if node["parent"] is None else node["parent"] for node in nodes], dtype=torch.int64),
                 *numbers,
-                found["threshold"],
-                found["tokens"],
-                found["starts"],
+                content["threshold"],
+                content["tokens"],
+                content["starts"],
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(

@@ -116,7 +116,7 @@ def bar_chart(edges: Sequence[float], counts: Sequence[float], x: Axis, y: str, 
 class _Scale:
     """From values to places in the drawing, with its ticks."""
 
-    def __init__(self, axis: Axis, values: Sequence[float], start: float, stop: float):
+    def __init__(self, axis: Axis, values: Sequence[float], start: float, stop: float) -> None:
         self.axis, self.start, self.stop = axis, start, stop
         self.low = min(values) if axis.low is None else axis.low
         self.high = max(values) if axis.high is None else axis.high

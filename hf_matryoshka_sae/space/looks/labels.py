@@ -19,7 +19,7 @@ class Labels:
         tokenizer: Of the language model.
     """
 
-    def __init__(self, index: FeatureIndex | None, tokenizer):
+    def __init__(self, index: FeatureIndex | None, tokenizer) -> None:
         self.index = index
         self._texts = vocabulary_of(tokenizer).texts
         self._all: list[str] | None = None

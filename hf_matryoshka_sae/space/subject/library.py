@@ -49,7 +49,7 @@ class Library:
         revision: str | None = None,
         public: bool = False,
         shown: Sequence[str] = (),
-    ):
+    ) -> None:
         if tokens < 1 or context_length < 2 or keep < 1:
             raise ValueError(
                 f"`tokens`, `context_length` and `keep` must be at least 1, 2 and 1; got {tokens}, {context_length} "

@@ -83,7 +83,7 @@ class Opened:
         data: HeldOut,
         library: "Library",
         siblings: list[str],
-    ):
+    ) -> None:
         self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
         self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
         self.num_latents: int = sae.config.num_latents

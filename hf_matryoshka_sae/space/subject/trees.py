@@ -49,7 +49,7 @@ class IndexTree:
         widths (`list[int]`): The SAE's prefix widths: a latent's level is the first prefix that holds it.
     """
 
-    def __init__(self, index: FeatureIndex, widths: list[int]):
+    def __init__(self, index: FeatureIndex, widths: list[int]) -> None:
         table = index.table(["parent", "parent_score", "frequency"])
         self.widths = widths
         self.parent: np.ndarray = table["parent"].to_numpy()

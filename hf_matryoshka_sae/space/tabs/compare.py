@@ -31,7 +31,7 @@ class CompareTab:
         shown ([`Shown`]): What is open.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints = endpoints
         with gr.Row():
             self.left = self._side("A", "trained")

@@ -24,7 +24,7 @@ class FeaturesTab:
         shown ([`Shown`]): What is open; its `latent` is placed here.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         with gr.Group(visible=False) as self.without:
             gr.Markdown("### There is no feature index to read\nWhat latents fire on is read from one.")

@@ -39,7 +39,7 @@ class PruneTab:
         shown ([`Shown`]): What is open.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         self.scratch = tempfile.TemporaryDirectory(prefix="hf_matryoshka_sae-")
         with gr.Row():

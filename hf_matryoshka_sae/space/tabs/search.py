@@ -32,7 +32,7 @@ class SearchTab:
         feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
         self.endpoints, self.shown = endpoints, shown
         with gr.Row():
             with gr.Column(scale=3, min_width=280):

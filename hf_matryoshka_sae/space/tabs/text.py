@@ -23,7 +23,7 @@ class TextTab:
         feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
         self.endpoints = endpoints
         with gr.Row():
             with gr.Column(scale=3, min_width=280):

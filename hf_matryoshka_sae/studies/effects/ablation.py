@@ -139,7 +139,7 @@ def _places(data: HeldOut, tokens: int, positions: int, seed: int) -> list[tuple
 class _Ablations:
     """Ablations of one SAE's latents, a row each: token, group, latent, how many fire in the group, n, ||Delta||_2."""
 
-    def __init__(self, sae: SAEModel, widths: Sequence[int], per_group: int, seed: int):
+    def __init__(self, sae: SAEModel, widths: Sequence[int], per_group: int, seed: int) -> None:
         self.sae, self.widths, self.per_group, self.seed = sae, widths, per_group, seed
         self.found: list[Tensor] = []
 
@@ -187,7 +187,7 @@ class _Ablations:
 class _Ablation:
     """Reads the hidden state at one place of the first pass; in those after it, something is removed there."""
 
-    def __init__(self, place: int):
+    def __init__(self, place: int) -> None:
         self.place = place
         self.state: Tensor | None = None
         self.removed: Tensor | None = None

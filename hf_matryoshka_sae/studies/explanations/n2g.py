@@ -126,7 +126,7 @@ class Explainer:
         seed (`int`, *optional*, defaults to 0): Of the drawn examples.
     """
 
-    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0):
+    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0) -> None:
         if examples < 1 or substitutes < 0:
             raise ValueError(f"Expected `examples` >= 1 and `substitutes` >= 0, got {examples} and {substitutes}.")
         self.sae, self.data, self.count, self.substitutes, self.seed = sae.eval(), data, examples, substitutes, seed

@@ -97,7 +97,7 @@ class Benchmark:
         batch_size: int = BATCH_SIZE,
         widths: Sequence[int] | None = None,
         samples: int = SAMPLES,
-    ):
+    ) -> None:
         self.world, self.folder = world, folder
         self.steps, self.batch_size, self.samples = steps, batch_size, samples
         self.specs: dict[str, SAESpec] = {}

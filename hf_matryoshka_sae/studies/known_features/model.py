@@ -27,7 +27,7 @@ class ToyModel:
         directions (`Tensor` of shape `(F, D)`): One row per feature.
     """
 
-    def __init__(self, tree: FeatureTree, seed: int = 0):
+    def __init__(self, tree: FeatureTree, seed: int = 0) -> None:
         self.tree = tree
         generator = torch.Generator().manual_seed(derived_seed(seed, "directions"))
         size = tree.num_features

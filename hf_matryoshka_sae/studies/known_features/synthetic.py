@@ -99,7 +99,7 @@ class SyntheticModel:
         bias (`Tensor` of shape `(D,)`).
     """
 
-    def __init__(self, world: World, seed: int = 0):
+    def __init__(self, world: World, seed: int = 0) -> None:
         self.world = world
         generator = torch.Generator().manual_seed(derived_seed(seed, "world"))
         ranks = torch.arange(1, world.features + 1, dtype=torch.float64).pow(-world.exponent)

@@ -66,7 +66,7 @@ class FeatureTree:
         `ValueError`: if no node is read out, or two features have one name.
     """
 
-    def __init__(self, root: Node):
+    def __init__(self, root: Node) -> None:
         self.root = root
         self.names: list[str] = []
         self.parents: list[int] = []

@@ -98,7 +98,7 @@ class PairCollector:
         max_pairs (`int`): Triples that are kept; past them only their number is.
     """
 
-    def __init__(self, num_latents: int, max_pairs: int):
+    def __init__(self, num_latents: int, max_pairs: int) -> None:
         self.num_latents, self.max_pairs, self.found = num_latents, max_pairs, 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -197,7 +197,7 @@ def _balanced_weights(x: Tensor | LatentPairs, targets: Tensor) -> Tensor:
 class _PairMatrix:
     """The latents that fire, each divided by its root mean square, and a column of ones, as a sparse matrix."""
 
-    def __init__(self, latents: LatentPairs):
+    def __init__(self, latents: LatentPairs) -> None:
         latents = latents.keep(latents.values != 0)
         self.latents, columns = latents.cols.unique(return_inverse=True)
         self.num_columns = len(self.latents) + 1

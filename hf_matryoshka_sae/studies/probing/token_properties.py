@@ -89,7 +89,7 @@ class TokenReader:
         tokenizer: Of any kind, from transformers.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self._tokenizer, self._special = tokenizer, set(tokenizer.all_special_ids)
         self._texts: dict[int, str] = {}
 

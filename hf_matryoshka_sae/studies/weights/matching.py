@@ -43,7 +43,7 @@ class CorrelationSums:
         `ValueError`: if the references are missing, read other hidden states, or the products do not fit.
     """
 
-    def __init__(self, sae: SAEModel, references: Sequence[SAEModel], memory_limit: int = 2**32):
+    def __init__(self, sae: SAEModel, references: Sequence[SAEModel], memory_limit: int = 2**32) -> None:
         self.sae, self.references = sae, list(references)
         if not self.references:
             raise ValueError("There are no reference SAEs to compare with.")

@@ -53,7 +53,7 @@ class EndpointJudge:
         max_tokens: int | None = 1024,
         temperature: float | None = 0.0,
         extra_body: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         if not model and not base_url:
             raise ValueError("Name the judge: `model`, a model id at the Hub's providers, or `base_url`, an endpoint.")
         if base_url and not (urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname):

@@ -63,7 +63,7 @@ class JudgeReader:
 
     def __init__(
         self, judge: Judge, cache: AnswerCache, prompts: Questions, texts: TokenTexts, examples: Sequence[Context]
-    ):
+    ) -> None:
         self._judge, self._cache, self._prompts, self._texts = judge, cache, prompts, texts
         self.questions = self.refusals = self.malformed = 0
         passages = [f"- {texts.marked(one.ids, one.active)}" for one in examples]
@@ -118,7 +118,7 @@ class PatternReader:
         windows (`np.ndarray` of shape `(N, S)`): The text that passages are from.
     """
 
-    def __init__(self, trie: PatternTrie, texts: TokenTexts, windows: np.ndarray):
+    def __init__(self, trie: PatternTrie, texts: TokenTexts, windows: np.ndarray) -> None:
         self._trie, self._windows = trie, windows
         self.questions = self.refusals = self.malformed = 0
         shown = [_written(pattern, texts) for pattern, _ in trie.items()[:_SHOWN]]
