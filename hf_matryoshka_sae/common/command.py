@@ -1,32 +1,77 @@
-"""The frame of a sub-command: how its work ends on the terminal."""
+"""The frame of a sub-command: what it says of wrong names, and how its work ends on the terminal."""
 
+import argparse
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from .logs import is_first_process
 
 
-def exit_status(
-    work: Callable[[], int | None], interrupted: str = "Stopped.", stops: tuple[type[BaseException], ...] = ()
-) -> int:
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Interrupted(Exception):
+    """The work was asked to stop; what it needs to go on has been saved."""
+
+    on_all_processes = True
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The value of a flag such as `--widths 64,128,256`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,128,256, got {text!r}") from None
+
+
+def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -> int:
     """Do a command's work and return its exit status; what a user can mend is a line on stderr, no traceback.
 
     Of several processes only the first says so. Other errors are bugs, and are raised.
 
     Args:
         work (`Callable[[], int]`): Returns the status, `None` for 0.
-        interrupted (`str`, *optional*): Said after Ctrl-C; the status is then 130.
-        stops (`tuple` of `type`, *optional*): Exceptions by which the work ends as asked; their text is said.
+        interrupted (`str`, *optional*): Said after Ctrl-C; the status is then 130. [`Interrupted`] has its own text.
 
     Returns:
         `int`: 2 after a `ValueError` or `OSError`.
     """
     try:
         return work() or 0
-    except (KeyboardInterrupt, *stops) as stopped:
+    except (KeyboardInterrupt, Interrupted) as stopped:
         message, status = str(stopped) or interrupted, 130
     except (ValueError, OSError) as error:
         message, status = f"error: {error}", 2
     if is_first_process():
         sys.stderr.write(f"\n{message}\n")
     return status
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"`, or the list of what is known where nothing is near.
+
+    The same as the models' own, which cannot be had without transformers.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+@contextmanager
+def measuring() -> Iterator["Accelerator"]:
+    """The processes of a command that measures, by Accelerate; torch is imported only now."""
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is the one to watch
+    # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()

@@ -18,6 +18,7 @@ from ..activations import harvest, resolve_hookpoints
 from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
 from ..assets import embedded_lm_path
+from ..training.config.fields import errors_named
 from ..training.config.run import RunConfig, shuffle_tokens, window_pool_tokens
 from ..training.config.spec import SAESpec
 
@@ -151,16 +152,17 @@ def read_workload(
     if not 0 <= dead_share <= 1:
         raise ValueError(f"The share of dead latents must lie between 0 and 1, got {dead_share}.")
     lm = _given(config, d_in, lm_parameters) if d_in is not None else look_up(config)
-    dictionaries = tuple(
-        _shape(spec, spec.sae_config(lm.widths[hookpoint], config.model, hookpoint), hookpoint)
-        for spec in config.saes
-        for hookpoint in lm.widths
-        if spec.hookpoints is None or any(fnmatch.fnmatchcase(hookpoint, pattern) for pattern in spec.hookpoints)
-    )
+    dictionaries = []
+    for number, spec in enumerate(config.saes):
+        for hookpoint in lm.widths:
+            if spec.hookpoints is None or any(fnmatch.fnmatchcase(hookpoint, pattern) for pattern in spec.hookpoints):
+                with errors_named(f"saes.{number}"):
+                    whole = spec.sae_config(lm.widths[hookpoint], config.model, hookpoint)
+                dictionaries.append(_shape(spec, whole, hookpoint))
     if not dictionaries:
         raise ValueError(f"No dictionary is trained at any of the run's hookpoints: {', '.join(lm.widths)}.")
     return Workload(
-        dictionaries,
+        tuple(dictionaries),
         lm,
         config.tokens,
         config.batch_size,
