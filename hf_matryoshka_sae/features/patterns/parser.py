@@ -1,15 +1,15 @@
-"""The token-pattern language: from its text to a tree.
+r"""Parse the token-pattern language: from its text to a tree.
 
     .  (A | B)  A+ A* A? A{2,5}      any token, alternatives, repeats of a group or a bracket
     ` the cat`                       text: the tokens that a tokenizer makes of it; a leading space counts
     [v=A] ... [v]                    what A matched, then the same tokens again
     (?=A) (?!A) (?<=A) (?<!A)        look-arounds
-    [re `\\d+`]                       one token that this regular expression matches whole; `, search=True`: in part
+    [re `\d+`]                       one token that this regular expression matches whole; `, search=True`: in part
     [literal_set ` red`, ` blue`]    any of these texts, or of a list given by name
     [prefix A]                       any beginning of a match of A
     [BEGIN]                          the place where a text begins
     name = A                         a line of its own: afterwards [name] stands for A
-    # a comment;  \\.  \\[  \\#  \\n     a character that would mean something else
+    # a comment;  \.  \[  \#  \n     a character that would mean something else
 
 The syntax is that of tokre (github.com/noanabeshima/tokre), whose patterns describe latents of SAEs.
 """
@@ -30,13 +30,13 @@ _DEFINITION = re.compile(r"\s*([A-Za-z_]\w*)\s*= ?")
 _RESERVED = ("BEGIN", "re", "literal_set", "prefix")
 _SPECIAL = "()[]|.+*?{#"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
-_DEEPEST = 40  # of nested brackets, so that no pattern exhausts Python's stack
-_MOST = 10_000  # repeats that can be asked for by number
+_DEEPEST = 40  # nested brackets, so that no pattern exhausts Python's stack
+_MOST = 10_000  # largest bound of a repeat
 _MOST_PREFIXED = 500  # parts, each of which is written once for every part before it
 
 
 def parse(source: str, names: Names | None = None) -> tuple[nodes.Node, Source]:
-    """The tree of a pattern, and the source that its places refer to: with the named patterns before it.
+    """Return the tree of a pattern, and the source that its places refer to: the pattern behind its named patterns.
 
     Args:
         source (`str`): The pattern, behind any number of lines `name = pattern`.
@@ -73,19 +73,19 @@ class _Parser:
     def error(self, message: str, at: int | None = None) -> ValueError:
         return self.whole.error(message, self.at if at is None else at)
 
-    def made(self, node: nodes.Node) -> nodes.Node:
-        """A part, if it is not too large."""
+    def checked(self, node: nodes.Node) -> nodes.Node:
+        """Return a part; raise an error if it is too large."""
         size = self.sizes.of(node)
         if size.parts > MOST_PARTS:
             raise self.error("with its names written out, the pattern is too long.")
         if size.depth > DEEPEST:
-            raise self.error("the pattern's names stand for one another too deep. Write it with fewer.")
+            raise self.error("the pattern's names are nested too deep. Write it with fewer.")
         return node
 
     # Lines
 
     def pattern(self) -> nodes.Node:
-        """Named lines, then the pattern."""
+        """Read the named patterns, then the pattern."""
         tree = None
         for start, stop in self._lines():
             definition = _DEFINITION.match(self.source, start, stop)
@@ -105,7 +105,7 @@ class _Parser:
         return tree
 
     def _lines(self) -> Iterator[tuple[int, int]]:
-        """Where lines begin and end, without comments and those that are empty."""
+        """Yield begin and end of each line that is not empty, without its comment."""
         start = 0
         for line in self.source.split("\n"):
             stop = start + _comment_at(line)
@@ -119,12 +119,12 @@ class _Parser:
         if self.at < self.end:
             sign = self.source[self.at]
             raise self.error(f"'{sign}' closes nothing. Write `\\{sign}` for the character.")
-        return self.made(node)
+        return self.checked(node)
 
     # Parts
 
     def choice(self, closing: str) -> nodes.Node:
-        """Alternatives, up to a closing bracket or the end."""
+        """Read alternatives, up to a closing bracket or the end."""
         start = self.at
         self.depth += 1
         if self.depth > _DEEPEST:
@@ -137,12 +137,12 @@ class _Parser:
         if closing and self._peek() != closing:
             raise self.error(f"'{closing}' is missing here.")
         self.at += len(closing)
-        return parts[0] if len(parts) == 1 else self.made(nodes.Choice(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.checked(nodes.Choice(tuple(parts), at=start))
 
     def joined(self) -> nodes.Node:
         start, parts = self.at, []
-        known = 0  # parts in these
-        before = ""  # the sign with which the last part began; nothing for text
+        known = 0  # size of these parts
+        before = ""  # the sign with which the last part began; empty for text
         while (sign := self._peek()) and sign not in "|)]":
             if sign in "+*?{":
                 self._repeat(parts, before)
@@ -158,16 +158,16 @@ class _Parser:
             else:
                 parts, sign = parts + self._text(), ""
             before = sign
-            # Now, not at the end: what names stand for may be large, and is walked through in what follows.
+            # Checked here, not at the end: named patterns may be large, and later steps walk through them.
             known += self.sizes.of(parts[-1]).parts if parts else 0
             if known > MOST_PARTS:
                 raise self.error("with its names written out, the pattern is too long.", start)
         if not parts:
             raise self.error("expected a pattern, there is nothing. `(A)?` makes A optional.", start)
-        return parts[0] if len(parts) == 1 else self.made(nodes.Joined(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.checked(nodes.Joined(tuple(parts), at=start))
 
     def _text(self) -> list[nodes.Node]:
-        """Text up to the next sign; spaces at its end are for the eye alone."""
+        """Read text up to the next sign; spaces at its end are for the eye alone."""
         start, text, length = self.at, "", 0
         while (sign := self._peek()) and sign not in _SPECIAL:
             self.at += 1
@@ -192,7 +192,7 @@ class _Parser:
             low, high = {"+": (1, None), "*": (0, None), "?": (0, 1)}[sign]
         last = parts[-1] if parts else None
         if last is None or isinstance(last, (nodes.Look, nodes.Begin)):
-            raise self.error(f"'{sign}' repeats what is before it, and that is nothing. Write `\\{sign}`?", start)
+            raise self.error(f"'{sign}' has nothing before it to repeat. Write `\\{sign}` for the character.", start)
         if not before:
             raise self.error(
                 f"'{sign}' behind text is unclear: write `(text){sign}` to repeat it, `\\{sign}` for the character.",
@@ -204,7 +204,7 @@ class _Parser:
                 "put the first in parentheses to repeat it.",
                 start,
             )
-        parts[-1] = self.made(nodes.Repeat(last, low, high, at=last.at))
+        parts[-1] = self.checked(nodes.Repeat(last, low, high, at=last.at))
 
     def _bounds(self, start: int) -> tuple[int, int | None]:
         bounds = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
@@ -235,7 +235,7 @@ class _Parser:
         part = self.choice(closing=")")
         ahead, negative = "<" not in opening, "!" in opening
         if negative:
-            self.captured = before  # where it has to fail, it captures nothing
+            self.captured = before  # a part that must not match captures nothing
         inside = list(nodes.walk(part))
         captures = {node.name for node in inside if isinstance(node, nodes.Capture)}
         if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in inside):
@@ -244,7 +244,7 @@ class _Parser:
                 "before the token in the pattern itself: the mask is at the end of a match anyway.",
                 start,
             )
-        return self.made(nodes.Look(part, ahead, negative, at=start))
+        return self.checked(nodes.Look(part, ahead, negative, at=start))
 
     # Brackets
 
@@ -283,7 +283,7 @@ class _Parser:
         if name in self.open or name in self.sizes.of(part).captures:
             raise self.error(f"'{name}' is captured within its own capture; name one of them otherwise.", start)
         self.captured.add(name)
-        return self.made(nodes.Capture(name, part, at=start))
+        return self.checked(nodes.Capture(name, part, at=start))
 
     def _reference(self, name: str, start: int) -> nodes.Node:
         if name in self.open:
@@ -306,7 +306,7 @@ class _Parser:
             raise self.error("[prefix A] takes no captures, look-arounds or other prefixes inside.", start)
         if self.sizes.of(part).parts > _MOST_PREFIXED:
             raise self.error(f"[prefix ...] takes up to {_MOST_PREFIXED} parts. Leave the rest behind it.", start)
-        return self.made(nodes.Prefix(part, at=start))
+        return self.checked(nodes.Prefix(part, at=start))
 
     def _token_regex(self, start: int) -> nodes.Node:
         regex, regex_at = self._quoted("[re `\\d+`]")
@@ -328,10 +328,10 @@ class _Parser:
         if self._peek() != "]":
             raise self.error("expected ',' or ']' behind a text in backticks.")
         self.at += 1
-        return self.made(nodes.Choice(tuple(nodes.Text(text, at=at) for text, at in texts), at=start))
+        return self.checked(nodes.Choice(tuple(nodes.Text(text, at=at) for text, at in texts), at=start))
 
     def _quoted(self, example: str) -> tuple[str, int]:
-        """Text in backticks, and where it begins."""
+        """Read text in backticks; return it with its place."""
         match = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
         if match is None:
             raise self.error(f"expected something in backticks, as in {example}.")
@@ -343,7 +343,7 @@ class _Parser:
 
 
 def _comment_at(line: str) -> int:
-    """Where a line's comment begins; its length where there is none."""
+    """Return the place where a line's comment begins; the line's length where there is none."""
     quoted = False
     at = 0
     while at < len(line):

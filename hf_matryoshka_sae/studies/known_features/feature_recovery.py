@@ -29,7 +29,9 @@ _DECILES = 10
 class _Sums:
     """Moments of features and latents over samples, and how often they are on together."""
 
-    def __init__(self, model: SyntheticModel, sae: SAEModel, samples: int, seed: int, parents: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: SyntheticModel, sae: SAEModel, samples: int, seed: int, parents: Sequence[int] = ()
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         below = torch.zeros(model.num_features, len(parents))
         for place, parent in enumerate(parents):

@@ -86,7 +86,7 @@ def test_a_word_is_all_of_its_tokens_and_only_whole_words(data):
 
 def test_what_cannot_be_searched_is_said(data):
     sae = build()
-    with pytest.raises(ValueError, match="No token of the 1500 .*leading space"):
+    with pytest.raises(ValueError, match="None of the 1500 tokens .*leading space"):
         search_latents("[a=.][a][a][a][a][a][a][a][a][a][a][a][a][a][a] x", sae, data, show=False)
     with pytest.raises(ValueError, match="words xylophonist"):
         search_words("xylophonist", sae, data, show=False)
