@@ -112,7 +112,7 @@ def test_what_is_no_array_is_named(tmp_path):
         read_array(None, "a,b\n1,2", "hidden states")
     with pytest.raises(ValueError, match="Upload or paste the reconstructions"):
         read_arrays(None, " \n", "reconstructions")
-    with pytest.raises(ValueError, match=r"to_dict\(\) gives"):
+    with pytest.raises(ValueError, match=r"result of ReconstructionSums.to_dict"):
         read_statistics(None, "[1]")
     with pytest.raises(ValueError, match="must be numbers separated by commas"):
         read_numbers("1, x", "widths")
