@@ -8,6 +8,7 @@ A passage does not reach over a token that is left out (special tokens, padding)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
@@ -20,7 +21,7 @@ from ..n2g import Examples
 BUFFER = 10
 ACTIVE = 0.01
 OPEN, CLOSE, LINE_BREAK = "«", "»", "⏎"
-_LOOKALIKES = str.maketrans({OPEN: "‹", CLOSE: "›", "\n": LINE_BREAK, "\r": None})
+_LOOKALIKES = str.maketrans({OPEN: "‹", CLOSE: "›", "\n": LINE_BREAK, "\r": None})  # noqa: RUF001 (meant as such)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class TokenTexts:
         tokenizer: Of any kind, from transformers.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def of(self, ids: tuple[int, ...]) -> list[str]:
