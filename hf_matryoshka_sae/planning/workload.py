@@ -204,8 +204,13 @@ def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
     if patterns:
         raise ValueError(f"Without the model's config hookpoints must be names, not globs; got {', '.join(patterns)}.")
     widths = dict.fromkeys(config.hookpoints, d_in)
-    bytes_each = BYTES[config.model_dtype or "bfloat16"]
+    bytes_each = BYTES[_named_dtype(config) or "bfloat16"]
     return LanguageModel(parameters, bytes_each, 2.0 * parameters, widths, 12 * d_in if parameters else 0, 0)
+
+
+def _named_dtype(config: RunConfig) -> str | None:
+    """The type that the config names; auto is bfloat16 on the devices that are planned for."""
+    return "bfloat16" if config.model_dtype == "auto" else config.model_dtype
 
 
 def look_up(config: RunConfig) -> LanguageModel:
@@ -223,7 +228,8 @@ def look_up(config: RunConfig) -> LanguageModel:
             f"The config of the language model {config.model!r} cannot be read: {error} Give --d_in and "
             "--lm_parameters instead."
         ) from error
-    dtype = getattr(torch, config.model_dtype) if config.model_dtype else lm_config.dtype or torch.float32
+    named = _named_dtype(config)
+    dtype = getattr(torch, named) if named else lm_config.dtype or torch.float32
     text = lm_config.get_text_config()
     with FakeTensorMode():
         # Eager attention consists of matmuls that are counted; the fused kernels do as much work.

@@ -52,8 +52,8 @@ class RunConfig:
     """Tokens of a window of text."""
     model_revision: str | None = None
     """Branch, tag or commit of the language model on the Hub."""
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the language model; by default what its checkpoint has."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Of the language model; by default what its checkpoint has. auto: bfloat16 where this hardware is fast at it."""
     init_from: str | None = None
     """Continue every SAE from this folder or repository."""
 
@@ -133,7 +133,7 @@ class RunConfig:
     project: str = "hf_matryoshka_sae"
     """What trackers compare this run with others in; the run has the name of `output_dir`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = "tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens", "data_streams"
         for name, value in ((name, getattr(self, name)) for name in counts):
             if value is not None and value < 1:
