@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `matryoshka-sae index` and return the exit status."""
     parsed = _parser().parse_args(arguments)
     return exit_status(
-        lambda: _run(parsed), "Interrupted. What was done is saved; the same command goes on from there."
+        lambda: _run(parsed), "Interrupted. The finished part is saved: run the same command again to continue."
     )
 
 

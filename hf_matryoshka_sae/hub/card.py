@@ -88,7 +88,7 @@ def sae_card(
         folder (`str` or `Path`, *optional*): Folder the SAE was loaded from. If it lies in a run's folder and still
             holds the same weights, the card shows what the run knows, without pictures: those are pushed with runs.
         license (`str`, *optional*): Licence of the weights; by default "apache-2.0" for an SAE of a run, else left
-            open, because the weights may be somebody else's.
+            open, because the weights may belong to others.
         notes (`str`, *optional*): Markdown that stands before the results.
     """
     folder = None if folder is None else Path(folder).expanduser()

@@ -29,7 +29,7 @@ _METRICS = (
     ("Dead", "dead", ".2%"),
 )
 _BASELINES = (("random", "random"), ("principal components", "PCA"))
-_MISSING = "–"  # noqa: RUF001 (an en dash is meant)
+_MISSING = "–"
 
 
 # Words

@@ -106,4 +106,4 @@ def _run(
     parser: argparse.ArgumentParser, arguments: list[str] | None, act: Callable[[argparse.Namespace], None]
 ) -> int:
     parsed = parser.parse_args(arguments)
-    return exit_status(lambda: act(parsed), "Stopped. The same command goes on from here.")
+    return exit_status(lambda: act(parsed), "Stopped. Run the same command again to continue.")

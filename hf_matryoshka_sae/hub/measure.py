@@ -189,7 +189,7 @@ def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None)
             _note(folder, _STATISTICS, weights)
             return statistics
         except ValueError as error:
-            logger.warning("Measuring anew: %s", error)
+            logger.warning("The statistics in %s are measured again: %s", folder, error)
     statistics = latent_statistics(sae, data)
     statistics.save(folder)
     _note(folder, _STATISTICS, weights)

@@ -112,7 +112,7 @@ def push_sae(
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size above which the weights are split.
         tags (`Sequence[str]`, *optional*): Tags for the card, beside its own.
         license (`str`, *optional*): Licence of the weights, for the card; by default "apache-2.0" for an SAE of a run
-            that is at hand, and left open for one whose weights may be somebody else's.
+            that is at hand, and left open for one whose weights may belong to others.
 
     Returns:
         `CommitInfo` of huggingface_hub.
@@ -166,7 +166,7 @@ def _requests(repo_id: str) -> Iterator[None]:
                 f"{repo_id} received another commit during the push; nothing was changed. Push again: what is "
                 "uploaded is not sent twice."
             ) from error
-        error.append_to_message(f"\n{outcome}")  # the Hub's own words come first: it says no, and why
+        error.append_to_message(f"\n{outcome}")  # behind the Hub's own words, which say why it refused
         raise
     except HFValidationError:
         raise

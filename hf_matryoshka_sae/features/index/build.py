@@ -88,7 +88,7 @@ def build_index(
         lm_batch_size (`int`, *optional*, defaults to 32): Windows in a batch of the language model.
         exclude (`str`, *optional*, defaults to `"special"`): Positions left out: `special`, `first` or `none`. How
             often a latent fires at the first position is counted in any case.
-        sizes ([`IndexSizes`], *optional*): How much is kept of each latent.
+        sizes ([`IndexSizes`], *optional*): Numbers of contexts, tokens and relations kept of each latent.
         seed (`int`, *optional*, defaults to 0): Seed of the random samples.
         tree ([`EdgeSums`] or `bool`, *optional*): Sums from which parents of latents are derived; by default
             [`EdgeSums`] for an SAE with several prefix widths, `False` for none.

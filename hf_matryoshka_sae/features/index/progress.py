@@ -87,7 +87,7 @@ class States:
 
 
 class Recorder:
-    """Adds batches to a pass and saves its state every so many tokens, and when it is interrupted.
+    """Adds batches to a pass and saves its state at intervals, and when it is interrupted.
 
     Args:
         latent_pass ([`LatentPass`]): The pass.

@@ -48,7 +48,7 @@ def measure_arrays(
     widths: str,
     fvu_targets: str,
 ) -> tuple[str, dict[str, Any], str]:
-    """The curve of reconstructions at several widths."""
+    """Compute the curve of reconstructions at several widths."""
     states = read_array(states_file, states_text, "hidden states")
     reconstructions = read_arrays(reconstruction_files, reconstructions_text, "reconstructions")
     if reconstructions.shape[1:] != states.shape:

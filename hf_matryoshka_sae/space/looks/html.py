@@ -107,4 +107,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 
 def number(value: float | None, form: str = ".4g") -> str:
     """A number, or a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)  # noqa: RUF001 (an en dash)
+    return "–" if value is None or not math.isfinite(value) else format(value, form)

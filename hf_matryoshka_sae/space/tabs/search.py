@@ -14,7 +14,7 @@ from .inputs import BARS, HEAVY, Shown, area
 EXAMPLES = (
     (r"[re `\s?\d+`]", "pattern", "numbers"),
     ("[re ` ?the`] .", "pattern", "the token after “the”"),
-    (r"[re `\s?[\"'“‘]`]", "pattern", "opening and closing quotes"),  # noqa: RUF001 (quotes are meant)
+    (r"[re `\s?[\"'“‘]`]", "pattern", "opening and closing quotes"),
     ("[v=.] .* [v]", "pattern", "a token that came before"),
     ("return, returns", "words", "words, whole and in any case"),
 )

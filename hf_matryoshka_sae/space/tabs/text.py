@@ -154,7 +154,7 @@ def text_html(features: dict[str, Any], current: tuple[str, str]) -> str:
     by_token = [
         [
             f"<code>{escape(html.visible(token))}</code>",
-            ", ".join(f"{html.latent_name(*current, latent)} ({value:.3g})" for latent, value in strongest) or "–",  # noqa: RUF001 (an en dash)
+            ", ".join(f"{html.latent_name(*current, latent)} ({value:.3g})" for latent, value in strongest) or "–",
         ]
         for token, strongest in zip(features["tokens"], features["top"], strict=True)
     ]

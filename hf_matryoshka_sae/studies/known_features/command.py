@@ -58,7 +58,7 @@ def synthetic_main(arguments: list[str] | None = None) -> int:
     """Run `matryoshka-sae synthetic` and return the exit status."""
     parsed = _synthetic_parser().parse_args(arguments)
     return exit_status(
-        lambda: _synthetic(parsed), "Interrupted. What was finished is kept: the same command goes on from there."
+        lambda: _synthetic(parsed), "Interrupted. Finished runs are kept: run the same command again to continue."
     )
 
 

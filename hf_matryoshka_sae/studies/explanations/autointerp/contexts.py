@@ -21,7 +21,7 @@ from ..n2g import Examples
 BUFFER = 10
 ACTIVE = 0.01
 OPEN, CLOSE, LINE_BREAK = "«", "»", "⏎"
-_LOOKALIKES = str.maketrans({OPEN: "‹", CLOSE: "›", "\n": LINE_BREAK, "\r": None})  # noqa: RUF001 (meant as such)
+_LOOKALIKES = str.maketrans({OPEN: "‹", CLOSE: "›", "\n": LINE_BREAK, "\r": None})
 
 
 @dataclass(frozen=True)
