@@ -42,6 +42,9 @@ lock:
 	  | grep -Ev '^(pip|setuptools|wheel|triton|nvidia-.*|cuda-.*|hf-matryoshka-sae)==' | sort >> constraints.txt.tmp
 	mv constraints.txt.tmp constraints.txt
 
+# Lint, format, types of the package, spelling; `pre-commit` runs the same on what is committed.
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+	$(VENV)/bin/codespell

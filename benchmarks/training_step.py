@@ -35,7 +35,7 @@ from hf_matryoshka_sae.common.files import write_json
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 SHAPES = {

@@ -15,10 +15,10 @@ from hf_matryoshka_sae.models import BatchTopKSAEConfig, TopKSAEConfig, build_sa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from progressive_coding import main, settings  # noqa: E402
-from progressive_coding_judge import RANKINGS, complete, first_alike, pruned_subjects  # noqa: E402
-from progressive_coding_report import _relative_fvu, ranking_parts, verdict_lines  # noqa: E402
-from progressive_coding_results import METRICS, Interval, Results, claims  # noqa: E402
+from progressive_coding import main, settings
+from progressive_coding_judge import RANKINGS, complete, first_alike, pruned_subjects
+from progressive_coding_report import _relative_fvu, ranking_parts, verdict_lines
+from progressive_coding_results import METRICS, Interval, Results, claims
 
 
 WIDTHS = [8, 16, 32]
