@@ -36,7 +36,6 @@ class MappedShard:
         path (`Path`): the file.
         arrays (`dict`): offset, raw type and shape by name.
         first_row (`int`): which row of the shard the file begins with.
-        per_row (`set[str]`): which of the arrays have a row per token.
     """
 
     def __init__(self, path: Path, arrays: dict[str, tuple[int, type, tuple[int, ...]]], first_row: int = 0):

@@ -194,6 +194,7 @@ def absorbed_words(
         decoder (`Tensor` of shape `(F, D)`): Decoder rows of length 1 (or 0).
         direction (`Tensor` of shape `(D,)`): The probe's, of any length.
         main (`Tensor`): The main latents.
+        thresholds ([`AbsorptionThresholds`], *optional*): When a word counts as absorbed; by default SAEBench's.
 
     Returns:
         bool and float64 tensors of shape `(N,)`.

@@ -90,6 +90,7 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
         sae ([`SAEModel`]): Used as it is at inference.
         data ([`HeldOut`]): Each process reads all of it.
         latents (`Iterable[int]`): Whose firings are kept.
+        show (`bool`, *optional*, defaults to `True`): Whether the first process shows a bar.
 
     Raises:
         `ValueError`: if there are no tokens.

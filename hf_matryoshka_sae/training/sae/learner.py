@@ -50,6 +50,7 @@ class Learner(LearnerState):
 
     Args:
         name (`str`): Folder of the results, `<sae name>/<hookpoint>`.
+        hookpoint (`str`): Where in the language model its hidden states come from.
         sae ([`SAEModel`]): Initialised, in normalised units; of a sharded dictionary the latents of this process.
         spec ([`SAESpec`]): Objective and optimiser.
         mean (`Tensor` of shape `(D,)`), scale (`float`): The normalisation.
