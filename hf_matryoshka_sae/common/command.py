@@ -1,4 +1,4 @@
-"""The frame of a sub-command: how its work ends on the terminal."""
+"""The frame of a sub-command: its exit status, and errors as one line on the terminal."""
 
 import sys
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from .logs import is_first_process
 def exit_status(
     work: Callable[[], int | None], interrupted: str = "Stopped.", stops: tuple[type[BaseException], ...] = ()
 ) -> int:
-    """Do a command's work and return its exit status; what a user can mend is a line on stderr, no traceback.
+    """Do a command's work and return its exit status; an error that a user can mend is a line on stderr.
 
-    Of several processes only the first says so. Other errors are bugs, and are raised.
+    Of several processes only the first writes it. Other errors are bugs, and are raised.
 
     Args:
         work (`Callable[[], int]`): Returns the status, `None` for 0.
-        interrupted (`str`, *optional*): Said after Ctrl-C; the status is then 130.
-        stops (`tuple` of `type`, *optional*): Exceptions by which the work ends as asked; their text is said.
+        interrupted (`str`, *optional*): Message after Ctrl-C; the status is then 130.
+        stops (`tuple` of `type`, *optional*): Exceptions that end the work like Ctrl-C; their text is the message.
 
     Returns:
-        `int`: 2 after a `ValueError` or `OSError`.
+        `int`: The status of `work`; 2 after a `ValueError` or `OSError`, 130 after an interruption.
     """
     try:
         return work() or 0

@@ -62,7 +62,7 @@ class SAEBenchAdapter(nn.Module):
         b_dec (`Tensor` of shape `(D,)`): The parameters.
     """
 
-    def __init__(self, sae: SAEModel, cfg: SAEBenchConfig):
+    def __init__(self, sae: SAEModel, cfg: SAEBenchConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.device, self.dtype = sae.W_enc.device, sae.W_enc.dtype

@@ -44,7 +44,7 @@ class LocalFiles:
         root (`Path`): The folder.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.root = root
         self.name = root.resolve().as_posix()
 
@@ -68,7 +68,7 @@ class HubFiles:
         token (`str` or `bool`, *optional*): As in huggingface_hub.
     """
 
-    def __init__(self, repo_id: str, revision: str | None = None, token: str | bool | None = None):
+    def __init__(self, repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
         self.name = self.repo_id = repo_id
         self.revision, self.token = revision, token
         self._listed = HfApi(token=token).list_repo_files(repo_id, revision=revision)

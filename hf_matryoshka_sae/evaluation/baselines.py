@@ -34,7 +34,7 @@ class Identity:
         widths (`Sequence[int]`): At which it is to be reported.
     """
 
-    def __init__(self, widths: Sequence[int]):
+    def __init__(self, widths: Sequence[int]) -> None:
         self.widths = list(widths)
 
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class FiringSums:
         moments (`Tensor` of shape `(2, F)`): Sums of its values and of their squares, float64.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.moments = torch.zeros(2, num_latents, dtype=torch.float64, device=device)

@@ -36,7 +36,7 @@ class LossSums:
         replacements (`int`): How many.
     """
 
-    def __init__(self, replacements: int):
+    def __init__(self, replacements: int) -> None:
         self.predictions, self.excluded = torch.zeros(2, dtype=torch.int64).unbind()
         self.ce = torch.zeros(replacements, dtype=torch.float64)
         self.kl = torch.zeros(replacements, dtype=torch.float64)
@@ -67,7 +67,9 @@ class LossBaselines:
             or infinity there.
     """
 
-    def __init__(self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float, excluded_predictions: int = 0):
+    def __init__(
+        self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float, excluded_predictions: int = 0
+    ) -> None:
         self.clean_ce, self.zero_ce, self.mean_ce, self.zero_kl = clean_ce, zero_ce, mean_ce, zero_kl
         self.excluded_predictions = excluded_predictions
 

@@ -23,7 +23,7 @@ class ShardedDictionary(Dictionary):
         widths (`Sequence[int]`): Prefix widths of the whole dictionary.
     """
 
-    def __init__(self, sae: SAEModel, layout: Layout, widths: Sequence[int]):
+    def __init__(self, sae: SAEModel, layout: Layout, widths: Sequence[int]) -> None:
         super().__init__(sae)
         self.layout, self.widths = layout, list(widths)
 

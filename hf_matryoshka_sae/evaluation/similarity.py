@@ -69,7 +69,7 @@ class TokenSample:
         seed (`int`, *optional*, defaults to 0): Of the hash.
     """
 
-    def __init__(self, size: int, seed: int = 0):
+    def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
             raise ValueError(f"`size` must be at least 1 token, got {size}.")
         self.size, self.seed, self.seen = size, seed, 0

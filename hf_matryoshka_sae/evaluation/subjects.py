@@ -35,7 +35,7 @@ class Dictionary:
         `ValueError`: for widths that the SAE does not have, or a transcoder, which reconstructs another place.
     """
 
-    def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask"):
+    def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask") -> None:
         num_latents = sae.config.num_latents
         if sae.config.output_hookpoint not in (None, sae.config.hookpoint):
             raise ValueError(

@@ -173,7 +173,7 @@ def progressive_curve(
 class _Coded(Dictionary):
     """A dictionary whose values are those that the bit stream holds: the quantised ones."""
 
-    def __init__(self, plain: Dictionary, sums: RateSums):
+    def __init__(self, plain: Dictionary, sums: RateSums) -> None:
         super().__init__(plain.sae, plain.widths, plain.selection)
         self.sums = sums
 

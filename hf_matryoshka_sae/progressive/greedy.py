@@ -110,7 +110,7 @@ def add_products(total: Tensor, pairs: LatentPairs) -> None:
 class _Moments:
     """The sums the selection needs."""
 
-    def __init__(self, sae: SAEModel):
+    def __init__(self, sae: SAEModel) -> None:
         self.sae, latents = sae, sae.config.num_latents
         self.linear, self.products, self.x, self.scalars = (
             torch.zeros(shape, dtype=torch.float64, device=sae.W_dec.device)

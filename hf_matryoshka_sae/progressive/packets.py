@@ -65,7 +65,7 @@ def read_packet(constriction: ModuleType, model: CodeModel, packet: Packet, word
 class WholePackets:
     """The words of each packet that is there as a whole; `offset` is where the next begins."""
 
-    def __init__(self, data: bytes, offset: int):
+    def __init__(self, data: bytes, offset: int) -> None:
         self.data, self.offset = data, offset
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -80,7 +80,7 @@ class WholePackets:
 class _Writer:
     """Answers go into a packet."""
 
-    def __init__(self, constriction: ModuleType):
+    def __init__(self, constriction: ModuleType) -> None:
         self.bernoulli = constriction.stream.model.Bernoulli(perfect=False)
         self.coder = constriction.stream.queue.RangeEncoder()
 
@@ -98,7 +98,7 @@ class _Writer:
 class _Reader:
     """Answers come out of a packet's words."""
 
-    def __init__(self, constriction: ModuleType, words: np.ndarray):
+    def __init__(self, constriction: ModuleType, words: np.ndarray) -> None:
         self.bernoulli = constriction.stream.model.Bernoulli(perfect=False)
         self.coder = constriction.stream.queue.RangeDecoder(words)
 

@@ -144,7 +144,7 @@ class RateSums:
         `ValueError`: if the widths or the step cannot be.
     """
 
-    def __init__(self, statistics: Moments, widths: Sequence[int], step: float | None = None):
+    def __init__(self, statistics: Moments, widths: Sequence[int], step: float | None = None) -> None:
         self.model = CodeModel.of(statistics)
         self.step = _STEP_SHARE * self.model.rms if step is None else checked_step(step)
         self.widths = checked_widths(widths, len(self.model))

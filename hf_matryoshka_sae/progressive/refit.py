@@ -150,7 +150,7 @@ def _folds(sae: SAEModel, activations, task: str) -> Iterator[tuple[bool, Tensor
 class _Moments:
     """Sums of residuals, and with `decoder` of their products with activations."""
 
-    def __init__(self, sae: SAEModel, decoder: bool = False):
+    def __init__(self, sae: SAEModel, decoder: bool = False) -> None:
         self.sae = sae
         latents, d_in = sae.config.num_latents, sae.config.d_in
         shapes = {"scalars": (4,), "x": (d_in,), "residual": (d_in,)}

@@ -296,7 +296,7 @@ def _with_gradients(source: HeldOut) -> Iterator[tuple[Tensor, Tensor]]:
 class _Sums:
     """What is added up over tokens."""
 
-    def __init__(self, sae: SAEModel, neighbours: int, attribution: bool):
+    def __init__(self, sae: SAEModel, neighbours: int, attribution: bool) -> None:
         self.sae, self.device = sae, sae.W_dec.device
         self.neighbours = nearest_latents(sae, neighbours).to(self.device)
         self.squared_norms = decoder_rows(sae).double().square().sum(1)
