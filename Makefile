@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 LATEST ?= .venv-latest
+DOCS ?= .venv-docs
 
-.PHONY: install demo test test-slow test-latest lock lint
+.PHONY: install demo test test-slow test-latest lock lint docs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -41,6 +42,13 @@ lock:
 	$(LATEST)/bin/python -m pip list --format=freeze | sed 's/+[a-z0-9]*$$//' | tr 'A-Z_' 'a-z-' \
 	  | grep -Ev '^(pip|setuptools|wheel|triton|nvidia-.*|cuda-.*|hf-matryoshka-sae)==' | sort >> constraints.txt.tmp
 	mv constraints.txt.tmp constraints.txt
+
+# The documentation as a site, in site/. It is read from the source, so neither torch nor the package is installed for it.
+docs:
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(DOCS)/bin/python -m pip install -q -r /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 # Lint, format, types of the package, spelling; `pre-commit` runs the same on what is committed.
 lint: install

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_matryoshka_sae.models import SAEModel, build_sae
+from hf_matryoshka_sae.models.screening import screening
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.sae.initialization import initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
@@ -18,6 +19,7 @@ Factory = Callable[[], Step]
 MATMUL = "encoder matmul"
 MATMUL_PAIR = "encoder matmul pair"
 OURS = "ours Matryoshka BatchTopK"
+EXACT = "ours Matryoshka BatchTopK, float32 products"
 DENSE = "dense autograd Matryoshka BatchTopK"
 
 FAMILIES = {
@@ -38,6 +40,7 @@ def own_steps(
     """Steps by name, each as what makes the weights and returns the step; see `peer_steps.peer_steps`."""
     shape = (d_in, num_latents, num_tokens, k, widths, device)
     own = {name: lambda fields=fields: _learner_step(fields, *shape) for name, fields in FAMILIES.items()}
+    own[EXACT] = lambda: _unscreened(own[OURS]())
     return own | {DENSE: lambda: _dense_step(d_in, num_latents, k, widths, device)}
 
 
@@ -85,6 +88,16 @@ def _learner_step(
         made += 1
 
     return step
+
+
+def _unscreened(step: Step) -> Step:
+    """The same step with screening off."""
+
+    def exact(x: Tensor) -> None:
+        with screening(False):
+            step(x)
+
+    return exact
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def ways() -> dict[str, list[str]]:
     from hf_matryoshka_sae.cli import main
     from hf_matryoshka_sae.space import Library
     from hf_matryoshka_sae.space.page import Page
-    from hf_matryoshka_sae.studies import command
+    from hf_matryoshka_sae.studies import evaluating  # noqa: F401
     from hf_matryoshka_sae.training import train
 
     trainer = train.__globals__["Trainer"]

@@ -32,6 +32,7 @@ from peer_steps import peer_steps
 from tqdm.auto import tqdm
 
 from hf_matryoshka_sae.common.files import write_json
+from hf_matryoshka_sae.training.run.memory import keep_freed_memory
 
 
 matplotlib.use("Agg")
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = arguments.device
+    keep_freed_memory()  # as the trainer does; the others get it as well
     if arguments.memory:
         _report_peak(tuple(arguments.shape), device, arguments.memory)
         return

@@ -32,6 +32,7 @@ _CLASSES = (
     "MODELS",
     "BatchTopKSAE",
     "BatchTopKSAEConfig",
+    "DenseSAE",
     "GatedSAE",
     "GatedSAEConfig",
     "JumpReLUSAE",

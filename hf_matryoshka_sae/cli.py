@@ -4,7 +4,7 @@ import argparse
 import sys
 
 
-_PASSED_ON = {
+COMMANDS = {
     "train": "train SAEs as a YAML file says (matryoshka-sae train --help lists its fields)",
     "cache": "harvest hidden states once, for several runs and machines",
     "plan": "work out memory, traffic and time of a training run on some devices",
@@ -18,6 +18,7 @@ _PASSED_ON = {
     "toy": "train SAEs on a tree of known features and compare what they found",
     "synthetic": "train recipes on many known features and compare what each found, at every width",
 }
+"""What each sub-command that reads its own arguments does."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,14 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="matryoshka-sae", description="Progressive sparse autoencoders: the first n latents are a working SAE."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, about in _PASSED_ON.items():  # these read their own arguments
+    for name, about in COMMANDS.items():  # these read their own arguments
         commands.add_parser(name, add_help=False, help=about)
     demo = commands.add_parser(
         "demo", help="train a Matryoshka SAE on the embedded language model, load it back and show what it found"
     )
     demo.add_argument("--output_dir", default="runs/demo", help="folder of the run (default: %(default)s)")
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and parsed.command not in _PASSED_ON:
+    if rest and parsed.command not in COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _run(parsed, rest)
 
@@ -82,13 +83,13 @@ def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
 
             return convert(rest or ["--help"])
         case "toy":
-            from .studies.known_features.command import main as toy
+            from .studies.known_features.command import toy_main
 
-            return toy(rest)
+            return toy_main(rest)
         case "synthetic":
-            from .studies.known_features.benchmark import main as synthetic
+            from .studies.known_features.command import synthetic_main
 
-            return synthetic(rest)
+            return synthetic_main(rest)
     from .demo import demo
 
     return demo(parsed.output_dir)

@@ -1,9 +1,9 @@
 """Train SAEs on the hidden states of a language model.
 
-    python -m hf_matryoshka_sae.train --config run.yaml
+    matryoshka-sae train --config run.yaml
     accelerate launch -m hf_matryoshka_sae.train --config run.yaml --batch_size 4096 --saes.0.k 64
 
-Every field of the YAML file is a flag too; a dot reaches into nested fields, a number into a list.
+Every field of the YAML file is a flag too; a dot reaches into nested fields, a number, from 0, into a list.
 """
 
 import sys
@@ -63,16 +63,11 @@ def _config_and_flags(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _help() -> str:
-    from dataclasses import fields
-
-    from .training import RunConfig, SAESpec
-
-    def names(cls: type) -> str:
-        return ", ".join(field.name for field in fields(cls))
+    from .training.config.describe import help_text, run_fields
 
     return (
-        f"{__doc__}\nFields of a run: {names(RunConfig)}.\n\nFields of an entry of saes: {names(SAESpec)}.\n\n"
-        "What each means is said in hf_matryoshka_sae/training/config/; examples/ has files to start from.\n"
+        f"{__doc__}\n{help_text(run_fields())}\n\n"
+        "`matryoshka-sae plan` says what a run will need; examples/ has files to start from.\n"
     )
 
 

@@ -1,9 +1,9 @@
-"""The ways in: sub-commands, the demo, and the README's snippets on what the demo leaves."""
+"""The ways in: sub-commands and the demo."""
 
-import os
+import importlib.util
+import io
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import yaml
 
 from hf_matryoshka_sae import cli, demo
 from hf_matryoshka_sae.studies.scaling.config import load_sweep
-from hf_matryoshka_sae.training import RunConfig, load_run_config
+from hf_matryoshka_sae.training import load_run_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,15 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    """A demo of fewer tokens, run as from the command line; its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    short = dict(demo.DEMO, tokens=60_000, eval_tokens=4000, calibration_tokens=20_000)
-    script = (
-        f"from hf_matryoshka_sae import cli, demo; demo.DEMO.update({short!r}); raise SystemExit(cli.main(['demo']))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    """A demo of fewer tokens; its folder and what it printed."""
+    folder, short = tmp_path_factory.mktemp("demo"), {"tokens": 60_000, "eval_tokens": 4000}
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(demo, "DEMO", {**demo.DEMO, **short, "calibration_tokens": 20_000})
+        assert cli.main(["demo"]) == 0
+    return folder, printed.getvalue()
 
 
 @pytest.mark.slow
@@ -35,32 +34,11 @@ def test_the_demo_prints_the_table_reloads_the_sae_and_shows_latents(demo_run):
     folder, printed = demo_run
     assert "recaptured" in printed
     assert "-> MatryoshkaSAE" in printed
-    widths = [int(width) for width in re.findall(r"^ +(\d+) +\d+\.\d+ +0\.\d+", printed, re.MULTILINE)]
+    widths = [int(width) for width in re.findall(r"^matryoshka +(\d+) +\d+\.\d+ +0\.\d+", printed, re.MULTILINE)]
     assert widths == [64, 192, 448, 960, 2048]
     assert len(re.findall(r"latent +\d+ \(prefix", printed)) == 10
     assert printed.count("[[") == 1 + 10 * 4
     assert (folder / "runs/demo/results.png").is_file()
-
-
-@pytest.mark.slow
-def test_the_readme_snippets_run_on_what_the_demo_leaves(demo_run, hub):
-    """Those about the Hub against a loopback one."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    online = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(demo_run[0] / "home")}
-    for block in blocks:
-        environment = online if "hub.push" in block else None
-        run = [sys.executable, "-c", block]
-        done = subprocess.run(run, cwd=demo_run[0], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "model.layers.2/model.safetensors" in hub.files("your-name/demo-sae")
-
-
-def test_the_readme_run_is_a_valid_config():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        RunConfig.from_dict(yaml.safe_load(block))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
@@ -69,36 +47,16 @@ def test_every_example_is_a_valid_config(path):
     load(path)
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("train", "sweep", "evaluate", "push", "pull", "convert", "toy", "demo"))
-
-
-def test_train_help_lists_every_field(capsys):
+def test_train_without_arguments_shows_its_help(capsys):
     assert cli.main(["train"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("hookpoints", "batch_size", "prefix_widths", "auxk_coefficient"))
+    assert "--batch_size  whole number, default 2048" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command, flag",
-    [
-        ("cache", "--shard"),
-        ("sweep", "--points"),
-        ("evaluate", "--widths"),
-        ("push", "--dry_run"),
-        ("pull", "--width"),
-        ("convert", "--prefix_widths"),
-        ("toy", "--random_tree"),
-    ],
-)
-def test_commands_with_their_own_flags_list_them(capsys, command, flag):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
-    assert stopped.value.code == 0
-    assert flag in capsys.readouterr().out
+def test_the_reference_page_is_what_the_fields_say():
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text() == script.page(), "run `python docs/make_reference.py`"
 
 
 def test_a_mistake_is_one_line_on_stderr_and_a_status(capsys, tmp_path):
@@ -106,9 +64,3 @@ def test_a_mistake_is_one_line_on_stderr_and_a_status(capsys, tmp_path):
     path.write_text(yaml.safe_dump({"model": "embedded", "datasett": "embedded"}))
     assert cli.main(["train", "--config", str(path)]) == 2
     assert "error: Unknown field `datasett`. Did you mean 'dataset'?" in capsys.readouterr().err
-
-
-def test_an_unknown_flag_of_the_demo_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--tokens", "5"])
-    assert "--tokens" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from benchmarks.fault_kinds.outcome import Outcome
 
 @pytest.mark.slow
 def test_broken_checkpoints_are_survived():
-    outcome = checkpoints.run(seed=7, count=150, workers=1)
-    assert outcome == Outcome("mutated checkpoints", 150, 150, [])
+    outcome = checkpoints.run(seed=7, count=80, workers=1)
+    assert outcome == Outcome("mutated checkpoints", 80, 80, [])
 
 
 def test_what_is_not_survived_is_told(tmp_path, monkeypatch):

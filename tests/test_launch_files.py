@@ -54,41 +54,14 @@ def test_examples_are_runs(name):
     assert config.latent_shards > 1 and config.saes[0].sae_config(4096, "", "").num_latents >= 2**20
 
 
-SCRIPT = """
-import json, sys, torch.distributed as dist
-from accelerate import Accelerator
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2, accelerator.num_processes
-print(json.dumps([accelerator.process_index, dist.get_backend()]))
-"""
-
-
-def launch(*arguments, cwd, **options):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_gloo.yaml"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, **options)
-
-
-@pytest.mark.slow
-def test_two_processes_start_without_a_gpu(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    process = launch(str(script), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert "warn" not in error.lower(), error
-    assert sorted(json.loads(line) for line in out.splitlines()) == [[0, "gloo"], [1, "gloo"]]
-
-
 @pytest.mark.slow
 def test_one_process_that_is_asked_stops_all(tmp_path):
-    """What examples/slurm/train.sbatch relies on: any process takes the request, all write the checkpoint."""
+    """What examples/slurm/train.sbatch relies on: any process takes the request, all write the checkpoint. No GPU."""
     fields = {
         "model": "embedded",
         "dataset": "embedded",
         "hookpoints": ["model.layers.0"],
-        "saes": [{"type": "topk", "num_latents": 256, "k": 4}],
+        "saes": [{"type": "topk", "num_latents": 64, "k": 4}],
         "tokens": 10_000_000,
         "batch_size": 512,
         "shuffle_tokens": 16_384,
@@ -97,7 +70,10 @@ def test_one_process_that_is_asked_stops_all(tmp_path):
     }
     flags = [f"--{name}={json.dumps(value)}" for name, value in fields.items()]
     with open(tmp_path / "log.txt", "w") as log:
-        process = launch("-m", "hf_matryoshka_sae.train", *flags, cwd=tmp_path, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+        command += [str(ROOT / "accelerate_configs/cpu_gloo.yaml"), "-m", "hf_matryoshka_sae.train", *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
         try:
             metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
             while not (metrics.exists() and metrics.stat().st_size):

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..common.hub_access import check_reachable
+from ..models.screening import bf16_is_fast
 
 
 EMBEDDED = "embedded"
@@ -29,7 +30,8 @@ def load_language_model(
     Args:
         name (`str`): Hub id, folder, or `"embedded"` for the model that ships with the package.
         revision (`str`, *optional*): Branch, tag or commit.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default the checkpoint's.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default the checkpoint's. `"auto"` is
+            `"bfloat16"` where the hardware multiplies it fast, elsewhere the checkpoint's.
         device (`torch.device`, *optional*, defaults to `"cpu"`): Where the model runs.
 
     Returns:
@@ -38,8 +40,10 @@ def load_language_model(
     Raises:
         `ValueError`: if the model cannot be found or read, or the type is unknown.
     """
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"The model's type must be float32, bfloat16 or float16, got {dtype!r}.")
+    if dtype not in (None, "float32", "bfloat16", "float16", "auto"):
+        raise ValueError(f"The model's type must be float32, bfloat16, float16 or auto, got {dtype!r}.")
+    if dtype == "auto":
+        dtype = "bfloat16" if bf16_is_fast(torch.device(device)) else None
     if name == EMBEDDED:
         from ..assets import load_embedded_lm
 

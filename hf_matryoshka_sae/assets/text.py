@@ -37,7 +37,8 @@ _Named = tuple[str, str]  # a document's name, which decides its split, and its 
 def embedded_text(split: Literal["train", "heldout"] = "train") -> list[str]:
     """Return English and Python prose that needs no download: two million characters of Python's documentation.
 
-    It is read from the running interpreter's installation, in a deterministic order, and cached in the process. No module is imported to be read, except `pydoc_data.topics`, which is a dictionary of text.
+    It is read from the running interpreter's installation, in a deterministic order, and cached in the process. No
+    module is imported for it, except `pydoc_data.topics`, which is a dictionary of text.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):

@@ -12,25 +12,21 @@ LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "te
 
 @dataclass
 class DatasetConfig:
-    """The source of text.
-
-    Args:
-        path (`str`): Hub data set id, a folder of files, one `.parquet`, `.jsonl`, `.json` or `.txt` file (documents
-            of a `.txt` file are separated by blank lines), or `"embedded"` for the text the package ships.
-        name (`str`, *optional*): configuration of a Hub data set.
-        split (`str`, *optional*, defaults to `"train"`): split. In a folder: the files named after it, or all files
-            when the split is `"train"` and none is. A single file is one split, whatever is asked.
-        column (`str`, *optional*, defaults to `"text"`): column holding the text, or a list of chat messages
-            (`{"role": ..., "content": ...}`), which the tokenizer's chat template renders.
-        streaming (`bool`, *optional*): read while training instead of preparing the data set first. Defaults to
-            `True` for Hub ids and `False` for local files.
-    """
+    """The source of text."""
 
     path: str
+    """Hub data set id, a folder of files, one `.parquet`, `.jsonl`, `.json` or `.txt` file (documents of a `.txt` file
+    are separated by blank lines), or `embedded` for the text the package ships."""
     name: str | None = None
+    """Configuration of a Hub data set."""
     split: str = "train"
+    """In a folder: the files named after it, or all files when the split is `train` and none is. A single file is one
+    split, whatever is asked."""
     column: str = "text"
+    """Column holding the text, or a list of chat messages (`{"role": ..., "content": ...}`), which the tokenizer's
+    chat template renders."""
     streaming: bool | None = None
+    """Read while training instead of preparing the data set first; by default for Hub ids, not for local files."""
 
 
 def local_files(config: DatasetConfig) -> list[Path] | None:

@@ -13,8 +13,7 @@ class Format:
     """A checkpoint format.
 
     Args:
-        name (`str`): What users call it.
-        about (`str`): One line about it.
+        name (`str`): What users call it; `names.py` has a line about it.
         claims (`Callable`): Whether a checkpoint is of this format, by its files, config and tensors.
         read (`Callable`): The SAE of a checkpoint.
         objection (`Callable`, *optional*): Why it cannot express an SAE; `None` where it can.
@@ -22,7 +21,6 @@ class Format:
     """
 
     name: str
-    about: str
     claims: Callable[[Checkpoint], bool]
     read: Callable[[Checkpoint], SAEModel]
     objection: Callable[[SAEModel], str | None] | None = None

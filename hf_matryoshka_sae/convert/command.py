@@ -5,15 +5,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from . import load, save
-from .registry import formats
+from ..common.command import whole_numbers
+from .names import WRITABLE, check_name, formats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert one SAE as the command-line arguments say; returns the exit status."""
     parsed = _parser().parse_args(arguments)
+    try:
+        check_name(parsed.to, writable=True)
+        if parsed.source_format is not None:
+            check_name(parsed.source_format)
+    except ValueError as error:
+        return _refused(error)
+    return _convert(parsed)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
+    from .loading import load, save
+
     try:
         sae = load(
             parsed.source,
@@ -30,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, SafetensorError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        return _refused(error)
     widths = "" if len(sae.prefix_widths) == 1 else f", prefixes {', '.join(map(str, sae.prefix_widths))}"
     sys.stdout.write(
         f"{type(sae).__name__}: {sae.config.num_latents} latents of {sae.config.d_in} dimensions{widths}; "
@@ -41,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _refused(error: Exception) -> int:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return 2
+
+
 def _parser() -> argparse.ArgumentParser:
     known = "\n".join(
-        f"  {name:<20} {'reads and writes' if name in formats(writable=True) else 'reads':<17} {about}"
+        f"  {name:<20} {'reads and writes' if name in WRITABLE else 'reads':<17} {about}"
         for name, about in formats().items()
     )
     parser = argparse.ArgumentParser(
@@ -58,16 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="of SOURCE (default: found by looking)")
     parser.add_argument("--subfolder", help="folder or file in SOURCE, where it holds several SAEs")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--prefix_widths", type=_widths, help="such as 64,256,1024, where SOURCE does not say")
+    parser.add_argument("--prefix_widths", type=whole_numbers, help="such as 64,256,1024, where SOURCE does not say")
     parser.add_argument("--k", type=float, help="latents per token, where SOURCE does not say")
     parser.add_argument("--hookpoint", help="where it reads: a module's path in transformers (with ':input')")
     parser.add_argument("--base_model", help="Hub id of the language model")
     parser.add_argument("--width", type=int, help="keep only the first latents")
     return parser
-
-
-def _widths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,256,1024, got {text!r}") from None

@@ -11,7 +11,8 @@ from ..models import SAEModel
 from ..models.weight_checks import check_numbers
 from .base import Format
 from .checkpoint import Checkpoint, Hints
-from .registry import able_to_write, formats, named, recognized
+from .names import check_name
+from .registry import FORMATS, able_to_write, recognized
 from .source import find_weights, locate
 
 
@@ -59,10 +60,11 @@ def load(
             computes something that no SAE here does.
     """
     hints = Hints(prefix_widths, k, hookpoint, base_model, width, dtype or torch.float32)
-    chosen = None if format is None else named(format)
+    if format is not None:
+        check_name(format)
     checkpoint = Checkpoint(locate(path_or_repo, subfolder, revision, token), hints)
     with _named_in_errors(checkpoint):
-        chosen = chosen or recognized(checkpoint)
+        chosen = recognized(checkpoint) if format is None else FORMATS[format]
         sae = chosen.read(checkpoint)
         if width is not None and width != sae.config.num_latents:
             sae = sae.truncate(width)
@@ -96,9 +98,8 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
         `ValueError`: if the format is not known, is only read, or cannot express this SAE (the message says why, and
             which formats can), or if the folder holds an SAE of another format.
     """
-    chosen = named(format)
-    if chosen.write is None:
-        raise ValueError(f"{format} is only read. Formats that are written: {', '.join(formats(writable=True))}.")
+    check_name(format, writable=True)
+    chosen = FORMATS[format]
     _check_target(Path(path).expanduser(), chosen)
     reason = chosen.objection(sae)
     if reason is not None:

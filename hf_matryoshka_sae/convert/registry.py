@@ -1,7 +1,6 @@
 """All formats, in the order in which they are asked whether a checkpoint is theirs."""
 
 from ..models import SAEModel
-from ..models.configuration_sae import nearest
 from .base import Format
 from .checkpoint import Checkpoint
 from .formats import (
@@ -41,25 +40,6 @@ _ORDER = (
     qwen_scope.FORMAT,
 )
 FORMATS = {format.name: format for format in _ORDER}
-
-
-def formats(writable: bool = False) -> dict[str, str]:
-    """What can be read, or written.
-
-    Args:
-        writable (`bool`, *optional*, defaults to `False`): Only the formats that [`save`] knows.
-
-    Returns:
-        `dict[str, str]`: One line about each format, by its name.
-    """
-    return {name: format.about for name, format in FORMATS.items() if format.write or not writable}
-
-
-def named(name: str) -> Format:
-    """The format of this name. Raises `ValueError` with what is near where there is none."""
-    if name not in FORMATS:
-        raise ValueError(f"Unknown format {name!r}.{nearest(name, FORMATS)}")
-    return FORMATS[name]
 
 
 def recognized(checkpoint: Checkpoint) -> Format:

@@ -1,16 +1,22 @@
 """What a latent means: its index, patterns that find it, trees, texts, and what it does when it is turned up."""
 
-from .index.build import build_index
-from .index.latent_pass import IndexSizes
-from .index.layout import Context, Feature
-from .index.neuronpedia import export_neuronpedia
-from .index.store import FeatureIndex
-from .logits import LogitEffects, logit_effects
-from .patterns.matching import TokenPattern
-from .patterns.search import PatternHit, search_latents, search_words
-from .text import TextFeatures, text_features
-from .tree.sums import EdgeSums
-from .tree.tree import LatentTree, build_tree
+from typing import TYPE_CHECKING
+
+from ..common.lazy import imports_on_use
+
+
+if TYPE_CHECKING:
+    from .index.build import build_index
+    from .index.layout import Context, Feature
+    from .index.neuronpedia import export_neuronpedia
+    from .index.store import FeatureIndex
+    from .logits import LogitEffects, logit_effects
+    from .patterns.matching import TokenPattern
+    from .patterns.search import PatternHit, search_latents, search_words
+    from .sizes import IndexSizes
+    from .text import TextFeatures, text_features
+    from .tree.sums import EdgeSums
+    from .tree.tree import LatentTree, build_tree
 
 
 __all__ = [
@@ -32,3 +38,5 @@ __all__ = [
     "search_words",
     "text_features",
 ]
+
+__getattr__, __dir__ = imports_on_use(__name__)

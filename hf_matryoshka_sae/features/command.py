@@ -2,19 +2,18 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator
-from transformers.utils import logging as transformers_logging
-
-from ..activations import DatasetConfig
-from ..activations.language_model import EMBEDDED
 from ..common.checks import check_at_least
-from ..common.command import exit_status
-from .index.build import build_index
-from .index.latent_pass import IndexSizes
-from .index.layout import FOLDER
-from .index.store import FeatureIndex
+from ..common.command import exit_status, measuring
+from ..common.data_source import EMBEDDED, DatasetConfig, local_files
+from .sizes import FOLDER, IndexSizes
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .index.store import FeatureIndex
 
 
 _SHOWN = 5
@@ -23,19 +22,24 @@ _SHOWN = 5
 def main(arguments: list[str] | None = None) -> int:
     """Build an index from command-line arguments; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()  # ours is the one to watch
-    # Makes the process group where there are several processes. Not on MPS: it lacks float64, in which sums are.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return exit_status(
+        lambda: _run(parsed), "Interrupted. What was done is saved; the same command goes on from there."
+    )
 
-    def work() -> None:
-        index = _build(parsed, accelerator)
+
+def _run(parsed: argparse.Namespace) -> None:
+    check_at_least(1, context_length=parsed.context_length, lm_batch_size=parsed.lm_batch_size)
+    path = parsed.dataset or EMBEDDED
+    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
+    dataset = DatasetConfig(path, split=split, column=parsed.column)
+    if path != EMBEDDED:
+        local_files(dataset)  # raises where they are missing
+    sizes = IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens)
+    sizes.check()
+    with measuring() as accelerator:
+        index = _build(parsed, dataset, sizes, accelerator)
         if accelerator.is_main_process:
             sys.stdout.write(_summary(index, parsed.output_dir or parsed.sae))
-
-    try:
-        return exit_status(work, "Interrupted. What was done is saved; the same command goes on from there.")
-    finally:
-        accelerator.end_training()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "sae",
-        metavar="SAE_DIR",
+        metavar="REPO_OR_DIR",
         help="folder of an SAE of any format; or its file, or Hub id (then with --output_dir)",
     )
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
@@ -58,8 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to look at (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
     parser.add_argument("--lm_batch_size", type=int, default=32, help="windows in a batch (default: %(default)s)")
-    parser.add_argument("--top_contexts", type=int, default=IndexSizes.top_contexts, help="of each latent")
-    parser.add_argument("--context_tokens", type=int, default=IndexSizes.context_tokens, help="shown of a context")
+    parser.add_argument(
+        "--top_contexts", type=int, default=IndexSizes.top_contexts, help="kept of each latent (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context_tokens",
+        type=int,
+        default=IndexSizes.context_tokens,
+        help="shown of a context (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random samples (default: %(default)s)")
     parser.add_argument("--output_dir", help=f"folder in which {FOLDER}/ is made (default: the SAE's)")
     parser.add_argument(
@@ -69,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex:
-    check_at_least(1, context_length=parsed.context_length, lm_batch_size=parsed.lm_batch_size)
-    path = parsed.dataset or EMBEDDED
-    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
-    dataset = DatasetConfig(path, split=split, column=parsed.column)
+def _build(
+    parsed: argparse.Namespace, dataset: DatasetConfig, sizes: IndexSizes, accelerator: "Accelerator"
+) -> "FeatureIndex":
+    from .index.build import build_index
+
     return build_index(
         parsed.sae,
         parsed.model,
@@ -83,7 +94,7 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
         hookpoint=parsed.hookpoint,
         context_length=parsed.context_length,
         lm_batch_size=parsed.lm_batch_size,
-        sizes=IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens),
+        sizes=sizes,
         seed=parsed.seed,
         resume=not parsed.restart,
         save_every=parsed.save_every,
@@ -91,7 +102,7 @@ def _build(parsed: argparse.Namespace, accelerator: Accelerator) -> FeatureIndex
     )
 
 
-def _summary(index: FeatureIndex, place: str) -> str:
+def _summary(index: "FeatureIndex", place: str) -> str:
     """What the index is of, and the latents that fire most."""
     about, table = index.about, index.table(["latent", "frequency", "max"]).to_pydict()
     dead = sum(frequency == 0 for frequency in table["frequency"])

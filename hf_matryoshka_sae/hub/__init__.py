@@ -1,10 +1,16 @@
 """SAEs on the Hub: push a run, list what a repository holds, load it, fetch the first latents only."""
 
-from .card import run_card, sae_card
-from .layout import SAEFolder, find_saes
-from .measure import measure_run
-from .push import push, push_sae
-from .repository import SAEInfo, list_saes, load, load_many
+from typing import TYPE_CHECKING
+
+from ..common.lazy import imports_on_use
+
+
+if TYPE_CHECKING:
+    from .card import run_card, sae_card
+    from .layout import SAEFolder, find_saes
+    from .measure import measure_run
+    from .pushing import push, push_sae
+    from .repository import SAEInfo, list_saes, load, load_many
 
 
 __all__ = [
@@ -20,3 +26,5 @@ __all__ = [
     "run_card",
     "sae_card",
 ]
+
+__getattr__, __dir__ = imports_on_use(__name__)

@@ -6,11 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.command import exit_status
-from .contents import run_repository
 from .layout import find_saes
-from .measure import measure_run
-from .push import push
-from .repository import list_saes, load, matching
 
 
 def push_main(arguments: list[str] | None = None) -> int:
@@ -34,8 +30,12 @@ def push_main(arguments: list[str] | None = None) -> int:
 
 
 def _push(parsed: argparse.Namespace) -> None:
+    found = find_saes(parsed.run, parsed.saes)
+    from .contents import run_repository
+    from .measure import measure_run
+    from .pushing import push
+
     if parsed.dry_run is not None:
-        found = find_saes(parsed.run, parsed.saes)
         if not parsed.no_measure:
             measure_run(parsed.run, parsed.saes)
         run_repository(parsed.run, parsed.repo, found, license=parsed.license).write(parsed.dry_run)
@@ -64,17 +64,23 @@ def pull_main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("repo", metavar="REPO", help="user/name on the Hub")
     parser.add_argument("--width", type=int, help="only the first so many latents (default: all)")
-    parser.add_argument("--saes", default="*", metavar="PATTERN", help="folders or hookpoints (default: all)")
+    parser.add_argument(
+        "--saes", nargs="+", default=["*"], metavar="NAME", help="hookpoints, folders or patterns (default: all)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit")
     parser.add_argument("--output_dir", metavar="DIR", help="also save them as folders of their own")
     return _run(parser, arguments, _pull)
 
 
 def _pull(parsed: argparse.Namespace) -> None:
+    if parsed.width is not None and parsed.width < 1:
+        raise ValueError(f"`width` must be at least 1, got {parsed.width}.")
+    from .repository import list_saes, load, matching
+
     saes = list_saes(parsed.repo, revision=parsed.revision)
-    chosen = matching(saes, parsed.saes, parsed.repo)
+    chosen = {sae.subfolder: sae for names in parsed.saes for sae in matching(saes, names, parsed.repo)}.values()
     for info in chosen:  # before anything is fetched
-        if parsed.width is not None and not 1 <= parsed.width <= info.num_latents:
+        if parsed.width is not None and parsed.width > info.num_latents:
             place = info.subfolder or parsed.repo
             raise ValueError(f"`width` must lie between 1 and {info.num_latents} for {place}, got {parsed.width}.")
     for info in chosen:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from .. import models
 from ..features import FeatureIndex
-from ..features.index.layout import FOLDER as INDEX_FOLDER
 from ..features.index.layout import INDEX
+from ..features.sizes import FOLDER as INDEX_FOLDER
 from ..models import MODELS, SAECollection, SAECollectionConfig
 from ..models.checkpoint_files import weight_files
 from ..models.digests import DIGESTS_NAME, digest, row_digests

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..convert.places import saes_in
-
 
 @dataclass(frozen=True)
 class SAEFolder:
@@ -46,6 +44,8 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is no folder. Give the folder of a run, or that of a saved SAE.")
+    from ..convert.places import saes_in  # after what can be said without torch
+
     places = [place for place in saes_in(folder).values() if place.config is not None]
     found = [SAEFolder(folder / place.subfolder, place.name, place.hookpoint, place.subfolder) for place in places]
     if found and not found[0].subfolder:

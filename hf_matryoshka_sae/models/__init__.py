@@ -13,6 +13,7 @@ from .configuration_sae import (
     SAEConfig,
     TopKSAEConfig,
 )
+from .dense_sae import DenseSAE
 from .modeling_sae import (
     MODELS,
     BatchTopKSAE,
@@ -41,6 +42,7 @@ __all__ = [
     "MODELS",
     "BatchTopKSAE",
     "BatchTopKSAEConfig",
+    "DenseSAE",
     "GatedSAE",
     "GatedSAEConfig",
     "JumpReLUSAE",

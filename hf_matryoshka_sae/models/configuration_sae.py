@@ -95,6 +95,9 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
             its mean is taken off, and it is divided by its (unbiased) standard deviation + 1e-5 (Gao et al. 2024,
             arXiv 2406.04093). `"constant_norm"`: it gets the length sqrt(D). SAEs trained here have `None`: their
             normalisation is one for all tokens, and in the weights.
+        screening (`bool`, *optional*, defaults to `True`):
+            Whether bf16 products may say which latents can fire, where the hardware makes them fast; the latents that
+            do fire, and their values, are those of float32 dot products (models/screening.py).
         format_version (`int`, *optional*): Version of the checkpoint's format.
 
     Raises:
@@ -114,6 +117,7 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
     hookpoint: str | None = None
     output_hookpoint: str | None = None
     input_normalization: str | None = None
+    screening: bool = True
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .selection import EncoderBlocks, Selection, select_above, select_batch_topk, select_group_max, select_topk
+from .encoder_blocks import EncoderBlocks
+from .selection import Selection, select_above, select_batch_topk, select_group_max, select_topk
 from .sharding import Layout
 from .sparse_ops import row_norms
 

@@ -27,13 +27,14 @@ from .configuration_sae import (
     TopKSAEConfig,
     check_width,
 )
+from .encoder_blocks import EncoderBlocks
 from .families import FAMILIES
 from .integration import Integration, forward_method, refuse_quantization
-from .outputs import InputNorm, SAEOutput, SparseLatents
+from .outputs import InputNorm, SAEOutput, SparseLatents, normalized
 from .places import place_of_sae
 from .reshaping import Reshaping
 from .saving import Saving
-from .selection import EncoderBlocks, with_nan_rows
+from .selection import with_nan_rows
 from .sharding import Layout
 from .sparse_ops import (
     LatentPairs,
@@ -47,9 +48,6 @@ from .sparse_ops import (
 )
 from .weight_checks import check_numbers
 from .whole_weights import check_whole
-
-
-_LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
 
 
 class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
@@ -116,16 +114,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
         The hidden states themselves and `None` where the config has no `input_normalization`.
         """
         kind = self.config.input_normalization
-        if kind is None:
-            return x, None
-        x = x.to(self.W_enc)
-        if kind == "constant_norm":
-            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
-            scale = (norms / x.shape[-1] ** 0.5).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
-            return x / scale, (torch.zeros_like(scale), scale)
-        mean = x.mean(-1, keepdim=True)
-        deviation = (x - mean).std(-1, keepdim=True)
-        return (x - mean) / (deviation + _LAYER_NORM_EPS), (mean, deviation)
+        return (x, None) if kind is None else normalized(x.to(self.W_enc), kind)
 
     def encode_pairs(
         self,
@@ -154,7 +143,8 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
         x, input_norm = self.normalized(x)
         with torch.no_grad():
             factors = None if scale is None else scale[:encoded]
-            blocks = EncoderBlocks(x, self.W_enc[:encoded], self.b_enc[:encoded], b_dec, factors)
+            W_enc, b_enc = self.W_enc[:encoded], self.b_enc[:encoded]
+            blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, factors, screening=self.config.screening)
             rows, cols, pre = self.family.select(self, blocks, layout)
             if layout is None:  # training sees to it that hidden states are finite, and looks at none
                 rows, cols, pre = with_nan_rows((rows, cols, pre), x)
@@ -272,14 +262,20 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
         weights = weights or [1 / len(widths)] * len(widths)
         flat = self._flattened(hidden_states)
         pairs = self.encode_pairs(flat, width)
-        prefixes = self.decode_pairs(pairs, widths if return_loss else widths[-1:])
         loss = sse = None
-        if return_loss:
-            sse = (prefixes - flat.to(at_least_float32(flat.dtype))).square().sum(-1).mean(-1)
+        if return_loss and torch.is_grad_enabled() and pairs.input_norm is None:  # P prefixes cost little over one
+            sse, residual = self.prefix_errors(pairs, flat, widths)
+            reconstruction = flat - residual
+        else:
+            prefixes = self.decode_pairs(pairs, widths if return_loss else widths[-1:])
+            reconstruction = prefixes[-1]
+            if return_loss:
+                sse = (prefixes - flat.to(at_least_float32(flat.dtype))).square().sum(-1).mean(-1)
+        if sse is not None:
             loss = (sse * sse.new_tensor(weights)).sum()
         output = SAEOutput(
             loss=loss,
-            reconstruction=prefixes[-1].view(*hidden_states.shape[:-1], config.d_in),
+            reconstruction=reconstruction.view(*hidden_states.shape[:-1], config.d_in),
             latents=_slots(pairs, hidden_states.shape[:-1]),
             losses={"sse": sse} if return_loss else None,
         )

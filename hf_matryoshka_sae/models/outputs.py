@@ -11,6 +11,19 @@ from transformers.utils import ModelOutput
 InputNorm = tuple[Tensor, Tensor]
 """What was taken off each token's hidden state, and what it was then divided by: `(..., 1)` each."""
 
+_LAYER_NORM_EPS = 1e-5  # added to the standard deviation that divides, not to the one that multiplies back
+
+
+def normalized(x: Tensor, kind: str) -> tuple[Tensor, InputNorm]:
+    """Hidden states `(N, D)` with each token normalised as a config's `input_normalization` says, and how it was."""
+    if kind == "constant_norm":
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = (norms / x.shape[-1] ** 0.5).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+        return x / scale, (torch.zeros_like(scale), scale)
+    mean = x.mean(-1, keepdim=True)
+    deviation = (x - mean).std(-1, keepdim=True)
+    return (x - mean) / (deviation + _LAYER_NORM_EPS), (mean, deviation)
+
 
 @dataclass
 class SparseLatents:

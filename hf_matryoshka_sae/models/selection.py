@@ -13,91 +13,24 @@ accelerator every shape is known in advance (`static`), so that the host never w
 Shapes: N tokens, D `d_in`, F latents, B latents in a block, G groups, M pairs.
 """
 
-import threading
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cuts import Selection, cut_fixed, cut_list, fixed_candidates, listed_candidates, lower_bound
+from .encoder_blocks import GROUP, EncoderBlocks
+from .screening import above, counts, screened, screens
 from .sharding import Layout, cut_of_batch, cut_of_rows
 
 
-_GROUP = 32
-_SAMPLE = 2**16
-# Entries of one block of pre-activations. Fewer blocks mean fewer candidates that a later block overrules.
-_BLOCK_ENTRIES = {"cpu": 2**24, "cuda": 2**29}
-# A CPU's block is kept for the next step: malloc hands memory of this size back to the system, and fetching it anew
-# costs a fifth of the matmul. (CUDA tensors have torch's own pool.)
-_kept = threading.local()
-
-Selection = tuple[Tensor, Tensor, Tensor]
-
-
-class EncoderBlocks:
-    """The pre-activations `((x - b_dec) W_enc^T + b_enc) * scale`, computed a block of latents at a time.
-
-    Iterating gives `(first latent, block)`, latents ascending. A block `(N, B)` is padded with -inf to whole groups
-    and is overwritten by the next one. The product is taken in the wider type of the hidden states and the weights,
-    under autocast in its type.
-
-    Args:
-        x (`Tensor` of shape `(N, D)`): Hidden states.
-        W_enc (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`): Encoder.
-        b_dec (`Tensor` of shape `(D,)`, *optional*): Subtracted from the input.
-        scale (`Tensor` of shape `(F,)`, *optional*): Positive factor of each latent.
-        block_latents (`int`, *optional*): B; by default what suits the device and N.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor | None = None,
-        scale: Tensor | None = None,
-        block_latents: int | None = None,
-    ):
-        self.num_rows, self.num_latents, self.device = len(x), len(W_enc), x.device
-        fitting = _BLOCK_ENTRIES.get(x.device.type, 2**27) // max(1, len(x))
-        self.block_latents = min(_whole_groups(block_latents or max(1, fitting)), _whole_groups(len(W_enc)))
-        autocast = torch.is_autocast_enabled(x.device.type)
-        wider = torch.promote_types(x.dtype, W_enc.dtype)
-        self.dtype = torch.get_autocast_dtype(x.device.type) if autocast else wider
-        self._x = (x if b_dec is None else x - b_dec).to(self.dtype)
-        self._W_enc, self._b_enc, self._scale = W_enc, b_enc, scale
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        buffer = self._take_buffer()
-        for start in range(0, self.num_latents, max(1, self.block_latents)):  # a shard may hold none
-            stop = min(start + self.block_latents, self.num_latents)
-            rows, biases = (part[start:stop].to(self.dtype) for part in (self._W_enc, self._b_enc))
-            width = _whole_groups(len(rows))
-            block = buffer[: self.num_rows * width].view(self.num_rows, width)
-            torch.addmm(biases, self._x, rows.T, out=block[:, : len(rows)])
-            if self._scale is not None:
-                block[:, : len(rows)] *= self._scale[start:stop]
-            block[:, len(rows) :].fill_(-torch.inf)
-            yield start, block
-        if self.device.type == "cpu":
-            _kept.buffer = buffer
-
-    def _take_buffer(self) -> Tensor:
-        """The kept buffer, which then is nobody else's, or a new one."""
-        entries = self.num_rows * self.block_latents
-        buffer, _kept.buffer = getattr(_kept, "buffer", None), None
-        fits = buffer is not None and self.device.type == "cpu" and buffer.dtype == self.dtype
-        return buffer if fits and len(buffer) >= entries else self._x.new_empty(entries)
+# Screening gives up: where less than so many rows have a certain floor, where candidates are so many times the places,
+# where so large a share of a block is above its threshold.
+_TOLD, _CROWDED, _DENSE = 0.75, 4, 1 / 32
 
 
 def _host_may_look(device: torch.device) -> bool:
     """Whether sizes may depend on the data: the host would wait for an accelerator to tell."""
     return device.type == "cpu"
-
-
-def _whole_groups(size: int) -> int:
-    return -(-size // _GROUP) * _GROUP
 
 
 def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
@@ -121,6 +54,28 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, sorted by token, then by latent.
     """
+    if not screens(blocks):
+        return _above(blocks, threshold)
+    parts = []
+    for block in screened(blocks, threshold):
+        counts.tokens += blocks.num_rows
+        if block.share_reaching() > _DENSE:
+            counts.fallbacks += blocks.num_rows
+            of_block = threshold[block.start : block.stop] if isinstance(threshold, Tensor) else threshold
+            rows, cols, values = _above(blocks.latents(block.start, block.stop), of_block)
+            parts.append((rows, cols + block.start, values))
+            continue
+        rows, cols = block.reaching(block.group_maxima())
+        values = blocks.exact(rows, cols)
+        won = values > (threshold.detach()[cols] if isinstance(threshold, Tensor) else threshold)
+        parts.append((rows[won], cols[won], values[won]))
+        counts.candidates += len(rows)
+        counts.pairs += len(parts[-1][0])
+    return _joined(parts)
+
+
+def _above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
+    """The same from float32 products."""
     found, mask = [], None
     for start, block in blocks:
         limit = threshold
@@ -239,20 +194,89 @@ def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bo
         return nothing, nothing, torch.empty(0, dtype=blocks.dtype, device=blocks.device)
     static = not _host_may_look(blocks.device) if static is None else static
     bags = blocks.num_rows if per_row else 1
+    if screens(blocks):
+        counts.tokens += blocks.num_rows
+        chosen = _screened_static(blocks, count, bags) if static else _screened_list(blocks, count, bags)
+        if chosen is not None:
+            return chosen
+        counts.fallbacks += blocks.num_rows
+        rows, cols, _ = _largest(blocks, count, bags, static)
+        return rows, cols, blocks.exact(rows, cols)
+    return _largest(blocks, count, bags, static)
+
+
+def _largest(blocks: EncoderBlocks, count: int, bags: int, static: bool) -> Selection:
+    """The same from the products that `blocks` gives."""
     chosen = floor = None
     for start, block in blocks:
-        maxima = block.view(blocks.num_rows, -1, _GROUP).amax(-1)
+        maxima = block.view(blocks.num_rows, -1, GROUP).amax(-1)
         if static:
-            rows, cols, values = _fixed_candidates(block, maxima, bags, count)
+            rows, cols, values = fixed_candidates(block, maxima, bags, count)
         else:
             if floor is None:
-                floor = _lower_bound(block, maxima, bags, count)
-            rows, cols, values = _listed_candidates(block, maxima, floor)
+                floor = lower_bound(maxima, lambda block=block: block, bags, count)
+            rows, cols, values = listed_candidates(block, maxima, floor)
         found = rows, cols + start, values
         found = found if chosen is None else _joined([chosen, found])
-        chosen, floor = _cut_fixed(found, bags, count) if static else _cut_list(found, bags, count)
+        chosen, floor = cut_fixed(found, bags, count) if static else cut_list(found, bags, count)
     assert chosen is not None
     return chosen
+
+
+def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
+    """The same by way of bf16 products; `None` where they cannot tell."""
+    chosen = floor = told = None
+    for block in screened(blocks):
+        maxima = block.group_maxima()
+        if floor is None:
+            floor = lower_bound(block.lower(maxima), lambda block=block: block.lower(None), bags, count)
+            told = floor > 0  # bits are in order only above 0; of NaN neither is true
+            if told.sum() < _TOLD * bags:
+                return None
+        rows, cols = block.reaching(maxima, torch.where(told, floor, torch.inf))
+        if len(rows) > _CROWDED * count * bags + blocks.num_rows:
+            if bags == 1:
+                return None
+            crowded = torch.bincount(rows, minlength=bags)[:, None] > _CROWDED * count
+            told &= ~crowded
+            if told.sum() < _TOLD * bags:
+                return None
+            kept = told[rows, 0]
+            rows, cols = rows[kept], cols[kept]
+        counts.candidates += len(rows)
+        values = blocks.exact(rows, cols)
+        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, floor = cut_list(found, bags, count)
+    untold = (~told).flatten().nonzero().squeeze(1)
+    if len(untold):
+        counts.fallbacks += len(untold)
+        rows, cols, _ = _largest(blocks.rows(untold), count, len(untold), static=False)
+        kept, rows = told[chosen[0], 0], untold[rows]
+        chosen = _joined([tuple(part[kept] for part in chosen), (rows, cols, blocks.exact(rows, cols))])
+    counts.pairs += len(chosen[0])
+    return chosen
+
+
+def _screened_static(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
+    """The same with shapes that are known in advance; the host waits once, to see whether it was certain."""
+    chosen, missed = None, torch.full((bags, 1), -torch.inf, device=blocks.device)
+    wanted = 2 * count + 16
+    for block in screened(blocks):
+        size = block.stop - block.start
+        upper = block.upper[:, :size].contiguous()
+        if size % GROUP:
+            upper = F.pad(upper, (0, -size % GROUP), value=-torch.inf)
+        maxima = upper.view(blocks.num_rows, -1, GROUP).amax(-1)
+        rows, cols, bound = fixed_candidates(upper, maxima, bags, wanted)
+        bound = bound.view(bags, -1).float()
+        if bound.shape[1] == wanted:
+            missed = torch.maximum(missed, above(bound.amin(1, keepdim=True)))
+        cols = (cols + block.start).clamp(max=block.stop - 1)  # of padding none can win
+        values = blocks.exact(rows, cols).masked_fill(bound.flatten() == -torch.inf, -torch.inf)
+        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, _ = cut_fixed(found, bags, count)
+    certain = (chosen[2].view(bags, -1).amin(1, keepdim=True) > missed).all()
+    return chosen if certain else None
 
 
 def _joined(parts: list[Selection]) -> Selection:
@@ -262,131 +286,3 @@ def _joined(parts: list[Selection]) -> Selection:
     rows, cols, values = map(torch.cat, zip(*parts, strict=True))
     order = rows.argsort(stable=True)
     return rows[order], cols[order], values[order]
-
-
-# Where the host may look: lists of candidates above a floor that never exceeds the cut. `bags` is N where every row
-# has its own cut, 1 where the batch has one.
-
-
-def _lower_bound(block: Tensor, maxima: Tensor, bags: int, count: int) -> Tensor:
-    """`(bags, 1)` numbers that at least `count` entries reach."""
-    entries, maxima = block.view(bags, -1), maxima.view(bags, -1)
-    # Hardly more groups than places would give a floor that lets nearly everything through.
-    source = maxima if maxima.shape[1] >= 1.5 * count else entries
-    if source.shape[1] < count:
-        return entries.new_full((bags, 1), -torch.inf)
-    guess = _sampled_bound(source, count) if bags == 1 else None
-    return source.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True) if guess is None else guess
-
-
-def _sampled_bound(source: Tensor, count: int) -> Tensor | None:
-    """A number a little below the `count` largest, from an evenly spaced sample, where that is certain to hold."""
-    stride = source.shape[1] // _SAMPLE
-    if stride < 2:
-        return None
-    expected = count / stride
-    rank = int(expected + 4 * expected**0.5 + 8)  # four standard deviations of the sampling error
-    sample = source[:, ::stride]
-    if rank >= sample.shape[1]:
-        return None
-    guess = sample.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
-    return guess if (source >= guess).sum() >= count else None
-
-
-def _listed_candidates(block: Tensor, maxima: Tensor, floor: Tensor) -> Selection:
-    """All entries of `block` that reach the floor; only groups whose maximum does are looked at."""
-    per_row = maxima.shape[1]
-    groups = (maxima >= floor).flatten().nonzero().squeeze(1)
-    values = block.view(-1, _GROUP).index_select(0, groups)
-    limit = floor[groups // per_row] if len(floor) > 1 else floor
-    hit, place = (values >= limit).nonzero(as_tuple=True)
-    group = groups[hit]
-    return group // per_row, group % per_row * _GROUP + place, values[hit, place]
-
-
-def _cut_list(found: Selection, bags: int, count: int) -> tuple[Selection, Tensor]:
-    """The `count` largest of each bag, and the smallest of them (-inf where there are fewer)."""
-    rows, cols, values = found
-    bag = rows if bags > 1 else torch.zeros_like(rows)
-    sizes = torch.bincount(bag, minlength=bags)
-    width = max(int(sizes.max()), count)
-    padded = values.new_full((bags, width), -torch.inf)
-    padded[bag, torch.arange(len(bag), device=bag.device) - (sizes.cumsum(0) - sizes)[bag]] = values
-    cut = padded.topk(count, dim=1, sorted=False).values.amin(1)
-    kept = _above_or_first(values, cut[bag], bag, sizes, count).nonzero().squeeze(1)
-    return (rows[kept], cols[kept], values[kept]), cut[:, None]
-
-
-def _above_or_first(values: Tensor, cut: Tensor, bag: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """Mask of the entries above their bag's cut, filled up to `count` with the first of those equal to it."""
-    above, equal = values > cut, values == cut
-    room = count - torch.zeros_like(sizes).index_add_(0, bag, above.to(sizes.dtype))
-    earlier = F.pad(equal.cumsum(0), (1, 0))
-    begin = earlier[sizes.cumsum(0) - sizes]
-    return above | (equal & (earlier[1:] - begin[bag] <= room[bag]))
-
-
-# Where the host may not look: as many candidates as there are places.
-
-
-def _fixed_candidates(block: Tensor, maxima: Tensor, bags: int, count: int) -> Selection:
-    """The `count` largest entries of each bag (all where there are fewer)."""
-    entries, maxima = block.view(bags, -1), maxima.view(bags, -1)
-    if maxima.shape[1] > count:
-        groups = _first_largest(maxima, count)
-        members = entries.view(bags, -1, _GROUP).gather(1, groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-        best = _first_largest(members, count)
-        positions = groups.gather(1, best // _GROUP) * _GROUP + best % _GROUP
-    else:
-        positions = _first_largest(entries, min(count, entries.shape[1]))
-    flat = positions + torch.arange(bags, device=block.device)[:, None] * entries.shape[1]
-    return (
-        (flat // block.shape[1]).flatten(),
-        (flat % block.shape[1]).flatten(),
-        entries.gather(1, positions).flatten(),
-    )
-
-
-def _cut_fixed(found: Selection, bags: int, count: int) -> tuple[Selection, None]:
-    """The `count` largest of each bag; all bags hold as many."""
-    rows, cols, values = (part.view(bags, -1) for part in found)
-    if values.shape[1] > count:
-        best = _first_largest(values, count)
-        rows, cols, values = (part.gather(1, best) for part in (rows, cols, values))
-    return (rows.flatten(), cols.flatten(), values.flatten()), None
-
-
-def _first_largest(values: Tensor, count: int) -> Tensor:
-    """Positions, ascending, of the `count` largest of each row; of equal ones the first win."""
-    if count >= values.shape[1]:
-        return torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
-    if values.dtype == torch.float64:  # no room for the position in 64 bits
-        best = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return best.sort(dim=1).values
-    keys = _ordered(values)
-    if len(keys) == 1:
-        return _first_largest_of_all(keys[0], count)[None]
-    # torch.topk leaves open which of several equal entries it returns, so the position becomes part of the key.
-    position = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
-    return ((keys << 31) | position).topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-
-
-def _ordered(values: Tensor) -> Tensor:
-    """Integers of 32 bits, not negative, in the order of the numbers."""
-    bits = (values.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 equals 0.0
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2**31
-
-
-def _first_largest_of_all(keys: Tensor, count: int) -> Tensor:
-    """The same for one long row, whose cut two histograms find: torch.topk would sort millions of keys."""
-    cut, wanted, among = keys.new_zeros(()), count, keys.new_ones(len(keys))
-    for shift in (16, 0):
-        digit = (keys >> shift) & 0xFFFF
-        # How many of those still in question have at least this digit.
-        at_least = keys.new_zeros(2**16).index_add_(0, digit, among).flip(0).cumsum(0).flip(0)
-        best = (at_least >= wanted).sum() - 1
-        wanted = wanted - F.pad(at_least, (0, 1)).gather(0, best[None] + 1).squeeze(0)
-        among = among * (digit == best)
-        cut = cut | (best << shift)
-    equal = keys == cut
-    return ((keys > cut) | (equal & (equal.cumsum(0) <= wanted))).nonzero_static(size=count).squeeze(1)

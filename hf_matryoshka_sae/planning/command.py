@@ -7,12 +7,8 @@ from pathlib import Path
 
 from ..common.command import exit_status
 from ..common.files import write_json, write_text
-from ..training.config.run import load_run_config
+from ..training.config.run import RunConfig, load_run_config
 from .devices import DEVICES, find_device
-from .plan import make_plan
-from .plots import plot
-from .report import report, to_dict
-from .workload import read_workload
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace, flags: list[str]) -> int:
-    config = load_run_config(parsed.config, flags).check_text()
+    if parsed.device.lower() != "cpu":  # which is measured, with torch
+        find_device(parsed.device)
+    config = load_run_config(parsed.config, flags, look=RunConfig.check_text)
+    from .plan import make_plan
+    from .plots import plot
+    from .report import report, to_dict
+    from .workload import read_workload
+
     work = read_workload(config, parsed.d_in, parsed.lm_parameters, parsed.dead_share)
     plan = make_plan(work, parsed.devices, find_device(parsed.device, parsed.devices_per_machine))
     sys.stdout.write(report(plan, config))
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Work out memory, traffic and time of a training run for every layout of its devices. Needs no "
         "GPU and loads no weights: of the language model only the config is read.",
         epilog="Every field of the YAML file is a flag too, for example --saes.0.num_latents 1048576 --batch_size "
-        "131072.",
+        "131072; `matryoshka-sae train --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="fields of a training run")
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f'{", ".join(DEVICES)}, an amount such as "80GB", or cpu: this machine, measured (default: %(default)s)',
     )
     parser.add_argument(
-        "--devices_per_machine", type=int, help="default: 8; with cpu the processes on this machine, 1 by default"
+        "--devices_per_machine", type=int, help="devices (cpu: processes) in a machine (default: 8; cpu: 1)"
     )
     parser.add_argument("--d_in", type=int, help="width of the hidden states, where the model cannot be looked up")
     parser.add_argument(
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its size, such as 8e9, given with --d_in; 0 where it runs elsewhere",
     )
     parser.add_argument(
-        "--dead_share", type=float, default=0.1, help="of the latents, which AuxK revives (default: %(default)s)"
+        "--dead_share", type=float, default=0.1, help="share of the latents that AuxK revives (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables")

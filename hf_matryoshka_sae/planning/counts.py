@@ -10,7 +10,7 @@ prefixes, k latents per token of which k / S fall to a shard.
 from dataclasses import dataclass
 from math import ceil
 
-from ..models.selection import _BLOCK_ENTRIES, _GROUP
+from ..models.encoder_blocks import BLOCK_ENTRIES, GROUP
 from .devices import Device
 from .workload import BYTES, DictionaryShape, Workload
 
@@ -68,9 +68,9 @@ def micro_batch(work: Workload, mesh: Mesh) -> int:
 
 
 def block_latents(tokens: int, num_latents: int, device: Device) -> int:
-    """Latents whose pre-activations are held at once, as `models.selection.EncoderBlocks` chooses them."""
-    fitting = max(1, _BLOCK_ENTRIES[device.kind] // max(1, tokens))
-    return min(-(-fitting // _GROUP), -(-num_latents // _GROUP)) * _GROUP
+    """Latents whose pre-activations are held at once, as `models.encoder_blocks.EncoderBlocks` chooses them."""
+    fitting = max(1, BLOCK_ENTRIES[device.kind] // max(1, tokens))
+    return min(-(-fitting // GROUP), -(-num_latents // GROUP)) * GROUP
 
 
 def own_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
@@ -149,7 +149,7 @@ def _selection_bytes(
     if shape.activation not in ("topk", "batch_topk"):
         return entries * (product + 2) + entries / 2 * 60
     if device.kind == "cpu":
-        return entries * product * 1.2 + entries / _GROUP * 12
+        return entries * product * 1.2 + entries / GROUP * 12
     rows = blocks * micro_batch(work, mesh)
     return entries * product + rows * KEY_BYTES * 2 * _keys(block, chosen)
 
@@ -160,14 +160,14 @@ KEY_BYTES = 32
 
 def _keys(block: int, count: float) -> float:
     """Keys per row: those of the groups and of the members of the best groups, or of every entry."""
-    groups = block / _GROUP
-    return groups + count * _GROUP if groups > count else block
+    groups = block / GROUP
+    return groups + count * GROUP if groups > count else block
 
 
 def selection_bytes_held(tokens: int, block: int, count: float) -> float:
     """Memory of these keys at their most, on an accelerator."""
-    groups = block / _GROUP
-    return tokens * KEY_BYTES * (max(groups, count * _GROUP) if groups > count else block)
+    groups = block / GROUP
+    return tokens * KEY_BYTES * (max(groups, count * GROUP) if groups > count else block)
 
 
 def _auxk_part(work: Workload, shape: DictionaryShape, mesh: Mesh, tokens: float, latents: int) -> Part:

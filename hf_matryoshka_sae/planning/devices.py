@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from ..common.command import nearest
 
-from ..models.configuration_sae import nearest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def find_device(name: str, per_machine: int | None = None) -> Device:
 
 
 def _this_machine(processes: int) -> Device:
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
@@ -138,8 +143,10 @@ def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
     return statistics.median(times)
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
+def _matmul_rate(dtype: "torch.dtype") -> float:
     """Operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
+    import torch
+
     x, weights = torch.ones(512, 128, dtype=dtype), torch.ones(16384, 128, dtype=dtype)
     out = torch.empty(512, 16384, dtype=dtype)
     return 2 * 512 * 128 * 16384 / _usual_time(lambda: torch.mm(x, weights.T, out=out))
@@ -147,6 +154,8 @@ def _matmul_rate(dtype: torch.dtype) -> float:
 
 def _copy_rate() -> float:
     """Bytes per second read and written by a copy that fits no cache."""
+    import torch
+
     source = torch.ones(2**25)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _usual_time(lambda: target.copy_(source))

@@ -18,6 +18,7 @@ from ..activations import harvest, resolve_hookpoints
 from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
 from ..assets import embedded_lm_path
+from ..training.config.fields import errors_named
 from ..training.config.run import RunConfig, shuffle_tokens, window_pool_tokens
 from ..training.config.spec import SAESpec
 
@@ -151,16 +152,17 @@ def read_workload(
     if not 0 <= dead_share <= 1:
         raise ValueError(f"The share of dead latents must lie between 0 and 1, got {dead_share}.")
     lm = _given(config, d_in, lm_parameters) if d_in is not None else look_up(config)
-    dictionaries = tuple(
-        _shape(spec, spec.sae_config(lm.widths[hookpoint], config.model, hookpoint), hookpoint)
-        for spec in config.saes
-        for hookpoint in lm.widths
-        if spec.hookpoints is None or any(fnmatch.fnmatchcase(hookpoint, pattern) for pattern in spec.hookpoints)
-    )
+    dictionaries = []
+    for number, spec in enumerate(config.saes):
+        for hookpoint in lm.widths:
+            if spec.hookpoints is None or any(fnmatch.fnmatchcase(hookpoint, pattern) for pattern in spec.hookpoints):
+                with errors_named(f"saes.{number}"):
+                    whole = spec.sae_config(lm.widths[hookpoint], config.model, hookpoint)
+                dictionaries.append(_shape(spec, whole, hookpoint))
     if not dictionaries:
         raise ValueError(f"No dictionary is trained at any of the run's hookpoints: {', '.join(lm.widths)}.")
     return Workload(
-        dictionaries,
+        tuple(dictionaries),
         lm,
         config.tokens,
         config.batch_size,
@@ -202,8 +204,13 @@ def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
     if patterns:
         raise ValueError(f"Without the model's config hookpoints must be names, not globs; got {', '.join(patterns)}.")
     widths = dict.fromkeys(config.hookpoints, d_in)
-    bytes_each = BYTES[config.model_dtype or "bfloat16"]
+    bytes_each = BYTES[_named_dtype(config) or "bfloat16"]
     return LanguageModel(parameters, bytes_each, 2.0 * parameters, widths, 12 * d_in if parameters else 0, 0)
+
+
+def _named_dtype(config: RunConfig) -> str | None:
+    """The type that the config names; auto is bfloat16 on the devices that are planned for."""
+    return "bfloat16" if config.model_dtype == "auto" else config.model_dtype
 
 
 def look_up(config: RunConfig) -> LanguageModel:
@@ -221,7 +228,8 @@ def look_up(config: RunConfig) -> LanguageModel:
             f"The config of the language model {config.model!r} cannot be read: {error} Give --d_in and "
             "--lm_parameters instead."
         ) from error
-    dtype = getattr(torch, config.model_dtype) if config.model_dtype else lm_config.dtype or torch.float32
+    named = _named_dtype(config)
+    dtype = getattr(torch, named) if named else lm_config.dtype or torch.float32
     text = lm_config.get_text_config()
     with FakeTensorMode():
         # Eager attention consists of matmuls that are counted; the fused kernels do as much work.

@@ -13,7 +13,8 @@ from ..common.distributed import reduce_sum
 from ..evaluation import activation_batches
 from ..evaluation.data import HasActivations
 from ..models import SAEModel
-from ..models.selection import EncoderBlocks, select_above
+from ..models.encoder_blocks import EncoderBlocks
+from ..models.selection import select_above
 
 
 # Values are counted in bins of 1/512 octave (0.14% of the value) between these powers of two, whatever their unit.
@@ -101,7 +102,8 @@ def _histograms(
             )
         tokens += len(batch)
         for x in batch.to(sae.W_enc).split(max(1, _ENTRIES // width)):
-            blocks = EncoderBlocks(sae.normalized(x)[0], sae.W_enc[:width], sae.b_enc[:width], b_dec, scale)
+            encoder = sae.W_enc[:width], sae.b_enc[:width]
+            blocks = EncoderBlocks(sae.normalized(x)[0], *encoder, b_dec, scale, screening=sae.config.screening)
             _, cols, values = select_above(blocks, float(edges[0]))
             groups = torch.bucketize(cols, limits, right=True)
             bins = torch.searchsorted(edges, values.double(), right=True) - 1

@@ -3,19 +3,17 @@
 `page.py` needs Gradio (the extra `space`); nothing above it does.
 """
 
-from .subject.library import Library
+from typing import TYPE_CHECKING
+
+from ..common.lazy import imports_on_use
+
+
+if TYPE_CHECKING:
+    from .launching import launch
+    from .page import build_demo
+    from .subject.library import Library
 
 
 __all__ = ["Library", "build_demo", "launch"]
 
-
-def __getattr__(name: str):
-    if name == "build_demo":
-        from .page import build_demo
-
-        return build_demo
-    if name == "launch":
-        from .launching import launch
-
-        return launch
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = imports_on_use(__name__)

@@ -5,20 +5,20 @@ import importlib.util
 import sys
 import threading
 
-from ..activations.language_model import EMBEDDED
+from ..common.data_source import EMBEDDED
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Start the page from command-line arguments and serve until it is stopped; returns the exit status."""
     parsed = _parser().parse_args(arguments)
+    if parsed.mcp and importlib.util.find_spec("mcp") is None:
+        sys.stderr.write('error: --mcp needs a package: pip install "gradio[mcp]"\n')
+        return 2
     try:
         from .launching import launch
         from .page import WARMING, build_demo
     except ImportError as error:
         sys.stderr.write(f'error: {error}. The page needs Gradio: pip install "hf_matryoshka_sae[space]"\n')
-        return 2
-    if parsed.mcp and importlib.util.find_spec("mcp") is None:
-        sys.stderr.write('error: --mcp needs a package: pip install "gradio[mcp]"\n')
         return 2
     from transformers.utils import logging
 

@@ -1,19 +1,25 @@
 """What an SAE is worth, one folder for each question, on top of all that measures, ranks, trains and reads."""
 
-from ..common.report import Column, Report
-from .concepts.absorption import AbsorptionThresholds, absorption, absorption_on_task
-from .concepts.first_letter import FirstLetterTask, NotDefined, first_letter_task
-from .concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
-from .drawn_latents import neuron_dictionary
-from .effects.ablation import ablation_sparsity
-from .explanations.autointerp.interpretability import automated_interpretability
-from .explanations.autointerp.judges import open_judge
-from .explanations.explainability import explainability
-from .probing.probe_losses import probe_losses
-from .probing.tasks import LabelledTask, TokenTasks, attribute_task
-from .weights.hedging import hedging_rate
-from .weights.matching import decoder_matching, matched_cosine, maximum_mean_correlation
-from .weights.meta_sae import meta_sae
+from typing import TYPE_CHECKING
+
+from ..common.lazy import imports_on_use
+
+
+if TYPE_CHECKING:
+    from ..common.report import Column, Report
+    from .concepts.absorption import AbsorptionThresholds, absorption, absorption_on_task
+    from .concepts.first_letter import FirstLetterTask, NotDefined, first_letter_task
+    from .concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
+    from .drawn_latents import neuron_dictionary
+    from .effects.ablation import ablation_sparsity
+    from .explanations.autointerp.interpretability import automated_interpretability
+    from .explanations.autointerp.judges import open_judge
+    from .explanations.explainability import explainability
+    from .probing.probe_losses import probe_losses
+    from .probing.tasks import LabelledTask, TokenTasks, attribute_task
+    from .weights.hedging import hedging_rate
+    from .weights.matching import decoder_matching, matched_cosine, maximum_mean_correlation
+    from .weights.meta_sae import meta_sae
 
 
 __all__ = [
@@ -42,3 +48,5 @@ __all__ = [
     "spurious_correlation_removal",
     "targeted_probe_perturbation",
 ]
+
+__getattr__, __dir__ = imports_on_use(__name__)

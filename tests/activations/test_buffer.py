@@ -75,16 +75,6 @@ def test_resumed_equals_uninterrupted(when):
     assert begun + steps(resumed, when, 20) == expected
 
 
-def test_memory_is_allocated_once():
-    buffer = ShuffleBuffer(50, seed=0)
-    buffer.add(_rows(0, 30))
-    place = buffer._storage["a"].data_ptr()
-    for i in range(10):
-        buffer.draw(25)
-        buffer.add(_rows(i * 30, 25))
-    assert buffer._storage["a"].data_ptr() == place and buffer._storage["a"].shape == (50, 1)
-
-
 def test_errors():
     buffer = ShuffleBuffer(10, seed=0)
     with pytest.raises(ValueError, match="11 rows do not fit.*0 of at most 10"):

@@ -2,11 +2,7 @@
 
 import pytest
 
-from hf_matryoshka_sae.common.command import exit_status
-
-
-class Asked(Exception):
-    pass
+from hf_matryoshka_sae.common.command import Interrupted, exit_status
 
 
 def raising(error):
@@ -22,15 +18,15 @@ def raising(error):
         (ValueError("`k` is wrong"), 2, "\nerror: `k` is wrong\n"),
         (PermissionError(13, "Permission denied", "a/file"), 2, "\nerror: [Errno 13] Permission denied: 'a/file'\n"),
         (KeyboardInterrupt(), 130, "\nWhat was done is kept.\n"),
-        (Asked("Stopped after step 3."), 130, "\nStopped after step 3.\n"),
+        (Interrupted("Stopped after step 3."), 130, "\nStopped after step 3.\n"),
     ],
     ids=["value", "file", "ctrl-c", "asked"],
 )
 def test_what_users_can_mend_is_a_line_and_a_status(capsys, monkeypatch, error, status, said):
-    assert exit_status(raising(error), "What was done is kept.", stops=(Asked,)) == status
+    assert exit_status(raising(error), "What was done is kept.") == status
     assert capsys.readouterr().err == said
     monkeypatch.setenv("RANK", "1")  # of several processes the first has said it
-    assert exit_status(raising(error), "What was done is kept.", stops=(Asked,)) == status
+    assert exit_status(raising(error), "What was done is kept.") == status
     assert capsys.readouterr().err == ""
 
 

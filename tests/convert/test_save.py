@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_matryoshka_sae import CONFIGS, build_sae, convert
+from hf_matryoshka_sae.convert import registry
 from hf_matryoshka_sae.convert.formats import saelens
 
 from ..axes import each
@@ -173,6 +174,9 @@ def test_formats_are_described():
     assert {*FORMATS, "hf_matryoshka_sae"} == set(convert.formats(writable=True))
     assert set(convert.formats()) >= {"qwen_scope", "llama_scope", "bussmann", "nabeshima", "gemma_scope_2"}
     assert all(about and "\n" not in about for about in convert.formats().values())
+    assert {name: format.write is not None for name, format in registry.FORMATS.items()} == {
+        name: name in convert.formats(writable=True) for name in convert.formats()
+    }
 
 
 def test_a_folder_holds_an_sae_of_one_format(tmp_path):

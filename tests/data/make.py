@@ -63,7 +63,8 @@ def main(folder: Path) -> None:
     latent_statistics(AutoModel.from_pretrained(sae), data).save(sae)
     assert cli(["push", "run", "somebody/nested", "--dry_run", "repository", "--no_measure"]) == 0
     Path("run.yaml").write_text(json.dumps(RUN | {"output_dir": "cached"}))
-    assert cli(["cache", "--config", "run.yaml", "--output", "cache", "--dtype", "int8", "--tokens", "1024"]) == 0
+    stored = ["--activation_cache", "cache", "--activation_cache_dtype", "int8"]
+    assert cli(["cache", "--config", "run.yaml", *stored, "--tokens", "1024"]) == 0
     for needless in [*Path().glob("run/checkpoint-*"), *Path().rglob("*.png"), *Path("repository").glob("*.py")]:
         shutil.rmtree(needless) if needless.is_dir() else needless.unlink()
 

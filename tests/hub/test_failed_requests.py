@@ -10,6 +10,7 @@ from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.hub.command import pull_main, push_main
 
+from ..axes import each
 from ..models.test_saving import assert_same_tensors
 from .test_push import REPO, push, save_run
 
@@ -60,12 +61,9 @@ PUSHES = [
 ]
 
 
-@pytest.mark.parametrize(("what", "how", "reason"), PUSHES)
-@pytest.mark.parametrize("command", [False, True], ids=["call", "command"])
-def test_a_push_that_fails_says_what_failed_and_goes_on(
-    hub, run, tmp_path, monkeypatch, capsys, what, how, reason, command
-):
-    folder, sae = run
+@each(failure=PUSHES, command={"call": False, "command": True})
+def test_a_push_that_fails_says_what_failed_and_goes_on(hub, run, tmp_path, monkeypatch, capsys, failure, command):
+    (folder, sae), (what, how, reason) = run, failure
     fail(hub, lambda: push(folder), tmp_path, monkeypatch, what, how)
     whole = hub.files(REPO)
     hub.repos.clear()

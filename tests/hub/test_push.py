@@ -1,7 +1,6 @@
 """A run becomes a repository in one commit, loads from it, and is never half there."""
 
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_matryoshka_sae import MatryoshkaSAE, TopKSAE, convert
+from hf_matryoshka_sae import convert
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.features import FeatureIndex, build_index
 from hf_matryoshka_sae.hub.card import _same
@@ -26,8 +25,9 @@ from hf_matryoshka_sae.training.config.run import RunConfig
 from ..axes import each
 from ..conftest import SERVER
 from ..hub_server import HubServer
-from ..models.reference import F, hidden_states, make_sae
+from ..models.reference import F, make_sae
 from ..models.test_saving import assert_same_tensors, save
+from ..processes import FORKS
 
 
 REPO = "tester/run"
@@ -99,27 +99,11 @@ def test_several_saes_of_a_hookpoint_keep_their_names(hub, tmp_path):
     assert "tester/none" not in hub.repos
 
 
-def test_statistics_go_with_their_sae(hub, tmp_path):
-    save_run(tmp_path / "run", hookpoints=["layers.0"])
-    (tmp_path / "run" / "matryoshka" / "layers.0" / "statistics.safetensors").write_bytes(b"12345")
-    push(tmp_path / "run")
-    assert hub.files(REPO)["layers.0/statistics.safetensors"] == b"12345"
-
-
 def test_the_folder_of_one_sae_becomes_the_root(hub, tmp_path):
     saes = save_run(tmp_path / "run", hookpoints=["layers.0"])
     push(tmp_path / "run" / "matryoshka" / "layers.0")
     assert_same_tensors(AutoModel.from_pretrained(REPO), saes["matryoshka/layers.0"])
     assert list(sae_hub.list_saes(REPO)) == [""]
-
-
-def test_the_card_names_the_repository_and_has_metadata(hub, tmp_path):
-    save_run(tmp_path / "run")
-    push(tmp_path / "run")
-    card = ModelCard(hub.files(REPO)["README.md"].decode())
-    assert card.data.library_name == "transformers" and card.data.base_model == "some/model"
-    assert {"hf_matryoshka_sae", "sparse-autoencoder"} <= set(card.data.tags)
-    assert f'from_pretrained("{REPO}", subfolder="layers.0"' in card.text
 
 
 def test_one_sae_is_pushed_from_memory_with_card_code_and_tags(hub, tmp_path):
@@ -195,18 +179,6 @@ def test_saes_of_both_layouts_are_told_apart(hub, tmp_path):
     assert_same_tensors(sae_hub.load(REPO, "layers.0"), saes["matryoshka/layers.0"])
     assert_same_tensors(sae_hub.load(REPO, "topk/layers.0"), saes["topk/layers.0"])
     assert "Also in this repository, from other pushes: `layers.0`" in hub.files(REPO)["README.md"].decode()
-
-
-def test_no_path_of_this_machine_is_published(hub, tmp_path):
-    model = tmp_path / "secret-place" / "lm"
-    model.mkdir(parents=True)
-    sae = make_sae("relu", torch.float32, hookpoint="layers.0", base_model=str(model))
-    sae.save_pretrained(tmp_path / "run" / "sae" / "layers.0")
-    push(tmp_path / "run")
-    sae.push_to_hub("tester/alone")
-    for repo in (REPO, "tester/alone"):
-        assert not any(b"secret-place" in data for data in hub.files(repo).values())
-        assert sae_hub.list_saes(repo)["layers.0" if repo == REPO else ""].base_model is None
 
 
 def test_a_licence_is_stated_where_it_is_known_alone(hub, tmp_path):
@@ -430,7 +402,7 @@ def test_a_push_killed_in_the_middle_is_completed_by_the_next(hub, tmp_path):
 
     hub.watch(hold)
     arguments = (SERVER.url, str(tmp_path / "run"), str(tmp_path / "cache"))
-    worker = multiprocessing.get_context("spawn").Process(target=push_alone, args=arguments)
+    worker = FORKS.Process(target=push_alone, args=arguments)
     worker.start()
     assert reached.wait(120)
     os.kill(worker.pid, signal.SIGKILL)
@@ -439,27 +411,3 @@ def test_a_push_killed_in_the_middle_is_completed_by_the_next(hub, tmp_path):
     assert hub.files(REPO) == {}
     push(tmp_path / "run")
     assert is_whole(hub, saes)
-
-
-# The root of a collection
-
-
-def test_the_root_loads_the_only_sae_and_lists_several(hub, tmp_path):
-    (sae,) = save_run(tmp_path / "one", hookpoints=["layers.0"]).values()
-    push(tmp_path / "one", "tester/one")
-    assert_same_tensors(AutoModel.from_pretrained("tester/one"), sae)
-    assert_same_tensors(AutoModel.from_pretrained("tester/one", width=4), sae.truncate(4))
-    save_run(tmp_path / "two")
-    push(tmp_path / "two")
-    with pytest.raises(ValueError, match="holds 2 SAEs. Say which: `subfolder=` one of layers.0, layers.1-input"):
-        AutoModel.from_pretrained(REPO)
-
-
-def test_a_pushed_sae_computes_what_the_local_one_does(hub, tmp_path):
-    saes = save_run(tmp_path / "run", "topk", hookpoints=["layers.0"], k=2)
-    push(tmp_path / "run")
-    x = hidden_states(20, dtype=torch.float32)
-    again = TopKSAE.from_pretrained(REPO, subfolder="layers.0")
-    assert torch.equal(again(x).reconstruction, saes["topk/layers.0"](x).reconstruction)
-    with pytest.raises(ValueError, match="holds a topk_sae"):
-        MatryoshkaSAE.from_pretrained(REPO, subfolder="layers.0")

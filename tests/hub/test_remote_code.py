@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hf_matryoshka_sae import hub as sae_hub
 from hf_matryoshka_sae.models import modeling_sae
 
-from ..models.reference import VARIANTS, D, hidden_states, make_sae
+from ..models.reference import VARIANTS, hidden_states, make_sae
 
 
 # An interpreter that cannot import the package, whatever its path holds.
@@ -38,12 +38,17 @@ LOAD = """
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+try:
+    AutoModel.from_pretrained("tester/one")
+    raise SystemExit("code of the repository ran unasked")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
 states = load_file("input.safetensors")
 found = {}
-for place in %(places)r:
-    for width in (None, 5):
+for repo, revision, place in %r:
+    for width in (5, None):
         sae = AutoModel.from_pretrained(
-            "%(repo)s", subfolder=place, revision="%(revision)s", trust_remote_code=True, width=width
+            repo, subfolder=place, revision=revision, trust_remote_code=True, width=width
         )
         assert type(sae).__module__.startswith("transformers_modules"), type(sae)
         latents = sae.encode(states["x"])
@@ -55,13 +60,13 @@ save_file({name: value.detach().contiguous() for name, value in found.items()}, 
 """
 
 
-def run(code: str, folder: Path, url: str) -> subprocess.CompletedProcess:
-    """Run Python code in a folder, with an empty cache, against the loopback Hub."""
+def run(code: str, folder: Path, url: str) -> None:
+    """Run Python code without the package in a folder, with an empty cache, against the loopback Hub."""
     environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
 def results(sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,7 +80,8 @@ def results(sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
+def test_every_family_gives_equal_outputs_without_the_package_and_none_unasked(hub, tmp_path):
+    """In folders of a repository and, of one SAE alone, at the root; the whole after a part."""
     saes = {variant: make_sae(variant, torch.float32, hookpoint=f"layers.{i}") for i, variant in enumerate(VARIANTS)}
     saes["normalised"] = make_sae("topk", torch.float32, hookpoint="layers.x", input_normalization="layer_norm")
     saes["pieces"] = make_sae("gated", torch.float32, hookpoint="layers.p")
@@ -85,12 +91,15 @@ def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
     assert (tmp_path / "run" / "sae" / "layers.p" / "latents.index.json").is_file()
     commit = sae_hub.push(tmp_path / "run", "tester/all", measure=False, show=False)
     HfApi().create_tag("tester/all", tag="v1", revision=commit.oid)
+    places = {sae.config.hookpoint: sae for sae in saes.values()} | {
+        "": make_sae("matryoshka-batch_topk", torch.float32)
+    }
+    places[""].push_to_hub("tester/one")
     x = hidden_states(40, dtype=torch.float32)
     save_file({"x": x}, tmp_path / "input.safetensors")
-    places = {sae.config.hookpoint: sae for sae in saes.values()}
-    code = WITHOUT_PACKAGE + LOAD % {"places": list(places), "repo": "tester/all", "revision": "v1"}
-    done = run(code, tmp_path, hub.url)
-    assert done.returncode == 0, done.stderr
+    revision = hub.repos["tester/one"].branches["main"]
+    repositories = [("tester/all", "v1", place) if place else ("tester/one", revision, "") for place in places]
+    run(LOAD % (repositories,), tmp_path, hub.url)
     found = load_file(tmp_path / "output.safetensors")
     for place, sae in places.items():
         for width, expected in ((None, sae), (5, sae.truncate(5))):
@@ -99,40 +108,19 @@ def test_every_family_gives_equal_outputs_without_the_package(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_sae_at_the_root_loads_without_the_package_and_the_whole_after_a_part(hub, tmp_path):
-    sae = make_sae("matryoshka-batch_topk", torch.float32)
-    sae.push_to_hub("tester/one")
-    commit = hub.repos["tester/one"].branches["main"]
-    save_file({"x": torch.randn(3, D)}, tmp_path / "input.safetensors")
-    code = WITHOUT_PACKAGE + LOAD % {"places": [""], "repo": "tester/one", "revision": commit}
-    done = run(code, tmp_path, hub.url)
-    assert done.returncode == 0, done.stderr
-    x = load_file(tmp_path / "input.safetensors")["x"]
-    found = load_file(tmp_path / "output.safetensors")
-    assert torch.equal(found["-None"], results(sae, x)[""])
-
-
-@pytest.mark.slow
-def test_without_trust_nothing_of_the_repository_runs(hub, tmp_path):
-    make_sae("relu", torch.float32).push_to_hub("tester/one")
-    load = "from transformers import AutoModel\nAutoModel.from_pretrained('tester/one')"
-    done = run(WITHOUT_PACKAGE + load, tmp_path, hub.url)
-    assert done.returncode != 0 and "trust_remote_code" in done.stderr
-
-
-@pytest.mark.slow
 def test_the_cards_snippets_run_as_printed(hub, tmp_path):
     sae = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1", base_model="embedded")
     sae.save_pretrained(tmp_path / "run" / "sae" / "model.layers.1")
     sae_hub.push(tmp_path / "run", "tester/card", measure=False, show=False)
     sae.push_to_hub("tester/card-of-one")
+    alone = []
     for repo in ("tester/card", "tester/card-of-one"):
         blocks = re.findall(r"```python\n(.*?)```", hub.files(repo)["README.md"].decode(), re.DOTALL)
-        assert len(blocks) == 2 and all(f'"{repo}"' in block for block in blocks)
-        for block in blocks:
-            without = "trust_remote_code" in block
-            done = run((WITHOUT_PACKAGE if without else "") + block, tmp_path, hub.url)
-            assert done.returncode == 0, f"{block}\n{done.stderr}"
+        with_package, without = sorted(blocks, key=lambda block: "trust_remote_code" in block)
+        assert all(f'"{repo}"' in block for block in blocks) and "trust_remote_code" not in with_package
+        exec(compile(with_package, repo, "exec"), {})
+        alone.append(without)
+    run(f"for block in {alone!r}:\n    exec(compile(block, 'card', 'exec'), {{}})", tmp_path, hub.url)
 
 
 def test_the_code_imports_only_what_a_reader_has():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel
 
 from hf_matryoshka_sae.hub.card import card_assets, run_card
-from hf_matryoshka_sae.studies import command
+from hf_matryoshka_sae.studies import command, evaluating
 from hf_matryoshka_sae.studies.suite import SECTIONS
 
 
@@ -21,7 +21,7 @@ def evaluated(folder, *flags):
     small = [replace(each, full=each.least) for each in SECTIONS if each.name in ("fidelity", "ablation")]
     flags = ("--tokens", "600", "--context_length", "32", *flags)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "SECTIONS", small)
+        patch.setattr(evaluating, "SECTIONS", small)
         assert command.main([str(folder), "--suite", "full", *flags]) == 0
     return json.loads((folder / "evaluation_suite/suite.json").read_text())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_matryoshka_sae.models import dense_ops, selection
+from hf_matryoshka_sae.models import dense_ops, encoder_blocks, selection
 
 from ..axes import each
 from .reference import VARIANTS, assert_close, batch_topk_mask, make_sae, step_with_kernel, topk_mask
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_dense_reference_where_values_tie(variant, sh
 
 def set_blocks(monkeypatch, latents: int | None) -> None:
     if latents is not None:
-        monkeypatch.setitem(selection._BLOCK_ENTRIES, "cpu", latents * NUM_TOKENS)
+        monkeypatch.setitem(encoder_blocks.BLOCK_ENTRIES, "cpu", latents * NUM_TOKENS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,9 +134,9 @@ class Largest(TorchDispatchMode):
 @each(static={"listed": False, "static": True}, variant=COMPETING)
 def test_nothing_of_size_n_x_f_is_made(variant, static, monkeypatch):
     num_tokens, num_latents, block = 512, 2048, 128
-    monkeypatch.setitem(selection._BLOCK_ENTRIES, "cpu", block * num_tokens)
+    monkeypatch.setitem(encoder_blocks.BLOCK_ENTRIES, "cpu", block * num_tokens)
     monkeypatch.setattr(selection, "_host_may_look", lambda device: not static)
-    selection._kept.buffer = None
+    encoder_blocks._kept.__dict__.clear()
     fields = {"prefix_widths": [256, 2048]} if variant.startswith("matryoshka") else {}
     sae = make_sae(variant, torch.float32, num_latents=num_latents, k=3, **fields).train()
     x = torch.randn(num_tokens, sae.config.d_in)

@@ -7,9 +7,6 @@ from ..axes import each
 from .reference import VARIANTS, D, dense_forward, make_sae
 
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
 def large_states(dtype: torch.dtype) -> torch.Tensor:
     """Norms of 3e4 in float16 and 1e6 in bfloat16, nearly all of it in one dimension."""
     x = torch.randn(40, D)

@@ -6,7 +6,7 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae import SparseLatents, TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.evaluation import Dictionary
-from hf_matryoshka_sae.models import selection
+from hf_matryoshka_sae.models import encoder_blocks
 from hf_matryoshka_sae.progressive import calibrate_thresholds, latent_statistics, prune, refit
 from hf_matryoshka_sae.progressive.codec import encode_progressive
 
@@ -114,7 +114,7 @@ def test_the_largest_of_each_group_is_kept(monkeypatch, block, order):
     if order == "shuffled":
         sae.permute_(torch.randperm(latents))
     if block:
-        monkeypatch.setitem(selection._BLOCK_ENTRIES, "cpu", block * 20)
+        monkeypatch.setitem(encoder_blocks.BLOCK_ENTRIES, "cpu", block * 20)
     x = torch.randn(20, D, dtype=torch.float64)
     groups = (sae.latent_ids // size).tolist()
     assert_close(sae.encode(x).to_dense(), group_max(sae, x, groups))

@@ -1,7 +1,6 @@
 """Only the first latents come over the wire, a later width extends them, and nothing half is ever used."""
 
 import json
-import multiprocessing
 import os
 import threading
 import time
@@ -15,14 +14,14 @@ from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 from safetensors import torch as safetensors_torch
 from transformers import AutoModel
 
-from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel, TopKSAE
+from hf_matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, SAEModel
 from hf_matryoshka_sae.models import partial_download
 from hf_matryoshka_sae.models.checkpoint_files import WHOLE_TENSORS
-from hf_matryoshka_sae.models.digests import DIGESTS_NAME, block_ends, digest, row_digests
+from hf_matryoshka_sae.models.digests import DIGESTS_NAME, digest, row_digests
 
 from ..axes import each
 from ..hub_server import HubServer
-from .reference import VARIANTS, F, hidden_states, make_sae
+from ..processes import FORKS
 from .test_saving import assert_same_tensors, save
 
 
@@ -34,18 +33,13 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-layouts = pytest.mark.parametrize("layout", ["one file", "shards", "pieces"])
-
-
-def put(
-    hub: HubServer, sae: SAEModel, folder, digests: bool = True, subfolder: str = "", layout: str = "one file"
-) -> None:
+def put(hub: HubServer, sae: SAEModel, folder, digests=True, layout="one file") -> None:
     """Commit a saved SAE to the loopback Hub."""
     save(sae, folder, layout, 40_000)
-    files = {f"{subfolder}{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     if digests:
         found = row_digests(sae.state_dict(), sae.config.num_latents, sae.prefix_widths, WHOLE_TENSORS)
-        files[subfolder + DIGESTS_NAME] = json.dumps(found).encode()
+        files[DIGESTS_NAME] = json.dumps(found).encode()
     hub.add(REPO, files)
     hub.requests.clear()
 
@@ -61,6 +55,14 @@ def row_bytes(sae: SAEModel, start: int, stop: int) -> int:
     state = sae.state_dict()
     rows = sum(tensor[start:stop].nbytes for name, tensor in state.items() if name not in WHOLE_TENSORS)
     return rows + (sum(state[name].nbytes for name in WHOLE_TENSORS) if start == 0 else 0)
+
+
+@pytest.fixture
+def sae(hub, tmp_path) -> MatryoshkaSAE:
+    """An SAE that is on the Hub, and in `tmp_path / "saved"`."""
+    sae = large()
+    put(hub, sae, tmp_path / "saved")
+    return sae
 
 
 def weights_sent(hub: HubServer) -> int:
@@ -86,21 +88,7 @@ def test_a_width_fetches_its_rows_and_a_larger_one_the_difference(hub, tmp_path,
     assert weights_sent(hub) == 0  # the file was complete
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_family_comes_as_its_truncation(hub, tmp_path, variant):
-    sae = make_sae(variant, torch.float32)
-    sae.permute_(torch.randperm(F))
-    put(hub, sae, tmp_path / "saved", subfolder="layers.3/")
-    for width in (2, 6, F):
-        part = AutoModel.from_pretrained(REPO, subfolder="layers.3", width=width)
-        assert_same_tensors(part, sae.truncate(width))
-        x = hidden_states(5, dtype=torch.float32)
-        assert torch.equal(part(x).reconstruction, sae.truncate(width)(x).reconstruction)
-
-
-def test_the_whole_after_a_part_fetches_only_the_rest(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_the_whole_after_a_part_fetches_only_the_rest(hub, sae, tmp_path):
     AutoModel.from_pretrained(REPO, width=128)
     assert weights_sent(hub) == row_bytes(sae, 0, 128)
     assert_same_tensors(AutoModel.from_pretrained(REPO), sae)
@@ -113,25 +101,20 @@ def test_the_whole_after_a_part_fetches_only_the_rest(hub, tmp_path):
     )
 
 
-def test_a_part_of_a_whole_file_in_the_cache_fetches_nothing(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_part_of_a_whole_file_in_the_cache_fetches_nothing(hub, sae):
     MatryoshkaSAE.from_pretrained(REPO)
     hub.requests.clear()
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=9), sae.truncate(9))
     assert weights_sent(hub) == 0
 
 
-def test_a_cache_with_parts_is_a_sound_cache(hub, tmp_path):
-    put(hub, large(), tmp_path / "saved")
+def test_a_cache_with_parts_is_a_sound_cache(sae, tmp_path):
     AutoModel.from_pretrained(REPO, width=9)
     found = scan_cache_dir(tmp_path / "cache")
     assert not found.warnings and [repo.repo_id for repo in found.repos] == [REPO]
 
 
-def test_ranges_are_fetched_where_the_hub_redirects_to_without_its_token(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_ranges_are_fetched_where_the_hub_redirects_to_without_its_token(hub, sae):
     hub.serve_large_files_elsewhere()
     assert_same_tensors(AutoModel.from_pretrained(REPO, width=100), sae.truncate(100))
     assert_same_tensors(AutoModel.from_pretrained(REPO), sae)
@@ -153,9 +136,7 @@ def test_a_new_commit_is_fetched_anew_and_the_old_one_stays(hub, tmp_path):
     assert weights_sent(hub) == 0
 
 
-def test_force_download_starts_over(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_force_download_starts_over(hub, sae):
     AutoModel.from_pretrained(REPO, width=20)
     weights_sent(hub)
     assert_same_tensors(AutoModel.from_pretrained(REPO, width=20, force_download=True), sae.truncate(20))
@@ -180,16 +161,14 @@ def test_without_a_connection_what_was_fetched_loads_and_more_is_refused(hub, tm
     assert not hub.requests
 
 
-def test_offline_with_nothing_in_the_cache_says_so(hub, tmp_path, monkeypatch):
-    put(hub, large(), tmp_path / "saved")
+def test_offline_with_nothing_in_the_cache_says_so(sae, monkeypatch):
     MatryoshkaSAEConfig.from_pretrained(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="not in the cache, and this is offline"):
         MatryoshkaSAE.from_pretrained(REPO, width=3)
 
 
-def test_a_width_it_does_not_have_is_refused_before_weights_are_fetched(hub, tmp_path):
-    put(hub, large(), tmp_path / "saved")
+def test_a_width_it_does_not_have_is_refused_before_weights_are_fetched(hub, sae):
     with pytest.raises(ValueError, match="between 1 and num_latents"):
         AutoModel.from_pretrained(REPO, width=513)
     assert not any("safetensors" in request.path for request in hub.requests)
@@ -198,9 +177,7 @@ def test_a_width_it_does_not_have_is_refused_before_weights_are_fetched(hub, tmp
 # Servers and connections that misbehave
 
 
-def test_where_ranges_are_refused_the_whole_file_comes_with_a_warning(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_where_ranges_are_refused_the_whole_file_comes_with_a_warning(hub, sae):
     hub.ranges = False
     with pytest.warns(UserWarning, match="whole of model.safetensors of tester/sae is downloaded"):
         assert_same_tensors(AutoModel.from_pretrained(REPO, width=20), sae.truncate(20))
@@ -209,9 +186,7 @@ def test_where_ranges_are_refused_the_whole_file_comes_with_a_warning(hub, tmp_p
         assert_same_tensors(AutoModel.from_pretrained(REPO, width=30), sae.truncate(30))
 
 
-def test_ranges_that_stop_being_served_fall_back_too(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_ranges_that_stop_being_served_fall_back_too(hub, sae):
     AutoModel.from_pretrained(REPO, width=20)
     hub.ranges = False
     with pytest.warns(UserWarning, match="200 to a request for a part"):
@@ -244,16 +219,12 @@ def test_each_request_failed_once_leaves_nothing_half(hub, tmp_path, monkeypatch
     assert survived >= total - 4  # what fails for good are requests that huggingface_hub makes but once
 
 
-def test_a_connection_that_breaks_again_and_again_goes_on_where_it_broke(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_connection_that_breaks_again_and_again_goes_on_where_it_broke(hub, sae):
     hub.fail(1 + requests_of_a_pull(hub), "truncate", times=4)  # of the rows that 300 latents lack
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=300), sae.truncate(300))
 
 
-def test_a_connection_that_stays_broken_keeps_what_came(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_connection_that_stays_broken_keeps_what_came(hub, sae):
     MatryoshkaSAE.from_pretrained(REPO, width=100)
     weights_sent(hub)
     hub.fail(4, "drop", times=1000)
@@ -265,9 +236,7 @@ def test_a_connection_that_stays_broken_keeps_what_came(hub, tmp_path):
     assert first > 0 and first + weights_sent(hub) == row_bytes(sae, 100, 500)
 
 
-def test_rows_damaged_on_the_way_are_found_and_fetched_again(hub, tmp_path, monkeypatch):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_rows_damaged_on_the_way_are_found_and_fetched_again(hub, sae, tmp_path, monkeypatch):
     total, found = requests_of_a_pull(hub), 0
     for number in range(total - 6, total + 1):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{number}"))
@@ -292,9 +261,7 @@ def test_without_digests_a_complete_file_is_checked_against_the_hubs_sum(hub, tm
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=512), sae)
 
 
-def test_a_full_disk_leaves_what_was_there(hub, tmp_path, monkeypatch):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_full_disk_leaves_what_was_there(hub, sae, tmp_path, monkeypatch):
     MatryoshkaSAE.from_pretrained(REPO, width=20)
     synced = []
 
@@ -317,9 +284,7 @@ def test_a_full_disk_leaves_what_was_there(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["record", "weights", "nothing left"])
-def test_a_damaged_cache_is_made_anew(hub, tmp_path, damage):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_damaged_cache_is_made_anew(sae, tmp_path, damage):
     MatryoshkaSAE.from_pretrained(REPO, width=20)
     (weights,) = (tmp_path / "cache" / "models--tester--sae" / "partial").glob("*/weights-*.safetensors")
     if damage == "record":
@@ -380,19 +345,11 @@ def test_a_header_of_something_else_is_refused(hub, tmp_path, text):
         MatryoshkaSAE.from_pretrained(REPO, width=3)
 
 
-def test_rows_other_than_the_config_says_are_refused(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_rows_other_than_the_config_says_are_refused(hub, sae):
     state = sae.state_dict() | {"W_dec": sae.W_dec[:100].clone()}
     hub.add(REPO, {"model.safetensors": safetensors_torch.save(state, {"format": "pt"}), DIGESTS_NAME: b"{}"})
     with pytest.raises(ValueError, match="W_dec"):
         MatryoshkaSAE.from_pretrained(REPO, width=90)
-
-
-def test_a_checkpoint_of_another_family_is_refused(hub, tmp_path):
-    put(hub, large(), tmp_path / "saved")
-    with pytest.raises(ValueError, match="holds a matryoshka_sae"):
-        TopKSAE.from_pretrained(REPO, width=3)
 
 
 # Several at once
@@ -452,7 +409,7 @@ def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_pat
 
     hub.watch(hold)
     arguments = (hub.url, str(tmp_path / "cache"))
-    worker = multiprocessing.get_context("spawn").Process(target=_pull_slowly, args=arguments)
+    worker = FORKS.Process(target=_pull_slowly, args=arguments)
     worker.start()
     assert reached.wait(60)
     worker.kill()
@@ -503,9 +460,7 @@ def test_a_header_damaged_on_the_way_is_fetched_again(hub, tmp_path, monkeypatch
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
 
 
-def test_damaged_digests_are_fetched_again(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_damaged_digests_are_fetched_again(sae, tmp_path):
     whole = tmp_path / "cache" / "models--tester--sae"
     MatryoshkaSAE.from_pretrained(REPO, width=8)
     (found,) = whole.glob(f"snapshots/*/{DIGESTS_NAME}")
@@ -515,9 +470,7 @@ def test_damaged_digests_are_fetched_again(hub, tmp_path):
         assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=width), sae.truncate(width))
 
 
-def test_force_download_mends_a_damaged_whole_file(hub, tmp_path):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_force_download_mends_a_damaged_whole_file(sae, tmp_path):
     MatryoshkaSAE.from_pretrained(REPO)
     blob = Path(try_to_load_from_cache(REPO, "model.safetensors", cache_dir=tmp_path / "cache")).resolve()
     data = bytearray(blob.read_bytes())
@@ -527,17 +480,13 @@ def test_force_download_mends_a_damaged_whole_file(hub, tmp_path):
     assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO), sae)
 
 
-def test_who_reads_while_another_starts_over_sees_no_holes(hub, tmp_path, two_processes):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_who_reads_while_another_starts_over_sees_no_holes(hub, sae, tmp_path, two_processes):
     MatryoshkaSAE.from_pretrained(REPO, width=64)
     expected = sae.W_dec[:64].detach().clone()
     two_processes.run(_start_over_or_read, hub.url, str(tmp_path / "cache"), tmp_path / "done", expected)
 
 
-def test_a_cache_that_cannot_be_written_to_serves_what_it_has(hub, tmp_path, monkeypatch):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
+def test_a_cache_that_cannot_be_written_to_serves_what_it_has(sae, monkeypatch):
     MatryoshkaSAE.from_pretrained(REPO, width=64)
 
     def locked(path):
@@ -550,25 +499,6 @@ def test_a_cache_that_cannot_be_written_to_serves_what_it_has(hub, tmp_path, mon
 
 
 @pytest.mark.parametrize("width", ["64", 2.5, True, None.__class__], ids=str)
-def test_a_width_that_is_no_number_is_refused(hub, tmp_path, width):
-    put(hub, large(), tmp_path / "saved")
+def test_a_width_that_is_no_number_is_refused(sae, width):
     with pytest.raises(ValueError, match="`width` must lie between 1 and num_latents"):
         MatryoshkaSAE.from_pretrained(REPO, width=width)
-
-
-# Digests
-
-
-def test_blocks_end_at_prefix_widths_powers_of_two_and_every_64th():
-    ends = block_ends(1000, [3, 77, 1000])
-    assert {3, 77, 512, 1000} <= set(ends) and ends == sorted(set(ends)) and ends[-1] == 1000
-    assert {round(1000 * part / 64) for part in range(1, 65)} <= set(ends)
-    assert block_ends(1, [1]) == [1]
-
-
-def test_pieces_of_rows_are_counted_as_they_come(hub, tmp_path, monkeypatch):
-    sae = large()
-    put(hub, sae, tmp_path / "saved")
-    monkeypatch.setattr(partial_download, "_PIECE", 7000)
-    assert_same_tensors(MatryoshkaSAE.from_pretrained(REPO, width=100), sae.truncate(100))
-    assert weights_sent(hub) == row_bytes(sae, 0, 100)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_matryoshka_sae import convert
-from hf_matryoshka_sae.models.safetensors_file import give_usual_permissions
 from hf_matryoshka_sae.progressive import latent_statistics
 
 from .reference import hidden_states, make_sae
@@ -34,11 +33,3 @@ def test_every_saved_file_has_the_permissions_of_the_umask(tmp_path, umask):
     found = modes(tmp_path)
     assert {"model.safetensors", "statistics.safetensors", "sae_weights.safetensors", "sae.safetensors"} <= set(found)
     assert set(found.values()) == {0o666 & ~umask}, found
-
-
-def test_nothing_is_left_beside_the_file(tmp_path, umask):
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(b"1")
-    path.chmod(0o600)
-    give_usual_permissions(path)
-    assert modes(tmp_path) == {"weights.safetensors": 0o666 & ~umask}

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,19 @@ from hf_matryoshka_sae.models.pieces import (
     PIECES_INDEX_NAME,
     WHOLE_TENSORS,
     allocate_files,
-    is_weights,
     plan_files,
     read_index,
-    tensor_files,
     write_index,
     write_latents,
 )
+from hf_matryoshka_sae.models.safetensors_file import write_tensors
 from hf_matryoshka_sae.models.saving import staged_files
 
 from ..axes import each
 from ..hub_server import HubServer
+from ..processes import FORKS
 from .reference import VARIANTS, F, make_sae
-from .test_partial_download import REPO, large, layouts, put, row_bytes, weights_sent
+from .test_partial_download import REPO, large, put, row_bytes, weights_sent
 from .test_saving import assert_same_tensors, contents, save
 
 
@@ -62,12 +61,6 @@ def test_pieces_keep_to_the_bound_and_are_as_few_and_as_equal_as_can_be(limit, l
     assert max(sizes) == 1 or max(sizes) * row + whole <= limit
     fewer = len(sizes) - 1
     assert len(sizes) in (1, latents) or fewer * ((limit - whole) // row) < latents
-
-
-def test_any_rows_give_the_same_plan():
-    state = large().state_dict()
-    part = {name: tensor if name in WHOLE_TENSORS else tensor[:3] for name, tensor in state.items()}
-    assert plan_files(part, 512, "30KB") == plan_files(state, 512, 30_000)
 
 
 @pytest.mark.parametrize("size", ["5 GB", "5gb", "0.005TB", "5000MB", 5 * 10**9, "5000000KB"])
@@ -107,16 +100,6 @@ def test_pieces_load_as_the_single_file_does(tmp_path, variant, size):
         assert_same_tensors(load.from_pretrained(tmp_path / "pieces"), sae)
     for width in range(1, F + 1):
         assert_same_tensors(AutoModel.from_pretrained(tmp_path / "pieces", width=width), sae.truncate(width))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_types_survive_pieces(tmp_path, dtype):
-    sae = large(dtype)
-    sae.save_pretrained(tmp_path, max_shard_size="30KB")
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert_same_tensors(loaded, sae)
-    assert loaded.threshold.dtype == torch.float32
-    assert AutoModel.from_pretrained(tmp_path, dtype=torch.float32).W_enc.dtype == torch.float32
 
 
 def test_loading_info_and_overrides_work_with_pieces(tmp_path):
@@ -172,21 +155,6 @@ def test_a_save_killed_while_files_take_their_places_never_leaves_a_mixture(
         except (OSError, ValueError):
             continue
         assert any(torch.equal(found.W_dec, sae.W_dec[:width]) for sae in (old, new))
-
-
-def test_names_of_weights():
-    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
-        assert is_weights(name)
-    for name in ("latents-00001-of-00002.safetensors", "latents-123456-of-123456.safetensors", PIECES_INDEX_NAME):
-        assert is_weights(name)
-    for name in (
-        "statistics.safetensors",
-        "latents.npy",
-        "model.digests.json",
-        "latents-1.safetensors",
-        "config.json",
-    ):
-        assert not is_weights(name)
 
 
 # Written by several
@@ -257,10 +225,9 @@ def test_rows_other_than_planned_are_refused(tmp_path):
 RANGES = [(0, 512), (0, 1), (511, 512), (0, 200), (70, 71), (100, 300), (256, 512)]
 
 
-@layouts
-@pytest.mark.parametrize(("start", "stop"), RANGES)
-def test_any_latents_are_read_from_a_folder(tmp_path, layout, start, stop):
-    sae = large(torch.bfloat16)
+@each(layout=["one file", "shards", "pieces"], rows=RANGES)
+def test_any_latents_are_read_from_a_folder(tmp_path, layout, rows):
+    (start, stop), sae = rows, large(torch.bfloat16)
     save(sae, tmp_path / "layers.3", layout, 20_000)
     config, state = read_latents(tmp_path, start, stop, subfolder="layers.3")
     assert config.num_latents == 512 and config.prefix_widths == sae.prefix_widths
@@ -271,10 +238,9 @@ def test_any_latents_are_read_from_a_folder(tmp_path, layout, start, stop):
         assert tensor.dtype == rows.dtype and torch.equal(tensor, rows), name
 
 
-@layouts
-@pytest.mark.parametrize(("start", "stop"), RANGES)
-def test_any_latents_are_read_from_the_hub(hub, tmp_path, layout, start, stop):
-    sae = large()
+@each(layout=["one file", "shards", "pieces"], rows=RANGES)
+def test_any_latents_are_read_from_the_hub(hub, tmp_path, layout, rows):
+    (start, stop), sae = rows, large()
     put(hub, sae, tmp_path / "saved", layout=layout)
     expected = sae.state_dict()
     for _ in range(2):
@@ -462,68 +428,54 @@ def test_an_index_of_another_dictionary_or_a_newer_format_is_refused(saved):
         type(sae).from_pretrained(folder)
 
 
-def test_files_with_tensors_are_found_by_name(saved):
-    folder, _ = saved
-    (folder / "statistics.safetensors").write_bytes(b"")
-    assert [path.name for path in tensor_files(folder)] == [file for file, _, _ in pieces_of(folder)]
-
-
 # Memory
 
 
-# Not `ru_maxrss`, which a process inherits from the one that started it.
-_PEAK = """
-def peak():
+def _peak() -> int:
+    """Bytes; not `ru_maxrss`, which a process inherits from the one that started it."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-"""
-
-_WRITE = """
-import sys, torch
-from hf_matryoshka_sae.models.safetensors_file import write_tensors
-from hf_matryoshka_sae.models.pieces import allocate_files, plan_files, write_index, write_latents
-tensors = {"W_enc": torch.rand(300_000, 128), "W_dec": torch.rand(128, 300_000).T}
-write_tensors(sys.argv[1] + "/small", {"a": torch.rand(1000)})
-before = peak()
-if sys.argv[2] == "file":
-    write_tensors(sys.argv[1] + "/file", tensors)
-else:
-    plan = plan_files(tensors, 300_000, "40MB")
-    allocate_files(sys.argv[1], plan)
-    write_latents(sys.argv[1], plan, 0, tensors)
-    write_index(sys.argv[1], plan)
-print(peak() - before)
-"""
-
-_READ = """
-import sys, torch
-from hf_matryoshka_sae import SAEModel, TopKSAE, TopKSAEConfig
-from hf_matryoshka_sae.models.checkpoint_files import read_latents
-TopKSAE(TopKSAEConfig(d_in=4, num_latents=64)).save_pretrained(sys.argv[1] + "/small", max_shard_size="1KB")
-TopKSAE.from_pretrained(sys.argv[1] + "/small")
-before = peak()
-if sys.argv[2] == "whole":
-    sae = TopKSAE.from_pretrained(sys.argv[1])
-    assert sae.W_enc.sum() > 0 and sae.W_dec.sum() != 0
-else:
-    _, state = read_latents(sys.argv[1], 100_000, 150_000)
-    assert all(tensor.sum() != 0 for name, tensor in state.items() if name.startswith("W"))
-print(peak() - before)
-"""
 
 
-def _grown(script: str, *arguments) -> int:
+def _write(folder: Path, what: str) -> int:
+    tensors = {"W_enc": torch.rand(300_000, 128), "W_dec": torch.rand(128, 300_000).T}
+    write_tensors(folder / "small", {"a": torch.rand(1000)})
+    before = _peak()
+    if what == "file":
+        write_tensors(folder / "file", tensors)
+    else:
+        plan = plan_files(tensors, 300_000, "40MB")
+        allocate_files(folder, plan)
+        write_latents(folder, plan, 0, tensors)
+        write_index(folder, plan)
+    return _peak() - before
+
+
+def _read(folder: Path, what: str) -> int:
+    TopKSAE(TopKSAEConfig(d_in=4, num_latents=64)).save_pretrained(folder / "small", max_shard_size="1KB")
+    TopKSAE.from_pretrained(folder / "small")
+    before = _peak()
+    if what == "whole":
+        sae = TopKSAE.from_pretrained(folder)
+        assert sae.W_enc.sum() > 0 and sae.W_dec.sum() != 0
+    else:
+        _, state = read_latents(folder, 100_000, 150_000)
+        assert all(tensor.sum() != 0 for name, tensor in state.items() if name.startswith("W"))
+    return _peak() - before
+
+
+def _grown(act: Callable, *arguments) -> int:
     """Bytes by which the peak memory of a process of its own grows."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
-    command = [sys.executable, "-c", _PEAK + script, *map(str, arguments)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with FORKS.Pool(1) as pool:
+        return pool.apply(act, arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["file", "pieces"])
 def test_writing_needs_a_chunk_of_memory_not_a_copy(tmp_path, what):
-    assert _grown(_WRITE, tmp_path, what) < 150 * 2**20  # of 307 MB; the transposed half goes in chunks of 64 MB
+    assert _grown(_write, tmp_path, what) < 150 * 2**20  # of 307 MB; the transposed half goes in chunks of 64 MB
 
 
 @pytest.mark.slow
@@ -534,6 +486,6 @@ def test_reading_needs_the_rows_and_no_more_than_a_piece_besides(tmp_path, size)
     sae.save_pretrained(tmp_path, max_shard_size=size)
     total = sum(tensor.nbytes for tensor in sae.state_dict().values())
     del sae
-    assert 0.9 * total <= _grown(_READ, tmp_path, "whole") < 1.2 * total + 50 * 2**20
+    assert 0.9 * total <= _grown(_read, tmp_path, "whole") < 1.2 * total + 50 * 2**20
     rows = total / 6
-    assert 0.9 * rows <= _grown(_READ, tmp_path, "latents") < 1.5 * rows + 50 * 2**20
+    assert 0.9 * rows <= _grown(_read, tmp_path, "latents") < 1.5 * rows + 50 * 2**20

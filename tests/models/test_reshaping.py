@@ -9,9 +9,6 @@ from .reference import OPTIONS, VARIANTS, D, F, assert_close, hidden_states, mak
 
 N = 7
 variants = pytest.mark.parametrize("variant", VARIANTS)
-options = pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
-
-
 # Reordering
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_matryoshka_sae.models.selection import EncoderBlocks, select_above, select_batch_topk, select_topk
+from hf_matryoshka_sae.models.encoder_blocks import EncoderBlocks
+from hf_matryoshka_sae.models.selection import select_above, select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout
 
 from ..axes import each
@@ -51,7 +52,6 @@ PRE = {
 }
 
 
-WAYS = pytest.mark.parametrize("static", [False, True], ids=["listed", "static"])
 BLOCKS = pytest.mark.parametrize("block", [None, 32, 96], ids=["one block", "blocks of 32", "blocks of 96"])
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_matryoshka_sae.models.selection import EncoderBlocks, select_batch_topk, select_topk
+from hf_matryoshka_sae.models.encoder_blocks import EncoderBlocks
+from hf_matryoshka_sae.models.selection import select_batch_topk, select_topk
 from hf_matryoshka_sae.models.sharding import Layout, exchange_rows, shard_rows
 
 

@@ -14,9 +14,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
 )
 
-TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-WIDTHS = pytest.mark.parametrize("d_in", [1, 37, 256, 300])
-
 
 def bags_of(sizes: list[int], num_rows: int) -> tuple[torch.Tensor, ...]:
     """Values, rows, bags and offsets of bags with so many pairs."""

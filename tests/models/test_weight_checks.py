@@ -22,10 +22,6 @@ from .reference import VARIANTS, D, F, hidden_states, make_sae
 from .test_saving import assert_same_tensors, rewrite_weights, save
 
 
-loaders = pytest.mark.parametrize("load", [AutoModel, MatryoshkaSAE], ids=["AutoModel", "class"])
-widths = pytest.mark.parametrize("width", [None, 4])
-
-
 @pytest.fixture
 def folder(tmp_path):
     make_sae("matryoshka-jumprelu", torch.float32).save_pretrained(tmp_path / "sae")
@@ -250,8 +246,7 @@ ABSURD = [
 ]
 
 
-@loaders
-@pytest.mark.parametrize("fields", ABSURD, ids=lambda fields: str(fields)[:30])
+@each(fields={str(fields)[:40]: fields for fields in ABSURD}, load={"AutoModel": AutoModel, "class": MatryoshkaSAE})
 def test_absurd_fields_are_one_kind_of_error_that_names_the_folder(folder, load, fields):
     edit_config(folder, **fields)
     began = time.process_time()

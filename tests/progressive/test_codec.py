@@ -78,15 +78,6 @@ def test_latents_come_back_within_a_step(name, shape):
         assert torch.equal(decode_progressive(sae, data, statistics), sae.decode(found))
 
 
-def test_a_small_step_gives_the_reconstruction():
-    sae = random_sae()
-    x, statistics = torch.randn(30, D), measured(sae)
-    with torch.no_grad():
-        expected = sae(x).reconstruction
-    found = decode_progressive(sae, encode_progressive(sae, x, statistics, step=1e-5), statistics)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-
-
 @each(block=[1, 3, 8, 64, 1000], groups=[None, [F], [1, 2, F]])
 def test_blocks_and_groups_change_the_order_alone(block, groups):
     sae = random_sae()
@@ -278,10 +269,3 @@ def test_without_constriction_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match=r"hf_matryoshka_sae\[codec\]"):
         encode_progressive(sae, torch.randn(3, D), statistics)
-
-
-def test_default_groups_of_a_plain_dictionary_are_powers_of_two():
-    sae = build_sae(TopKSAEConfig(d_in=D, num_latents=100, k=4))
-    assert codec._default_groups(sae) == [16, 32, 64, 100]
-    assert codec._default_groups(build_sae(TopKSAEConfig(d_in=D, num_latents=9, k=4))) == [9]
-    assert codec._default_groups(random_sae()) == [4, 10, F]

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from hf_matryoshka_sae.progressive import greedy as module
-from hf_matryoshka_sae.progressive.greedy import add_products, greedy_order
-from hf_matryoshka_sae.progressive.statistics import encoded
+from hf_matryoshka_sae.progressive.greedy import greedy_order
 
 from ..axes import each
 from ..models.reference import OPTIONS, PREFIXES, VARIANTS, F, assert_close, dense_latents, hidden_states, make_sae
@@ -55,18 +54,6 @@ def test_silent_latents_come_before_harmful_ones():
         sae.W_dec[9] *= -20
     order = greedy_order(sae, [x]).order.tolist()
     assert order.index(4) < order.index(9) == F - 1
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 10**6])
-def test_products_are_those_of_dense_activations(at_once, way, monkeypatch):
-    monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", at_once)
-    sae, x = make_sae("jumprelu"), hidden_states(30)
-    acts = dense_latents(sae, dict(sae.state_dict()), x, F, "restrict").detach()
-    total = torch.ones(F, F, dtype=torch.float64)
-    add_products(total, encoded(sae, x))
-    assert_close(total, acts.T @ acts + 1)
-    add_products(total, encoded(sae, x[:0]))
-    assert_close(total, acts.T @ acts + 1)
 
 
 def test_bad_input_is_refused(monkeypatch):

@@ -101,15 +101,6 @@ def test_the_sae_is_not_changed():
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
-def test_a_pruned_sae_survives_the_disk(tmp_path):
-    sae, x = make_sae("matryoshka-jumprelu"), hidden_states(40)
-    pruned = prune(sae, 7, activations=[x], refit=True)
-    pruned.save_pretrained(tmp_path)
-    loaded = type(sae).from_pretrained(tmp_path)
-    assert torch.equal(loaded.latent_ids, pruned.latent_ids) and loaded.prefix_widths == [2, 5, 7]
-    torch.testing.assert_close(loaded(x).reconstruction, pruned(x).reconstruction, rtol=1e-5, atol=1e-5)
-
-
 def test_errors_come_before_any_work():
     sae, x = make_sae("relu"), hidden_states(10)
     for width in (0, F + 1):

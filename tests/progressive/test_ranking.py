@@ -111,12 +111,6 @@ def test_an_order_of_ones_own_is_taken_within_groups():
     assert inner.tolist() == [1, 0, 4, 3, 2, *range(12, 4, -1)]
 
 
-def test_ids_go_along_twice():
-    sae = make_sae("topk")
-    first, second = torch.randperm(F), torch.randperm(F)
-    assert torch.equal(sort_latents(sort_latents(sae, order=first), order=second).latent_ids, first[second])
-
-
 # Errors
 
 

@@ -84,15 +84,6 @@ def test_batches_and_processes_add_up(monkeypatch):
         torch.testing.assert_close(sums.bits_per_token(), expected)
 
 
-def test_a_width_has_the_rate_of_its_own_latents_alone():
-    pairs, statistics = random_pairs(), statistics_of(random_pairs(200))
-    found = bits_per_token(pairs, statistics, WIDTHS, STEP)
-    for place, width in enumerate(WIDTHS):
-        alone = bits_per_token(pairs.keep(pairs.cols < width), statistics, [width], STEP)
-        for name in found:
-            assert alone[name].item() == pytest.approx(found[name][place].item())
-
-
 def test_the_model_has_the_moments_of_the_statistics():
     statistics = statistics_of(random_pairs(100_000))
     model = CodeModel.of(statistics)

@@ -30,7 +30,18 @@ def _state(folder):
 
 def test_parts_of_several_launches_make_a_cache_that_a_run_reads(config, tmp_path, capsys, caplog):
     folder = tmp_path / "cache"
-    build = ("--config", config, "--output", folder, "--tokens", "3000", "--dtype", "int8", "--of", 2)
+    build = (
+        "--config",
+        config,
+        "--activation_cache",
+        folder,
+        "--tokens",
+        "3000",
+        "--activation_cache_dtype",
+        "int8",
+        "--of",
+        2,
+    )
     assert _cache(*build, "--shard", 1) == 0
     assert "not complete; --shard 0 has not ended" in capsys.readouterr().out
     assert _cache("--info", folder) == 2
@@ -67,34 +78,35 @@ def test_what_a_cache_is_and_whether_it_is_whole(config, tmp_path, capsys):
 
 
 def test_without_tokens_there_are_as_many_as_the_run_needs(config, tmp_path):
-    assert _cache("--config", config, "--output", tmp_path / "cache") == 0
+    assert _cache("--config", config, "--activation_cache", tmp_path / "cache") == 0
     index = json.loads((tmp_path / "cache/index.json").read_text())
     assert index["rows"] == RUN["tokens"] + RUN["calibration_tokens"]
 
 
 def test_mistakes_are_told(config, tmp_path, capsys):
     folder = tmp_path / "cache"
+    place = ("--config", config, "--activation_cache", folder)
     for arguments, message in {
-        ("--config", config): "Say where to: --output FOLDER",
+        ("--config", config): "Say where to: --activation_cache FOLDER",
+        (*place, "--shard", 2, "--of", 2): "--shard must lie between 0 and --of - 1 = 1",
         (
             "--config",
             config,
-            "--output",
+            "--activation_cache",
             folder,
-            "--shard",
-            2,
+            "--tokens",
+            1,
             "--of",
             2,
-        ): "--shard must lie between 0 and --of - 1 = 1",
-        ("--config", config, "--output", folder, "--tokens", 1, "--of", 2): "at least 1 for each of 2 writers, got 1",
-        ("--config", config, "--output", "nosuch://there/cache"): "cannot be reached",
-        ("--config", config, "--output", folder, "--contxt_length", 4): "Unknown field `contxt_length`",
+        ): "at least 1 for each of 2 writers, got 1",
+        ("--config", config, "--activation_cache", "nosuch://there/cache"): "cannot be reached",
+        (*place, "--contxt_length", 4): "Unknown field `contxt_length`",
         ("--info", folder): "holds no complete activation cache",
     }.items():
         assert _cache(*arguments) == 2
         assert message in capsys.readouterr().err
     assert not folder.exists()
-    build = ("--config", config, "--output", folder, "--tokens", 2000)
+    build = (*place, "--tokens", 2000)
     assert _cache(*build) == 0
     before = _state(folder)
     assert _cache(*build, "--context_length", 16) == 2
@@ -103,4 +115,4 @@ def test_mistakes_are_told(config, tmp_path, capsys):
     with pytest.raises(SystemExit):
         _cache("--info", folder, "--context_length", 16)
     with pytest.raises(SystemExit):
-        _cache("--output", folder)
+        _cache("--activation_cache", folder)

@@ -1,7 +1,6 @@
 """Runs on a language model some of whose hidden states are not finite: NaN wherever one of a few tokens stands."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -113,17 +112,9 @@ def test_the_count_is_that_of_the_tokens_read(tmp_path, monkeypatch, spoiled):
     assert json.loads((tmp_path / "provenance.json").read_text())["states_left_out"] == bad
 
 
-def test_a_run_with_bad_states_goes_on_bit_for_bit(tmp_path, monkeypatch, spoiled):
+def test_a_run_with_bad_states_goes_on_bit_for_bit(tmp_path, interrupt, spoiled):
     train(config(tmp_path / "whole", overlap=True))
-    steps = []
-
-    def counted(self, step, before=trainer_module.Trainer._step):
-        steps.append(step)
-        if len(steps) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return before(self, step)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    interrupt(7)
     with pytest.raises(Interrupted):
         train(config(tmp_path / "parts", overlap=True))
     train(config(tmp_path / "parts", overlap=False))

@@ -81,4 +81,4 @@ def _widths(checkpoint: Checkpoint) -> list[int] | None:
     return cumulated(number_list(config.get("group_sizes"))) if nested else None
 
 
-FORMAT = Format("bussmann", "bartbussmann/matryoshka_sae and BatchTopK: sae.pt + config.json", claims, read)
+FORMAT = Format("bussmann", claims, read)

@@ -277,4 +277,4 @@ def _config(sae: SAEModel, kind: str) -> dict[str, Any]:
     return {"trainer": trainer, "buffer": {"d_submodule": config.d_in, "io": side, "ctx_len": None}}
 
 
-FORMAT = Format("dictionary_learning", "dictionary_learning: ae.pt (+ config.json)", claims, read, objection, write)
+FORMAT = Format("dictionary_learning", claims, read, objection, write)

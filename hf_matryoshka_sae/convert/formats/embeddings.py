@@ -55,7 +55,5 @@ def read_csr(checkpoint: Checkpoint) -> SAEModel:
     return assemble(checkpoint, "topk", W_enc=encoder, W_dec=encoder, b_enc=b_enc, b_dec=b_dec, **extra)
 
 
-MLSAE = Format("mlsae", "tim-lawson/mlsae: config.json + model.safetensors", claims_mlsae, read_mlsae)
-CSR = Format(
-    "csr", "sentence-transformers SparseAutoEncoder (CSR): config.json + model.safetensors", claims_csr, read_csr
-)
+MLSAE = Format("mlsae", claims_mlsae, read_mlsae)
+CSR = Format("csr", claims_csr, read_csr)

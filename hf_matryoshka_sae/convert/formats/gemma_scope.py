@@ -103,4 +103,4 @@ def write(sae: SAEModel, path: Path) -> None:
         )
 
 
-FORMAT = Format("gemma_scope", "Gemma Scope: params.npz", claims, read, objection, write)
+FORMAT = Format("gemma_scope", claims, read, objection, write)

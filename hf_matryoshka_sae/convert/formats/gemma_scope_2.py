@@ -99,4 +99,4 @@ def _model(name: str | None, path: str) -> str | None:
     return hf_model_id(name.replace("-pt", "") if "270m" in name else name)
 
 
-FORMAT = Format("gemma_scope_2", "Gemma Scope 2: params.safetensors (+ config.json)", claims, read)
+FORMAT = Format("gemma_scope_2", claims, read)

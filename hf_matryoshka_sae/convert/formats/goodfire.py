@@ -34,4 +34,4 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     )
 
 
-FORMAT = Format("goodfire", "Goodfire and DeepSeek-R1: a state dict of two linear layers", claims, read)
+FORMAT = Format("goodfire", claims, read)

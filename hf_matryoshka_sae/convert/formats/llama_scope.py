@@ -123,6 +123,4 @@ def places(checkpoint: Checkpoint, model: str | None) -> dict[str, str | None]:
     return found
 
 
-FORMAT = Format(
-    "llama_scope", "Llama Scope and R1-Distill: hyperparams.json + checkpoints/final.safetensors", claims, read
-)
+FORMAT = Format("llama_scope", claims, read)

@@ -88,4 +88,4 @@ def _dataset_norms(checkpoint: Checkpoint) -> tuple[float, float]:
     )
 
 
-FORMAT = Format("llamascopium", "llamascopium: config.json + sae_weights.safetensors with W_E and W_D", claims, read)
+FORMAT = Format("llamascopium", claims, read)

@@ -50,4 +50,4 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     return sae
 
 
-FORMAT = Format("nabeshima", "noanabeshima/matryoshka-saes: a state dict with normalizer.running_avg", claims, read)
+FORMAT = Format("nabeshima", claims, read)

@@ -115,4 +115,4 @@ def write(sae: SAEModel, path: Path) -> None:
         torch.save(content, staging / name)
 
 
-FORMAT = Format("openai", "OpenAI's GPT-2 autoencoders, ReLU and TopK: <layer>.pt", claims, read, objection, write)
+FORMAT = Format("openai", claims, read, objection, write)

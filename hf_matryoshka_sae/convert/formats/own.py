@@ -47,11 +47,4 @@ def write(sae: SAEModel, path: Path) -> None:
     sae.save_pretrained(path)
 
 
-FORMAT = Format(
-    "hf_matryoshka_sae",
-    "this package: config.json + model.safetensors, as transformers has it",
-    claims,
-    read,
-    objection,
-    write,
-)
+FORMAT = Format("hf_matryoshka_sae", claims, read, objection, write)

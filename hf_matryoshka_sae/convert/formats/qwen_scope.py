@@ -45,4 +45,4 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     )
 
 
-FORMAT = Format("qwen_scope", "Qwen-Scope: layer<n>.sae.pt", claims, read)
+FORMAT = Format("qwen_scope", claims, read)

@@ -325,6 +325,4 @@ def _metadata(sae: SAEModel) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if value is not None}
 
 
-FORMAT = Format(
-    "saelens", "SAELens, version 6 or before: cfg.json + sae_weights.safetensors", claims, read, objection, write
-)
+FORMAT = Format("saelens", claims, read, objection, write)

@@ -150,4 +150,4 @@ def write(sae: SAEModel, path: Path) -> None:
         write_json(staging / "cfg.json", content)
 
 
-FORMAT = Format("sparsify", "sparsify: <hookpoint>/cfg.json + sae.safetensors", claims, read, objection, write)
+FORMAT = Format("sparsify", claims, read, objection, write)

@@ -22,11 +22,12 @@ from ...common.distributed import processes
 from ...evaluation.data import as_config
 from ...models import SAEModel
 from ...models.digests import weights_digest
+from ..sizes import FOLDER, IndexSizes
 from ..tree.sums import EdgeSums
 from .best import MOST_POSITIONS
 from .columns import context_tables, latent_columns
-from .latent_pass import IndexSizes, LatentPass, Tree
-from .layout import FOLDER, write_index
+from .latent_pass import LatentPass, Tree
+from .layout import write_index
 from .progress import Recorder, States
 from .sources import (
     check_target,

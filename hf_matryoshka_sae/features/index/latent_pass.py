@@ -1,14 +1,13 @@
 """What is known of every latent while the text goes by, and how much of it is kept."""
 
-from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from ...common.checks import check_at_least
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
 from ..firings import joined
+from ..sizes import IndexSizes
 from .cofiring import TokenSample
 from .contexts import Contexts, Parts
 from .sums import LatentSums
@@ -27,39 +26,6 @@ class Tree(Protocol):
     def reduce(self) -> None: ...
 
     def parents(self) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class IndexSizes:
-    """How much an index keeps of each latent.
-
-    Args:
-        top_contexts (`int`, *optional*, defaults to 16): Contexts in which it fires most.
-        quantiles (`int`, *optional*, defaults to 5): Parts of equal size into which its firings are cut, by strength.
-        quantile_contexts (`int`, *optional*, defaults to 4): Contexts from each of them, at most.
-        sampled_contexts (`int`, *optional*, defaults to 32): Random contexts from which those are chosen.
-        context_tokens (`int`, *optional*, defaults to 32): Tokens shown of a context.
-        tokens_of_vocabulary (`int`, *optional*, defaults to 10): Promoted, and suppressed, tokens.
-        neighbours (`int`, *optional*, defaults to 8): Latents with similar decoder rows.
-        cofiring (`int`, *optional*, defaults to 8): Latents that fire with it.
-        cofiring_tokens (`int`, *optional*, defaults to 64): Of its tokens, sampled to find those.
-    """
-
-    top_contexts: int = 16
-    quantiles: int = 5
-    quantile_contexts: int = 4
-    sampled_contexts: int = 32
-    context_tokens: int = 32
-    tokens_of_vocabulary: int = 10
-    neighbours: int = 8
-    cofiring: int = 8
-    cofiring_tokens: int = 64
-
-    def check(self) -> None:
-        """Raises `ValueError` for a size below 1, or 0 where nothing of a kind may be kept."""
-        for name, value in asdict(self).items():
-            least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
-            check_at_least(least, **{name: value})
 
 
 class LatentPass(Parts):

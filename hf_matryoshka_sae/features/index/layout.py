@@ -25,7 +25,7 @@ from ...common.files import as_json
 from ...models import SAEModel
 
 
-FOLDER, INDEX, LATENTS, CONTEXTS = "features", "index.json", "latents.parquet", "contexts.parquet"
+INDEX, LATENTS, CONTEXTS = "index.json", "latents.parquet", "contexts.parquet"
 FORMAT = "hf_matryoshka_sae.feature_index/1"
 LATENTS_PER_GROUP = {LATENTS: 256, CONTEXTS: 64}
 TOP = "top"

@@ -17,10 +17,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ...models import SAEModel
 from ...models.configuration_sae import nearest
+from ..sizes import FOLDER
 from .about import read_about
 from .layout import (
     CONTEXTS,
-    FOLDER,
     INDEX,
     LATENT_SCHEMA,
     LATENTS,

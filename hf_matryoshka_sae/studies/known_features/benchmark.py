@@ -1,21 +1,16 @@
-"""`matryoshka-sae synthetic`: train recipes on a world of known features and compare what each found."""
+"""What `matryoshka-sae synthetic` does: train recipes on a world of known features and compare what each found."""
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ...common.checks import check_at_least
-from ...common.command import exit_status
 from ...common.figures import save_figure
 from ...common.files import write_json, write_text
 from ...common.intervals import seed_interval
@@ -26,12 +21,12 @@ from ...models import SAEModel
 from ...models.configuration_sae import default_prefix_widths
 from ...progressive import sort_latents
 from ...training.config.spec import SAESpec
-from .recovery import SAMPLES, recovery, supervised_sae
-from .synthetic import SyntheticModel, World
+from .feature_recovery import recovery, supervised_sae
+from .settings import BATCH_SIZE, SAMPLES, STEPS, World
+from .synthetic import SyntheticModel
 from .training import train_toy
 
 
-STEPS, BATCH_SIZE = 2000, 1024
 RANDOM, SUPERVISED = "random", "supervised"
 
 _SHARE = {"better": "higher", "limits": (0.0, 1.02)}
@@ -237,67 +232,3 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[3].set_ylim(0, 1.02)
     figure.suptitle(report.title, fontsize=9)
     save_figure(figure, path)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark from command-line arguments; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
-
-    def work() -> None:
-        results = _benchmark(parsed).run(parsed.seeds)
-        folder = Path(parsed.output_dir)
-        sys.stdout.write(f"{report_of(results).markdown()}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
-
-    return exit_status(work, "Interrupted. What was finished is kept: the same command goes on from there.")
-
-
-def _benchmark(parsed: argparse.Namespace) -> Benchmark:
-    check_at_least(1, steps=parsed.steps, batch_size=parsed.batch_size, samples=parsed.samples)
-    if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
-        raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
-    world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})
-    if parsed.recipes is None:
-        k = parsed.k or max(1, round(SyntheticModel(world).expected_l0))
-        recipes = default_recipes(parsed.num_latents or world.features, k)
-    else:
-        recipes = _read_recipes(Path(parsed.recipes))
-    folder = Path(parsed.output_dir)
-    return Benchmark(world, recipes, folder, parsed.steps, parsed.batch_size, parsed.widths, parsed.samples)
-
-
-def _read_recipes(path: Path) -> list[dict[str, Any]]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"The recipes {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    recipes = data.get("saes") if isinstance(data, dict) else data
-    if not isinstance(recipes, list):
-        raise ValueError(f"{path} must hold a list under `saes`, as a run's YAML does.")
-    return recipes
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="matryoshka-sae synthetic",
-        description="Train recipes on synthetic hidden states of known features, and compare at each width how many "
-        "features each found. The published scale: --features 16384 --d_in 768 --trees 128.",
-    )
-    parser.add_argument("--recipes", metavar="YAML", help="with `saes:` as in a run's file; by default four families")
-    parser.add_argument("--num_latents", type=int, help="of the default recipes (default: as many as features)")
-    parser.add_argument("--k", type=int, help="of the default recipes (default: the features' own L0)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step (default: %(default)s)")
-    parser.add_argument("--widths", type=int, nargs="+", help="measured (default: a Matryoshka SAE's)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="to match and measure on (default: %(default)s)")
-    parser.add_argument("--output_dir", default="runs/synthetic", help="default: %(default)s")
-    for field in dataclasses.fields(World):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default, help="of the world (default: %(default)s)"
-            )
-    return parser

@@ -1,47 +1,38 @@
-"""`matryoshka-sae toy`: train a vanilla and a Matryoshka SAE on a tree of features and compare what they found."""
+"""`matryoshka-sae toy` and `synthetic`: their arguments, read and checked before anything heavy is imported."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+import yaml
 
-from ...common.command import exit_status
-from ...common.files import write_json
-from ...common.report import text_table
-from ...common.seeds import derived_seed
-from .matching import match
-from .model import ToyModel
-from .plots import plot_activations, plot_cosines
-from .training import BATCH_SIZE, FAMILIES, PUBLISHED_L0, STEPS, toy_spec, train_toy
-from .tree import TREE_FILE, FeatureTree, load_tree, random_tree
+from ...common.checks import check_at_least
+from ...common.command import exit_status, whole_numbers
+from ...training.config.describe import described
+from ...training.config.spec import SAESpec
+from .settings import BATCH_SIZE, PUBLISHED_L0, SAMPLES, STEPS, TOY_BATCH_SIZE, TOY_STEPS, World
 
 
-ABOUT = (
-    "A feature is recovered where the decoder row of its latent points along it (cosine at least 0.9) and the latent "
-    "fires where it should (recall and precision at least 0.95). parents_fire: P(a parent's latent fires | one of its "
-    "children is on), the mean over parents; near 0 the children have absorbed their parent. mcc: mean correlation of "
-    "features and matched latents. mean_max_cosine: mean over features of the largest cosine of any decoder row."
-)
+def toy_main(arguments: list[str] | None = None) -> int:
+    """Train a vanilla and a Matryoshka SAE on a tree of features and compare them; returns the exit status."""
+    parsed = _toy_parser().parse_args(arguments)
+    return exit_status(lambda: _toy(parsed), "Interrupted. Seeds that were done are in toy.json.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison from command-line arguments; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
-    return exit_status(lambda: _run(parsed), "Interrupted. Seeds that were done are in toy.json.")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _toy_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae toy",
         description="Train a vanilla and a Matryoshka SAE on a tree of features (Nabeshima 2024): children absorb "
         "their parents in the one, not in the other.",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one comparison each (default: 0 1 2)")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"of {BATCH_SIZE} samples (default: %(default)s, as published)"
+        "--steps",
+        type=int,
+        default=TOY_STEPS,
+        help=f"of {TOY_BATCH_SIZE} samples (default: %(default)s, published)",
     )
     parser.add_argument(
         "--target_l0", type=float, help=f"default: {PUBLISHED_L0} as published; other trees: their own"
@@ -49,56 +40,80 @@ def _parser() -> argparse.ArgumentParser:
     tree = parser.add_mutually_exclusive_group()
     tree.add_argument("--tree", metavar="FILE", help="JSON of a tree; by default the published one")
     tree.add_argument("--random_tree", metavar="SEED", type=int, help="make a tree")
-    parser.add_argument("--output_dir", default="runs/toy", help="default: %(default)s")
+    parser.add_argument("--output_dir", default="runs/toy", help="folder of the results (default: %(default)s)")
     return parser
 
 
-def _run(parsed: argparse.Namespace) -> None:
+def _toy(parsed: argparse.Namespace) -> None:
     for name in ("steps", "target_l0"):
         value = getattr(parsed, name)
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, got {value:g}.")
-    tree = load_tree(parsed.tree or TREE_FILE) if parsed.random_tree is None else random_tree(parsed.random_tree)
-    target_l0 = parsed.target_l0
-    if target_l0 is None:
-        published = parsed.tree is None and parsed.random_tree is None
-        target_l0 = PUBLISHED_L0 if published else tree.expected_l0
+    from .comparison import compare
+
+    compare(parsed)
+
+
+def synthetic_main(arguments: list[str] | None = None) -> int:
+    """Train recipes on a world of known features and compare them; returns the exit status."""
+    parsed = _synthetic_parser().parse_args(arguments)
+    return exit_status(
+        lambda: _synthetic(parsed), "Interrupted. What was finished is kept: the same command goes on from there."
+    )
+
+
+def _synthetic(parsed: argparse.Namespace) -> None:
+    check_at_least(1, steps=parsed.steps, batch_size=parsed.batch_size, samples=parsed.samples)
+    if len(set(parsed.seeds)) < len(parsed.seeds) or min(parsed.seeds) < 0:
+        raise ValueError(f"`seeds` must be different numbers of at least 0, got {parsed.seeds}.")
+    world = World(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(World)})
+    recipes = None if parsed.recipes is None else _read_recipes(Path(parsed.recipes))
+    from .benchmark import Benchmark, default_recipes, report_of
+    from .synthetic import SyntheticModel
+
+    if recipes is None:
+        k = parsed.k or max(1, round(SyntheticModel(world).expected_l0))
+        recipes = default_recipes(parsed.num_latents or world.features, k)
     folder = Path(parsed.output_dir)
-    tree.save(folder / "tree.json")
-    accelerator = Accelerator(cpu=True)  # a dictionary of this size only waits on a GPU
-    results: list[dict[str, Any]] = []
-    with tqdm(total=len(parsed.seeds) * len(FAMILIES) * parsed.steps, unit="step") as bar:
-        for seed in parsed.seeds:
-            model, matches = ToyModel(tree, seed), {}
-            for family in FAMILIES:
-                bar.set_description(f"{family}, seed {seed}")
-                spec = toy_spec(family, tree.num_features, target_l0)
-                sae = train_toy(model, spec, accelerator, parsed.steps, seed, lambda *_: bar.update())
-                matches[family] = match(model, sae, seed=derived_seed(seed, "measure"))
-                results.append({"seed": seed, "family": family, **matches[family].summary(tree.names)})
-            run = dict(steps=parsed.steps, batch_size=BATCH_SIZE, target_l0=target_l0, true_l0=tree.expected_l0)
-            found = {"about": ABOUT, **run, "features": tree.num_features, "results": results}
-            write_json(folder / "toy.json", found)
-            title = f"Which latents fire with a feature (seed {seed})"
-            plot_activations(matches, tree, folder / f"activations-seed{seed}.png", title)
-            plot_cosines(matches, tree, folder / f"decoder-seed{seed}.png", f"Where decoder rows point (seed {seed})")
-    sys.stdout.write(f"{table(results, tree)}\nSaved {folder / 'toy.json'} and pictures of each seed beside it.\n")
+    benchmark = Benchmark(world, recipes, folder, parsed.steps, parsed.batch_size, parsed.widths, parsed.samples)
+    results = benchmark.run(parsed.seeds)
+    sys.stdout.write(f"{report_of(results).markdown()}\nSaved {folder / 'synthetic.json'}, .md and .png.\n")
 
 
-def table(results: list[dict[str, Any]], tree: FeatureTree) -> str:
-    """The results as text, a line per seed and family."""
-    titles = ["seed", "family", "L0", "FVU", "max cosine", "MCC", "recovered", "parent fires"]
-    rows = [
-        [
-            str(row["seed"]),
-            row["family"],
-            f"{row['l0']:.3f}",
-            *(f"{row[key]:.4f}" for key in ("fvu", "mean_max_cosine", "mcc")),
-            f"{row['recovered']}/{tree.num_features}",
-            "-" if row["parents_fire"] is None else f"{row['parents_fire']:.2%}",
-        ]
-        for row in results
-    ]
-    title = f"{tree.num_features} features, true L0 {tree.expected_l0:.4g}"
-    meaning = "parent fires: P(a parent's latent fires | one of its children is on), mean over parents"
-    return "\n".join([title, *text_table(titles, rows), meaning])
+def _read_recipes(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"The recipes {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    recipes = data.get("saes") if isinstance(data, dict) else data
+    if not isinstance(recipes, list):
+        raise ValueError(f"{path} must hold a list under `saes`, as a run's YAML does.")
+    for number, recipe in enumerate(recipes):
+        SAESpec.from_dict(recipe, f"saes.{number}.")  # what is wrong is said now
+    return recipes
+
+
+def _synthetic_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matryoshka-sae synthetic",
+        description="Train recipes on synthetic hidden states of known features, and compare at each width how many "
+        "features each found. The published scale: --features 16384 --d_in 768 --trees 128.",
+    )
+    parser.add_argument("--recipes", metavar="YAML", help="with `saes:` as in a run's file; by default four families")
+    parser.add_argument("--num_latents", type=int, help="of the default recipes (default: as many as features)")
+    parser.add_argument("--k", type=int, help="of the default recipes (default: the features' own L0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one comparison each (default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step (default: %(default)s)")
+    parser.add_argument("--widths", type=whole_numbers, help="such as 64,128,256 (default: those of a Matryoshka SAE)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="to match and measure on (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/synthetic", help="folder of the results (default: %(default)s)")
+    world = parser.add_argument_group("the world of features")
+    meanings = {field.name: field.meaning for field in described(World)}
+    for field in dataclasses.fields(World):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        text = f"{meanings[field.name].rstrip('.')} (default: %(default)s)"
+        world.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+    return parser

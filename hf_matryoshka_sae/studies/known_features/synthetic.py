@@ -16,73 +16,18 @@ Shapes: N samples, F features, D `d_in`, C independent draws.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from ...common.checks import check_at_least
 from ...common.seeds import derived_seed
+from .settings import World
 
 
 _FILL = 0.8  # a parent that always had a child on could not be told from its children
 _LEAST_MAGNITUDE = 0.1
 _BLOCK_ENTRIES, _BLOCK_ROWS = 2**23, 20_000  # drawn at once: the cost of a draw does not depend on the batch
-
-
-@dataclass
-class World:
-    """The numbers that a synthetic model is made of.
-
-    Args:
-        features (`int`, *optional*, defaults to 512), d_in (`int`, *optional*, defaults to 128): F and D. Where F is
-            at most D directions are orthogonal; elsewhere random ones.
-        p_max, p_min (`float`, *optional*, default to 0.4 and 5e-4), exponent (`float`, *optional*, defaults to 0.5):
-            Of the law above.
-        trees (`int`, *optional*, defaults to 16), branching (`int`, *optional*, defaults to 4), levels (`int`,
-            *optional*, defaults to 3): Features with others below them; how many below each; and levels, their own
-            counted.
-        exclusive (`bool`, *optional*, defaults to `True`): Whether siblings exclude one another.
-        correlation (`float`, *optional*, defaults to 0.0), rank (`int`, *optional*, defaults to 25): Share of the
-            variance of the copula's variables that comes from so many common ones.
-        spread (`float`, *optional*, defaults to 0.25): Standard deviation of magnitudes, of which the mean is 1.
-        noise (`float`, *optional*, defaults to 0.1), bias (`float`, *optional*, defaults to 1.0): Root mean square
-            length of the noise, and length of the bias.
-
-    Raises:
-        `ValueError`: for numbers out of range.
-    """
-
-    features: int = 512
-    d_in: int = 128
-    p_max: float = 0.4
-    p_min: float = 5e-4
-    exponent: float = 0.5
-    trees: int = 16
-    branching: int = 4
-    levels: int = 3
-    exclusive: bool = True
-    correlation: float = 0.0
-    rank: int = 25
-    spread: float = 0.25
-    noise: float = 0.1
-    bias: float = 1.0
-
-    def __post_init__(self):
-        counts = ("features", "d_in", "branching", "levels", "rank")
-        check_at_least(1, **{name: getattr(self, name) for name in counts})
-        if not 0 <= self.trees <= self.features:
-            raise ValueError(f"`trees` must lie between 0 and `features` ({self.features}), got {self.trees}.")
-        if not 0 < self.p_min <= self.p_max < 1:
-            raise ValueError(f"Expected 0 < `p_min` <= `p_max` < 1, got {self.p_min} and {self.p_max}.")
-        if not self.exponent > 0:
-            raise ValueError(f"`exponent` must be above 0, got {self.exponent}.")
-        if not 0 <= self.correlation < 1:
-            raise ValueError(f"`correlation` must lie between 0 and below 1, got {self.correlation}.")
-        for name in ("spread", "noise", "bias"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 
 class SyntheticModel:

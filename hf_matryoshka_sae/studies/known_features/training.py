@@ -18,12 +18,9 @@ from ...training.sae.calibration import calibrate_threshold
 from ...training.sae.initialization import initialize, input_scaling
 from ...training.sae.learner import Learner
 from .model import ToyModel
+from .settings import PUBLISHED_L0, TOY_BATCH_SIZE, TOY_STEPS
 from .synthetic import SyntheticModel
 
-
-STEPS = 40_000
-BATCH_SIZE = 200
-PUBLISHED_L0 = 1.2338  # of another tree: that of the published tree is 1.12
 
 FAMILIES = {"vanilla": dict(random_prefixes=1, sort_every=0), "matryoshka": dict(random_prefixes=10, sort_every=1)}
 """What tells the two apart: the vanilla SAE has one prefix, the whole dictionary, and is not sorted."""
@@ -52,10 +49,10 @@ def train_toy(
     model: ToyModel | SyntheticModel,
     spec: SAESpec,
     accelerator: Accelerator,
-    steps: int = STEPS,
+    steps: int = TOY_STEPS,
     seed: int = 0,
     on_step: Callable[[int, Learner], None] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = TOY_BATCH_SIZE,
 ) -> SAEModel:
     """Train an SAE on a toy model.
 

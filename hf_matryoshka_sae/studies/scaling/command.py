@@ -5,15 +5,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...common.command import exit_status
 from ...common.logs import log_to_stderr
-from ...training import Interrupted
-from .config import load_sweep
-from .plan import is_finished, own_cache, plan_runs
-from .points import Point, finished_points, read_points, write_points
-from .report import fit_points
-from .running import default_processes, train_runs
+from ...training.config.describe import described, help_text
+from .config import Grid, Sweep, load_sweep
+
+
+if TYPE_CHECKING:
+    from .points import Point
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,23 +23,27 @@ def main(arguments: list[str] | None = None) -> int:
     parsed, flags = parser.parse_known_args(arguments)
     if (parsed.config is None) == (parsed.points is None):
         parser.error("give either --config, for a sweep, or --points, to fit points that are there")
-    log_to_stderr()
-    return exit_status(lambda: _run(parsed, flags), stops=(Interrupted,))
+    return exit_status(lambda: _run(parsed, flags))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae sweep",
-        description="Train an SAE for each size, k and number of tokens, and fit the scaling laws L(F), L(C) and "
+        description="Train an SAE for each size, k and number of tokens, and fit the scaling laws L(F), L(C)\nand "
         "L(F, k) to their held-out losses. Run again, it trains only what its folder lacks.",
-        epilog="Every field of the YAML file is a flag too, for example --sweep.k '[8, 16]' --batch_size 4096.",
+        epilog=f"the section `sweep` of the YAML file:\n{help_text(described(Grid, 'sweep.'), 80)}\n\n"
+        "Every field of the YAML file is a flag too, for example --sweep.k '[8, 16]' --batch_size 4096;\n"
+        "`matryoshka-sae train --help` has the others.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="fields of a training run, with a section `sweep`")
     parser.add_argument(
         "--points", metavar="CSV", help="train nothing, fit these: num_latents, k, loss; tokens, flops, held_out"
     )
-    parser.add_argument("--output_dir", help="default: what the config says; runs/scaling for --points")
+    parser.add_argument(
+        "--output_dir", help="of runs and results (default: what the file says; runs/scaling for --points)"
+    )
     parser.add_argument("--processes", type=int, help="runs at a time (default: one for each CUDA device)")
     parser.add_argument("--fit_only", action="store_true", help="train nothing, fit what is finished")
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap (default: %(default)s)")
@@ -48,13 +53,19 @@ def _parser() -> argparse.ArgumentParser:
 def _run(parsed: argparse.Namespace, flags: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("A sweep starts its own processes: run it without `accelerate launch`, with --processes.")
-    if parsed.points is not None:
-        if flags:
-            raise ValueError(f"{flags[0]} means nothing beside --points.")
+    if parsed.processes is not None and parsed.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {parsed.processes}.")
+    if parsed.points is not None and flags:
+        raise ValueError(f"{flags[0]} means nothing beside --points.")
+    sweep = _sweep(parsed, flags) if parsed.points is None else None
+    from .points import read_points, write_points
+    from .report import fit_points
+
+    log_to_stderr()
+    if sweep is None:
         points, folder = read_points(parsed.points), Path(parsed.output_dir or "runs/scaling")
     else:
-        points, folder = _train(parsed, flags)
-    if parsed.points is None:
+        points, folder = _train(parsed, sweep), sweep.folder
         write_points(points, folder / "sweep.csv")  # worth having even where no law fits
     report = fit_points(points, parsed.resamples)
     report.save(folder)
@@ -62,14 +73,17 @@ def _run(parsed: argparse.Namespace, flags: list[str]) -> None:
     sys.stdout.write("sweep.json and sweep.csv.\n")
 
 
-def _train(parsed: argparse.Namespace, flags: list[str]) -> tuple[list[Point], Path]:
+def _sweep(parsed: argparse.Namespace, flags: list[str]) -> Sweep:
     place = [f"--output_dir={parsed.output_dir}"] if parsed.output_dir else []
-    sweep = load_sweep(parsed.config, flags + place)
-    processes = default_processes() if parsed.processes is None else parsed.processes
-    if processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {processes}.")
-    if not parsed.fit_only:
-        sweep.check_laws()
+    return load_sweep(parsed.config, flags + place, look=None if parsed.fit_only else Sweep.check_laws)
+
+
+def _train(parsed: argparse.Namespace, sweep: Sweep) -> "list[Point]":
+    from .plan import is_finished, own_cache, plan_runs
+    from .points import finished_points
+    from .running import default_processes, train_runs
+
+    processes = parsed.processes or default_processes()
     runs = plan_runs(sweep, processes, add=not parsed.fit_only)
     if not parsed.fit_only:
         train_runs([run for run in runs if not is_finished(run)], processes)
@@ -78,4 +92,4 @@ def _train(parsed: argparse.Namespace, flags: list[str]) -> tuple[list[Point], P
     points = finished_points(sweep, runs)
     if not points:
         raise ValueError(f"{sweep.folder} holds no finished run of this sweep.")
-    return points, sweep.folder
+    return points

@@ -1,6 +1,7 @@
 """A sweep is the YAML of a training run whose `saes` and `tokens` are made from a section `sweep`."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Grid:
     num_latents: list[int]
     """Sizes F of the dictionaries."""
     k: list[int]
+    """Latents per token, for each size."""
     tokens: list[int]
     """Training budgets. Each is a run of its own: the learning rate falls over the whole of it."""
     sae: dict = field(default_factory=lambda: {"type": "topk"})
@@ -85,6 +87,11 @@ class Sweep:
     @classmethod
     def from_dict(cls, data: dict) -> "Sweep":
         """A checked sweep from nested dicts. Raises `ValueError` for whatever does not fit."""
+        return cls.read(data).check_saes()
+
+    @classmethod
+    def read(cls, data: dict) -> "Sweep":
+        """A sweep of known fields and possible values, from nested dicts. Raises `ValueError` for others."""
         fields = dict(data)
         if "sweep" not in fields:
             raise ValueError("A sweep's config needs a section `sweep: {num_latents: [..], k: [..], tokens: [..]}`.")
@@ -101,6 +108,11 @@ class Sweep:
         if len(run.hookpoints) > 1 or set("*?[") & set(run.hookpoints[0]):
             raise ValueError(f"A sweep is about one hookpoint without wildcards, got {run.hookpoints}.")
         return sweep
+
+    def check_saes(self) -> "Sweep":
+        """This sweep; raises `ValueError` for fields that do not fit the family. Only this needs torch."""
+        self.run(self.grid.tokens[0], self.grid.pairs).check_saes()
+        return self
 
     def check_laws(self) -> None:
         """Raises `ValueError` if its points, those held out left out, are too few for any law."""
@@ -132,17 +144,21 @@ class Sweep:
         saes = [self._entry(*pair) for pair in pairs]
         place = {} if folder is None else {"output_dir": str(folder)}
         same = {"eval_tokens": LARGEST_EVALUATION}  # laws compare losses on the same held-out tokens
-        return RunConfig.from_dict({**same, **self.fields, **place, "tokens": tokens, "saes": saes})
+        return RunConfig.read({**same, **self.fields, **place, "tokens": tokens, "saes": saes})
 
 
-def load_sweep(path: str | Path, flags: list[str] | None = None) -> Sweep:
+def load_sweep(path: str | Path, flags: list[str] | None = None, look: Callable[[Sweep], None] | None = None) -> Sweep:
     """The sweep that a YAML file and command-line flags describe.
 
     Args:
         path (`str` or `Path`): The YAML file.
         flags (`list[str]`, *optional*): For example `["--sweep.k", "[8, 16]", "--batch_size", "4096"]`.
+        look (`Callable[[Sweep], None]`, *optional*): Sees the fields before torch is imported to check the rest.
 
     Raises:
         `ValueError`: for a file that is missing or no YAML, and for whatever does not fit.
     """
-    return Sweep.from_dict(override(read_yaml(path), flags or []))
+    sweep = Sweep.read(override(read_yaml(path), flags or []))
+    if look is not None:
+        look(sweep)
+    return sweep.check_saes()

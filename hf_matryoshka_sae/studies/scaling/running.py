@@ -14,7 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ...activations import has_cache
-from ...training import Interrupted, RunConfig, train
+from ...common.command import Interrupted
+from ...training import RunConfig, train
 from ...training.data.placement import Processes
 from ...training.data.text import TextSource
 from ...training.run.trainer import make_accelerator

@@ -1,15 +1,17 @@
 """Dataclasses from nested dicts, strictly: an unknown field or a wrong type is an error that names the nearest."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from ...common.command import nearest
 
 
 T = TypeVar("T")
@@ -43,7 +45,20 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
         raise ValueError(
             f"Missing field{'s' * (len(missing) > 1)}: {', '.join(f'`{where}{name}`' for name in missing)}."
         )
-    return cls(**{name: _value(hints[name], value, where + name) for name, value in data.items()})
+    values = {name: _value(hints[name], value, where + name) for name, value in data.items()}
+    with errors_named(where.rstrip(".")):
+        return cls(**values)
+
+
+@contextmanager
+def errors_named(where: str) -> Iterator[None]:
+    """Say of a `ValueError` which entry it is about, such as `saes.0`, where its text does not."""
+    try:
+        yield
+    except ValueError as error:
+        if where in str(error):
+            raise
+        raise ValueError(f"`{where}`: {error}") from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -90,16 +105,6 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint in (int, float, bool, str) and type(value) is not hint:
         raise ValueError(f"`{where}` must be of type {hint.__name__}, got {value!r}.")
     return value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"`, or the list of what is known where nothing is near.
-
-    The same as the models' own, which cannot be had without transformers.
-    """
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from ...common.data_source import EMBEDDED, DatasetConfig, local_files
-from .fields import from_dict, override, read_yaml
+from .fields import errors_named, from_dict, override, read_yaml
 from .spec import SAESpec
 from .trackers import check_installed, check_names
 
@@ -33,23 +33,31 @@ class RunConfig:
     `hookpoints` then only say whose states they are, and nothing is loaded.
     """
 
+    # Language model and text
     model: str | None = None
     """Any transformers causal LM, masked LM or encoder: Hub id or folder; `embedded` for the shipped one."""
     dataset: DatasetConfig | None = None
+    """Text that the language model reads; a path alone is enough."""
     hookpoints: list[str] = field(default_factory=list)
     """Module paths, globs allowed; `module.path:input` for an input."""
     saes: list[SAESpec]
+    """The dictionaries; one forward pass of the language model feeds them all."""
     output_dir: str
+    """Folder of the run: SAEs, checkpoints, metrics, results."""
     tokens: int = 50_000_000
+    """Hidden states to train on."""
     batch_size: int = 2048
     """Tokens per optimizer step, over all processes."""
     context_length: int = 128
+    """Tokens of a window of text."""
     model_revision: str | None = None
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the language model; by default what its checkpoint has."""
+    """Branch, tag or commit of the language model on the Hub."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Of the language model; by default what its checkpoint has. auto: bfloat16 where this hardware is fast at it."""
     init_from: str | None = None
     """Continue every SAE from this folder or repository."""
 
+    # Which hidden states
     pack: bool = True
     """Fill windows with consecutive documents; otherwise one document a row."""
     exclude: Literal["special", "first", "none"] = "special"
@@ -64,6 +72,8 @@ class RunConfig:
     share of `tokens`, at most 4 million."""
     shuffle_tokens: int | None = None
     """Hidden states in the shuffle buffer of each process; by default a quarter of its `tokens`, at most 131,072."""
+
+    # Devices and processes
     lm_batch_size: int = 32
     """Windows per forward pass of the language model."""
     lm_device: str | None = None
@@ -83,6 +93,8 @@ class RunConfig:
     lm_processes: int | None = None
     """Only the first so many processes run the language model, ahead of the others, which hold the SAEs; by default
     all do both."""
+
+    # Hidden states that are kept, and measured
     activation_cache: str | None = None
     """Folder in which hidden states are kept, to be shared by several runs, or a URL that fsspec knows (`s3://...`,
     `hf://datasets/user/repo/...`). `matryoshka-sae cache` builds it beforehand; otherwise the run does."""
@@ -91,25 +103,31 @@ class RunConfig:
     normalization_tokens: int | None = None
     """Hidden states whose mean and scale are measured; by default an eighth of `tokens`, 4,096 to 65,536."""
 
+    # Closing report
     eval_dataset: DatasetConfig | None = None
     """Held-out text; by default a share of `dataset`'s documents, which training then leaves out."""
     eval_fraction: float = 0.01
-    """That share."""
+    """Share of `dataset`'s documents that are held out where there is no `eval_dataset`."""
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
     calibration_tokens: int | None = None
     """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
 
+    # Steps, checkpoints and logs
     seed: int = 0
+    """Of everything that is drawn."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """By default what `accelerate config` says."""
+    """`bf16`: products of matrices in bfloat16; by default what `accelerate config` says."""
     gradient_accumulation_steps: int = 1
+    """Parts that each optimizer step's batch is cut into."""
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints (0: only when interrupted)."""
     keep_checkpoints: int = 2
+    """How many of the newest stay."""
     resume: bool = True
     """Go on from the newest whole checkpoint in `output_dir`; `false` moves what is there to `before-<time>/`."""
     log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl and of the trackers."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers, for example `[tensorboard]`, `[wandb]` or `[trackio]`."""
     project: str = "hf_matryoshka_sae"
@@ -140,9 +158,10 @@ class RunConfig:
 
     def check_saes(self) -> "RunConfig":
         """This config; raises `ValueError` for fields that do not fit an SAE's family. Only this needs torch."""
-        for spec in self.saes:
+        for i, spec in enumerate(self.saes):
             if spec.num_latents is not None and not (spec.init_from or spec.grow_from or self.init_from):
-                spec.sae_config(1, self.model, "")
+                with errors_named(f"saes.{i}"):
+                    spec.sae_config(1, self.model, "")
         return self
 
     def check_text(self) -> "RunConfig":

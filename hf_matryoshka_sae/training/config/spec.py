@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .fields import from_dict, nearest
+from ...common.command import nearest
+from .fields import from_dict
 from .presets import PRESETS, defaults_for, set_by_preset, widths_from_fractions
 
 
@@ -27,6 +28,7 @@ class SAESpec:
     A field left out takes the value of `preset`, if one is named, or else the default of its family.
     """
 
+    # What it is
     type: str = "matryoshka"
     """`relu`, `topk`, `batch_topk`, `jumprelu`, `gated` or `matryoshka`."""
     name: str | None = None
@@ -47,15 +49,24 @@ class SAESpec:
 
     # The dictionary
     num_latents: int | None = None
+    """Size F of the dictionary; by default 16 times the width of the hidden states."""
     k: int | float | None = None
+    """TopK: latents kept for each token. BatchTopK: for each token on average. By default 32."""
     activation: Literal["relu", "topk", "batch_topk", "jumprelu"] | None = None
+    """Matryoshka: which activation all prefixes share; by default `batch_topk`."""
     prefix_widths: list[int] | None = None
+    """Matryoshka: widths that are trained to be SAEs, increasing to `num_latents`; by default groups of 1/32, 1/16,
+    1/8, 1/4 and 17/32."""
     prefix_fractions: list[float] | None = None
     """Group sizes as shares of the dictionary; used where `prefix_widths` is not given."""
     apply_b_dec_to_input: bool | None = None
+    """Subtract `b_dec` from the input before the encoder; by default yes."""
     scale_by_decoder_norm: bool | None = None
+    """Measure and select latents by their contribution, value times norm of the decoder row; by default no."""
     bandwidth: float | None = None
+    """JumpReLU: width of the straight-through gradient's kernel, in units of pre-activations; by default 0.05."""
     initial_threshold: float | None = None
+    """JumpReLU: where every threshold starts; by default 0.01."""
 
     # The objective
     level_weights: str | list[float] = "mean"
@@ -74,10 +85,17 @@ class SAESpec:
     random_prefixes: int = 0
     """Draw this many prefixes anew each step, the whole dictionary among them (0: the fixed `prefix_widths`)."""
     prefix_power: float = 0.5
+    """With `random_prefixes`: width w is drawn with a probability proportional to (w/F)^power - ((w-1)/F)^power; 0.5
+    draws small ones most."""
     min_prefix: int = 1
+    """With `random_prefixes`: the least width that is drawn."""
     sparsity_coefficient: float | None = None
+    """ReLU, JumpReLU and Gated: weight of the sparsity penalty; where it follows `target_l0`, where it begins."""
     sparsity_warmup_steps: int | None = None
+    """Steps over which the coefficient grows to its value; by default a fifth of the run."""
     sparsity_penalty: Literal["l1", "log"] = "l1"
+    """ReLU and Gated: of a latent's value times the norm of its decoder row, the sum (`l1`), or of log(1 + 10 x that)
+    (`log`)."""
     target_l0: float | None = None
     """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2."""
     controller_rate: float = 0.01
@@ -85,21 +103,26 @@ class SAESpec:
     multi_topk: bool = False
     """TopK: add the loss at 4k latents, weighted 1/8."""
     auxk_coefficient: float = 1 / 32
+    """Weight of the loss by which dead latents learn what the others leave (AuxK); 0: none."""
     auxk_k: int | None = None
     """Dead latents that fit a token's residual; half of d_in by default."""
     auxk_normalize: bool = True
+    """Divide that loss by the variance of what is left."""
     auxk_detach_residual: bool = True
+    """Keep its gradient from the latents that are alive."""
     auxk_rectify: bool = True
+    """Count only positive values of the dead latents."""
     auxk_scale_by_dead: bool = False
+    """Weigh it less where fewer than `auxk_k` latents are dead."""
     dead_tokens: int | None = None
     """A latent that has not fired on this many tokens is dead; by default 1/150 of the run, at most 10 million."""
 
     # The optimisation
     lr: float | None = None
-    """By default `lr_base / sqrt(num_latents / 16384)`."""
+    """Highest learning rate; by default `lr_base / sqrt(num_latents / 16384)`."""
     lr_base: float | None = None
-    """By default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 / sqrt(d_in)`: a step turns a unit row by the same
-    angle whatever its width."""
+    """Learning rate of a dictionary of 16,384 latents; by default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 /
+    sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
     encoder_lr_scale: float = 1.0
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0
@@ -107,28 +130,36 @@ class SAESpec:
     threshold_lr_scale: float = 1.0
     """JumpReLU: learning rate of the thresholds relative to the others'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of Adam's two moments per step."""
     adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
     optimizer_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """What Adam's moments are kept in: 8, 4 or 2 bytes for each weight."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """What `W_enc` and `W_dec`, and so their gradients, are kept in, in training and in the saved file."""
     lr_warmup_steps: int | None = None
+    """Steps of linear warm-up; by default a twentieth of the run, at most 1,000. Never more than half of it."""
     lr_decay_fraction: float = 1.0
     """Share of the steps at the end over which the rate falls to `lr_end`."""
     lr_end: float = 0.0
+    """Learning rate at the end, as a share of its peak."""
     grad_clip: float | None = None
+    """Largest norm of the gradient; by default it is not clipped."""
     k_start: float | None = None
     """BatchTopK and TopK: begin with this k."""
     k_anneal_steps: int | None = None
     """Reach `k` after so many steps; a tenth of the run by default."""
     ema_decay: float | None = None
+    """Save an average of the weights that decays by this factor each step; by default the weights themselves."""
     unit_norm_decoder: bool = True
+    """Keep the decoder's rows at length 1."""
     train_b_enc: bool = True
+    """Whether `b_enc` is trained, or stays 0."""
     sort_every: int = 0
     """Put latents in order of their energy every so many steps (0: never). By default `type: matryoshka` does so every
     50, unless it goes on from a trained SAE."""
     latent_shards: int | None = None
-    """Other than the run's."""
+    """The same for this one alone."""
     processes: list[int] | None = None
     """Train this one only on these processes of the run (ranks); by default on all that hold SAEs."""
     device: str | None = None
@@ -137,9 +168,14 @@ class SAESpec:
     """`center`, `rms`: (x - mean) / c, x / c with E||x||^2 = 1, so that centred squared errors are FVUs; `norm`: x / c
     with mean ||x|| = sqrt(d); `none`: raw x."""
     encoder_init: Literal["decoder", "normal"] = "decoder"
+    """Where the encoder begins: at the decoder's rows, or at the same directions drawn with length about 1 (normal
+    numbers / sqrt(d_in))."""
     encoder_init_scale: float = 1.0
+    """Factor on the encoder's rows at the start."""
     decoder_init_norm: float = 1.0
+    """Length of the decoder's rows at the start."""
     b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where `b_dec` begins, of the normalised hidden states."""
 
     def __post_init__(self):
         if self.type not in FAMILIES:

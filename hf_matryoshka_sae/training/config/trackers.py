@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .fields import nearest
+from ...common.command import nearest
 
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from ...convert.places import SAEPlace, saes_in
 from ...convert.source import first_names
 from ...models import MODELS, SAEConfig, SAEModel, build_sae
 from ...models.sharding import Layout
+from ..config.fields import errors_named
 from ..config.run import RunConfig
 from ..config.spec import SAESpec
 from ..data.harvest import Harvest
@@ -66,7 +67,8 @@ def _build(
     else:
         if source:
             start = find_start(source, spec, hookpoint, d_in)
-        whole = spec.sae_config(d_in, config.model, hookpoint, like=None if start is None else start.config)
+        with errors_named(f"saes.{placement.index}"):
+            whole = spec.sae_config(d_in, config.model, hookpoint, like=None if start is None else start.config)
         layout = meshes.layout(placement, whole.num_latents, config.capacity_factor)
         sae = build_sae(own_config(whole, layout))
         if start is not None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ...common.command import Interrupted
 from ...common.distributed import gathered
 from ..config.run import RunConfig, as_begun, check_ready
 from ..config.trackers import check_access
@@ -28,6 +29,7 @@ from .building import build_learners
 from .checkpoints import Checkpoint
 from .closing import Closing, place_of
 from .folder import RunFolder
+from .memory import keep_freed_memory
 from .metrics_log import MetricsLog
 from .provenance import Provenance
 from .watchdog import Watchdog
@@ -37,12 +39,6 @@ logger = get_logger(__name__)
 
 # So many steps in a row without a usable batch mean that the data, not one token, is at fault.
 _PATIENCE = 20
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint has been saved."""
-
-    on_all_processes = True
 
 
 def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[dict[str, Any]]:
@@ -80,6 +76,8 @@ def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[di
             raise ValueError("`heldout` rows go with `states`; held-out text is the config's `eval_dataset`.")
     config = as_begun(config)
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with Watchdog(accelerator, Path(config.output_dir)) as watchdog, RunFolder(config, accelerator) as folder:
         if accelerator.is_main_process:
             check_access(config.trackers)

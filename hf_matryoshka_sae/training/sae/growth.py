@@ -4,7 +4,6 @@ A frozen base stays bit for bit what it was. Training runs in normalised units, 
 only `b_enc`, `b_dec` and the thresholds are touched by that, so their raw values are kept and put back at the end.
 """
 
-import copy
 import math
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ...models import MatryoshkaSAE, MatryoshkaSAEConfig, SAEConfig, SAEModel
 from ...models.configuration_sae import PREFIX_ACTIVATIONS
+from ...models.encoder_blocks import EncoderBlocks
 from ...models.families import BatchTopK
-from ...models.selection import EncoderBlocks, Selection, select_above, select_batch_topk
+from ...models.selection import Selection, select_above, select_batch_topk
 from ...models.sharding import Layout, all_sum
 from ..config.spec import SAESpec
 from .initialization import initialize
@@ -254,22 +254,13 @@ class BatchTopKOnBase(BatchTopK):
         """Tokens, latents and pre-activations of the pairs that take part."""
         if not model.training:
             return super().select(model, blocks, layout)
-        rows, cols, pre = select_above(_part(blocks, 0, self.width), model.threshold[: self.width].clamp(min=0))
+        rows, cols, pre = select_above(blocks.latents(0, self.width), model.threshold[: self.width].clamp(min=0))
         layout = layout or Layout(blocks.num_latents)
         assert layout.shards == 1, "a frozen base is not sharded"
         tokens = max(1, blocks.num_rows * layout.replicas)
         left = int(model.k * tokens) - int(all_sum(rows.new_tensor(len(rows)), layout.group))
         # Half a place more: the product with `tokens` must not round below the whole number.
-        outer = select_batch_topk(_part(blocks, self.width, None), (max(0, left) + 0.5) / tokens, layout)
+        outer = select_batch_topk(blocks.latents(self.width, None), (max(0, left) + 0.5) / tokens, layout)
         order = torch.cat([rows, outer[0]]).argsort(stable=True)
         joined = (rows, outer[0]), (cols, outer[1] + self.width), (pre, outer[2])
         return tuple(torch.cat(parts)[order] for parts in joined)
-
-
-def _part(blocks: EncoderBlocks, start: int, stop: int | None) -> EncoderBlocks:
-    """The pre-activations of some of the latents alone."""
-    part = copy.copy(blocks)
-    part._W_enc, part._b_enc = blocks._W_enc[start:stop], blocks._b_enc[start:stop]
-    part._scale = None if blocks._scale is None else blocks._scale[start:stop]
-    part.num_latents = len(part._W_enc)
-    return part

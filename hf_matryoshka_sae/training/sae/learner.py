@@ -158,8 +158,8 @@ class Learner(LearnerState):
         if spec.random_prefixes:
             widths = random_prefix_widths(spec, self.config.num_latents, self.seed, step)
         x = x.to(self.mean, non_blocking=True)
-        finite = torch.isfinite(x).all()
-        x = (torch.where(finite, x, 0.0) - self.mean) / self.scale
+        finite = torch.stack(x.aminmax()).isfinite().all()  # of NaN both are NaN
+        x = torch.where(finite, x, 0.0).sub_(self.mean).div_(self.scale)
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
         weights = level_weights(spec, len(widths), step / self.steps)
         if self.base is not None:
@@ -225,7 +225,7 @@ class Learner(LearnerState):
         gradient = self.sae.W_dec.grad
         if self.spec.unit_norm_decoder and gradient is not None:
             # vecdot forms the product first: in pieces it stays in the cache, and no copy of W_dec is made.
-            size = max(1, _PIECE.get(gradient.device.type, 2**26) // gradient.shape[1])
+            size = _piece_rows(gradient)
             for part, rows in zip(gradient.split(size), self.sae.W_dec.split(size), strict=True):
                 exact, rows = part.float(), rows.float()
                 exact.addcmul_(torch.linalg.vecdot(exact, rows)[:, None], rows, value=-1)
@@ -238,10 +238,11 @@ class Learner(LearnerState):
         if self.spec.unit_norm_decoder and not (rounded and changed is not None):  # rounded once, by the optimizer
             rows = self.sae.W_dec[self.fixed :]
             wide = torch.promote_types(rows.dtype, torch.float32)
-            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide).clamp(min=1e-12)
-            if changed is not None:  # dividing again would round again
-                norms = torch.where(changed, norms, 1.0)
-            rows.div_(norms)
+            for part in rows.split(_piece_rows(rows)):
+                norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=wide).clamp(min=1e-12)
+                if changed is not None:  # dividing again would round again
+                    norms = torch.where(changed, norms, 1.0)
+                part.div_(norms)
         if self.sae.config.activation_name == "jumprelu":
             self.sae.threshold[self.fixed :].clamp_(min=0)
 
@@ -375,6 +376,11 @@ class Learner(LearnerState):
         for parameter in sae.parameters():
             parameter.requires_grad_(True)
         return sae
+
+
+def _piece_rows(matrix: Tensor) -> int:
+    """How many rows are projected at once."""
+    return max(1, _PIECE.get(matrix.device.type, 2**26) // matrix.shape[1])
 
 
 def _data_parallel(accelerator: Accelerator, num_latents: int) -> Layout:

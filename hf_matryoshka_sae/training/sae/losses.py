@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from ...models import SAEModel
-from ...models.selection import EncoderBlocks, select_topk
+from ...models.encoder_blocks import EncoderBlocks
+from ...models.selection import select_topk
 from ...models.sharding import Layout, all_sum
 from ...models.sparse_ops import LatentPairs, PairIndex, at_least_float32, encode_pairs, prefix_errors
 from ..config.spec import SAESpec

@@ -6,6 +6,7 @@ import pytest
 
 from hf_matryoshka_sae.activations import DatasetConfig, IndexedDocuments, load_documents
 
+from ...axes import each
 from .. import tiny
 
 
@@ -35,16 +36,13 @@ def _all(documents, count=4) -> list[str]:
     return read
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".txt"])
-@pytest.mark.parametrize("streaming", [None, True])
+@each(suffix=[".parquet", ".jsonl", ".json", ".txt"], streaming=[None, True])
 def test_files_are_read_in_order(tmp_path, suffix, streaming):
     config = DatasetConfig(_write(tmp_path / f"data{suffix}"), streaming=streaming)
     assert _all(load_documents(config)) == TEXTS
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
+@each(streaming=[False, True], shuffle=[False, True], world_size=[2, 3])
 def test_shares_are_disjoint_and_complete(tmp_path, streaming, shuffle, world_size):
     config = DatasetConfig(_write(tmp_path / "data.jsonl"), streaming=streaming)
     shares = [
@@ -65,8 +63,7 @@ def test_each_epoch_has_its_own_order(tmp_path, streaming):
     assert sorted(first) == sorted(second) == sorted(TEXTS) and first != second != TEXTS
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("taken", [0, 1, 9, 22])
+@each(streaming=[False, True], taken=[0, 1, 9, 22])
 def test_resumed_equals_uninterrupted(tmp_path, streaming, taken):
     config = DatasetConfig(_write(tmp_path / "data.jsonl"), streaming=streaming)
 

@@ -7,7 +7,8 @@ from accelerate.state import AcceleratorState
 
 from hf_matryoshka_sae.cli import main as cli
 from hf_matryoshka_sae.studies.known_features import benchmark
-from hf_matryoshka_sae.studies.known_features.benchmark import Benchmark, default_recipes, main
+from hf_matryoshka_sae.studies.known_features.benchmark import Benchmark, default_recipes
+from hf_matryoshka_sae.studies.known_features.command import synthetic_main as main
 from hf_matryoshka_sae.studies.known_features.synthetic import World
 
 
@@ -65,7 +66,7 @@ def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):
 
 def test_recipes_of_a_file_are_trained(tmp_path):
     (tmp_path / "recipes.yaml").write_text("saes:\n- {type: jumprelu, num_latents: 12, target_l0: 2, name: mine}\n")
-    arguments = [*SMALL, "--seeds", "0", "--recipes", str(tmp_path / "recipes.yaml"), "--widths", "4", "12"]
+    arguments = [*SMALL, "--seeds", "0", "--recipes", str(tmp_path / "recipes.yaml"), "--widths", "4,12"]
     assert main([*arguments, "--output_dir", str(tmp_path)]) == 0
     subjects = json.loads((tmp_path / "synthetic.json").read_text())["subjects"]
     assert [row["width"] for row in subjects["mine"]] == [4, 12]

@@ -6,7 +6,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from hf_matryoshka_sae.studies.known_features.command import main
+from hf_matryoshka_sae.studies.known_features.command import toy_main as main
 from hf_matryoshka_sae.studies.known_features.matching import match
 from hf_matryoshka_sae.studies.known_features.model import ToyModel
 from hf_matryoshka_sae.studies.known_features.training import toy_spec, train_toy

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_matryoshka_sae import cli
-from hf_matryoshka_sae.studies.scaling import command, running
+from hf_matryoshka_sae.studies.scaling import running
 from hf_matryoshka_sae.studies.scaling.config import load_sweep
 from hf_matryoshka_sae.studies.scaling.plan import plan_runs
 from hf_matryoshka_sae.studies.scaling.points import read_points
@@ -116,7 +116,7 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
 
 def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
     trained = []
-    monkeypatch.setattr(command, "train_runs", lambda runs, processes: trained.extend(runs))
+    monkeypatch.setattr(running, "train_runs", lambda runs, processes: trained.extend(runs))
     assert sweep(finished.parent, sweep={"k": [2, 4, 8, 16]}) == 0
     assert [[spec.name for spec in run.saes] for run in trained] == [
         [f"topk-{size}-k16" for size in (32, 64, 128)] for _ in range(2)

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import constants
 
-from hf_matryoshka_sae.studies import command
+from hf_matryoshka_sae.studies import command, evaluating
 from hf_matryoshka_sae.studies.suite import SECTIONS, Section
 
 from ..explanations.autointerp.chat_server import ChatServer
@@ -21,7 +21,7 @@ def server():
 @pytest.mark.slow
 def test_a_judge_is_asked_once_and_its_silence_is_counted(server, tmp_path, monkeypatch):
     (judged,) = (Section(**{**vars(each), "full": 1}) for each in SECTIONS if each.name == "autointerp")
-    monkeypatch.setattr(command, "SECTIONS", [judged])
+    monkeypatch.setattr(evaluating, "SECTIONS", [judged])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     flags = ["embedded", "--suite", "full", "--judge", server.url, "--tokens", "12000", "--output_dir", str(tmp_path)]
     assert command.main([*flags, "--widths", "64,192"]) == 0
@@ -40,7 +40,7 @@ def test_a_judge_is_asked_once_and_its_silence_is_counted(server, tmp_path, monk
 
 
 def test_a_judge_that_is_not_there_is_told_before_the_long_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "SECTIONS", [each for each in SECTIONS if each.name == "autointerp"])
+    monkeypatch.setattr(evaluating, "SECTIONS", [each for each in SECTIONS if each.name == "autointerp"])
     status = command.main(
         ["embedded", "--suite", "full", "--judge", str(tmp_path / "none"), "--output_dir", str(tmp_path)]
     )
@@ -50,7 +50,7 @@ def test_a_judge_that_is_not_there_is_told_before_the_long_work(tmp_path, capsys
 
 def test_a_judge_that_nobody_answers_for_is_told_before_the_long_work_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(command, "run_sections", lambda *_, **__: pytest.fail("the long work began"))
+    monkeypatch.setattr(evaluating, "run_sections", lambda *_, **__: pytest.fail("the long work began"))
     flags = ["embedded", "--suite", "full", "--judge", "http://127.0.0.1:9/v1", "--output_dir", str(tmp_path)]
     assert command.main(flags) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err

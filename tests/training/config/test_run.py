@@ -62,7 +62,12 @@ def test_underscored_numbers_are_numbers():
         (changed(batch_size=0), "batch_size"),
         (changed(exclude="firts"), "exclude.*first"),  # codespell:ignore
         (changed(saes=[{"random_prefixes": 3, "type": "topk"}]), "matryoshka"),
-        (changed(saes=[{"ema_decay": 1.0}]), "ema_decay"),
+        (changed(saes=[{"ema_decay": 1.0}]), "^`saes.0`: `ema_decay`"),
+        (
+            changed(saes=[{"k": 4, "num_latents": 64}, {"num_latents": 64, "k": 1000}]),
+            "^`saes.1`: `k` must lie .* 1000",
+        ),
+        (changed(saes=[{"type": "relu", "k": 4, "num_latents": 64}]), "^`saes.0`: `k` is no field"),
         ({key: RUN[key] for key in RUN if key != "model"}, "Missing.*model"),
     ],
 )

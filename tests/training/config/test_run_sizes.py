@@ -1,7 +1,5 @@
 """How much a run reads for its normalisation and thresholds: a share of it, unless it says otherwise."""
 
-import signal
-
 import pytest
 import torch
 import yaml
@@ -89,19 +87,11 @@ def _counting(loaded, read):
     return loaded
 
 
-def test_a_run_begun_with_sizes_in_its_file_goes_on_with_them(tmp_path, monkeypatch):
+def test_a_run_begun_with_sizes_in_its_file_goes_on_with_them(tmp_path, interrupt):
     given = {"normalization_tokens": 3000, "calibration_tokens": 1500, "eval_tokens": 1000, "shuffle_tokens": 6000}
     given["window_pool_tokens"] = 20_000
     train(config(tmp_path / "whole", **given))
-    steps = []
-
-    def counted(self, step, before=trainer_module.Trainer._step):
-        steps.append(step)
-        if len(steps) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return before(self, step)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    steps = interrupt(7)
     with pytest.raises(Interrupted):
         train(config(tmp_path / "parts", **given))
     train(config(tmp_path / "parts"))

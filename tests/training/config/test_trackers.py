@@ -78,19 +78,15 @@ def test_curves_are_called_by_prefix_widths_and_held_out_results_follow(tmp_path
 
 
 @pytest.mark.slow
-def test_curves_of_several_hookpoints_are_kept_apart(tmp_path, recorder):
-    saes = [{"type": "topk", "name": "plain", "num_latents": 64, "k": 4}]
-    train(config(tmp_path, trackers=["recorder"], hookpoints=["model.layers.0", "model.layers.1"], saes=saes))
-    names = {name for _, values in recorder[0].logged for name in values}
-    for place in ("plain/model.layers.0", "plain/model.layers.1"):
-        assert {f"{place}/fvu/64", f"{place}/l0", f"{place}/heldout_fvu/64"} <= names
-
-
-@pytest.mark.slow
-def test_random_prefixes_make_one_curve(tmp_path, recorder):
+def test_curves_of_several_hookpoints_are_kept_apart_and_random_prefixes_make_one(tmp_path, recorder):
     saes = [{"type": "matryoshka", "name": "drawn", "num_latents": 64, "k": 4, "random_prefixes": 3}]
-    train(config(tmp_path, trackers=["recorder"], saes=saes))
-    assert [name for name in recorder[0].logged[0][1] if "/fvu/" in name] == ["drawn/fvu/whole"]
+    hookpoints = ["model.layers.0", "model.layers.1"]
+    train(config(tmp_path, trackers=["recorder"], hookpoints=hookpoints, saes=saes, tokens=512, log_every=1))
+    logged = recorder[0].logged
+    places = [f"drawn/{hookpoint}" for hookpoint in hookpoints]
+    assert {name for name in logged[0][1] if "/fvu/" in name} == {f"{place}/fvu/whole" for place in places}
+    names = {name for _, values in logged for name in values}
+    assert {f"{place}/{curve}" for place in places for curve in ("l0", "heldout_fvu/64")} <= names
 
 
 def test_a_misspelt_tracker_is_told_with_the_nearest(tmp_path):

@@ -63,10 +63,6 @@ def test_a_broken_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, 
     assert equal(found.tree("shared"), TREE)
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert store(tmp_path).load() is None
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     store(tmp_path).save(1, {"shared": TREE})
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.activations import RowTable, States, StatesStream
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
-from hf_matryoshka_sae.training.run.trainer import Trainer
 
 
 D, BATCH = 16, 128
@@ -65,20 +64,12 @@ def test_every_kind_of_states_trains_without_a_language_model(tmp_path, rows):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "function"])
-def test_an_interrupted_run_on_states_ends_with_the_same_weights(tmp_path, rows, kind, monkeypatch):
+def test_an_interrupted_run_on_states_ends_with_the_same_weights(tmp_path, rows, kind, interrupt):
     states = rows if kind == "tensor" else lambda: iter(torch.cat([rows, rows]).split(300))
     train(config(tmp_path / "whole"), states=states)
-    step = Trainer._step
-
-    def stop_at_15(self, number):
-        if number == 15:
-            self._stop(15)
-        step(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stop_at_15)
-        with pytest.raises(Interrupted):
-            train(config(tmp_path / "parts"), states=states)
+    interrupt(15)
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "parts"), states=states)
     train(config(tmp_path / "parts"), states=states)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     with pytest.raises(ValueError, match="not those with which|cannot be rewound"):

@@ -16,7 +16,7 @@ from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.run.folder import RunFolder
 from hf_matryoshka_sae.training.run.lock import RunLock
 
-from .test_sharded_runs import Processes
+from ...processes import Launch
 from .test_trainer import RUN, config
 
 
@@ -78,8 +78,8 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_a_status(tmp_path, capsys,
 def test_every_process_of_a_launch_is_refused(tmp_path):
     holder = RunLock(tmp_path / "run")
     holder.acquire()
-    processes = Processes(tmp_path, 2)
-    assert [process.wait(120) for process in processes.all] == [2, 2]
-    for log in processes.logs:
+    refused = Launch(tmp_path, 2, **RUN)
+    assert refused.statuses() == [2, 2]
+    for log in refused.logs:
         assert f"in use by another run (process {os.getpid()} on" in log.read_text()
         assert "Process 0 of 2 failed" not in log.read_text()

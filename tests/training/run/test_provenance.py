@@ -1,7 +1,6 @@
 """What a run writes down about itself: sessions that add up, what was folded in, no secrets and no places."""
 
 import json
-import signal
 from importlib.metadata import version
 
 import pytest
@@ -10,7 +9,6 @@ from safetensors.torch import load_file
 
 from hf_matryoshka_sae.models.digests import folder_digest
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
-from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.run.provenance import (
     describe_model,
     read_provenance,
@@ -54,21 +52,10 @@ def test_a_run_says_what_was_folded_in_and_calibrated(finished_run):
     assert session["hardware"]["processes"] == 1
 
 
-def test_families_without_calibration_name_none(tmp_path):
-    train(config(tmp_path, saes=[{"type": "topk", "name": "plain", "num_latents": 64, "k": 4}], tokens=256))
-    assert "calibration" not in read_provenance(tmp_path)["saes"]["plain/model.layers.1"]
-
-
-def test_sessions_of_a_resumed_run_add_up(tmp_path, monkeypatch):
-    def interrupted(self, step, before=trainer_module.Trainer._step):
-        if step == 3:
-            signal.raise_signal(signal.SIGINT)
-        return before(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.Trainer, "_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(config(tmp_path))
+def test_sessions_of_a_resumed_run_add_up(tmp_path, interrupt):
+    interrupt(4)
+    with pytest.raises(Interrupted):
+        train(config(tmp_path))
     stopped = read_provenance(tmp_path)
     assert [each["to_step"] for each in stopped["sessions"]] == [4] and stopped["tokens"] == 4 * 128
     train(config(tmp_path))
@@ -77,10 +64,13 @@ def test_sessions_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     assert (second["from_step"], second["to_step"]) == (4, 8)
 
 
-def test_starting_over_forgets_earlier_sessions(finished_run, tmp_path):
+def test_starting_over_forgets_earlier_sessions_and_families_without_calibration_name_none(finished_run, tmp_path):
     (tmp_path / "provenance.json").write_text((finished_run / "provenance.json").read_text())
-    train(config(tmp_path, resume=False, tokens=256))
-    assert [each["from_step"] for each in read_provenance(tmp_path)["sessions"]] == [0]
+    saes = [{"type": "topk", "name": "plain", "num_latents": 64, "k": 4}]
+    train(config(tmp_path, resume=False, tokens=256, saes=saes))
+    found = read_provenance(tmp_path)
+    assert [each["from_step"] for each in found["sessions"]] == [0]
+    assert "calibration" not in found["saes"]["plain/model.layers.1"]  # a run of no family that has one
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

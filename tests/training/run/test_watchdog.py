@@ -1,7 +1,6 @@
 """A process that ends takes the others with it, and they say which it was; one that stays away is warned of."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,9 +17,7 @@ import torch.distributed as dist
 from hf_matryoshka_sae.training.run.peers import is_running
 from hf_matryoshka_sae.training.run.watchdog import Watchdog
 
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed", __name__])
+from ...processes import FORKS
 
 
 def work(rank: int, world: int, folder: Path, job: str, options: dict) -> None:
@@ -211,7 +208,7 @@ def test_one_process_watches_nobody(tmp_path):
 def test_a_process_that_waits_for_its_parent_does_not_run():
     child = subprocess.Popen([sys.executable, "-c", ""])
     assert is_running(os.getpid())
-    time.sleep(3)  # it has ended, but nobody has asked
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but nobody has asked
     assert not is_running(child.pid)
     child.wait()
     assert not is_running(child.pid)

@@ -5,7 +5,6 @@ import ast
 import inspect
 import json
 import shutil
-import signal
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from hf_matryoshka_sae import (
 )
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training.config.spec import SAESpec
-from hf_matryoshka_sae.training.run import trainer as trainer_module
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
 from hf_matryoshka_sae.training.sae.growth import BatchTopKOnBase, FrozenBase, grow, grown_start
 from hf_matryoshka_sae.training.sae.learner import Learner
@@ -149,21 +147,13 @@ def test_a_base_that_is_not_frozen_trains_along(runs, tmp_path):
         assert free["saes"][name][-1]["fvu"] < runs[1][name][-1]["fvu"]
 
 
-def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, tmp_path, interrupt):
     names, source = ["nested-batch_topk", "jumprelu"], tmp_path / "sources"
-    steps = []
-
-    def counted(self, step, before=trainer_module.Trainer._step):
-        steps.append(step)
-        if len(steps) == 8:
-            signal.raise_signal(signal.SIGINT)
-        return before(self, step)
-
     for name in names:
         load(runs[0] / "base", name).save_pretrained(source / "base" / name / HOOKPOINT)
     again = config(tmp_path / "again", [grown_spec(source, name) for name in names], seed=3)
     whole = train(config(tmp_path / "whole", [grown_spec(source, name) for name in names], seed=3))
-    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
+    steps = interrupt(8)
     with pytest.raises(Interrupted):
         train(again)
     for name in names:
@@ -277,11 +267,6 @@ def test_k_and_inner_prefixes_of_the_outer_part_can_be_given():
 def test_what_does_not_fit_cannot_grow(fields, message):
     with pytest.raises(ValueError, match=message):
         grow(trained(), **fields)
-
-
-def test_a_gated_sae_cannot_grow():
-    with pytest.raises(ValueError, match="A gated SAE cannot grow"):
-        grow(build_sae(GatedSAEConfig(d_in=D, num_latents=F)), 40)
 
 
 # Training on a frozen base
@@ -412,10 +397,6 @@ def test_all_weight_of_the_loss_is_on_prefixes_that_can_change():
 def test_a_mistake_in_an_entry_is_said_at_once(fields, message):
     with pytest.raises(ValueError, match=message):
         SAESpec.from_dict({"grow_from": "base", "num_latents": 50, **fields}, "")
-
-
-def test_a_base_that_is_not_frozen_may_be_sorted():
-    SAESpec.from_dict({"grow_from": "base", "num_latents": 50, "freeze_base": False, "sort_every": 2}, "")
 
 
 def test_a_run_does_not_grow_and_go_on_at_once(tmp_path):

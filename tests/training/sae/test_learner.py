@@ -68,12 +68,12 @@ def train(one, count=STEPS, start=0):
     ids=str,
 )
 def test_every_family_learns(fields):
-    one = learner(steps=150, **fields)
+    one = learner(steps=60, **fields)
     train(one, 1)
     before = one.statistics(0).fvu[-1]
-    train(one, 150)
-    after = one.statistics(149)
-    assert after.fvu[-1] < 0.7 * before
+    train(one, 60)
+    after = one.statistics(59)
+    assert after.fvu[-1] < 0.4 * before
     assert 0 < after.l0 < F
 
 
@@ -156,38 +156,6 @@ def test_dead_latents_are_those_silent_for_a_number_of_tokens():
         assert (one.tokens_since_fired[7] >= one.spec.dead_tokens) == (step >= 2)
 
 
-def test_auxk_brings_dead_latents_back():
-    """Half of the latents start out of reach, on data with more features than latents."""
-    shares = []
-    for coefficient in (0.0, 1.0):
-        torch.manual_seed(0)
-        generator = torch.Generator().manual_seed(1)
-        directions = torch.randn(300, 32, generator=generator)
-        odds = 1 / torch.arange(1, 301)
-        odds = 4 * odds / odds.sum()
-        one = learner(
-            type="batch_topk",
-            d_in=32,
-            num_latents=256,
-            dead_tokens=10 * N,
-            auxk_coefficient=coefficient,
-            steps=300,
-            grad_clip=1.0,
-            betas=[0.9, 0.999],
-            encoder_lr_scale=1.0,
-            encoder_bias_lr_scale=1.0,
-        )
-        with torch.no_grad():
-            one.sae.b_enc[:128] = -1.0
-        for step in range(300):
-            active = (torch.rand(N, 300, generator=generator) < odds).float()
-            one.accumulate((active * torch.rand(N, 300, generator=generator)) @ directions, step)
-            one.step(step)
-        shares.append(one.statistics(299).dead)
-    assert shares[0] > 0.5
-    assert shares[1] < 0.75 * shares[0]
-
-
 @pytest.mark.parametrize("fields", [{}, SMALLEST], ids=str)
 def test_a_gradient_that_is_not_finite_leaves_the_weights(fields):
     one = train(learner(type="matryoshka", **fields), 3)
@@ -232,15 +200,6 @@ def test_a_resumed_learner_goes_on_bit_for_bit(fields):
         whole.finished().named_parameters(), resumed.finished().named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
-
-
-def test_input_is_normalised_and_folding_gives_it_back():
-    one = train(learner(type="topk"), 10)
-    sae, x = one.finished(), next(batches(1))
-    with torch.no_grad():
-        inside = sae((x - one.mean) / one.scale).reconstruction * one.scale + one.mean
-        sae.fold_normalization_(one.mean, one.scale)
-        assert torch.allclose(sae(x).reconstruction, inside, atol=1e-4)
 
 
 def test_geometric_median_survives_a_guess_on_a_data_point():

@@ -217,53 +217,6 @@ def test_one_dimensional_parameters_stay_float32():
 # Rounding
 
 
-def test_dice_are_even_and_any_two_are_independent():
-    parameter = torch.empty(64, 256)
-    numbers = []
-    for seed, number, step, kind in ((0, 1, 1.0, 0), (0, 1, 1.0, 1), (0, 1, 2.0, 0), (0, 2, 1.0, 0), (1, 1, 1.0, 0)):
-        dice = module._Dice(seed, number, torch.tensor(step), parameter)
-        dice.roll(0, 64)
-        numbers.append((dice(kind) & 0xFFFF).double() / 2**16 - 0.5)
-    for one in numbers:
-        assert abs(one.mean()) < 0.01 and one.var() == pytest.approx(1 / 12, rel=0.05)
-        assert one.mean(0).abs().max() < 0.15 and one.mean(1).abs().max() < 0.08
-    pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[:i]]
-    pairs += [(one[:-1], one[1:]) for one in numbers] + [(one[:, :-1], one[:, 1:]) for one in numbers]
-    assert max(abs((a * b).mean() * 12) for a, b in pairs) < 0.05
-
-
-@pytest.mark.parametrize(("drop", "step"), [(16, 2**-7), (20, 2**-3)])
-def test_numbers_are_rounded_to_a_neighbour_and_exactly_in_the_mean(drop, step):
-    values = torch.tensor([1.0, 1 + 0.1 * step, 1 + 0.5 * step, -1 - 0.9 * step, 3.3, -1e-20, 0.0]).repeat(20000, 1)
-    dice = module._Dice(0, 1, torch.ones(()), values)
-    total = torch.zeros(values.shape[1], dtype=torch.float64)
-    for kind in range(3):
-        dice.roll(0, len(values))
-        rounded = module._rounded(values, dice(kind), drop)
-        assert ((rounded - values).abs() <= step * values.abs()).all()
-        assert torch.equal(rounded[:, [0, 6]], values[:, [0, 6]])  # what fits is not touched
-        total += rounded.double().mean(0)
-    assert torch.allclose(total / 3, values[0].double(), rtol=0.02 * step, atol=0)
-
-
-def test_bytes_hold_eight_bit_moments_over_their_range():
-    """Relative errors at most 1/8 down to 2^-14 of a row's largest (first moment) and 2^-31 (second)."""
-    values = torch.logspace(0, -14, 64, base=2) * torch.tensor([1, -1]).repeat(32)
-    rows = torch.stack([values * 1e-10, values * 1e5, torch.zeros(64)])
-    dice = module._Dice(0, 1, torch.ones(()), rows)
-    dice.roll(0, 3)
-    parameter = torch.nn.Parameter(rows)
-    state = made(parameter, "int8")._zeros(parameter)
-    for name, moment, kind in (("exp_avg", rows, 0), ("exp_avg_sq", rows.abs() ** (31 / 14), 1)):
-        for key, value in module._written(state, name, moment, dice, kind).items():
-            state[key].copy_(value)
-        back = module._read(state, name, slice(None))
-        assert ((back - moment).abs() <= moment.abs() / 8).all(), name
-        assert (back[2] == 0).all()
-        assert (back[1] != 0).all()
-        assert {state[name].element_size(), state[f"{name}_scale"].ndim} == {1}
-
-
 def test_a_row_without_gradient_decays_exactly():
     parameter = weights()
     optimizer = made(parameter, "int8")

@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 from ...common.seeds import derived_seed
 from ...evaluation.geometry import checked_widths
 from ...models import JumpReLUSAE, JumpReLUSAEConfig, SAEModel
+from .settings import SAMPLES
 from .synthetic import SyntheticModel
 
 
-SAMPLES = 20_000
 _BLOCK_ENTRIES = 2**23
 _DECILES = 10
 

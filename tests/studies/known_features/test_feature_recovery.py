@@ -7,7 +7,7 @@ import torch
 
 from hf_matryoshka_sae.evaluation import random_dictionary
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, ReluSAEConfig, build_sae
-from hf_matryoshka_sae.studies.known_features.recovery import assign, encode, recovery, supervised_sae
+from hf_matryoshka_sae.studies.known_features.feature_recovery import assign, encode, recovery, supervised_sae
 from hf_matryoshka_sae.studies.known_features.synthetic import SyntheticModel, World
 
 
