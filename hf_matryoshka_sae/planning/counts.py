@@ -29,7 +29,7 @@ class Mesh:
 
     @property
     def devices(self) -> int:
-        """R x S."""
+        """Return R x S."""
         return self.replicas * self.shards
 
     def __str__(self) -> str:
@@ -53,42 +53,42 @@ class Part:
     dtype: str = "float32"
 
     def seconds(self, device: Device) -> float:
-        """The longer of arithmetic and memory."""
+        """Return the longer of arithmetic and memory."""
         return max(self.flops / device.rate(self.dtype), self.moved / device.stream)
 
 
 def local_latents(num_latents: int, mesh: Mesh) -> int:
-    """Rows of the largest shard."""
+    """Return rows of the largest shard."""
     return ceil(num_latents / mesh.shards)
 
 
 def micro_batch(work: Workload, mesh: Mesh) -> int:
-    """Tokens that a replica sees at once."""
+    """Return tokens that a replica sees at once."""
     return ceil(work.batch_size / (mesh.replicas * work.accumulation))
 
 
 def block_latents(tokens: int, num_latents: int, device: Device) -> int:
-    """Latents whose pre-activations are held at once, as `models.encoder_blocks.EncoderBlocks` chooses them."""
+    """Return latents whose pre-activations are held at once, as `models.encoder_blocks.EncoderBlocks` chooses them."""
     fitting = max(1, BLOCK_ENTRIES[device.kind] // max(1, tokens))
     return min(-(-fitting // GROUP), -(-num_latents // GROUP)) * GROUP
 
 
 def own_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
-    """Pairs per token that a process selects among its own latents, before the cut over all processes."""
+    """Return pairs per token that a process selects among its own latents, before the cut over all processes."""
     if shape.activation == "batch_topk":
         return sent_candidates(work, shape, mesh)
     return shape.k if shape.activation == "topk" else shape.k / mesh.shards
 
 
 def sent_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
-    """Values per token that a process sends: `capacity_factor` times its even share of the k places."""
+    """Return values per token that a process sends: `capacity_factor` times its even share of the k places."""
     if shape.activation == "batch_topk":  # the places of all replicas' tokens, over all processes
         return min(shape.k * mesh.replicas, shape.k * work.capacity_factor / mesh.shards)
     return min(shape.k, ceil(shape.k * work.capacity_factor / mesh.shards))
 
 
 def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
-    """Every part of a step on one device, summed over the run's dictionaries."""
+    """Return every part of a step on one device, summed over the run's dictionaries."""
     parts = [] if work.lm_processes else [language_model_part(work, mesh.devices)]
     found: dict[str, list[Part]] = {}
     for shape in work.dictionaries:
@@ -100,7 +100,7 @@ def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
 
 
 def language_model_part(work: Workload, readers: int) -> Part:
-    """What each of the processes does that run the language model."""
+    """Return what each of the processes does that run the language model."""
     tokens, dtype = work.batch_size / readers, "float32" if work.lm.bytes_each == 4 else "bfloat16"
     weights = tokens / work.window_tokens * work.lm.parameters * work.lm.bytes_each
     return Part("language model", tokens * work.lm.flops_per_token, weights, dtype)
@@ -144,7 +144,7 @@ def _of_dictionary(work: Workload, shape: DictionaryShape, mesh: Mesh, device: D
 def _selection_bytes(
     work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device, entries: float, blocks: int, block: int
 ) -> float:
-    """Passes over blocks, and over the keys of groups and their members (`models.selection`)."""
+    """Return passes over blocks, and over the keys of groups and their members (`models.selection`)."""
     product, chosen = BYTES[work.product], own_candidates(work, shape, mesh)
     if shape.activation not in ("topk", "batch_topk"):
         return entries * (product + 2) + entries / 2 * 60
@@ -159,13 +159,13 @@ KEY_BYTES = 32
 
 
 def _keys(block: int, count: float) -> float:
-    """Keys per row: those of the groups and of the members of the best groups, or of every entry."""
+    """Return keys per row: those of the groups and of the members of the best groups, or of every entry."""
     groups = block / GROUP
     return groups + count * GROUP if groups > count else block
 
 
 def selection_bytes_held(tokens: int, block: int, count: float) -> float:
-    """Memory of these keys at their most, on an accelerator."""
+    """Return memory of these keys at their most, on an accelerator."""
     groups = block / GROUP
     return tokens * KEY_BYTES * (max(groups, count * GROUP) if groups > count else block)
 

@@ -56,16 +56,16 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that a run may take."""
+        """Return bytes that a run may take."""
         return self.memory * (1 - self.headroom)
 
     def rate(self, dtype: str) -> float:
-        """Operations per second that a matmul of this type reaches."""
+        """Return operations per second that a matmul of this type reaches."""
         return self.flops[dtype] * self.matmul_share
 
     @property
     def stream(self) -> float:
-        """Bytes per second that a pass over memory reaches."""
+        """Return bytes per second that a pass over memory reaches."""
         return self.bandwidth * self.memory_share
 
 
@@ -84,7 +84,7 @@ _CPU_PROCESS = 0.48e9
 
 
 def find_device(name: str, per_machine: int | None = None) -> Device:
-    """The device called `name`.
+    """Return the device called `name`.
 
     Args:
         name (`str`): One of `DEVICES`; an amount of memory such as `"80GB"` (in other respects an H100); or `"cpu"`,
@@ -133,7 +133,7 @@ def _this_machine(processes: int) -> Device:
 
 
 def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
-    """The median of several runs: whatever else the machine does now, it will do to the training too."""
+    """Return the median of several runs: whatever else the machine does now, it will do to the training too."""
     work()
     times, began = [], time.perf_counter()
     while not times or time.perf_counter() - began < seconds:
@@ -144,7 +144,7 @@ def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
 
 
 def _matmul_rate(dtype: "torch.dtype") -> float:
-    """Operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
+    """Return operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
     import torch
 
     x, weights = torch.ones(512, 128, dtype=dtype), torch.ones(16384, 128, dtype=dtype)
@@ -153,7 +153,7 @@ def _matmul_rate(dtype: "torch.dtype") -> float:
 
 
 def _copy_rate() -> float:
-    """Bytes per second read and written by a copy that fits no cache."""
+    """Return bytes per second read and written by a copy that fits no cache."""
     import torch
 
     source = torch.ones(2**25)

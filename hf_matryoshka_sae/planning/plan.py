@@ -36,12 +36,12 @@ class LayoutPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the device's headroom free."""
+        """Return whether the peak leaves the device's headroom free."""
         return max(self.memory.peak, self.reader_bytes) <= self.device.usable
 
     @property
     def step_seconds(self) -> float:
-        """Parts and transfers follow each other; only readers of their own work at the same time."""
+        """Return parts and transfers follow each other; only readers of their own work at the same time."""
         own = sum(part.seconds(self.device) for part in self.compute) + self.traffic_seconds
         return max(own, self.reader_seconds)
 
@@ -56,7 +56,7 @@ class LayoutPlan:
         return self.steps * self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers for a JSON file: bytes and seconds."""
+        """Return numbers for a JSON file: bytes and seconds."""
         return {
             "replicas": self.mesh.replicas,
             "latent_shards": self.mesh.shards,
@@ -92,14 +92,14 @@ class Plan:
 
     @property
     def best(self) -> LayoutPlan | None:
-        """The fastest that fits."""
+        """Return the fastest that fits."""
         return min(
             (layout for layout in self.layouts if layout.fits), key=lambda plan: plan.step_seconds, default=None
         )
 
 
 def make_plan(work: Workload, devices: int, device: Device) -> Plan:
-    """Work out every layout R x S of `devices`.
+    """Return work out every layout R x S of `devices`.
 
     Raises:
         `ValueError`: if `devices` is not positive, or the batch can be divided over no layout.
@@ -132,7 +132,7 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
 
 
 def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
-    """What one layout costs."""
+    """Return what one layout costs."""
     return LayoutPlan(
         mesh,
         device,
@@ -146,7 +146,7 @@ def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
 
 
 def yaml_lines(config: RunConfig, layout: LayoutPlan) -> list[str]:
-    """The lines of the run's YAML that ask for a layout."""
+    """Return the lines of the run's YAML that ask for a layout."""
     lines = [f"latent_shards: {layout.mesh.shards}"]
     if config.gradient_accumulation_steps > 1:
         lines.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
@@ -164,7 +164,7 @@ _MOST_MICRO_BATCHES, _MOST_DEVICES = 64, 4096
 
 
 def what_would_fit(work: Workload, devices: int, device: Device) -> list[str]:
-    """Where no layout fits: how many devices would be enough, and the options with which fewer are.
+    """Return where no layout fits: how many devices would be enough, and the options with which fewer are.
 
     More micro-batches are tried first (they change no result), and twice as many devices each time.
     """

@@ -11,7 +11,7 @@ SMALL = 0.005
 
 
 def report(plan: Plan, config: RunConfig, markdown: bool = False) -> str:
-    """What the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
+    """Return what the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
     devices = plan.layouts[0].mesh.devices + (plan.work.lm_processes or 0)
     sections = [_heading(plan, devices), layout_table(plan, markdown)]
     if plan.skipped:
@@ -47,7 +47,7 @@ def _heading(plan: Plan, devices: int) -> str:
 
 
 def layout_table(plan: Plan, markdown: bool = False) -> str:
-    """Every layout: whether it fits, its peak, its traffic and its time."""
+    """Return every layout: whether it fits, its peak, its traffic and its time."""
     head = ["replicas x shards", "fits", "GB", "at", "traffic GB", "traffic s", "step s", "run"]
     rows = [
         [
@@ -66,7 +66,7 @@ def layout_table(plan: Plan, markdown: bool = False) -> str:
 
 
 def memory_table(layout: LayoutPlan, markdown: bool = False) -> str:
-    """What a device holds at its peak, part by part."""
+    """Return what a device holds at its peak, part by part."""
     peak = layout.memory.peak
     shown = {name: size for name, size in layout.memory.parts.items() if size >= SMALL * peak}
     rows = [[name, f"{size / 1e9:.2f}"] for name, size in sorted(shown.items(), key=lambda item: -item[1])]
@@ -76,7 +76,7 @@ def memory_table(layout: LayoutPlan, markdown: bool = False) -> str:
 
 
 def step_table(layout: LayoutPlan, markdown: bool = False) -> str:
-    """What a step costs a device, part by part."""
+    """Return what a step costs a device, part by part."""
     rows = [
         [part.name, f"{part.flops / 1e12:.4g}", f"{part.moved / 1e9:.4g}", f"{part.seconds(layout.device):.3g}"]
         for part in layout.compute
@@ -104,7 +104,7 @@ def _advice(plan: Plan, shown: LayoutPlan, config: RunConfig, devices: int) -> s
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it."""
+    """Return a length of time in the unit that suits it."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -112,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
-    """Columns of text, the first to the left; as markdown, or aligned for a terminal."""
+    """Return columns of text, the first to the left; as markdown, or aligned for a terminal."""
     if markdown:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -128,7 +128,7 @@ def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for a JSON file: bytes and seconds."""
+    """Return the plan for a JSON file: bytes and seconds."""
     device = plan.device
     return {
         "device": {

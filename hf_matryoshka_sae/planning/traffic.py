@@ -33,7 +33,7 @@ class Transfer:
 
 
 def step_traffic(work: Workload, mesh: Mesh, device: Device) -> list[Transfer]:
-    """Every collective of a step. Devices of a shard group are neighbours, replicas are apart."""
+    """Return every collective of a step. Devices of a shard group are neighbours, replicas are apart."""
     replicas, shards = mesh.replicas, mesh.shards
     tokens = micro_batch(work, mesh) * work.accumulation
     group, apart = bandwidth(device, shards, 1), bandwidth(device, replicas, shards)

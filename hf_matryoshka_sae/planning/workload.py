@@ -84,7 +84,7 @@ class DictionaryShape:
 
     @property
     def dense(self) -> bool:
-        """Whether so many latents fire at the start that the sums are matmuls."""
+        """Return whether so many latents fire at the start that the sums are matmuls."""
         return self.k > self.num_latents / 8
 
     @property
@@ -136,7 +136,7 @@ class Workload:
 def read_workload(
     config: RunConfig, d_in: int | None = None, lm_parameters: int | None = None, dead_share: float = 0.1
 ) -> Workload:
-    """The costs that follow from a run's config; no weights are loaded.
+    """Return the costs that follow from a run's config; no weights are loaded.
 
     Args:
         config ([`RunConfig`]): The run.
@@ -199,7 +199,7 @@ def _shape(spec: SAESpec, config: Any, hookpoint: str) -> DictionaryShape:
 
 
 def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
-    """A model of which only the size is known: every parameter takes part in the pass (2 operations per token)."""
+    """Return a model of which only the size is known: every parameter takes part in the pass (2 operations per token)."""
     patterns = [name for name in config.hookpoints if any(sign in name for sign in "*?[")]
     if patterns:
         raise ValueError(f"Without the model's config hookpoints must be names, not globs; got {', '.join(patterns)}.")
@@ -209,12 +209,12 @@ def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
 
 
 def _named_dtype(config: RunConfig) -> str | None:
-    """The type that the config names; auto is bfloat16 on the devices that are planned for."""
+    """Return the type that the config names; auto is bfloat16 on the devices that are planned for."""
     return "bfloat16" if config.model_dtype == "auto" else config.model_dtype
 
 
 def look_up(config: RunConfig) -> LanguageModel:
-    """The run's language model, from its config alone.
+    """Return the run's language model, from its config alone.
 
     Raises:
         `ValueError`: if the config cannot be read, or the model has no such hookpoint.

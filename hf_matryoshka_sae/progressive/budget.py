@@ -41,7 +41,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """The budget that a sentence describes.
+        """Return the budget that a sentence describes.
 
         Raises:
             `ValueError`: for a sentence of another form, naming the forms there are.
@@ -64,7 +64,7 @@ def width_for_budget(
     data: HeldOut | HasActivations | Iterable[Tensor] | None = None,
     show: bool = True,
 ) -> int:
-    """The fewest first latents of an SAE that keep a budget.
+    """Return the fewest first latents of an SAE that keep a budget.
 
     Found by sections: at the width found the budget is kept, at the one below it is not. Where quality is not
     monotone in width, a smaller width further down may keep it too. Places are competed for inside the width
@@ -114,14 +114,14 @@ def width_for_budget(
 
 
 def _between(low: int, high: int) -> list[int]:
-    """Widths strictly between two, spread evenly on a logarithmic scale."""
+    """Return widths strictly between two, spread evenly on a logarithmic scale."""
     ratio = high / max(low, 1)
     tried = {round(max(low, 1) * ratio ** (i / (_AT_ONCE + 1))) for i in range(_AT_ONCE + 1)}
     return sorted(w for w in tried if low < w < high) or [low + 1]
 
 
 def _width_for_bytes(sae: SAEModel, limit: float) -> int:
-    """The most latents whose tensors, with the bias, fit into so many bytes."""
+    """Return the most latents whose tensors, with the bias, fit into so many bytes."""
     tensors = sae.state_dict()
     fixed = tensors["b_dec"].nbytes
     each = sum(tensor.nbytes for name, tensor in tensors.items() if name != "b_dec") / sae.config.num_latents

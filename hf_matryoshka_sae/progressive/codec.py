@@ -42,7 +42,7 @@ def encode_progressive(
     groups: Sequence[int] | None = None,
     block: int = 256,
 ) -> bytes:
-    """Code hidden states so that every prefix of the bytes is a code.
+    """Return code hidden states so that every prefix of the bytes is a code.
 
     Args:
         sae ([`SAEModel`]): Encoder; at inference, all latents competing (`selection="mask"`).
@@ -86,7 +86,7 @@ def encode_progressive(
 
 @torch.no_grad()
 def decode_progressive(sae: SAEModel, data: bytes, statistics: Moments) -> Tensor:
-    """The reconstruction of hidden states from a code, or from its first bytes.
+    """Return the reconstruction of hidden states from a code, or from its first bytes.
 
     Args:
         sae ([`SAEModel`]), statistics: As in [`encode_progressive`].
@@ -103,7 +103,7 @@ def decode_progressive(sae: SAEModel, data: bytes, statistics: Moments) -> Tenso
 
 
 def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLatents:
-    """The latents in a code or its first bytes, of shape `(..., K)`; see [`decode_progressive`]."""
+    """Return the latents in a code or its first bytes, of shape `(..., K)`; see [`decode_progressive`]."""
     constriction = _constriction()
     model = _model(sae, statistics)
     header, offset = _Header.read(data)
@@ -153,7 +153,7 @@ class _Header:
         return len(self.groups) * self.num_blocks
 
     def packets(self) -> Iterator[Packet]:
-        """The packets in the order of the code."""
+        """Yield the packets in the order of the code."""
         for latents in zip((0, *self.groups), self.groups, strict=False):
             for begin in range(0, self.num_tokens, self.block):
                 yield Packet((begin, min(begin + self.block, self.num_tokens)), latents, self.step, self.depth)
@@ -166,7 +166,7 @@ class _Header:
 
     @classmethod
     def read(cls, data: bytes) -> tuple["_Header", int]:
-        """The header of a code, and where its packets begin."""
+        """Return the header of a code, and where its packets begin."""
         if data[: len(_MAGIC)] != _MAGIC[: len(data)]:
             raise ValueError(f"This is no progressive code: it begins with {data[:4]!r}, not with {_MAGIC!r}.")
         if len(data) < _FIXED.size:
@@ -186,7 +186,7 @@ class _Header:
 
 
 def _fingerprint(sae: SAEModel, statistics: Moments) -> bytes:
-    """Eight bytes of a hash of all that encoder and decoder must share, other than the weights."""
+    """Return eight bytes of a hash of all that encoder and decoder must share, other than the weights."""
     digest = hashlib.sha256(struct.pack("<QQ", len(statistics.frequency), statistics.tokens))
     for tensor in (sae.latent_ids, statistics.frequency, statistics.mean, statistics.mean_square):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -212,7 +212,7 @@ def _model(sae: SAEModel, statistics: Moments) -> CodeModel:
 
 
 def _firing(sae: SAEModel, x: Tensor) -> LatentPairs:
-    """The pairs with a positive value, at inference, on the CPU."""
+    """Return the pairs with a positive value, at inference, on the CPU."""
     if not x.numel() or not x.isfinite().all():
         raise ValueError(
             f"Hidden states to code must be finite and at least one, got shape {tuple(x.shape)}. "
@@ -235,7 +235,7 @@ def _firing(sae: SAEModel, x: Tensor) -> LatentPairs:
 
 
 def _by_packet(header: _Header, rows: np.ndarray, latents: np.ndarray, numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """The pairs of each packet, `(3, M)`, in the order of the code; pairs come by token, then by latent."""
+    """Yield the pairs of each packet, `(3, M)`, in the order of the code; pairs come by token, then by latent."""
     group = np.searchsorted(header.groups, latents, side="right")
     packet = group * header.num_blocks + rows // header.block
     order = packet.argsort(kind="stable")
@@ -244,7 +244,7 @@ def _by_packet(header: _Header, rows: np.ndarray, latents: np.ndarray, numbers: 
 
 
 def _depth(numbers: Tensor, step: float) -> int:
-    """Bits that hold every bin's number."""
+    """Return bits that hold every bin's number."""
     largest = float(numbers.max()) if len(numbers) else 0.0
     if largest >= 2**_DEEPEST:
         raise ValueError(
@@ -276,7 +276,7 @@ def _checked_block(block: int) -> int:
 
 
 def _with_bar(packets: Iterable, header: _Header) -> Iterable:
-    """The packets, with a bar where they take a while."""
+    """Return the packets, with a bar where they take a while."""
     quiet = processes()[0] != 0
     return tqdm(packets, total=header.num_packets, desc="packets", delay=3, leave=False, disable=quiet)
 

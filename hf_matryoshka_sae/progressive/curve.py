@@ -31,7 +31,7 @@ class ProgressiveCurve:
     about: dict[str, Any]
 
     def column(self, key: str) -> list[float | None]:
-        """One metric at every width."""
+        """Return one metric at every width."""
         return [row.get(key) for row in self.rows]
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def _number(value: Any) -> float | None:
 
 
 def default_widths(sae: SAEModel, count: int = 16) -> list[int]:
-    """Widths spread evenly on a logarithmic scale from 1/64 of the dictionary to all of it, and its prefix widths."""
+    """Return widths spread evenly on a logarithmic scale from 1/64 of the dictionary to all of it, and its prefix widths."""
     num_latents = sae.config.num_latents
     ratio = min(64, num_latents)
     spread = {max(1, round(num_latents / ratio ** (1 - i / (count - 1)))) for i in range(count)}

@@ -46,14 +46,14 @@ class GreedyOrder:
 
     @property
     def fvu(self) -> Tensor:
-        """Fraction of variance unexplained by the first n latents, n = 0 to F."""
+        """Return fraction of variance unexplained by the first n latents, n = 0 to F."""
         return self.error / self.variance
 
 
 def greedy_order(
     sae: SAEModel, activations: HasActivations | Iterable[Tensor], widths: Sequence[int] | None = None
 ) -> GreedyOrder:
-    """Order latents by greedy forward selection on the squared error.
+    """Return order latents by greedy forward selection on the squared error.
 
     One pass over the data; sums are in float64 and over all processes. Ties go to the lower index. A latent that never
     fires takes nothing, and comes before those that do harm.
@@ -139,7 +139,7 @@ class _Moments:
 
 
 def _select(linear: Tensor, quadratic: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
-    """The order, and what each latent takes from the error when its turn comes."""
+    """Return the order, and what each latent takes from the error when its turn comes."""
     gain = 2 * linear - quadratic.diagonal()
     order = torch.empty(len(linear), dtype=torch.int64, device=linear.device)
     gains = torch.empty_like(linear)

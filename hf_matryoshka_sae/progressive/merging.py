@@ -89,7 +89,7 @@ def merge_latents(
 
 
 def _duplicates(sae: SAEModel, threshold: float, statistics: LatentStatistics | None) -> tuple[Tensor, Tensor]:
-    """Pairs `(n, 2)`, lower place first and most similar pair first, and which of them fire together."""
+    """Return pairs `(n, 2)`, lower place first and most similar pair first, and which of them fire together."""
     neighbours = nearest_latents(sae, _NEIGHBOURS) if statistics is None else statistics.neighbours
     left = torch.arange(len(neighbours)).repeat_interleave(neighbours.shape[1])
     right = neighbours.flatten()
@@ -116,7 +116,7 @@ def _cosine(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _matching(pairs: Tensor, together: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The first pairs that share no latent."""
+    """Return the first pairs that share no latent."""
     seen, chosen = set(), []
     for place, (i, j) in enumerate(pairs.tolist()):
         if len(chosen) < most and i not in seen and j not in seen:
@@ -156,7 +156,7 @@ def _write_merged(sae: SAEModel, pairs: Tensor, together: Tensor, statistics: La
 
 
 def _joined(statistics: LatentStatistics, pairs: Tensor, together: Tensor) -> LatentStatistics:
-    """Statistics in which the first of each pair has what both had."""
+    """Return statistics in which the first of each pair has what both had."""
     first, second = pairs.unbind(1)
     tensors = {name: tensor.clone() for name, tensor in statistics.tensors().items()}
     for name in tensors.keys() - {"latent_ids", "neighbours", "cofiring"}:
@@ -170,7 +170,7 @@ def _joined(statistics: LatentStatistics, pairs: Tensor, together: Tensor) -> La
 
 
 def _without(sae: SAEModel, kept: Tensor) -> SAEModel:
-    """The SAE with only some latents; prefixes hold those they had that are left."""
+    """Return the SAE with only some latents; prefixes hold those they had that are left."""
     places = kept.nonzero()[:, 0]
     order = torch.cat([places, (~kept).nonzero()[:, 0]])
     sae.permute_(order.to(sae.W_dec.device))

@@ -40,7 +40,7 @@ class Packet:
 
 
 def write_packet(constriction: ModuleType, model: CodeModel, packet: Packet, pairs: np.ndarray) -> bytes:
-    """The bytes of a packet.
+    """Return the bytes of a packet.
 
     Args:
         constriction (`ModuleType`): The library.
@@ -54,7 +54,7 @@ def write_packet(constriction: ModuleType, model: CodeModel, packet: Packet, pai
 
 
 def read_packet(constriction: ModuleType, model: CodeModel, packet: Packet, words: np.ndarray) -> np.ndarray:
-    """The pairs `(3, M)` in a packet's words, as they were given to [`write_packet`].
+    """Return the pairs `(3, M)` in a packet's words, as they were given to [`write_packet`].
 
     Raises:
         `ValueError`: if no encoder writes such words.
@@ -90,7 +90,7 @@ class _Writer:
         return truth
 
     def to_bytes(self) -> bytes:
-        """Number of 32-bit words, then these."""
+        """Return number of 32-bit words, then these."""
         words = self.coder.get_compressed().astype("<u4")
         return _varint(len(words)) + words.tobytes()
 
@@ -128,7 +128,7 @@ def _code(coder: _Writer | _Reader, model: CodeModel, packet: Packet, pairs: np.
 
 
 def _trees(tokens: int) -> Iterator[tuple[int, int]]:
-    """Runs of 2^n tokens that make up a block, longest first: no tree has a place without a token."""
+    """Yield runs of 2^n tokens that make up a block, longest first: no tree has a place without a token."""
     begin = 0
     for power in reversed(range(tokens.bit_length())):
         if tokens >> power & 1:
@@ -137,7 +137,7 @@ def _trees(tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _code_firing(coder: _Writer | _Reader, fires: np.ndarray, firing: np.ndarray | None, tokens: int) -> np.ndarray:
-    """Whether each latent fires on each of 2^n tokens, `(tokens, latents)`.
+    """Return whether each latent fires on each of 2^n tokens, `(tokens, latents)`.
 
     Where a latent fires within a run of tokens with probability f, it does within two such runs with f (2 - f). If it
     does within the two, then within the first with 1 / (2 - f); if not there, then surely within the second. (Products
@@ -170,7 +170,7 @@ def _code_firing(coder: _Writer | _Reader, fires: np.ndarray, firing: np.ndarray
 def _code_bins(
     coder: _Writer | _Reader, model: CodeModel, packet: Packet, latents: np.ndarray, bins: np.ndarray | None
 ) -> np.ndarray:
-    """The bin of each firing latent's value, `(M,)`."""
+    """Return the bin of each firing latent's value, `(M,)`."""
     columns = torch.from_numpy(latents)
     low = np.zeros(len(latents), np.int64)
     for level in reversed(range(packet.depth)):
@@ -181,7 +181,7 @@ def _code_bins(
 
 
 def _upper_half(model: CodeModel, packet: Packet, latents: Tensor, low: Tensor, half: int) -> Tensor:
-    """Probability that a bin from `low` to `low + 2 half` lies in the upper half, `(M,)`."""
+    """Return probability that a bin from `low` to `low + 2 half` lies in the upper half, `(M,)`."""
 
     def above(bins: Tensor) -> Tensor:
         return model.above(latents, bins.double() * packet.step)
@@ -193,7 +193,7 @@ def _upper_half(model: CodeModel, packet: Packet, latents: Tensor, low: Tensor, 
 
 
 def _varint(number: int) -> bytes:
-    """A number in groups of 7 bits, lowest first; all bytes but the last have their highest bit set."""
+    """Return a number in groups of 7 bits, lowest first; all bytes but the last have their highest bit set."""
     out = bytearray()
     while number >= 128:
         out.append(number & 127 | 128)
@@ -202,7 +202,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(data: bytes, offset: int) -> tuple[int, int] | None:
-    """The number at `offset` and where it ends; `None` where the data ends first."""
+    """Return the number at `offset` and where it ends; `None` where the data ends first."""
     number = 0
     for place in range(offset, len(data)):
         number |= (data[place] & 127) << 7 * (place - offset)

@@ -117,7 +117,7 @@ class PowerLawFit:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings and lists, for JSON."""
+        """Return everything as plain numbers, strings and lists, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -192,7 +192,7 @@ def fit_power_law(
 
 @torch.no_grad()
 def decoder_spectrum(sae: SAEModel | Tensor) -> Tensor:
-    """Eigenvalues of the covariance of decoder rows, (1/F) sum_i (d_i - d_mean)(d_i - d_mean)^T (2505.00190).
+    """Return eigenvalues of the covariance of decoder rows, (1/F) sum_i (d_i - d_mean)(d_i - d_mean)^T (2505.00190).
 
     Args:
         sae (`SAEModel` or `Tensor`): A dictionary, or its `W_dec`, `[F, D]`.
@@ -215,7 +215,7 @@ def decoder_spectrum(sae: SAEModel | Tensor) -> Tensor:
 
 
 def flat(importance: Tensor | np.ndarray) -> np.ndarray:
-    """One finite, non-negative float64 per latent, or a `ValueError`."""
+    """Return one finite, non-negative float64 per latent, or a `ValueError`."""
     if isinstance(importance, Tensor):
         importance = importance.detach().double().cpu().numpy()
     values = np.asarray(importance, dtype=np.float64)
@@ -256,7 +256,7 @@ class _Tail(NamedTuple):
 
 
 def _fit_tail(logs: np.ndarray, cut: float | None) -> _Tail:
-    """Maximum likelihood above `cut`, or above the cut of the least distance; `logs` ascend."""
+    """Return maximum likelihood above `cut`, or above the cut of the least distance; `logs` ascend."""
     if cut is not None:
         return _fit_above(logs, int(np.searchsorted(logs, cut)), cut)
     total = len(logs)
@@ -279,7 +279,7 @@ def _fit_above(logs: np.ndarray, start: int, cut: float) -> _Tail:
 def _resample(
     logs: np.ndarray, tail: _Tail, cut: float | None, resamples: int, rng: np.random.Generator
 ) -> tuple[float | None, float | None]:
-    """The p-value of the distance, and the standard deviation of the log rate where the cut was chosen.
+    """Return the p-value of the distance, and the standard deviation of the log rate where the cut was chosen.
 
     Clauset et al., section 4.1: samples of the fitted law above `v_min`, and of the values themselves below it.
     """
@@ -315,7 +315,7 @@ def _against_exponential(excess: np.ndarray, rate: float) -> Comparison:
 
 
 def _against_log_normal(excess: np.ndarray, rate: float) -> Comparison:
-    """Moments of y decide: a normal cut off at 0, at `cut` deviations from its mean, is an exponential family."""
+    """Return moments of y decide: a normal cut off at 0, at `cut` deviations from its mean, is an exponential family."""
     ratio = (excess**2).mean() / excess.mean() ** 2
     nearest, furthest = 1e3, -1e6
     if ratio >= _moment_ratio(nearest):  # 2 in the limit, the power law itself
@@ -330,7 +330,7 @@ def _against_log_normal(excess: np.ndarray, rate: float) -> Comparison:
 
 
 def _moment_ratio(cut: float) -> float:
-    """E[y^2] / E[y]^2 of y = z - cut, z standard normal above `cut`."""
+    """Return E[y^2] / E[y]^2 of y = z - cut, z standard normal above `cut`."""
     hazard = _hazard(cut)
     return (1 - cut * hazard + cut**2) / (hazard - cut) ** 2
 

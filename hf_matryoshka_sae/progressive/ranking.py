@@ -40,7 +40,7 @@ def rank_latents(
     activations: HasActivations | Iterable[Tensor] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Order latents by how much they matter, across all prefixes.
+    """Return order latents by how much they matter, across all prefixes.
 
     - `"energy"`: `E[a^2]`; `"contribution"`: `E[(a ||d||)^2]`, the same where decoder rows have length 1.
     - `"frequency"`: share of tokens on which the latent fires.
@@ -76,7 +76,7 @@ def sort_latents(
     across_groups: bool = False,
     seed: int = 0,
 ) -> SAEModel:
-    """A copy of an SAE with its latents sorted, most important first.
+    """Return a copy of an SAE with its latents sorted, most important first.
 
     At full width it computes what the SAE does, up to the order in which terms are added; `latent_ids` go along.
     (Where TopK meets two equal pre-activations, the one that now comes first is kept.)
@@ -111,7 +111,7 @@ def sorting_order(
     across_groups: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """The order `(F,)` in which [`sort_latents`], with the same arguments, puts the latents."""
+    """Return the order `(F,)` in which [`sort_latents`], with the same arguments, puts the latents."""
     widths = None if across_groups else sae.prefix_widths
     if order is None:
         return _ranked(sae, by, statistics, activations, seed, widths)
@@ -122,7 +122,7 @@ def sorting_order(
 
 
 def _ranked(sae, by, statistics, activations, seed, widths: list[int] | None) -> Tensor:
-    """An order of all latents; with `widths`, those of a narrower prefix come before all others."""
+    """Return an order of all latents; with `widths`, those of a narrower prefix come before all others."""
     if by not in RANKINGS:
         raise ValueError(f"Unknown ranking {by!r}.{nearest(by, RANKINGS)}")
     if by == "greedy":
@@ -140,7 +140,7 @@ def _ranked(sae, by, statistics, activations, seed, widths: list[int] | None) ->
 
 
 def _within_groups(order: Tensor, widths: list[int] | None) -> Tensor:
-    """The same ranking, group by group."""
+    """Return the same ranking, group by group."""
     if widths is None or len(widths) == 1:
         return order
     groups = torch.bucketize(order, torch.tensor(widths), right=True)

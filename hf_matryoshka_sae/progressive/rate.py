@@ -62,7 +62,7 @@ class CodeModel:
 
     @classmethod
     def of(cls, statistics: Moments) -> "CodeModel":
-        """The model that statistics give. A latent counts as seen once more than it was, with an average value.
+        """Return the model that statistics give. A latent counts as seen once more than it was, with an average value.
 
         Raises:
             `ValueError`: if the statistics are not of one length, not finite, of no token, or of latents that never
@@ -86,21 +86,21 @@ class CodeModel:
         return len(self.fires)
 
     def to(self, device: torch.device | str) -> "CodeModel":
-        """The same model on another device."""
+        """Return the same model on another device."""
         return CodeModel(self.fires.to(device), self.location.to(device), self.spread.to(device), self.rms)
 
     def above(self, latents: Tensor, values: Tensor) -> Tensor:
-        """Probability that a latent that fires has more than `values`; both `(M,)`."""
+        """Return probability that a latent that fires has more than `values`; both `(M,)`."""
         return torch.special.ndtr((self.location[latents] - values.log()) / self.spread[latents])
 
     def value_bits(self, latents: Tensor, values: Tensor, step: float) -> Tensor:
-        """Ideal code length `(M,)` of values that fire, each read as its bin of width `step`."""
+        """Return ideal code length `(M,)` of values that fire, each read as its bin of width `step`."""
         low = bins(values, step) * step
         mass = self.above(latents, low) - self.above(latents, low + step)
         return -mass.clamp(min=RAREST).log2()
 
     def read(self, latents: Tensor, numbers: Tensor, step: float) -> Tensor:
-        """Mean of the values that fire within bins, `(M,)` float64: what a bin is read as."""
+        """Return mean of the values that fire within bins, `(M,)` float64: what a bin is read as."""
         location, spread, low = self.location[latents], self.spread[latents], numbers.double() * step
         ends = (location - torch.stack([low, low + step]).log()) / spread
         mass = torch.special.ndtr(ends)
@@ -112,12 +112,12 @@ class CodeModel:
 
 
 def bins(values: Tensor, step: float) -> Tensor:
-    """The bin `floor(value / step)` of each value, as float64."""
+    """Return the bin `floor(value / step)` of each value, as float64."""
     return (values.double() / step).floor()
 
 
 def default_step(statistics: Moments) -> float:
-    """Half of the root mean square of the values that fire, in the units of the SAE's latents."""
+    """Return half of the root mean square of the values that fire, in the units of the SAE's latents."""
     return _STEP_SHARE * CodeModel.of(statistics).rms
 
 
@@ -178,7 +178,7 @@ class RateSums:
         self._tokens += pairs.num_rows
 
     def bits_per_token(self) -> dict[str, Tensor]:
-        """The rate of each width, averaged over tokens.
+        """Return the rate of each width, averaged over tokens.
 
         Returns:
             `dict[str, Tensor]`, each `(P,)` and float64: `"index_bits"` (which latents fire), `"value_bits"` (their
@@ -201,14 +201,14 @@ class RateSums:
 def bits_per_token(
     pairs: LatentPairs, statistics: Moments, widths: Sequence[int], step: float | None = None
 ) -> dict[str, Tensor]:
-    """Ideal bits per token of one batch at each width; see [`RateSums`], which takes several."""
+    """Return ideal bits per token of one batch at each width; see [`RateSums`], which takes several."""
     sums = RateSums(statistics, widths, step)
     sums.add(pairs)
     return sums.bits_per_token()
 
 
 def naive_bits(l0: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
-    """Bits per token without a model, values as 32-bit floats.
+    """Return bits per token without a model, values as 32-bit floats.
 
     Args:
         l0 (`Tensor` of shape `(P,)`): Latents that fire, per token.

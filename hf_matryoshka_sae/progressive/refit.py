@@ -135,13 +135,13 @@ def _check(sae, activations, decoder: bool, ridge: float, l0: float | None) -> N
 
 
 def check_rereadable(activations: HasActivations | Iterable[Tensor] | None, purpose: str) -> None:
-    """Raises `ValueError` for an iterator, which a second pass would find empty."""
+    """Raise `ValueError` for an iterator, which a second pass would find empty."""
     if isinstance(activations, Iterator):
         raise ValueError(f"{purpose} reads the data more than once: pass a list or a `HeldOut`, not an iterator.")
 
 
 def _folds(sae: SAEModel, activations, task: str) -> Iterator[tuple[bool, Tensor, LatentPairs]]:
-    """Blocks of the data and whether they are of the held-out batches."""
+    """Yield blocks of the data and whether they are of the held-out batches."""
     batches = tqdm(activation_batches(activations), desc=task, disable=processes()[0] != 0, leave=False)
     for number, x, pairs in firing_blocks(sae, batches):
         yield number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1, x, pairs
@@ -185,7 +185,7 @@ class _Moments:
         self.l0 = self.sums["scalars"][3].item()
 
     def solve(self, ridge: float) -> tuple[Tensor | None, Tensor]:
-        """What is to be added to the decoder `(F, D)`, if it takes part, and to the bias `(D,)`."""
+        """Return what is to be added to the decoder `(F, D)`, if it takes part, and to the bias `(D,)`."""
         sums = self.sums
         if "products" not in sums:
             return None, sums["residual"]
@@ -199,7 +199,7 @@ class _Moments:
         return rows, sums["residual"] - mean @ rows
 
     def fvu(self, rows: Tensor | None = None, bias: Tensor | None = None) -> float:
-        """FVU of this data, with something added to decoder and bias: exact, from the sums."""
+        """Return FVU of this data, with something added to decoder and bias: exact, from the sums."""
         _, square, error, _ = self.sums["scalars"]
         if bias is not None:
             error = error - 2 * bias @ self.sums["residual"] + bias @ bias

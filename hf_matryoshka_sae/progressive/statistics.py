@@ -67,12 +67,12 @@ class LatentStatistics:
         return len(self.latent_ids)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors there are, by name."""
+        """Return the tensors there are, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def check(self, sae: SAEModel) -> None:
-        """Raises `ValueError` where these are not the statistics of this SAE's latents, in this order."""
+        """Raise `ValueError` where these are not the statistics of this SAE's latents, in this order."""
         if len(self) != sae.config.num_latents:
             raise ValueError(
                 f"These are statistics of {len(self)} latents, the SAE has {sae.config.num_latents}. Measure them "
@@ -85,7 +85,7 @@ class LatentStatistics:
             )
 
     def select(self, kept: Tensor) -> "LatentStatistics":
-        """The statistics of some latents, or of all in another order.
+        """Return the statistics of some latents, or of all in another order.
 
         Args:
             kept (`Tensor` of shape `(n,)`): Places of the latents, each once; a neighbour that is gone becomes -1 and
@@ -138,7 +138,7 @@ class LatentStatistics:
         return statistics
 
     def _check_tensors(self, path: Path) -> None:
-        """Raises `ValueError` for tensors that no measurement gives."""
+        """Raise `ValueError` for tensors that no measurement gives."""
         for name, tensor in self.tensors().items():
             places, pairs = name in ("latent_ids", "neighbours"), name in ("neighbours", "cofiring")
             if tensor.dim() != 1 + pairs or len(tensor) != self.latent_ids.numel():
@@ -156,7 +156,7 @@ def _within(tensor: Tensor, lowest: float, highest: float = torch.inf) -> bool:
 
 
 def check_places(places: Tensor, num_latents: int) -> Tensor:
-    """Places of latents as an int64 tensor on the CPU; raises `ValueError` for repeats or what does not exist."""
+    """Return places of latents as an int64 tensor on the CPU; raises `ValueError` for repeats or what does not exist."""
     places = torch.as_tensor(places).cpu()
     if places.dim() != 1 or places.is_floating_point() or places.dtype == torch.bool:
         raise ValueError(f"Expected a list of latents, got a {places.dtype} tensor of shape {tuple(places.shape)}.")
@@ -170,13 +170,13 @@ def check_places(places: Tensor, num_latents: int) -> Tensor:
 
 
 def decoder_rows(sae: SAEModel) -> Tensor:
-    """The decoder rows `(F, D)` that go with the values the SAE gives its latents, in float32 or better."""
+    """Return the decoder rows `(F, D)` that go with the values the SAE gives its latents, in float32 or better."""
     rows = sae.W_dec.detach().to(torch.promote_types(sae.W_dec.dtype, torch.float32))
     return rows / row_norms(rows)[:, None] if sae.config.scale_by_decoder_norm else rows
 
 
 def nearest_latents(sae: SAEModel, count: int) -> Tensor:
-    """The `count` latents with the most similar decoder rows (cosine), nearest first, `(F, count)` on the CPU.
+    """Return the `count` latents with the most similar decoder rows (cosine), nearest first, `(F, count)` on the CPU.
 
     Found in blocks: nothing of size F x F is kept. There are at most F - 1.
     """
@@ -193,7 +193,7 @@ def nearest_latents(sae: SAEModel, count: int) -> Tensor:
 
 
 def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, LatentPairs]]:
-    """Number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
+    """Yield number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
 
     Where an SAE normalises each hidden state, these are what its encoder sees, so that all errors are in those units.
 
@@ -210,7 +210,7 @@ def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[in
 
 
 def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
-    """Slices of a checked batch, few enough rows that every latent might fire on all of them."""
+    """Return slices of a checked batch, few enough rows that every latent might fire on all of them."""
     if batch.dim() != 2 or batch.shape[1] != sae.config.d_in:
         raise ValueError(
             f"Expected hidden states of shape (n, {sae.config.d_in}), got {tuple(batch.shape)} in batch {number}."
@@ -226,7 +226,7 @@ def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
 
 
 def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
-    """The latents of `(n, D)` hidden states at inference, without gradient and without those of value 0.
+    """Return the latents of `(n, D)` hidden states at inference, without gradient and without those of value 0.
 
     They decode to what the encoder sees, see [`firing_blocks`].
     """

@@ -30,7 +30,7 @@ def calibrate_thresholds(
     target_l0: float | Sequence[float],
     widths: Sequence[int] | None = None,
 ) -> dict[int, float]:
-    """The threshold at which each prefix fires a wanted number of latents per token.
+    """Return the threshold at which each prefix fires a wanted number of latents per token.
 
     Args:
         sae ([`SAEModel`]): Of family `batch_topk`, Matryoshka or not. JumpReLU's thresholds are learnt one by one, and
@@ -73,21 +73,21 @@ def calibrate_thresholds(
 
 
 def with_threshold(sae: SAEModel, width: int, threshold: float) -> SAEModel:
-    """The first `width` latents as an SAE that fires above `threshold`."""
+    """Return the first `width` latents as an SAE that fires above `threshold`."""
     smaller = sae.truncate(width).eval()
     smaller.threshold.fill_(threshold)
     return smaller
 
 
 def _edges() -> Tensor:
-    """Lower edges of the bins."""
+    """Return lower edges of the bins."""
     return torch.exp2(torch.arange(_BINS, dtype=torch.float64) / _BINS_PER_OCTAVE + _LOWEST)
 
 
 def _histograms(
     sae: SAEModel, activations: HasActivations | Iterable[Tensor], widths: Sequence[int]
 ) -> tuple[Tensor, int]:
-    """How many positive pre-activations of each group fall into each bin, `(groups, bins)`, and how many tokens."""
+    """Return how many positive pre-activations of each group fall into each bin, `(groups, bins)`, and how many tokens."""
     counts = torch.zeros(len(widths), _BINS, dtype=torch.int64)
     tokens = torch.zeros((), dtype=torch.int64)
     edges = _edges().to(sae.W_enc.device)
@@ -116,7 +116,7 @@ def _histograms(
 
 
 def _threshold(counts: Tensor, wanted: float) -> float:
-    """The value that `wanted` entries exceed; between two edges by interpolation. 0 where there are fewer."""
+    """Return the value that `wanted` entries exceed; between two edges by interpolation. 0 where there are fewer."""
     above = counts.double().flip(0).cumsum(0).flip(0)  # entries at or above each edge
     if above[0] <= wanted:
         return 0.0
