@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def file_name(self) -> str:
-        """Return name of the file of weights."""
+        """Return the name of the file of weights."""
         return self.place.weights.rsplit("/", 1)[-1]
 
     @cached_property

@@ -105,7 +105,7 @@ class Place:
 
     @property
     def folder(self) -> str:
-        """Return path of the folder with the weights; `""` is the root."""
+        """Return the path of the folder with the weights; `""` is the root."""
         folder = PurePosixPath(self.weights).parent.as_posix()
         return "" if folder == "." else folder
 

@@ -49,7 +49,7 @@ _OLD_PICKLES = 5
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors, and what else is beside them, of a safetensors file, a numpy archive or a pickle.
+    """Return the tensors and the other values of a safetensors file, a numpy archive or a pickle.
 
     Raises:
         `ValueError`: if it is damaged, states far larger sizes than it has, or is a pickle that only code could read.
@@ -116,7 +116,7 @@ def _wrong_headers(archive: zipfile.ZipFile) -> str | None:
 
 
 def _unfolded(archive: zipfile.ZipFile) -> int:
-    """Return bytes of everything in it, by its directory; no more than that can be read from it."""
+    """Return the size of an archive's content by its directory, which is the most that can be read from it."""
     return sum(info.file_size for info in archive.infolist())
 
 

@@ -42,22 +42,22 @@ def encode_progressive(
     groups: Sequence[int] | None = None,
     block: int = 256,
 ) -> bytes:
-    """Return code hidden states so that every prefix of the bytes is a code.
+    """Code hidden states so that every prefix of the bytes is a code; return the bytes.
 
     Args:
-        sae ([`SAEModel`]): Encoder; at inference, all latents competing (`selection="mask"`).
+        sae ([`SAEModel`]): The encoder; all latents compete, as at inference (`selection="mask"`).
         x (`Tensor` of shape `(..., D)`): Hidden states.
-        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`):
-            Of this SAE's latents, on other data; the decoder needs the same.
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): Statistics of this SAE's latents on
+            other data; the decoder needs the same.
         step (`float`, *optional*): Width of a bin, in the units of the latents' values. A value is off by less than
             this, and adds about `step^2 / 12` to the squared error, less for large steps. Default: [`default_step`].
-        groups (`Sequence[int]`, *optional*):
-            Widths at which a group ends, increasing to F. Default: the SAE's prefix widths, or powers of two.
+        groups (`Sequence[int]`, *optional*): Widths at which a group ends, increasing to F. Default: the SAE's prefix
+            widths, or powers of two.
         block (`int`, *optional*, defaults to 256): Tokens per packet. Longer blocks have less overhead (about 4 bytes
             a packet), shorter ones lose less where a code is cut.
 
     Returns:
-        `bytes`: for [`decode_progressive`].
+        `bytes`: A code for [`decode_progressive`].
 
     Raises:
         `ValueError`: if hidden states, statistics, step, groups or block do not fit, or there are no hidden states, or
@@ -89,8 +89,9 @@ def decode_progressive(sae: SAEModel, data: bytes, statistics: Moments) -> Tenso
     """Return the reconstruction of hidden states from a code, or from its first bytes.
 
     Args:
-        sae ([`SAEModel`]), statistics: As in [`encode_progressive`].
-        data (`bytes`): A code, cut off anywhere after its header. What is not there any more counts as silent.
+        sae ([`SAEModel`]): The SAE with which the hidden states were coded.
+        data (`bytes`): A code, cut off anywhere after its header. Latents of packets cut off count as silent.
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): The statistics of the encoder.
 
     Returns:
         `Tensor` of shape `(..., D)`.
@@ -114,10 +115,10 @@ def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLat
         )
     whole = WholePackets(data, offset)
     work = _with_bar(zip(header.packets(), whole, strict=False), header)
-    found = [read_packet(constriction, model, packet, words) for packet, words in work]
-    if len(found) == header.num_packets and whole.offset < len(data):
+    parts = [read_packet(constriction, model, packet, words) for packet, words in work]
+    if len(parts) == header.num_packets and whole.offset < len(data):
         raise ValueError("There are bytes after the last packet: this is more than one code, or a damaged one.")
-    rows, latents, numbers = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *found], axis=1))
+    rows, latents, numbers = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *parts], axis=1))
     order = (rows * len(model) + latents).argsort()
     values = model.read(latents[order], numbers[order], header.step).to(sae.W_dec.dtype)
     slots = LatentPairs(PairIndex(rows[order], latents[order], header.num_tokens, len(model)), values).to_slots()
@@ -130,7 +131,7 @@ def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLat
 
 @dataclass
 class _Header:
-    """What a code says of itself."""
+    """The header of a code: sizes, step and groups, and a fingerprint of the dictionary."""
 
     shape: tuple[int, ...]
     num_latents: int
@@ -193,7 +194,7 @@ def _fingerprint(sae: SAEModel, statistics: Moments) -> bytes:
     return digest.digest()[:8]
 
 
-# What goes in
+# Input of a code
 
 
 def _model(sae: SAEModel, statistics: Moments) -> CodeModel:
@@ -244,7 +245,7 @@ def _by_packet(header: _Header, rows: np.ndarray, latents: np.ndarray, numbers: 
 
 
 def _depth(numbers: Tensor, step: float) -> int:
-    """Return bits that hold every bin's number."""
+    """Return how many bits hold every bin's number."""
     largest = float(numbers.max()) if len(numbers) else 0.0
     if largest >= 2**_DEEPEST:
         raise ValueError(
