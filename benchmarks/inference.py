@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
+from hf_matryoshka_sae.models import MatryoshkaSAEConfig, SAEModel, build_sae
+from hf_matryoshka_sae.models.screening import screening
 from hf_matryoshka_sae.training.run.checkpoints import write_json
 
 
@@ -58,7 +59,13 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     works = {"encoder matmul": lambda: torch.mm(x, sae.W_enc.T, out=out)}
     for part in (1, 2, 4, 16):
         works[f"encode, width F / {part}"] = lambda n=width // part: sae.encode(x, width=n)
+    works["encode, float32 products"] = lambda: _unscreened(sae, x)
     return works | {"decode": lambda: sae.decode(latents), "decode all prefixes": lambda: sae.decode_prefixes(latents)}
+
+
+def _unscreened(sae: SAEModel, x: torch.Tensor) -> object:
+    with screening(False):
+        return sae.encode(x)
 
 
 def timed(work: Callable[[], object], device: str) -> float:

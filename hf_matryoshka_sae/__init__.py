@@ -4,6 +4,8 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 
@@ -68,7 +70,7 @@ _ROOMS = (
 __all__ = ["__version__", *_CLASSES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Classes and rooms, imported when they are asked for: `hf_matryoshka_sae.convert.load(...)`."""
     if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
@@ -83,7 +85,7 @@ def __dir__() -> list[str]:
     return sorted({*dunders, *__all__, "models", *_ROOMS})
 
 
-def _push(sae, repo_id: str, **kwargs):
+def _push(sae: object, repo_id: str, **kwargs: object) -> object:
     return importlib.import_module(".hub", __name__).push_sae(sae, repo_id, **kwargs)
 
 
@@ -98,10 +100,10 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         actions (`dict[str, Callable]`): What, by the module's name.
     """
 
-    def __init__(self, actions):
+    def __init__(self, actions: dict) -> None:
         self.actions = actions
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name not in self.actions:
             return None
         action = self.actions.pop(name)
@@ -109,7 +111,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: ModuleType) -> None:
                 execute(module)
                 action()
 

@@ -1,6 +1,7 @@
 """`matryoshka-sae`: one sub-command per job."""
 
 import argparse
+import importlib
 import sys
 
 
@@ -19,6 +20,21 @@ COMMANDS = {
     "synthetic": "train recipes on many known features and compare what each found, at every width",
 }
 """What each sub-command that reads its own arguments does."""
+_MAINS = {
+    "train": ".train:main",
+    "cache": ".training.cache_command:main",
+    "plan": ".planning.command:main",
+    "sweep": ".studies.scaling.command:main",
+    "evaluate": ".studies.command:main",
+    "index": ".features.command:main",
+    "space": ".space.command:main",
+    "push": ".hub.command:push_main",
+    "pull": ".hub.command:pull_main",
+    "convert": ".convert.command:main",
+    "toy": ".studies.known_features.command:toy_main",
+    "synthetic": ".studies.known_features.command:synthetic_main",
+}
+_NEED_NOTHING = ("space", "toy", "synthetic")  # of the others' arguments some must be given: without them, their help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,70 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():  # these read their own arguments
         commands.add_parser(name, add_help=False, help=about)
-    demo = commands.add_parser(
+    demo_parser = commands.add_parser(
         "demo", help="train a Matryoshka SAE on the embedded language model, load it back and show what it found"
     )
-    demo.add_argument("--output_dir", default="runs/demo", help="folder of the run (default: %(default)s)")
+    demo_parser.add_argument("--output_dir", default="runs/demo", help="folder of the run (default: %(default)s)")
     parsed, rest = parser.parse_known_args(arguments)
     if rest and parsed.command not in COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _run(parsed, rest)
+    if parsed.command == "demo":
+        from .demo import demo
 
-
-def _run(parsed: argparse.Namespace, rest: list[str]) -> int:
-    """Import the command only now, so that `--help` is fast."""
-    match parsed.command:
-        case "train":
-            from .train import main as train
-
-            return train(rest or ["--help"])
-        case "cache":
-            from .training.cache_command import main as cache
-
-            return cache(rest or ["--help"])
-        case "plan":
-            from .planning.command import main as plan
-
-            return plan(rest or ["--help"])
-        case "sweep":
-            from .studies.scaling.command import main as sweep
-
-            return sweep(rest or ["--help"])
-        case "evaluate":
-            from .studies.command import main as evaluate
-
-            return evaluate(rest or ["--help"])
-        case "index":
-            from .features.command import main as index
-
-            return index(rest or ["--help"])
-        case "space":
-            from .space.command import main as space
-
-            return space(rest)
-        case "push":
-            from .hub.command import push_main
-
-            return push_main(rest or ["--help"])
-        case "pull":
-            from .hub.command import pull_main
-
-            return pull_main(rest or ["--help"])
-        case "convert":
-            from .convert.command import main as convert
-
-            return convert(rest or ["--help"])
-        case "toy":
-            from .studies.known_features.command import toy_main
-
-            return toy_main(rest)
-        case "synthetic":
-            from .studies.known_features.command import synthetic_main
-
-            return synthetic_main(rest)
-    from .demo import demo
-
-    return demo(parsed.output_dir)
+        return demo(parsed.output_dir)
+    module, function = _MAINS[parsed.command].split(":")
+    run = getattr(importlib.import_module(module, __package__), function)  # only now, so that `--help` is fast
+    return run(rest if parsed.command in _NEED_NOTHING else rest or ["--help"])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hf_matryoshka_sae import cli, convert, demo, evaluation, hub
 from hf_matryoshka_sae.evaluation import open_heldout
@@ -35,8 +36,9 @@ from hf_matryoshka_sae.training import RunConfig, load_run_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "api")]
 BESIDE = ("accelerate_configs", "benchmarks", "examples", "spaces_app")
-SHORT = dict(demo.DEMO, tokens=20_480, eval_tokens=1000, calibration_tokens=5_000, normalization_tokens=5_000)
-HELDOUT_TOKENS = 1_000
+FEW = dict(eval_tokens=600, calibration_tokens=1_000, normalization_tokens=1_000)
+SHORT = dict(demo.DEMO, tokens=8_192, **FEW)
+HELDOUT_TOKENS = 600
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>run with|not run): (?P<said>.*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
@@ -139,8 +141,10 @@ def run_command(words: list[str], runs: bool, monkeypatch) -> None:
 
 
 def train_with(flags: list[str], runs: bool) -> None:
-    if runs or "--help" in flags:
+    if "--help" in flags:
         assert train(flags) == 0
+    elif runs:
+        assert train([*flags, *(f"--{name}={few}" for name, few in FEW.items() if f"--{name}" not in flags)]) == 0
     else:
         at = flags.index("--config")
         load_run_config(flags[at + 1], flags[:at] + flags[at + 2 :])
@@ -176,6 +180,7 @@ def demo_folder(tmp_path_factory) -> Path:
         patch.setattr(demo, "DEMO", SHORT)
         assert cli.main(["demo"]) == 0
         patch.setattr(measure, "fit_power_law", functools.partial(measure.fit_power_law, resamples=20))
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
         hub.measure_run("runs/demo")  # what every push of it would do first
     return folder
 
@@ -189,6 +194,7 @@ def reader(demo_folder, tmp_path, monkeypatch, request) -> Path:
     for name in BESIDE:
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
     monkeypatch.setattr(demo, "DEMO", SHORT)
     monkeypatch.setattr(demo, "demo", lambda output_dir: 0)  # done
     few = functools.partial(open_heldout, tokens=HELDOUT_TOKENS)

@@ -3,18 +3,22 @@
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy import stats
 
 from hf_matryoshka_sae.models import BatchTopKSAEConfig, TopKSAEConfig, build_sae
+from hf_matryoshka_sae.progressive import fit_power_law
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import progressive_coding_judge
 from progressive_coding import main, settings
 from progressive_coding_judge import RANKINGS, complete, first_alike, pruned_subjects
 from progressive_coding_report import _relative_fvu, ranking_parts, verdict_lines
@@ -142,10 +146,23 @@ def test_wrong_settings_are_named(capsys):
 
 @pytest.mark.slow
 def test_a_small_run_is_reported_and_not_done_twice(tmp_path, monkeypatch, capsys):
-    arguments = ["--model", "embedded", "--widths", "32", "64", "--k", "4", "--seeds", "3", "4", "--tokens", "4096"]
-    arguments += ["--eval_tokens", "1200", "--statistics_tokens", "1200", "--batch_size", "512"]
+    arguments = ["--model", "embedded", "--widths", "32", "64", "--k", "4", "--seeds", "3", "4", "--tokens", "2048"]
+    arguments += ["--eval_tokens", "600", "--statistics_tokens", "600", "--batch_size", "256"]
     arguments += ["--output_dir", str(tmp_path)]
-    assert main(arguments) == 0
+    judged = []
+
+    def judge_once(*given):
+        judged.append(judged[0] if judged else progressive_coding_judge.judge(*given))
+        return judged[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("progressive_coding.judge", judge_once)
+        # Most of a small comparison's time would go into p-values, timed steps, and the layout of pictures.
+        patch.setattr(progressive_coding_judge, "fit_power_law", partial(fit_power_law, resamples=20))
+        patch.setattr(progressive_coding_judge, "WARM_UP", 1)
+        patch.setattr(progressive_coding_judge, "TURNS", 2)
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        assert main(arguments) == 0 and len(judged) == 2
     found = json.loads((tmp_path / "results.json").read_text())
     with open(tmp_path / "results.csv") as file:
         lines = list(csv.DictReader(file))

@@ -126,6 +126,6 @@ def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: 
     if mask_token_id is None:
         raise ValueError(f"{type(model).__name__} is a masked language model: pass the tokenizer's `mask_token_id`.")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
-    scored = batch.keep & drawn.to(batch.keep.device)
+    masked = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
+    scored = batch.keep & masked.to(batch.keep.device)
     return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError
@@ -34,7 +35,7 @@ _ATTEMPTS = 5
 _FILE_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def read_prefix(config_class, source, width: int | None, kwargs: dict) -> tuple:
+def read_prefix(config_class: type, source: str | os.PathLike, width: int | None, kwargs: dict) -> tuple:
     """The config and the tensors of the first `width` latents, or of all.
 
     Args:
@@ -62,7 +63,7 @@ def read_prefix(config_class, source, width: int | None, kwargs: dict) -> tuple:
     return config, state
 
 
-def asked_config(config_class, source, where: dict, kwargs: dict) -> SAEConfig:
+def asked_config(config_class: type, source: str | os.PathLike, where: dict, kwargs: dict) -> SAEConfig:
     """The config that `from_pretrained` got, or the checkpoint's with the fields that it got, which are taken out."""
     config = kwargs.pop("config", None)
     if isinstance(config, PreTrainedConfig):
@@ -73,7 +74,7 @@ def asked_config(config_class, source, where: dict, kwargs: dict) -> SAEConfig:
 
 
 def read_latents(
-    source: str | os.PathLike, start: int, stop: int, **where
+    source: str | os.PathLike, start: int, stop: int, **where: Any
 ) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
     """Some latents of a dictionary, and `b_dec`: what a process loads that holds a part of it.
 
@@ -116,7 +117,7 @@ def read_latents(
 
 
 @contextmanager
-def failures_named(source, kwargs: dict) -> Iterator[None]:
+def failures_named(source: str | os.PathLike, kwargs: dict) -> Iterator[None]:
     """Say what failed requests and damaged files mean, and drop what was fetched of the latter.
 
     Args:
@@ -134,7 +135,7 @@ def failures_named(source, kwargs: dict) -> Iterator[None]:
         ) from error
 
 
-def in_pieces(source, kwargs: dict) -> bool:
+def in_pieces(source: str | os.PathLike, kwargs: dict) -> bool:
     """Whether the weights lie in pieces, which transformers cannot read; by the arguments of `from_pretrained`."""
     if kwargs.get("variant"):
         return False
@@ -142,7 +143,7 @@ def in_pieces(source, kwargs: dict) -> bool:
     return _pieces_index(source, where) is not None
 
 
-def _pieces_index(source, where: dict) -> str | None:
+def _pieces_index(source: str | os.PathLike, where: dict) -> str | None:
     return optional_file(source, PIECES_INDEX_NAME, where)
 
 
@@ -161,7 +162,7 @@ def weight_files(folder: str | os.PathLike, num_latents: int) -> list[WeightFile
 
 
 def _read_rows(
-    source, where: dict, commit: str | None, start: int, stop: int | None, config: SAEConfig
+    source: str | os.PathLike, where: dict, commit: str | None, start: int, stop: int | None, config: SAEConfig
 ) -> dict[str, torch.Tensor]:
     """The rows from `start` to `stop` of every tensor, and those that have no latent axis."""
     for attempt in range(_ATTEMPTS):
@@ -215,7 +216,7 @@ def _same_names(path: str | Path, names: set[str], expected: set[str] | None) ->
 
 
 def _weight_files(
-    source, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
+    source: str | os.PathLike, where: dict, commit: str | None, start: int, stop: int | None, num_latents: int
 ) -> list[WeightFile]:
     """The files that have latents `start` to `stop`, and what has no latent axis."""
     index = _pieces_index(source, where)
@@ -239,7 +240,9 @@ def _asked(pieces: list[Piece], start: int, stop: int | None) -> list[Piece]:
     ]
 
 
-def _piece(source, piece: Piece, where: dict, commit: str | None, start: int, stop: int | None) -> WeightFile:
+def _piece(
+    source: str | os.PathLike, piece: Piece, where: dict, commit: str | None, start: int, stop: int | None
+) -> WeightFile:
     """A piece, of which at least the rows between these are there."""
     width = None
     if stop is not None:
@@ -249,14 +252,14 @@ def _piece(source, piece: Piece, where: dict, commit: str | None, start: int, st
 
 
 def _file(
-    source,
+    source: str | os.PathLike,
     name: str,
     where: dict,
     commit: str | None,
     width: int | None,
     optional: bool = False,
     piece: Piece | None = None,
-):
+) -> Any:
     """A file with at least the first `width` rows of its tensors; from the Hub, no more than those is fetched."""
 
     def published(again: bool) -> dict | None:
@@ -286,13 +289,13 @@ def _file(
     return optional_file(source, name, where) if optional else cached_file(source, name, **where)
 
 
-def _partial_file(source, name: str, where: dict, commit: str) -> PartialFile:
+def _partial_file(source: str | os.PathLike, name: str, where: dict, commit: str) -> PartialFile:
     filename = "/".join(filter(None, ((where.get("subfolder") or "").strip("/"), name)))
     offline = bool(where.get("local_files_only"))
     return PartialFile(str(source), filename, commit, where.get("token"), where.get("cache_dir"), offline)
 
 
-def pinned(source, kwargs: dict) -> tuple[dict, str | None]:
+def pinned(source: str | os.PathLike, kwargs: dict) -> tuple[dict, str | None]:
     """Where the files are, by the arguments of `from_pretrained`, and the commit they are of (`None` in a folder)."""
     where = {key: kwargs[key] for key in _FILE_KEYS if key in kwargs}
     asked = {key: where[key] for key in ("token", "cache_dir", "local_files_only") if key in where}
@@ -308,7 +311,7 @@ def pinned(source, kwargs: dict) -> tuple[dict, str | None]:
     return where, extract_commit_hash(cached_file(source, CONFIG_NAME, **where), None)
 
 
-def _published_digests(source, where: dict, again: bool) -> dict | None:
+def _published_digests(source: str | os.PathLike, where: dict, again: bool) -> dict | None:
     """The digests that were pushed with the weights; `None` where there are none. A damaged file is fetched anew."""
     for force in (again, True):
         asked = where | {"force_download": force}
@@ -324,14 +327,14 @@ def _published_digests(source, where: dict, again: bool) -> dict | None:
     return None
 
 
-def forget_partial_files(source, kwargs: dict) -> None:
+def forget_partial_files(source: str | os.PathLike, kwargs: dict) -> None:
     """Drop what was fetched in part of an SAE's weights: it turned out to be damaged."""
     if source is not None and not Path(source).is_dir():
         for path in _begun(source, kwargs)[0]:
             path.forget()
 
 
-def complete_partial_files(source, kwargs: dict) -> None:
+def complete_partial_files(source: str | os.PathLike, kwargs: dict) -> None:
     """Fetch what is missing of weights whose first latents were fetched before, so that nothing is fetched twice.
 
     Where no part is there, the whole is: transformers would take a Hub that fails for one that has no weights.
@@ -347,7 +350,7 @@ def complete_partial_files(source, kwargs: dict) -> None:
         kwargs |= {"revision": where["revision"]} if "revision" in where else {}  # resolved but once
 
 
-def _begun(source, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:
+def _begun(source: str | os.PathLike, kwargs: dict) -> tuple[list[PartialFile], dict, str | None]:
     """The files of an SAE's weights of which a part is in the cache; where they are, and of which commit."""
     references = _partial_file(source, SAFE_WEIGHTS_NAME, kwargs, "").references
     if not references.is_dir():

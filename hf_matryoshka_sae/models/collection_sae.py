@@ -4,7 +4,9 @@ AutoModel.from_pretrained("user/saes")                                  # says w
 AutoModel.from_pretrained("user/saes", subfolder="model.layers.12")
 """
 
+import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +37,7 @@ class SAECollection(PreTrainedModel):
     config_class = SAECollectionConfig
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load the only SAE of a repository or folder.
 
         Raises:

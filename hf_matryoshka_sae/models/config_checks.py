@@ -1,7 +1,9 @@
 """Reading a config that anybody may have written: whatever is wrong with it is a `ValueError` that names it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,7 +18,7 @@ _AGAIN = "Save or download it again; from the Hub, `force_download=True` replace
 
 
 @contextmanager
-def unfit_config_named(source) -> Iterator[None]:
+def unfit_config_named(source: str | os.PathLike) -> Iterator[None]:
     """Around reading a config: what its content makes transformers raise becomes a `ValueError` that names it.
 
     Args:
@@ -75,19 +77,21 @@ class CheckedConfig:
     """The part of a config class that reads: with what is wrong named, and nothing of transformers' own errors."""
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, but damage is a `ValueError` that says what to do."""
         with unfit_config_named(pretrained_model_name_or_path):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """As in transformers, but damage is a `ValueError` that says what to do."""
         with unfit_config_named(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
         """As in transformers, but a config of another family raises `ValueError` instead of taking its defaults."""
         with unfit_config_named(kwargs.get("name_or_path")):
             check_content(config_dict)

@@ -6,8 +6,10 @@ library only. It must not use `from __future__ import annotations`: `@strict` th
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -61,14 +63,14 @@ def default_prefix_widths(num_latents: int) -> list[int]:
     return sorted({width for width in widths if width <= num_latents})
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"`, or the list of what is known where nothing is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
-def check_width(width, num_latents: int) -> None:
+def check_width(width: Any, num_latents: int) -> None:
     """Raises `ValueError` for what is no number of a dictionary's first latents."""
     if isinstance(width, bool) or not isinstance(width, Integral) or not 1 <= width <= num_latents:
         raise ValueError(f"`width` must lie between 1 and num_latents ({num_latents}), got {width!r}.")
@@ -120,7 +122,7 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
     screening: bool = True
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This SAE was written in format {self.format_version}; this version of hf_matryoshka_sae reads up to "
@@ -134,7 +136,7 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
         # `@strict` runs this again, but wraps what it raises in a class that is no ValueError.
         self.validate_fields()
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check what types alone do not say. Raises `ValueError`."""
         for name in ("d_in", "num_latents"):
             if getattr(self, name) < 1:
@@ -197,7 +199,7 @@ class TopKSAEConfig(SAEConfig):
     k: int | float = 32
     group_size: int | None = None
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check what types alone do not say. Raises `ValueError`."""
         super().validate_fields()
         _validate_k(self, whole=True)
@@ -219,7 +221,7 @@ class BatchTopKSAEConfig(SAEConfig):
 
     k: int | float = 32
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check what types alone do not say. Raises `ValueError`."""
         super().validate_fields()
         _validate_k(self, whole=False)
@@ -241,7 +243,7 @@ class JumpReLUSAEConfig(SAEConfig):
     bandwidth: int | float = 0.05
     initial_threshold: int | float = 0.01
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check what types alone do not say. Raises `ValueError`."""
         super().validate_fields()
         _validate_thresholds(self)
@@ -278,13 +280,13 @@ class MatryoshkaSAEConfig(SAEConfig):
     bandwidth: int | float = 0.05
     initial_threshold: int | float = 0.01
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.prefix_widths is None:
             self.prefix_widths = default_prefix_widths(self.num_latents)
         self.prefix_widths = list(self.prefix_widths)
         super().__post_init__(**kwargs)
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check what types alone do not say. Raises `ValueError`."""
         super().validate_fields()
         if self.activation not in PREFIX_ACTIVATIONS:
@@ -294,7 +296,7 @@ class MatryoshkaSAEConfig(SAEConfig):
         _validate_thresholds(self)
         self._validate_prefixes()
 
-    def _validate_prefixes(self):
+    def _validate_prefixes(self) -> None:
         widths, weights = list(self.prefix_widths), self.prefix_weights
         increasing = all(a < b for a, b in zip([0, *widths], widths, strict=False))
         if not widths or not increasing or widths[-1] != self.num_latents:

@@ -20,7 +20,7 @@ class DenseSAE(nn.Module):
         `ValueError`: for an SAE whose groups of latents compete (`group_size`).
     """
 
-    def __init__(self, sae: nn.Module):
+    def __init__(self, sae: nn.Module) -> None:
         super().__init__()
         if getattr(sae.config, "group_size", None) is not None:
             raise ValueError("An SAE with `group_size` has no dense way: its groups differ in size once it is pruned.")

@@ -1,5 +1,7 @@
-"""Digests: of blocks of rows, which let a reader of the first latents check them without the rest of the file, and
-of all weights, which say to what a result belongs.
+"""Digests of blocks of rows and of all weights.
+
+The first let a reader of the first latents check them without the rest of the file, the second say to what a result
+belongs.
 
 The Hub's own checksum is of a whole file. A pushed SAE carries `model.digests.json` beside its weights: the ends of
 blocks of rows (all prefix widths, powers of two, and every 64th of the dictionary), and for each tensor a digest of
@@ -64,8 +66,11 @@ def row_digests(
 
 
 def digests_of_piece(published: dict, start: int, stop: int) -> dict:
-    """What `model.digests.json` says of a file that holds the latents from `start` to before `stop`, counted from
-    its own first row. A block that begins before the file has `None`: it cannot be checked."""
+    """Return what `model.digests.json` says of a file with the latents from `start` to before `stop`.
+
+    Ends of blocks are counted from the file's own first row. A block that begins before the file has `None`: it cannot
+    be checked.
+    """
     ends = published.get("blocks", ())
     inside = [i for i, end in enumerate(ends) if start < end <= stop]
     cut = [i for i in inside if (ends[i - 1] if i else 0) < start]

@@ -46,7 +46,7 @@ class EncoderBlocks:
         scale: Tensor | None = None,
         block_latents: int | None = None,
         screening: bool = True,
-    ):
+    ) -> None:
         self.num_rows, self.num_latents, self.device = len(x), len(W_enc), x.device
         fitting = BLOCK_ENTRIES.get(x.device.type, 2**27) // max(1, len(x))
         self.block_latents = min(whole_groups(block_latents or max(1, fitting)), whole_groups(len(W_enc)))

@@ -5,6 +5,7 @@ httpx, a `RuntimeError` around it, or a file that "does not exist". Here they be
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def _reason(error: Exception, chain: list[BaseException]) -> str:
     return lines[0] if lines[1] in lines[0] else f"{lines[0]} {type(root).__name__}: {lines[1]}"
 
 
-def optional_file(source, name: str, where: dict) -> str | None:
+def optional_file(source: str | os.PathLike, name: str, where: dict) -> str | None:
     """A file of a folder or repository, `None` where it has none.
 
     Args:
@@ -82,7 +83,7 @@ def optional_file(source, name: str, where: dict) -> str | None:
 
 
 @contextmanager
-def downloads_checked(source, kwargs: dict) -> Iterator[None]:
+def downloads_checked(source: str | os.PathLike, kwargs: dict) -> Iterator[None]:
     """Compare files that came from the Hub meanwhile with its checksums, and drop what is damaged.
 
     Args:
@@ -118,7 +119,7 @@ def downloads_checked(source, kwargs: dict) -> Iterator[None]:
 
 
 @contextmanager
-def fetching(source, kwargs: dict) -> Iterator[None]:
+def fetching(source: str | os.PathLike, kwargs: dict) -> Iterator[None]:
     """Say what failed requests mean for an SAE that is fetched, and drop files that came damaged.
 
     Args:
@@ -135,7 +136,7 @@ def fetching(source, kwargs: dict) -> Iterator[None]:
         yield
 
 
-def _config_blob(source, kwargs: dict) -> set[str]:
+def _config_blob(source: str | os.PathLike, kwargs: dict) -> set[str]:
     """The name of the blob from which `AutoModel` read the config that it passes on."""
     commit = getattr(kwargs.get("config"), "_commit_hash", None)
     if commit is None:

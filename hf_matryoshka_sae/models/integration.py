@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 Method = TypeVar("Method", bound=Callable)
@@ -17,7 +17,7 @@ def forward_method(method: Method) -> Method:
     """
 
     @wraps(method)
-    def told(self, *args, **kwargs):
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         fsdp = sys.modules.get("torch.distributed.fsdp")  # who has wrapped a module has imported it
         if fsdp is not None and method.__name__ not in vars(self) and isinstance(self, fsdp.FSDPModule):
             fsdp.register_fsdp_forward_method(self, method.__name__)
@@ -27,7 +27,7 @@ def forward_method(method: Method) -> Method:
     return told
 
 
-def refuse_quantization(quantization) -> None:
+def refuse_quantization(quantization: Any) -> None:
     """Raises `ValueError` for a quantisation: it would do nothing."""
     if quantization is not None:
         raise ValueError(
@@ -41,10 +41,9 @@ class Integration:
     """How an SAE meets libraries that expect layers; a part of [`SAEModel`]."""
 
     def get_input_embeddings(self) -> None:
-        """An SAE has none; FSDP2 asks."""
-        return None
+        """Return nothing: an SAE has no embeddings, and FSDP2 asks for them."""
 
-    def add_adapter(self, *args, **kwargs) -> None:
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 (refused, whatever they are)
         """Raises `ValueError`: PEFT adapts an SAE inside another module only."""
         raise ValueError(
             "PEFT adapts layers, and an SAE's weights are parameters of the model itself. Put it inside a module: "

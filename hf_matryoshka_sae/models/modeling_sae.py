@@ -8,8 +8,9 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes. Parameters are
 latents are a contiguous run of bytes in the file.
 """
 
+import os
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
     # A threshold rounded to bf16 moves L0 by several per cent.
     _keep_in_fp32_modules_strict = {"threshold"}
 
-    def __init__(self, config: SAEConfig):
+    def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
         num_latents, d_in = config.num_latents, config.d_in
         self.W_enc = nn.Parameter(torch.empty(num_latents, d_in))
@@ -299,7 +300,9 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
     # Files
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, width: int | None = None, **kwargs) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, width: int | None = None, **kwargs: Any
+    ) -> Self:
         """Load an SAE from a folder or a Hub repository.
 
         Args:

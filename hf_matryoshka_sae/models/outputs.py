@@ -1,6 +1,7 @@
 """What an SAE returns: sparse latents, a few (value, index) slots per token, and all that `forward` gives."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -71,7 +72,7 @@ class SparseLatents:
         # scatter_add: padded slots add 0 to latent 0 instead of overwriting it.
         return dense.scatter_add(-1, self.indices, self.values)
 
-    def to(self, *args, **kwargs) -> "SparseLatents":
+    def to(self, *args: Any, **kwargs: Any) -> "SparseLatents":
         """The same latents on another device or with values of another type; arguments as of `Tensor.to`."""
         values = self.values.to(*args, **kwargs)
         indices = self.indices.to(values.device, non_blocking=kwargs.get("non_blocking", False))
@@ -88,7 +89,7 @@ class SparseLatents:
             raise TypeError("The latents of one token have no length; `l0` is how many fire.")
         return len(self.values)
 
-    def __getitem__(self, index) -> "SparseLatents":
+    def __getitem__(self, index: Any) -> "SparseLatents":
         """The latents of some tokens: `index` is of a tensor of the tokens, of shape `(...)`."""
         if isinstance(index, tuple) and any(part is Ellipsis for part in index[:-1]):
             raise IndexError("Only tokens can be indexed. For single latents take `to_dense()[..., latent]`.")
@@ -108,7 +109,7 @@ def _flattened(latents: SparseLatents) -> tuple[list, int]:
     return [latents.values, latents.indices, latents.input_norm], latents.num_latents
 
 
-def _unflattened(parts, num_latents: int) -> SparseLatents:
+def _unflattened(parts: Any, num_latents: int) -> SparseLatents:
     values, indices, input_norm = parts
     return SparseLatents(values, indices, num_latents, input_norm)
 

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
@@ -74,7 +75,7 @@ class PartialFile:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         offline: bool = False,
-    ):
+    ) -> None:
         self.repo_id, self.filename, self.commit, self.token = repo_id, filename, commit, token
         self.cache_dir = cache_dir or constants.HF_HUB_CACHE
         self.offline = offline or constants.HF_HUB_OFFLINE
@@ -258,7 +259,7 @@ class PartialFile:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"The header of {self.filename} of {self.repo_id} is damaged: {error}") from error
 
-    def _fetch_range(self, record: PartialRecord, file, start: int, stop: int, bar=None) -> None:
+    def _fetch_range(self, record: PartialRecord, file: Any, start: int, stop: int, bar: Any = None) -> None:
         """Write the bytes from `start` to `stop` to their place; goes on where a connection broke."""
         position, attempt = start, 0
         while position < stop:
@@ -309,7 +310,7 @@ def _holds(published: Digests, holds: Callable[[dict], bool]) -> bool:
     return False
 
 
-def _check_answer(response, record: PartialRecord, start: int, stop: int) -> None:
+def _check_answer(response: Any, record: PartialRecord, start: int, stop: int) -> None:
     """Whether a response is the part of the file that was asked for."""
     if response.status_code == 200 and (start, stop) == (0, record.size):
         return

@@ -6,12 +6,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class PartialRecord:
     """What is there of a file: `rows.json` and `weights.safetensors` in one folder."""
 
-    def __init__(self, folder: Path, etag: str, size: int | None):
+    def __init__(self, folder: Path, etag: str, size: int | None) -> None:
         self._path = folder / "rows.json"
         # Another name each time it is begun: who has the file of before open must not see this one's holes.
         self.weights = folder / f"weights-{secrets.token_hex(4)}.safetensors"
@@ -56,7 +57,7 @@ class PartialRecord:
         self.noted_bytes += max(0, rows - self.rows.get(name, 0)) * self.row_bytes(name)
         self._noted[name] = rows
 
-    def count(self, file) -> None:
+    def count(self, file: Any) -> None:
         """Count the rows that were noted, once they are on the disk."""
         if self._noted:
             os.fsync(file.fileno())

@@ -113,10 +113,12 @@ def write_rows(
     with open(path, "r+b") as file:
         for name, tensor in tensors.items():
             dtype, shape = specs[name]
-            assert tensor.dtype == dtype and tuple(tensor.shape[1:]) == shape[1:], name
+            assert tensor.dtype == dtype, name
+            assert tuple(tensor.shape[1:]) == shape[1:], name
             rows = tensor.detach() if tensor.dim() else tensor.detach()[None]
             total = shape[0] if shape else 1
-            assert 0 <= first_row and first_row + len(rows) <= total, (name, first_row, len(rows), total)
+            assert first_row >= 0, first_row
+            assert first_row + len(rows) <= total, (name, first_row, len(rows), total)
             if not rows.numel():
                 continue
             row_bytes = num_bytes(dtype, shape) // total

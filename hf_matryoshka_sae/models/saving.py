@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -89,7 +90,7 @@ class Saving:
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """As in transformers, but every file is complete before it takes its name; the config comes last.
 
@@ -153,7 +154,7 @@ class Saving:
             return super().should_save_on_this_rank(is_main_process)
         return is_main_process
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Push to the root of a repository, in one commit; arguments as in transformers.
 
         With the package installed, the commit also holds a card, digests of the rows, and code for those who load it

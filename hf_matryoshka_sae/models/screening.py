@@ -84,7 +84,8 @@ def screening(enabled: bool | None) -> Iterator[None]:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 products are several times as fast as float32's: on a GPU, and where a CPU has instructions."""
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public ones
+        return any(getattr(torch.cpu, name, bool)() for name in names)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

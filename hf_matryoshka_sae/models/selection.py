@@ -39,7 +39,7 @@ def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
     Such a row is above no threshold and would decode to the bias, as if nothing were wrong. So it decodes to NaN, in
     every prefix.
     """
-    broken = ~x.isfinite().all(1)
+    broken = ~torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite()  # one pass without a copy
     if not broken.any():
         return chosen
     kept, rows = ~broken[chosen[0]], broken.nonzero().squeeze(1)
@@ -48,8 +48,13 @@ def with_nan_rows(chosen: Selection, x: Tensor) -> Selection:
 
 
 def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
-    """Pairs strictly above `threshold` (a number or `(F,)`). How many there are is known to the data alone: the host
-    waits for each block.
+    """Select the pairs strictly above a threshold.
+
+    How many there are is known to the data alone: the host waits for each block.
+
+    Args:
+        blocks ([`EncoderBlocks`]): The pre-activations.
+        threshold (`float` or `Tensor` of shape `(F,)`): One for all latents, or one for each.
 
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, sorted by token, then by latent.
@@ -67,7 +72,8 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
             continue
         rows, cols = block.reaching(block.group_maxima())
         values = blocks.exact(rows, cols)
-        won = values > (threshold.detach()[cols] if isinstance(threshold, Tensor) else threshold)
+        limit = threshold.detach()[cols] if isinstance(threshold, Tensor) else threshold
+        won = (values > limit).nonzero().squeeze(1)
         parts.append((rows[won], cols[won], values[won]))
         counts.candidates += len(rows)
         counts.pairs += len(parts[-1][0])

@@ -10,6 +10,7 @@ Shapes: N tokens, D `d_in`, F `num_latents`, K slots, P prefixes, M pairs. Pairs
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,8 @@ class PairIndex:
 
 
 def _offsets(sorted_bags: Tensor, num_bags: int) -> Tensor:
-    """Where each bag begins, and the end of the last. (bincount would make the host wait for the device.)"""
+    """Return where each bag begins, and the end of the last, `(num_bags + 1,)`."""
+    # bincount would make the host wait for the device.
     return torch.searchsorted(sorted_bags, torch.arange(num_bags + 1, device=sorted_bags.device))
 
 
@@ -108,18 +110,22 @@ class LatentPairs:
 
     @property
     def rows(self) -> Tensor:
+        """Token of each pair, `(M,)`."""
         return self.index.rows
 
     @property
     def cols(self) -> Tensor:
+        """Latent of each pair, `(M,)`."""
         return self.index.cols
 
     @property
     def num_rows(self) -> int:
+        """N."""
         return self.index.num_rows
 
     @property
     def num_latents(self) -> int:
+        """F."""
         return self.index.num_latents
 
     def to_slots(self) -> SparseLatents:
@@ -194,7 +200,7 @@ class _EncodePairs(torch.autograd.Function):
     """The pre-activations of the selected pairs, with gradients from those pairs alone."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, scale, pre, index):
+    def forward(ctx, x, W_enc, b_enc, b_dec, scale, pre, index) -> Tensor:  # noqa: ANN001 (as `encode_pairs`)
         ctx.save_for_backward(x, W_enc, b_dec, scale, pre)
         ctx.index, ctx.read_type, ctx.dtype = index, _read_type(W_enc), b_enc.dtype
         # Gradients come back in the biases' type, also where the matmul or the matrices are bf16.
@@ -202,7 +208,7 @@ class _EncodePairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_dec, scale, pre = ctx.saved_tensors
         index, need = ctx.index, ctx.needs_input_grad
         grad = grad.to(ctx.dtype)
@@ -232,7 +238,7 @@ class _EncodePairs(torch.autograd.Function):
 
 
 def _decode_groups(
-    ctx, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...], dtype: torch.dtype
+    ctx: Any, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The sum over each group's pairs, `(N, P, D)` in `dtype`, in one pass, and what its backward pass needs."""
     source = W_dec.to(_read_type(W_dec))
@@ -245,7 +251,7 @@ def _decode_groups(
     return out.view(index.num_rows, len(widths), W_dec.shape[1]), (values, source, bags, offsets)
 
 
-def _decode_gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _decode_gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the values and to W_dec from those of the group sums."""
     values, source, bags, offsets = saved
     grad_values = grad_W = None
@@ -271,14 +277,14 @@ class _DecodeGroups(torch.autograd.Function):
     """The sum over each group's pairs, `(N, P, D)`."""
 
     @staticmethod
-    def forward(ctx, values, W_dec, index, widths):
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, index: PairIndex, widths: tuple[int, ...]) -> Tensor:
         groups, saved = _decode_groups(ctx, values, W_dec, index, widths, W_dec.dtype)
         ctx.save_for_backward(*saved)
         return groups
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_decode_gradients(ctx, ctx.saved_tensors, grad), None, None
 
 
@@ -293,7 +299,7 @@ class _PrefixErrors(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values, W_dec, b_dec, x, index, widths, layout):
+    def forward(ctx, values, W_dec, b_dec, x, index, widths, layout) -> tuple[Tensor, Tensor]:  # noqa: ANN001 (as `prefix_errors`)
         errors, saved = _decode_groups(ctx, values, W_dec, index, widths, b_dec.dtype)
         ctx.counts_bias = layout is None or layout.shard == 0
         if layout is not None and layout.shards > 1:
@@ -308,7 +314,7 @@ class _PrefixErrors(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sse, grad_residual):
+    def backward(ctx: Any, grad_sse: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         errors, *saved = ctx.saved_tensors
         grad_sse = errors.new_zeros(errors.shape[1]) if grad_sse is None else grad_sse
         factors = grad_sse * (2 / max(1, len(errors)))

@@ -32,7 +32,7 @@ def usable(tensor: Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _gather_sum_kernel(values, source, index, offsets, out, D, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_sum_kernel(values, source, index, offsets, out, D, PAIRS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 (pointers, for Triton)
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -51,7 +51,7 @@ def _gather_sum_kernel(values, source, index, offsets, out, D, PAIRS: tl.constex
     tl.store(out + bag * D + columns, total, mask=inside)
 
 
-def _pair_dot_kernel(left, bags, right, cols, out, D, BLOCK: tl.constexpr):
+def _pair_dot_kernel(left, bags, right, cols, out, D, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 (likewise)
     pair = tl.program_id(0).to(tl.int64)
     first, second = tl.load(bags + pair) * D, tl.load(cols + pair) * D
     total = tl.zeros((BLOCK,), dtype=tl.float32)

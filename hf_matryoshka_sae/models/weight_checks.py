@@ -4,14 +4,17 @@ A file says in its header which tensors it holds, of which types and shapes. Whe
 nothing is allocated. Names of files come from an index that anybody may have written too: they stay in its folder.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .configuration_sae import SAEConfig
 from .pieces import WHOLE_TENSORS, read_index_json
 
 
@@ -79,7 +82,7 @@ def read_shards(index: str | Path) -> dict[str, list[str]]:
 # Headers
 
 
-def tensor_shapes(config) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of an SAE, by its config."""
     num_latents, d_in = config.num_latents, config.d_in
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_enc", "W_dec"), (num_latents, d_in))
@@ -88,7 +91,7 @@ def tensor_shapes(config) -> dict[str, tuple[int, ...]]:
     return shapes | dict.fromkeys(more.get(config.activation_name, []), (num_latents,))
 
 
-def check_headers(files: Sequence[WeightFile], config, source) -> None:
+def check_headers(files: Sequence[WeightFile], config: SAEConfig, source: str | os.PathLike) -> None:
     """Compare what files say they hold with what a config needs; reads no tensor.
 
     Args:
@@ -115,7 +118,7 @@ def check_headers(files: Sequence[WeightFile], config, source) -> None:
         )
 
 
-def _check_entry(name: str, path, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check_entry(name: str, path: Any, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Whether one tensor is of the type and shape that it should be."""
     known = _WHOLE_NUMBERS if name == "latent_ids" else _FLOATS
     if dtype not in known:
@@ -135,7 +138,7 @@ def _check_entry(name: str, path, dtype: str, shape: tuple[int, ...], expected: 
 # Numbers
 
 
-def check_numbers(tensors: Mapping[str, Tensor], config, source) -> None:
+def check_numbers(tensors: Mapping[str, Tensor], config: SAEConfig, source: str | os.PathLike) -> None:
     """Raises `ValueError` for weights that no SAE can have: not finite, thresholds of JumpReLU below 0, ids below 0.
 
     A threshold of infinity is that of a latent which never fires. What lies on the meta device is not looked at. Goes

@@ -1,12 +1,14 @@
 """What is checked before transformers reads all weights of an SAE at once."""
 
+import os
+
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .checkpoint_files import asked_config, pinned
 from .weight_checks import WeightFile, check_headers, read_shards
 
 
-def check_whole(config_class, source, kwargs: dict) -> None:
+def check_whole(config_class: type, source: str | os.PathLike, kwargs: dict) -> None:
     """Compare the headers of all weights with the config, before transformers makes anything of either's size.
 
     Args:

@@ -16,13 +16,14 @@ class LayoutPlan:
     """A layout and its cost.
 
     Args:
-        mesh ([`Mesh`]): Replicas and shards.
-        device ([`Device`]): Each of them.
-        memory ([`Memory`]): On a device.
-        compute (`tuple` of [`Part`]), traffic (`tuple` of [`Transfer`]): Of a step.
+        mesh ([`Mesh`]): Numbers of replicas and shards.
+        device ([`Device`]): The device, which all are alike.
+        memory ([`Memory`]): Memory of one device.
+        compute (`tuple` of [`Part`]): Parts of a step on one device.
+        traffic (`tuple` of [`Transfer`]): Collectives of a step.
         steps (`int`): Optimizer steps of the run.
-        reader_bytes (`float`), reader_seconds (`float`): Memory of the processes that only run the language model
-            (`lm_processes`), and their time for a step; 0 without such.
+        reader_bytes (`float`): Memory of a process that only runs the language model (`lm_processes`); 0 without such.
+        reader_seconds (`float`): Seconds of such a process for a step; 0 without such.
     """
 
     mesh: Mesh

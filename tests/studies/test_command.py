@@ -173,7 +173,7 @@ def _printed(rank: int, command: list[str]) -> str:
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(tmp_path, two_processes):
     saved(tmp_path / "sae")
-    command = ["evaluate", str(tmp_path / "sae"), "--tokens", "3000", "--context_length", "40", "--output_dir"]
+    command = ["evaluate", str(tmp_path / "sae"), "--tokens", "1500", "--context_length", "40", "--output_dir"]
     printed = "".join(two_processes.run(_printed, [*command, str(tmp_path / "two")]))
     assert printed.count("held-out tokens") == printed.count("Saved") == 1
     assert cli.main([*command, str(tmp_path / "one")]) == 0

@@ -103,13 +103,13 @@ def _file_ends(path: Path) -> Iterator[str | bytes]:
                 yield stream.read()
 
 
-def differing_fields(wanted: dict[str, Any], cached: dict[str, Any]) -> list[str]:
-    """Describe each field in which two fingerprints differ; `cached` may have more hookpoints than are wanted."""
-    wanted = json.loads(json.dumps(wanted))  # tuples are lists there
-    if set(wanted["hookpoints"]) <= set(cached["hookpoints"]):
-        wanted["hookpoints"] = cached["hookpoints"]
+def differing_fields(own: dict[str, Any], cached: dict[str, Any]) -> list[str]:
+    """Describe each field in which two fingerprints differ; `cached` may have more hookpoints."""
+    own = json.loads(json.dumps(own))  # tuples are lists there
+    if set(own["hookpoints"]) <= set(cached["hookpoints"]):
+        own["hookpoints"] = cached["hookpoints"]
     return [
-        f"{name} is {cached.get(name)} there, {wanted.get(name)} here"
-        for name in dict.fromkeys([*wanted, *cached])
-        if wanted.get(name) != cached.get(name)
+        f"{name} is {cached.get(name)} there, {own.get(name)} here"
+        for name in dict.fromkeys([*own, *cached])
+        if own.get(name) != cached.get(name)
     ]

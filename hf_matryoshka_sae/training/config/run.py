@@ -133,7 +133,7 @@ class RunConfig:
     project: str = "hf_matryoshka_sae"
     """What trackers compare this run with others in; the run has the name of `output_dir`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = "tokens", "batch_size", "context_length", "gradient_accumulation_steps", "eval_tokens", "data_streams"
         for name, value in ((name, getattr(self, name)) for name in counts):
             if value is not None and value < 1:

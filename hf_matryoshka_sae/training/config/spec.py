@@ -177,7 +177,7 @@ class SAESpec:
     b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
     """Where `b_dec` begins, of the normalised hidden states."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in FAMILIES:
             raise ValueError(f"Unknown SAE family `type: {self.type}`.{nearest(self.type, FAMILIES)}")
         for name in ("level_weights", "level_weights_end"):
@@ -196,7 +196,7 @@ class SAESpec:
         if self.grow_from is not None:
             self._check_growth()
 
-    def _check_growth(self):
+    def _check_growth(self) -> None:
         if self.init_from is not None:
             raise ValueError(
                 "`grow_from` and `init_from` exclude each other: a base grows, or is gone on with as it is."

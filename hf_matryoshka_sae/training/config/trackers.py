@@ -59,6 +59,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
+        """Name of the run: that of its folder."""
         return self.folder.resolve().name
 
 

@@ -40,7 +40,7 @@ class Feed:
         processes: Processes,
         device: torch.device,
         ahead: bool = False,
-    ):
+    ) -> None:
         self.streams, self._iterators = streams, {number: iter(stream) for number, stream in streams.items()}
         rank = processes.rank
         self._shapes, self._rows, self._rank, self._device, self._ahead = shapes, processes.rows, rank, device, ahead

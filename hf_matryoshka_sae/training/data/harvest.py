@@ -57,14 +57,22 @@ class Source(Protocol):
     """Whether the streams read for a while before they give their first rows."""
 
     @property
-    def hookpoints(self) -> list[str]: ...
+    def hookpoints(self) -> list[str]:
+        """Where SAEs read."""
+        ...
 
     @property
-    def model(self) -> nn.Module | None: ...
+    def model(self) -> nn.Module | None:
+        """The language model, where there is one."""
+        ...
 
-    def streams(self) -> dict[int, RowStream]: ...
+    def streams(self) -> dict[int, RowStream]:
+        """Streams of training rows by hookpoint number."""
+        ...
 
-    def heldout(self, hookpoint: str) -> HeldOut | HeldOutStates: ...
+    def heldout(self, hookpoint: str) -> HeldOut | HeldOutStates:
+        """Return what SAEs of a hookpoint are evaluated on."""
+        ...
 
 
 class GivenStates:
@@ -87,7 +95,7 @@ class GivenStates:
 
     def __init__(
         self, states: Any, config: RunConfig, accelerator: Accelerator, processes: Processes, heldout: Any = None
-    ):
+    ) -> None:
         self.config, self.processes, self.device = config, processes, accelerator.device
         self._states, self._heldout = states, None
         if isinstance(states, RowStream):
@@ -162,7 +170,7 @@ class Harvest:
         processes ([`Processes`]): What each does.
     """
 
-    def __init__(self, source: Source, config: RunConfig, accelerator: Accelerator, processes: Processes):
+    def __init__(self, source: Source, config: RunConfig, accelerator: Accelerator, processes: Processes) -> None:
         self.source, self.config, self.accelerator, self.processes = source, config, accelerator, processes
 
     @cached_property

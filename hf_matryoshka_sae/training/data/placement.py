@@ -160,7 +160,7 @@ class Meshes:
         placements (`list[Placement]`): Of all dictionaries.
     """
 
-    def __init__(self, accelerator: Accelerator, placements: list[Placement]):
+    def __init__(self, accelerator: Accelerator, placements: list[Placement]) -> None:
         self.rank, world = accelerator.process_index, accelerator.num_processes
         self._groups: dict[tuple[tuple[int, ...], int], tuple] = {}
         for key in dict.fromkeys((placement.ranks, placement.shards) for placement in placements):

@@ -44,7 +44,7 @@ class TextSource:
         processes ([`Processes`]): What each does.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, processes: Processes):
+    def __init__(self, config: RunConfig, accelerator: Accelerator, processes: Processes) -> None:
         self.config, self.accelerator, self.processes = config, accelerator, processes
         self.fills_buffers = config.activation_cache is None
 
@@ -190,13 +190,13 @@ def overlaps(wanted: bool | None, lm_device: torch.device, processes: int = 1) -
     return cores - processes * torch.get_num_threads() >= processes
 
 
-def _documents(config: RunConfig, tokenizer, held_out: bool, **options):
+def _documents(config: RunConfig, tokenizer: Any, held_out: bool, **options: Any) -> Any:
     documents = load_documents(config.dataset, tokenizer, **options)
     splits = config.eval_dataset is None and config.dataset.path != "embedded"
     return Split(documents, config.eval_fraction, held_out) if splits else documents
 
 
-def _token_stream(config: RunConfig, tokenizer, rank: int, world_size: int) -> TokenStream:
+def _token_stream(config: RunConfig, tokenizer: Any, rank: int, world_size: int) -> TokenStream:
     share = {"shuffle": config.shuffle, "seed": config.seed, "rank": rank, "world_size": world_size}
     documents, size = _documents(config, tokenizer, held_out=False, **share), config.context_length
     return TokenStream(documents, tokenizer, size, config.lm_batch_size, pack=config.pack, exclude=config.exclude)

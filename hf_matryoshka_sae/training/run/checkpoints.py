@@ -79,7 +79,7 @@ class Checkpoint:
         path (`Path`): Its folder.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     def tree(self, name: str) -> Any:
@@ -107,8 +107,9 @@ class Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `files` with their checksums, and since format 1 `format_version`, the
-    `run_id` and the `fields` of its run.
+    """Return what a checkpoint says of itself.
+
+    Its `step`, `files` with checksums, and since format 1 `format_version`, the `run_id` and the `fields` of its run.
 
     Raises:
         `ValueError` or `OSError`: if it does not say so.
@@ -133,7 +134,7 @@ class Checkpoints:
         about (`dict`, *optional*): Written into every manifest: the `run_id` and the `fields` of the run.
     """
 
-    def __init__(self, folder: Path, keep: int, about: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, keep: int, about: dict[str, Any] | None = None) -> None:
         self.folder, self.keep, self.about = folder, max(1, keep), about or {}
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._broken: set[Path] = set()

@@ -47,7 +47,7 @@ class Closing:
         placements: list[Placement],
         learners: list[Learner],
         provenance: Provenance,
-    ):
+    ) -> None:
         self.config, self.accelerator, self.harvest, self.provenance = config, accelerator, harvest, provenance
         rank, remaining = accelerator.process_index, iter(learners)
         self.own = [(place, next(remaining) if rank in place.ranks else None) for place in placements]
@@ -210,7 +210,7 @@ def place_of(learner: Learner) -> str:
     return f"{learner.name}/{learner.hookpoint.replace(':', '-')}"
 
 
-def whole_config(learner: Learner, sae: SAEModel):
+def whole_config(learner: Learner, sae: SAEModel) -> Any:
     """The config of the whole dictionary whose part `sae` is, with what was folded into it."""
     config = copy.deepcopy(sae.config)
     for name in sae.config.truncated(sae.config.num_latents):

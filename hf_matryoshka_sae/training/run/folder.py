@@ -72,7 +72,7 @@ class RunFolder:
         `OSError`: on entering, if the folder cannot be written to.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator):
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.path = config, accelerator, Path(config.output_dir)
         self.lock = RunLock(self.path)
         self.checkpoints = Checkpoints(self.path, config.keep_checkpoints)
@@ -83,7 +83,7 @@ class RunFolder:
         in_main_process(self.accelerator, self._hold)
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self.lock.release()
 
     def _hold(self) -> None:

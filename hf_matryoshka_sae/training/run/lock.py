@@ -59,7 +59,7 @@ class RunLock:
         folder (`Path`): The run's folder.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder, self.held = folder, False
         self._lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
         self._owner = folder / f"{_LOCK}.json"

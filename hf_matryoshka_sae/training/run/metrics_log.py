@@ -27,7 +27,7 @@ class MetricsLog:
         start (`int`): Steps already done.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, config: RunConfig, start: int):
+    def __init__(self, accelerator: Accelerator, folder: Path, config: RunConfig, start: int) -> None:
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
         if config.trackers:
             id = lasting_id(folder, start) if accelerator.is_main_process else ""

@@ -115,15 +115,16 @@ class Beat:
 
 
 class Board:
-    """A store of the run's own that only a thread of the board talks to: where the process that holds the store is
-    stopped, requests hang without a timeout, and nobody else must.
+    """A store of the run's own that only a thread of the board talks to.
+
+    Where the process that holds the store is stopped, requests hang without a timeout, and nobody else must.
 
     Args:
         store (`torch.distributed.Store`): Apart from torch's own, which is busy while a process waits for another.
         rank (`int`): This process.
     """
 
-    def __init__(self, store: Any, rank: int):
+    def __init__(self, store: Any, rank: int) -> None:
         self.mine = Beat()
         self.beats: dict[int, Beat] = {}
         """Of the processes that are read."""

@@ -48,7 +48,7 @@ class Provenance:
         run_id (`str`): Of the run, however often it was interrupted.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator, run_id: str):
+    def __init__(self, folder: Path, config: RunConfig, accelerator: Accelerator, run_id: str) -> None:
         self.path, self.config, self.accelerator = folder / PROVENANCE_FILE, config, accelerator
         self.run_id = run_id
         self.began = time.monotonic()

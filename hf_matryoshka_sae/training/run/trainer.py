@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -119,7 +119,7 @@ class Trainer:
         progress: Callable[[int, str], None] = lambda step, doing: None,
         states: Any = None,
         heldout: Any = None,
-    ):
+    ) -> None:
         self.config, self.progress = config, progress
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
@@ -326,7 +326,7 @@ class Trainer:
 
 
 @contextmanager
-def _interrupt_flag():
+def _interrupt_flag() -> Iterator[threading.Event]:
     """An event that Ctrl-C or a termination request sets, so that the step at hand is finished first.
 
     A second Ctrl-C stops at once.
@@ -336,7 +336,7 @@ def _interrupt_flag():
         yield stop
         return
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

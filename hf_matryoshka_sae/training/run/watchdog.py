@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ class _Terminated(SystemExit):
     """The process was asked to end."""
 
 
-def _leave(number, frame):
+def _leave(number: int, frame: Any) -> None:
     raise _Terminated(128 + number)
 
 
@@ -66,7 +67,7 @@ class Watchdog:
         [`LostProcess`]: in place of the error that the loss of another process has led to in this one.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, patience: float | None = None):
+    def __init__(self, accelerator: Accelerator, folder: Path, patience: float | None = None) -> None:
         self.rank, self.world, self.folder = accelerator.process_index, accelerator.num_processes, folder
         self.patience = PATIENCE if patience is None else patience
         self._reason: str | None = None
@@ -127,7 +128,7 @@ class Watchdog:
         dist.broadcast_object_list(told, 0)
         return store or dist.TCPStore(address, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if self._before is not None:
             # A launcher that has lost a process asks the others to end at once; why, they are about to say.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -268,7 +269,7 @@ class Stalls:
         patience (`float`): Seconds until the first warning.
     """
 
-    def __init__(self, peers: Mapping[int, Peer], patience: float):
+    def __init__(self, peers: Mapping[int, Peer], patience: float) -> None:
         self.peers, self.patience = peers, patience
         self._silence_limits = dict.fromkeys(peers, patience)
         self._step, self._longest, self._step_limit = 0, 0.0, patience

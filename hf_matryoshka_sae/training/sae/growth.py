@@ -5,6 +5,7 @@ only `b_enc`, `b_dec` and the thresholds are touched by that, so their raw value
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def _finite_rows(sample: Tensor, sae: SAEModel) -> Tensor:
     return rows
 
 
-def _at_inference(sae: SAEModel, x: Tensor):
+def _at_inference(sae: SAEModel, x: Tensor) -> Any:
     training = sae.training
     try:
         return sae.eval().encode_pairs(x)
@@ -189,7 +190,7 @@ class FrozenBase:
         sae ([`SAEModel`]): The base, taking raw hidden states.
     """
 
-    def __init__(self, sae: SAEModel):
+    def __init__(self, sae: SAEModel) -> None:
         self.width = sae.config.num_latents
         kept = ("b_enc", "b_dec", "threshold")
         self.raw = {name: tensor.clone() for name, tensor in sae.state_dict().items() if name in kept}
@@ -240,14 +241,16 @@ class FrozenBase:
 
 
 class BatchTopKOnBase(BatchTopK):
-    """BatchTopK in training on a frozen base: the base fires above its thresholds, as it will at inference, and new
-    latents compete for the places that are left of k per token.
+    """BatchTopK in training on a frozen base.
+
+    The base fires above its thresholds, as it will at inference, and new latents compete for the places that are left
+    of k per token.
 
     Args:
         width (`int`): Latents of the base.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         self.width = width
 
     def select(self, model: SAEModel, blocks: EncoderBlocks, layout: Layout | None) -> Selection:

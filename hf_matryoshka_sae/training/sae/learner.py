@@ -1,12 +1,13 @@
 """One dictionary in training: its weights, its optimizer, and everything that is counted about it."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models import SAEConfig, SAEModel
 from ...models.sharding import Layout, all_sum, exchange_rows
@@ -81,7 +82,7 @@ class Learner(LearnerState):
         layout: Layout | None = None,
         config: SAEConfig | None = None,
         device: torch.device | None = None,
-    ):
+    ) -> None:
         self.config = sae.config if config is None else config
         self.layout = layout = layout or _data_parallel(accelerator, self.config.num_latents)
         # Accelerate's wrapper would give every process the first one's weights, and knows no group but all of them.
@@ -140,7 +141,7 @@ class Learner(LearnerState):
         self._micro: list[dict[str, Tensor]] = []
         self._project_decoder()
 
-    def _parameters(self):
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.sae.named_parameters()
 
     # One step. Nothing in it makes the host wait for the device, but for the look at dead latents now and then.

@@ -10,7 +10,7 @@ knows the whole loss, and has the gradients of its own latents; that of b_dec is
 Shapes: N tokens of this process, D `d_in`, F `num_latents`, P prefixes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class Objective(nn.Module):
         layout ([`Layout`], *optional*): Processes that share one batch or one dictionary.
     """
 
-    def __init__(self, sae: SAEModel, spec: SAESpec, layout: Layout | None = None):
+    def __init__(self, sae: SAEModel, spec: SAESpec, layout: Layout | None = None) -> None:
         super().__init__()
         if spec.multi_topk and sae.config.activation_name != "topk":
             raise ValueError(f"`multi_topk` is for TopK, not for {sae.config.activation_name}.")
@@ -293,7 +293,7 @@ def _mean_square(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _annealed(sae: SAEModel, k: float):
+def _annealed(sae: SAEModel, k: float) -> Iterator[None]:
     before, sae.k = sae.k, k
     try:
         yield

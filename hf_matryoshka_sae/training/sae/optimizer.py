@@ -80,14 +80,14 @@ class LowPrecisionAdam(torch.optim.Optimizer):
         eps: float,
         moments: str,
         seed: int = 0,
-    ):
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "unit_rows": False, "first_row": 0})
         self.moments, self.seed = moments, seed
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:
         """One step of all parameters that have gradients."""
         assert closure is None, "gradients are there already"
         number = 0
@@ -154,7 +154,8 @@ class LowPrecisionAdam(torch.optim.Optimizer):
                 _replace(state[key][rows], value, kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`. (PyTorch would turn every tensor into the parameter's type.)"""
+        """Go on from a `state_dict`."""
+        # PyTorch would turn every tensor into the parameter's type.
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, entry in state_dict["state"].items():
@@ -202,8 +203,10 @@ _LOWEST = (0x3F800000 >> 20) - 255
 
 
 def _bits(values: Tensor, noise: Tensor, drop: int) -> Tensor:
-    """The bits of float32 numbers plus noise below bit `drop`: cut there, they are rounded at random, in the mean
-    exactly (the numbers between two cuts are evenly spaced)."""
+    """Return the bits of float32 numbers plus noise below bit `drop`.
+
+    Cut there, they are rounded at random, in the mean exactly: the numbers between two cuts are evenly spaced.
+    """
     return (noise & (2**drop - 1)).add_(values.view(torch.int32))
 
 
@@ -240,7 +243,7 @@ class _Dice:
         parameter (`Tensor`): Its shape and device are read.
     """
 
-    def __init__(self, seed: int, number: int, step: Tensor, parameter: Tensor):
+    def __init__(self, seed: int, number: int, step: Tensor, parameter: Tensor) -> None:
         start = (seed * 1_000_003 + number) % 2**31
         self.key = _mixed(step.long() + (start << 31))
         self.shape, self.device = parameter.shape[1:], parameter.device

@@ -42,7 +42,7 @@ def warmup_steps(given: int | None, steps: int) -> int:
 
 
 def annealed_k(spec: SAESpec, k: float | None, step: int, steps: int) -> float | None:
-    """k of a step: from `k_start` linearly to `k` over `k_anneal_steps` (a tenth of the run by default)."""
+    """Return k of a step: from `k_start` linearly to `k` over `k_anneal_steps` (a tenth of the run by default)."""
     if k is None or spec.k_start is None:
         return k
     duration = spec.k_anneal_steps if spec.k_anneal_steps is not None else max(1, steps // 10)

@@ -3,6 +3,7 @@
 import copy
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,7 +17,9 @@ from ...models.sharding import Layout
 _MAX_BYTES = "5GB"
 
 
-def save_own_rows(sae: SAEModel, config: SAEConfig, layout: Layout, folder: Path, max_bytes: int | str = _MAX_BYTES):
+def save_own_rows(
+    sae: SAEModel, config: SAEConfig, layout: Layout, folder: Path, max_bytes: int | str = _MAX_BYTES
+) -> None:
     """Save a dictionary of which every process of `layout` holds a part; all of them call this. (Where it is whole on
     each, one does.)
 
@@ -70,7 +73,9 @@ def _agreed(layout: Layout, value, error: OSError | None) -> list:
     return [value for value, _ in told]
 
 
-def load_own_rows(model_class: type[SAEModel], config: SAEConfig, source: str | Path, layout: Layout, **where):
+def load_own_rows(
+    model_class: type[SAEModel], config: SAEConfig, source: str | Path, layout: Layout, **where: Any
+) -> SAEModel:
     """The latents of this process of a saved dictionary; no others are read.
 
     Args:

@@ -272,17 +272,7 @@ def test_what_cannot_be_indexed_is_refused(tmp_path):
     assert not (tmp_path / "features" / INDEX).exists()
 
 
-def test_a_finished_index_of_the_same_settings_is_opened(tmp_path, monkeypatch):
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(tiny.texts(80)))
-    small.build(tmp_path, texts=str(path))
-    monkeypatch.setattr(module, "LatentPass", None)
-    assert len(small.build(tmp_path, texts=str(path))) == small.LATENTS
-    with pytest.raises(TypeError):
-        small.build(tmp_path, texts=str(path), tokens=500)
-
-
-def test_a_finished_index_of_another_text_is_built_anew(tmp_path, monkeypatch):
+def test_a_finished_index_of_another_text_or_size_is_built_anew(tmp_path, monkeypatch):
     texts, path, folder = tiny.texts(80), tmp_path / "text.txt", tmp_path / "folder"
     folder.mkdir()
     changed = [texts[0] + " w1", *texts[1:]]
@@ -301,8 +291,9 @@ def test_a_finished_index_of_another_text_is_built_anew(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, "LatentPass", None)
             assert len(small.build(tmp_path / f"of {name}", texts=way(texts))) == small.LATENTS
-            with pytest.raises(TypeError):
-                small.build(tmp_path / f"of {name}", texts=way(changed))
+            for now, tokens in ((texts, 500), (changed, 600)):
+                with pytest.raises(TypeError):
+                    small.build(tmp_path / f"of {name}", texts=way(now), tokens=tokens)
 
 
 def test_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):

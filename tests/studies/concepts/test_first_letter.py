@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_matryoshka_sae.activations import load_language_model
 from hf_matryoshka_sae.studies.concepts.first_letter import LETTERS, NotDefined, first_letter_task, vocabulary_words
 
 
@@ -194,9 +193,3 @@ def test_states_that_are_not_finite_are_named():
     model.model.embed_tokens.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         first_letter_task(model, tokenizer, "model.layers.0", shots=0, min_words=2)
-
-
-def test_the_embedded_language_model_has_words():
-    _, tokenizer = load_language_model("embedded")
-    words = vocabulary_words(tokenizer)
-    assert len(words) > 300 and {"the", "return"} <= set(words)

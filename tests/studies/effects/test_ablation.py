@@ -103,20 +103,6 @@ def test_every_ablation_done_by_hand(llama):
         assert entry["fraction"] == pytest.approx(np.mean(own), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_latents_drawn_stand_for_all_that_fire(llama):
-    """Means over many draws of one latent a group come close to the mean over all."""
-    sae, options = relu_sae(16, 24), dict(tokens=1000, positions=4, baselines=False, show=False)
-    whole = ablation_sparsity({"it": sae}, llama, [6, 24], per_group=100, **options).subject("it")
-    drawn = [
-        ablation_sparsity({"it": sae}, llama, [6, 24], per_group=1, seed=seed, **options).subject("it")
-        for seed in range(20)
-    ]
-    for index in range(2):
-        mean = np.mean([rows[index]["fraction"] for rows in drawn])
-        assert mean == pytest.approx(whole[index]["fraction"], rel=0.05)
-
-
 class Straight(nn.Module):
     """A language model whose logits at a place are its hidden state there: V = D, and no token sees another."""
 

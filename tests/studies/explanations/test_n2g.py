@@ -3,18 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
 
 from hf_matryoshka_sae.activations import harvest
-from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
-from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.studies.drawn_latents import neuron_dictionary
 from hf_matryoshka_sae.studies.explanations.explainability import explainability
 from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, latent_values, score
 from hf_matryoshka_sae.studies.explanations.n2g_trie import START, WILDCARD, PatternTrie
 
-from ...evaluation.planted import EMBEDDING, frequent, planted
+from ...evaluation.planted import frequent, planted
 
 
 def matches(pattern: list[int], window: list[int], end: int) -> bool:
@@ -79,16 +75,6 @@ def test_a_pattern_is_tokens(pattern):
         PatternTrie().add(pattern, 1.0)
 
 
-@pytest.fixture(scope="module")
-def text() -> tuple[HeldOut, HeldOut]:
-    """Examples and test text at the embedding layer of the embedded model."""
-    options = {"hookpoint": EMBEDDING, "lm_batch_size": 8}
-    return (
-        open_heldout("embedded", dataset={"path": "embedded", "split": "train"}, tokens=8_000, **options),
-        open_heldout("embedded", dataset={"path": "embedded", "split": "heldout"}, tokens=8_000, **options),
-    )
-
-
 def test_a_planted_token_is_found_with_an_f1_of_one(text):
     examples, test = text
     tokens = frequent(examples, 4)
@@ -110,9 +96,8 @@ def test_examples_are_where_latents_fire(text):
         assert torch.equal(found.dense(latent) > 0, (found.windows == tokens[latent]) & found.keep)
 
 
-def test_activations_of_runs_are_those_of_the_model_alone():
-    data = open_heldout("embedded", "model.layers.2", tokens=2_000)
-    sae = _embedded()
+def test_activations_of_runs_are_those_of_the_model_alone(trained):
+    sae, data, _ = trained
     explainer = Explainer(sae, data)
     ids = data.batches[0].input_ids[0, 1:20].tolist()
     runs = [ids[:3], ids[2:9], ids[5:6]]
@@ -125,24 +110,16 @@ def test_activations_of_runs_are_those_of_the_model_alone():
         assert float(latent_values(sae, states, 2)) == pytest.approx(float(dense[2]), abs=1e-5)
 
 
-def _embedded() -> SAEModel:
-    return AutoModel.from_pretrained(embedded_sae_path()).eval()
-
-
 @pytest.mark.slow
-def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons():
-    text = {"path": "embedded", "split": "train"}
-    examples = open_heldout("embedded", "model.layers.2", text, tokens=20_000)
-    test = open_heldout("embedded", "model.layers.2", tokens=8_000)
-    found = explainability({"demo": _embedded()}, examples, test, [448, 2048], per_group=6, substitutes=1, show=False)
+def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons(trained):
+    demo, *texts = trained
+    found = explainability({"demo": demo}, *texts, [64, 448], per_group=4, substitutes=1, show=False)
     last = {name: rows[-1]["f1"] for name, rows in found.subjects().items()}
     assert last["demo"] > 1.5 * last["random (demo)"] and last["demo"] > 1.5 * last["neurons"]
     for rows in found.subjects().values():
         for row in rows:
             assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
-    again = explainability({"demo": _embedded()}, examples, test, [448], 6, substitutes=1, baselines=False, show=False)
-    assert again.subject("demo")[0]["f1"] == pytest.approx(found.subject("demo")[0]["f1"])
-    assert "neurons" in str(found) and found.to_dict()["example_tokens"] == 20_000
+    assert "neurons" in str(found) and found.to_dict()["example_tokens"] == 8_000
 
 
 def test_neurons_are_dimensions(text):

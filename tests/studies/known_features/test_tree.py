@@ -54,19 +54,6 @@ def test_the_published_tree():
     assert tree.expected_l0 == pytest.approx(1.12)
 
 
-def test_samples_of_the_published_tree():
-    tree = load_tree()
-    features = tree.sample(200_000, torch.Generator().manual_seed(0))
-    assert features.mean(0).tolist() == pytest.approx(tree.probabilities, rel=0.06)
-    assert features.unique().tolist() == [0.0, 1.0]
-    for parent in (0, 4, 8):
-        children = features[:, parent + 1 : parent + 4]
-        assert children.sum(1).max() == 1
-        assert (children.sum(1) <= features[:, parent]).all()
-        alone = (children[features[:, parent] > 0].sum(1) == 0).float().mean()
-        assert alone == pytest.approx(0.4, abs=0.015)
-
-
 @pytest.mark.parametrize("published", [True, False], ids=["published", "nested"])
 def test_samples_agree_with_a_recursive_sampler(published, tmp_path):
     data = json.loads(TREE_FILE.read_text()) if published else NESTED
@@ -93,7 +80,7 @@ def test_a_seed_gives_the_same_samples_and_trees():
     assert random_tree(3).root == random_tree(3).root != random_tree(4).root
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("exclusivity", [0.0, 1.0])
 def test_random_trees_are_as_asked_for(seed, exclusivity, tmp_path):
     tree = random_tree(seed, num_top=5, depth=2, branching=4, exclusivity=exclusivity, top_probability=(0.4, 0.6))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_matryoshka_sae.activations import TokenBatch, heldout_batches, load_language_model
+from hf_matryoshka_sae.activations import TokenBatch, heldout_batches
 from hf_matryoshka_sae.assets import load_embedded_lm
 from hf_matryoshka_sae.common.intervals import CrossedBootstrap
 from hf_matryoshka_sae.common.report import Report
@@ -245,20 +245,6 @@ def test_what_follows_from_the_text_is_the_default(embedded):
     report = probe_losses(data, sae, k=(), splits=1, baselines=False, show=False)
     assert {*report.about["tasks"], *report.about["skipped"]} == set(property_names())
     assert len(report.about["tasks"]) > 20
-
-
-def test_labelled_data_of_another_kind(shared):
-    from datasets import load_dataset
-
-    rows = load_dataset("parquet", data_files=str(shared / "text/heldout.parquet"), split="train")
-    model, tokenizer = load_language_model(str(shared / "lm"))
-    data = HeldOut(model, [], "model.layers.1", None, tokenizer)
-    task = LabelledTask.from_dataset(rows, label="source", name="source", max_texts=240, max_classes=4)
-    assert len(task.classes) == 4
-    sae = build_sae(TopKSAEConfig(d_in=128, num_latents=64, k=4)).eval()
-    report = probe_losses(data, sae, task, k=(), splits=1, context_length=32, show=False)
-    (channels,) = report.subject("hidden-state channels")
-    assert channels["probe_loss"] < 0.66
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ def test_they_come_back_from_a_sparse_grid_too():
     assert law.constants == pytest.approx(PUBLISHED_GPT4, rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_within_five_percent_where_losses_are_known_to_a_twentieth_of_a_percent(seed):
     """What the smallest, beta_n = -0.017, stands; see the next test for the others."""
     law = fit_joint_scaling_law(*gpt4(noise=5e-4, seed=seed), resamples=0)
     assert abs(values(law) / TRUE - 1).max() < 0.05
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_all_but_beta_n_stand_four_times_the_noise(seed):
     law = fit_joint_scaling_law(*gpt4(noise=2e-3, seed=seed), resamples=0)
     assert np.delete(abs(values(law) / TRUE - 1), 2).max() < 0.05
@@ -61,8 +61,8 @@ def test_all_but_beta_n_stand_four_times_the_noise(seed):
 @pytest.mark.parametrize("ks, resampled", [(KS, "points"), ([8, 64, 512], "residuals")])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(ks, resampled):
     held = []
-    for seed in range(12):
-        law = fit_joint_scaling_law(*gpt4(noise=0.01, seed=seed, ks=ks), resamples=60, seed=seed)
+    for seed in range(6):
+        law = fit_joint_scaling_law(*gpt4(noise=0.01, seed=seed, ks=ks), resamples=40, seed=seed)
         assert law.interval_from == resampled
         held += [low <= true <= high for true, (low, high) in zip(TRUE, law.intervals.values(), strict=True)]
     assert np.mean(held) > 0.8

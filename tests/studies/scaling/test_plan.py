@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from hf_matryoshka_sae.studies.scaling import plan
 from hf_matryoshka_sae.studies.scaling.config import Sweep, load_sweep
 from hf_matryoshka_sae.studies.scaling.plan import cost, is_finished, own_cache, plan_runs
 from hf_matryoshka_sae.studies.scaling.points import finished_points
@@ -19,6 +20,12 @@ FIELDS = {
     "batch_size": 256,
 }
 GRID = {"num_latents": [64, 256, 128], "k": [8, 2, 4], "tokens": [2560, 5120]}
+
+
+@pytest.fixture(autouse=True)
+def _no_language_model(monkeypatch):
+    """It would be opened for each plan, to see how wide its hidden states are."""
+    monkeypatch.setattr(plan, "_hidden_size", lambda run: 128)
 
 
 def sweep(folder="unused", grid=None, **fields):

@@ -1,11 +1,13 @@
 """Whole sweeps on the embedded language model: files, resuming, processes, failures."""
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_matryoshka_sae import cli
+from hf_matryoshka_sae.common.command import Interrupted
 from hf_matryoshka_sae.studies.scaling import running
 from hf_matryoshka_sae.studies.scaling.config import load_sweep
 from hf_matryoshka_sae.studies.scaling.plan import plan_runs
@@ -36,6 +39,14 @@ SWEEP = {
     "log_every": 2,
     "sweep": {"num_latents": [32, 64, 128], "k": [2, 4, 8], "tokens": [1024, 2048], "hold_out": [[64, 4]]},
 }
+
+
+TRAIN_RUN = """
+import sys
+from hf_matryoshka_sae.studies.scaling.running import train_runs
+from hf_matryoshka_sae.training import load_run_config
+train_runs([load_run_config(sys.argv[1])], processes=2)
+"""
 
 
 def write(folder, **changes):
@@ -67,20 +78,29 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    assert sweep(folder) == 0
+    """The results of a sweep that was stopped in its second budget and called again."""
+    folder, steps = tmp_path_factory.mktemp("sweep"), []
+
+    def counted(self, step, before=trainer_module.Trainer._step):
+        steps.append((self.config.tokens, step))
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return before(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as errors:
+        patch.setattr(trainer_module.Trainer, "_step", counted)
+        assert sweep(folder) == 130
+        assert "Run the same command again" in errors.getvalue()
+        assert sweep(folder, "--fit_only") == 0  # the first budget is done
+        assert len(read_points(folder / "out" / "sweep.csv")) == 9
+        assert sweep(folder) == 0
+    assert steps == [(1024, step) for step in range(4)] + [(2048, step) for step in range(8)]
     return folder / "out"
 
 
 def test_a_sweep_leaves_its_runs_its_points_and_its_report(finished):
-    assert sorted(path.name for path in finished.iterdir()) == [
-        "report.md",
-        "scaling.png",
-        "sweep.csv",
-        "sweep.json",
-        "tokens-1024",
-        "tokens-2048",
-    ]  # the cache of hidden states is gone
+    there = "report.md scaling.png sweep.csv sweep.json tokens-1024 tokens-2048"  # the cache of hidden states is gone
+    assert sorted(path.name for path in finished.iterdir()) == there.split()
     points = read_points(finished / "sweep.csv")
     assert [(p.tokens, p.k, p.num_latents) for p in points] == [
         (tokens, k, size) for tokens in (1024, 2048) for k in (2, 4, 8) for size in (32, 64, 128)
@@ -98,7 +118,7 @@ def test_a_sweep_leaves_its_runs_its_points_and_its_report(finished):
 
 
 @pytest.mark.slow
-def test_an_sae_is_the_one_that_an_ordinary_run_of_its_spec_trains(finished, tmp_path):
+def test_an_sae_is_the_one_that_an_uninterrupted_run_of_its_spec_trains(finished, tmp_path):
     run = load_run_config(finished / "tokens-2048" / "run.yaml")
     run.output_dir, run.activation_cache, run.saes = str(tmp_path), str(tmp_path / "cache"), run.saes[:1]
     train(run)
@@ -110,7 +130,6 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
     monkeypatch.setattr(running, "train", lambda run: pytest.fail("trained again"))
     before = (finished / "sweep.csv").read_text()
     assert sweep(finished.parent) == 0
-    assert sweep(finished.parent, "--fit_only") == 0
     assert (finished / "sweep.csv").read_text() == before
 
 
@@ -123,28 +142,6 @@ def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
     ]
     for run in trained:  # planned, so on the disk
         (finished / run.output_dir / "run.yaml").unlink()
-
-
-@pytest.mark.slow
-def test_interrupted_it_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch, capsys):
-    steps = []
-
-    def counted(self, step, before=trainer_module.Trainer._step):
-        steps.append((self.config.tokens, step))
-        if len(steps) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return before(self, step)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_step", counted)
-    assert sweep(tmp_path) == 130
-    assert "Run the same command again" in capsys.readouterr().err
-    assert sweep(tmp_path, "--fit_only") == 0  # the first budget is done
-    assert len(read_points(tmp_path / "out" / "sweep.csv")) == 9
-    assert sweep(tmp_path) == 0
-    assert steps == [(1024, step) for step in range(4)] + [(2048, step) for step in range(8)]
-    for tokens in (1024, 2048):
-        assert equal(weights(finished / f"tokens-{tokens}"), weights(tmp_path / "out" / f"tokens-{tokens}"))
-    assert (tmp_path / "out" / "sweep.csv").read_text() == (finished / "sweep.csv").read_text()
 
 
 def test_nothing_finished_is_said(tmp_path, capsys):
@@ -174,45 +171,64 @@ def test_processes_train_what_one_trains(finished, tmp_path):
     assert equal(weights(tmp_path / "out" / "tokens-2048"), weights(tmp_path / "alone"))
 
 
-@pytest.mark.slow
-def test_a_failing_run_stops_the_others_and_its_message_is_shown(tmp_path, capsys):
-    path, folder = write(tmp_path, sweep={"tokens": [256_000]})
-    runs = plan_runs(load_sweep(path), processes=2)
+def planned(folder):
+    """Two runs that share no cache."""
+    runs = plan_runs(load_sweep(write(folder)[0]))
     for run in runs:
         run.activation_cache = None
-    broken = folder / "tokens-256000-2" / "run.yaml"
-    broken.write_text(broken.read_text().replace("model: embedded", "model: not/there"))
-    began = time.monotonic()
-    with pytest.raises(
-        ValueError, match=r"(?s)tokens-256000-2 ended with status 2.*error: The language model 'not/there'"
-    ):
-        running.train_runs(runs, 2)
-    assert time.monotonic() - began < 60
-    assert not (folder / "tokens-256000" / "results.json").exists()
+    return runs
+
+
+def idle(run, slot, processes):
+    """In the place of a run's process: one that does nothing until it is told to end."""
+    return subprocess.Popen(["sleep", "600"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_with_its_processes_running_it_goes_on(tmp_path, number):
+def test_a_failing_run_stops_the_others_and_its_message_is_shown(tmp_path, monkeypatch):
+    runs = planned(tmp_path)
+    broken = tmp_path / "out" / "tokens-1024" / "run.yaml"
+    broken.write_text(broken.read_text().replace("model: embedded", "model: not/there"))
+    start, others = running._start, []
+
+    def started(run, slot, processes):
+        if run.tokens == 1024:
+            return start(run, slot, processes)
+        others.append(idle(run, slot, processes))
+        return others[-1]
+
+    monkeypatch.setattr(running, "_start", started)
+    with pytest.raises(
+        ValueError, match=r"(?s)tokens-1024 ended with status 2.*error: The language model 'not/there'"
+    ):
+        running.train_runs(runs, 2)
+    assert [other.returncode for other in others] == [-signal.SIGTERM]
+
+
+def test_a_termination_request_is_passed_on_to_the_processes(tmp_path, monkeypatch):
+    started, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(running, "_start", lambda *arguments: started.append(idle(*arguments)) or started[-1])
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="Run the same command again"):
+        running.train_runs(planned(tmp_path), 2)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_process_whose_parent_is_killed_ends_with_a_checkpoint(tmp_path):
     path, folder = write(tmp_path, sweep={"tokens": [128_000]}, checkpoint_every=20)
-    call = [sys.executable, "-m", "hf_matryoshka_sae.cli", "sweep", "--config", path, "--processes", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    logs = [folder / name / "metrics.jsonl" for name in ("tokens-128000", "tokens-128000-2")]
+    plan_runs(load_sweep(path))
+    folder = folder / "tokens-128000"
+    parent = subprocess.Popen([sys.executable, "-c", TRAIN_RUN, str(folder / "run.yaml")])
+    log, text = folder / "metrics.jsonl", folder / "log.txt"
     deadline = time.monotonic() + 120
-    while not all(log.exists() and log.read_text() for log in logs) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    parent.send_signal(number)
-    assert parent.wait(60) in (130, -number)
-    # What the parent started ends too, with a checkpoint of where it was, even where the parent could not ask it to.
-    while time.monotonic() < deadline:
-        stopped = [(log.parent / "log.txt").read_text().count("Stopped after step") for log in logs]
-        if stopped == [1, 1]:
-            break
-        time.sleep(0.2)
-    assert stopped == [1, 1]
-    done = [int(max(log.parent.glob("checkpoint-*")).name.split("-")[1]) for log in logs]
-    assert all(0 < step < 500 for step in done)
-    assert not any((log.parent / "results.json").exists() for log in logs)
-    for run in (log.parent / "run.yaml" for log in logs):
-        assert yaml.safe_load(run.read_text())["tokens"] == 128_000
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    while not (stopped := re.findall(r"Stopped after step (\d+)", text.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (step,) = map(int, stopped)
+    assert 0 < step < 500 and step == max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    assert not (folder / "results.json").exists()

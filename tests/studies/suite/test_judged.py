@@ -4,7 +4,9 @@ import json
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoModel
 
+from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.studies import command, evaluating
 from hf_matryoshka_sae.studies.suite import SECTIONS, Section
 
@@ -23,34 +25,28 @@ def test_a_judge_is_asked_once_and_its_silence_is_counted(server, tmp_path, monk
     (judged,) = (Section(**{**vars(each), "full": 1}) for each in SECTIONS if each.name == "autointerp")
     monkeypatch.setattr(evaluating, "SECTIONS", [judged])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    flags = ["embedded", "--suite", "full", "--judge", server.url, "--tokens", "12000", "--output_dir", str(tmp_path)]
-    assert command.main([*flags, "--widths", "64,192"]) == 0
+    AutoModel.from_pretrained(embedded_sae_path(), width=64).save_pretrained(tmp_path / "it")
+    flags = [str(tmp_path / "it"), "--suite", "full", "--judge", server.url, "--tokens", "3000", "--widths", "16,64"]
+    flags += ["--output_dir", str(tmp_path)]
+    assert command.main(flags) == 0
     asked = len(server.requests)
     assert asked > 4
     folder = tmp_path / "evaluation_suite"
     text = (folder / "report.md").read_text()
     assert server.url in text and "## embedded" in text
     result = json.loads((folder / "model.layers.2/autointerp.json").read_text())
-    for row in result["rows"]["embedded"]:
+    for row in result["rows"]["it"]:
         assert row["detection"] == 0.5 and row["simulation"] == 0  # nothing was learnt
         assert row["refusals"] + row["malformed"] > 0
     (folder / "model.layers.2/autointerp.json").unlink()
-    assert command.main([*flags, "--widths", "64,192"]) == 0
+    assert command.main(flags) == 0
     assert len(server.requests) == asked
 
 
-def test_a_judge_that_is_not_there_is_told_before_the_long_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluating, "SECTIONS", [each for each in SECTIONS if each.name == "autointerp"])
-    status = command.main(
-        ["embedded", "--suite", "full", "--judge", str(tmp_path / "none"), "--output_dir", str(tmp_path)]
-    )
-    assert status == 2
-    assert "none" in capsys.readouterr().err
-
-
-def test_a_judge_that_nobody_answers_for_is_told_before_the_long_work_too(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+@pytest.mark.parametrize(("judge", "named"), [("nowhere/none", "none"), ("http://127.0.0.1:9/v1", "127.0.0.1:9")])
+def test_a_judge_that_is_not_there_is_told_before_the_long_work(judge, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not judge.startswith("http"))
     monkeypatch.setattr(evaluating, "run_sections", lambda *_, **__: pytest.fail("the long work began"))
-    flags = ["embedded", "--suite", "full", "--judge", "http://127.0.0.1:9/v1", "--output_dir", str(tmp_path)]
-    assert command.main(flags) == 2
-    assert "127.0.0.1:9" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["embedded", "--suite", "full", "--judge", judge]) == 2
+    assert named in capsys.readouterr().err

@@ -7,10 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from transformers import AutoModel
 
-from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
+from hf_matryoshka_sae.evaluation import HeldOut
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.studies.explanations.autointerp import interpretability as module
 from hf_matryoshka_sae.studies.explanations.autointerp.answers import Reply
@@ -288,11 +286,9 @@ def test_baselines_stand_beside_and_are_worse(text):
 
 
 @pytest.mark.slow
-def test_a_trained_sae_is_interpreted_better_than_random_directions_and_neurons():
-    examples = open_heldout("embedded", "model.layers.2", {"path": "embedded", "split": "train"}, tokens=20_000)
-    test = open_heldout("embedded", "model.layers.2", tokens=8_000)
-    demo = AutoModel.from_pretrained(embedded_sae_path()).eval()
-    found = automated_interpretability({"demo": demo}, examples, test, widths=[448, 2048], per_group=6, show=False)
+def test_a_trained_sae_is_interpreted_better_than_random_directions_and_neurons(trained):
+    demo, *texts = trained
+    found = automated_interpretability({"demo": demo}, *texts, widths=[64, 448], per_group=4, show=False)
     for score in ("detection", "simulation"):
         last = {name: rows[-1][score] for name, rows in found.subjects().items()}
         assert last["demo"] > last["random (demo)"] and last["demo"] > last["neurons"]

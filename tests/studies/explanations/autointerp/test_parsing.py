@@ -26,27 +26,9 @@ def test_choices_are_read(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "Passage 2.",
-        "[0, 1]",
-        "[4]",
-        "[true]",
-        "[1.0]",
-        '["1"]',
-        "[[1]]",
-        "{}",
-        "2",
-        "null",
-        "[1, 2",
-        "1: yes\n2: no",
-        "1: yes\n3: no\n2: no",
-        "1: yes\n2: maybe\n3: no",
-        "<think>[1]",
-        "[" * 100_000,
-        "[" + "9" * 5000 + "]",
-        "9" * 5000 + ": yes",
-    ],
+    ["", "Passage 2.", "[0, 1]", "[4]", "[true]", "[1.0]", '["1"]', "[[1]]", "{}", "2", "null", "[1, 2", "<think>[1]"]
+    + ["1: yes\n2: no", "1: yes\n3: no\n2: no", "1: yes\n2: maybe\n3: no"]
+    + ["[" * 100_000, "[" + "9" * 5000 + "]", "9" * 5000 + ": yes"],
 )
 def test_other_choices_are_malformed(text):
     assert choices(text, 3) is None
