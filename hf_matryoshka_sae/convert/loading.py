@@ -66,11 +66,11 @@ def load(
         check_name(format)
     checkpoint = Checkpoint(locate(path_or_repo, subfolder, revision, token), hints)
     with _named_in_errors(checkpoint):
-        codec = recognized(checkpoint) if format is None else FORMATS[format]
-        sae = codec.read(checkpoint)
+        library_format = recognized(checkpoint) if format is None else FORMATS[format]
+        sae = library_format.read(checkpoint)
         if width is not None and width != sae.config.num_latents:
             sae = sae.truncate(width)
-        if codec.name != "hf_matryoshka_sae":  # which checks its own
+        if library_format.name != "hf_matryoshka_sae":  # which checks its own
             check_numbers(sae.state_dict(), sae.config, checkpoint.name)
     return sae.eval()
 
@@ -101,23 +101,23 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
             which formats can), or if the folder holds an SAE of another format.
     """
     check_name(format, writable=True)
-    codec = FORMATS[format]
-    _check_target(Path(path).expanduser(), codec)
-    reason = codec.objection(sae)
+    library_format = FORMATS[format]
+    _check_target(Path(path).expanduser(), library_format)
+    reason = library_format.objection(sae)
     if reason is not None:
         raise ValueError(f"{format} cannot express this SAE: {reason}. What can: {', '.join(able_to_write(sae))}.")
     ids = sae.latent_ids.cpu()
     if format != "hf_matryoshka_sae" and not torch.equal(ids, torch.arange(len(ids))):
         logger.warning("%s has no place for the original ids of sorted or pruned latents; they are lost.", format)
-    codec.write(sae, Path(path).expanduser())
+    library_format.write(sae, Path(path).expanduser())
 
 
-def _check_target(path: Path, codec: Format) -> None:
+def _check_target(path: Path, library_format: Format) -> None:
     """Raise `ValueError` if a folder holds an SAE of another format: files of two formats would be neither."""
     weights = find_weights([file.name for file in path.iterdir() if file.is_file()]) if path.is_dir() else []
     for name in weights:
         present = recognized(Checkpoint(locate(path / name), Hints()))
-        if present.name != codec.name:
+        if present.name != library_format.name:
             raise ValueError(
                 f"{path} holds an SAE in the format {present.name} ({name}). Choose another folder, or empty it."
             )
