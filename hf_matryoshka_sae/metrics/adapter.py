@@ -120,11 +120,12 @@ def _are_finite(value: Any, dims: int) -> bool:
 
 
 def summed(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[ReconstructionSums, dict[str, Tensor]]:
-    """The sums over everything that was added.
+    """Return the sums over everything that was added.
 
     Args:
-        predictions, references (`Sequence`): As `evaluate` hands them back: lists of rows, or of mappings with sums.
-            Rows of reconstructions are `(D,)`, or `(P, D)` for several widths.
+        predictions (`Sequence`): Reconstructions, as `evaluate` returns them: lists of rows `(D,)`, or `(P, D)` for
+            several widths, or of mappings with sums.
+        references (`Sequence`): Hidden states, as `evaluate` returns them: lists of rows, or of mappings with sums.
 
     Returns:
         [`ReconstructionSums`], and where every example has them `fired` and `total` of each latent.
