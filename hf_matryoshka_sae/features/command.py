@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .index.store import FeatureIndex
 
 
-_SHOWN = 5
+_LISTED = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build an index from command-line arguments; returns the exit status."""
+    """Run `matryoshka-sae index` and return the exit status."""
     parsed = _parser().parse_args(arguments)
     return exit_status(
-        lambda: _run(parsed), "Interrupted. What was done is saved; the same command goes on from there."
+        lambda: _run(parsed), "Interrupted. The finished part is saved: run the same command again to continue."
     )
 
 
@@ -103,12 +103,12 @@ def _build(
 
 
 def _summary(index: "FeatureIndex", place: str) -> str:
-    """What the index is of, and the latents that fire most."""
+    """Return the lines that the command prints: sizes, and the latents that fire most often."""
     about, table = index.about, index.table(["latent", "frequency", "max"]).to_pydict()
     dead = sum(frequency == 0 for frequency in table["frequency"])
     lines = [f"{place}/{FOLDER}: {len(index)} latents over {about['tokens']} tokens, {dead} of them dead"]
     if about["logits"].startswith("left out"):
         lines.append(f"logit effects {about['logits']}")
-    order = sorted(table["latent"], key=lambda latent: -table["frequency"][latent])[:_SHOWN]
+    order = sorted(table["latent"], key=lambda latent: -table["frequency"][latent])[:_LISTED]
     lines += [f"  latent {n:>6}  fires on {table['frequency'][n]:.2%}, at most {table['max'][n]:.4g}" for n in order]
     return "\n".join(lines) + "\n"

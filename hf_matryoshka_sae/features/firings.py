@@ -1,6 +1,6 @@
 """Where latents fire in a text: pairs of a token and a latent, over windows, from which contexts are made.
 
-The index keeps some of each latent's while the text goes by; explanations keep all of a few latents.
+The index keeps a few firings of every latent; explanations keep every firing of a few latents.
 
 Shapes: B windows, S tokens in a window, N tokens that are looked at, F latents, M pairs.
 """
@@ -18,13 +18,13 @@ from ..models.sparse_ops import LatentPairs, PairIndex
 
 @dataclass
 class Firings:
-    """What fires in some windows.
+    """The latents that fire in some windows.
 
     Args:
-        input_ids (`Tensor` of shape `(B, S)`): Tokens.
+        input_ids (`Tensor` of shape `(B, S)`): Token ids.
         numbers (`Tensor` of shape `(B,)`): Number of each window in the text.
         tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each token, in these windows.
-        pairs ([`LatentPairs`]): What fires on them; values are positive.
+        pairs ([`LatentPairs`]): Latents that fire on these tokens; values are positive.
     """
 
     input_ids: Tensor
@@ -34,7 +34,7 @@ class Firings:
 
     @classmethod
     def of(cls, input_ids: Tensor, first: int, tokens: Tensor, pairs: LatentPairs, chosen: Tensor) -> "Firings":
-        """The `chosen` pairs, `(M,)` bool, of those above 0, in windows of which the first has the number `first`."""
+        """Take the `chosen` pairs `(M,)` with values above 0, in windows numbered from `first`."""
         numbers = first + torch.arange(len(input_ids), device=input_ids.device)
         chosen = chosen & (pairs.values > 0)
         return cls(input_ids, numbers, tokens, pairs if bool(chosen.all()) else pairs.keep(chosen))
@@ -66,7 +66,7 @@ class Firings:
         return self.tokens[self.rows]
 
     def of_latents(self, latents: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """By latent the places on which it fires, ascending, and its activations there, on the host."""
+        """Return for each latent the places on which it fires, ascending, and its activations there, on the host."""
         order = self.cols.argsort(stable=True)
         cols, places, values = (each[order].cpu() for each in (self.cols, self.places, self.values.float()))
         begins, ends = (
@@ -77,7 +77,7 @@ class Firings:
 
 
 def joined_pairs(parts: Sequence[LatentPairs]) -> LatentPairs:
-    """The latents of several batches of tokens, one after the other."""
+    """Concatenate the latents of several batches of tokens."""
     if len(parts) == 1:
         return parts[0]
     sizes = [part.num_rows for part in parts]
@@ -87,7 +87,7 @@ def joined_pairs(parts: Sequence[LatentPairs]) -> LatentPairs:
 
 
 def joined(parts: Sequence[Firings]) -> Firings:
-    """Several batches of windows as one."""
+    """Concatenate several batches of windows."""
     if len(parts) == 1:
         return parts[0]
     sizes = (part.input_ids.numel() for part in parts)
@@ -100,25 +100,26 @@ def joined(parts: Sequence[Firings]) -> Firings:
 
 
 def span(inside: np.ndarray, position: int, before: int, after: int) -> tuple[int, int]:
-    """Where a context around a position of a window begins and ends.
+    """Return begin and end of a context around a position of a window.
 
     Args:
-        inside (`np.ndarray` of shape `(S,)`): bool; a context does not reach over a position where it is false.
-        position (`int`): What it is around; in it whatever `inside` says.
-        before (`int`), after (`int`): Tokens on either side, at most.
+        inside (`np.ndarray` of shape `(S,)`): bool; a context ends before a position where it is false.
+        position (`int`): Position that the context is around; it is in the context even where `inside` is false.
+        before (`int`): Largest number of tokens before the position.
+        after (`int`): Largest number of tokens after it.
     """
     start, stop = max(0, position - before), min(len(inside), position + after + 1)
-    left, right = np.flatnonzero(~inside[start:position]), np.flatnonzero(~inside[position + 1 : stop])
-    start = start + int(left[-1]) + 1 if len(left) else start
-    return start, position + 1 + int(right[0]) if len(right) else stop
+    breaks, later_breaks = np.flatnonzero(~inside[start:position]), np.flatnonzero(~inside[position + 1 : stop])
+    start = start + int(breaks[-1]) + 1 if len(breaks) else start
+    return start, position + 1 + int(later_breaks[0]) if len(later_breaks) else stop
 
 
 def values_of(pairs: LatentPairs, latents: Tensor) -> Tensor:
-    """Activations of a few latents on all tokens, `(N, n)` in float32 on the host.
+    """Return the activations of a few latents on all tokens, `(N, n)` in float32 on the host.
 
     Args:
-        pairs ([`LatentPairs`]): Of N tokens.
-        latents (`Tensor` of shape `(n,)`): Different latents.
+        pairs ([`LatentPairs`]): Latents that fire on N tokens.
+        latents (`Tensor` of shape `(n,)`): Latents, each at most once.
     """
     place = torch.full((pairs.num_latents,), -1)
     place[latents] = torch.arange(len(latents))

@@ -7,8 +7,8 @@ for all latents and play no part. What the norm divides by depends on the whole 
 common to all tokens, and is left out: effects have the order of those in the logits, and no unit. A LayerNorm
 also takes off the mean of its input, which is linear, so the mean of d is taken off.
 
-The norm is found by running the model, not by its name, and its gain by asking it, so that it does not matter
-whether the gain is `weight` or `1 + weight`.
+The norm is identified by running the model, not by its name, and its gain is measured on probes, so that it does not
+matter whether the gain is `weight` or `1 + weight`.
 
 Shapes: D width, V vocabulary, F latents.
 """
@@ -29,13 +29,13 @@ _ENTRIES_AT_ONCE = 2**24
 
 @dataclass
 class LogitEffects:
-    """The tokens on which latents act most, by latent.
+    """The tokens whose logits each latent changes most.
 
     Args:
         promoted (`Tensor` of shape `(F, n)`): Token ids, largest effect first.
-        promoted_logits (`Tensor` of shape `(F, n)`): Their effects, float32.
-        suppressed (`Tensor` of shape `(F, n)`), suppressed_logits (`Tensor` of shape `(F, n)`): The same from the
-            other end, most negative first.
+        promoted_logits (`Tensor` of shape `(F, n)`): Effects on the logits of promoted tokens, float32.
+        suppressed (`Tensor` of shape `(F, n)`): Token ids, most negative effect first.
+        suppressed_logits (`Tensor` of shape `(F, n)`): Effects on the logits of suppressed tokens, float32.
     """
 
     promoted: Tensor
@@ -46,12 +46,12 @@ class LogitEffects:
 
 @torch.no_grad()
 def logit_effects(sae: SAEModel, model: nn.Module, count: int = 10) -> LogitEffects:
-    """The tokens that each latent promotes and suppresses most.
+    """Return the tokens that each latent promotes and suppresses most.
 
     Args:
-        sae ([`SAEModel`]): Its decoder rows point into the hidden states that the final norm sees.
+        sae ([`SAEModel`]): SAE whose decoder rows point into the hidden states that the final norm takes.
         model (`nn.Module`): A transformers model with an unembedding.
-        count (`int`, *optional*, defaults to 10): Tokens of either kind.
+        count (`int`, *optional*, defaults to 10): Number of promoted tokens, and of suppressed ones.
 
     Raises:
         `ValueError`: if the model has no unembedding that hidden states of the SAE's width go through.
@@ -69,7 +69,7 @@ def logit_effects(sae: SAEModel, model: nn.Module, count: int = 10) -> LogitEffe
 
 @torch.no_grad()
 def effect_directions(sae: SAEModel, model: nn.Module) -> Tensor:
-    """Decoder rows after the final norm, `(F, D)`: their products with rows of the unembedding are the effects."""
+    """Return decoder rows after the final norm, `(F, D)`; products with rows of the unembedding are the effects."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kind = type(model).__name__
     if head is None or getattr(head, "weight", None) is None:
@@ -88,11 +88,11 @@ def effect_directions(sae: SAEModel, model: nn.Module) -> Tensor:
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The module whose output the unembedding takes, where that is a norm; found by running two tokens."""
+    """Return the norm whose output the unembedding takes, identified by running two tokens; `None` without one."""
     head = model.get_output_embeddings()
     outputs: list[tuple[nn.Module, Tensor]] = []
-    seen: list[Tensor] = []
-    handles = [head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    head_inputs: list[Tensor] = []
+    handles = [head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))]
     for name, module in model.named_modules():
         if "norm" in type(module).__name__.lower() and name:
             handles.append(
@@ -108,15 +108,19 @@ def final_norm(model: nn.Module) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     for module, output in reversed(outputs):
-        if seen and first_tensor(output).shape == seen[-1].shape and torch.equal(first_tensor(output), seen[-1]):
+        if (
+            head_inputs
+            and first_tensor(output).shape == head_inputs[-1].shape
+            and torch.equal(first_tensor(output), head_inputs[-1])
+        ):
             return module
     return None
 
 
 def norm_gain(norm: nn.Module, width: int) -> tuple[Tensor, bool]:
-    """The gain `(D,)` of a norm in float32, and whether it takes off the mean of its input.
+    """Return the gain `(D,)` of a norm in float32, and whether the norm subtracts the mean of its input.
 
-    Half the difference between what it makes of x and of -x has no bias in it; x has mean 0 and mean square 1, so
+    Half the difference between its outputs for x and for -x is free of its bias; x has mean 0 and mean square 1, so
     that every kind of norm divides it by 1.
     """
     parameter = next(norm.parameters(), torch.zeros(()))

@@ -1,4 +1,4 @@
-"""How much an index keeps, and where it lies; imported before torch."""
+"""Sizes and folder of a feature index; imported before torch."""
 
 from dataclasses import asdict, dataclass
 
@@ -14,26 +14,26 @@ class IndexSizes:
     """How much an index keeps of each latent."""
 
     top_contexts: int = 16
-    """Contexts in which it fires most."""
+    """Number of contexts in which the latent fires most strongly."""
     quantiles: int = 5
-    """Parts of equal size into which its firings are cut, by strength."""
+    """Number of quantiles of activation from which contexts are kept."""
     quantile_contexts: int = 4
-    """Contexts from each of them, at most."""
+    """Largest number of contexts from each quantile."""
     sampled_contexts: int = 32
-    """Random contexts from which those are chosen."""
+    """Number of random contexts from which those of the quantiles are chosen."""
     context_tokens: int = 32
-    """Tokens shown of a context."""
+    """Tokens in a context."""
     tokens_of_vocabulary: int = 10
-    """Promoted, and suppressed, tokens."""
+    """Number of most promoted tokens, and of most suppressed ones."""
     neighbours: int = 8
-    """Latents with similar decoder rows."""
+    """Number of latents with the most similar decoder rows."""
     cofiring: int = 8
-    """Latents that fire with it."""
+    """Number of latents that fire with it most often."""
     cofiring_tokens: int = 64
-    """Of its tokens, sampled to find those."""
+    """Number of its tokens that are sampled to find latents that fire with it."""
 
     def check(self) -> None:
-        """Raises `ValueError` for a size below 1, or 0 where nothing of a kind may be kept."""
+        """Raise `ValueError` for a size below 1, or below 0 where nothing of a kind may be kept."""
         for name, value in asdict(self).items():
             least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
             check_at_least(least, **{name: value})

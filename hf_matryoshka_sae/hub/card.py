@@ -42,16 +42,19 @@ def run_card(
     license: str = "apache-2.0",
     notes: str = "",
 ) -> ModelCard:
-    """The card of the SAEs of a run.
+    """Write the model card of a run's SAEs from the files in the run's folder.
 
-    It shows what lies in the folder: [`measure_run`] first, for plots and baselines.
+    Nothing is measured here: call [`measure_run`] first for plots and baselines.
 
     Args:
-        run_dir (`str` or `Path`): The run's folder, or that of one of its SAEs.
-        repo_id (`str`): Of the repository, as the code in the card names it.
-        saes (`Sequence[SAEFolder]`, *optional*): Those in the repository; by default all of the run.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights.
-        notes (`str`, *optional*): Markdown to stand before the results.
+        run_dir (`str` or `Path`): Folder of the run, or of one of its SAEs.
+        repo_id (`str`): Repository id, as the code in the card names it.
+        saes (`Sequence[SAEFolder]`, *optional*): SAEs in the repository; by default all of the run.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Licence of the weights.
+        notes (`str`, *optional*): Markdown that stands before the results.
+
+    Returns:
+        `ModelCard`: The card, with its metadata.
 
     Raises:
         `ValueError`: if there is no SAE, or its config or the run's YAML cannot be read.
@@ -60,11 +63,11 @@ def run_card(
 
 
 def card_assets(run_dir: str | Path, saes: Sequence[SAEFolder] | None = None) -> dict[str, Path]:
-    """The pictures that [`run_card`] shows: where they belong in the repository, and where they are.
+    """Return the pictures that [`run_card`] shows: the path of each file by its path in the repository.
 
     Args:
-        run_dir (`str` or `Path`): The run's folder.
-        saes (`Sequence[SAEFolder]`, *optional*): As for the card.
+        run_dir (`str` or `Path`): Folder of the run, or of one of its SAEs.
+        saes (`Sequence[SAEFolder]`, *optional*): SAEs in the repository; by default all of the run.
     """
     return _read(run_dir, saes).assets
 
@@ -77,16 +80,16 @@ def _read(run_dir: str | Path, saes: Sequence[SAEFolder] | None) -> RunFacts:
 def sae_card(
     sae: SAEModel, repo_id: str, folder: str | Path | None = None, license: str | None = None, notes: str = ""
 ) -> ModelCard:
-    """The card of one SAE that is the whole repository.
+    """Write the model card of a single SAE that is the whole repository.
 
     Args:
-        sae ([`SAEModel`]): As it is pushed.
-        repo_id (`str`): Of the repository.
-        folder (`str` or `Path`, *optional*): Where it was loaded from. If that is in a run's folder, and the weights
-            still are those, the card shows what the run knows, but no pictures: they are pushed with runs.
-        license (`str`, *optional*): Of the weights; by default "apache-2.0" where the SAE is a run's, else left open:
-            they may be somebody else's.
-        notes (`str`, *optional*): As for [`run_card`].
+        sae ([`SAEModel`]): The SAE that is pushed.
+        repo_id (`str`): Repository id, as the code in the card names it.
+        folder (`str` or `Path`, *optional*): Folder the SAE was loaded from. If it lies in a run's folder and still
+            holds the same weights, the card shows what the run knows, without pictures: those are pushed with runs.
+        license (`str`, *optional*): Licence of the weights; by default "apache-2.0" for an SAE of a run, else left
+            open, because the weights may belong to others.
+        notes (`str`, *optional*): Markdown that stands before the results.
     """
     folder = None if folder is None else Path(folder).expanduser()
     if folder is None or not (folder / "config.json").is_file() or not _same(sae, folder):
@@ -99,22 +102,22 @@ def sae_card(
 
 
 def _same(sae: SAEModel, folder: Path) -> bool:
-    """Whether the SAE still is the one in the folder: it may have been pruned, sorted or trained on."""
-    state, seen = sae.state_dict(), set()
+    """Return whether the folder holds this SAE's weights: it may have been pruned, sorted or trained on since."""
+    state, compared = sae.state_dict(), set()
     try:
         for part in weight_files(folder, sae.config.num_latents):
             with safe_open(part.path, framework="pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (a safe_open file cannot be iterated)
                     if name not in state:
                         return False
                     mine = state[name] if name in WHOLE_TENSORS else state[name][part.start : part.stop]
                     there = file.get_tensor(name)
                     if mine.shape != there.shape or not bool((mine.cpu() == there.to(mine.dtype)).all()):
                         return False
-                    seen.add(name)
+                    compared.add(name)
     except (OSError, ValueError, SafetensorError):
         return False
-    return seen == state.keys()
+    return compared == state.keys()
 
 
 # Rendering
@@ -129,14 +132,14 @@ def _render(run: RunFacts, repo_id: str, license: str | None, notes: str) -> Mod
 
 
 def _tidy(text: str) -> str:
-    """One blank line between paragraphs; code, in which two may stand, is left as it is."""
+    """Leave one blank line between paragraphs, but code blocks, which may hold two, as they are."""
     parts = re.split(r"(^```.*?^```)", text, flags=re.DOTALL | re.MULTILINE)
     tidy = (part if part.startswith("```") else re.sub(r"\n{3,}", "\n\n", part) for part in parts)
     return "".join(tidy).rstrip() + "\n"
 
 
 def _variables(run: RunFacts, repo_id: str, license: str | None, notes: str) -> dict[str, Any]:
-    shown = _main(run)
+    main_sae = _main(run)
     progressive = any(sae.curve or sae.power_law for sae in run.saes)
     return {
         "run": run,
@@ -149,9 +152,8 @@ def _variables(run: RunFacts, repo_id: str, license: str | None, notes: str) -> 
         "notes": notes.strip(),
         "language_model": card_text.language_model(run)[1],
         "texts": {name: words for name, (_, words) in card_text.texts(run).items()},
-        "with_package": with_package(run, shown, repo_id),
-        "without_package": without_package(run, shown, repo_id),
-        "shown": shown,
+        "with_package": with_package(run, main_sae, repo_id),
+        "without_package": without_package(run, main_sae, repo_id),
         "compute": compute(run),
         "yaml": card_text.run_yaml(run),
         "citations": citations([sae.config for sae in run.saes], progressive),
@@ -159,12 +161,12 @@ def _variables(run: RunFacts, repo_id: str, license: str | None, notes: str) -> 
 
 
 def _main(run: RunFacts) -> SAEFacts:
-    """The SAE that the code loads: the first nested one, or the first."""
+    """Return the SAE that the card's code loads: the first Matryoshka SAE, or the first."""
     return next((sae for sae in run.saes if len(sae.config.widths) > 1), run.saes[0])
 
 
 def compute(run: RunFacts) -> dict[str, Any]:
-    """Hardware, versions and commands of a run; its time, where that is on record from the first step."""
+    """Return hardware, versions and commands of a run, and its time where that is on record from the first step."""
     sessions = run.provenance.get("sessions", [])
     if not sessions:
         return {}
@@ -198,11 +200,11 @@ def _metadata(run: RunFacts, repo_id: str, license: str | None) -> ModelCardData
 
 
 def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> list[EvalResult]:
-    """The results at every prefix width. Results of one hookpoint are a group, so its name is the `dataset_config`."""
+    """List the results at every prefix width, grouped by hookpoint: its name is the `dataset_config`."""
     data = None if run.config is None else run.config.eval_dataset or run.config.dataset
     id = texts.get("heldout", (None, ""))[0]
     name = id or (EMBEDDED if data is not None and data.path == EMBEDDED else "text")
-    found = []
+    results = []
     for sae in run.saes:
         which = f"{sae.name}, " if len(run.saes) > len(run.hookpoints) else ""
         for row in sae.rows:
@@ -211,7 +213,7 @@ def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> li
                 value = value.get("spearman") if isinstance(value, dict) else value
                 if value is None or value != value:
                     continue
-                found.append(
+                results.append(
                     EvalResult(
                         task_type="other",  # no pipeline of transformers does it
                         task_name="Reconstruction of hidden states",
@@ -223,4 +225,4 @@ def _eval_results(run: RunFacts, texts: dict[str, tuple[str | None, str]]) -> li
                         metric_value=round(value, 6),
                     )
                 )
-    return found
+    return results

@@ -37,17 +37,18 @@ class SAEFacts:
     """One SAE as its card shows it.
 
     Args:
-        name (`str`): In its run; `""` where there is but one.
-        subfolder (`str`): Its place in the repository; `""` is the root.
-        config ([`SAEConfig`]): Its config.
-        thresholds (`tuple[float, float]`, *optional*): Smallest and largest, of the saved weights.
-        rows (`list[dict]`): Metrics at each width on held-out text.
-        measured (`dict`): What goes for all rows: `tokens`, `selection` and the losses of clean and ablated model.
-        baselines (`dict[str, dict[int, dict]]`): By name (`random`, `principal components`, `identity`) and width.
-        curve (`dict`), power_law (`dict`): The files of these names.
-        made (`dict`): What the run's `provenance.json` says of it.
-        suite ([`SuiteFacts`], *optional*): What a full evaluation found.
-        plots (`dict[str, Path]`): Pictures by their place in the repository.
+        name (`str`): Name of the SAE in its run; `""` where the run has only one.
+        subfolder (`str`): Folder in the repository; `""` is the root.
+        config ([`SAEConfig`]): The SAE's config.
+        thresholds (`tuple[float, float]`, *optional*): Smallest and largest threshold of the saved weights.
+        rows (`list[dict]`): Metrics on held-out text, one row for each width.
+        measured (`dict`): Facts common to all rows: `tokens`, `selection`, losses of the clean and the ablated model.
+        baselines (`dict[str, dict[int, dict]]`): Metrics of `random`, `principal components` and `identity`, by width.
+        curve (`dict`): Content of `progressive_curve.json`.
+        power_law (`dict`): Content of `power_law.json`.
+        provenance (`dict`): The SAE's entry in the run's `provenance.json`.
+        suite ([`SuiteFacts`], *optional*): Results of a full evaluation.
+        plots (`dict[str, Path]`): Picture files, by their path in the repository.
     """
 
     name: str
@@ -59,13 +60,13 @@ class SAEFacts:
     baselines: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     curve: dict[str, Any] = field(default_factory=dict)
     power_law: dict[str, Any] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     suite: SuiteFacts | None = None
     plots: dict[str, Path] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
-        """Name of the family."""
+        """Name of the SAE's family, such as `Matryoshka (BatchTopK)`."""
         kind = self.config.activation_name
         kind = _FAMILIES.get(kind, kind)
         return f"Matryoshka ({kind})" if self.is_matryoshka else kind
@@ -77,17 +78,17 @@ class SAEFacts:
 
     @property
     def label(self) -> str:
-        """What to call it among the others."""
+        """Name that tells the SAE from the others of the card."""
         return self.subfolder or self.config.hookpoint or "SAE"  # a folder that is an SAE has a name of this machine
 
     @property
     def whole(self) -> dict[str, Any]:
-        """The metrics of the full width; empty where none were measured."""
+        """Metrics at full width; empty where none were measured."""
         return self.rows[-1] if self.rows else {}
 
     @property
     def dead(self) -> int | None:
-        """Latents that never fired on the held-out tokens."""
+        """Number of latents that never fired on the held-out tokens."""
         share = self.whole.get("dead")
         return None if share is None else round(share * self.whole["width"])
 
@@ -99,9 +100,9 @@ class RunFacts:
     Args:
         saes (`list[SAEFacts]`): The SAEs of the repository.
         config ([`RunConfig`], *optional*): The run's fields.
-        provenance (`dict`): Its `provenance.json`.
+        provenance (`dict`): Content of the run's `provenance.json`.
         language_model (`dict`): Class and size of the language model.
-        plots (`dict[str, Path]`): Pictures of the run by their place in the repository.
+        plots (`dict[str, Path]`): Picture files of the whole run, by their path in the repository.
     """
 
     saes: list[SAEFacts]
@@ -112,23 +113,27 @@ class RunFacts:
 
     @property
     def hookpoints(self) -> list[str]:
-        """Where the SAEs read, in order."""
+        """Hookpoints of the SAEs, each once, in the order of the SAEs."""
         return list(dict.fromkeys(sae.config.hookpoint for sae in self.saes if sae.config.hookpoint))
 
     @property
     def assets(self) -> dict[str, Path]:
-        """Every picture that the card shows, by its place in the repository."""
-        found = dict(self.plots)
+        """Every picture file that the card shows, by its path in the repository."""
+        pictures = dict(self.plots)
         for sae in self.saes:
-            found |= sae.plots
-        return found
+            pictures |= sae.plots
+        return pictures
 
 
 def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
     """Read what a run's folder knows about some of its SAEs.
 
+    Args:
+        run_dir (`Path`): The run's folder.
+        saes (`Sequence[SAEFolder]`): SAEs that the card is about.
+
     Raises:
-        `ValueError`: if an SAE has no config that can be read, or `run.yaml` is none.
+        `ValueError`: if the config of an SAE or `run.yaml` cannot be read.
     """
     config = load_run_config(run_dir / "run.yaml") if (run_dir / "run.yaml").is_file() else None
     provenance = read_provenance(run_dir)
@@ -136,28 +141,28 @@ def read_run(run_dir: Path, saes: Sequence[SAEFolder]) -> RunFacts:
     weights = {place: folder_digest(sae.folder) for place, sae in places.items()}
     compared = {result["hookpoint"]: result for result in evaluations(run_dir, weights)}
     closing = {result["hookpoint"]: result for result in read_json(run_dir / "results.json").get("results", [])}
-    found = []
+    sae_facts = []
     for place, sae in places.items():
         facts = _read_sae(sae, weights[place])
-        facts.made = provenance.get("saes", {}).get(place, {})
-        if facts.made.get("weights", weights[place]) != weights[place]:
-            facts.made = {}  # the folder now holds other weights than the run left there
+        facts.provenance = provenance.get("saes", {}).get(place, {})
+        if facts.provenance.get("weights", weights[place]) != weights[place]:
+            facts.provenance = {}  # the folder now holds other weights than the run left there
         else:
             _add_results(facts, name_in_run(sae, run_dir), closing.get(sae.hookpoint), compared.get(sae.hookpoint))
         _add_suite(facts, read_suite([run_dir, sae.folder], weights[place]))
-        found.append(facts)
-    found.sort(key=lambda facts: not facts.is_matryoshka)
+        sae_facts.append(facts)
+    sae_facts.sort(key=lambda facts: not facts.is_matryoshka)
     plots = {}
-    shown = [name for name, results in ((EVALUATION, compared), ("results", closing)) if results]
-    for name in shown[:1]:
-        if (run_dir / f"{name}.png").is_file() and any(facts.rows for facts in found):
+    sources = [name for name, results in ((EVALUATION, compared), ("results", closing)) if results]
+    for name in sources[:1]:
+        if (run_dir / f"{name}.png").is_file() and any(facts.rows for facts in sae_facts):
             plots[f"{_PLOTS}/{name}.png"] = run_dir / f"{name}.png"
     model = provenance.get("language_model") or read_json(run_dir / MEASURED_FILE).get("language_model", {})
-    return RunFacts(found, config, provenance, model, plots)
+    return RunFacts(sae_facts, config, provenance, model, plots)
 
 
 def facts_of(sae: SAEModel, name: str = "") -> SAEFacts:
-    """What an SAE in memory knows about itself."""
+    """Return what an SAE in memory knows about itself."""
     return SAEFacts(name, "", sae.config, _range(getattr(sae, "threshold", None)))
 
 
@@ -183,16 +188,16 @@ def _read_sae(sae: SAEFolder, weights: str | None) -> SAEFacts:
 
 
 def _thresholds(folder: Path, num_latents: int) -> torch.Tensor | None:
-    found = []
+    parts = []
     try:
         files = weight_files(folder, num_latents)
     except OSError:  # no weights
         return None
     for part in files:
         with safe_open(part.path, framework="pt") as file:
-            if "threshold" in file.keys():
-                found.append(file.get_tensor("threshold"))
-    return torch.cat(found) if found else None
+            if "threshold" in file.keys():  # noqa: SIM118 (a safe_open file has no `in`)
+                parts.append(file.get_tensor("threshold"))
+    return torch.cat(parts) if parts else None
 
 
 def _range(thresholds: torch.Tensor | None) -> tuple[float, float] | None:
@@ -202,7 +207,7 @@ def _range(thresholds: torch.Tensor | None) -> tuple[float, float] | None:
 def _add_results(
     facts: SAEFacts, name: str, closing: Mapping[str, Any] | None, compared: Mapping[str, Any] | None
 ) -> None:
-    """The rows of the run's own report, or of the evaluation with baselines where there is one."""
+    """Add the rows of the evaluation with baselines, or else of the run's own report."""
     for result in (compared, closing):
         if result is None or name not in result["saes"]:
             continue
@@ -216,7 +221,7 @@ def _add_results(
 
 
 def _add_suite(facts: SAEFacts, suite: SuiteFacts | None) -> None:
-    """The full evaluation; its reconstruction where there is no other."""
+    """Add the full evaluation, and its reconstruction metrics where nothing else measured them."""
     if suite is None:
         return
     facts.suite = suite

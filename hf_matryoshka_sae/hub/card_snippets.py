@@ -18,16 +18,16 @@ _TEXT = '"A dictionary in which every prefix is a dictionary."'
 
 
 def snippets(text: str) -> list[str]:
-    """The Python code in a card.
+    """Return the Python code blocks of a card.
 
     Args:
-        text (`str`): A card, as Markdown.
+        text (`str`): The card's Markdown.
     """
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
-    """Load an SAE with `hf_matryoshka_sae`, all of it and its first latents only."""
+    """Return code that loads an SAE with `hf_matryoshka_sae`, all of it and its first latents only."""
     id, _ = language_model(run)
     model = id or (EMBEDDED if base_model(run) == EMBEDDED else None)
     hookpoint, where = sae.config.hookpoint, _where(repo_id, sae)
@@ -65,7 +65,7 @@ def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
 
 
 def without_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
-    """Load an SAE with transformers alone; hidden states from a Hub model, or random ones that say so."""
+    """Return code that loads an SAE with transformers alone, with hidden states of a Hub model or random ones."""
     id, _ = language_model(run)
     where, hookpoint = _where(repo_id, sae), sae.config.hookpoint
     if id is None or not hookpoint:
@@ -88,7 +88,7 @@ def _where(repo_id: str, sae: SAEFacts) -> str:
 
 
 def _load(name: str, *arguments: str) -> str:
-    """A call of `from_pretrained`, in lines that a card has room for."""
+    """Return a call of `from_pretrained`, in two lines where one would be too long for a card."""
     call = f"{name} = AutoModel.from_pretrained({', '.join(arguments)})"
     return call if len(call) <= _ROOM else f"{name} = AutoModel.from_pretrained(\n    {', '.join(arguments)}\n)"
 
@@ -98,7 +98,7 @@ def _random_states(sae: SAEFacts) -> list[str]:
 
 
 def _hooked(run: RunFacts, id: str, hookpoint: str) -> list[str]:
-    """The hidden states of a Hub model, by a forward hook."""
+    """Return code that takes the hidden states of a Hub model with a forward hook."""
     module, side = split_hookpoint(hookpoint)
     loader, revision = _loader(run), run.config.model_revision if run.config else None
     revision = f', revision="{revision}"' if revision else ""
@@ -136,7 +136,7 @@ def _hooked(run: RunFacts, id: str, hookpoint: str) -> list[str]:
 
 
 def _loader(run: RunFacts) -> str:
-    """The auto class under which the hookpoint has its name."""
+    """Return the auto class whose models name their modules as the hookpoint does."""
     name = run.language_model.get("class")
     if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "AutoModelForMaskedLM"

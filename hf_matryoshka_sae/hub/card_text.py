@@ -29,43 +29,45 @@ _METRICS = (
     ("Dead", "dead", ".2%"),
 )
 _BASELINES = (("random", "random"), ("principal components", "PCA"))
+_MISSING = "–"
 
 
 # Words
 
 
 def code(text: Any) -> str:
-    """Text as inline code that survives in a table."""
+    """Return text as inline code that is safe in a table cell."""
     text = re.sub(r"\s+", " ", str(text)).replace("`", "'")
     return f"`{text}`".replace("|", "\\|")
 
 
 def number(value: Any, form: str) -> str:
-    """A number, or a dash where there is none."""
+    """Format a number, or return a dash where there is none."""
     value = value.get("spearman") if isinstance(value, dict) else value
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return _MISSING if value is None or not math.isfinite(value) else format(value, form)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> str:
-    """A Markdown table; columns in which every row has a dash are left out.
+    """Return a Markdown table without the columns in which every row has a dash.
 
     Args:
-        titles (`Sequence[str]`), rows (`Sequence[Sequence[str]]`): Its cells.
-        words (`Sequence[str]`, *optional*): Columns that hold no numbers, beside the first.
+        titles (`Sequence[str]`): Heads of the columns.
+        rows (`Sequence[Sequence[str]]`): Cells of each row.
+        words (`Sequence[str]`, *optional*): Titles of columns that hold text; the first column always does.
     """
-    kept = [i for i in range(len(titles)) if any(row[i] != "–" for row in rows)]
-    lines = [[titles[i] for i in kept], ["---:" if i and titles[i] not in words else "---" for i in kept]]
-    lines += [[row[i] for i in kept] for row in rows]
+    columns = [i for i in range(len(titles)) if any(row[i] != _MISSING for row in rows)]
+    lines = [[titles[i] for i in columns], ["---:" if i and titles[i] not in words else "---" for i in columns]]
+    lines += [[row[i] for i in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def joined(parts: Sequence[str], last: str = "and") -> str:
-    """`a, b and c`."""
+    """Join words as `a, b and c`."""
     return " ".join(filter(None, [", ".join(parts[:-1]), last if len(parts) > 1 else "", *parts[-1:]]))
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """Return a time in seconds, minutes or hours, whichever reads best."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
@@ -75,7 +77,7 @@ def duration(seconds: float) -> str:
 
 
 def language_model(run: RunFacts) -> tuple[str | None, str]:
-    """The language model's Hub id, and the language model in words."""
+    """Return the language model's Hub id, `None` where it has none, and its description."""
     name = base_model(run)
     if name is None:
         return None, "a language model that the SAE does not name"
@@ -87,7 +89,7 @@ def language_model(run: RunFacts) -> tuple[str | None, str]:
 
 
 def language_model_details(run: RunFacts) -> str:
-    """The language model with its revision and size."""
+    """Return the language model's description with its revision and size."""
     id, words = language_model(run)
     revision = run.config.model_revision if run.config else None
     words += f", revision {code(revision)}" if revision else ""
@@ -95,23 +97,23 @@ def language_model_details(run: RunFacts) -> str:
 
 
 def _size(run: RunFacts) -> str:
-    """Class and size of the language model in brackets; empty where they are unknown."""
-    found = run.language_model
-    if not found:
+    """Return class and size of the language model in brackets; empty where they are unknown."""
+    model = run.language_model
+    if not model:
         return ""
-    parts = [code(found["class"])]
-    parts += [f"{found['layers']} layers"] if found.get("layers") else []
-    parts += [f"hidden size {found['hidden_size']:,}"] if found.get("hidden_size") else []
-    return f" ({', '.join(parts)}, {found['parameters']:,} parameters)"
+    parts = [code(model["class"])]
+    parts += [f"{model['layers']} layers"] if model.get("layers") else []
+    parts += [f"hidden size {model['hidden_size']:,}"] if model.get("hidden_size") else []
+    return f" ({', '.join(parts)}, {model['parameters']:,} parameters)"
 
 
 def base_model(run: RunFacts) -> str | None:
-    """As the run's YAML or the SAE's config names it."""
+    """Return the language model's name in the run's YAML or in the SAE's config."""
     return run.config.model if run.config else run.saes[0].config.base_model
 
 
 def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, str]:
-    """A data set's Hub id, and the data set in words."""
+    """Return a data set's Hub id, `None` where it has none, and its description."""
     path = data.path
     if path == EMBEDDED:
         return None, f"the documentation that every Python carries, {code(EMBEDDED)}, split {code(data.split)}"
@@ -123,14 +125,14 @@ def dataset(data: DatasetConfig, here: bool | None = None) -> tuple[str | None, 
 
 
 def text_words(path: str) -> str:
-    """Held-out text that an evaluation names."""
+    """Return the description of the held-out text that an evaluation names."""
     here = None if "/" in path else True  # a folder's own name looks like the id of a data set that nobody owns
     return dataset(DatasetConfig(path, split="heldout" if path == EMBEDDED else "train"), here)[1]
 
 
 def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
-    """The text of the training (`train`) and of the evaluation (`heldout`): Hub ids and words."""
-    if run.config is None or run.config.dataset is None:  # trained on hidden states that were handed to it
+    """Return Hub id and description of the training's text (`train`) and the evaluation's (`heldout`)."""
+    if run.config is None or run.config.dataset is None:  # trained on hidden states, not on text
         return {}
     config = run.config
     train = dataset(config.dataset, _here(run, "dataset"))
@@ -143,7 +145,7 @@ def texts(run: RunFacts) -> dict[str, tuple[str | None, str]]:
 
 
 def places(run: RunFacts) -> dict[str, str]:
-    """Places of this machine in the run's fields, and the words for them."""
+    """Return the paths of this machine in the run's fields, with the public words for each."""
     return {} if run.config is None else stand_ins(run.config, run.provenance.get("on_this_machine"))
 
 
@@ -155,51 +157,54 @@ def _here(run: RunFacts, name: str) -> bool | None:
 
 
 def overview(run: RunFacts) -> str:
-    """A line for each SAE of the repository."""
+    """Return a table with one row for each SAE of the repository."""
     words = ("Hookpoint", "Family", "Widths")
     rows = []
     for sae in run.saes:
         row, config = sae.whole, sae.config
         link = f"[{code(sae.label)}]({sae.subfolder + '/' if sae.subfolder else ''}config.json)"
-        told = not config.hookpoint or sae.label.endswith(config.hookpoint.replace(":", "-"))
+        hookpoint_in_label = not config.hookpoint or sae.label.endswith(config.hookpoint.replace(":", "-"))
         widths = ", ".join(f"{width:,}" for width in config.widths)
         measured = [number(row.get(key), form) for key, form in (("l0", ".2f"), ("fvu", ".4f"))]
-        measured += [number(row.get("recaptured_zero"), ".4f"), "–" if sae.dead is None else f"{sae.dead:,}"]
-        rows.append([link, "–" if told else code(config.hookpoint), sae.family, widths, *measured])
+        measured += [number(row.get("recaptured_zero"), ".4f"), number(sae.dead, ",d")]
+        hookpoint = _MISSING if hookpoint_in_label else code(config.hookpoint)
+        rows.append([link, hookpoint, sae.family, widths, *measured])
     return table(["SAE", *words, "L0", "FVU", "Recaptured", "Dead"], rows, words)
 
 
 def metrics(sae: SAEFacts) -> str:
-    """Every metric at every width."""
+    """Return a table of every metric at every width."""
     rows = [[number(row.get(key), form) for _, key, form in _METRICS] for row in sae.rows]
     return table([title for title, _, _ in _METRICS], rows)
 
 
 def baselines(sae: SAEFacts) -> str:
-    """FVU and recaptured loss at every width beside the baselines'; empty where none were measured."""
-    found = [(key, title) for key, title in _BASELINES if key in sae.baselines]
-    if not found:
+    """Return a table of FVU and recaptured loss at every width beside the baselines'; empty where there are none."""
+    columns = [(key, title) for key, title in _BASELINES if key in sae.baselines]
+    if not columns:
         return ""
     titles, rows = ["Width"], [[f"{row['width']:,}"] for row in sae.rows]
     for metric, name in (("fvu", "FVU"), ("recaptured_zero", "Recaptured")):
-        titles += [name, *(f"{name}, {title}" for _, title in found)]
+        titles += [name, *(f"{name}, {title}" for _, title in columns)]
         for cells, row in zip(rows, sae.rows, strict=True):
-            others = [sae.baselines[key].get(row["width"], {}) for key, _ in found]
+            others = [sae.baselines[key].get(row["width"], {}) for key, _ in columns]
             cells += [number(each.get(metric), ".4f") for each in (row, *others)]
     return table(titles, rows)
 
 
 def interpretability(sae: SAEFacts) -> str:
-    """Every metric of a full evaluation beside its baselines; empty where none was made."""
+    """Return a table of a full evaluation's metrics beside their baselines; empty where there was no evaluation."""
     if sae.suite is None or not sae.suite.sections:
         return ""
     titles, rows = sae.suite.rows()
-    cells = [[title, label.replace("**", ""), *(cell or "–" for cell in values)] for title, label, *values in rows]
+    cells = [
+        [title, label.replace("**", ""), *(cell or _MISSING for cell in values)] for title, label, *values in rows
+    ]
     return table(titles, cells, ("Of",))
 
 
 def power_laws(sae: SAEFacts) -> str:
-    """A line for each importance that was fitted; empty where none was."""
+    """Return a table with one row for each fitted power law; empty where none was fitted."""
     rows = []
     for name, fit in sae.power_law.get("fits", {}).items():
         low, high = fit["rank_exponent_interval"]
@@ -211,24 +216,25 @@ def power_laws(sae: SAEFacts) -> str:
 
 
 def folded(run: RunFacts) -> str:
-    """Normalisation and thresholds in the saved weights; empty where nothing is known."""
+    """Return a table of the normalisation and thresholds in the saved weights; empty where nothing is known."""
     titles = ["SAE", "Input scaling", "Norm of the mean", "Scale", "Threshold"]
     titles += ["Solved for L0", "On tokens", "L0 held out"]
     rows = []
     for sae in run.saes:
-        made, calibration = sae.made, sae.made.get("calibration", {})
+        training, calibration = sae.provenance, sae.provenance.get("calibration", {})
         if run.config and sae.config.activation_name == "batch_topk":
-            calibration = {"l0": sae.config.k} | calibration  # what a run's threshold is always solved for
-        cells = [code(made["input_scaling"]) if "input_scaling" in made else "–"]
-        cells += [number(made.get("mean_norm"), ".4g"), number(made.get("scale"), ".4g"), _threshold(sae)]
+            calibration = {"l0": sae.config.k} | calibration  # a run always solves the threshold for k
+        cells = [code(training["input_scaling"]) if "input_scaling" in training else _MISSING]
+        cells += [number(training.get("mean_norm"), ".4g"), number(training.get("scale"), ".4g"), _threshold(sae)]
         cells += [number(calibration.get("l0"), "g"), number(calibration.get("tokens"), ",d")]
         rows.append([code(sae.label), *cells, number(sae.whole.get("l0"), ".2f")])
-    return table(titles, rows, ("Input scaling",)) if any(cell != "–" for row in rows for cell in row[1:5]) else ""
+    known = any(cell != _MISSING for row in rows for cell in row[1:5])
+    return table(titles, rows, ("Input scaling",)) if known else ""
 
 
 def _threshold(sae: SAEFacts) -> str:
     if sae.thresholds is None:
-        return "–"
+        return _MISSING
     low, high = sae.thresholds
     return number(low, ".4g") if low == high else f"{number(low, '.4g')} to {number(high, '.4g')}"
 
@@ -237,7 +243,7 @@ def _threshold(sae: SAEFacts) -> str:
 
 
 def run_yaml(run: RunFacts) -> str:
-    """The run's fields that are no default, with no place of the machine it ran on; empty where there is no run."""
+    """Return the run's fields that differ from the defaults as YAML without local paths; empty without a run."""
     if run.config is None:
         return ""
     fields = public_fields(_without_defaults(run.config), places(run))
@@ -246,25 +252,25 @@ def run_yaml(run: RunFacts) -> str:
 
 
 def _without_defaults(config: RunConfig) -> dict[str, Any]:
-    """The fields from which the same config is made."""
-    given = {name: value for name, value in config.to_dict().items() if value != getattr(RunConfig, name, [])}
+    """Return the fields that differ from the defaults; they make the same config."""
+    fields = {name: value for name, value in config.to_dict().items() if value != getattr(RunConfig, name, [])}
     for name in ("dataset", "eval_dataset"):
-        if name in given:
-            data = given[name].items()
-            given[name] = {key: value for key, value in data if value != getattr(DatasetConfig, key, "")}
-    return given | {"saes": [_spec(spec) for spec in given["saes"]]}
+        if name in fields:
+            data = fields[name].items()
+            fields[name] = {key: value for key, value in data if value != getattr(DatasetConfig, key, "")}
+    return fields | {"saes": [_spec(spec) for spec in fields["saes"]]}
 
 
 def _spec(full: dict[str, Any]) -> dict[str, Any]:
-    """An entry of `saes` without what its family, its preset and those of its own fields decide."""
+    """Return an entry of `saes` without the fields that its family, preset and other fields decide."""
     deciding = ("type", "preset", "activation", "init_from", "grow_from", "num_latents", "level_weights")
     for count in (5, 6, 7):
-        given = {name: full[name] for name in deciding[:count] if full[name] is not None}
+        deciding_fields = {name: full[name] for name in deciding[:count] if full[name] is not None}
         try:
-            defaults = vars(SAESpec.from_dict(given, ""))
-        except ValueError:  # what is given must fit together: a base grows to a size
+            defaults = vars(SAESpec.from_dict(deciding_fields, ""))
+        except ValueError:  # these fields are not valid alone: `grow_from` needs `num_latents`
             continue
-        found = given | {name: value for name, value in full.items() if value != defaults[name]}
-        if vars(SAESpec.from_dict(found, "")) == full:
-            return found
+        fields = deciding_fields | {name: value for name, value in full.items() if value != defaults[name]}
+        if vars(SAESpec.from_dict(fields, "")) == full:
+            return fields
     return full

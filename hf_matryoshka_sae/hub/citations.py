@@ -82,14 +82,14 @@ _ACTIVATIONS = {
 
 
 def citations(configs: list[SAEConfig], progressive: bool = False) -> list[str]:
-    """BibTeX entries for some SAEs, each once.
+    """Return BibTeX entries of the papers behind some SAEs, each once.
 
     Args:
-        configs (`list[SAEConfig]`): Of the SAEs.
-        progressive (`bool`, *optional*, defaults to `False`): The card shows progressive curves or power laws.
+        configs (`list[SAEConfig]`): Configs of the SAEs.
+        progressive (`bool`, *optional*, defaults to `False`): Whether the card shows progressive curves or power laws.
     """
-    found: list[str] = []
+    entries: list[str] = []
     for config in configs:
-        found += [_MATRYOSHKA, _NABESHIMA] if config.model_type == "matryoshka_sae" else []
-        found += _ACTIVATIONS.get(config.activation_name, [])
-    return list(dict.fromkeys(found + [_PROGRESSIVE] * progressive))
+        entries += [_MATRYOSHKA, _NABESHIMA] if config.model_type == "matryoshka_sae" else []
+        entries += _ACTIVATIONS.get(config.activation_name, [])
+    return list(dict.fromkeys(entries + [_PROGRESSIVE] * progressive))

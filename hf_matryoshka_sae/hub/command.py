@@ -10,27 +10,27 @@ from .layout import find_saes
 
 
 def push_main(arguments: list[str] | None = None) -> int:
-    """`matryoshka-sae push RUN_DIR REPO`; returns the exit status."""
+    """Run `matryoshka-sae push RUN_DIR REPO` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae push",
-        description="Push the SAEs of a run, with a card that the run fills, to the Hub in one commit. What the card "
-        "shows and the run has not measured is measured first.",
+        description="Push the SAEs of a run with their model card to the Hub, in one commit. Metrics that the card "
+        "shows and the run has not measured are measured first.",
     )
     parser.add_argument("run", metavar="RUN_DIR", help="folder of a run, or of one SAE")
-    parser.add_argument("repo", metavar="REPO", help="user/name on the Hub; made if it is not there")
+    parser.add_argument("repo", metavar="REPO", help="user/name on the Hub; created if it does not exist")
     parser.add_argument("--saes", nargs="+", metavar="NAME", help="names or patterns of the SAEs (default: all)")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
-    parser.add_argument("--revision", help="branch; made if it is not there")
+    parser.add_argument("--revision", help="branch; created if it does not exist")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--message", help="of the commit")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights (default: %(default)s)")
-    parser.add_argument("--no_measure", action="store_true", help="a card of what has been measured already")
+    parser.add_argument("--message", help="commit message")
+    parser.add_argument("--license", default="apache-2.0", help="licence of the weights (default: %(default)s)")
+    parser.add_argument("--no_measure", action="store_true", help="measure nothing: the card shows what there is")
     parser.add_argument("--dry_run", metavar="DIR", help="write the repository's files to a folder, send nothing")
     return _run(parser, arguments, _push)
 
 
 def _push(parsed: argparse.Namespace) -> None:
-    found = find_saes(parsed.run, parsed.saes)
+    saes = find_saes(parsed.run, parsed.saes)
     from .contents import run_repository
     from .measure import measure_run
     from .pushing import push
@@ -38,7 +38,7 @@ def _push(parsed: argparse.Namespace) -> None:
     if parsed.dry_run is not None:
         if not parsed.no_measure:
             measure_run(parsed.run, parsed.saes)
-        run_repository(parsed.run, parsed.repo, found, license=parsed.license).write(parsed.dry_run)
+        run_repository(parsed.run, parsed.repo, saes, license=parsed.license).write(parsed.dry_run)
         sys.stdout.write(f"Wrote what {parsed.repo} would hold to {parsed.dry_run}\n")
         return
     commit = push(
@@ -56,19 +56,19 @@ def _push(parsed: argparse.Namespace) -> None:
 
 
 def pull_main(arguments: list[str] | None = None) -> int:
-    """`matryoshka-sae pull REPO --width n`; returns the exit status."""
+    """Run `matryoshka-sae pull REPO --width n` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="matryoshka-sae pull",
-        description="Download SAEs into the cache, or only their first latents: a later, larger width fetches only "
-        "what is missing.",
+        description="Download SAEs, or only their first latents, into the cache. A larger width later downloads only "
+        "the missing rows.",
     )
     parser.add_argument("repo", metavar="REPO", help="user/name on the Hub")
-    parser.add_argument("--width", type=int, help="only the first so many latents (default: all)")
+    parser.add_argument("--width", type=int, help="number of first latents to download (default: all)")
     parser.add_argument(
         "--saes", nargs="+", default=["*"], metavar="NAME", help="hookpoints, folders or patterns (default: all)"
     )
     parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--output_dir", metavar="DIR", help="also save them as folders of their own")
+    parser.add_argument("--output_dir", metavar="DIR", help="also save each SAE in a folder below this one")
     return _run(parser, arguments, _pull)
 
 
@@ -95,7 +95,7 @@ def _pull(parsed: argparse.Namespace) -> None:
 
 
 def _inside(root: Path, subfolder: str) -> Path:
-    """A folder of a repository below one here; raises `ValueError` where it would lie elsewhere, by a link too."""
+    """Return `root / subfolder`; raise `ValueError` where that lies outside the root, also through a link."""
     folder = root / subfolder
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{subfolder!r} would be saved outside {root}. Nothing was written there.")
@@ -106,4 +106,4 @@ def _run(
     parser: argparse.ArgumentParser, arguments: list[str] | None, act: Callable[[argparse.Namespace], None]
 ) -> int:
     parsed = parser.parse_args(arguments)
-    return exit_status(lambda: act(parsed), "Stopped. The same command goes on from here.")
+    return exit_status(lambda: act(parsed), "Stopped. Run the same command again to continue.")

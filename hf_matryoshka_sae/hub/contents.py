@@ -1,4 +1,4 @@
-"""What a repository is to hold: its files, from a run's folder or one SAE's."""
+"""The files of a repository, from the folder of a run or of one SAE."""
 
 import json
 import logging
@@ -39,18 +39,18 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Repository:
-    """What a repository is to hold.
+    """The files of a repository.
 
     Args:
-        files (`dict[str, Path | bytes]`): By their paths in the repository.
-        folders (`list[str]`): Of the SAEs; weights of earlier pushes in them are replaced.
+        files (`dict[str, Path | bytes]`): A file or its content, by its path in the repository.
+        folders (`list[str]`): Folders of the SAEs; weights of earlier pushes in them are replaced.
     """
 
     files: dict[str, Content]
     folders: list[str]
 
     def replaces(self, name: str) -> bool:
-        """Whether a file of the repository belongs to what an earlier push put in these folders, and goes."""
+        """Return whether a file was put into these folders by an earlier push and is to be deleted."""
         if name in self.files:
             return False
         folder, _, last = name.rpartition("/")
@@ -79,14 +79,14 @@ def run_repository(
     before: dict[str, Any] | None = None,
     license: str = "apache-2.0",
 ) -> Repository:
-    """The files of a run's repository.
+    """Return the files of a run's repository.
 
     Args:
         run_dir (`str` or `Path`): The run's folder.
-        repo_id (`str`): The repository, for the card's snippets.
-        saes (`Sequence[SAEFolder]`): The SAEs to put there.
-        before (`dict`, *optional*): The `config.json` that is there, whose index is added to.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
+        repo_id (`str`): Repository id, for the code in the card.
+        saes (`Sequence[SAEFolder]`): SAEs that the repository shall hold.
+        before (`dict`, *optional*): The `config.json` at its root now; the SAEs of its index stay in the new one.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Licence of the weights, for the card.
     """
     files: dict[str, Content] = {}
     folder = run_folder(Path(run_dir).expanduser())
@@ -108,11 +108,11 @@ def run_repository(
 
 
 def sae_files(sae: SAEFolder, here: bool | None = None) -> dict[str, Content]:
-    """The files of one SAE: config, weights, digests of their rows; statistics and index where there are any.
+    """Return the files of one SAE: config, weights, digests of their rows; statistics and index where there are any.
 
     Args:
         sae ([`SAEFolder`]): The SAE.
-        here (`bool`, *optional*): Whether its language model was a folder in training, where that is known.
+        here (`bool`, *optional*): Whether its language model was a local folder in training; `None` if unknown.
     """
     config = public_config(json.loads((sae.folder / _CONFIG).read_text()), here)
     config["auto_map"] = _auto_map(*_classes(config))
@@ -130,7 +130,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _index_files(folder: Path, model: str | None) -> dict[str, Content]:
-    """The feature index of an SAE, where there is one of these weights."""
+    """Return the files of an SAE's feature index; none if there is no index of these weights."""
     if not (folder / INDEX_FOLDER / INDEX).is_file():
         return {}
     try:
@@ -144,19 +144,19 @@ def _index_files(folder: Path, model: str | None) -> dict[str, Content]:
 
 
 def code_files() -> dict[str, Content]:
-    """The code with which SAEs load where this package is not installed; it has to lie at the root."""
+    """Return the code with which SAEs load without this package; transformers looks for it at the root."""
     folder = Path(models.__file__).parent
     return {path.name: path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"}
 
 
 def check_sae(folder: Path) -> None:
-    """Read a saved SAE's files as far as needed to know that they are whole; raises `ValueError` where not."""
+    """Check from config and headers that a saved SAE is complete; raise `ValueError` where it is not."""
     try:
         config = AutoConfig.from_pretrained(folder)
         shapes: dict[str, list[int]] = {}
         for part in weight_files(folder, config.num_latents):
             with safe_open(part.path, framework="pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (a safe_open file cannot be iterated)
                     rows, *others = file.get_slice(name).get_shape()
                     if name not in WHOLE_TENSORS and rows != part.stop - part.start:
                         raise ValueError(f"{name} in {part.path} has {rows} rows, not {part.stop - part.start}")
@@ -172,28 +172,28 @@ def check_sae(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, Any]:
-    """Digests of the rows of all tensors, one tensor of a file in memory at a time; blocks end where files do."""
+    """Compute digests of the rows of all tensors with one tensor in memory at a time; blocks end where files do."""
     config = AutoConfig.from_pretrained(folder)
     files = weight_files(folder, config.num_latents)
     widths = [*config.widths, *(part.stop for part in files)]
-    found: dict[str, Any] = row_digests({}, config.num_latents, widths, WHOLE_TENSORS)
+    digests_of_rows: dict[str, Any] = row_digests({}, config.num_latents, widths, WHOLE_TENSORS)
     headers: dict[str, str] = {}
     for part in files:
         with open(part.path, "rb") as raw:
             length = raw.read(8)
             headers[Path(part.path).name] = digest(length + raw.read(int.from_bytes(length, "little")))
         with safe_open(part.path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (a safe_open file cannot be iterated)
                 tensor = {name: file.get_tensor(name)}
                 one = row_digests(tensor, config.num_latents, widths, WHOLE_TENSORS, part.start)
-                found["whole"] |= one["whole"]
+                digests_of_rows["whole"] |= one["whole"]
                 for row_name, digests in one["rows"].items():
-                    found["rows"].setdefault(row_name, []).extend(digests)
-    return {**found, "headers": headers}
+                    digests_of_rows["rows"].setdefault(row_name, []).extend(digests)
+    return {**digests_of_rows, "headers": headers}
 
 
 def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None, here: bool | None) -> bytes:
-    """The root's `config.json`: the SAEs that were there, and those that come."""
+    """Return the root's `config.json`, the index of the SAEs of earlier pushes and of this one."""
     configs = {sae.subfolder: json.loads((sae.folder / _CONFIG).read_text()) for sae in saes}
     index = collection_index({place: public_config(config, here) for place, config in configs.items()})
     if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
@@ -202,8 +202,8 @@ def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None, here: bool 
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:
-    (found,) = (pair for pair in MODELS.items() if pair[0].model_type == config["model_type"])
-    return found
+    (classes,) = (pair for pair in MODELS.items() if pair[0].model_type == config["model_type"])
+    return classes
 
 
 def _auto_map(config: type, model: type) -> dict[str, str]:

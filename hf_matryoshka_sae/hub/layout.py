@@ -1,4 +1,4 @@
-"""Where things lie: the SAEs of a folder, and their places in a repository.
+"""The SAEs in a folder, and their folders in a repository.
 
 A run's folder holds `<sae name>/<hookpoint>/`. A repository of one SAE per hookpoint holds `<hookpoint>/`; one of
 several keeps the names. A folder that is an SAE itself becomes a repository whose root is the SAE.
@@ -15,10 +15,10 @@ class SAEFolder:
     """A saved SAE.
 
     Args:
-        folder (`Path`): With its `config.json`.
-        name (`str`): The SAE's name in its run.
-        hookpoint (`str`): Where it reads, as its config says; `""` where that says nothing.
-        subfolder (`str`): Its place in a repository; `""` is the root.
+        folder (`Path`): Folder with its `config.json`.
+        name (`str`): Name of the SAE in its run.
+        hookpoint (`str`): Hookpoint in its config; `""` where the config names none.
+        subfolder (`str`): Folder in a repository; `""` is the root.
     """
 
     folder: Path
@@ -28,15 +28,14 @@ class SAEFolder:
 
 
 def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SAEFolder]:
-    """The SAEs in or under a folder.
+    """Find the saved SAEs in or under a folder.
 
     Args:
         folder (`str` or `Path`): Folder of a run, of one SAE, or of several.
-        names (`Sequence[str]`, *optional*): Only those whose name or `<name>/<hookpoint>` matches one of these
-            patterns.
+        names (`Sequence[str]`, *optional*): Patterns; only SAEs whose name or `<name>/<hookpoint>` matches one.
 
     Returns:
-        `list[SAEFolder]`, sorted by place.
+        `list[SAEFolder]`: The SAEs, sorted by folder.
 
     Raises:
         `ValueError`: if there is none.
@@ -47,14 +46,14 @@ def find_saes(folder: str | Path, names: Sequence[str] | None = None) -> list[SA
     from ..convert.places import saes_in  # after what can be said without torch
 
     places = [place for place in saes_in(folder).values() if place.config is not None]
-    found = [SAEFolder(folder / place.subfolder, place.name, place.hookpoint, place.subfolder) for place in places]
-    if found and not found[0].subfolder:
-        return found
-    chosen = [sae for sae in found if names is None or _matches(sae, names)]
+    saes = [SAEFolder(folder / place.subfolder, place.name, place.hookpoint, place.subfolder) for place in places]
+    if saes and not saes[0].subfolder:
+        return saes
+    chosen = [sae for sae in saes if names is None or _matches(sae, names)]
     if not chosen:
-        wanted = "" if names is None else f" named {' or '.join(names)}"
-        there = f" It holds {', '.join(sae.subfolder for sae in found)}." if found else " No run has ended there."
-        raise ValueError(f"'{folder}' holds no SAE{wanted}.{there}")
+        names_in_words = "" if names is None else f" named {' or '.join(names)}"
+        contents = f" It holds {', '.join(sae.subfolder for sae in saes)}." if saes else " No run has ended there."
+        raise ValueError(f"'{folder}' holds no SAE{names_in_words}.{contents}")
     if len({sae.name for sae in chosen}) == 1:  # one SAE per hookpoint: the name says nothing
         chosen = [replace(sae, subfolder=sae.folder.name) for sae in chosen]
     return chosen

@@ -1,4 +1,4 @@
-"""What a card shows and a finished run does not have yet, measured with the run's own model and held-out text.
+"""Measure what a card shows and a finished run lacks, with the run's own model and held-out text.
 
 For each SAE: `statistics.safetensors`, `progressive_curve.json`, `power_law.json` and their plots, in its folder.
 For the run: `evaluation.json` and `.png`, with the baselines. Each is written when it is done, and `measured.json`
@@ -55,14 +55,14 @@ _ABOUT = (
 
 
 def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: bool = True) -> None:
-    """Measure whatever of a run's card is missing or out of date.
+    """Measure the results of a run's card that are missing or out of date.
 
     Args:
-        run_dir (`str` or `Path`): The run's folder, with its `run.yaml`. Paths in that are taken from the working
-            directory, as they were in training. Or the folder of one of its SAEs; for one that comes from no run
-            nothing can be measured.
-        names (`Sequence[str]`, *optional*): Only these SAEs; see [`find_saes`].
-        show (`bool`, *optional*, defaults to `True`): Show progress bars of what takes long.
+        run_dir (`str` or `Path`): The run's folder with its `run.yaml`, or the folder of one of its SAEs. Paths in
+            the YAML are relative to the working directory, as in training. An SAE that is in no run's folder is not
+            measured.
+        names (`Sequence[str]`, *optional*): Patterns of the SAEs to measure, as in [`find_saes`].
+        show (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Raises:
         `ValueError`: if this is no run's folder, or its language model or text cannot be found any more.
@@ -87,35 +87,34 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
 
 
 def run_folder(folder: Path) -> Path | None:
-    """The run's folder that this is, or is in: the nearest with a `run.yaml`."""
+    """Return the nearest folder with a `run.yaml` among a folder and its three parents; `None` if there is none."""
     return next((each for each in (folder, *folder.resolve().parents[:3]) if (each / "run.yaml").is_file()), None)
 
 
 def is_measured(folder: Path, name: str, weights: str | None = None) -> bool:
-    """Whether a result in an SAE's folder belongs to its weights.
+    """Return whether a result in an SAE's folder was measured with the weights that are there now.
 
     Args:
-        folder (`Path`): The SAE's.
-        name (`str`): Such as `"progressive_curve"`.
-        weights (`str`, *optional*): Digest of the weights, where it is known already.
+        folder (`Path`): The SAE's folder.
+        name (`str`): Name of the result, such as `"progressive_curve"`.
+        weights (`str`, *optional*): Digest of the weights; computed where it is not given.
     """
     return bool(read_json(folder / MEASURED_FILE).get(name) == (weights or folder_digest(folder)))
 
 
 def evaluations(run_dir: Path, weights: Mapping[str, str | None]) -> list[dict[str, Any]]:
-    """The results in a run's `evaluation.json`, one for each hookpoint.
+    """Return the results in a run's `evaluation.json` that belong to the present weights, one for each hookpoint.
 
     Args:
         run_dir (`Path`): The run's folder.
-        weights (`Mapping[str, str]`): Digest of the weights of each SAE, by its place in the run's folder: results of
-            an SAE that now has others are left out.
+        weights (`Mapping[str, str]`): Digest of each SAE's present weights, by its path in the run's folder.
     """
-    found = []
+    results = []
     for result in read_json(run_dir / f"{EVALUATION}.json").get("results", []):
         measured = result.get("weights", {})
         if measured and all(weights.get(place, digest) == digest for place, digest in measured.items()):
-            found.append(result)
-    return found
+            results.append(result)
+    return results
 
 
 @dataclass
@@ -125,17 +124,17 @@ class _Bench:
     config: RunConfig
     folder: Path
     show: bool
-    opened: HeldOut | None = None
+    heldout: HeldOut | None = None
 
     def at(self, hookpoint: str) -> HeldOut:
-        if self.opened is None:
+        if self.heldout is None:
             config, device = self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
             model, tokenizer = load_language_model(config.model, config.model_revision, config.model_dtype, device)
             batches = open_heldout_text(config, tokenizer)
-            self.opened = HeldOut(model, batches, hookpoint, tokenizer.mask_token_id, tokenizer)
+            self.heldout = HeldOut(model, batches, hookpoint, tokenizer.mask_token_id, tokenizer)
             _note(self.folder, "language_model", describe_model(model))
-        (place,) = resolve_hookpoints(self.opened.model, [hookpoint])
-        return HeldOut(self.opened.model, self.opened.batches, place, self.opened.mask_token_id)
+        (place,) = resolve_hookpoints(self.heldout.model, [hookpoint])
+        return HeldOut(self.heldout.model, self.heldout.batches, place, self.heldout.mask_token_id)
 
 
 def _run_config(folder: Path) -> RunConfig:
@@ -177,7 +176,10 @@ def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
 
 
 def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None) -> LatentStatistics:
-    """Those in the folder, if they are of these weights; ones that a user made from newer weights are kept."""
+    """Load the statistics in the folder if they belong to these weights, or measure and save them.
+
+    Statistics without a note that are newer than the weights were made by the user and are kept.
+    """
     path, noted = folder / STATISTICS_FILE, read_json(folder / MEASURED_FILE).get(_STATISTICS)
     newest = max((file.stat().st_mtime for file in tensor_files(folder)), default=0.0)
     if path.is_file() and (noted == weights or (noted is None and path.stat().st_mtime >= newest)):
@@ -187,7 +189,7 @@ def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None)
             _note(folder, _STATISTICS, weights)
             return statistics
         except ValueError as error:
-            logger.warning("Measuring anew: %s", error)
+            logger.warning("The statistics in %s are measured again: %s", folder, error)
     statistics = latent_statistics(sae, data)
     statistics.save(folder)
     _note(folder, _STATISTICS, weights)
@@ -195,7 +197,7 @@ def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None)
 
 
 def _write_power_laws(sae: SAEModel, statistics: LatentStatistics, folder: Path) -> None:
-    """Fits to energy, frequency and decoder spectrum; what has too few values says so instead."""
+    """Fit power laws to energy, frequency and decoder spectrum; save them, or why there are too few values."""
     importance: dict[str, Callable[[], torch.Tensor]] = {
         "energy": lambda: statistics.mean_square,
         "frequency": lambda: statistics.frequency,
@@ -211,8 +213,8 @@ def _write_power_laws(sae: SAEModel, statistics: LatentStatistics, folder: Path)
         plot_power_laws(fits, folder / f"{POWER_LAW}.png")
     else:
         (folder / f"{POWER_LAW}.png").unlink(missing_ok=True)  # of other weights
-    found = {name: fit.to_dict() for name, (_, fit) in fits.items()}
-    write_json(folder / f"{POWER_LAW}.json", {"tokens": statistics.tokens, "fits": found, "not_fitted": not_fitted})
+    records = {name: fit.to_dict() for name, (_, fit) in fits.items()}
+    write_json(folder / f"{POWER_LAW}.json", {"tokens": statistics.tokens, "fits": records, "not_fitted": not_fitted})
 
 
 # The SAEs of one hookpoint, beside their baselines
@@ -229,12 +231,12 @@ def _evaluate(group: Sequence[SAEFolder], hookpoint: str, bench: _Bench) -> None
     results = sorted([*(each for each in before if _at(each) != hookpoint), result], key=_at)
     path = bench.folder / f"{EVALUATION}.json"
     write_json(path, {"about": _ABOUT, "results": results})
-    drawn = [each | {"saes": {k: v for k, v in each["saes"].items() if k != "identity"}} for each in results]
-    plot(drawn, path.with_suffix(".png"))
+    curves = [each | {"saes": {k: v for k, v in each["saes"].items() if k != "identity"}} for each in results]
+    plot(curves, path.with_suffix(".png"))
 
 
 def name_in_run(sae: SAEFolder, folder: Path) -> str:
-    """The name under which a run's reports have an SAE: the first part of its place, `<sae name>/<hookpoint>`."""
+    """Return an SAE's name in the run's reports: the first part of its path, `<sae name>/<hookpoint>`."""
     place, run_dir = sae.folder.resolve(), folder.resolve()
     if run_dir not in place.parents:
         return sae.name or place.name
@@ -258,9 +260,9 @@ def _note(folder: Path, name: str, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing where there is none, or it is damaged."""
+    """Return a JSON file's object; empty where the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

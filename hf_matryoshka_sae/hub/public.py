@@ -1,4 +1,4 @@
-"""What strangers may read of a run: Hub ids stay, places and names of this machine become words."""
+"""Make a run's fields public: Hub ids stay, paths and names of this machine become words."""
 
 import re
 import shlex
@@ -20,10 +20,10 @@ _FILES = (".parquet", ".jsonl", ".json", ".txt")
 
 
 def hub_id(name: str | None, here: bool | None = None) -> str | None:
-    """The name if it is that of a Hub repository: not `embedded`, no file and no folder.
+    """Return the name if it is a Hub repository's, else `None`: for `embedded`, files and folders.
 
     Args:
-        name (`str`, *optional*): As a run's YAML has it.
+        name (`str`, *optional*): Name or path in a run's YAML.
         here (`bool`, *optional*): Whether it was a file or folder in training; looked up now where that is not known.
     """
     if not name or name == EMBEDDED or name.startswith((".", "/", "~")) or name.endswith(_FILES):
@@ -36,7 +36,7 @@ def hub_id(name: str | None, here: bool | None = None) -> str | None:
 
 
 def stand_ins(config: RunConfig, on_this_machine: Collection[str] | None) -> dict[str, str]:
-    """Places and names of this machine in a run's fields, and what to say instead.
+    """Return the paths and names of this machine in a run's fields, with the public words for each.
 
     Args:
         config ([`RunConfig`]): The run.
@@ -66,7 +66,7 @@ def _is_private(path: str | None, name: str, on_this_machine: Collection[str] | 
 
 
 def public_fields(fields: Any, places: dict[str, str]) -> Any:
-    """Nested fields of a run with the words of [`stand_ins`] for the places of this machine."""
+    """Return nested fields of a run with the paths of this machine replaced by the words of [`stand_ins`]."""
     if isinstance(fields, dict):
         return {name: public_fields(value, places) for name, value in fields.items()}
     if isinstance(fields, list):
@@ -75,11 +75,11 @@ def public_fields(fields: Any, places: dict[str, str]) -> Any:
 
 
 def public_command(command: str, places: dict[str, str]) -> str:
-    """A command line with those words, and `run.yaml` for the file of its fields.
+    """Return a command line with the words of [`stand_ins`], and `run.yaml` for the file of its fields.
 
     Args:
-        command (`str`): As `provenance.json` has it: absolute paths are cut to their last part already.
-        places (`dict[str, str]`): What [`stand_ins`] gives.
+        command (`str`): Command line in `provenance.json`, where absolute paths are cut to their last part already.
+        places (`dict[str, str]`): Words by path, as [`stand_ins`] returns them.
     """
     names = {path.rstrip("/"): words for path, words in places.items()}
     names = {Path(path).name: words for path, words in names.items()} | names
@@ -100,10 +100,12 @@ def public_command(command: str, places: dict[str, str]) -> str:
 
 
 def public_config(config: dict[str, Any], here: bool | None = None) -> dict[str, Any]:
-    """An SAE's config without a language model that is not on the Hub; its name would mean nothing, or another one.
+    """Return an SAE's config without the name of a language model that is not on the Hub.
+
+    Elsewhere such a name would mean nothing, or another model.
 
     Args:
-        config (`dict`): What `config.json` holds.
+        config (`dict`): Content of `config.json`.
         here (`bool`, *optional*): Whether the model was a folder in training; looked up now where that is not known.
     """
     model = config.get("base_model")
@@ -113,11 +115,11 @@ def public_config(config: dict[str, Any], here: bool | None = None) -> dict[str,
 
 
 def public_index(about: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """What a feature index says of itself, without names of local models and data.
+    """Return the description of a feature index without names of local models and data.
 
     Args:
-        about (`dict`): What its `index.json` holds, where of a local folder only the last part is left.
-        model (`str`, *optional*): The language model, as the SAE's public config names it.
+        about (`dict`): Content of its `index.json`, which keeps only the last part of a local path.
+        model (`str`, *optional*): Name of the language model in the SAE's public config.
     """
     if model is None or about.get("base_model") != model:
         about = about | {"base_model": LOCAL_MODEL, "tokenizer": LOCAL_MODEL}

@@ -52,17 +52,17 @@ def push(
 
     Args:
         run_dir (`str` or `Path`): Folder of a run; or of one SAE, which then lies at the root of the repository.
-        repo_id (`str`): Made if it is not there.
+        repo_id (`str`): Repository id; created if it does not exist.
         saes (`Sequence[str]`, *optional*): Names or patterns of the SAEs to push; all of the run by default.
-        private (`bool`, *optional*): Of a repository that is made.
-        token (`str` or `bool`, *optional*): By default the one huggingface_hub knows.
-        revision (`str`, *optional*): Branch; made if it is not there.
-        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request.
-        commit_message (`str`, *optional*): What the commit says.
+        private (`bool`, *optional*): Whether a repository that is created here is private.
+        token (`str` or `bool`, *optional*): Token of the Hub; by default the one huggingface_hub knows.
+        revision (`str`, *optional*): Branch; created if it does not exist.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request.
+        commit_message (`str`, *optional*): Message of the commit.
         measure (`bool`, *optional*, defaults to `True`):
-            Measure first what the card shows and the run's folder lacks; see [`measure_run`].
-        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, for the card.
-        show (`bool`, *optional*, defaults to `True`): Show progress bars.
+            Whether to measure first what the card shows and the run's folder lacks; see [`measure_run`].
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Licence of the weights, for the card.
+        show (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
         `CommitInfo` of huggingface_hub.
@@ -72,16 +72,16 @@ def push(
         `OSError`: if a request fails for good, or its answer is none of the Hub's. The repository is as it was or
             complete, and the same call again completes it.
     """
-    found = find_saes(run_dir, saes)
-    for sae in found:
+    folders = find_saes(run_dir, saes)
+    for sae in folders:
         check_sae(sae.folder)
     if measure:
         measure_run(run_dir, saes, show=show)
-    message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in found)}"
+    message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in folders)}"
     api = _api(token)
     repo_id, parent, before = _prepare(api, repo_id, private, revision)
-    _check_root(repo_id, before, at_root=found[0].subfolder == "")
-    repository = run_repository(run_dir, repo_id, found, before, license)
+    _check_root(repo_id, before, at_root=folders[0].subfolder == "")
+    repository = run_repository(run_dir, repo_id, folders, before, license)
     return _commit(api, repo_id, repository, message, revision, create_pr, parent)
 
 
@@ -101,11 +101,18 @@ def push_sae(
     """Push one SAE to the root of a repository, in one commit: what `sae.push_to_hub(repo_id)` does.
 
     Args:
-        sae ([`SAEModel`]): Loaded, pruned or trained.
-        repo_id (`str`), commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags:
-            As in `PreTrainedModel.push_to_hub`.
-        license (`str`, *optional*): Of the weights, for the card; by default "apache-2.0" for an SAE of a run that is
-            at hand, and left open for one whose weights may be somebody else's.
+        sae ([`SAEModel`]): The SAE.
+        repo_id (`str`): Repository id; created if it does not exist.
+        commit_message (`str`, *optional*): Message of the commit.
+        commit_description (`str`, *optional*): Text below the message.
+        private (`bool`, *optional*): Whether a repository that is created here is private.
+        token (`str` or `bool`, *optional*): Token of the Hub; by default the one huggingface_hub knows.
+        revision (`str`, *optional*): Branch; created if it does not exist.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size above which the weights are split.
+        tags (`Sequence[str]`, *optional*): Tags for the card, beside its own.
+        license (`str`, *optional*): Licence of the weights, for the card; by default "apache-2.0" for an SAE of a run
+            that is at hand, and left open for one whose weights may belong to others.
 
     Returns:
         `CommitInfo` of huggingface_hub.
@@ -126,7 +133,7 @@ def push_sae(
 
 
 def _about_ids(sae: SAEModel) -> str:
-    """What a card says of latents that were sorted or pruned."""
+    """Return the card's sentence on sorted or pruned latents; empty where they are neither."""
     ids = sae.latent_ids.cpu()
     if torch.equal(ids, torch.arange(len(ids))):
         return ""
@@ -140,13 +147,12 @@ def _about_ids(sae: SAEModel) -> str:
 
 
 def _api(token: str | bool | None) -> HfApi:
-
     return HfApi(token=token, library_name="hf_matryoshka_sae", library_version=__version__)
 
 
 @contextmanager
 def _requests(repo_id: str) -> Iterator[None]:
-    """Say what requests that failed mean for a push."""
+    """Add to the errors of failed requests what they mean for the push."""
     outcome = (
         f"Nothing half was committed: {repo_id} is either as it was or complete. Push again to complete it: what is "
         "uploaded is not sent twice."
@@ -157,10 +163,10 @@ def _requests(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         if getattr(error.response, "status_code", None) == 412:
             raise ValueError(
-                f"{repo_id} has got another commit meanwhile; nothing was changed. Push again: what is uploaded is "
-                "not sent twice."
+                f"{repo_id} received another commit during the push; nothing was changed. Push again: what is "
+                "uploaded is not sent twice."
             ) from error
-        error.append_to_message(f"\n{outcome}")  # the Hub's own words come first: it says no, and why
+        error.append_to_message(f"\n{outcome}")  # behind the Hub's own words, which say why it refused
         raise
     except HFValidationError:
         raise
@@ -171,7 +177,7 @@ def _requests(repo_id: str) -> Iterator[None]:
 def _prepare(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None
 ) -> tuple[str, str | None, dict[str, Any] | None]:
-    """Make what is missing; the repository's full id, its newest commit, and its root's `config.json`."""
+    """Create repository and branch if missing; return its full id, its newest commit and its root's `config.json`."""
     with _requests(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not api.revision_exists(repo_id, revision):
@@ -191,7 +197,7 @@ def _prepare(
 
 
 def _check_root(repo_id: str, before: dict[str, Any] | None, at_root: bool) -> None:
-    """A repository has one SAE at its root, or several in folders: the other kind would be lost."""
+    """Raise `ValueError` where an SAE at the root and SAEs in folders would meet: one kind would hide the other."""
     kind = (before or {}).get("model_type")
     if at_root and kind == SAECollectionConfig.model_type:
         raise ValueError(

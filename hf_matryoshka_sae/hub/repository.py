@@ -1,4 +1,4 @@
-"""What a repository or a folder holds, and loading it."""
+"""List and load the SAEs of a repository or a folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +15,12 @@ class SAEInfo:
     """An SAE of a repository, as its config describes it.
 
     Args:
-        subfolder (`str`): Where it lies; `""` is the root.
-        model_type (`str`), base_model (`str`, *optional*), hookpoint (`str`, *optional*): As in its config.
-        d_in (`int`), num_latents (`int`): D and F.
+        subfolder (`str`): Folder in the repository; `""` is the root.
+        model_type (`str`): Family, such as `"matryoshka_sae"`.
+        base_model (`str`, *optional*): Name of the language model.
+        hookpoint (`str`, *optional*): Module of the language model whose hidden states it reads.
+        d_in (`int`): Width D of the hidden states.
+        num_latents (`int`): Number F of latents.
         prefix_widths (`list[int]`): Widths at which its first latents are an SAE of their own.
     """
 
@@ -31,19 +34,19 @@ class SAEInfo:
 
     @classmethod
     def of(cls, subfolder: str, config: Mapping[str, Any]) -> "SAEInfo":
-        """From an SAE's `config.json`, or its entry in the index at the root of a repository."""
+        """Read an SAE's `config.json`, or its entry in the index at the root of a repository."""
         num_latents = config["num_latents"]
         widths = list(config.get("prefix_widths") or [num_latents])
-        named = {key: config.get(key) for key in ("base_model", "hookpoint")}
+        names = {key: config.get(key) for key in ("base_model", "hookpoint")}
         sizes = [config["d_in"], num_latents, *widths]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise TypeError(f"{subfolder!r} has sizes that are no whole numbers")
-        if not all(isinstance(name, str | None) for name in (config["model_type"], *named.values())):
+        if not all(isinstance(name, str | None) for name in (config["model_type"], *names.values())):
             raise TypeError(f"{subfolder!r} has names that are no text")
         return cls(
             subfolder,
             config["model_type"],
-            **named,
+            **names,
             d_in=config["d_in"],
             num_latents=num_latents,
             prefix_widths=widths,
@@ -53,14 +56,15 @@ class SAEInfo:
 def list_saes(
     repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> dict[str, SAEInfo]:
-    """The SAEs of a repository on the Hub or of a folder, without their weights.
+    """List the SAEs of a repository on the Hub or of a folder, without reading their weights.
 
     Args:
         repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
-        revision (`str`, *optional*), token (`str` or `bool`, *optional*): As in huggingface_hub.
+        revision (`str`, *optional*): Branch, tag or commit.
+        token (`str` or `bool`, *optional*): Token of the Hub; by default the one huggingface_hub knows.
 
     Returns:
-        `dict[str, SAEInfo]`: By folder, which is what `subfolder=` takes; `""` is the root.
+        `dict[str, SAEInfo]`: The SAEs by folder, which is what `subfolder=` takes; `""` is the root.
 
     Raises:
         `ValueError`: if there is none.
@@ -79,46 +83,46 @@ def list_saes(
         raise ValueError(f"The index or a config of {repo_or_dir} is damaged: {error!r}. Push it again.") from error
 
 
-def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = None, **kwargs) -> SAEModel:
-    """One SAE of a repository or a folder.
+def load(repo_or_dir: str | Path, name: str | None = None, width: int | None = None, **kwargs: Any) -> SAEModel:
+    """Load one SAE of a repository or a folder.
 
     Args:
         repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
-        name (`str`, *optional*): Its folder or its hookpoint; not needed where there is one SAE.
-        width (`int`, *optional*): Its first latents only.
-        kwargs: As in `from_pretrained`: `revision`, `token`, `dtype`, ...
+        name (`str`, *optional*): Folder or hookpoint of the SAE; not needed where there is only one.
+        width (`int`, *optional*): Number of first latents to load; all by default.
+        kwargs: Arguments of `from_pretrained`: `revision`, `token`, `dtype`, ...
 
     Raises:
-        `ValueError`: if there is none, or several, of that name; it lists those there are.
+        `ValueError`: if no SAE or several have that name; the message lists the SAEs there are.
     """
     where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     saes = list_saes(repo_or_dir, **where)
-    # A folder's name means that folder, also where the hookpoint of others is called so.
-    if name in saes:
-        chosen = [saes[name]]
-    else:
-        chosen = [sae for sae in saes.values() if name is None or name == sae.hookpoint]
+    # The name of a folder means that folder, even where it is also the hookpoint of other SAEs.
+    by_hookpoint = [sae for sae in saes.values() if name is None or name == sae.hookpoint]
+    chosen = [saes[name]] if name in saes else by_hookpoint
     if len(chosen) != 1:
-        there = ", ".join(place or "(the root)" for place in saes)
-        asked = f" under {name!r}" if name is not None else ""
-        raise ValueError(f"{repo_or_dir} holds {len(chosen)} SAEs{asked}; name one of: {there}.")
+        places = ", ".join(place or "(the root)" for place in saes)
+        under_name = f" under {name!r}" if name is not None else ""
+        raise ValueError(f"{repo_or_dir} holds {len(chosen)} SAEs{under_name}; name one of: {places}.")
     return _load(repo_or_dir, chosen[0], width, kwargs)
 
 
-def load_many(repo_or_dir: str | Path, pattern: str = "*", width: int | None = None, **kwargs) -> dict[str, SAEModel]:
-    """The SAEs of a repository or a folder whose place matches a pattern.
+def load_many(
+    repo_or_dir: str | Path, pattern: str = "*", width: int | None = None, **kwargs: Any
+) -> dict[str, SAEModel]:
+    """Load the SAEs of a repository or a folder whose folder or hookpoint matches a pattern.
 
     Args:
         repo_or_dir (`str` or `Path`): Repository id, or a folder such as that of a run.
-        pattern (`str`, *optional*, defaults to `"*"`): Of folders or hookpoints, such as `"*.layers.1[0-9]"`.
-        width (`int`, *optional*): The first latents of each only.
-        kwargs: As in `from_pretrained`: `revision`, `token`, `dtype`, ...
+        pattern (`str`, *optional*, defaults to `"*"`): Pattern of folders or hookpoints, such as `"*.layers.1[0-9]"`.
+        width (`int`, *optional*): Number of first latents of each to load; all by default.
+        kwargs: Arguments of `from_pretrained`: `revision`, `token`, `dtype`, ...
 
     Returns:
-        `dict[str, SAEModel]`: In `eval` mode, by folder.
+        `dict[str, SAEModel]`: The SAEs by folder, in `eval` mode.
 
     Raises:
-        `ValueError`: if none matches; it lists those there are.
+        `ValueError`: if none matches; the message lists the SAEs there are.
     """
     where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
     chosen = matching(list_saes(repo_or_dir, **where), pattern, repo_or_dir)
@@ -126,13 +130,13 @@ def load_many(repo_or_dir: str | Path, pattern: str = "*", width: int | None = N
 
 
 def matching(saes: Mapping[str, SAEInfo], pattern: str, source: str | Path) -> list[SAEInfo]:
-    """Those whose folder or hookpoint matches a pattern; raises `ValueError` if none does."""
+    """Return the SAEs whose folder or hookpoint matches a pattern; raise `ValueError` if none does."""
     chosen = [
         sae for place, sae in saes.items() if fnmatchcase(place, pattern) or fnmatchcase(sae.hookpoint or "", pattern)
     ]
     if not chosen:
-        there = ", ".join(place or "(the root)" for place in saes)
-        raise ValueError(f"No SAE of {source} matches {pattern!r}. It holds: {there}.")
+        places = ", ".join(place or "(the root)" for place in saes)
+        raise ValueError(f"No SAE of {source} matches {pattern!r}. It holds: {places}.")
     return chosen
 
 

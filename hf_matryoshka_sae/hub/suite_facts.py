@@ -1,4 +1,4 @@
-"""What a full evaluation found of an SAE, for its card: from the report in the run's folder, or in the SAE's own."""
+"""Results of a full evaluation for an SAE's card, from the report in the run's folder or in the SAE's own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class SuiteFacts:
     """The part of a full evaluation that is about one SAE.
 
     Args:
-        name (`str`): The SAE's in it.
-        place (`dict`): Language model, text, and `sections`.
-        folder (`Path`): With a folder of plots for each hookpoint.
+        name (`str`): Name of the SAE in the evaluation.
+        place (`dict`): Results of the hookpoint: language model, text, and `sections`.
+        folder (`Path`): The evaluation's folder, which holds a folder of plots for each hookpoint.
     """
 
     name: str
@@ -29,18 +29,18 @@ class SuiteFacts:
 
     @property
     def sections(self) -> list[dict[str, Any]]:
-        """Those that found something of it, without what the card's own tables show."""
-        found = [each for each in self.place["sections"] if each["name"] != FIDELITY]
-        return [each for each in found if each["rows"].get(self.name)]
+        """Sections with rows of the SAE, without reconstruction, which the card's own tables show."""
+        sections = [each for each in self.place["sections"] if each["name"] != FIDELITY]
+        return [each for each in sections if each["rows"].get(self.name)]
 
     @property
     def fidelity(self) -> dict[str, Any] | None:
-        """The section on reconstruction."""
-        found = (each for each in self.place["sections"] if each["name"] == FIDELITY)
-        return next((each for each in found if each["rows"].get(self.name)), None)
+        """Section on reconstruction; `None` where it has no rows of the SAE."""
+        sections = (each for each in self.place["sections"] if each["name"] == FIDELITY)
+        return next((each for each in sections if each["rows"].get(self.name)), None)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Titles and cells of a table: every metric at every width, beside its baselines."""
+        """Return titles and cells of a table: every metric at every width, beside its baselines."""
         widths = sorted({row["width"] for each in self.sections for row in each["rows"][self.name]})
         lines = []
         for section in self.sections:
@@ -49,7 +49,7 @@ class SuiteFacts:
         return ["Metric", "Of", *(f"{width:,}" for width in widths)], lines
 
     def baselines(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """The reconstruction's, by name and width."""
+        """Return the reconstruction metrics of the baselines, by name and width."""
         rows = {} if self.fidelity is None else self.fidelity["rows"]
         others = {
             "random": f"random ({self.name})",
@@ -59,19 +59,19 @@ class SuiteFacts:
         return {title: {row["width"]: row for row in rows[key]} for title, key in others.items() if key in rows}
 
     def plots(self) -> dict[str, Path]:
-        """Pictures by a name for each."""
-        found = {
+        """Return the picture files, by name of the section."""
+        paths = {
             each["name"]: self.folder / self.place["folder"] / each["plot"] for each in self.sections if each["plot"]
         }
-        return {name: path for name, path in found.items() if path.is_file()}
+        return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def read_suite(folders: Sequence[Path], weights: str | None) -> SuiteFacts | None:
-    """The evaluation of these weights, from the first folder that has one.
+    """Read the evaluation of these weights from the first folder that has one; `None` where none has.
 
     Args:
-        folders (`Sequence[Path]`): Where a report may lie: the run's, the SAE's.
-        weights (`str`, *optional*): Digest of the weights' files; results of others are left out.
+        folders (`Sequence[Path]`): Folders that may hold a report: the run's and the SAE's.
+        weights (`str`, *optional*): Digest of the weights' files; results of other weights are left out.
     """
     for folder in folders:
         for place in read_json(folder / FOLDER / SUITE_FILE).get("places", []):

@@ -10,13 +10,13 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def path(name: str) -> str:
-    """The folder of a metric in this installation, which is what `evaluate.load` takes.
+    """Return the folder of a metric in this installation, for `evaluate.load`.
 
     Args:
-        name (`str`): Such as `"sae_fidelity"`.
+        name (`str`): Name of the metric, such as `"sae_fidelity"`.
 
     Raises:
-        `ValueError`: if there is no metric of this name; it lists those there are.
+        `ValueError`: if there is no metric of this name; the message lists the metrics.
     """
     names = sorted(folder.name for folder in _FOLDER.iterdir() if (folder / f"{folder.name}.py").is_file())
     if name not in names:

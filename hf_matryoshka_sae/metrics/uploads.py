@@ -1,4 +1,4 @@
-"""What people upload or paste into the metrics' pages, as arrays and statistics; what is wrong with it, in words."""
+"""Read uploads and pasted text of the metrics' pages as arrays and statistics; errors say what is wrong with them."""
 
 import io
 import json
@@ -10,16 +10,16 @@ import numpy as np
 
 
 _LARGEST = 20_000_000
-"""Numbers in an array: more would take minutes on their way through Arrow."""
+"""Largest number of numbers in an array; more would take minutes on their way through Arrow."""
 
 
 def read_array(file: str | None, text: str | None, name: str) -> np.ndarray:
-    """An array from an uploaded .npy or .csv file, or from pasted rows.
+    """Read an array from an uploaded .npy or .csv file, or from pasted rows.
 
     Args:
-        file (`str`, *optional*): Path of the upload; it wins over the text.
-        text (`str`, *optional*): Rows of numbers between commas, semicolons, tabs or spaces.
-        name (`str`): What the array is, for messages.
+        file (`str`, *optional*): Path of the upload; it takes precedence over the text.
+        text (`str`, *optional*): Rows of numbers separated by commas, semicolons, tabs or spaces.
+        name (`str`): Name of the array in messages.
 
     Raises:
         `ValueError`: if there is neither, or it holds no array of finite numbers.
@@ -40,15 +40,15 @@ def read_array(file: str | None, text: str | None, name: str) -> np.ndarray:
 
 
 def read_arrays(files: Sequence[str] | None, text: str | None, name: str) -> np.ndarray:
-    """Reconstructions `(P, N, D)`: one .npy file of that shape, or P files or pasted blocks of shape `(N, D)`.
+    """Read reconstructions `(P, N, D)` from one .npy file of that shape, or P files or pasted blocks `(N, D)`.
 
     Args:
         files (`Sequence[str]`, *optional*): Paths of the uploads, in the order of the widths.
         text (`str`, *optional*): Blocks of rows with blank lines between them.
-        name (`str`): What the arrays are, for messages.
+        name (`str`): Name of the arrays in messages.
 
     Raises:
-        `ValueError`: as in [`read_array`], or if shapes differ.
+        `ValueError`: if there is no array, one holds no finite numbers, or shapes differ.
     """
     if files:
         arrays = [read_array(file, None, name) for file in files]
@@ -59,42 +59,50 @@ def read_arrays(files: Sequence[str] | None, text: str | None, name: str) -> np.
         return arrays[0]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1 or arrays[0].ndim != 2:
-        found = ", ".join(map(str, sorted(shapes)))
-        raise ValueError(f"The {name} of each width must have the same shape (tokens, d_in), got {found}.")
+        shapes_in_words = ", ".join(map(str, sorted(shapes)))
+        raise ValueError(f"The {name} of each width must have the same shape (tokens, d_in), got {shapes_in_words}.")
     return np.stack(arrays)
 
 
 def read_statistics(file: str | None, text: str | None) -> list[dict[str, Any]]:
-    """Sums over tokens, one mapping or a list of them, from an uploaded or pasted JSON.
+    """Read sums over tokens, one mapping or a list of them, from an uploaded or pasted JSON.
+
+    Args:
+        file (`str`, *optional*): Path of the upload; it takes precedence over the text.
+        text (`str`, *optional*): Pasted JSON.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if there are no sums.
     """
     if file is None and not (text or "").strip():
         raise ValueError("Upload or paste the JSON of the statistics.")
     try:
-        found = json.loads(_text_of(file) if file is not None else text or "")
+        content = json.loads(_text_of(file) if file is not None else text or "")
     except json.JSONDecodeError as error:
         raise ValueError(f"This is no JSON: {error}.") from error
-    found = found if isinstance(found, list) else [found]
-    if not found or not all(isinstance(entry, dict) for entry in found):
-        raise ValueError("The JSON must hold what ReconstructionSums.to_dict() gives, or a list of such.")
-    return found
+    sums = content if isinstance(content, list) else [content]
+    if not sums or not all(isinstance(entry, dict) for entry in sums):
+        raise ValueError("The JSON must hold the result of ReconstructionSums.to_dict(), or a list of such results.")
+    return sums
 
 
 def read_numbers(text: str | None, name: str) -> list[float]:
-    """Numbers between commas or spaces.
+    """Read numbers separated by commas or spaces.
+
+    Args:
+        text (`str`, *optional*): The numbers.
+        name (`str`): Name of the numbers in messages.
 
     Raises:
         `ValueError`: if there is none, or something else.
     """
     try:
-        found = [float(part) for part in (text or "").replace(",", " ").split()]
+        numbers = [float(part) for part in (text or "").replace(",", " ").split()]
     except ValueError as error:
-        raise ValueError(f"`{name}` must be numbers between commas: {error}.") from error
-    if not found:
-        raise ValueError(f"Name the {name}: numbers between commas.")
-    return found
+        raise ValueError(f"`{name}` must be numbers separated by commas: {error}.") from error
+    if not numbers:
+        raise ValueError(f"Enter the {name}: numbers separated by commas.")
+    return numbers
 
 
 def _text_of(file: str) -> str:

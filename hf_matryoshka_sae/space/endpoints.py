@@ -57,7 +57,7 @@ class Endpoints:
         library ([`Library`]): Opens them.
     """
 
-    def __init__(self, library: Library):
+    def __init__(self, library: Library) -> None:
         self.library = library
         self._number = len(_ALL)
         _ALL.append(self)
@@ -158,21 +158,21 @@ class Endpoints:
     ) -> dict[str, Any]:
         """The strongest latents of each token of a text, and of the whole text with their activations along it."""
         opened = self.library.open(sae, place)
-        found = self._features(opened, text, width, top)
+        features = self._features(opened, text, width, top)
         return {
-            "tokens": found.tokens,
-            "top": [[[latent, value] for latent, value in token] for token in found.top],
+            "tokens": features.tokens,
+            "top": [[[latent, value] for latent, value in token] for token in features.top],
             "latents": [
                 {
                     "latent": latent,
                     "max": value,
                     "label": opened.labels[latent],
-                    "activations": found.activations(latent).tolist(),
+                    "activations": features.activations(latent).tolist(),
                 }
-                for latent, value in found.top_latents(10)
+                for latent, value in features.top_latents(10)
             ],
-            "left_out": found.left_out,
-            "width": found.width,
+            "left_out": features.left_out,
+            "width": features.width,
         }
 
     @on_gpu
@@ -181,8 +181,8 @@ class Endpoints:
     ) -> dict[str, Any]:
         """One latent's activations along a text."""
         opened = self.library.open(sae, place)
-        found = self._features(opened, text, width, 1)
-        return {"tokens": found.tokens, "activations": found.activations(latent).tolist()}
+        features = self._features(opened, text, width, 1)
+        return {"tokens": features.tokens, "activations": features.activations(latent).tolist()}
 
     def _features(self, opened: Opened, text: str, width: int, top: int) -> TextFeatures:
         text, chosen, data = checked_text(text), opened.check(Pruning(width=width)).width, opened.data
@@ -208,21 +208,21 @@ class Endpoints:
         pruned = opened.pruned(opened.check(Pruning(ranking, width, k or None)))
         with self.library.lock:
             data = opened.data
-            found = reconstruct_text(
+            reconstructed = reconstruct_text(
                 pruned, data.model, data.tokenizer, text, hookpoint=data.hookpoint, max_new_tokens=new_tokens
             )
-        lost = found.spliced_loss - found.loss
+        lost = reconstructed.spliced_loss - reconstructed.loss
         predicted = ~torch.isnan(lost)
         return {
-            "tokens": found.tokens,
+            "tokens": reconstructed.tokens,
             "lost": [value if ok else None for value, ok in zip(lost.tolist(), predicted.tolist(), strict=True)],
-            "ce": _mean(found.loss[predicted]),
-            "spliced_ce": _mean(found.spliced_loss[predicted]),
-            "fvu": found.fvu,
-            "l0": found.l0,
-            "plain": found.plain,
-            "spliced": found.spliced,
-            "left_out": found.left_out,
+            "ce": _mean(reconstructed.loss[predicted]),
+            "spliced_ce": _mean(reconstructed.spliced_loss[predicted]),
+            "fvu": reconstructed.fvu,
+            "l0": reconstructed.l0,
+            "plain": reconstructed.plain,
+            "spliced": reconstructed.spliced,
+            "left_out": reconstructed.left_out,
         }
 
     @on_gpu
@@ -257,7 +257,7 @@ class Endpoints:
         latent = checked_latent(latent, chosen)
         unit = None if opened.index is None else opened.index.feature(latent, contexts=False).max
         with self.library.lock:
-            found = steer(
+            steered = steer(
                 opened.sae,
                 opened.data.model,
                 opened.tokenizer,
@@ -272,7 +272,7 @@ class Endpoints:
                 temperature=temperature,
                 seed=seed,
             )
-        return {"plain": found.plain, "steered": found.steered, "amount": found.amount, "unit": unit}
+        return {"plain": steered.plain, "steered": steered.steered, "amount": steered.amount, "unit": unit}
 
     @on_gpu
     def compare(

@@ -39,7 +39,7 @@ class Page:
         default (`str`): What is open at first.
     """
 
-    def __init__(self, library: Library, default: str):
+    def __init__(self, library: Library, default: str) -> None:
         self.endpoints, self.default = Endpoints(library), default
         with gr.Blocks(title=TITLE, delete_cache=(3600, 3600), analytics_enabled=False) as self.blocks:
             for name in (*_LIGHT, *_HEAVY):  # first: a handler of the same name would take it
@@ -67,7 +67,7 @@ class Page:
                 with gr.Tab("Try it", id="try") as fifth:
                     self.text = TextTab(self.endpoints, self.shown, self.features.feature)
                 with gr.Tab("Compare", id="compare") as sixth:
-                    self.compare = CompareTab(self.endpoints, self.shown)
+                    self.compare = CompareTab(self.endpoints)
             for tab in (first, second, third, fourth, fifth, sixth):
                 tab.select(None, None, None, js=f"() => showInLink({{tab: '{tab.id}'}})")
             self._wire()
@@ -136,14 +136,14 @@ class Page:
         for problem in problems:
             warn(f"In this link, {problem}.")
         try:
-            shown = self._opened(view)
+            updates = self._opened(view)
         except (ValueError, *UNREACHABLE) as error:
             if (view.sae, view.place) == (self.default, ""):
                 raise
             warn(f"{error} Opening {self.default} instead.")
             view = View(self.default)
-            shown = self._opened(view)
-        return *shown, gr.update(selected=view.tab), self._first_latent(view), view.q, view.kind
+            updates = self._opened(view)
+        return *updates, gr.update(selected=view.tab), self._first_latent(view), view.q, view.kind
 
     def describe(self, current: tuple[str, str]) -> str:
         """What is open, in a line."""

@@ -1,4 +1,4 @@
-"""Latents that change what a model does."""
+"""Change latents while a language model generates text."""
 
 from .continuation import Steered, steer
 from .reconstructed import ReconstructedText, reconstruct_text

@@ -1,13 +1,14 @@
-"""Text generated with one latent changed, beside the plain one.
+"""Generate text with one latent changed, beside the plain text.
 
 At the hookpoint the hidden states are encoded, the latent's value a is changed to a', and the difference of the two
-reconstructions, (a' - a) d with d the latent's decoder row, is added to the hidden states. What the SAE does not
-reconstruct stays as it is, and where nothing is changed nothing is touched.
+reconstructions, (a' - a) d with d the latent's decoder row, is added to the hidden states. The error of the
+reconstruction stays in them, and hidden states at which the value does not change are not touched.
 """
 
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,14 @@ class Steered:
     """Two continuations of a prompt.
 
     Args:
-        prompt (`str`): What was continued.
-        plain (`str`), steered (`str`): The continuations, without special tokens; text, not markup.
-        plain_ids (`list[int]`), steered_ids (`list[int]`): Their tokens.
-        latent (`int`), mode (`str`): What was changed, and how.
-        amount (`float`): What was added, or the value that was set; 0 for `"remove"`.
+        prompt (`str`): The prompt.
+        plain (`str`): Continuation of the unchanged model, without special tokens; text, not markup.
+        steered (`str`): Continuation with the latent changed.
+        plain_ids (`list[int]`): Token ids of the plain continuation.
+        steered_ids (`list[int]`): Token ids of the steered continuation.
+        latent (`int`): The latent.
+        mode (`str`): Kind of change: `"add"`, `"clamp"` or `"remove"`.
+        amount (`float`): Value that was added (`"add"`) or set (`"clamp"`); 0 for `"remove"`.
     """
 
     prompt: str
@@ -47,7 +51,7 @@ class Steered:
 def steer(
     sae: SAEModel,
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     prompt: str,
     latent: int,
     mode: str = "add",
@@ -60,30 +64,33 @@ def steer(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Steered:
-    """Continue a prompt twice: as the model does, and with a latent changed.
+    """Continue a prompt twice: with the unchanged model, and with a latent changed.
 
     Args:
-        sae ([`SAEModel`]): Used as it is at inference.
+        sae ([`SAEModel`]): The SAE, encoded as at inference.
         model (`nn.Module`): A causal language model, in `eval` mode.
-        tokenizer: Its tokenizer.
-        prompt (`str`): Read as training text is, with the tokenizer's BOS token before it.
-        latent (`int`): Which one.
+        tokenizer: The language model's tokenizer.
+        prompt (`str`): Text to continue; like training text it gets the tokenizer's BOS token before it.
+        latent (`int`): Latent to change.
         mode (`str`, *optional*, defaults to `"add"`): `"add"` adds `strength * unit` to the latent's value, `"clamp"`
             sets it to that, `"remove"` sets it to 0.
-        strength (`float`, *optional*, defaults to 1.0): In units of the latent's own activation; may be negative.
-        width (`int`, *optional*): Encode only the first `width` latents.
-        hookpoint (`str`, *optional*): Where; by default what the SAE's config says.
-        unit (`float`, *optional*): What counts as one: the latent's largest activation on data, for example from a
-            feature index. By default its largest on the prompt and its plain continuation.
-        positions (`str`, *optional*, defaults to `"all"`): `"all"`, or `"new"`: from the prompt's last token on, which
-            decides the first new one.
-        max_new_tokens (`int`, *optional*, defaults to 40): Length of the continuations, at most.
-        temperature (`float`, *optional*, defaults to 0): 0 takes the likeliest token; otherwise both draw with `seed`.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        strength (`float`, *optional*, defaults to 1.0): Size of the change, as a multiple of `unit`; may be negative.
+        width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
+        hookpoint (`str`, *optional*): Module whose output is changed; by default the one in the SAE's config.
+        unit (`float`, *optional*): Activation that `strength` multiplies, such as the latent's largest on data, from a
+            feature index. By default its largest activation on the prompt and the plain continuation.
+        positions (`str`, *optional*, defaults to `"all"`): Positions to change: `"all"`, or `"new"`, which are those
+            from the prompt's last token on, which decides the first new token.
+        max_new_tokens (`int`, *optional*, defaults to 40): Largest number of new tokens.
+        temperature (`float`, *optional*, defaults to 0): Temperature of sampling; 0 takes the likeliest token.
+        seed (`int`, *optional*, defaults to 0): Seed of the sampling, the same for both continuations.
+
+    Returns:
+        [`Steered`]: Both continuations.
 
     Raises:
         `ValueError`: if an option is out of range or not finite, the model generates no text, the prompt is too long,
-            or the latent's own activation is asked for and it never fires.
+            or `unit` is missing and the latent never fires.
     """
     if mode not in MODES or positions not in ("all", "new"):
         raise ValueError(f"Expected `mode` in {MODES} and `positions` 'all' or 'new', got {mode!r} and {positions!r}.")
@@ -95,7 +102,7 @@ def steer(
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     ids = prompt_tokens(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
 
-    def generate(hook) -> list[int]:
+    def generate(hook: "LatentHook | None") -> list[int]:
         with hooked(model, [] if hook is None else [(hookpoint, hook)]):
             return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
 
@@ -111,33 +118,39 @@ def steer(
             )
     amount = 0.0 if mode == "remove" else strength * unit
     steered = generate(LatentHook(sae, latent, mode, amount, ids.shape[1] - 1 if positions == "new" else 0))
-    texts = [tokenizer.decode(found, skip_special_tokens=True) for found in (plain, steered)]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (plain, steered)]
     return Steered(prompt, *texts, plain, steered, latent, mode, amount)
 
 
 class LatentHook:
-    """A hook, for [`hooked`], that changes one latent in the hidden states that pass, or only watches it.
+    """A hook for [`hooked`] that changes one latent in the hidden states, or only records its largest value.
 
     Args:
-        sae ([`SAEModel`]): Which the latent belongs to.
-        latent (`int`): Its place.
-        mode (`str`, *optional*): One of `MODES`; `None` only watches.
-        amount (`float`, *optional*, defaults to 0.0): See [`steer`]; in units of the latent's value.
-        start (`int`, *optional*, defaults to 0): Positions before this one are left as they are.
+        sae ([`SAEModel`]): The SAE.
+        latent (`int`): Position of the latent in the SAE.
+        mode (`str`, *optional*): One of `MODES`; `None` changes nothing.
+        amount (`float`, *optional*, defaults to 0.0): Value to add or to set, in units of the latent's activation.
+        start (`int`, *optional*, defaults to 0): First position that is changed.
+
+    Attributes:
+        largest (`float`): Largest activation of the latent so far, before any change.
     """
 
-    def __init__(self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0):
+    def __init__(
+        self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0
+    ) -> None:
         self.sae, self.latent, self.mode, self.amount, self.start = sae, latent, mode, amount, start
         self.largest = 0.0
         row = sae.W_dec.detach()[latent].float()
         self.row = row / row_norms(row[None]) if sae.config.scale_by_decoder_norm else row
 
     @torch.no_grad()
-    def __call__(self, hookpoint: str, value) -> Tensor | None:
+    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
+        """Return changed hidden states in place of a module's output; `None` leaves the output as it is."""
         states = first_tensor(value)
         if states is None or states.ndim != 3:
             raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
-        # The prompt comes in one piece (again and again where the model keeps no cache), new tokens one by one.
+        # The prompt comes in one piece (in every step where the model has no cache), new tokens one by one.
         start = self.start if states.shape[1] > self.start else 0
         flat = states[:, start:].reshape(-1, states.shape[-1]).to(self.sae.W_enc)
         before = self._values(flat)
@@ -151,14 +164,14 @@ class LatentHook:
         _, norm = self.sae.normalized(flat)
         difference = (after - before)[:, None] * self.row.to(before)
         difference = difference if norm is None else difference * norm[1]
-        states = states.clone()  # what was there may be somebody else's residual stream too
+        states = states.clone()  # the same tensor may go on elsewhere as the residual stream
         part = states[:, start:]
         moved = part + difference.view(part.shape).to(part)
         states[:, start:] = torch.where(changed.view(*part.shape[:2], 1).to(part.device), moved, part)
         return states
 
     def _values(self, flat: Tensor) -> Tensor:
-        """The latent's value `(n,)` at inference."""
+        """Return the latent's values `(n,)` at inference."""
         training = self.sae.training
         self.sae.eval()
         try:
@@ -175,30 +188,30 @@ def _check_numbers(strength: float, unit: float | None, max_new_tokens: int, tem
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"Expected one or more new tokens, got `max_new_tokens` {max_new_tokens!r}.")
     if not _is_finite(temperature) or temperature < 0:
-        raise ValueError(f"Expected a temperature from 0 on, got {temperature!r}.")
+        raise ValueError(f"`temperature` must be a finite number of at least 0, got {temperature!r}.")
     if not isinstance(seed, Integral):
-        raise ValueError(f"`seed` is a whole number, got {seed!r}.")
+        raise ValueError(f"`seed` must be a whole number, got {seed!r}.")
     if not _is_finite(strength):
-        raise ValueError(f"`strength` is a finite number, got {strength!r}.")
+        raise ValueError(f"`strength` must be a finite number, got {strength!r}.")
     if unit is not None and not _is_finite(unit):
-        raise ValueError(f"`unit` is a finite number such as the latent's largest activation, got {unit!r}.")
+        raise ValueError(f"`unit` must be a finite number such as the latent's largest activation, got {unit!r}.")
     if unit is not None and not _is_finite(strength * unit):
         raise ValueError(f"`strength` times `unit` is too large: {strength!r} and {unit!r}.")
 
 
-def _is_finite(value) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def prompt_tokens(tokenizer, prompt: str, room: int) -> Tensor:
-    """The prompt's tokens `(1, S)`, begun as training text is but not ended."""
+def prompt_tokens(tokenizer: Any, prompt: str, room: int) -> Tensor:
+    """Return the prompt's tokens `(1, S)`, with the special tokens that begin a text but not those that end it."""
     if room < 1:
-        raise ValueError("`max_new_tokens` leaves no room for a prompt in what this model can read. Ask for fewer.")
+        raise ValueError("`max_new_tokens` leaves no room for a prompt in this model's context. Ask for fewer.")
     batch, left_out = read_text(tokenizer, prompt, room)
     if left_out:
         raise ValueError(
-            f"The prompt is {left_out} tokens too long: with the new ones the model can read {room} of it. Shorten "
-            "it, or ask for fewer new tokens."
+            f"The prompt is {left_out} tokens too long: beside the new tokens the model can read {room}. Shorten it, "
+            "or ask for fewer new tokens."
         )
     ids = batch.input_ids[0].tolist()
     text = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -208,15 +221,15 @@ def prompt_tokens(tokenizer, prompt: str, room: int) -> Tensor:
 
 
 def continued(
-    model: nn.Module, tokenizer, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
+    model: nn.Module, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
-    """The tokens with which the model goes on after `ids` `(1, S)`; drawn with `seed` unless the temperature is 0."""
+    """Return the model's continuation of `ids` `(1, S)`, sampled with `seed` unless the temperature is 0."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
-        found = model.generate(
+        tokens = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **options
         )
-    return found[0, ids.shape[1] :].tolist()
+    return tokens[0, ids.shape[1] :].tolist()

@@ -1,11 +1,13 @@
-"""A text as an SAE leaves it: what the language model loses on each token, and how it goes on.
+"""A text with its hidden states reconstructed by an SAE: the loss of each token, and the continuation.
 
 At the hookpoint the hidden states are replaced by their reconstructions, at every token but special ones and the
 first, which keep theirs as in the evaluation (see `evaluation.language_model`).
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +23,20 @@ from .continuation import continued, prompt_tokens
 
 @dataclass(frozen=True)
 class ReconstructedText:
-    """What reconstructions change of a text.
+    """A text's loss and continuation, with and without reconstructed hidden states.
 
     Args:
         tokens (`list[str]`): The text of each of the T tokens; text, not markup.
-        read (`Tensor` of shape `(T,)`): bool; where hidden states were replaced.
-        loss (`Tensor` of shape `(T,)`), spliced_loss (`Tensor` of shape `(T,)`): Cross-entropy of each token in nats,
-            of the model as it is and with reconstructions; NaN where it is not predicted from a replaced state.
+        read (`Tensor` of shape `(T,)`): bool; `True` where hidden states were replaced.
+        loss (`Tensor` of shape `(T,)`): Cross-entropy of each token in nats, of the unchanged model; NaN where the
+            token is not predicted from a replaced state.
+        spliced_loss (`Tensor` of shape `(T,)`): The same cross-entropy with reconstructions.
         fvu (`float`, *optional*): Squared error of the reconstructions over the variance of the text's hidden states;
-            `None` with fewer than two.
-        l0 (`float`): Latents that fire per token; 0 where no token is read.
-        left_out (`int`): Tokens at the end of the text that were too many.
-        plain (`str`), spliced (`str`): How the model goes on, as it is and with reconstructions.
+            `None` with fewer than two of them.
+        l0 (`float`): Mean number of latents that fire on a token; 0 where no token is read.
+        left_out (`int`): Number of tokens cut off at the end of the text.
+        plain (`str`): Continuation of the unchanged model.
+        spliced (`str`): Continuation with reconstructions.
     """
 
     tokens: list[str]
@@ -50,28 +54,25 @@ class ReconstructedText:
 def reconstruct_text(
     sae: SAEModel,
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     text: str,
     width: int | None = None,
     hookpoint: str | None = None,
     max_new_tokens: int = 20,
     max_tokens: int = 512,
 ) -> ReconstructedText:
-    """Read a text with its hidden states reconstructed, and let the model go on.
+    """Replace a text's hidden states by their reconstructions; return the loss of each token and the continuation.
 
     Args:
-        sae ([`SAEModel`]): Used as it is at inference.
+        sae ([`SAEModel`]): The SAE, encoded as at inference.
         model (`nn.Module`): A causal language model, in `eval` mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The language model's tokenizer.
         text (`str`): Any text.
-        width (`int`, *optional*): Only the first `width` latents, encoded alone.
-        hookpoint (`str`, *optional*): Where; by default what the SAE's config says.
-        max_new_tokens (`int`, *optional*, defaults to 20): Length of the continuations, at most; 0 for none.
-        max_tokens (`int`, *optional*, defaults to 512): A longer text is cut there; `left_out` says so. It is cut
-            further where the model could not read it with the new tokens.
-
-    Returns:
-        [`ReconstructedText`].
+        width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
+        hookpoint (`str`, *optional*): Module whose output is replaced; by default the one in the SAE's config.
+        max_new_tokens (`int`, *optional*, defaults to 20): Largest number of new tokens; 0 for no continuation.
+        max_tokens (`int`, *optional*, defaults to 512): A text with more tokens is cut off there, and `left_out` says
+            so. It is cut earlier where the model could not read it together with the new tokens.
 
     Raises:
         `ValueError`: if the text is empty, or the model predicts no next tokens or has no such hookpoint.
@@ -79,7 +80,7 @@ def reconstruct_text(
     if max_tokens < 1 or max_new_tokens < 0:
         raise ValueError(f"Expected `max_tokens` >= 1 and `max_new_tokens` >= 0, got {max_tokens}, {max_new_tokens}.")
     if max_new_tokens and not model.can_generate():
-        raise ValueError(f"{type(model).__name__} continues no text: a causal language model is needed.")
+        raise ValueError(f"{type(model).__name__} generates no text: a causal language model is needed.")
     sae = sae if width is None else sae.truncate(width)
     sae = copy.deepcopy(sae).eval() if sae.training else sae
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
@@ -111,31 +112,31 @@ def reconstruct_text(
     )
 
 
-def _reconstruction(sae: SAEModel):
+def _reconstruction(sae: SAEModel) -> Callable[[Tensor], Tensor]:
     return lambda x: sae(x.to(sae.W_enc)).reconstruction.to(x)
 
 
-def _losses(model: nn.Module, batch: TokenBatch, hookpoint: str, replace) -> Tensor:
-    """Cross-entropy `(T,)` of each token that a replaced position predicts, NaN elsewhere."""
+def _losses(model: nn.Module, batch: TokenBatch, hookpoint: str, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Compute the cross-entropy `(T,)` of each token that a replaced position predicts, NaN elsewhere."""
     logits, targets = spliced_logits(model, batch, hookpoint, replace)
-    found = torch.full((batch.input_ids.shape[1],), torch.nan)
+    losses = torch.full((batch.input_ids.shape[1],), torch.nan)
     places = batch.keep[0, :-1].nonzero().flatten().cpu() + 1
-    found[places] = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
-    return found
+    losses[places] = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
+    return losses
 
 
 class _Reconstructing:
-    """Replaces hidden states while text is generated: those of the prompt that are read, and every new one."""
+    """A hook that replaces hidden states while text is generated: at the prompt's kept positions and every new one."""
 
-    def __init__(self, replace, keep: Tensor):
+    def __init__(self, replace: Callable[[Tensor], Tensor], keep: Tensor) -> None:
         self.replace, self.keep, self.started = replace, keep, False
 
-    def __call__(self, hookpoint: str, value) -> Tensor | None:
+    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
         states = first_tensor(value)
         if states is None or states.ndim != 3:
             raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
         keep = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        # The prompt comes in one piece (again and again where the model keeps no cache), new tokens one by one.
+        # The prompt comes in one piece (in every step where the model has no cache), new tokens one by one.
         if not self.started or states.shape[1] > 1:
             keep[:, : self.keep.shape[1]] = self.keep.to(keep.device)
         self.started = True
@@ -144,5 +145,5 @@ class _Reconstructing:
         return states
 
 
-def _text(tokenizer, ids: list[int]) -> str:
+def _text(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What an SAE is worth, one folder for each question, on top of all that measures, ranks, trains and reads."""
+"""Studies of what an SAE is worth, one folder for each question."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`matryoshka-sae evaluate`: its arguments, read and checked before anything heavy is imported."""
+"""`matryoshka-sae evaluate`: read and check its arguments before anything heavy is imported."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from ..common.data_source import EMBEDDED, DatasetConfig, local_files
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the evaluation from command-line arguments; returns the exit status."""
+    """Run `matryoshka-sae evaluate` and return the exit status."""
     parsed = _parser().parse_args(arguments)
     return exit_status(lambda: _run(parsed))
 

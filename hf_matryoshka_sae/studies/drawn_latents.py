@@ -1,4 +1,4 @@
-"""Scores of some latents as scores of every prefix, beside dictionaries that nobody trained.
+"""Estimate the scores of every prefix from some of its latents, beside untrained dictionaries.
 
 Latents are drawn from each group that a width adds, and a width's score is the mean over its latents, estimated by
 groups: sum over groups of (eligible latents in the group) * (mean of those drawn) / (eligible latents). Intervals span
@@ -29,14 +29,14 @@ RANDOM, NEURONS = "random", "neurons"
 def with_baselines(
     saes: Mapping[str, SAEModel] | SAEModel, data: HeldOut, widths: Sequence[int] | None, baselines: bool, seed: int
 ) -> dict[str, tuple[SAEModel, list[int]]]:
-    """SAEs with their widths, each followed by a random dictionary of its shape, and the neurons last.
+    """Return SAEs with their widths, each followed by a random dictionary of its shape, and the neurons last.
 
     Args:
-        saes (`Mapping[str, SAEModel]`, or one [`SAEModel`]): By name; of one hookpoint.
-        data ([`HeldOut`]): What random dictionaries are calibrated on, and whose neurons.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
-        baselines (`bool`): Whether there are any.
-        seed (`int`): Of the random directions.
+        saes (`Mapping[str, SAEModel]`, or one [`SAEModel`]): SAEs of one hookpoint, by name.
+        data ([`HeldOut`]): Data on which random dictionaries are calibrated, and whose neurons are taken.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default each SAE's prefix widths.
+        baselines (`bool`): Whether to add random dictionaries and neurons.
+        seed (`int`): Seed of the random directions.
 
     Raises:
         `ValueError`: if there is no SAE, one whose weights are not finite, or widths that one does not have.
@@ -46,7 +46,7 @@ def with_baselines(
         raise ValueError("Name at least one SAE.")
     for name, sae in saes.items():
         if not isinstance(sae, SAEModel):
-            raise ValueError(f"What is measured must be SAEs; `{name}` is a {type(sae).__name__}.")
+            raise ValueError(f"Expected SAEs; `{name}` is a {type(sae).__name__}.")
         if not all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values()):
             raise ValueError(f"The weights of `{name}` are not all finite: it is damaged, or its training diverged.")
     subjects: dict[str, tuple[SAEModel, list[int]]] = {}
@@ -68,12 +68,19 @@ def checked_dictionaries(
     selection: str,
     kind: type[Dictionary] = Dictionary,
 ) -> dict[str, Dictionary]:
-    """Subjects by name as dictionaries of one kind, on the data's device; widths and selection are those of SAEs.
+    """Return subjects by name as dictionaries of one kind, on the data's device.
+
+    Args:
+        data ([`HeldOut`]): Data whose device the dictionaries get.
+        subjects (`Mapping[str, Dictionary or SAEModel]`, or one [`SAEModel`]): SAEs or dictionaries, by name.
+        widths (`Sequence[int]`, *optional*): Widths of subjects that are SAEs; by default their prefix widths.
+        selection (`str`): Selection of subjects that are SAEs.
+        kind (`type`, *optional*, defaults to [`Dictionary`]): Class of the dictionaries.
 
     Raises:
         `ValueError`: if there is none, or one that is neither an SAE nor a [`Dictionary`].
     """
-    found = {}
+    dictionaries = {}
     for name, subject in (subjects if isinstance(subjects, Mapping) else {"sae": subjects}).items():
         if isinstance(subject, SAEModel):
             subject = kind(subject, widths, selection)
@@ -82,51 +89,51 @@ def checked_dictionaries(
         elif not isinstance(subject, kind):
             subject = kind(subject.sae, subject.widths, subject.selection)
         subject.sae.to(data.device)
-        found[name] = subject
-    if not found:
+        dictionaries[name] = subject
+    if not dictionaries:
         raise ValueError("There is no dictionary to measure: `subjects` is empty.")
-    return found
+    return dictionaries
 
 
 def random_dictionaries(dictionaries: Mapping[str, Dictionary], data: HeldOut, seed: int) -> dict[str, Dictionary]:
-    """For each dictionary one of its kind with random directions that fires as often on the data."""
-    found = {}
+    """Return for each dictionary one of its kind with random directions that fires as often on the data."""
+    by_name = {}
     for name, one in dictionaries.items():
         random = random_dictionary(one.sae, data, one.widths, seed=seed)
-        found[f"{RANDOM} ({name})"] = type(one)(random, one.widths, one.selection)
-    return found
+        by_name[f"{RANDOM} ({name})"] = type(one)(random, one.widths, one.selection)
+    return by_name
 
 
 def kind_of(name: str) -> str:
-    """`dictionary`, `random` or `neurons`, by the names that baselines are given here."""
+    """Return `dictionary`, `random` or `neurons`, by the names that baselines have in this module."""
     return NEURONS if name == NEURONS else RANDOM if name.startswith(f"{RANDOM} (") else "dictionary"
 
 
 def as_records(rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Records of a [`Report`] from rows by name."""
+    """Return the records of a [`Report`] from rows by name of the subject."""
     return [{"subject": name, "kind": kind_of(name), **row} for name, of_name in rows.items() for row in of_name]
 
 
 def firing_counts(sae: SAEModel, data: HeldOut) -> np.ndarray:
-    """On how many tokens each latent fires, `(F,)`; every process reads all of the text."""
+    """Count the tokens on which each latent fires, `(F,)`; every process reads all of the text."""
     states = (data.states(batch.to(data.device)) for batch in data.batches)
     return firings_of(sae, states).fired.cpu().numpy()
 
 
 def mean_l0(sae: SAEModel, data: HeldOut) -> float:
-    """How many latents fire per token; every process reads all of the text."""
+    """Return the mean number of latents that fire on a token; every process reads all of the text."""
     return float(firing_counts(sae, data).sum() / data.tokens)
 
 
 @torch.no_grad()
 def neuron_dictionary(data: HeldOut, k: int) -> TopKSAE:
-    """The dimensions of the hidden states as a dictionary: of each token the k that differ most from their mean.
+    """Return the dimensions of the hidden states as an SAE: the k of each token that differ most from their mean.
 
-    Latent d is dimension d above its mean, latent D + d the same below it; decoder rows are unit vectors.
+    Latent d is dimension d above its mean, latent D + d the same dimension below it; decoder rows are unit vectors.
 
     Args:
-        data ([`HeldOut`]): Whose hidden states.
-        k (`int`): Dimensions per token; at most D.
+        data ([`HeldOut`]): Data whose hidden states give the mean.
+        k (`int`): Number of dimensions per token; at most D.
     """
     total, count = None, 0
     for batch in data.batches:
@@ -134,7 +141,7 @@ def neuron_dictionary(data: HeldOut, k: int) -> TopKSAE:
         total = states.sum(0) if total is None else total + states.sum(0)
         count += len(states)
     if total is None:
-        raise ValueError("There are no hidden states to take neurons from.")
+        raise ValueError("The data has no hidden states to take neurons from. Pass data with at least one batch.")
     d_in = len(total)
     config = TopKSAEConfig(d_in=d_in, num_latents=2 * d_in, k=min(k, d_in), hookpoint=data.hookpoint)
     sae = TopKSAE(config).eval()
@@ -151,9 +158,9 @@ class DrawnLatents:
     """Latents drawn from each group between two widths.
 
     Args:
-        widths (`list[int]`): Where groups end.
-        groups (`list[list[int]]`): The latents drawn from each.
-        eligible (`list[int]`): From how many.
+        widths (`list[int]`): Widths at which the groups end.
+        groups (`list[list[int]]`): Latents drawn from each group.
+        eligible (`list[int]`): Number of eligible latents in each group.
     """
 
     widths: list[int]
@@ -166,25 +173,26 @@ class DrawnLatents:
         generator = np.random.default_rng(seed)
         groups, counts = [], []
         for start, stop in zip([0, *widths[:-1]], widths, strict=True):
-            found = np.flatnonzero(eligible[start:stop]) + start
-            groups.append(sorted(generator.permutation(found)[:per_group].tolist()))
-            counts.append(len(found))
+            members = np.flatnonzero(eligible[start:stop]) + start
+            groups.append(sorted(generator.permutation(members)[:per_group].tolist()))
+            counts.append(len(members))
         return cls(widths, groups, counts)
 
     @property
     def latents(self) -> list[int]:
-        """All of them, in order."""
+        """Latents of all groups, in order."""
         return [latent for group in self.groups for latent in group]
 
     def rows(
         self, values: Mapping[int, Sequence[float]], names: Sequence[str], resamples: int, seed: int
     ) -> list[dict[str, float | int | list[float] | None]]:
-        """A row for each width, from the groups below it.
+        """Return a row for each width, estimated from the groups below it.
 
         Args:
-            values (`Mapping[int, Sequence[float]]`): By latent its scores, S of them.
-            names (`Sequence[str]`): What they are called.
-            resamples (`int`), seed (`int`): Of the intervals.
+            values (`Mapping[int, Sequence[float]]`): The S scores of each latent.
+            names (`Sequence[str]`): Names of the S scores.
+            resamples (`int`): Number of bootstrap resamples of the intervals.
+            seed (`int`): Seed of the bootstrap.
 
         Returns:
             `list[dict]`: `width`, `latents` (drawn), `explainable` (share that is eligible), each score's mean by its
@@ -203,7 +211,7 @@ class DrawnLatents:
             scores = np.tensordot(weights, means[:number], 1)
             intervals = middle_95(np.tensordot(weights, samples[:number], 1))
             if any(len(group) == 1 < count for group, count in zip(self.groups[:number], self.eligible, strict=False)):
-                intervals = [None] * size  # how much one latent stands for others cannot be told
+                intervals = [None] * size  # a single latent says nothing about the spread of its group
             rows.append(
                 {
                     "width": width,

@@ -1,4 +1,4 @@
-"""What `matryoshka-sae evaluate` does: saved SAEs on held-out text, at every width, beside their baselines."""
+"""Run `matryoshka-sae evaluate`: measure saved SAEs on held-out text, at every width, beside their baselines."""
 
 import argparse
 import sys
@@ -28,21 +28,21 @@ from .suite.sections import SECTIONS
 
 
 def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Measure what the arguments name, print the tables and write the reports."""
+    """Measure the SAEs that the arguments name, print the tables and write the reports."""
     scaling = None if parsed.lm_exponent is None else LossScaling(parsed.lm_exponent, parsed.lm_irreducible)
     labelled = [_labelled(parsed)] if parsed.labelled else []
     judge = open_judge(parsed.judge)
     groups, folder = open_saes(parsed.sae, parsed.subfolder, parsed.model, parsed.hookpoint)
     output = Path(parsed.output_dir) if parsed.output_dir else folder or Path("runs/evaluate")
     if judge is not None and accelerator.is_main_process:
-        greet(judge, output / FOLDER / "answers.jsonl")  # it may not be there, and its turn comes late
-    opened: dict[str, HeldOut] = {}
+        greet(judge, output / FOLDER / "answers.jsonl")  # a judge that cannot be reached shall fail now, not in hours
+    heldout: dict[str, HeldOut] = {}
     results, places = [], []
     for (model, hookpoint), group in groups.items():
-        if model not in opened:
-            opened = {model: _open(parsed, model, hookpoint, accelerator.device)}  # one language model at a time
-        (place,) = resolve_hookpoints(opened[model].model, [hookpoint])
-        data = replace(opened[model], hookpoint=place)
+        if model not in heldout:
+            heldout = {model: _open(parsed, model, hookpoint, accelerator.device)}  # one language model at a time
+        (place,) = resolve_hookpoints(heldout[model].model, [hookpoint])
+        data = replace(heldout[model], hookpoint=place)
         about = {"model": model, "dataset": parsed.dataset or EMBEDDED}
         if parsed.suite == "core":
             result = evaluate(data, group, parsed.widths, parsed.selection, not parsed.no_baselines, scaling)
@@ -66,7 +66,7 @@ def _labelled(parsed: argparse.Namespace) -> LabelledTask:
 
 
 def _suite(parsed: argparse.Namespace, bench: Bench, about: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Everything about the SAEs of one place."""
+    """Measure all sections for the SAEs of one hookpoint."""
     options = ("widths", "selection", "tokens", "context_length", "split", "column", "labelled", "label", "seed")
     law = ("lm_exponent", "lm_irreducible", "minutes", "judge", "prompts")
     key = {name: getattr(parsed, name) for name in (*options, *law)}
@@ -97,7 +97,7 @@ def _open(parsed: argparse.Namespace, model: str, hookpoint: str, device: torch.
 
 def _write(results: list[dict[str, Any]], folder: Path) -> None:
     write_json(folder / "evaluation.json", {"about": ABOUT_ALL, "results": results})
-    drawn = [result | {"saes": {k: v for k, v in result["saes"].items() if k != IDENTITY}} for result in results]
-    plot(drawn, folder / "evaluation.png")
+    curves = [result | {"saes": {k: v for k, v in result["saes"].items() if k != IDENTITY}} for result in results]
+    plot(curves, folder / "evaluation.png")
     sys.stdout.write(f"{table(results)}\n\n{details(results)}\n")
     sys.stdout.write(f"Saved {folder / 'evaluation.json'} and {folder / 'evaluation.png'}\n")

@@ -275,7 +275,7 @@ def test_a_commit_of_another_in_between_is_not_overwritten(hub, tmp_path):
             hub.add(REPO, {"notes.txt": b"mine"})
 
     hub.watch(meddle)
-    with pytest.raises(ValueError, match="another commit meanwhile; nothing was changed"):
+    with pytest.raises(ValueError, match="another commit during the push; nothing was changed"):
         push(tmp_path / "run")
     push(tmp_path / "run")
     assert {"notes.txt", "layers.0/statistics.safetensors"} <= set(hub.files(REPO))

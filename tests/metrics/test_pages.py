@@ -93,7 +93,7 @@ def test_a_bad_upload_is_a_message(pages, arrays):
         ((files["x.npy"], "", None, "1 2", "8", "0.1"), "of that shape at each width"),
         ((files["x.npy"], "", [files["both.npy"]], "", "8", "0.1"), "2 strictly increasing numbers"),
         ((files["x.npy"], "", [files["both.npy"]], "", "8, 8.5", "0.1"), "whole numbers"),
-        ((files["x.npy"], "", [files["both.npy"]], "", "", "0.1"), "Name the widths"),
+        ((files["x.npy"], "", [files["both.npy"]], "", "", "0.1"), "Enter the widths"),
         ((files["x.npy"], "", [files["both.npy"], files["x.npy"]], "", "8, 9", "0.1"), "the same shape"),
     ]:
         with pytest.raises(gr.Error, match=message):
@@ -112,9 +112,9 @@ def test_what_is_no_array_is_named(tmp_path):
         read_array(None, "a,b\n1,2", "hidden states")
     with pytest.raises(ValueError, match="Upload or paste the reconstructions"):
         read_arrays(None, " \n", "reconstructions")
-    with pytest.raises(ValueError, match=r"to_dict\(\) gives"):
+    with pytest.raises(ValueError, match=r"result of ReconstructionSums.to_dict"):
         read_statistics(None, "[1]")
-    with pytest.raises(ValueError, match="must be numbers between commas"):
+    with pytest.raises(ValueError, match="must be numbers separated by commas"):
         read_numbers("1, x", "widths")
 
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_read_is_said(lm, sae):
     ]:
         with pytest.raises(ValueError, match=message):
             reconstruct_text(sae, *lm, **({"text": TEXT} | options))
-    with pytest.raises(ValueError, match="continues no text"):
+    with pytest.raises(ValueError, match="generates no text"):
         reconstruct_text(sae, model.model, tokenizer, TEXT, hookpoint="layers.1")
     with pytest.raises(ValueError, match="no language-model head"):
         reconstruct_text(sae, model.model, tokenizer, TEXT, hookpoint="layers.1", max_new_tokens=0)

@@ -1,1 +1,1 @@
-"""The feature index of an SAE: what each latent fires on, promotes and is near to, kept beside the weights."""
+"""The feature index of an SAE, kept beside its weights: what each latent fires on, promotes and resembles."""

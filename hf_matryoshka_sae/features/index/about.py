@@ -1,4 +1,4 @@
-"""`index.json`, read and checked: an index that says too little of itself is refused when it is opened."""
+"""Read and check `index.json`: an index that lacks needed fields is refused when it is opened."""
 
 import json
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any
 from .layout import CONTEXTS, FORMAT, LATENTS
 
 
-def read_about(path: Path, source) -> dict[str, Any]:
-    """What an index is of.
+def read_about(path: Path, source: Any) -> dict[str, Any]:
+    """Read the description of an index.
 
     Args:
-        path (`Path`): Of `index.json`.
-        source: Where the index was looked for, for the message.
+        path (`Path`): The file `index.json`.
+        source: Folder or repository in which the index was looked for, for the message.
 
     Raises:
         `ValueError`: if there is no finished index, it is damaged, or of another format.
@@ -24,11 +24,11 @@ def read_about(path: Path, source) -> dict[str, Any]:
         )
     try:
         about = json.loads(path.read_text())
-        done = about["done"] and about["format"]
+        format_name = about["done"] and about["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): damaged. Build the index anew.") from error
-    if done != FORMAT:
-        raise ValueError(f"{path} is no finished index of format {FORMAT!r}, but of {about['format']!r}.")
+        raise ValueError(f"{path} is damaged ({error!r}). Build or download the index again.") from error
+    if format_name != FORMAT:
+        raise ValueError(f"Expected a finished index of format {FORMAT!r} in {path}, got {about['format']!r}.")
     for name, fits in _FIELDS.items():
         if not fits(about.get(name)):
             raise ValueError(
@@ -38,19 +38,19 @@ def read_about(path: Path, source) -> dict[str, Any]:
     return about
 
 
-def _is_count(value) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_sizes(value) -> bool:
+def _is_sizes(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_count(value.get(name)) for name in (LATENTS, CONTEXTS))
 
 
-def _are_probabilities(value) -> bool:
+def _are_probabilities(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, (int, float)) and 0 <= one <= 1 for one in value)
 
 
-# What is relied on, here and where indices are shown
+# Fields that this package relies on, in this room and in the Space
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "num_latents": lambda value: _is_count(value) and value > 0,
     "tokens": _is_count,

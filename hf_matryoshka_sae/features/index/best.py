@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 MOST_POSITIONS = 2**32
-"""Positions have 32 bits of a key."""
+"""Number of positions that a key can hold: 32 bits of it."""
 
 
 def value_keys(values: Tensor, positions: Tensor) -> Tensor:
-    """Keys by which larger activations win. (The bits of positive float32 numbers are in their order.)"""
+    """Return keys by which larger activations win; the bits of positive float32 numbers sort as the numbers do."""
     bits = values.float().contiguous().view(torch.int32).long()
     return (bits << 32) | (MOST_POSITIONS - 1 - positions)
 
 
 def random_keys(positions: Tensor, seed: int) -> Tensor:
-    """Keys by which a random sample wins: a hash of the position and the seed (the finaliser of splitmix64)."""
+    """Return keys by which a random sample wins: hashes of position and seed (the finaliser of splitmix64)."""
     mixed = positions + ((seed + 1) * 0x1E3779B97F4A7C15 & (2**63 - 1))
     for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
@@ -31,32 +31,32 @@ def random_keys(positions: Tensor, seed: int) -> Tensor:
 
 
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """Shifted right, with zeros coming in."""
+    """Shift right and fill with zeros; `>>` alone would fill with the sign."""
     return (numbers >> bits) & (2 ** (64 - bits) - 1)
 
 
 def key_values(keys: Tensor) -> Tensor:
-    """The activations of [`value_keys`]."""
+    """Return the activations in keys of [`value_keys`]."""
     return (keys >> 32).int().view(torch.float32)
 
 
 def key_positions(keys: Tensor) -> Tensor:
-    """The positions of either kind of key."""
+    """Return the positions in keys of either kind."""
     return MOST_POSITIONS - 1 - (keys & (MOST_POSITIONS - 1))
 
 
 class Best:
-    """The K largest keys of each latent, with what belongs to each entry.
+    """The K largest keys of each latent, with a payload for each entry.
 
     Args:
-        num_latents (`int`): F.
-        count (`int`): K.
-        payload (`dict[str, tuple[int, torch.dtype]]`, *optional*): Width and type of what goes with an entry.
-        device (`torch.device`, *optional*): Where they are.
+        num_latents (`int`): Number F of latents.
+        count (`int`): Number K of entries of a latent.
+        payload (`dict[str, tuple[int, torch.dtype]]`, *optional*): Width and type of the payload tensors, by name.
+        device (`torch.device`, *optional*): Device of the tensors.
 
     Attributes:
-        keys (`Tensor` of shape `(F, K)`): int64, in no order; -1 where a place is free.
-        payload (`dict[str, Tensor]`): `(F, K, width)` each.
+        keys (`Tensor` of shape `(F, K)`): Keys, int64, in no order; -1 where a place is free.
+        payload (`dict[str, Tensor]`): Payload tensors `(F, K, width)`, by name.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Best:
         count: int,
         payload: dict[str, tuple[int, torch.dtype]] | None = None,
         device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         self.keys = torch.full((num_latents, count), -1, dtype=torch.int64, device=device)
         self._limit = self.keys.new_full((num_latents,), -1)
         self.payload = {
@@ -74,17 +74,18 @@ class Best:
         }
 
     def passing(self, cols: Tensor, keys: Tensor) -> Tensor:
-        """Which candidates `(C,)` have a chance: those above the smallest key of a latent that has K already."""
+        """Return the candidates of `(C,)` that may enter: those above the smallest key of a latent that has K."""
         return (keys > self._limit[cols]).nonzero().squeeze(1)
 
     def take(self, cols: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Put candidates that belong to the K largest into places; write their payload to the same.
+        """Give the candidates among the K largest keys a place; [`write`] their payload there afterwards.
 
         Args:
-            cols (`Tensor` of shape `(C,)`), keys (`Tensor` of shape `(C,)`): Latent and key of each candidate.
+            cols (`Tensor` of shape `(C,)`): Latent of each candidate.
+            keys (`Tensor` of shape `(C,)`): Key of each candidate.
 
         Returns:
-            Which candidates were taken, and their places among K.
+            `tuple[Tensor, Tensor]`: Indices of the candidates that entered, and their places among the K.
         """
         count = self.keys.shape[1]
         order = keys.argsort(descending=True)
@@ -99,44 +100,46 @@ class Best:
         cut = torch.cat([old, new], 1).topk(count, dim=1, sorted=False).values.amin(1)
         free = (old < cut[:, None]) | (old < 0)
         places = (~free).to(torch.uint8).argsort(dim=1, stable=True)  # free places first
-        taken = (keys[order] >= cut[row]).nonzero().squeeze(1)
-        order, row, rank = order[taken], row[taken], rank[taken]
+        chosen = (keys[order] >= cut[row]).nonzero().squeeze(1)
+        order, row, rank = order[chosen], row[chosen], rank[chosen]
         place = places[row, rank]
         self.keys[latents[row], place] = keys[order]
         self._limit[latents] = self.keys[latents].amin(1)
         return order, place
 
     def write(self, cols: Tensor, places: Tensor, **payload: Tensor) -> None:
-        """What belongs to the entries of some latents and places."""
+        """Write the payload of entries, given by latents and places."""
         for name, rows in payload.items():
             self.payload[name][cols, places] = rows.to(self.payload[name].dtype)
 
     def in_order(self) -> "Best":
-        """The same with the largest key first, so that nothing tells in which order entries came."""
+        """Return the entries with the largest key first, so that they do not depend on the order of arrival."""
         order = self.keys.argsort(dim=1, descending=True)
-        found = Best(*self.keys.shape, device=self.keys.device)
-        found.keys = self.keys.gather(1, order)
-        found._limit = self._limit
-        found.payload = {name: rows.gather(1, order[..., None].expand_as(rows)) for name, rows in self.payload.items()}
-        return found
+        ordered = Best(*self.keys.shape, device=self.keys.device)
+        ordered.keys = self.keys.gather(1, order)
+        ordered._limit = self._limit
+        ordered.payload = {
+            name: rows.gather(1, order[..., None].expand_as(rows)) for name, rows in self.payload.items()
+        }
+        return ordered
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
+        """Return the tensors by name."""
         return {"keys": self.keys, **self.payload}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
+        """Copy a state into these tensors."""
         self.keys.copy_(state["keys"])
         self._limit = self.keys.amin(1)
         for name, rows in self.payload.items():
             rows.copy_(state[name])
 
     def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's."""
+        """Add the entries of another process."""
         device = self.keys.device
         cols, places = (state["keys"] >= 0).nonzero(as_tuple=True)
         if not len(cols):
             return
-        taken, place = self.take(cols.to(device), state["keys"][cols, places].to(device))
-        cols, places = cols[taken.cpu()], places[taken.cpu()]
+        chosen, place = self.take(cols.to(device), state["keys"][cols, places].to(device))
+        cols, places = cols[chosen.cpu()], places[chosen.cpu()]
         self.write(cols.to(device), place, **{name: state[name][cols, places].to(device) for name in self.payload})

@@ -1,4 +1,4 @@
-"""`build_index`: one pass over text, from which every latent's page is made."""
+"""`build_index`: build a feature index in one pass over text."""
 
 import importlib.metadata
 import logging
@@ -45,6 +45,7 @@ from .windows import NumberedWindows, Position, fired_in, harvested
 logger = logging.getLogger(__name__)
 
 _BUILDING = ".building"
+_LIBRARIES = ("hf_matryoshka_sae", "torch", "transformers")
 
 
 def build_index(
@@ -67,38 +68,37 @@ def build_index(
     device: str | torch.device | None = None,
     show: bool = True,
 ) -> FeatureIndex:
-    """Build the feature index of an SAE: what each latent fires on, what it does, and what is near it.
+    """Build the feature index of an SAE: what each latent fires on, what it does, and which latents are near it.
 
     One pass over the text. Memory depends on the SAE and on `sizes`, not on `tokens`. Under `torch.distributed` each
-    process takes its share and all get the index that one process would build. A build that was cut short is
-    continued by the same call, and an index that is there already, built with the same arguments from the same text,
-    is opened. Ctrl-C keeps what was done.
+    process takes its share, and every process returns the index that one process would build. The same call continues
+    a build that was interrupted, also by Ctrl-C, and opens an index that was built with the same arguments before.
 
     Args:
         sae ([`SAEModel`], `str` or `os.PathLike`): An SAE, its folder, or its Hub id.
         model (`str`, `os.PathLike` or `nn.Module`, *optional*): The language model: Hub id, folder, `"embedded"` or a
-            transformers model; by default what the SAE names.
+            transformers model; by default the one that the SAE names.
         dataset (`str`, `dict`, [`DatasetConfig`] or `list[str]`, *optional*): Text, as in a run's YAML; by default the
             embedded text.
-        tokens (`int`, *optional*, defaults to 1,000,000): Positions to look at.
-        output_dir (`str` or `os.PathLike`, *optional*): Folder in which `features/` is made; by default the SAE's.
-        hookpoint (`str`, *optional*): Where the SAE reads; by default what it names.
-        tokenizer (*optional*): By default the one that comes with the model.
-        context_length (`int`, *optional*, defaults to 128), lm_batch_size (`int`, *optional*, defaults to 32): Tokens
-            in a window that the language model sees, and windows in a batch.
+        tokens (`int`, *optional*, defaults to 1,000,000): Number of kept positions to encode.
+        output_dir (`str` or `os.PathLike`, *optional*): Folder in which `features/` is created; by default the SAE's.
+        hookpoint (`str`, *optional*): Module whose hidden states the SAE reads; by default the one it names.
+        tokenizer (*optional*): The language model's tokenizer; by default the one that comes with the model.
+        context_length (`int`, *optional*, defaults to 128): Tokens in a window of text.
+        lm_batch_size (`int`, *optional*, defaults to 32): Windows in a batch of the language model.
         exclude (`str`, *optional*, defaults to `"special"`): Positions left out: `special`, `first` or `none`. How
             often a latent fires at the first position is counted in any case.
-        sizes ([`IndexSizes`], *optional*): How much is kept.
-        seed (`int`, *optional*, defaults to 0): Of the random samples.
-        tree (*optional*): Finds parents and children of latents; by default [`EdgeSums`] of an SAE with several prefix
-            widths, `False` for none.
-        resume (`bool`, *optional*, defaults to `True`): Continue; `False` starts over.
+        sizes ([`IndexSizes`], *optional*): Numbers of contexts, tokens and relations kept of each latent.
+        seed (`int`, *optional*, defaults to 0): Seed of the random samples.
+        tree ([`EdgeSums`] or `bool`, *optional*): Sums from which parents of latents are derived; by default
+            [`EdgeSums`] for an SAE with several prefix widths, `False` for none.
+        resume (`bool`, *optional*, defaults to `True`): Whether to continue an earlier build; `False` starts over.
         save_every (`int`, *optional*, defaults to 5,000,000): Tokens of a process between two saved states.
-        device (`str` or `torch.device`, *optional*): Where model and SAE run, where they are not given as modules.
-        show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+        device (`str` or `torch.device`, *optional*): Device of model and SAE, where they are not given as modules.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar in the main process.
 
     Returns:
-        [`FeatureIndex`].
+        [`FeatureIndex`]: The index, opened.
 
     Raises:
         `ValueError`: if the SAE, the model, its hookpoint or the text cannot be found, the index cannot be written,
@@ -114,10 +114,7 @@ def build_index(
     if tree is None and len(sae.prefix_widths) > 1:
         tree = EdgeSums(sae)
     tree = tree or None
-    if output_dir is None and folder is None:
-        raise ValueError("Name an `output_dir`: this SAE does not lie, as it is, in a folder it was loaded from.")
-    target = Path(output_dir if output_dir is not None else folder).expanduser() / FOLDER
-    check_target(target)
+    target = _target(output_dir, folder)
     name = str(model or sae.config.base_model or "") if not isinstance(model, nn.Module) else None
     place = hookpoint or sae.config.hookpoint
     if name == "" or place is None:
@@ -125,8 +122,7 @@ def build_index(
     lm, tokenizer = opened_model(model if name is None else name, tokenizer, device)
     (place,) = resolve_hookpoints(lm, [place])
     rank, world = processes()
-    if rank == 0:
-        _warn_of_another_place(sae, place)
+    _warn_of_another_place(sae, place, rank)
     dataset = as_config(dataset)
     about = {
         "num_latents": sae.config.num_latents,
@@ -144,48 +140,58 @@ def build_index(
         "sizes": asdict(sizes) | {"context_tokens": min(sizes.context_tokens, context_length)},
         "weights": weights_digest(sae),
         "probabilities": list(PROBABILITIES),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("hf_matryoshka_sae", "torch", "transformers")
-        },
+        "versions": dict(zip(_LIBRARIES, map(importlib.metadata.version, _LIBRARIES), strict=True)),
     }
-    # Of documents that need not end only the first are known: enough to continue, not to take an index for theirs.
+    # Of endless documents only the first are digested: enough to continue, not to call a finished index theirs.
     comparable = isinstance(dataset, (DatasetConfig, list))
     if resume and comparable and (finished := _finished(target, about)) is not None:
         return finished
     documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
     stream = TokenStream(documents, tokenizer, context_length, lm_batch_size, exclude=exclude, num_epochs=1)
     windows = NumberedWindows(stream, tokens, rank, world)
-    found = LatentPass(sae, sizes, context_length, seed, tree)
+    latent_pass = LatentPass(sae, sizes, context_length, seed, tree)
     states = States(target / _BUILDING, about, rank, world)
-    if resume and (position := states.load(found)) is not None:
+    if resume and (position := states.load(latent_pass)) is not None:
         windows.go_to(position)
     bar = tqdm(total=-(-tokens // world), desc="feature index", unit="tok", disable=rank != 0 or not show, leave=False)
-    done = Recorder(found, states, save_every, found.batches_at_once(lm_batch_size, context_length), bar)
-    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, done.kept_when_interrupted():
+    recorder = Recorder(
+        latent_pass, states, save_every, latent_pass.batches_at_once(lm_batch_size, context_length), bar
+    )
+    with bar, shared_cores(next(lm.parameters()).device, world) as overlapped, recorder.kept_when_interrupted():
         batches = _overlapping(fired_in(sae, _overlapping(harvested(windows, lm, place), overlapped)), overlapped)
         with closing(batches):
-            done.add(batches)
+            recorder.add(batches)
         if world > 1:
             end = Position(windows.position.batches, windows.position.tokens, windows.stream.state_dict())
-            states.save(found, end)
+            states.save(latent_pass, end)
             dist.barrier()
-            done.merge(states.of(other) for other in range(1, world) if rank == 0)
+            recorder.merge(map(states.of, range(1, world) if rank == 0 else ()))
         if tree is not None:
             tree.reduce()
         if rank == 0:
-            columns, why = latent_columns(sae, lm, found.sums, found.contexts, found.cofiring, sizes, tree)
+            columns, why = latent_columns(
+                sae, lm, latent_pass.sums, latent_pass.contexts, latent_pass.cofiring, sizes, tree
+            )
             logits = why or "final norm's gain included, biases left out"
-            contexts = context_tables(found.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
-            write_index(target, about | {"tokens": int(found.sums.tokens), "logits": logits}, columns, contexts)
+            contexts = context_tables(latent_pass.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
+            write_index(target, about | {"tokens": int(latent_pass.sums.tokens), "logits": logits}, columns, contexts)
             shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()
     return FeatureIndex.open(target)
 
 
-def _warn_of_another_place(sae: SAEModel, place: str) -> None:
+def _target(output_dir: str | os.PathLike | None, sae_folder: Path | None) -> Path:
+    if output_dir is None and sae_folder is None:
+        raise ValueError("Name an `output_dir`: this SAE does not lie, as it is, in a folder it was loaded from.")
+    target = Path(output_dir if output_dir is not None else sae_folder).expanduser() / FOLDER
+    check_target(target)
+    return target
+
+
+def _warn_of_another_place(sae: SAEModel, place: str, rank: int) -> None:
     own = sae.config.hookpoint
-    if own is not None and own.removesuffix(":output") != place:
+    if rank == 0 and own is not None and own.removesuffix(":output") != place:
         logger.warning(
             "This SAE reads '%s', as its config says, but the index is built at '%s': what its latents do there is "
             "not what they were trained to do.",
@@ -195,7 +201,7 @@ def _warn_of_another_place(sae: SAEModel, place: str) -> None:
 
 
 def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
-    """The index that is there, if it is of the same settings."""
+    """Open the index in the folder if it was built with the same settings; else return `None`."""
     if not target.is_dir():
         return None
     try:
@@ -209,5 +215,5 @@ def _finished(target: Path, about: dict[str, Any]) -> FeatureIndex | None:
 
 
 def _overlapping(batches: Generator, overlapped: bool) -> Generator:
-    """The same, in a thread of its own where there are cores for that."""
+    """Compute the batches in a thread of its own where there are cores for that."""
     return ahead(batches) if overlapped else batches

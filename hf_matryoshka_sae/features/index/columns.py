@@ -1,4 +1,4 @@
-"""From what a pass found to the columns of the index."""
+"""Compute the columns of the index from the sums of a pass."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +11,25 @@ from torch import Tensor, nn
 from ...models import SAEModel
 from ...progressive.statistics import nearest_latents
 from ..logits import logit_effects
+from ..sizes import IndexSizes
 from .best import Best, key_positions, key_values
 from .cofiring import TokenSample
 from .contexts import Contexts
+from .latent_pass import Tree
 from .layout import CONTEXT_SCHEMA, CONTEXTS, LATENTS_PER_GROUP, TOP, fingerprints, list_column
 from .sums import LatentSums
 
 
 def latent_columns(
-    sae: SAEModel, model: nn.Module, sums: LatentSums, contexts: Contexts, cofiring: TokenSample, sizes, tree
+    sae: SAEModel,
+    model: nn.Module,
+    sums: LatentSums,
+    contexts: Contexts,
+    cofiring: TokenSample,
+    sizes: IndexSizes,
+    tree: Tree | None,
 ) -> tuple[dict[str, Any], str | None]:
-    """Columns of `latents.parquet`, and why there are no logit effects where there are none."""
+    """Return the columns of `latents.parquet`, and why there are no logit effects (`None` where there are)."""
     firings, tokens = sums.firings(), int(sums.tokens)
     alive = firings.cpu().numpy() > 0
     largest = key_values(contexts.top.keys.amax(1).clamp(min=0))
@@ -48,23 +56,23 @@ def latent_columns(
 
 
 def _histograms(counts: Tensor) -> dict[str, Any]:
-    """Counts from the first bin of a latent that is not empty to the last, and where they begin."""
+    """Return each latent's counts from its first to its last filled bin, and the number of the first."""
     counts = counts.cpu().numpy()
     filled = counts > 0
     any_filled = filled.any(1)
     first = np.where(any_filled, filled.argmax(1), 0)
     end = np.where(any_filled, counts.shape[1] - filled[:, ::-1].argmax(1), 0)
     places = np.arange(counts.shape[1])
-    kept = (places >= first[:, None]) & (places < end[:, None])
-    return {"histogram_start": first.astype(np.int16), "histogram": list_column(counts, kept)}
+    inside = (places >= first[:, None]) & (places < end[:, None])
+    return {"histogram_start": first.astype(np.int16), "histogram": list_column(counts, inside)}
 
 
 def _cofiring(cofiring: TokenSample, count: int) -> dict[str, Any]:
     latents, rates = (part.cpu().numpy() for part in cofiring.strongest(count))
-    kept = latents >= 0
+    inside = latents >= 0
     return {
-        "cofiring": list_column(latents.astype(np.int32), kept),
-        "cofiring_rates": list_column(rates.astype(np.float32), kept),
+        "cofiring": list_column(latents.astype(np.int32), inside),
+        "cofiring_rates": list_column(rates.astype(np.float32), inside),
     }
 
 
@@ -96,8 +104,8 @@ def _logits(sae: SAEModel, model: nn.Module, count: int) -> tuple[dict[str, Any]
     return columns, None
 
 
-def _relations(tree, num_latents: int) -> dict[str, Any]:
-    """Parents, and the children of each latent in ascending order."""
+def _relations(tree: Tree | None, num_latents: int) -> dict[str, Any]:
+    """Return each latent's parent and its children in ascending order."""
     if tree is None:
         parents, scores = np.full(num_latents, -1), np.zeros(num_latents, np.float32)
     else:
@@ -114,7 +122,7 @@ def _relations(tree, num_latents: int) -> dict[str, Any]:
 
 
 def context_tables(contexts: Contexts, context_length: int, quantiles: int, each: int) -> Iterator[pa.Table]:
-    """The rows of `contexts.parquet`, a table for each row group."""
+    """Yield the rows of `contexts.parquet`, one table for each row group."""
     top, sample = contexts.top.in_order(), contexts.sample.in_order()
     number = _quantile_numbers(sample, quantiles, each)
     for start in range(0, len(top.keys), LATENTS_PER_GROUP[CONTEXTS]):
@@ -133,10 +141,10 @@ def context_tables(contexts: Contexts, context_length: int, quantiles: int, each
 
 
 def _quantile_numbers(sample: Best, quantiles: int, each: int) -> Tensor:
-    """Which quantile each sampled context stands for, `(F, R)`; -1 for those that are not shown.
+    """Return the quantile of each sampled context, `(F, R)`; -1 for those that are not kept.
 
     The sample of a latent is sorted by activation and cut into parts of equal size. Of each part the first few in
-    the order of the random keys are shown.
+    the order of the random keys are kept.
     """
     there = sample.keys >= 0
     peak = sample.payload["peak"].long()
@@ -151,7 +159,7 @@ def _quantile_numbers(sample: Best, quantiles: int, each: int) -> Tensor:
 
 
 def _rows(best: Best, start: int, kinds: Tensor, context_length: int) -> tuple[tuple[np.ndarray, ...], pa.Table]:
-    """Latent, kind and place of the entries that have a kind, and their columns."""
+    """Return latent, kind and place of the entries that have a kind, and their columns."""
     latents, places = (kinds >= 0).nonzero(as_tuple=True)
     chosen = latents + start, places
     payload = {name: rows[chosen].cpu() for name, rows in best.payload.items()}

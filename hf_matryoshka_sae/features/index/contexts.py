@@ -1,4 +1,4 @@
-"""Contexts of each latent: those in which it fires most, and a random sample from which quantiles are shown.
+"""Contexts of each latent: those in which it fires most, and a random sample for the quantiles of activation.
 
 A context is a run of tokens around one at which the latent fires, cut from the window the language model saw, with
 the latent's activations on them. Each window gives a latent at most one context of either kind.
@@ -16,29 +16,29 @@ from .best import Best, random_keys, value_keys
 
 
 class Parts:
-    """What is known of the latents in several parts, saved and joined as one: a tensor is called `<part>.<name>`.
+    """Sums over tokens in several parts, saved and merged as one; tensors are named `<part>.<name>`.
 
     Attributes:
-        parts (`dict[str, Any]`): By name; what has no `merge` adds up over processes by itself.
+        parts (`dict[str, Any]`): The parts by name. A part without `merge` adds up over processes by itself.
     """
 
     parts: dict[str, Any]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, by name."""
+        """Return the tensors of all parts by name."""
         parts = self.parts.items()
-        return {f"{part}.{name}": tensor for part, held in parts for name, tensor in held.state_dict().items()}
+        return {f"{part}.{name}": tensor for part, sums in parts for name, tensor in sums.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
-        for part, held in self.parts.items():
-            held.load_state_dict(_of_part(state, part))
+        """Copy a state into the parts."""
+        for part, sums in self.parts.items():
+            sums.load_state_dict(_of_part(state, part))
 
     def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's."""
-        for part, held in self.parts.items():
-            if hasattr(held, "merge"):
-                held.merge(_of_part(state, part))
+        """Add the sums of another process."""
+        for part, sums in self.parts.items():
+            if hasattr(sums, "merge"):
+                sums.merge(_of_part(state, part))
 
 
 def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -46,19 +46,20 @@ def _of_part(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 class Contexts(Parts):
-    """The contexts kept so far.
+    """The contexts of each latent.
 
     Args:
-        num_latents (`int`): F.
-        top (`int`), sample (`int`): Contexts of either kind.
-        width (`int`): W.
-        seed (`int`): Of the sample.
-        device (`torch.device`, *optional*): Where they are kept.
+        num_latents (`int`): Number F of latents.
+        top (`int`): Number of contexts in which a latent fires most.
+        sample (`int`): Number of random contexts of a latent.
+        width (`int`): Number W of tokens in a context.
+        seed (`int`): Seed of the sample.
+        device (`torch.device`, *optional*): Device of the tensors.
     """
 
     def __init__(
         self, num_latents: int, top: int, sample: int, width: int, seed: int, device: torch.device | str = "cpu"
-    ):
+    ) -> None:
         payload = {
             "token_ids": (width, torch.int32),
             "activations": (width, torch.float32),
@@ -70,7 +71,7 @@ class Contexts(Parts):
         self.width, self.seed = width, seed
 
     def add(self, firings: Firings) -> None:
-        """Look at more windows; no window comes twice."""
+        """Add windows; none may come twice."""
         positions = firings.positions
         keys = value_keys(firings.values, positions[firings.rows])
         self._keep(self.top, firings, self.top.passing(firings.cols, keys), keys)
@@ -82,13 +83,13 @@ class Contexts(Parts):
         if not len(candidates):
             return
         cols = firings.cols[candidates]
-        taken, places = best.take(cols, keys[candidates])
-        chosen = candidates[taken]
-        best.write(cols[taken], places, **self._cut_out(firings, chosen))
+        accepted, places = best.take(cols, keys[candidates])
+        chosen = candidates[accepted]
+        best.write(cols[accepted], places, **self._cut_out(firings, chosen))
 
     @staticmethod
     def _one_per_window(firings: Firings, candidates: Tensor, keys: Tensor) -> Tensor:
-        """Of the candidates of a latent in a window, the one with the largest key."""
+        """Return the candidate with the largest key of each latent and window."""
         order = candidates[keys[candidates].argsort(descending=True)]
         bags = _bags(firings, order)
         by_bag = bags.argsort(stable=True)
@@ -98,13 +99,13 @@ class Contexts(Parts):
         return order[by_bag[begins]]
 
     def _cut_out(self, firings: Firings, chosen: Tensor) -> dict[str, Tensor]:
-        """Tokens and activations around the chosen pairs `(C,)`, which differ in latent or window."""
+        """Return tokens and activations around the chosen pairs `(C,)`, no two of one latent and window."""
         ids, width = firings.input_ids, self.width
         length, num_latents = ids.shape[1], len(self.top.keys)
         token = firings.places[chosen]
         window, place = token // length, token % length
         start = (place - _before(width)).clamp(0, length - width)
-        # Which context the other pairs of the same latents and windows belong to.
+        # Number of the context to which every other pair of the same latent and window belongs.
         number = torch.full((len(ids) * num_latents,), -1, dtype=torch.int32, device=ids.device)
         number[_bags(firings, chosen, num_latents)] = torch.arange(len(chosen), dtype=torch.int32, device=ids.device)
         of_pair = number[_bags(firings, slice(None), num_latents)]
@@ -123,12 +124,12 @@ class Contexts(Parts):
 
 
 def _before(width: int) -> int:
-    """Tokens shown before the one in question; what came before it says more than what follows."""
+    """Return the number of tokens before the peak: two thirds, as they explain a firing better than later ones."""
     return width * 2 // 3
 
 
-def _bags(firings: Firings, pairs, num_latents: int | None = None) -> Tensor:
-    """A number for each latent and window of some pairs."""
+def _bags(firings: Firings, pairs: Tensor | slice, num_latents: int | None = None) -> Tensor:
+    """Return for each of some pairs a number that stands for its latent and window."""
     cols = firings.cols[pairs]
     factor = num_latents or (int(cols.max()) + 1 if len(cols) else 1)
     return firings.places[pairs] // firings.input_ids.shape[1] * factor + cols

@@ -1,4 +1,4 @@
-"""What is known of every latent while the text goes by, and how much of it is kept."""
+"""Sums and contexts of every latent, collected in one pass over the text."""
 
 from typing import Protocol
 
@@ -14,24 +14,27 @@ from .sums import LatentSums
 from .windows import Fired
 
 
-TOKENS_AT_ONCE = 2**15  # whose pairs are looked at together
-_ENTRIES_AT_ONCE = 2**24  # windows x latents, of the same
+TOKENS_AT_ONCE = 2**15  # tokens whose pairs are added together
+_ENTRIES_AT_ONCE = 2**24  # largest number of windows x latents added together
 
 
 class Tree(Protocol):
-    """What finds parents and children; see `EdgeSums`."""
+    """Sums from which parents and children of latents are derived; see `EdgeSums`."""
 
-    def add(self, pairs: LatentPairs) -> None: ...
+    def add(self, pairs: LatentPairs) -> None:
+        """Add the latents of some tokens."""
 
-    def reduce(self) -> None: ...
+    def reduce(self) -> None:
+        """Add up over processes."""
 
-    def parents(self) -> tuple[Tensor, Tensor]: ...
+    def parents(self) -> tuple[Tensor, Tensor]:
+        """Return each latent's parent, -1 for none, and the score of the best candidate."""
 
 
 class LatentPass(Parts):
-    """What one process knows of every latent."""
+    """All sums and contexts of one process."""
 
-    def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None):
+    def __init__(self, sae: SAEModel, sizes: IndexSizes, context_length: int, seed: int, tree: Tree | None) -> None:
         latents, device = sae.config.num_latents, sae.W_enc.device
         width = min(sizes.context_tokens, context_length)
         self.sums = LatentSums(latents, device)
@@ -42,12 +45,12 @@ class LatentPass(Parts):
         self.parts |= {"tree": tree} if hasattr(tree, "load_state_dict") else {}
 
     def batches_at_once(self, windows: int, context_length: int) -> int:
-        """Batches in a chunk."""
+        """Return the number of batches that are added together."""
         few = min(TOKENS_AT_ONCE // context_length, _ENTRIES_AT_ONCE // self.num_latents)
         return max(1, few // windows)
 
     def add(self, chunk: list[Fired]) -> None:
-        """Look at some batches."""
+        """Add some batches."""
         for batch in chunk:
             self.sums.add_first(batch.first, batch.first_counts)
             if self.tree is not None:
@@ -59,5 +62,5 @@ class LatentPass(Parts):
 
     @property
     def resumable(self) -> bool:
-        """Whether all of it can be saved."""
+        """Whether all parts can be saved."""
         return self.tree is None or hasattr(self.tree, "load_state_dict")

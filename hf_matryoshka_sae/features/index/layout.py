@@ -1,4 +1,4 @@
-"""The files of a feature index: names, columns, what a page holds, and writing them.
+"""The files of a feature index: their names and columns, one latent's data, and writing them.
 
     features/index.json         what the index is of; written last, so an index without it is unfinished
     features/latents.parquet    a row for each latent
@@ -78,13 +78,13 @@ class Context:
     """A run of tokens around one on which a latent fires.
 
     Args:
-        kind (`str`): `"top"`, or the number of the quantile of activation (`"0"` is the weakest) it stands for.
-        token_ids (`np.ndarray` of shape `(W,)`), activations (`np.ndarray` of shape `(W,)`): Tokens, and the
-            latent's activation on each.
-        peak (`int`): Which of them the context is about.
-        value (`float`): The activation there.
-        window (`int`), position (`int`): Where that token is in the text: number of the window the language model
-            saw, and place in it.
+        kind (`str`): `"top"`, or the number of the context's quantile of activation (`"0"` is the weakest).
+        token_ids (`np.ndarray` of shape `(W,)`): Token ids.
+        activations (`np.ndarray` of shape `(W,)`): Activation of the latent on each token.
+        peak (`int`): Index in the context of the token that the context is around.
+        value (`float`): Activation on that token.
+        window (`int`): Number of the window of the text that holds that token.
+        position (`int`): Position of that token in the window.
     """
 
     kind: str
@@ -98,23 +98,28 @@ class Context:
 
 @dataclass
 class Feature:
-    """What an index knows of a latent. Latents are named by their position in the SAE.
+    """One latent in an index. Latents are numbered by their position in the SAE.
 
     Args:
-        latent (`int`), latent_id (`int`): Position in the SAE, and the id it had before any sorting or pruning.
-        count (`int`), frequency (`float`): Tokens on which it fires, and their share.
-        mean (`float`), mean_square (`float`): `E[a]` and the energy `E[a^2]`, over all tokens.
+        latent (`int`): Position in the SAE.
+        latent_id (`int`): Position it had before any sorting or pruning.
+        count (`int`): Number of tokens on which it fires.
+        frequency (`float`): Share of tokens on which it fires.
+        mean (`float`): Mean activation `E[a]` over all tokens.
+        mean_square (`float`): Energy `E[a^2]` over all tokens.
         max (`float`): Largest activation.
-        first_position_share (`float`): Share of its firings that are at the first position of a context.
-        quantiles (`dict[float, float]`): Of its activation where it fires, by probability.
+        first_position_share (`float`): Share of its firings that are at the first position of a window.
+        quantiles (`dict[float, float]`): Quantiles of its activation where it fires, by probability.
         histogram (`tuple[np.ndarray, np.ndarray]`): Edges `(n + 1,)` and counts `(n,)` of its activations.
-        promoted (`list[tuple[int, float]]`), suppressed (`list[tuple[int, float]]`): Token ids and effects on their
-            logits, strongest first; empty where the model has no unembedding.
-        neighbours (`list[tuple[int, float]]`): Latents with the most similar decoder rows, and the cosine.
-        cofiring (`list[tuple[int, float]]`): Latents that fire most often where it fires, and how often.
-        parent (`int`, *optional*), parent_score (`float`, *optional*), children (`list[int]`): In the tree of
-            features between prefixes.
-        contexts (`list[Context]`): Strongest first, then those of each quantile.
+        promoted (`list[tuple[int, float]]`): Tokens whose logits it raises most and its effects on them, strongest
+            first; empty where the model has no unembedding.
+        suppressed (`list[tuple[int, float]]`): Tokens whose logits it lowers most and its effects on them.
+        neighbours (`list[tuple[int, float]]`): Latents with the most similar decoder rows, and the cosines.
+        cofiring (`list[tuple[int, float]]`): Latents that fire on most of its tokens, and on which share of them.
+        parent (`int`, *optional*): Latent of the level before that it refines.
+        parent_score (`float`, *optional*): Score of the parent.
+        children (`list[int]`): Latents of the next level that refine it.
+        contexts (`list[Context]`): Strongest contexts first, then those of each quantile.
     """
 
     latent: int
@@ -138,21 +143,21 @@ class Feature:
 
     @property
     def top_contexts(self) -> list[Context]:
-        """Where it fires most, strongest first."""
+        """Contexts in which it fires most, strongest first."""
         return [context for context in self.contexts if context.kind == TOP]
 
     @property
     def quantile_contexts(self) -> dict[int, list[Context]]:
-        """A random sample by quantile of activation, weakest quantile first."""
-        found: dict[int, list[Context]] = {}
+        """Random contexts by quantile of activation, weakest quantile first."""
+        by_quantile: dict[int, list[Context]] = {}
         for context in self.contexts:
             if context.kind != TOP:
-                found.setdefault(int(context.kind), []).append(context)
-        return dict(sorted(found.items()))
+                by_quantile.setdefault(int(context.kind), []).append(context)
+        return dict(sorted(by_quantile.items()))
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name could be a repository's; one that could not is a folder's."""
+    """Return whether a name could be that of a repository; if not, it is a folder's."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -161,9 +166,9 @@ def is_hub_id(source: str) -> bool:
 
 
 def fingerprints(sae: SAEModel) -> np.ndarray:
-    """A number for each latent, `(F,)`, that follows from its encoder row rounded to bfloat16.
+    """Return a hash of each latent's encoder row rounded to bfloat16, `(F,)`.
 
-    It stays when latents are sorted, cut off or saved in a smaller type, and tells latents of other SAEs.
+    It survives sorting, pruning and saving in a smaller type, and differs between SAEs.
     """
     bits = sae.W_enc.detach().cpu().bfloat16().view(torch.int16).numpy().astype(np.uint16).astype(np.uint64)
     factors = np.arange(1, bits.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
@@ -180,13 +185,13 @@ def write_index(
     latents: dict[str, Any],
     contexts: Iterable[pa.RecordBatch | pa.Table],
 ) -> None:
-    """Write the files; they are complete before they take their names, and `index.json` comes last.
+    """Write the files of an index; they are complete before they take their names, `index.json` last.
 
     Args:
-        folder (`Path`): The index's own.
-        about (`dict`): What goes into `index.json`.
+        folder (`Path`): Folder of the index.
+        about (`dict`): Content of `index.json`.
         latents (`dict[str, Any]`): Columns of `latents.parquet`.
-        contexts (`Iterable[pa.Table]`): The contexts of as many latents each as are in a row group.
+        contexts (`Iterable[pa.Table]`): Rows of `contexts.parquet`, one table for each row group.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staged = {name: folder / f".{name}.{os.getpid()}" for name in (LATENTS, CONTEXTS, INDEX)}
@@ -213,9 +218,9 @@ def write_index(
             path.unlink(missing_ok=True)
 
 
-def list_column(rows: Tensor | np.ndarray, kept: np.ndarray | None = None) -> pa.Array:
-    """A column of lists from a matrix; `kept` says which entries are in."""
+def list_column(rows: Tensor | np.ndarray, inside: np.ndarray | None = None) -> pa.Array:
+    """Return a column of lists from a matrix; `inside` is a mask of the entries that belong to them."""
     rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-    sizes = np.full(len(rows), rows.shape[1]) if kept is None else kept.sum(1)
-    values = rows.reshape(-1) if kept is None else rows[kept]
+    sizes = np.full(len(rows), rows.shape[1]) if inside is None else inside.sum(1)
+    values = rows.reshape(-1) if inside is None else rows[inside]
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32()), pa.array(values))

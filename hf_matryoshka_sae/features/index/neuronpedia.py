@@ -1,6 +1,6 @@
-"""A feature index as the JSON that Neuronpedia takes: the feature dashboards of SAEDashboard, in `batch-*.json`.
+"""Export a feature index as the JSON that Neuronpedia takes: the dashboards of SAEDashboard, in `batch-*.json`.
 
-What an index does not hold (alignment with neurons, the histogram of all logits) is left empty there.
+Fields that an index does not have (alignment with neurons, the histogram of all logits) are left empty.
 """
 
 import json
@@ -28,7 +28,7 @@ _UNFINISHED = ".unfinished"
 def export_neuronpedia(
     index: FeatureIndex,
     path: str | os.PathLike,
-    tokenizer,
+    tokenizer: Any,
     model_id: str | None = None,
     layer: int | None = None,
     sae_set: str = "matryoshka",
@@ -36,25 +36,22 @@ def export_neuronpedia(
     batch_size: int = 128,
     show: bool = True,
 ) -> list[Path]:
-    """Write an index as Neuronpedia's feature JSON.
+    """Write an index as Neuronpedia's feature JSON; return the paths of the files.
 
     Args:
-        index ([`FeatureIndex`]): What is written.
+        index ([`FeatureIndex`]): The index to export.
         path (`str` or `os.PathLike`): Folder for `batch-0.json`, `batch-1.json`, ...; it must hold none yet. An export
             that fails leaves none.
-        tokenizer: The language model's, for the texts of tokens.
+        tokenizer: The language model's tokenizer, for the texts of tokens.
         model_id (`str`, *optional*): Neuronpedia's name of the language model; by default the last part of its id.
-        layer (`int`, *optional*): By default the first number in the hookpoint's path.
-        sae_set (`str`, *optional*, defaults to `"matryoshka"`): Name of the SAE there.
-        latents (`Iterable[int]`, *optional*): Which; all by default.
+        layer (`int`, *optional*): Layer of the hookpoint; by default the first number in its path.
+        sae_set (`str`, *optional*, defaults to `"matryoshka"`): Neuronpedia's name of the SAE.
+        latents (`Iterable[int]`, *optional*): Latents to export; all by default.
         batch_size (`int`, *optional*, defaults to 128): Features in a file.
-        show (`bool`, *optional*, defaults to `True`): A progress bar.
-
-    Returns:
-        `list[Path]`: the files.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
-        `ValueError`: if the layer cannot be told, a latent does not exist, or the folder holds batches already.
+        `ValueError`: if the hookpoint names no layer, a latent does not exist, or the folder holds batches already.
     """
     check_at_least(1, batch_size=batch_size)
     latents = list(range(len(index)) if latents is None else latents)
@@ -84,7 +81,7 @@ def export_neuronpedia(
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A folder of which the files come into `folder` when the block has ended well; otherwise none do."""
+    """Yield a folder whose files are moved into `folder` when the block succeeds, and deleted when it fails."""
     staged = folder / _UNFINISHED
     shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
     staged.mkdir()
@@ -103,21 +100,21 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def _layer(about: Mapping[str, Any]) -> int:
-    found = re.search(r"\d+", str(about.get("hookpoint", "")))
-    if found is None:
+    number = re.search(r"\d+", str(about.get("hookpoint", "")))
+    if number is None:
         raise ValueError(f"The hookpoint {about.get('hookpoint')!r} names no layer; pass `layer`.")
-    return int(found[0])
+    return int(number[0])
 
 
 class _Writer:
     """Features of one index as JSON-able values."""
 
-    def __init__(self, index: FeatureIndex, tokenizer):
+    def __init__(self, index: FeatureIndex, tokenizer: Any) -> None:
         self.index, self.tokenizer = index, tokenizer
         self.frequencies: dict[int, float] = {}
 
     def feature(self, latent: int) -> dict[str, Any]:
-        """One feature."""
+        """Return one feature."""
         feature = self.index.feature(latent)
         self.frequencies[latent] = feature.frequency
         edges, counts = (np.asarray(part) for part in feature.histogram)
@@ -155,22 +152,22 @@ class _Writer:
         return token_texts(self.tokenizer, tokens) if tokens else []
 
     def _phi(self, feature: Feature, other: int, rate: float) -> float:
-        """Pearson's correlation of whether two latents fire, from how often the other fires where this one does."""
+        """Compute Pearson's correlation of the firing of two latents from the rate at which the other fires too."""
         if other not in self.frequencies:
             self.frequencies[other] = self.index.feature(other, contexts=False).frequency
         one, two = feature.frequency, self.frequencies[other]
         spread = math.sqrt(one * (1 - one) * two * (1 - two))
-        # The rate may come from a sample of the tokens: what it gives can lie a little outside.
+        # The rate may come from a sample of the tokens, so the correlation can lie a little outside [-1, 1].
         return max(-1.0, min(1.0, (rate * one - one * two) / spread)) if spread else 0.0
 
     def _activations(self, feature: Feature) -> list[dict[str, Any]]:
-        """Contexts: the strongest, then those of each quantile, strongest quantile first."""
+        """Return the strongest contexts, then those of each quantile, strongest quantile first."""
         groups: dict[str, list[Context]] = {}
         for context in feature.contexts:
             groups.setdefault(str(context.kind), []).append(context)
         quantiles = sorted((kind for kind in groups if kind.isdigit()), key=int, reverse=True)
         share = feature.frequency / len(quantiles) if quantiles else 0.0
-        found = []
+        records = []
         for kind in ["top", *quantiles]:
             contexts = groups.get(kind, [])
             values = [float(context.value) for context in contexts]
@@ -179,19 +176,19 @@ class _Writer:
             else:
                 bounds = {"bin_min": _number(min(values)), "bin_max": _number(max(values))}
                 bounds["bin_contains"] = _number(share)
-            for context in contexts:
-                found.append(
-                    bounds
-                    | {
-                        "tokens": self._texts(context.token_ids),
-                        "values": [_number(value) for value in context.activations],
-                        "qualifying_token_index": int(context.peak),
-                    }
-                )
-        return found
+            records += [
+                bounds
+                | {
+                    "tokens": self._texts(context.token_ids),
+                    "values": [_number(value) for value in context.activations],
+                    "qualifying_token_index": int(context.peak),
+                }
+                for context in contexts
+            ]
+        return records
 
 
 def _number(value: float) -> float | None:
-    """A number of JSON, which has no NaN and no infinity."""
+    """Round a number for JSON, which has no NaN and no infinity: those become `None`."""
     value = float(value)
     return round(value, 6) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What an unfinished index knows, in one file for each process: whole or absent, without pickle."""
+"""Saved states of an unfinished index, in one file for each process: whole or absent, without pickle."""
 
 import json
 import logging
@@ -26,12 +26,12 @@ _TEXT = "text."
 
 
 def state_file(folder: Path, rank: int, world: int) -> Path:
-    """The file of a process."""
+    """Return the path of a process's state."""
     return folder / f"state-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def save_state(path: Path, settings: dict[str, Any], position: Position, state: dict[str, Tensor]) -> None:
-    """Replace the file by a newer state; it is complete before it takes its name."""
+    """Replace the file by a newer state, which is complete before it takes the file's name."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     tensors |= {_TEXT + name: tensor.contiguous() for name, tensor in position.tensors().items()}
     with staged(path) as temporary:
@@ -40,13 +40,13 @@ def save_state(path: Path, settings: dict[str, Any], position: Position, state: 
 
 
 def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str, Tensor]] | None:
-    """The state in a file; `None` where there is none, or one of other settings."""
+    """Load position and state from a file; return `None` where there is none, or one of other settings."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("settings") != json.dumps(settings):
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (FileNotFoundError, SafetensorError):
         return None
     text = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
@@ -57,25 +57,27 @@ def load_state(path: Path, settings: dict[str, Any]) -> tuple[Position, dict[str
 class States:
     """The saved states of an unfinished index."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int):
+    def __init__(self, folder: Path, about: dict[str, Any], rank: int, world: int) -> None:
         self.folder, self.about, self.rank, self.world = folder, about, rank, world
 
-    def save(self, found: LatentPass, position: Position) -> None:
-        """Save this process's."""
-        if found.resumable or self.world > 1:
-            save_state(state_file(self.folder, self.rank, self.world), self.about, position, found.state_dict())
+    def save(self, latent_pass: LatentPass, position: Position) -> None:
+        """Save the state of this process."""
+        if latent_pass.resumable or self.world > 1:
+            save_state(state_file(self.folder, self.rank, self.world), self.about, position, latent_pass.state_dict())
 
-    def load(self, found: LatentPass) -> Position | None:
-        """Put this process's state into `found`; where the text goes on, or `None` where there is none."""
-        saved = load_state(state_file(self.folder, self.rank, self.world), self.about) if found.resumable else None
+    def load(self, latent_pass: LatentPass) -> Position | None:
+        """Load this process's state into `latent_pass`; return the position in the text, `None` without a state."""
+        saved = (
+            load_state(state_file(self.folder, self.rank, self.world), self.about) if latent_pass.resumable else None
+        )
         if saved is None:
             return None
-        found.load_state_dict(saved[1])
+        latent_pass.load_state_dict(saved[1])
         logger.info("Continuing the index in %s at token %d.", self.folder.parent, saved[0].tokens)
         return saved[0]
 
     def of(self, rank: int) -> dict[str, Tensor]:
-        """The state of another process, which has finished."""
+        """Return the state of another process, which has finished."""
         saved = load_state(state_file(self.folder, rank, self.world), self.about)
         if saved is None:
             raise ValueError(
@@ -85,25 +87,26 @@ class States:
 
 
 class Recorder:
-    """Adds batches to what is known of the latents, and saves it now and then, and when it is interrupted.
+    """Adds batches to a pass and saves its state at intervals, and when it is interrupted.
 
     Args:
-        found ([`LatentPass`]): What is known.
-        states ([`States`]): Where it is saved.
+        latent_pass ([`LatentPass`]): The pass.
+        states ([`States`]): Its saved states.
         save_every (`int`): Tokens between two saved states.
-        at_once (`int`): Batches that are added together.
+        at_once (`int`): Number of batches that are added together.
         bar: A tqdm bar of tokens.
     """
 
-    def __init__(self, found: LatentPass, states: States, save_every: int, at_once: int, bar):
-        self.found, self.states, self.save_every, self.at_once, self.bar = found, states, save_every, at_once, bar
+    def __init__(self, latent_pass: LatentPass, states: States, save_every: int, at_once: int, bar: Any) -> None:
+        self.latent_pass, self.states, self.bar = latent_pass, states, bar
+        self.save_every, self.at_once = save_every, at_once
         self._waiting: list[Fired] = []
         self._unsaved, self._after = 0, None
-        self._whole = True  # nothing is added in part
-        bar.update(int(found.sums.tokens))
+        self._whole = True  # whether no batch is added in part, so that the state may be saved
+        bar.update(int(latent_pass.sums.tokens))
 
     def add(self, batches: Iterable[Fired]) -> None:
-        """Add them all."""
+        """Add all batches."""
         for batch in batches:
             self._waiting.append(batch)
             if len(self._waiting) == self.at_once:
@@ -113,14 +116,14 @@ class Recorder:
         self._add_waiting()
 
     def merge(self, states: Iterable[dict[str, Tensor]]) -> None:
-        """Add what other processes know, all of which have saved their own; nothing is saved any more."""
+        """Add the saved states of the other processes; from then on nothing is saved any more."""
         self._whole = False
         for state in states:
-            self.found.merge(state)
+            self.latent_pass.merge(state)
 
     @contextmanager
     def kept_when_interrupted(self) -> Iterator[None]:
-        """Saves what was done in the block when Ctrl-C ends it."""
+        """Save the state when Ctrl-C ends the block."""
         try:
             yield
         except KeyboardInterrupt:
@@ -134,31 +137,31 @@ class Recorder:
             return
         with interrupts_later():
             self._whole = False
-            self.found.add(self._waiting)
+            self.latent_pass.add(self._waiting)
             self._whole, self._after = True, self._waiting[-1].after
-            done = sum(batch.tokens for batch in self._waiting)
-            self._unsaved += done
+            tokens = sum(batch.tokens for batch in self._waiting)
+            self._unsaved += tokens
             self._waiting = []
-            self.bar.update(done)
+            self.bar.update(tokens)
 
     def _save(self) -> None:
         if self._after is not None and self._unsaved:
-            self.states.save(self.found, self._after)
+            self.states.save(self.latent_pass, self._after)
             self._unsaved = 0
 
 
 @contextmanager
 def interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended, so that what is inside happens wholly or not at all."""
+    """Delay Ctrl-C until the block has ended, so that the block happens wholly or not at all."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    came = []
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
-        before(*came[-1])
+    if interrupts:
+        before(*interrupts[-1])

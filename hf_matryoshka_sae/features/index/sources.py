@@ -1,4 +1,4 @@
-"""What an index is built from: the SAE, the language model and the text, opened, and told apart from others."""
+"""The sources of an index: SAE, language model and text, opened and identified by digests."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ _FIRST_DOCUMENTS = 64
 
 
 def opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tuple[SAEModel, Path | None]:
-    """The SAE, and the folder it came from.
+    """Load the SAE; return it with the folder it lies in, `None` where it is not, as it is, in one.
 
     Raises:
         `ValueError`: if there is none, or its weights are not finite.
@@ -45,14 +45,14 @@ def opened_sae(sae: SAEModel | str | os.PathLike, device: torch.device) -> tuple
         return loaded, place.folder
     check_finite(sae)
     folder = Path(sae.name_or_path or "/nowhere").expanduser()
-    # What was cut, sorted or trained on since must not take the place of the index of the one it came from.
+    # The index of an SAE that was pruned, sorted or trained since must not replace that of the SAE in the folder.
     if sae_config(folder) is None or weights_digest(AutoModel.from_pretrained(folder)) != weights_digest(sae):
         return sae, None
     return sae, folder
 
 
 def check_finite(sae: SAEModel) -> None:
-    """Raises `ValueError` for weights of which no activation can come: NaN, or infinite rows."""
+    """Raise `ValueError` for weights that give no activations: NaN, or infinite rows."""
     for name, tensor in sae.state_dict().items():
         if not tensor.is_floating_point():
             continue
@@ -68,7 +68,7 @@ def check_finite(sae: SAEModel) -> None:
 
 
 def opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -> tuple[nn.Module, Any]:
-    """The language model and its tokenizer."""
+    """Load the language model and its tokenizer where they are not given."""
     if not isinstance(model, nn.Module):
         model, own = load_language_model(model, device=device)
         return model, tokenizer or own
@@ -84,7 +84,7 @@ def opened_model(model: str | nn.Module, tokenizer: Any, device: torch.device) -
 
 
 def text_digest(dataset: DatasetConfig | Documents | list[str]) -> str | None:
-    """SHA-256 that tells a text from another under the same name; `None` for the Hub's and the embedded one.
+    """Return a SHA-256 that tells a text from another of the same name; `None` for the Hub's and the embedded text.
 
     Local files are digested whole up to 1 GiB together, beyond that by name, size and time. Of [`Documents`], which
     need not end, the first are digested.
@@ -128,12 +128,12 @@ def _digest_of_files(path: Path) -> str | None:
 
 
 def described(dataset: DatasetConfig) -> dict[str, Any]:
-    """A data set as `index.json` names it."""
+    """Return the fields of a data set for `index.json`."""
     return asdict(dataset) | {"path": public_name(str(dataset.path))}
 
 
 def public_name(name: str) -> str:
-    """A name as others may see it: of a folder of this machine only its own name, as an index is pushed."""
+    """Return a name fit for publication, as an index is pushed: of a local folder only the last part of its path."""
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
@@ -141,7 +141,7 @@ def public_name(name: str) -> str:
 
 
 def check_target(target: Path) -> None:
-    """Raises `ValueError` where an index cannot be written, before any work is done for it. Makes nothing."""
+    """Raise `ValueError` where an index cannot be written, before any work is done for it; create nothing."""
     place = target
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -41,11 +41,13 @@ class FeatureIndex:
     Open one with [`FeatureIndex.open`]; `len(index)` is the number of latents.
 
     Attributes:
-        about (`dict[str, Any]`): What the index is of: `base_model`, `hookpoint`, `dataset`, `tokens`,
+        about (`dict[str, Any]`): Content of `index.json`: `base_model`, `hookpoint`, `dataset`, `tokens`,
             `context_length`, `weights`, `versions`, ...
     """
 
-    def __init__(self, about: dict[str, Any], locate: Callable[[str, int], Path], places: np.ndarray | None = None):
+    def __init__(
+        self, about: dict[str, Any], locate: Callable[[str, int], Path], places: np.ndarray | None = None
+    ) -> None:
         self.about = about
         self._locate = locate
         self._places = places
@@ -59,9 +61,10 @@ class FeatureIndex:
 
         Args:
             source (`str` or `os.PathLike`): Folder of the SAE (or of the index itself), or Hub id. From the Hub the
-                contexts are downloaded when the first are asked for.
-            subfolder (`str`, *optional*): Of either, where the SAE is.
-            revision (`str`, *optional*), token (`str`, *optional*): As in huggingface_hub.
+                contexts are downloaded when one is read for the first time.
+            subfolder (`str`, *optional*): Folder of the SAE in the folder or repository.
+            revision (`str`, *optional*): Branch, tag or commit.
+            token (`str`, *optional*): Token of the Hub; by default the one huggingface_hub knows.
 
         Raises:
             `ValueError`: if there is no finished index, it is damaged, or of a newer format.
@@ -93,7 +96,7 @@ class FeatureIndex:
         return _opened(self._path(CONTEXTS))
 
     def _read(self, action: Callable[[], Any]) -> Any:
-        """What `action` reads; one at a time, as a parquet file that is open does not bear two threads."""
+        """Return what `action` reads; one thread at a time, as an open parquet file is not thread-safe."""
         with self._reading:
             return _read(action)
 
@@ -104,33 +107,34 @@ class FeatureIndex:
         return self.about["num_latents"] if self._places is None else len(self._places)
 
     def table(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Columns of all latents, in the SAE's order, for sorting and plotting.
+        """Return columns of all latents, in the SAE's order, for sorting and plotting.
 
         Args:
-            columns (`Iterable[str]`, *optional*): Of `latents.parquet`; by default those with one number a latent.
+            columns (`Iterable[str]`, *optional*): Names of columns in `latents.parquet`; by default those with one
+                number for each latent.
 
         Raises:
-            `ValueError`: for a column there is not.
+            `ValueError`: if there is no such column.
         """
         if isinstance(columns, str):
             raise ValueError(f"`columns` is a list of names, got {columns!r}; write [{columns!r}].")
-        wanted = list(SCALARS) if columns is None else list(columns)
-        for name in wanted:
+        names = list(SCALARS) if columns is None else list(columns)
+        for name in names:
             if name not in LATENT_SCHEMA.names:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
-        # Of relations, the latents say which values stay with those that are left.
-        needed = wanted if self._places is None else list(dict.fromkeys([*wanted, *_deciding(wanted)]))
+        # Which entries of a relation stay follows from the latents it names.
+        needed = names if self._places is None else list(dict.fromkeys([*names, *_deciding(names)]))
         table = self._read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
-        return self._moved_table(table.take(self._places), wanted)
+        return self._moved_table(table.take(self._places), names)
 
     def feature(self, latent: int, contexts: bool = True) -> Feature:
-        """All that is known of a latent.
+        """Return all that the index holds on a latent.
 
         Args:
-            latent (`int`): Its position in the SAE.
-            contexts (`bool`, *optional*, defaults to `True`): Read its contexts too.
+            latent (`int`): Position of the latent in the SAE.
+            contexts (`bool`, *optional*, defaults to `True`): Whether to read its contexts too.
 
         Raises:
             `ValueError`: if there is no such latent, or the files are damaged.
@@ -142,7 +146,7 @@ class FeatureIndex:
         return feature if self._places is None else self._moved(feature, latent)
 
     def contexts(self, latent: int) -> list[Context]:
-        """The contexts of a latent alone; raises `ValueError` as [`feature`] does."""
+        """Return only the contexts of a latent; raise `ValueError` as [`feature`] does."""
         place = self._place(latent)
         group = place // LATENTS_PER_GROUP[CONTEXTS]
         table = self._read(lambda: self._contexts.read_row_group(group))
@@ -159,11 +163,11 @@ class FeatureIndex:
         ]
 
     def peak_tokens(self) -> list[list[int]]:
-        """For each latent the token ids at the peaks of its top contexts, strongest first: what it fires on, in short.
+        """Return for each latent the token ids at the peaks of its top contexts, strongest first.
 
         Reads the contexts of all latents.
         """
-        found: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
+        peaks: list[list[int]] = [[] for _ in range(self.about["num_latents"])]
         columns = ["latent", "kind", "token_ids", "peak"]
         for group in range(self._contexts.num_row_groups):
             table = self._read(lambda group=group: self._contexts.read_row_group(group, columns=columns))
@@ -174,20 +178,20 @@ class FeatureIndex:
             places = ids.offsets.to_numpy()[:-1] + table["peak"].to_numpy()
             tokens = ids.values.to_numpy()[places]
             for latent, token in zip(table["latent"].to_pylist(), tokens.tolist(), strict=True):
-                found[latent].append(token)
-        return found if self._places is None else [found[place] for place in self._places]
+                peaks[latent].append(token)
+        return peaks if self._places is None else [peaks[place] for place in self._places]
 
     def _place(self, latent: int) -> int:
-        """Where in the files a latent is."""
+        """Return the row of a latent in the files."""
         if isinstance(latent, bool) or not isinstance(latent, Integral) or not 0 <= latent < len(self):
             raise ValueError(f"Latents are numbered 0 to {len(self) - 1}, got {latent!r}.")
         return int(latent) if self._places is None else int(self._places[latent])
 
     def _feature(self, place: int) -> Feature:
         group, row = divmod(place, LATENTS_PER_GROUP[LATENTS])
-        found = self._read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
+        values = self._read(lambda: self._latents.read_row_group(group)).slice(row, 1).to_pylist()[0]
         pairs = {
-            name: list(zip(found.pop(name) or [], found.pop(other) or [], strict=True))
+            name: list(zip(values.pop(name) or [], values.pop(other) or [], strict=True))
             for name, other in (
                 ("promoted", "promoted_logits"),
                 ("suppressed", "suppressed_logits"),
@@ -195,20 +199,20 @@ class FeatureIndex:
                 ("cofiring", "cofiring_rates"),
             )
         }
-        del found["fingerprint"]
-        start, counts = found.pop("histogram_start"), np.array(found.pop("histogram"), np.int64)
+        del values["fingerprint"]
+        start, counts = values.pop("histogram_start"), np.array(values.pop("histogram"), np.int64)
         histogram = (bin_edges().numpy()[start : start + len(counts) + 1], counts)
-        quantiles = dict(zip(self.about["probabilities"], found.pop("quantiles"), strict=False))
-        parent = found.pop("parent")
+        quantiles = dict(zip(self.about["probabilities"], values.pop("quantiles"), strict=False))
+        parent = values.pop("parent")
         if parent < 0:
-            parent = found["parent_score"] = None
-        children = found.pop("children") or []
-        return Feature(**found, **pairs, quantiles=quantiles, histogram=histogram, parent=parent, children=children)
+            parent = values["parent_score"] = None
+        children = values.pop("children") or []
+        return Feature(**values, **pairs, quantiles=quantiles, histogram=histogram, parent=parent, children=children)
 
     # Another SAE with the same latents
 
     def check(self, sae: SAEModel) -> None:
-        """Raises `ValueError` where this is no index of this SAE's latents, in this order."""
+        """Raise `ValueError` where this is no index of this SAE's latents, in this order."""
         table = self.table(["latent_id", "fingerprint"])
         ids = sae.latent_ids.cpu().numpy()
         if len(ids) != len(self):
@@ -225,39 +229,44 @@ class FeatureIndex:
             raise ValueError("The `latent_ids` of this index and of the SAE differ; build the SAE's own index.")
 
     def for_sae(self, sae: SAEModel) -> "FeatureIndex":
-        """The same index for an SAE that was sorted, truncated or pruned: latent n is latent n of that.
+        """Return this index for the same SAE sorted, truncated or pruned: latent n is latent n of that SAE.
 
         Relations to latents that it lacks are left out.
 
+        Args:
+            sae ([`SAEModel`]): The sorted, truncated or pruned SAE.
+
         Raises:
-            `ValueError`: if it has latents that are not in the index.
+            `ValueError`: if the SAE has latents that are not in the index.
         """
         table = self.table(["latent_id", "fingerprint"])
         places = {key: place for place, key in enumerate(table["latent_id"].to_pylist())}
-        wanted = [places.get(key, -1) for key in sae.latent_ids.tolist()]
-        missing = wanted.count(-1)
-        found = np.array(wanted)
+        rows = [places.get(key, -1) for key in sae.latent_ids.tolist()]
+        missing = rows.count(-1)
+        places_in_file = np.array(rows)
         if not missing:
-            missing = int((table["fingerprint"].to_numpy()[found] != fingerprints(sae)).sum())
+            missing = int((table["fingerprint"].to_numpy()[places_in_file] != fingerprints(sae)).sum())
         if missing:
             raise ValueError(
-                f"{missing} of the SAE's {len(wanted)} latents are not those of this index: it is of another SAE, or "
+                f"{missing} of the SAE's {len(rows)} latents are not those of this index: it is of another SAE, or "
                 "they were merged or trained further. Build an index of this SAE."
             )
-        return FeatureIndex(self.about, self._locate, found if self._places is None else self._places[found])
+        return FeatureIndex(
+            self.about, self._locate, places_in_file if self._places is None else self._places[places_in_file]
+        )
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        """New number of each latent of the file; -1 where it is gone. One more entry, where -1 points."""
+        """New number of each latent in the files, -1 where it is gone; the last entry maps -1 to -1."""
         numbers = np.full(self.about["num_latents"] + 1, -1)
         numbers[self._places] = np.arange(len(self._places))
         return numbers
 
-    def _moved_table(self, table: pa.Table, wanted: list[str]) -> pa.Table:
-        """The columns `wanted`, with latents renumbered and without relations to those that are gone."""
+    def _moved_table(self, table: pa.Table, names: list[str]) -> pa.Table:
+        """Return the columns `names` with latents renumbered and without relations to those that are gone."""
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         moved = {}
-        for name in wanted:
+        for name in names:
             if name in RELATIONS:
                 moved[name] = self._moved_lists(columns[RELATIONS[name]], columns[name], renumber=name in _OF_LATENTS)
             elif name in _OF_LATENTS:
@@ -267,17 +276,17 @@ class FeatureIndex:
                 moved[name] = pa.array(np.where(there, columns[name].to_numpy(), 0), pa.float32())
             else:
                 moved[name] = columns[name]
-        return pa.table([moved[name] for name in wanted], names=wanted)
+        return pa.table([moved[name] for name in names], names=names)
 
     def _moved_lists(self, latents: pa.ListArray, values: pa.ListArray, renumber: bool) -> pa.ListArray:
-        """Lists of what goes with latents, or of these themselves, without those that are gone."""
+        """Return lists of latents, or of values that belong to latents, without the latents that are gone."""
         numbers = self._numbers[latents.flatten().to_numpy()]
         there = numbers >= 0
         rows = np.repeat(np.arange(len(latents)), latents.value_lengths().to_numpy())
         sizes = np.bincount(rows[there], minlength=len(latents))
-        kept = numbers if renumber else values.flatten().to_numpy()
+        entries = numbers if renumber else values.flatten().to_numpy()
         offsets = pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, pa.array(kept[there], values.type.value_type))
+        return pa.ListArray.from_arrays(offsets, pa.array(entries[there], values.type.value_type))
 
     def _moved(self, feature: Feature, latent: int) -> Feature:
         def there(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -294,7 +303,7 @@ class FeatureIndex:
         return feature
 
 
-# Columns of lists, and the one of latents that says which entries stay when latents go
+# Columns of lists, and for each the column of latents that decides which entries stay when latents are removed
 RELATIONS = {
     "neighbours": "neighbours",
     "neighbour_cosines": "neighbours",
@@ -313,14 +322,14 @@ def _deciding(columns: Iterable[str]) -> list[str]:
 # Reading
 
 
-def _in_folder(folder: Path):
+def _in_folder(folder: Path) -> Callable[[str], Path]:
     def locate(name: str) -> Path:
         return folder / name
 
     return locate
 
 
-def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None):
+def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None) -> Callable[[str], Path]:
     place = "/".join(part for part in (subfolder.strip("/"), FOLDER) if part)
 
     def locate(name: str) -> Path:
@@ -331,7 +340,7 @@ def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None):
                 f"'{repo}' is no folder here, and its feature index cannot be fetched from the Hub: {error}"
             ) from error
         except EntryNotFoundError:
-            return Path(place) / name  # said to be missing where it is read
+            return Path(place) / name  # whoever reads it reports it missing
         except OSError as error:  # no such repository or revision, no right to read it, no answer
             raise ValueError(
                 f"'{repo}' is no folder here, and cannot be read from the Hub: {error} Check the name, the revision "
@@ -341,8 +350,8 @@ def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None):
     return locate
 
 
-def _checked(locate, source):
-    """`locate` that knows how long files have to be."""
+def _checked(locate: Callable[[str], Path], source: Any) -> Callable[[str, int], Path]:
+    """Return `locate` with a check of the file's size."""
 
     def check(name: str, size: int) -> Path:
         path = locate(name)
@@ -360,7 +369,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     return _read(lambda: pq.ParquetFile(path, memory_map=True, page_checksum_verification=True))
 
 
-def _read(action):
+def _read(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except (pa.ArrowException, OSError, KeyError) as error:

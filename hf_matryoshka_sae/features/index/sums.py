@@ -1,4 +1,4 @@
-"""How often and how strongly each latent fires: counts by bins of activation, and what follows from them.
+"""How often and how strongly each latent fires: counts by bins of activation, and quantiles from them.
 
 Bins follow the bits of a float32: an octave is cut into 8 of equal width, so the bin of a value is a shift of its
 bits, the same on every device. Counts are whole numbers, so they add up to the same in any order.
@@ -13,37 +13,37 @@ from ...evaluation.firing import add_moments
 
 
 PROBABILITIES = (0.05, 0.2, 0.4, 0.5, 0.6, 0.8, 0.95, 0.99)
-"""Of the quantiles that are kept, over the tokens on which a latent fires."""
+"""Probabilities of the quantiles in an index, over the tokens on which a latent fires."""
 
 _MANTISSA_BITS, _EXPONENT_BIAS = 3, 127
 _PER_OCTAVE = 2**_MANTISSA_BITS
-_LOWEST, _HIGHEST = -20, 20  # powers of two; what lies outside is counted in the outermost bins
+_LOWEST, _HIGHEST = -20, 20  # powers of two; values outside are counted in the outermost bins
 BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
 _LATENTS_AT_ONCE = 4096
 
 
 def bins_of(values: Tensor) -> Tensor:
-    """The bin of each positive value, int64."""
+    """Return the bin of each positive value, int64."""
     bits = values.float().view(torch.int32) >> (23 - _MANTISSA_BITS)
     return (bits.long() - (_EXPONENT_BIAS + _LOWEST) * _PER_OCTAVE).clamp_(0, BINS - 1)
 
 
 def bin_edges() -> Tensor:
-    """Where bins begin, and the end of the last, `(BINS + 1,)` in float64."""
+    """Return the edges of the bins, `(BINS + 1,)` in float64."""
     places = torch.arange(BINS + 1)
     octave = torch.exp2((places // _PER_OCTAVE + _LOWEST).double())
     return octave * (1 + (places % _PER_OCTAVE).double() / _PER_OCTAVE)
 
 
 class LatentSums:
-    """Counts and sums over tokens.
+    """Counts and sums of each latent's activations over tokens.
 
     Args:
-        num_latents (`int`): F.
-        device (`torch.device`, *optional*): Where they are added up.
+        num_latents (`int`): Number F of latents.
+        device (`torch.device`, *optional*): Device of the sums.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(num_latents, BINS, dtype=torch.int32, device=device)
         self.first = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.first_only = torch.zeros(num_latents, dtype=torch.int64, device=device)
@@ -51,59 +51,59 @@ class LatentSums:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, cols: Tensor, values: Tensor, tokens: int) -> None:
-        """Add latents `(M,)` and their activations, of as many tokens."""
+        """Add latents `(M,)` and their activations `(M,)` on this number of tokens."""
         self.tokens += tokens
         self.counts.view(-1).index_add_(0, cols * BINS + bins_of(values), torch.ones_like(cols, dtype=torch.int32))
         add_moments(self.moments, cols, values)
 
     def add_first(self, cols: Tensor, counted: bool) -> None:
-        """Add latents that fire at the first position of a context; `counted`: they are also given to [`add`]."""
-        found = torch.bincount(cols, minlength=len(self.first))
-        self.first += found
+        """Add latents that fire at first positions of windows; `counted`: whether [`add`] gets them too."""
+        counts = torch.bincount(cols, minlength=len(self.first))
+        self.first += counts
         if not counted:
-            self.first_only += found
+            self.first_only += counts
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
+        """Return the tensors by name."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the place of a state."""
+        """Copy a state into these tensors."""
         for name, tensor in vars(self).items():
             tensor.copy_(state[name])
 
     def merge(self, state: dict[str, Tensor]) -> None:
-        """Add another process's."""
+        """Add the sums of another process."""
         for name, tensor in vars(self).items():
             tensor += state[name].to(tensor.device)
 
     def firings(self) -> Tensor:
-        """Tokens on which each latent fires, `(F,)`."""
+        """Return the number of tokens on which each latent fires, `(F,)`."""
         return self.counts.sum(1, dtype=torch.int64)
 
     def first_position_share(self) -> Tensor:
-        """Share of each latent's firings that are at the first position of a context, `(F,)`, 0 for dead latents.
+        """Return the share of each latent's firings at the first position of a window, `(F,)`, 0 for dead latents.
 
-        The first position counts here also where it is left out of everything else.
+        The first position counts here even where it is left out of everything else.
         """
         return self.first.double() / (self.firings() + self.first_only).clamp(min=1)
 
     def quantiles(self, largest: Tensor, probabilities: tuple[float, ...] = PROBABILITIES) -> Tensor:
-        """Quantiles `(F, p)` over the tokens on which a latent fires, linear inside a bin; NaN for dead latents.
+        """Return quantiles `(F, p)` over the tokens on which a latent fires, linear in a bin; NaN for dead latents.
 
         Args:
             largest (`Tensor` of shape `(F,)`): Largest activation, which no quantile exceeds.
-            probabilities (`tuple[float]`, *optional*): Of the quantiles.
+            probabilities (`tuple[float]`, *optional*): Probabilities of the p quantiles.
         """
         edges = bin_edges().to(self.counts.device)
         shares = edges.new_tensor(probabilities)
-        found = []
+        parts = []
         for counts, limit in zip(self.counts.split(_LATENTS_AT_ONCE), largest.split(_LATENTS_AT_ONCE), strict=True):
             below = counts.double().cumsum(1)
-            wanted = below[:, -1:] * shares
-            place = torch.searchsorted(below, wanted).clamp_(max=BINS - 1)
+            ranks = below[:, -1:] * shares
+            place = torch.searchsorted(below, ranks).clamp_(max=BINS - 1)
             inside = counts.gather(1, place).double()
-            part = (wanted - (below.gather(1, place) - inside)) / inside
+            part = (ranks - (below.gather(1, place) - inside)) / inside
             values = edges[place] + part * (edges[place + 1] - edges[place])
-            found.append(torch.minimum(values, limit.double()[:, None]))
-        return torch.cat(found)
+            parts.append(torch.minimum(values, limit.double()[:, None]))
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""The text of an index as numbered windows, of which each process takes its share, and what fires in them.
+"""The text of an index as numbered windows, of which each process takes its share, and the latents that fire there.
 
 Every process reads all of the text and runs the language model on every world-size-th batch, so that a window has the
 same number whatever the number of processes.
@@ -30,7 +30,8 @@ class Position:
     """A place in the text.
 
     Args:
-        batches (`int`), tokens (`int`): Read by all processes together, before it.
+        batches (`int`): Number of batches before it, over all processes.
+        tokens (`int`): Number of tokens before it, over all processes.
         stream (`dict`): State of the token stream.
     """
 
@@ -39,19 +40,19 @@ class Position:
     stream: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What of it are tensors."""
+        """Return the tensors of the stream's state."""
         return {name: value for name, value in self.stream.items() if isinstance(value, Tensor)}
 
     def to_json(self) -> str:
-        """The rest."""
+        """Return everything but the tensors as JSON."""
         stream = {name: value for name, value in self.stream.items() if not isinstance(value, Tensor)}
         return json.dumps({"batches": self.batches, "tokens": self.tokens, "stream": stream})
 
     @classmethod
     def of(cls, text: str, tensors: dict[str, Tensor]) -> "Position":
-        """From what [`to_json`] and [`tensors`] gave."""
-        found = json.loads(text)
-        return cls(found["batches"], found["tokens"], found["stream"] | tensors)
+        """Restore a position from [`to_json`] and [`tensors`]."""
+        position = json.loads(text)
+        return cls(position["batches"], position["tokens"], position["stream"] | tensors)
 
 
 @dataclass
@@ -59,9 +60,9 @@ class Windows:
     """A batch of windows.
 
     Args:
-        batch ([`TokenBatch`]): Their tokens, on the host.
-        first (`int`): Number of the first of them.
-        after ([`Position`]): Where the text goes on.
+        batch ([`TokenBatch`]): Tokens of the windows, on the host.
+        first (`int`): Number of the first window in the text.
+        after ([`Position`]): Position in the text behind the batch.
     """
 
     batch: TokenBatch
@@ -73,17 +74,18 @@ class NumberedWindows:
     """This process's batches of the first tokens of a text.
 
     Args:
-        stream ([`TokenStream`]): Of one epoch, the same in every process.
-        tokens (`int`): Kept tokens wanted, over all processes.
-        rank (`int`), world (`int`): This process, and how many there are.
+        stream ([`TokenStream`]): Stream of one epoch, the same in every process.
+        tokens (`int`): Number of kept tokens, over all processes.
+        rank (`int`): Number of this process.
+        world (`int`): Number of processes.
     """
 
-    def __init__(self, stream: TokenStream, tokens: int, rank: int, world: int):
+    def __init__(self, stream: TokenStream, tokens: int, rank: int, world: int) -> None:
         self.stream, self.tokens, self.rank, self.world = stream, tokens, rank, world
         self.position = Position(0, 0, {})
 
     def go_to(self, position: Position) -> None:
-        """Continue from a place."""
+        """Continue from a position."""
         self.stream.load_state_dict(position.stream)
         self.position = position
 
@@ -102,35 +104,35 @@ class NumberedWindows:
                 yield Windows(batch, number * self.stream.batch_size_sequences, self.position)
 
     def _within(self, batch: TokenBatch) -> TokenBatch:
-        """Without the positions that are more than the tokens wanted."""
-        left = self.tokens - self.position.tokens
+        """Return the batch without the positions beyond the number of tokens."""
+        room = self.tokens - self.position.tokens
         counted = batch.keep.flatten().cumsum(0).view_as(batch.keep)
-        if counted[-1, -1] <= left:
+        if counted[-1, -1] <= room:
             return batch
-        keep = batch.keep & (counted <= left)
+        keep = batch.keep & (counted <= room)
         count = int(keep.any(1).nonzero().max()) + 1
         return TokenBatch(batch.input_ids[:count], batch.attention_mask[:count], keep[:count], batch.padded)
 
     def _ended(self) -> None:
-        found = self.position.tokens
-        if found == 0:
+        tokens = self.position.tokens
+        if tokens == 0:
             raise ValueError(
-                f"The data set gives no token: it does not fill one window of {self.stream.context_length} tokens. "
+                f"The data set has no tokens to read: it does not fill one window of {self.stream.context_length}. "
                 "Use more text or a smaller `context_length`."
             )
         if self.rank == 0:
-            logger.warning("The data set has %d tokens, fewer than the %d asked for.", found, self.tokens)
+            logger.warning("The data set has %d tokens, fewer than `tokens` (%d).", tokens, self.tokens)
 
 
 @dataclass
 class Harvested:
-    """Hidden states of a batch, at the positions that are looked at.
+    """Hidden states of a batch, at kept and at first positions.
 
     Args:
         windows ([`Windows`]): The batch.
         states (`Tensor` of shape `(N, D)`): Hidden states.
         tokens (`Tensor` of shape `(N,)`): Place `window * S + position` of each.
-        counted (`Tensor` of shape `(N,)`): Whether it counts; where not, it is a first position left out.
+        counted (`Tensor` of shape `(N,)`): bool; `False` at first positions that are left out of the counts.
     """
 
     windows: Windows
@@ -141,28 +143,28 @@ class Harvested:
 
 @torch.no_grad()
 def harvested(windows: Iterable[Windows], model: nn.Module, hookpoint: str) -> Generator[Harvested]:
-    """Hidden states of batches, from a forward pass that stops at the hookpoint. First positions are always in."""
+    """Yield hidden states of batches from a forward pass that stops at the hookpoint, always with first positions."""
     device = next(model.parameters()).device
     for each in windows:
         batch = each.batch.to(device)
         mask = batch.attention_mask if batch.padded else None
         states = harvest(model, batch.input_ids, mask, [hookpoint])[hookpoint]
-        looked_at = batch.keep.clone()
-        looked_at[:, 0] = batch.attention_mask[:, 0].bool()
-        tokens = looked_at.flatten().nonzero().squeeze(1)
+        positions = batch.keep.clone()
+        positions[:, 0] = batch.attention_mask[:, 0].bool()
+        tokens = positions.flatten().nonzero().squeeze(1)
         yield Harvested(each, states.flatten(0, 1)[tokens], tokens, batch.keep.flatten()[tokens])
 
 
 @dataclass
 class Fired:
-    """What fires in a batch.
+    """The latents that fire in a batch.
 
     Args:
-        firings ([`Firings`]): At the positions that count.
+        firings ([`Firings`]): Firings at the positions that count.
         first (`Tensor` of shape `(m,)`): Latents that fire at first positions, counted or not.
-        first_counts (`bool`): Whether those are counted.
-        tokens (`int`): Positions that count.
-        after ([`Position`]): Where the text goes on.
+        first_counts (`bool`): Whether first positions are counted.
+        tokens (`int`): Number of positions that count.
+        after ([`Position`]): Position in the text behind the batch.
     """
 
     firings: Firings
@@ -174,7 +176,7 @@ class Fired:
 
 @torch.no_grad()
 def fired(sae: SAEModel, batch: Harvested) -> Fired:
-    """Encode a batch.
+    """Encode a batch and return the latents that fire in it.
 
     Raises:
         `ValueError`: if hidden states are not finite or of another width than the SAE's.
@@ -191,7 +193,7 @@ def fired(sae: SAEModel, batch: Harvested) -> Fired:
 
 
 def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:
-    """What fires in each of the batches."""
+    """Yield the latents that fire in each batch."""
     with closing(batches):
         for batch in batches:
             yield fired(sae, batch)

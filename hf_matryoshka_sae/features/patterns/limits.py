@@ -1,4 +1,4 @@
-"""How large a pattern is, before anything is done with it that could take too long or too much memory.
+"""Estimate the size of a pattern, before anything is done with it that could take too long or too much memory.
 
 The `regex` library stops a search in time, but not its own compiling, which copies what is repeated: `a{1000000000}`
 is a billion copies, and each `+` around a `+` doubles what is inside. So the size with all copies is estimated first.
@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from .nodes import Capture, Node
 
 
-LONGEST_SOURCE = 100_000  # characters of a pattern and its names
-MOST_PARTS = 20_000  # of a pattern, with every name replaced by what it stands for
-DEEPEST = 100  # parts in parts, so that no pattern exhausts Python's stack
+LONGEST_SOURCE = 100_000  # characters of a pattern and its named patterns
+MOST_PARTS = 20_000  # parts of a pattern, with every name replaced by its pattern
+DEEPEST = 100  # nesting of parts, so that no pattern exhausts Python's stack
 LONGEST_REGEX = 10_000  # characters of a regular expression for tokens
-MOST_COPIES = 1_000_000  # characters of an expression, with what is repeated written out
-_MOST_TIMES = 1000  # a number in a regular expression for tokens
+MOST_COPIES = 1_000_000  # characters of an expression with its repeats written out
+_MOST_TIMES = 1000  # largest bound of a repeat in a regular expression for tokens
 _DEEPEST_GROUPS = 100
 
 _PIECE = re.compile(
@@ -30,11 +30,11 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Size:
-    """Of a part of a pattern, with every name replaced by what it stands for.
+    """Size of a part of a pattern, with every name replaced by its pattern.
 
     Args:
-        parts (`int`): Parts in it, itself included.
-        depth (`int`): How deep they lie in each other.
+        parts (`int`): Number of parts in it, itself included.
+        depth (`int`): Depth to which they are nested.
         captures (`frozenset[str]`): Names that are captured in it.
     """
 
@@ -44,18 +44,18 @@ class Size:
 
 
 class Sizes:
-    """Sizes of parts, each worked out once: what names stand for is the same part wherever they are."""
+    """Sizes of parts, each computed once: a named pattern is the same part wherever its name stands."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[int, tuple[Node, Size]] = {}  # by identity: to compare parts would walk through them
 
     def of(self, node: Node) -> Size:
-        """The size of a part; what is inside was asked for before."""
+        """Return the size of a part; sizes of the parts inside are known from earlier calls."""
         if id(node) not in self._known:
-            self._known[id(node)] = node, self._worked_out(node)
+            self._known[id(node)] = node, self._computed(node)
         return self._known[id(node)][1]
 
-    def _worked_out(self, node: Node) -> Size:
+    def _computed(self, node: Node) -> Size:
         inside = []
         for each in fields(node):
             value = getattr(node, each.name)
@@ -68,24 +68,24 @@ class Sizes:
         )
 
 
-def _is_part(value) -> bool:
+def _is_part(value: object) -> bool:
     return isinstance(value, Node)
 
 
 def check_token_regex(expression: str) -> None:
-    """Raises `ValueError` for a regular expression that would be too large to compile."""
+    """Raise `ValueError` for a regular expression that would be too large to compile."""
     if len(expression) > LONGEST_REGEX:
         raise ValueError(f"a regular expression has at most {LONGEST_REGEX:,} characters, got {len(expression):,}.")
     if re.search(r"\(\?[\w-]*x", expression):
         raise ValueError("regular expressions for tokens take no (?x); write it without spaces and comments.")
-    for found in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
-        if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in found.groups()):
-            raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {found[0][:20]}.")
+    for repeat in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
+        if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in repeat.groups()):
+            raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {repeat[0][:20]}.")
     check_copies(expression)
 
 
 def check_copies(expression: str) -> None:
-    """Raises `ValueError` for an expression that is too large with what it repeats written out."""
+    """Raise `ValueError` for an expression that is too large with its repeats written out."""
     copies, depth = _written_out(expression)
     if copies > MOST_COPIES:
         raise ValueError("with its repeats written out it is too long. Repeat less, and no repeats inside repeats.")
@@ -94,9 +94,9 @@ def check_copies(expression: str) -> None:
 
 
 def _written_out(expression: str) -> tuple[int, int]:
-    """About how many characters an expression has without repeats, and how deep its groups lie in each other."""
+    """Estimate the number of characters of an expression with its repeats written out, and how deep its groups are."""
     outer: list[int] = []
-    total = last = deepest = 0  # of the group in hand: what is done, and the last atom, which a repeat may follow
+    total = last = deepest = 0  # of the current group: characters so far, and of the last atom, which may be repeated
     for piece in _PIECE.finditer(expression):
         kind = piece.lastgroup
         if kind == "repeat":
@@ -114,7 +114,7 @@ def _written_out(expression: str) -> tuple[int, int]:
 
 
 def _times(repeat: str) -> int:
-    """Copies that a repeat makes: its least number, and one more where there may be more."""
+    """Return the number of copies that a repeat makes: its lower bound, and one more where it may match more."""
     if repeat[0] != "{":
         return 2 if repeat[0] == "+" else 1
     numbers = _NUMBER.findall(repeat)

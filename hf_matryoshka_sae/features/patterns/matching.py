@@ -1,16 +1,17 @@
-"""Patterns over tokens: what they match in rows of tokens.
+"""Match patterns over tokens in rows of tokens.
 
 Each token becomes one character and the pattern a regular expression over these characters, so that the engine of the
-`regex` library does the matching. Characters are given out anew for each pattern: tokens that the pattern cannot tell
+`regex` library does the matching. Characters are assigned anew for each pattern: tokens that the pattern cannot tell
 apart lie next to each other, so that a class of 100,000 tokens is a few ranges.
 
-Every match counts, from every start, long or short: the mask is 1 at each token at which some match ends. An engine
-gives one match at a time, so it is asked again, with a mark at the end it has found: behind the tokens of a row stands
-a flag for each place, and the expression ends in a look at the flag of the place it has come to.
+Every match counts, from every start, long or short: the mask is 1 at each token at which some match ends. The engine
+returns one match at a time, so the search is repeated, with a mark at each end it has reached: behind the tokens of a
+row stands a flag for each place, and the expression ends in a look-ahead to the flag of the place it has come to.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import regex
@@ -24,40 +25,39 @@ from .vocabulary import UnreadableRegex, Vocabulary, vocabulary_of
 
 
 _FIRST, _LAST = 0x20000, 0x10FFFF  # characters without capitals or any other meaning to the engine
-_OPEN, _TAKEN = "o", "x"  # the flags: no match is known to end here, one is
-_NOTHING = "-"  # no token: where padding was
+_OPEN, _TAKEN = "o", "x"  # the flags: no match is known to end here, or one is
+_NOTHING = "-"  # no token: stands for padding
 _LONGEST = 250_000  # characters of an expression
 _MOST_WRITTEN = 20 * _LONGEST  # of all its parts together
 _MOST_IN_PREFIX = 64  # repeats that [prefix ...] takes apart
 
 
 class TokenPattern:
-    """A pattern for one tokenizer; made by [`TokenPattern.compile`].
+    r"""A pattern for one tokenizer; made by [`TokenPattern.compile`].
 
     Example:
-
     ```python
     >>> induction = TokenPattern.compile("[a=.].*[a]", tokenizer)
-    >>> digit = TokenPattern.compile(r"[re `\\s?\\d+`]", tokenizer)
+    >>> digit = TokenPattern.compile(r"[re `\s?\d+`]", tokenizer)
     >>> mask = digit.mask(tokenizer("In 1984", return_tensors="pt")["input_ids"])
     ```
     """
 
-    def __init__(self, source: str, expression: "_Expression"):
+    def __init__(self, source: str, expression: "_Expression") -> None:
         self.source = source
         self._characters = expression.characters
         self._expression = expression.text
         self._compiled: dict[int, regex.Pattern] = {}
 
     @classmethod
-    def compile(cls, source: str, tokenizer, names: Names | None = None, timeout: float = 5.0) -> "TokenPattern":
-        """Read a pattern; `pattern_parser` has the syntax.
+    def compile(cls, source: str, tokenizer: Any, names: Names | None = None, timeout: float = 5.0) -> "TokenPattern":
+        """Compile a pattern; `patterns.parser` documents the syntax.
 
         Args:
             source (`str`): The pattern.
-            tokenizer: Whose tokens it is about. Its vocabulary is decoded once and kept as long as it lives.
+            tokenizer: Tokenizer whose tokens the pattern matches. Its vocabulary is decoded once and cached.
             names (`dict`, *optional*): More named patterns (`str`), and sets of texts (`list[str]`).
-            timeout (`float`, *optional*, defaults to 5.0): Seconds that it may take to find the tokens it names.
+            timeout (`float`, *optional*, defaults to 5.0): Seconds in which the tokens it names must be found.
 
         Raises:
             `ValueError`: if it cannot be read, is too large or takes too long, or its texts are not whole tokens; the
@@ -71,15 +71,15 @@ class TokenPattern:
             except _Unwritable as problem:
                 raise whole.error(str(problem), problem.at) from problem.__cause__
         except (RecursionError, MemoryError):
-            raise ValueError("The pattern is too large: its parts lie too deep in each other. Nest less.") from None
+            raise ValueError("The pattern is too large: its parts are nested too deep. Nest less.") from None
 
     def mask(self, token_ids: Tensor, timeout: float = 2.0, attention_mask: Tensor | None = None) -> Tensor:
-        """Where matches end.
+        """Return a mask of the tokens at which matches end.
 
         Args:
-            token_ids (`Tensor` of shape `(N, T)`): Rows of tokens; a match lies in one row.
+            token_ids (`Tensor` of shape `(N, T)`): Rows of token ids; a match lies within one row.
             timeout (`float`, *optional*, defaults to 2.0): Seconds for all rows together.
-            attention_mask (`Tensor` of shape `(N, T)`, *optional*): 0 at padding, which no pattern sees.
+            attention_mask (`Tensor` of shape `(N, T)`, *optional*): 0 at padding, which no pattern matches.
 
         Returns:
             `Tensor` of shape `(N, T)`, bool, on the CPU: 1 at the last token of each match. A match without tokens
@@ -107,7 +107,7 @@ class TokenPattern:
         return mask
 
     def _ends(self, tokens: Tensor, width: int, deadline: float) -> Iterator[int]:
-        """The last token of each match in one row, each once; flags stand `width` characters behind the places."""
+        """Yield the last token of each match in a row, each once; flags stand `width` characters behind the places."""
         pattern = self._compiled.get(width)
         if pattern is None:
             try:
@@ -120,17 +120,17 @@ class TokenPattern:
         flags = [_OPEN] * (len(tokens) + 1)
         text, start = self._text(tokens).ljust(width, _NOTHING), 0
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
                 raise TimeoutError
             try:
-                found = pattern.search(text + "".join(flags), start, timeout=left)
+                match = pattern.search(text + "".join(flags), start, timeout=seconds)
             except MemoryError:
-                raise TimeoutError from None  # what it keeps to go back to has grown with time
-            if found is None:
+                raise TimeoutError from None  # memory for backtracking grows with time
+            if match is None:
                 return
-            # Starts before this one have no match that ends at an open place, and never will.
-            start, end = found.span()
+            # No earlier start has a match that ends at an open place, nor will it: places only close.
+            start, end = match.span()
             flags[end] = _TAKEN
             if end > start:
                 yield end - 1
@@ -145,9 +145,9 @@ class TokenPattern:
 
 
 class _Unwritable(ValueError):
-    """A part has no expression; `at` says where it stands."""
+    """A part that cannot be written as a regular expression; `at` is its place in the source."""
 
-    def __init__(self, message: str, at: int):
+    def __init__(self, message: str, at: int) -> None:
         super().__init__(message)
         self.at = at
 
@@ -157,11 +157,11 @@ class _Expression:
 
     Args:
         node ([`Node`]): The tree.
-        vocabulary ([`Vocabulary`]): Of the tokenizer.
-        deadline (`float`): On the monotonic clock.
+        vocabulary ([`Vocabulary`]): The tokenizer's vocabulary.
+        deadline (`float`): Time on the monotonic clock by which it must be written.
     """
 
-    def __init__(self, node: nodes.Node, vocabulary: Vocabulary, deadline: float):
+    def __init__(self, node: nodes.Node, vocabulary: Vocabulary, deadline: float) -> None:
         self.vocabulary, self.deadline, self._written = vocabulary, deadline, 0
         if vocabulary.size + _FIRST > _LAST:
             raise ValueError(f"Patterns take vocabularies of up to {_LAST - _FIRST} tokens, got {vocabulary.size}.")
@@ -175,28 +175,28 @@ class _Expression:
 
     def _in_time(self, node: nodes.Node) -> None:
         if time.monotonic() > self.deadline:
-            raise _Unwritable("to find the tokens of this pattern takes too long. Name fewer of them.", node.at)
+            raise _Unwritable("finding the tokens of this pattern takes too long. Name fewer of them.", node.at)
 
     def _class(self, node: nodes.TokenRegex) -> np.ndarray:
         self._in_time(node)
         try:
-            found = self.vocabulary.matching(node.regex, node.search, self.deadline)
+            tokens = self.vocabulary.matching(node.regex, node.search, self.deadline)
         except UnreadableRegex as error:
             raise _Unwritable(str(error), node.at if error.at is None else node.regex_at + error.at) from error
-        if not len(found):
+        if not len(tokens):
             more = "" if node.search else " A token's leading space counts; `, search=True` looks for a part of it."
             raise _Unwritable(f"no token matches `{node.regex}`.{more}", node.at)
-        return found
+        return tokens
 
     def write(self, node: nodes.Node) -> str:
-        """The expression of a part."""
+        """Return the expression of a part."""
         text = self._write(node)
         self._written += len(text)
         if len(text) > _LONGEST or self._written > _MOST_WRITTEN:
             raise _Unwritable("written out, the pattern is too long. Repeat less, or by {n}.", node.at)
         return text
 
-    def _write(self, node: nodes.Node) -> str:
+    def _write(self, node: nodes.Node) -> str:  # noqa: C901 (one case for each kind of node)
         match node:
             case nodes.AnyToken():
                 return f"[{chr(_FIRST)}-{chr(_LAST)}]"
@@ -232,7 +232,7 @@ class _Expression:
         return "".join(chr(self.characters[token]) for token in tokens)
 
     def _beginnings(self, node: nodes.Node, rest: str) -> str:
-        """Any beginning, of one token or more, of what the part followed by `rest` matches."""
+        """Return an expression for any beginning, of one token or more, of a match of the part followed by `rest`."""
         match node:
             case nodes.Text():
                 signs = self.write(node)
@@ -259,7 +259,8 @@ class _Expression:
         part = f"(?:{self.write(node.part)})"
         if max(node.low, node.high or 0) > _MOST_IN_PREFIX:
             raise _Unwritable(f"repeats inside [prefix ...] go to {_MOST_IN_PREFIX}.", node.at)
-        if node.high is None:  # any number may come before the one that is cut; the minimum may be before or behind
+        # One copy of the part is cut; the copies that the lower bound demands may lie before it or behind it.
+        if node.high is None:
             ways = []
             for before in range(max(1, node.low)):
                 many = _bounds(before, None if before == max(1, node.low) - 1 else before)
@@ -276,7 +277,7 @@ class _Expression:
 def _places(
     size: int, classes: dict[nodes.TokenRegex, np.ndarray], in_time: Callable[[nodes.Node], None]
 ) -> np.ndarray:
-    """A place for each token, so that tokens in the same classes follow each other: `(V,)`."""
+    """Return a place for each token, `(V,)`, such that tokens in the same classes follow each other."""
     kind = np.zeros(size, dtype=np.int64)
     for node, members in classes.items():
         in_time(node)
@@ -289,7 +290,7 @@ def _places(
 
 
 def _ranges(codes: np.ndarray) -> str:
-    """A character class of these code points."""
+    """Return a character class of these code points."""
     codes = np.sort(codes)
     breaks = np.flatnonzero(np.diff(codes) > 1)
     firsts, lasts = codes[np.r_[0, breaks + 1]], codes[np.r_[breaks, len(codes) - 1]]

@@ -6,31 +6,31 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True)
 class Node:
-    """A part of a pattern, and where it begins in the source."""
+    """A part of a pattern; `at` is its place in the source."""
 
     at: int = field(compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
 class AnyToken(Node):
-    """`.`"""
+    """Any token, `.`."""
 
 
 @dataclass(frozen=True)
 class Begin(Node):
-    """`[BEGIN]`"""
+    """The beginning of a text, `[BEGIN]`."""
 
 
 @dataclass(frozen=True)
 class Text(Node):
-    """Text, to be tokenised."""
+    """Text that a tokenizer cuts into tokens."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TokenRegex(Node):
-    """One token, by its own text; `regex_at` is where the expression begins in the source."""
+    """One token whose text matches a regular expression; `regex_at` is the place of the expression in the source."""
 
     regex: str
     search: bool
@@ -39,21 +39,21 @@ class TokenRegex(Node):
 
 @dataclass(frozen=True)
 class Joined(Node):
-    """One part behind the other."""
+    """Parts one behind the other."""
 
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Choice(Node):
-    """One of several."""
+    """One of several parts."""
 
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Repeat(Node):
-    """From `low` to `high` times (`None`: without end)."""
+    """A part repeated `low` to `high` times (`None`: any number)."""
 
     part: Node
     low: int
@@ -62,7 +62,7 @@ class Repeat(Node):
 
 @dataclass(frozen=True)
 class Capture(Node):
-    """`[name=part]`"""
+    """A capture, `[name=part]`."""
 
     name: str
     part: Node
@@ -70,14 +70,14 @@ class Capture(Node):
 
 @dataclass(frozen=True)
 class BackReference(Node):
-    """`[name]` after a capture."""
+    """The tokens of an earlier capture, `[name]`."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Look(Node):
-    """A look-around."""
+    """A look-ahead or look-behind."""
 
     part: Node
     ahead: bool
@@ -86,13 +86,13 @@ class Look(Node):
 
 @dataclass(frozen=True)
 class Prefix(Node):
-    """`[prefix part]`"""
+    """Any beginning of a match of the part, `[prefix part]`."""
 
     part: Node
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """The node and all below it."""
+    """Yield the node and all nodes below it."""
     yield node
     for child in fields(node):
         value = getattr(node, child.name)

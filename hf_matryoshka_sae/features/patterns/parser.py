@@ -1,15 +1,15 @@
-"""The token-pattern language: from its text to a tree.
+r"""Parse the token-pattern language: from its text to a tree.
 
     .  (A | B)  A+ A* A? A{2,5}      any token, alternatives, repeats of a group or a bracket
     ` the cat`                       text: the tokens that a tokenizer makes of it; a leading space counts
     [v=A] ... [v]                    what A matched, then the same tokens again
     (?=A) (?!A) (?<=A) (?<!A)        look-arounds
-    [re `\\d+`]                       one token that this regular expression matches whole; `, search=True`: in part
+    [re `\d+`]                       one token that this regular expression matches whole; `, search=True`: in part
     [literal_set ` red`, ` blue`]    any of these texts, or of a list given by name
     [prefix A]                       any beginning of a match of A
     [BEGIN]                          the place where a text begins
     name = A                         a line of its own: afterwards [name] stands for A
-    # a comment;  \\.  \\[  \\#  \\n     a character that would mean something else
+    # a comment;  \.  \[  \#  \n     a character that would mean something else
 
 The syntax is that of tokre (github.com/noanabeshima/tokre), whose patterns describe latents of SAEs.
 """
@@ -30,13 +30,13 @@ _DEFINITION = re.compile(r"\s*([A-Za-z_]\w*)\s*= ?")
 _RESERVED = ("BEGIN", "re", "literal_set", "prefix")
 _SPECIAL = "()[]|.+*?{#"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
-_DEEPEST = 40  # of nested brackets, so that no pattern exhausts Python's stack
-_MOST = 10_000  # repeats that can be asked for by number
+_DEEPEST = 40  # nested brackets, so that no pattern exhausts Python's stack
+_MOST = 10_000  # largest bound of a repeat
 _MOST_PREFIXED = 500  # parts, each of which is written once for every part before it
 
 
 def parse(source: str, names: Names | None = None) -> tuple[nodes.Node, Source]:
-    """The tree of a pattern, and the source that its places refer to: with the named patterns before it.
+    """Return the tree of a pattern, and the source that its places refer to: the pattern behind its named patterns.
 
     Args:
         source (`str`): The pattern, behind any number of lines `name = pattern`.
@@ -63,7 +63,7 @@ def parse(source: str, names: Names | None = None) -> tuple[nodes.Node, Source]:
 class _Parser:
     """Recursive descent over the characters of one source."""
 
-    def __init__(self, whole: Source, names: dict[str, nodes.Node]):
+    def __init__(self, whole: Source, names: dict[str, nodes.Node]) -> None:
         self.whole, self.source, self.names = whole, whole.text, names
         self.at, self.end, self.depth = 0, len(self.source), 0
         self.captured: set[str] = set()
@@ -73,39 +73,39 @@ class _Parser:
     def error(self, message: str, at: int | None = None) -> ValueError:
         return self.whole.error(message, self.at if at is None else at)
 
-    def made(self, node: nodes.Node) -> nodes.Node:
-        """A part, if it is not too large."""
+    def checked(self, node: nodes.Node) -> nodes.Node:
+        """Return a part; raise an error if it is too large."""
         size = self.sizes.of(node)
         if size.parts > MOST_PARTS:
             raise self.error("with its names written out, the pattern is too long.")
         if size.depth > DEEPEST:
-            raise self.error("the pattern's names stand for one another too deep. Write it with fewer.")
+            raise self.error("the pattern's names are nested too deep. Write it with fewer.")
         return node
 
     # Lines
 
     def pattern(self) -> nodes.Node:
-        """Named lines, then the pattern."""
-        found = None
+        """Read the named patterns, then the pattern."""
+        tree = None
         for start, stop in self._lines():
             definition = _DEFINITION.match(self.source, start, stop)
-            if found is not None:
+            if tree is not None:
                 raise self.error("the pattern stands alone on the last line; the line before is one already.", start)
             self.captured = set()
             if definition is None:
-                found = self._range(start, stop)
+                tree = self._range(start, stop)
                 continue
             name = definition[1]
             if name in _RESERVED:
                 raise self.error(f"'{name}' has a meaning of its own; choose another name.", start)
             self.names[name] = self._range(definition.end(), stop)
-        if found is None:
+        if tree is None:
             hint = "Lines `name = pattern` only name patterns (write `\\=` for the character)." if self.names else ""
             raise self.error(f"there is no pattern. {hint}".rstrip(), len(self.source))
-        return found
+        return tree
 
     def _lines(self) -> Iterator[tuple[int, int]]:
-        """Where lines begin and end, without comments and those that are empty."""
+        """Yield begin and end of each line that is not empty, without its comment."""
         start = 0
         for line in self.source.split("\n"):
             stop = start + _comment_at(line)
@@ -117,14 +117,14 @@ class _Parser:
         self.at, self.end = start, stop
         node = self.choice(closing="")
         if self.at < self.end:
-            found = self.source[self.at]
-            raise self.error(f"'{found}' closes nothing. Write `\\{found}` for the character.")
-        return self.made(node)
+            sign = self.source[self.at]
+            raise self.error(f"'{sign}' closes nothing. Write `\\{sign}` for the character.")
+        return self.checked(node)
 
     # Parts
 
     def choice(self, closing: str) -> nodes.Node:
-        """Alternatives, up to a closing bracket or the end."""
+        """Read alternatives, up to a closing bracket or the end."""
         start = self.at
         self.depth += 1
         if self.depth > _DEEPEST:
@@ -137,12 +137,12 @@ class _Parser:
         if closing and self._peek() != closing:
             raise self.error(f"'{closing}' is missing here.")
         self.at += len(closing)
-        return parts[0] if len(parts) == 1 else self.made(nodes.Choice(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.checked(nodes.Choice(tuple(parts), at=start))
 
     def joined(self) -> nodes.Node:
         start, parts = self.at, []
-        known = 0  # parts in these
-        before = ""  # the sign with which the last part began; nothing for text
+        known = 0  # size of these parts
+        before = ""  # the sign with which the last part began; empty for text
         while (sign := self._peek()) and sign not in "|)]":
             if sign in "+*?{":
                 self._repeat(parts, before)
@@ -158,17 +158,17 @@ class _Parser:
             else:
                 parts, sign = parts + self._text(), ""
             before = sign
-            # Now, not at the end: what names stand for may be large, and is walked through in what follows.
+            # Checked here, not at the end: named patterns may be large, and later steps walk through them.
             known += self.sizes.of(parts[-1]).parts if parts else 0
             if known > MOST_PARTS:
                 raise self.error("with its names written out, the pattern is too long.", start)
         if not parts:
             raise self.error("expected a pattern, there is nothing. `(A)?` makes A optional.", start)
-        return parts[0] if len(parts) == 1 else self.made(nodes.Joined(tuple(parts), at=start))
+        return parts[0] if len(parts) == 1 else self.checked(nodes.Joined(tuple(parts), at=start))
 
     def _text(self) -> list[nodes.Node]:
-        """Text up to the next sign; spaces at its end are for the eye alone."""
-        start, found, kept = self.at, "", 0
+        """Read text up to the next sign; spaces at its end are for the eye alone."""
+        start, text, length = self.at, "", 0
         while (sign := self._peek()) and sign not in _SPECIAL:
             self.at += 1
             if sign == "\\":
@@ -176,12 +176,12 @@ class _Parser:
                 if not escaped:
                     raise self.error("a backslash escapes the character behind it, and there is none.", self.at - 1)
                 self.at += 1
-                found += _ESCAPES.get(escaped, escaped)
-                kept = len(found)
+                text += _ESCAPES.get(escaped, escaped)
+                length = len(text)
             else:
-                found += sign
-                kept = kept if sign == " " else len(found)
-        return [nodes.Text(found[:kept], at=start)] if kept else []
+                text += sign
+                length = length if sign == " " else len(text)
+        return [nodes.Text(text[:length], at=start)] if length else []
 
     def _repeat(self, parts: list[nodes.Node], before: str) -> None:
         start, sign = self.at, self._peek()
@@ -192,7 +192,7 @@ class _Parser:
             low, high = {"+": (1, None), "*": (0, None), "?": (0, 1)}[sign]
         last = parts[-1] if parts else None
         if last is None or isinstance(last, (nodes.Look, nodes.Begin)):
-            raise self.error(f"'{sign}' repeats what is before it, and that is nothing. Write `\\{sign}`?", start)
+            raise self.error(f"'{sign}' has nothing before it to repeat. Write `\\{sign}` for the character.", start)
         if not before:
             raise self.error(
                 f"'{sign}' behind text is unclear: write `(text){sign}` to repeat it, `\\{sign}` for the character.",
@@ -204,19 +204,19 @@ class _Parser:
                 "put the first in parentheses to repeat it.",
                 start,
             )
-        parts[-1] = self.made(nodes.Repeat(last, low, high, at=last.at))
+        parts[-1] = self.checked(nodes.Repeat(last, low, high, at=last.at))
 
     def _bounds(self, start: int) -> tuple[int, int | None]:
-        found = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
-        if found is None or not (found[1] or found[3]):
+        bounds = re.compile(r"(\d*)(,?)(\d*)\}").match(self.source, self.at, self.end)
+        if bounds is None or not (bounds[1] or bounds[3]):
             raise self.error("expected {2}, {2,}, {,5} or {2,5}. Write `\\{` for the character.", start)
-        self.at = found.end()
-        if max(len(found[1]), len(found[3])) > 9:
+        self.at = bounds.end()
+        if max(len(bounds[1]), len(bounds[3])) > 9:
             raise self.error(f"repeats go to {_MOST}.", start)
-        low = int(found[1] or 0)
-        high = low if not found[2] else int(found[3]) if found[3] else None
+        low = int(bounds[1] or 0)
+        high = low if not bounds[2] else int(bounds[3]) if bounds[3] else None
         if max(low, high or 0) > _MOST or (high is not None and low > high) or high == 0:
-            raise self.error(f"expected bounds from small to large, at most {_MOST}, got {found[0][:-1]}.", start)
+            raise self.error(f"expected bounds from small to large, at most {_MOST}, got {bounds[0][:-1]}.", start)
         return low, high
 
     def _group(self) -> nodes.Node:
@@ -235,31 +235,31 @@ class _Parser:
         part = self.choice(closing=")")
         ahead, negative = "<" not in opening, "!" in opening
         if negative:
-            self.captured = before  # where it has to fail, it captures nothing
-        found = list(nodes.walk(part))
-        captures = {node.name for node in found if isinstance(node, nodes.Capture)}
-        if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in found):
+            self.captured = before  # a part that must not match captures nothing
+        inside = list(nodes.walk(part))
+        captures = {node.name for node in inside if isinstance(node, nodes.Capture)}
+        if not ahead and any(isinstance(node, nodes.BackReference) and node.name in captures for node in inside):
             raise self.error(
                 "a look-behind is matched from its end, so it cannot repeat what it captures itself. Write the part "
                 "before the token in the pattern itself: the mask is at the end of a match anyway.",
                 start,
             )
-        return self.made(nodes.Look(part, ahead, negative, at=start))
+        return self.checked(nodes.Look(part, ahead, negative, at=start))
 
     # Brackets
 
     def _bracket(self) -> nodes.Node:
         start = self.at
         self.at += 1
-        found = _NAME.match(self.source, self.at, self.end)
-        if found is None:
+        match = _NAME.match(self.source, self.at, self.end)
+        if match is None:
             raise self.error(
                 "expected [name], [name=pattern], [re `...`], [literal_set ...], [prefix ...] or [BEGIN]. "
                 "Write `\\[` for the character.",
                 start,
             )
-        name = found[0]
-        self.at = found.end()
+        name = match[0]
+        self.at = match.end()
         if name == "re":
             return self._token_regex(start)
         if name == "literal_set":
@@ -283,7 +283,7 @@ class _Parser:
         if name in self.open or name in self.sizes.of(part).captures:
             raise self.error(f"'{name}' is captured within its own capture; name one of them otherwise.", start)
         self.captured.add(name)
-        return self.made(nodes.Capture(name, part, at=start))
+        return self.checked(nodes.Capture(name, part, at=start))
 
     def _reference(self, name: str, start: int) -> nodes.Node:
         if name in self.open:
@@ -306,7 +306,7 @@ class _Parser:
             raise self.error("[prefix A] takes no captures, look-arounds or other prefixes inside.", start)
         if self.sizes.of(part).parts > _MOST_PREFIXED:
             raise self.error(f"[prefix ...] takes up to {_MOST_PREFIXED} parts. Leave the rest behind it.", start)
-        return self.made(nodes.Prefix(part, at=start))
+        return self.checked(nodes.Prefix(part, at=start))
 
     def _token_regex(self, start: int) -> nodes.Node:
         regex, regex_at = self._quoted("[re `\\d+`]")
@@ -317,10 +317,10 @@ class _Parser:
         return nodes.TokenRegex(regex, option[1] == "True", at=start, regex_at=regex_at)
 
     def _literal_set(self, start: int) -> nodes.Node:
-        named = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
-        if named is not None:
-            self.at = named.end()
-            return self._reference(named[1], start)
+        reference = re.compile(r"\s+([A-Za-z_]\w*)\]").match(self.source, self.at, self.end)
+        if reference is not None:
+            self.at = reference.end()
+            return self._reference(reference[1], start)
         texts = [self._quoted("[literal_set ` red`, ` blue`]")]
         while more := re.compile(r"\s*,").match(self.source, self.at, self.end):
             self.at = more.end()
@@ -328,22 +328,22 @@ class _Parser:
         if self._peek() != "]":
             raise self.error("expected ',' or ']' behind a text in backticks.")
         self.at += 1
-        return self.made(nodes.Choice(tuple(nodes.Text(text, at=at) for text, at in texts), at=start))
+        return self.checked(nodes.Choice(tuple(nodes.Text(text, at=at) for text, at in texts), at=start))
 
     def _quoted(self, example: str) -> tuple[str, int]:
-        """Text in backticks, and where it begins."""
-        found = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
-        if found is None:
+        """Read text in backticks; return it with its place."""
+        match = re.compile(r"\s*`([^`]+)`").match(self.source, self.at, self.end)
+        if match is None:
             raise self.error(f"expected something in backticks, as in {example}.")
-        self.at = found.end()
-        return found[1], found.start(1)
+        self.at = match.end()
+        return match[1], match.start(1)
 
     def _peek(self) -> str:
         return self.source[self.at] if self.at < self.end else ""
 
 
 def _comment_at(line: str) -> int:
-    """Where a line's comment begins; its length where there is none."""
+    """Return the place where a line's comment begins; the line's length where there is none."""
     quoted = False
     at = 0
     while at < len(line):

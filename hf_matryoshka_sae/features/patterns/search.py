@@ -1,4 +1,4 @@
-"""Which latents stand for something that can be said in tokens: latents ranked by a pattern's mask.
+"""Rank latents by how well the mask of a token pattern describes their activations.
 
 With mask m (0 or 1 for each token) and activation a, over the kept tokens of held-out data:
 
@@ -9,6 +9,7 @@ With mask m (0 or 1 for each token) and activation a, over the kept tokens of he
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import regex
 import torch
@@ -32,10 +33,11 @@ class PatternHit:
     """A latent, and how well a mask describes it.
 
     Args:
-        latent (`int`): Its place in the dictionary.
-        cosine (`float`): Between mask and activations.
-        precision (`float`), recall (`float`): Of the mask and of where it fires, see the top of the module.
-        tokens_matched (`int`): Tokens that the pattern matches, the same for all latents.
+        latent (`int`): Position of the latent in the SAE.
+        cosine (`float`): Cosine of mask and activations.
+        precision (`float`): Share of the tokens on which the latent fires that the pattern matches.
+        recall (`float`): Share of the tokens that the pattern matches on which the latent fires.
+        tokens_matched (`int`): Number of tokens that the pattern matches, the same for all latents.
     """
 
     latent: int
@@ -46,14 +48,14 @@ class PatternHit:
 
 
 class MaskSums:
-    """What is added up over tokens to compare latents with a mask.
+    """Sums over tokens that compare latents with a mask.
 
     Args:
-        num_latents (`int`): F.
-        device (`torch.device`, *optional*): Where the sums are.
+        num_latents (`int`): Number F of latents.
+        device (`torch.device`, *optional*): Device of the sums.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         # sum a m, sum a^2, tokens on which it fires, tokens on which it fires and the mask is 1
         self.sums = torch.zeros(4, num_latents, dtype=torch.float64, device=device)
         self.matched = torch.zeros(1, dtype=torch.float64, device=device)
@@ -72,7 +74,7 @@ class MaskSums:
         reduce_sum(self.sums, self.matched)
 
     def hits(self, top: int) -> list[PatternHit]:
-        """The latents with the largest cosines, best first; ties go to the lower latent. Those of 0 are left out."""
+        """Return the latents with the largest cosines above 0, best first; ties go to the lower latent."""
         product, square, fires, both = self.sums.cpu()
         matched = self.matched.cpu()
         cosine = product / (square * matched).sqrt()
@@ -101,22 +103,22 @@ def search_latents(
     names: Names | None = None,
     timeout: float = 2.0,
 ) -> list[PatternHit]:
-    """Latents whose activations are most like a pattern's mask.
+    """Return the latents whose activations are most like a pattern's mask.
 
     Hidden states are harvested once and nothing is kept but sums; each process takes its share of the data.
 
     Args:
-        pattern (`str` or [`TokenPattern`]): See [`TokenPattern.compile`].
-        sae ([`SAEModel`]): Measured as it is at inference.
+        pattern (`str` or [`TokenPattern`]): The pattern; [`TokenPattern.compile`] reads it.
+        sae ([`SAEModel`]): The SAE, encoded as at inference.
         data ([`HeldOut`]): Language model, tokens and hookpoint; for a pattern as `str` with its tokenizer.
-        top (`int`, *optional*, defaults to 20): How many latents.
-        width (`int`, *optional*): Only the first `width` latents, encoded alone.
-        show (`bool`, *optional*, defaults to `True`): A progress bar.
-        names (`dict`, *optional*): As for [`TokenPattern.compile`].
+        top (`int`, *optional*, defaults to 20): Largest number of latents.
+        width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        names (`dict`, *optional*): More named patterns (`str`), and sets of texts (`list[str]`).
         timeout (`float`, *optional*, defaults to 2.0): Seconds that matching may take on a batch of the data.
 
     Returns:
-        `list[PatternHit]`: best first.
+        `list[PatternHit]`: The latents, best first.
 
     Raises:
         `ValueError`: if the pattern cannot be read, takes too long, or matches no token of the data.
@@ -138,12 +140,16 @@ def search_words(
     width: int | None = None,
     show: bool = True,
 ) -> list[PatternHit]:
-    """Latents whose activations are most like the places of some words.
+    """Return the latents whose activations are most like the mask of some words.
 
     Args:
-        words (`str` or `list[str]`): Words or phrases, found whole and in any case. All tokens of a word count, not
-            only its last: a token is in the mask if it is part of such a word.
-        sae, data, top, width, show: As for [`search_latents`].
+        words (`str` or `list[str]`): Words or phrases, matched whole and in any case. Every token of a word is in the
+            mask, not only its last.
+        sae ([`SAEModel`]): The SAE, encoded as at inference.
+        data ([`HeldOut`]): Language model with its tokenizer, tokens and hookpoint.
+        top (`int`, *optional*, defaults to 20): Largest number of latents.
+        width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
         `ValueError`: if there are no words, or none of them is in the data.
@@ -154,16 +160,16 @@ def search_words(
     def mask(batch: TokenBatch) -> Tensor:
         rows = batch.input_ids.cpu()
         real = batch.attention_mask.cpu().bool()
-        found = torch.zeros(rows.shape, dtype=torch.bool)
+        batch_mask = torch.zeros(rows.shape, dtype=torch.bool)
         for number, row in enumerate(rows):
             places = real[number].nonzero().flatten()
-            found[number, places] = word_mask(words, row[places].tolist(), vocabulary)
-        return found
+            batch_mask[number, places] = word_mask(words, row[places].tolist(), vocabulary)
+        return batch_mask
 
     return _search(mask, sae, data, top, width, show, f"the words {', '.join(words)}")
 
 
-def _checked_words(words) -> list[str]:
+def _checked_words(words: Any) -> list[str]:
     words = [words] if isinstance(words, str) else list(words) if isinstance(words, Iterable) else words
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"Expected a word, or a list of words, got {words!r:.80}.")
@@ -177,12 +183,12 @@ def _checked_words(words) -> list[str]:
 
 
 def word_mask(words: Sequence[str], tokens: list[int], vocabulary: Vocabulary) -> Tensor:
-    """Which tokens `(T,)` of a row are part of one of the words."""
+    """Return a mask `(T,)` of the tokens of a row that are part of one of the words."""
     pieces = vocabulary.pieces(tokens)
     text = "".join(piece for piece, _ in pieces)
     any_word = "|".join(regex.escape(word.strip()) for word in words)
-    # Not \b: a word may begin or end with a sign.
-    spans = [found.span() for found in regex.finditer(f"(?<!\\w)(?:{any_word})(?!\\w)", text, regex.IGNORECASE)]
+    # Not \b: a word may begin or end with a sign that is no letter.
+    spans = [match.span() for match in regex.finditer(f"(?<!\\w)(?:{any_word})(?!\\w)", text, regex.IGNORECASE)]
     mask, token, start, now = torch.zeros(len(tokens), dtype=torch.bool), 0, 0, 0
     for piece, length in pieces:
         end = start + len(piece)
@@ -195,7 +201,7 @@ def word_mask(words: Sequence[str], tokens: list[int], vocabulary: Vocabulary) -
     return mask
 
 
-def _tokenizer(data: HeldOut):
+def _tokenizer(data: HeldOut) -> Any:
     if data.tokenizer is None:
         raise ValueError("Searching for text needs the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
     return data.tokenizer
@@ -215,7 +221,7 @@ def _search(
     sums = MaskSums(sae.config.num_latents, sae.W_dec.device)
     masks, problem = [], None
     try:
-        # All masks before any hidden state: a pattern that takes too long shows at once.
+        # All masks come before any hidden state, so that a pattern that takes too long fails at once.
         masks = [mask(batch) for batch in data.share()]
     except ValueError as error:
         problem = error
@@ -227,7 +233,7 @@ def _search(
     sums.reduce()
     if not sums.matched:
         raise ValueError(
-            f"No token of the {data.tokens} in this data is found by {what}. In patterns a leading space counts."
+            f"None of the {data.tokens} tokens of this data matches {what}. In patterns a leading space counts."
         )
     return sums.hits(top)
 
@@ -236,9 +242,9 @@ def _add_batches(sums: MaskSums, masks: list[Tensor], sae: SAEModel, data: HeldO
     batches: Iterator = zip(data.share(), masks, strict=True)
     bar = tqdm(batches, desc="search", total=len(masks), disable=not show or processes()[0] != 0, leave=False)
     for batch, mask in bar:
-        kept, start = mask.to(batch.keep.device)[batch.keep], 0
-        if not len(kept):
+        values, start = mask.to(batch.keep.device)[batch.keep], 0
+        if not len(values):
             continue
         for _, _, pairs in firing_blocks(sae, [data.states(batch)]):
-            sums.add(pairs, kept[start : start + pairs.num_rows])
+            sums.add(pairs, values[start : start + pairs.num_rows])
             start += pairs.num_rows

@@ -1,31 +1,32 @@
-"""The text of a pattern, and errors that show a place in it."""
+"""The text of a pattern, and errors that point at a place in it."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
-_SHOWN = 100  # characters of a line, so that a long one does not hide the message
+_EXCERPT = 100  # characters of a line in a message, so that a long one does not hide the message
 
 
 class Source:
-    """A pattern behind the lines of its names.
+    """A pattern behind the lines of its named patterns.
 
     Args:
         source (`str`): The pattern; its lines may end as on Windows.
-        named (`dict[str, str]`): Named patterns, a line each.
+        patterns (`dict[str, str]`): Named patterns, one line each.
 
     Attributes:
         text (`str`): All lines: `name = pattern` for each name, then the pattern.
     """
 
-    def __init__(self, source: str, named: Mapping[str, str]):
-        self._heads = [f"{name} = " for name in named]
-        self._names = list(named)
-        lines = [f"{name} = {pattern}\n" for name, pattern in named.items()]
+    def __init__(self, source: str, patterns: Mapping[str, str]) -> None:
+        self._heads = [f"{name} = " for name in patterns]
+        self._names = list(patterns)
+        lines = [f"{name} = {pattern}\n" for name, pattern in patterns.items()]
         self.text = "".join(lines) + source.replace("\r\n", "\n")
 
     def error(self, message: str, at: int) -> ValueError:
-        """An error that shows its place, counted in what the user wrote: the pattern, or one of the names."""
+        """Return an error that points at its place, counted in the text of the user: the pattern or a named one."""
         before = self.text[:at]
         line, start = before.count("\n"), before.rfind("\n") + 1
         text, column = self.text[start:].partition("\n")[0], at - start
@@ -38,28 +39,35 @@ class Source:
 
 
 def _pointed_at(text: str, column: int) -> str:
-    """The line, or what is around the column, and a caret below the column."""
-    first = max(0, min(column - _SHOWN // 2, len(text) - _SHOWN))
-    shown, column = text[first : first + _SHOWN], column - first
-    before = "".join("\t" if sign == "\t" else " " * _cells(sign) for sign in shown[:column])
-    return f"    {shown}\n    {before}^"
+    """Return the line, or an excerpt around the column, with a caret below the column."""
+    first = max(0, min(column - _EXCERPT // 2, len(text) - _EXCERPT))
+    excerpt, column = text[first : first + _EXCERPT], column - first
+    before = "".join("\t" if sign == "\t" else " " * _cells(sign) for sign in excerpt[:column])
+    return f"    {excerpt}\n    {before}^"
 
 
 def _cells(sign: str) -> int:
-    """How wide a character is in a terminal."""
+    """Return the width of a character in a terminal."""
     if unicodedata.combining(sign):
         return 0
     return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
 
 
-def checked_names(names, reserved: Sequence[str], is_name) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Named patterns and named sets of texts.
+def checked_names(
+    names: Any, reserved: Sequence[str], is_name: Callable[[str], object]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Split a dictionary of names into named patterns and named sets of texts.
+
+    Args:
+        names (`dict`): A pattern (`str`) or a list of texts, by name.
+        reserved (`Sequence[str]`): Names that have a meaning of their own.
+        is_name (`Callable`): Returns whether a string is a name.
 
     Raises:
-        `ValueError`: if it is no dictionary of them.
+        `ValueError`: if it is no such dictionary.
     """
     if not isinstance(names, Mapping):
-        raise ValueError(f"`names` is a dictionary of patterns and lists of texts by name, got {names!r:.80}.")
+        raise ValueError(f"`names` must be a dictionary of patterns and lists of texts by name, got {names!r:.80}.")
     patterns: dict[str, str] = {}
     sets: dict[str, list[str]] = {}
     for name, value in names.items():
@@ -74,7 +82,7 @@ def checked_names(names, reserved: Sequence[str], is_name) -> tuple[dict[str, st
     return patterns, sets
 
 
-def _texts(name: str, value) -> list[str]:
+def _texts(name: str, value: Any) -> list[str]:
     texts = list(value) if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, bytes) else None
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"A name stands for a pattern or a list of texts, got {value!r:.80} for {name!r}.")

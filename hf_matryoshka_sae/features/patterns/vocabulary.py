@@ -1,7 +1,8 @@
-"""The tokens of a tokenizer by what they say, and the tokens that say a text."""
+"""The tokens of a tokenizer by their texts, and the tokens of a text."""
 
 import time
 import weakref
+from typing import Any
 
 import numpy as np
 import regex
@@ -10,38 +11,38 @@ from ...common.token_text import ANCHOR, LOST, coders, token_texts
 from .limits import check_token_regex
 
 
-_CONTEXTS = ("\n", ANCHOR, "")  # a token that continues a word is found behind the first or the last
+_CONTEXTS = ("\n", ANCHOR, "")  # texts before a token; one that continues a word shows behind the first or the last
 
 _known: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
-def vocabulary_of(tokenizer) -> "Vocabulary":
-    """The vocabulary of a tokenizer, decoded once for as long as the tokenizer lives."""
-    found = _known.get(tokenizer)
-    if found is None or found.length != len(tokenizer):  # tokens may have been added
-        found = _known[tokenizer] = Vocabulary(tokenizer)
-    return found
+def vocabulary_of(tokenizer: Any) -> "Vocabulary":
+    """Return the vocabulary of a tokenizer, decoded once for as long as the tokenizer lives."""
+    vocabulary = _known.get(tokenizer)
+    if vocabulary is None or vocabulary.length != len(tokenizer):  # tokens may have been added
+        vocabulary = _known[tokenizer] = Vocabulary(tokenizer)
+    return vocabulary
 
 
 class Vocabulary:
     """The tokens of a tokenizer and their texts.
 
     Args:
-        tokenizer: Of any kind, from transformers.
+        tokenizer: Any tokenizer of transformers.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self.length = len(tokenizer)
         self._encode, self._decode = coders(tokenizer)
         self.size = max(tokenizer.get_vocab().values()) + 1
         self.texts = token_texts(tokenizer, range(self.size))
-        # Where documents are packed one behind the other, this stands before each (see `activations.tokens`).
+        # The token before each document where documents are packed one behind the other (see `activations.text`).
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.separator: int | None = bos
         self._matching: dict[tuple[str, bool], np.ndarray] = {}
 
     def pieces(self, tokens: list[int]) -> list[tuple[str, int]]:
-        """A row of tokens as texts and how many tokens each takes: several where only together they are characters."""
+        """Return a row of tokens as texts with their numbers of tokens: several where only together they are text."""
         pieces: list[tuple[str, int]] = []
         broken: list[int] = []
         for token in [*tokens, None]:
@@ -57,11 +58,11 @@ class Vocabulary:
         return pieces
 
     def text(self, token: int) -> str:
-        """What one token adds to a text; nothing for a token past the vocabulary."""
+        """Return the text of one token; empty for a token beyond the vocabulary."""
         return self.texts[token] if token < self.size else ""
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens that are this text in the middle of another.
+        """Return the tokens of a text in the middle of another text.
 
         Raises:
             `ValueError`: if its first or last token would reach beyond it, or it cannot be written in this vocabulary.
@@ -80,11 +81,12 @@ class Vocabulary:
         )
 
     def matching(self, pattern: str, search: bool, deadline: float) -> np.ndarray:
-        """The tokens, ascending, whose text a regular expression matches whole, or in part with `search`.
+        """Return the tokens, ascending, whose text a regular expression matches whole, or in part with `search`.
 
         Args:
-            pattern (`str`), search (`bool`): The expression.
-            deadline (`float`): On the monotonic clock.
+            pattern (`str`): The regular expression.
+            search (`bool`): Whether a match of a part of the text counts.
+            deadline (`float`): Time on the monotonic clock by which all tokens must be matched.
 
         Raises:
             [`UnreadableRegex`]: if the expression cannot be read or takes too long.
@@ -94,7 +96,7 @@ class Vocabulary:
             compiled = _compiled(pattern)
             matches = compiled.search if search else compiled.fullmatch
             try:
-                found = [
+                tokens = [
                     token
                     for token, text in enumerate(self.texts)
                     if matches(text, timeout=max(1e-6, deadline - time.monotonic()))
@@ -104,14 +106,14 @@ class Vocabulary:
                     f"the regular expression {pattern!r:.100} takes too long on this vocabulary. Avoid repeats inside "
                     "repeats, or allow more time."
                 ) from None
-            self._matching[key] = np.array(found, dtype=np.int64)
+            self._matching[key] = np.array(tokens, dtype=np.int64)
         return self._matching[key]
 
 
 class UnreadableRegex(ValueError):
-    """A regular expression that cannot be used; `at` says where in it, if that is known."""
+    """A regular expression that cannot be used; `at` is the place of the mistake in it, if that is known."""
 
-    def __init__(self, message: str, at: int | None = None):
+    def __init__(self, message: str, at: int | None = None) -> None:
         super().__init__(message)
         self.at = at
 

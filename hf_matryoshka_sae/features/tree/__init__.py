@@ -1,1 +1,1 @@
-"""Which latents of a prefix those of the next one refine."""
+"""Trees of latents: the latents of a prefix, and those of the next one that refine them."""

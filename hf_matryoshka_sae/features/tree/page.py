@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .tree import LatentTree
+    from .tree import LatentTree, TreeNode
 
 
 _STYLE = """
@@ -37,11 +37,11 @@ document.getElementById("close").addEventListener("click", () => all(false));
 
 
 def tree_page(tree: "LatentTree", labels: Mapping[int, str]) -> str:
-    """The page's HTML.
+    """Return the HTML page of a tree: by level the latents with children, then those alone.
 
     Args:
-        tree ([`LatentTree`]): What is shown: latents with children first, then those alone, by level.
-        labels (`dict[int, str]`): What stands beside latents; escaped.
+        tree ([`LatentTree`]): The tree.
+        labels (`dict[int, str]`): Text beside latents; it is escaped.
     """
     nodes = {latent: tree.node(latent) for latent in range(len(tree))}
     sections = []
@@ -58,7 +58,7 @@ def tree_page(tree: "LatentTree", labels: Mapping[int, str]) -> str:
     joined = int((tree.parent >= 0).sum())
     about = (
         f"{len(tree):,} latents, {joined:,} of them below a parent (score at least {tree.threshold:g}), measured on "
-        f"{tree.tokens:,} tokens. Beside each latent: its score, and on what share of tokens it fires."
+        f"{tree.tokens:,} tokens. Beside each latent: its score and the share of tokens on which it fires."
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -70,7 +70,7 @@ def tree_page(tree: "LatentTree", labels: Mapping[int, str]) -> str:
 
 
 def _list(tree: "LatentTree", latents: list[int], nodes: dict, labels: Mapping[int, str]) -> str:
-    """Latents and, folded, what is below them; no deeper than there are levels."""
+    """Return latents and, folded, the latents below them; the recursion is as deep as there are levels."""
     items = []
     for latent in latents:
         line = _line(tree, nodes[latent], labels)
@@ -85,8 +85,8 @@ def _list(tree: "LatentTree", latents: list[int], nodes: dict, labels: Mapping[i
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _line(tree: "LatentTree", node, labels: Mapping[int, str]) -> str:
-    # A latent of a further SAE is known by its place in that one.
+def _line(tree: "LatentTree", node: "TreeNode", labels: Mapping[int, str]) -> str:
+    # A latent of a further SAE is named by its position in that SAE.
     source = sum(start <= node.latent for start in tree.starts) - 1
     name = f"{source}/{node.latent - tree.starts[source]}" if len(tree.starts) > 1 else str(node.latent)
     label = f" {escape(str(labels[node.latent]))}" if node.latent in labels else ""

@@ -1,4 +1,4 @@
-"""What is added up over tokens to find the parent of each latent; `tree` says what for.
+"""Sums over tokens from which each latent's parent is derived; `tree` has the formula.
 
 Shapes: F latents of all levels, E pairs of latents that fire together.
 """
@@ -17,35 +17,34 @@ from ...models.sparse_ops import LatentPairs, PairIndex
 
 
 MAX_EDGES = 2**26
-"""Latents that fire together, from one level to the next: more of them than this would take over 2 GiB."""
+"""Largest number of pairs of latents that fire together, from one level to the next; more would take over 2 GiB."""
 
 THRESHOLD = 0.6
-_PRODUCTS_AT_ONCE = 2**22  # co-firing pairs that are listed, or kept before they are added up
+_PRODUCTS_AT_ONCE = 2**22  # co-firing pairs that are listed at a time, or kept before they are added up
 
 
 class EdgeSums:
-    """What is added up over tokens to find each latent's parent.
+    """Sums over tokens from which each latent's parent is derived.
 
     Only latents that fire together take memory: 24 bytes for each such pair of consecutive levels, whatever the size
     of the dictionaries.
 
     Args:
-        sae ([`SAEModel`]): Its levels are the groups between its prefix widths; with `other` it is one level.
-        other ([`SAEModel`] or a list of them, *optional*): Further levels, one each.
-        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): How many such pairs may be kept.
+        sae ([`SAEModel`]): SAE whose levels are the groups between its prefix widths; with `other` it is one level.
+        other ([`SAEModel`] or `list[SAEModel]`, *optional*): Further SAEs, each of which is one level.
+        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): Largest number of such pairs.
 
     Raises:
         `ValueError`: if there is one level only.
     """
 
-    def __init__(self, sae: SAEModel, other: SAEModel | Sequence[SAEModel] | None = None, max_edges: int = MAX_EDGES):
+    def __init__(
+        self, sae: SAEModel, other: SAEModel | Sequence[SAEModel] | None = None, max_edges: int = MAX_EDGES
+    ) -> None:
         others = [] if other is None else [other] if isinstance(other, SAEModel) else list(other)
         saes = [sae, *others]
         sizes = [one.config.num_latents for one in saes]
-        if others:
-            levels = sizes
-        else:
-            levels = torch.tensor([0, *sae.prefix_widths]).diff().tolist()
+        levels = sizes if others else torch.tensor([0, *sae.prefix_widths]).diff().tolist()
         if len(levels) < 2:
             raise ValueError(
                 "A tree needs two levels: an SAE with several prefix widths, or a second SAE as `other`. This one has "
@@ -82,16 +81,16 @@ class EdgeSums:
             )
 
     def _add_level(self, above: tuple[Tensor, ...], below: tuple[Tensor, ...], num_rows: int) -> None:
-        """All pairs of a latent above and one below that fire on the same token; both sides sorted by token."""
+        """Add all pairs of a latent above and one below that fire on the same token; both are sorted by token."""
         offsets = torch.searchsorted(below[0], torch.arange(num_rows + 1))
         counts = offsets.diff()[above[0]]  # partners of each latent above
         ends = counts.cumsum(0)
         start = 0
         while start < len(counts):
-            done = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(torch.searchsorted(ends, torch.tensor(done + _PRODUCTS_AT_ONCE), right=True)))
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(torch.searchsorted(ends, torch.tensor(before + _PRODUCTS_AT_ONCE), right=True)))
             left = torch.arange(start, stop).repeat_interleave(counts[start:stop])
-            right = offsets[above[0][left]] + torch.arange(len(left)) - (ends - counts)[left] + done
+            right = offsets[above[0][left]] + torch.arange(len(left)) - (ends - counts)[left] + before
             a, b = above[2][left], below[2][right]
             self._keep(above[1][left] * self.total + below[1][right], torch.stack([a * b, a.square()], 1))
             start = stop
@@ -99,19 +98,19 @@ class EdgeSums:
     def _keep(self, keys: Tensor, sums: Tensor) -> None:
         self._edges.append((keys, sums))
         self._kept += len(keys)
-        # Twice what was left last time: adding up then costs no more than listing did.
+        # Merging when the list has doubled since the last time costs no more than listing the pairs did.
         if self._kept > max(_PRODUCTS_AT_ONCE, 2 * self._merged):
             self._merge()
 
     def _merge(self) -> None:
-        """Add up what belongs to the same edge."""
+        """Add up the entries of each edge."""
         if not self._edges:
             return
         keys, inverse = torch.cat([keys for keys, _ in self._edges]).unique(return_inverse=True)
         if len(keys) > self.max_edges:
             raise ValueError(
-                f"More than {self.max_edges:,} pairs of latents of consecutive levels fire together, which is more "
-                "than is kept. Use fewer tokens, a narrower prefix (`sae.truncate`), or raise `max_edges`."
+                f"More than {self.max_edges:,} pairs of latents of consecutive levels fire together, the limit set by "
+                "`max_edges`. Use fewer tokens or a narrower prefix (`sae.truncate`), or raise it."
             )
         sums = torch.zeros(len(keys), 2, dtype=torch.float64)
         sums.index_add_(0, inverse, torch.cat([sums for _, sums in self._edges]))
@@ -119,7 +118,7 @@ class EdgeSums:
         self._kept = self._merged = len(keys)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was added up, as tensors by name."""
+        """Return the sums as tensors by name."""
         self._merge()
         empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64)
         keys, sums = self._edges[0] if self._edges else empty
@@ -127,11 +126,11 @@ class EdgeSums:
 
     def _counted(self) -> dict[str, Tensor]:
         firing = self.firing
-        named = {"square": firing.moments[1], "fires": firing.fired, "tokens": firing.tokens}
-        return {"maximum": self.maximum, **named}
+        counts = {"square": firing.moments[1], "fires": firing.fired, "tokens": firing.tokens}
+        return {"maximum": self.maximum, **counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what [`state_dict`] gave."""
+        """Continue from the sums of [`state_dict`]."""
         for name, tensor in self._counted().items():
             tensor.copy_(state[name].view_as(tensor))
         self._edges = [(state["keys"], state["sums"])]
@@ -150,7 +149,7 @@ class EdgeSums:
             self._merge()
 
     def scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Parent `(E,)`, child `(E,)` and score `(E,)` of every pair of latents that fire together."""
+        """Return parent `(E,)`, child `(E,)` and score `(E,)` of every pair of latents that fire together."""
         self._merge()
         if not self._edges:
             empty = torch.zeros(0, dtype=torch.int64)
@@ -161,9 +160,9 @@ class EdgeSums:
         return parent, child, cosine * (self.maximum[child] / self.maximum[parent]).clamp(max=1)
 
     def parents(self, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
-        """Each latent's parent `(F,)`, -1 for none, and the score `(F,)` of the best candidate, 0 where there is none.
+        """Return each latent's parent `(F,)`, -1 for none, and the score `(F,)` of its best candidate, 0 for none.
 
-        Of several with the same score the lowest is taken. With several SAEs, F counts the latents of all.
+        Of candidates with equal scores the lowest is taken. With several SAEs, F counts the latents of all.
         """
         if not 0 < threshold <= 1:
             raise ValueError(f"`threshold` must lie above 0 and be at most 1, got {threshold}.")
@@ -171,5 +170,5 @@ class EdgeSums:
         best = torch.zeros(self.total, dtype=torch.float64).scatter_reduce_(0, child, score, "amax")
         winner = score == best[child]
         none = self.total
-        found = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
-        return torch.where((found < none) & (best >= threshold), found, -1), best
+        parents = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
+        return torch.where((parents < none) & (best >= threshold), parents, -1), best

@@ -1,12 +1,12 @@
-"""Trees of latents: what a narrow dictionary has as one latent, a wider one has as several.
+"""Trees of latents: one latent of a narrow dictionary and the latents into which a wider one splits it.
 
 Between a latent A and a latent B of the next level, with T_B the tokens on which B fires,
 
     s(A -> B) = cos(a_A on T_B, a_B on T_B) * min(1, max a_B / max a_A)
 
-The cosine says that A does on B's tokens what B does. The ratio keeps apart what fires much more weakly than A ever
-does. It is cut off at 1: a latent that hardly fires is no parent of everything that fires more strongly. A latent's
-parent is the one with the highest score, if that is 0.6 or more.
+The cosine is high where A varies on B's tokens as B does. The ratio is low for a latent B that fires much more weakly
+than A ever does. It is cut off at 1, so that a latent A that hardly fires does not become the parent of all that fire
+more strongly. A latent's parent is the one with the highest score, if that is 0.6 or more.
 
 Levels are the groups between prefix widths of one SAE, or several SAEs on the same hidden states.
 """
@@ -40,13 +40,13 @@ class TreeNode:
     """A latent in a tree.
 
     Args:
-        latent (`int`): Its number in the tree: its place in the dictionary; of further SAEs, behind those before.
-        level (`int`): 0 for the narrowest.
-        parent (`int`, *optional*): The latent of the level before.
-        score (`float`): Of the best candidate for a parent, also where that is below the threshold.
+        latent (`int`): Number in the tree: its position in the SAE; latents of further SAEs are numbered behind those.
+        level (`int`): Number of the level; 0 is the narrowest.
+        parent (`int`, *optional*): Latent of the level before that it refines.
+        score (`float`): Score of the best candidate for a parent, even where it is below the threshold.
         frequency (`float`): Share of tokens on which it fires.
-        maximum (`float`): Its largest activation.
-        children (`list[int]`): Those of the next level, highest score first.
+        maximum (`float`): Largest activation.
+        children (`list[int]`): Latents of the next level that refine it, highest score first.
     """
 
     latent: int
@@ -63,11 +63,14 @@ class LatentTree:
     """Latents with one parent each; made by [`build_tree`].
 
     Args:
-        level (`Tensor` of shape `(F,)`), parent (`Tensor` of shape `(F,)`): int64; -1 for no parent.
-        score, frequency, maximum (`Tensor` of shape `(F,)`): As in [`TreeNode`], float64.
-        threshold (`float`): What the score of a parent had to reach.
-        tokens (`int`): What it was measured on.
-        starts (`list[int]`): Where the latents of each SAE begin; `[0]` for one SAE.
+        level (`Tensor` of shape `(F,)`): Level of each latent, int64.
+        parent (`Tensor` of shape `(F,)`): Parent of each latent, int64; -1 for none.
+        score (`Tensor` of shape `(F,)`): Score of the best candidate for a parent, float64.
+        frequency (`Tensor` of shape `(F,)`): Share of tokens on which each latent fires, float64.
+        maximum (`Tensor` of shape `(F,)`): Largest activation of each latent, float64.
+        threshold (`float`): Least score of a parent.
+        tokens (`int`): Number of tokens of the data.
+        starts (`list[int]`): Number of the first latent of each SAE; `[0]` for one SAE.
     """
 
     level: Tensor
@@ -84,14 +87,14 @@ class LatentTree:
 
     @cached_property
     def _children(self) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
+        children: dict[int, list[int]] = {}
         for latent in self.score.argsort(descending=True, stable=True).tolist():
             if self.parent[latent] >= 0:
-                found.setdefault(int(self.parent[latent]), []).append(latent)
-        return found
+                children.setdefault(int(self.parent[latent]), []).append(latent)
+        return children
 
     def node(self, latent: int) -> TreeNode:
-        """One latent.
+        """Return one latent.
 
         Raises:
             `ValueError`: if there is no such latent.
@@ -110,30 +113,30 @@ class LatentTree:
         )
 
     def children(self, latent: int, level: int | None = None) -> list[tuple[int, float]]:
-        """The latents below one, as a flat list.
+        """Return the latents below one, as a flat list.
 
         Args:
-            latent (`int`): Whose.
-            level (`int`, *optional*): The level they are in, by default the next; those of deeper levels are reached
+            latent (`int`): The latent above.
+            level (`int`, *optional*): Level of the latents to return, by default the next; deeper levels are reached
                 through the levels between.
 
         Returns:
-            `list[tuple[int, float]]`: latents and their scores (with their own parents), highest first.
+            `list[tuple[int, float]]`: Latents and their scores with their own parents, highest first.
         """
         own = self.node(latent).level
         level = own + 1 if level is None else level
-        found = [latent]
+        latents = [latent]
         for _ in range(own, level):
-            found = [child for one in found for child in self._children.get(one, [])]
-        found = found if level > own else []
-        return sorted(((child, float(self.score[child])) for child in found), key=lambda item: -item[1])
+            latents = [child for one in latents for child in self._children.get(one, [])]
+        latents = latents if level > own else []
+        return sorted(((child, float(self.score[child])) for child in latents), key=lambda item: -item[1])
 
     def roots(self) -> list[int]:
-        """Latents without a parent, by level."""
+        """Return the latents without a parent, by level."""
         return (self.parent < 0).nonzero().flatten().tolist()
 
     def to_json(self) -> dict[str, Any]:
-        """The tree as JSON-able values."""
+        """Return the tree as values for JSON."""
         nodes = (self.node(latent) for latent in range(len(self)))
         return {
             "format": "hf_matryoshka_sae.latent_tree/1",
@@ -144,31 +147,34 @@ class LatentTree:
         }
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the JSON; returns its path."""
+        """Write the tree as JSON; return the path."""
         write_text(Path(path), json.dumps(self.to_json(), allow_nan=False))
         return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LatentTree":
-        """Read what [`save`] wrote.
+        """Read a tree that [`save`] wrote.
+
+        Args:
+            path (`str` or `os.PathLike`): The JSON file.
 
         Raises:
-            `ValueError`: if the file is not there or holds something else.
+            `ValueError`: if the file does not exist or holds no tree.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            nodes = found["nodes"]
-            if found["format"] != "hf_matryoshka_sae.latent_tree/1":
-                raise KeyError(found["format"])
-            _check_nodes(nodes, found["starts"])
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            nodes = content["nodes"]
+            if content["format"] != "hf_matryoshka_sae.latent_tree/1":
+                raise KeyError(content["format"])
+            _check_nodes(nodes, content["starts"])
             numbers = [torch.tensor([node[key] for node in nodes], dtype=torch.float64) for key in _NUMBERS]
             return cls(
                 torch.tensor([node["level"] for node in nodes], dtype=torch.int64),
                 torch.tensor([-1 if node["parent"] is None else node["parent"] for node in nodes], dtype=torch.int64),
                 *numbers,
-                found["threshold"],
-                found["tokens"],
-                found["starts"],
+                content["threshold"],
+                content["tokens"],
+                content["starts"],
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
@@ -176,11 +182,11 @@ class LatentTree:
             ) from error
 
     def page(self, path: str | os.PathLike, labels: Mapping[int, str] | None = None) -> Path:
-        """Write a page that unfolds the tree; it needs no network and no other file.
+        """Write an HTML page that unfolds the tree and needs no other file; return its path.
 
         Args:
-            path (`str` or `os.PathLike`): Of the HTML file.
-            labels (`dict[int, str]`, *optional*): What to write beside latents; text, not markup.
+            path (`str` or `os.PathLike`): The HTML file.
+            labels (`dict[int, str]`, *optional*): Text beside latents, without markup.
         """
         write_text(Path(path), tree_page(self, labels or {}))
         return Path(path)
@@ -190,7 +196,7 @@ _NUMBERS = ("score", "frequency", "maximum")
 
 
 def _check_nodes(nodes: list[dict[str, Any]], starts: list[int]) -> None:
-    """Raises `ValueError` where nodes are no tree: each parent is one level above, so there are no cycles either."""
+    """Raise `ValueError` where nodes are no tree: each parent is one level above, so there are no cycles either."""
     if not nodes or not isinstance(nodes, list):
         raise ValueError("there are no nodes")
     for place, node in enumerate(nodes):
@@ -209,7 +215,7 @@ def _check_nodes(nodes: list[dict[str, Any]], starts: list[int]) -> None:
         raise ValueError(f"the latents of SAEs begin at {starts!r}")
 
 
-def _is_place(value) -> bool:
+def _is_place(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -220,15 +226,15 @@ def build_tree(
     other: SAEModel | Sequence[SAEModel] | None = None,
     show: bool = True,
 ) -> LatentTree:
-    """Find the parent of each latent on data, in one pass.
+    """Find the parent of each latent on data in one pass; return the tree.
 
     Args:
-        sae ([`SAEModel`]): Its levels are the groups between its prefix widths, at its full width.
+        sae ([`SAEModel`]): SAE whose levels are the groups between its prefix widths, encoded at full width.
         data ([`HeldOut`] or an iterable of `(n, D)` tensors): Hidden states; each process brings its share.
-        threshold (`float`, *optional*, defaults to 0.6): The least score of a parent.
-        other ([`SAEModel`] or a list of them, *optional*): Wider SAEs on the same hidden states. Then each SAE is one
-            level, and the latents of the second are numbered behind those of the first.
-        show (`bool`, *optional*, defaults to `True`): A progress bar.
+        threshold (`float`, *optional*, defaults to 0.6): Least score of a parent.
+        other ([`SAEModel`] or `list[SAEModel]`, *optional*): Wider SAEs on the same hidden states. Then each SAE is
+            one level, and the latents of the second are numbered behind those of the first.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
         `ValueError`: if there is one level only, there are no hidden states, or the SAEs take different ones.
@@ -239,7 +245,7 @@ def build_tree(
         raise ValueError(f"SAEs in a tree read the same hidden states, got d_in {sae.config.d_in} and another.")
     batches = tqdm(activation_batches(data), desc="tree", disable=not show or processes()[0] != 0, leave=False)
     for x in batches:
-        # As many rows at once as suit the largest SAE: blocks are cut alike for all.
+        # The largest SAE decides the number of rows in a block, as blocks must be cut alike for all SAEs.
         largest = max([sae, *others], key=lambda one: one.config.num_latents)
         start = 0
         for _, _, pairs in firing_blocks(largest, [x]):
@@ -248,7 +254,7 @@ def build_tree(
             sums.add(*(pairs if one is largest else encoded(one, rows) for one in [sae, *others]))
     sums.reduce()
     if not sums.firing.tokens:
-        raise ValueError("There are no hidden states to build a tree on: the activations are empty.")
+        raise ValueError("The data has no hidden states to build a tree on. Pass activations with at least one row.")
     parent, score = sums.parents(threshold)
     return LatentTree(
         level=sums.level,

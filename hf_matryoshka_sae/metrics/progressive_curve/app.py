@@ -48,7 +48,7 @@ def measure_arrays(
     widths: str,
     fvu_targets: str,
 ) -> tuple[str, dict[str, Any], str]:
-    """The curve of reconstructions at several widths."""
+    """Compute the curve of reconstructions at several widths."""
     states = read_array(states_file, states_text, "hidden states")
     reconstructions = read_arrays(reconstruction_files, reconstructions_text, "reconstructions")
     if reconstructions.shape[1:] != states.shape:
@@ -61,7 +61,7 @@ def measure_arrays(
 
 @told
 def measure_statistics(file: str | None, text: str, widths: str, fvu_targets: str) -> tuple[str, dict[str, Any], str]:
-    """The curve from sums over tokens: what `ReconstructionSums.to_dict()` holds, as JSON."""
+    """Compute the curve from sums over tokens: `ReconstructionSums.to_dict()` as JSON."""
     sums = read_statistics(file, text)
     return _outcome(sums, sums, widths, fvu_targets)
 
@@ -70,44 +70,44 @@ def _outcome(predictions: Any, references: Any, widths: str, fvu_targets: str) -
     numbers = read_numbers(widths, "widths")
     if any(number != int(number) for number in numbers):
         raise ValueError(f"Widths are whole numbers, got {widths}.")
-    found = evaluate.load(MODULE, keep_in_memory=True).compute(
+    curve = evaluate.load(MODULE, keep_in_memory=True).compute(
         predictions=predictions,
         references=references,
         widths=[int(number) for number in numbers],
         fvu_targets=read_numbers(fvu_targets, "wanted FVUs"),
     )
-    return _summary(found), _table(found), _plot(found)
+    return _summary(curve), _table(curve), _plot(curve)
 
 
-def _summary(found: dict[str, Any]) -> str:
-    lines = [f"**{found['tokens']:,} tokens.** Mean FVU over log width: **{found['area_fvu']:.4g}**."]
-    for target, width in zip(found["fvu_targets"], found["width_for_fvu"], strict=True):
-        at_most = "at most " if width == found["width"][0] else ""
+def _summary(curve: dict[str, Any]) -> str:
+    lines = [f"**{curve['tokens']:,} tokens.** Mean FVU over log width: **{curve['area_fvu']:.4g}**."]
+    for target, width in zip(curve["fvu_targets"], curve["width_for_fvu"], strict=True):
+        at_most = "at most " if width == curve["width"][0] else ""
         reached = "is not reached" if width is None else f"takes {at_most}**{width:.4g}** latents"
         lines.append(f"- An FVU of {target:g} {reached}.")
     return "\n".join(lines)
 
 
-def _table(found: dict[str, Any]) -> dict[str, Any]:
-    shown = [name for name in COLUMNS if name in found]
-    rows = zip(*(found[name] for name in shown), strict=True)
-    return {"headers": shown, "data": [[float(f"{value:.5g}") for value in row] for row in rows]}
+def _table(curve: dict[str, Any]) -> dict[str, Any]:
+    columns = [name for name in COLUMNS if name in curve]
+    rows = zip(*(curve[name] for name in columns), strict=True)
+    return {"headers": columns, "data": [[float(f"{value:.5g}") for value in row] for row in rows]}
 
 
-def _plot(found: dict[str, Any]) -> str:
-    """FVU and cosine against width."""
-    drawn = (("fvu", "fraction of variance unexplained"), ("cossim", "cosine with the hidden state"))
+def _plot(curve: dict[str, Any]) -> str:
+    """Draw FVU and cosine against width."""
+    metrics = (("fvu", "fraction of variance unexplained"), ("cossim", "cosine with the hidden state"))
     charts = []
-    for key, label in drawn:
-        values = found[key]
+    for key, label in metrics:
+        values = curve[key]
         axis = Axis(label, low=min(0.0, *values), high=max(1.0, *values))
-        points = list(zip(found["width"], values, strict=True))
+        points = list(zip(curve["width"], values, strict=True))
         charts.append(line_chart({label: points}, Axis("width (latents)", log=True), axis))
     return f'<div class="wide">{"".join(charts)}</div>'
 
 
 def build_demo() -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     with gr.Blocks(title="Progressive curve") as page:
         gr.Markdown(ABOUT)
         with gr.Row():

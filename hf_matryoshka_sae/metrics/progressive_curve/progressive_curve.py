@@ -1,4 +1,4 @@
-"""`evaluate` module: how well the first n latents of a progressive sparse autoencoder reconstruct, for many n."""
+"""`evaluate` module: fidelity of the first n latents of a progressive sparse autoencoder, for many widths n."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from hf_matryoshka_sae.metrics import adapter  # a class by name would be taken 
 _DESCRIPTION = """\
 The progressive curve of a Matryoshka sparse autoencoder (SAE): every metric of `sae_fidelity` at each width n, where
 only the first n latents are used, the mean of the fraction of variance unexplained (FVU) over the curve, and the width
-that a wanted FVU needs. It gives the numbers of `hf_matryoshka_sae.evaluation` under the same names.
+at which FVU reaches a target. Numbers and names are those of `hf_matryoshka_sae.evaluation`.
 """
 
 _CITATION = """\
@@ -38,7 +38,7 @@ Args:
         over tokens (`ReconstructionSums.to_dict()`).
     references: the hidden states, a row of D numbers for each token; or the same sums.
     widths: the P widths, strictly increasing.
-    fvu_targets (optional): FVUs for which to tell the width; 0.5, 0.2 and 0.1 where none are given.
+    fvu_targets (optional): FVUs whose widths are returned; by default 0.5, 0.2 and 0.1.
 Returns:
     A dictionary: `width` and every metric of `sae_fidelity` as lists with an entry for each width; `area_fvu`, the
     mean of FVU over the logarithm of the width from the first to the last; `fvu_targets` and `width_for_fvu`, the
@@ -58,7 +58,7 @@ Examples:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ProgressiveCurve(adapter.SumsMetric):
-    """FVU and its relatives at each width, and what the curve comes to."""
+    """Fidelity at each width, mean FVU over the curve, and widths at which FVU reaches targets."""
 
     row_dims = 2
 
@@ -100,7 +100,7 @@ class ProgressiveCurve(adapter.SumsMetric):
 
 
 def _area(widths: Sequence[int], fvu: Sequence[float]) -> float:
-    """The mean of the FVU over log width."""
+    """Return the mean of the FVU over log width."""
     if len(widths) == 1:
         return fvu[0]
     logs = np.log(widths)
@@ -108,7 +108,7 @@ def _area(widths: Sequence[int], fvu: Sequence[float]) -> float:
 
 
 def _reached(widths: Sequence[int], fvu: Sequence[float], target: float) -> float | None:
-    """The width at which the FVU first is at the target or below."""
+    """Return the width at which the FVU first is at the target or below; `None` where it never is."""
     first = next((i for i, value in enumerate(fvu) if value <= target), None)
     if first is None:
         return None

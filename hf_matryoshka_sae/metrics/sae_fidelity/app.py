@@ -1,4 +1,4 @@
-"""A page that measures reconstructions: upload or paste two arrays, or sums over tokens, and read the table."""
+"""A page that measures reconstructions: users upload or paste two arrays, or sums over tokens, and get a table."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ MODULE = str(Path(__file__).with_name("sae_fidelity.py"))
 MEANINGS = {
     "fvu": "squared error over the variance about the mean; 0 is perfect, 1 no better than the mean",
     "explained_variance": "1 - fvu",
-    "explained_variance_saebench": "as SAEBench 0.6 computes it; no R²",
-    "explained_variance_legacy": "mean over tokens of a ratio per token; no R²",
+    "explained_variance_saebench": "as SAEBench 0.6 computes it; not an R²",
+    "explained_variance_legacy": "mean over tokens of a ratio per token; not an R²",
     "explained_variance_dl": "as dictionary_learning computes it; blind to a constant error",
     "mse": "squared error per token and dimension",
     "cossim": "mean cosine of a hidden state and its reconstruction",
@@ -25,11 +25,11 @@ MEANINGS = {
     "l2_norm_out": "mean length of the reconstructions",
     "l2_ratio": "mean ratio of the lengths; below 1 is shrinkage",
     "relative_reconstruction_bias": "1 is unbiased, below 1 is shrinkage",
-    "mean_residual_fvu": "part of fvu that another bias would take away",
-    "l0": "latents that fire per token",
-    "l1": "sum of the latents per token",
+    "mean_residual_fvu": "part of fvu that another bias of the decoder would remove",
+    "l0": "mean number of latents that fire on a token",
+    "l1": "mean sum of the latents on a token",
     "dead": "share of latents that never fire",
-    "tokens": "rows that were measured",
+    "tokens": "number of rows measured",
 }
 
 EXAMPLE = ("1, 0\n0, 1\n-1, 0\n0, -1", "0.9, 0.1\n0, 0.8\n-0.9, 0\n0.1, -0.8")
@@ -43,7 +43,7 @@ How well does a sparse autoencoder reconstruct hidden states? The numbers are th
 def measure_arrays(
     states_file: str | None, states_text: str, reconstructions_file: str | None, reconstructions_text: str
 ) -> list[list[Any]]:
-    """Fidelity of reconstructions to hidden states, two arrays of shape (tokens, d_in)."""
+    """Measure reconstructions against hidden states, two arrays of shape (tokens, d_in)."""
     states = read_array(states_file, states_text, "hidden states")
     reconstructions = read_array(reconstructions_file, reconstructions_text, "reconstructions")
     return _table(predictions=reconstructions, references=states)
@@ -51,18 +51,18 @@ def measure_arrays(
 
 @told
 def measure_statistics(file: str | None, text: str) -> list[list[Any]]:
-    """Fidelity from sums over tokens: what `ReconstructionSums.to_dict()` holds, as JSON."""
+    """Compute the fidelity from sums over tokens: `ReconstructionSums.to_dict()` as JSON."""
     sums = read_statistics(file, text)
     return _table(predictions=sums, references=sums)
 
 
 def _table(**columns: Any) -> list[list[Any]]:
-    found = evaluate.load(MODULE, keep_in_memory=True).compute(**columns)
-    return [[name, float(f"{found[name]:.6g}"), about] for name, about in MEANINGS.items() if name in found]
+    metrics = evaluate.load(MODULE, keep_in_memory=True).compute(**columns)
+    return [[name, float(f"{metrics[name]:.6g}"), about] for name, about in MEANINGS.items() if name in metrics]
 
 
 def build_demo() -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     with gr.Blocks(title="SAE fidelity") as page:
         gr.Markdown(ABOUT)
         with gr.Tab("Arrays"):

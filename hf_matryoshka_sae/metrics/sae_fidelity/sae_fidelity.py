@@ -11,8 +11,8 @@ from hf_matryoshka_sae.metrics import adapter  # a class by name would be taken 
 
 _DESCRIPTION = """\
 Fidelity of a sparse autoencoder (SAE): the fraction of variance unexplained (FVU), the published variants of
-"explained variance" under names that tell them apart, mean squared error, cosine similarity, norms and bias. It
-gives the numbers of `hf_matryoshka_sae.evaluation` under the same names.
+"explained variance" under names of their own, mean squared error, cosine similarity, norms and bias. Numbers and names
+are those of `hf_matryoshka_sae.evaluation`.
 """
 
 _CITATION = """\
@@ -40,11 +40,11 @@ _CITATION = """\
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: reconstructions, a row of D numbers for each token; or a list of sums over tokens, each as
-        `ReconstructionSums.to_dict()` gives it, with `fired` and `total` of `FiringSums` beside them if wanted.
+    predictions: reconstructions, a row of D numbers for each token; or a list of sums over tokens, each a result of
+        `ReconstructionSums.to_dict()`, optionally with `fired` and `total` of `FiringSums` beside them.
     references: the hidden states, rows of the same shape; or the same sums.
-    l0 (optional): how many latents fire on each token, a number for each row that was added.
-    l1 (optional): the sum of the latents on each token.
+    l0 (optional): number of latents that fire on each token, one for each row that was added.
+    l1 (optional): sum of the latents on each token.
 Returns:
     A dictionary of numbers: `fvu`, `explained_variance`, `explained_variance_saebench`, `explained_variance_legacy`,
     `explained_variance_dl`, `mse`, `cossim`, `l2_norm_in`, `l2_norm_out`, `l2_ratio`, `relative_reconstruction_bias`,
@@ -63,7 +63,7 @@ Examples:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class SAEFidelity(adapter.SumsMetric):
-    """FVU and its relatives of one reconstruction."""
+    """Fidelity of reconstructions at one width."""
 
     def _info(self) -> evaluate.MetricInfo:
         row = List(Value("float32"))

@@ -51,7 +51,8 @@ def line_chart(
     Args:
         series (`dict[str, list[tuple[float, float]]]`): Points by name; a series without points is left out, and so
             are points that have no place: NaN, infinities, and what is not positive on a logarithmic axis.
-        x, y ([`Axis`]): What is drawn.
+        x ([`Axis`]): The horizontal axis.
+        y ([`Axis`]): The vertical axis.
         marks (`Sequence[Mark]`, *optional*): Points to point at.
         size (`tuple[int, int]`, *optional*): Of the drawing; the page scales it.
 
@@ -88,7 +89,7 @@ def line_chart(
             f'<text x="{a + side[1]:.1f}" y="{max(_TOP + 10, b - 9):.1f}" text-anchor="{side[0]}">'
             f"{escape(mark.text)}</text></g>"
         )
-    said = "; ".join(_in_words(name, points, x, y) for name, points in series.items())
+    said = "; ".join(_in_words(name, points) for name, points in series.items())
     said += "".join(f". {mark.text}" for mark in marks)
     legend = "" if len(series) < 2 else _legend(names)
     return _figure("".join(parts), size, f"{y.label} against {x.label}: {said}", legend)
@@ -116,7 +117,7 @@ def bar_chart(edges: Sequence[float], counts: Sequence[float], x: Axis, y: str, 
 class _Scale:
     """From values to places in the drawing, with its ticks."""
 
-    def __init__(self, axis: Axis, values: Sequence[float], start: float, stop: float):
+    def __init__(self, axis: Axis, values: Sequence[float], start: float, stop: float) -> None:
         self.axis, self.start, self.stop = axis, start, stop
         self.low = min(values) if axis.low is None else axis.low
         self.high = max(values) if axis.high is None else axis.high
@@ -136,11 +137,11 @@ class _Scale:
         if self.axis.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for steps in ((1, 2, 5), (1, 3), (1,)):
-                found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-                found = [tick for tick in found if self.low <= tick <= self.high]
-                if len(found) <= _MOST_TICKS:
+                ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+                ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+                if len(ticks) <= _MOST_TICKS:
                     break
-            return found[:: -(-len(found) // _MOST_TICKS)] if found else [self.low, self.high]
+            return ticks[:: -(-len(ticks) // _MOST_TICKS)] if ticks else [self.low, self.high]
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
@@ -182,7 +183,7 @@ def _legend(names: Sequence[str]) -> str:
     return f"<figcaption>{items}</figcaption>"
 
 
-def _in_words(name: str, points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+def _in_words(name: str, points: Sequence[tuple[float, float]]) -> str:
     (first, start), (last, end) = points[0], points[-1]
     return f"{name} goes from {_number(start)} at {_number(first)} to {_number(end)} at {_number(last)}"
 

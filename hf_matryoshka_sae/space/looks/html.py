@@ -45,9 +45,9 @@ def tokens(texts: Sequence[str], values: Sequence[float], largest: float, peak: 
     parts: list[str] = []
     plain: list[str] = []
     for number, (text, value) in enumerate(zip(texts, values, strict=True)):
-        shown = escape(visible(text))
+        escaped = escape(visible(text))
         if number != peak and (not math.isfinite(value) or abs(value) < 0.005 * largest):
-            plain.append(shown)
+            plain.append(escaped)
             continue
         if plain:
             parts.append("".join(plain))
@@ -55,7 +55,7 @@ def tokens(texts: Sequence[str], values: Sequence[float], largest: float, peak: 
         share = min(1.0, abs(value) / largest) if largest > 0 and math.isfinite(value) else 0.0
         sign = " below" if value < 0 else ""
         tag = "mark" if number == peak else "span"
-        parts.append(f'<{tag} class="token{sign}" style="--share:{share:.2f}" title="{value:.3g}">{shown}</{tag}>')
+        parts.append(f'<{tag} class="token{sign}" style="--share:{share:.2f}" title="{value:.3g}">{escaped}</{tag}>')
     return f'<span class="tokens">{"".join([*parts, *plain])}</span>'
 
 

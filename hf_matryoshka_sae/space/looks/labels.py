@@ -1,6 +1,7 @@
 """A latent in a few words: the tokens on which it fires most."""
 
 from functools import lru_cache
+from typing import Any
 
 from ...features import FeatureIndex
 from ...features.patterns.vocabulary import vocabulary_of
@@ -19,7 +20,7 @@ class Labels:
         tokenizer: Of the language model.
     """
 
-    def __init__(self, index: FeatureIndex | None, tokenizer):
+    def __init__(self, index: FeatureIndex | None, tokenizer: Any) -> None:
         self.index = index
         self._texts = vocabulary_of(tokenizer).texts
         self._all: list[str] | None = None

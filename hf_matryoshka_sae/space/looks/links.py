@@ -38,7 +38,7 @@ class View:
     @classmethod
     def of(cls, query: Mapping[str, str], default: str = EMBEDDED) -> tuple["View", list[str]]:
         """What a query says, and what in it was not understood, in words; unknown parameters are none of ours."""
-        found: dict[str, Any] = {"sae": default}
+        values: dict[str, Any] = {"sae": default}
         problems = []
         for field in fields(cls):
             text = query.get(field.name, "")
@@ -49,19 +49,19 @@ class View:
                 if not text.isdecimal() or not text.isascii():
                     problems.append(f"{field.name} should be a whole number, got '{text[:40]}'")
                     continue
-                found[field.name] = int(text[:18])
+                values[field.name] = int(text[:18])
             elif field.name in _CHOICES and text not in _CHOICES[field.name]:
                 problems.append(f"there is no {field.name} '{text[:40]}'; there are {', '.join(_CHOICES[field.name])}")
             else:
-                found[field.name] = text
-        if found.get("latent") is not None and "tab" not in found:
-            found["tab"] = "features"
-        return cls(**found), problems
+                values[field.name] = text
+        if values.get("latent") is not None and "tab" not in values:
+            values["tab"] = "features"
+        return cls(**values), problems
 
     def query(self) -> str:
         """The link's query, without what is as it would be anyway."""
-        shown = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {field.name: shown[field.name] for field in fields(self) if shown[field.name] != field.default}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
         return "?" + urlencode({"sae": self.sae} | changed)
 
 

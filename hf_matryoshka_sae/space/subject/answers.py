@@ -54,7 +54,7 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),
         "contexts": [shown(context) for context in feature.top_contexts],
-        "quantile_contexts": [[shown(one) for one in found] for found in feature.quantile_contexts.values()],
+        "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
 
 

@@ -19,7 +19,8 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
     """Figures of both, which latents both hold, and which are alike.
 
     Args:
-        left, right: An open SAE and what is kept of it.
+        left (`tuple[Opened, Pruning]`): An open SAE and its pruning.
+        right (`tuple[Opened, Pruning]`): Another one, or the same SAE with another pruning.
         shown (`int`, *optional*, defaults to 20): Pairs, and latents without one, in each list.
 
     Returns:
@@ -37,17 +38,19 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
             "compare SAEs of the same place in the same model."
         )
     same = one is other
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "figures": [_figures(one, first), _figures(other, second)],
         "same_sae": same,
         "same_place": (one.data.hookpoint, one.sae.config.base_model)
         == (other.data.hookpoint, other.sae.config.base_model),
     }
     if same:
-        found["kept"] = _kept(one, first, second, shown)
+        comparison["kept"] = _kept(one, first, second, shown)
     else:
-        found["matches"] = _matches(saes[0], saes[1], one.order(first.ranking), other.order(second.ranking), shown)
-    return found
+        comparison["matches"] = _matches(
+            saes[0], saes[1], one.order(first.ranking), other.order(second.ranking), shown
+        )
+    return comparison
 
 
 def _figures(opened: Opened, pruning: Pruning) -> dict[str, Any]:
@@ -94,5 +97,5 @@ def _matches(left: SAEModel, right: SAEModel, numbers: Tensor, other_numbers: Te
 def _nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosine of each row with any of the others, and whose it is."""
     others = normalize(others.float(), dim=1)
-    found = [(normalize(block.float(), dim=1) @ others.T).max(1) for block in rows.split(_BLOCK)]
-    return torch.cat([best.values for best in found]).cpu(), torch.cat([best.indices for best in found]).cpu()
+    blocks = [(normalize(block.float(), dim=1) @ others.T).max(1) for block in rows.split(_BLOCK)]
+    return torch.cat([best.values for best in blocks]).cpu(), torch.cat([best.indices for best in blocks]).cpu()

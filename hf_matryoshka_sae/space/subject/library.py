@@ -49,7 +49,7 @@ class Library:
         revision: str | None = None,
         public: bool = False,
         shown: Sequence[str] = (),
-    ):
+    ) -> None:
         if tokens < 1 or context_length < 2 or keep < 1:
             raise ValueError(
                 f"`tokens`, `context_length` and `keep` must be at least 1, 2 and 1; got {tokens}, {context_length} "
@@ -81,12 +81,12 @@ class Library:
             raise ValueError(f"Name a repository on the Hub (user/name), a folder, or '{EMBEDDED}'.")
         where = self._resolved(source)
         try:
-            found = saes_in(where, **self._revision(where))
+            saes = saes_in(where, **self._revision(where))
         except (ValueError, *UNREACHABLE) as error:
             raise ValueError(
                 f"'{source[:80]}' cannot be opened: {_first_line(error)} Check the name, or open '{EMBEDDED}'."
             ) from error
-        return {place or ROOT: sae for place, sae in found.items()}
+        return {place or ROOT: sae for place, sae in saes.items()}
 
     def open(self, source: str, place: str = "") -> Opened:
         """An SAE with its language model and held-out text.
@@ -99,13 +99,13 @@ class Library:
             `ValueError`: if something is missing or does not fit together; the message says what to do.
         """
         key = (source or "").strip(), place or ""
-        found = self._known(key)
-        if found is None:
+        opened = self._known(key)
+        if opened is None:
             self.saes(key[0])  # what is not there is said without waiting for others, and nobody waits for the Hub
             with self.lock:  # another visitor may have opened it while this one waited, or by its place
-                found = self._known(key) or self._known(self._named(key)) or self._open(*key)
-                self._keep(key, found)
-        return found
+                opened = self._known(key) or self._known(self._named(key)) or self._open(*key)
+                self._keep(key, opened)
+        return opened
 
     def to(self, device: str) -> None:
         """Move all that is open to a device."""

@@ -83,7 +83,7 @@ class Opened:
         data: HeldOut,
         library: "Library",
         siblings: list[str],
-    ):
+    ) -> None:
         self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
         self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
         self.num_latents: int = sae.config.num_latents
@@ -185,11 +185,11 @@ class Opened:
     def _saved_statistics(self) -> LatentStatistics | None:
         """Those beside the SAE, if they are of these weights and complete."""
         try:
-            found = LatentStatistics.load(self._file(STATISTICS_FILE))
-            found.check(self.sae)
+            statistics = LatentStatistics.load(self._file(STATISTICS_FILE))
+            statistics.check(self.sae)
         except (ValueError, *UNREACHABLE):
             return None
-        return None if found.attribution is None and self.data.has_loss else found
+        return None if statistics.attribution is None and self.data.has_loss else statistics
 
     def _file(self, name: str) -> Path:
         """A file beside the SAE, downloaded if it is on the Hub."""
@@ -243,9 +243,9 @@ class Opened:
 
     def _measured(self, pruning: Pruning) -> dict[str, Any]:
         sae = self.pruned(pruning)
-        found = evaluate_fidelity(self.data, {"sae": Dictionary(sae, [pruning.width], SELECTION)})
-        (row,) = found.pop("subjects")["sae"]
-        return {**found, **row, "size_mb": size_mb(sae)}
+        fidelity = evaluate_fidelity(self.data, {"sae": Dictionary(sae, [pruning.width], SELECTION)})
+        (row,) = fidelity.pop("subjects")["sae"]
+        return {**fidelity, **row, "size_mb": size_mb(sae)}
 
     def figures(self, pruning: Pruning) -> dict[str, Any]:
         """The figures of a pruning in plain values."""

@@ -49,7 +49,7 @@ class IndexTree:
         widths (`list[int]`): The SAE's prefix widths: a latent's level is the first prefix that holds it.
     """
 
-    def __init__(self, index: FeatureIndex, widths: list[int]):
+    def __init__(self, index: FeatureIndex, widths: list[int]) -> None:
         table = index.table(["parent", "parent_score", "frequency"])
         self.widths = widths
         self.parent: np.ndarray = table["parent"].to_numpy()
@@ -79,11 +79,11 @@ class IndexTree:
 
     def ancestors(self, latent: int) -> list[int]:
         """Its parent, that one's parent, and so on."""
-        found = []
-        while self.parent[latent] >= 0 and len(found) < len(self.widths):
+        ancestors = []
+        while self.parent[latent] >= 0 and len(ancestors) < len(self.widths):
             latent = int(self.parent[latent])
-            found.append(latent)
-        return found
+            ancestors.append(latent)
+        return ancestors
 
     def levels_below(self, latent: int) -> list[list[int]]:
         """All latents below one, level by level."""
@@ -99,8 +99,8 @@ class IndexTree:
 
     def families(self) -> list[int]:
         """Latents without a parent and with children, by level, the largest families of each first."""
-        found = [latent for latent in self._children if self.parent[latent] < 0]
-        return sorted(found, key=lambda latent: (self.level[latent], -self.size(latent), latent))
+        roots = [latent for latent in self._children if self.parent[latent] < 0]
+        return sorted(roots, key=lambda latent: (self.level[latent], -self.size(latent), latent))
 
     def branch(self, latent: int, labels: Mapping[int, str]) -> Branch:
         """A latent with all that is below it."""

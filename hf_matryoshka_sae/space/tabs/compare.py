@@ -9,7 +9,7 @@ from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
 from ..looks.messages import told
 from ..subject.opened import RANKINGS
-from .inputs import BARS, HEAVY, Shown, area
+from .inputs import BARS, HEAVY, area
 
 
 _ROWS = (
@@ -28,10 +28,9 @@ class CompareTab:
 
     Args:
         endpoints ([`Endpoints`]): Answers.
-        shown ([`Shown`]): What is open.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints) -> None:
         self.endpoints = endpoints
         with gr.Row():
             self.left = self._side("A", "trained")
@@ -67,22 +66,22 @@ class CompareTab:
         other_place: str,
         other_ranking: str,
         other_width: float | None,
-        progress: Any = BARS,
+        progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
     ) -> str:
         """Both sides measured, drawn and matched."""
         left = (sae, place, ranking, int(width or 0))
         right = (other, other_place, other_ranking, int(other_width or 0))
-        found = self.endpoints.compare(*left, *right)
+        comparison = self.endpoints.compare(*left, *right)
         curves, marks = {}, []
-        for letter, side, figures in zip("AB", (left, right), found["figures"], strict=True):
+        for letter, side, figures in zip("AB", (left, right), comparison["figures"], strict=True):
             name = f"{letter}: {figures['sae']}, {figures['ranking']}"
             curves[name] = [(row["width"], row["fvu"]) for row in self.endpoints.curve(*side[:3]).rows]
             marks.append(Mark(name, figures["width"], figures["fvu"], letter))
         chart = line_chart(
             curves, Axis("width (latents)", log=True), Axis("fraction of variance unexplained", low=0.0), marks
         )
-        figures = f"<section>{_figures(found['figures'])}</section>"
-        return f'<div class="wide">{chart}{figures}</div>{_latents(found, left, right)}'
+        figures = f"<section>{_figures(comparison['figures'])}</section>"
+        return f'<div class="wide">{chart}{figures}</div>{_latents(comparison, left, right)}'
 
 
 def _figures(figures: list[dict[str, Any]]) -> str:
@@ -90,14 +89,14 @@ def _figures(figures: list[dict[str, Any]]) -> str:
     return html.table(["", "A", "B"], rows, f"On {figures[0]['tokens']:,} held-out tokens", numbers=(1, 2))
 
 
-def _latents(found: dict[str, Any], left: tuple, right: tuple) -> str:
-    if found["same_sae"]:
-        return _kept(found["kept"], left)
+def _latents(comparison: dict[str, Any], left: tuple, right: tuple) -> str:
+    if comparison["same_sae"]:
+        return _kept(comparison["kept"], left)
     different = (
         '<p class="note">These read different places or models, so their hidden states are not the same and '
         "cosines of their latents mean little.</p>"
     )
-    return ("" if found["same_place"] else different) + _matches(found["matches"], left, right)
+    return ("" if comparison["same_place"] else different) + _matches(comparison["matches"], left, right)
 
 
 def _names(latents: list[int], side: tuple, count: int) -> str:

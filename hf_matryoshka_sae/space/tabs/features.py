@@ -24,7 +24,7 @@ class FeaturesTab:
         shown ([`Shown`]): What is open; its `latent` is placed here.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         with gr.Group(visible=False) as self.without:
             gr.Markdown("### There is no feature index to read\nWhat latents fire on is read from one.")
@@ -97,18 +97,18 @@ class FeaturesTab:
         rows = self.endpoints.latents(*current, sort, not ascending, contains or "", (page - 1) * _ROWS, _ROWS)
         return latents_table(rows, current, f"Page {page}: latents by {sort}, and the tokens they fire on")
 
-    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> Any:
+    def build_index(self, current: tuple[str, str], tokens: float, progress: Any = BARS) -> Any:  # noqa: ARG002 (gradio draws its bars there)
         """Build the SAE's index on the page's text."""
-        found = self.endpoints.build_index(*current, int(tokens))
-        if found < tokens:
-            gr.Info(f"The page's text has {found:,} tokens, so the index is of these.")
+        read_tokens = self.endpoints.build_index(*current, int(tokens))
+        if read_tokens < tokens:
+            gr.Info(f"The page's text has {read_tokens:,} tokens, so the index is of these.")
         return gr.update(visible=False)
 
 
 def latent_html(endpoints: Endpoints, current: tuple[str, str], latent: int) -> str:
     """A latent's page; raises `ValueError` if there is none."""
-    found, family = endpoints.feature(latent, *current), endpoints.family(latent, *current)
-    return feature_page(found, family["below"], endpoints.describe(*current)["prefix_widths"], current)
+    feature, family = endpoints.feature(latent, *current), endpoints.family(latent, *current)
+    return feature_page(feature, family["below"], endpoints.describe(*current)["prefix_widths"], current)
 
 
 def opens_latents(place: gr.HTML, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:

@@ -39,7 +39,7 @@ class PruneTab:
         shown ([`Shown`]): What is open.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown):
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         self.scratch = tempfile.TemporaryDirectory(prefix="hf_matryoshka_sae-")
         with gr.Row():
@@ -119,7 +119,12 @@ class PruneTab:
         return curve_html(self.endpoints.curve(*self._chosen(current, ranking, width, k)))
 
     def show_measured(
-        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = BARS
+        self,
+        current: tuple[str, str],
+        ranking: str,
+        width: int,
+        k: int,
+        progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
     ) -> tuple[str, str]:
         """The same, measured."""
         chosen = self._chosen(current, ranking, width, k)
@@ -161,7 +166,7 @@ class PruneTab:
         width: int,
         k: int,
         repo: str,
-        token: str,
+        token: str,  # noqa: ARG002 (the field is an input of the other way to push)
         private: bool,
         visitor: gr.OAuthToken | None = None,
     ) -> str:
@@ -224,21 +229,21 @@ def _share(here: dict[str, Any], full: dict[str, Any], key: str) -> str:
     return html.number(here[key] / full[key], ".1%") if here[key] is not None else ""
 
 
-def reconstructed_text(found: dict[str, Any], width: int) -> str:
+def reconstructed_text(text: dict[str, Any], width: int) -> str:
     """A text shaded by what each token lost, and both continuations."""
-    lost = [float("nan") if value is None else value for value in found["lost"]]
+    lost = [float("nan") if value is None else value for value in text["lost"]]
     finite = [abs(value) for value in lost if value == value]
-    shaded = html.tokens(found["tokens"], lost, max([1.0, *finite]))
+    shaded = html.tokens(text["tokens"], lost, max([1.0, *finite]))
     facts = (
-        f"<ul class=facts><li>loss <b>{html.number(found['ce'], '.3f')}</b> → "
-        f"<b>{html.number(found['spliced_ce'], '.3f')}</b> nats per token</li>"
-        f"<li>FVU of this text <b>{html.number(found['fvu'], '.3f')}</b></li>"
-        f"<li>L0 <b>{found['l0']:.1f}</b></li></ul>"
+        f"<ul class=facts><li>loss <b>{html.number(text['ce'], '.3f')}</b> → "
+        f"<b>{html.number(text['spliced_ce'], '.3f')}</b> nats per token</li>"
+        f"<li>FVU of this text <b>{html.number(text['fvu'], '.3f')}</b></li>"
+        f"<li>L0 <b>{text['l0']:.1f}</b></li></ul>"
     )
-    cut = f"<p class=note>{found['left_out']} tokens at the end were left out.</p>" if found["left_out"] else ""
+    cut = f"<p class=note>{text['left_out']} tokens at the end were left out.</p>" if text["left_out"] else ""
     rows = [
-        ["the model goes on", f"<span class=tokens>{escape(found['plain'])}</span>"],
-        [f"with {width:,} latents", f"<span class=tokens>{escape(found['spliced'])}</span>"],
+        ["the model goes on", f"<span class=tokens>{escape(text['plain'])}</span>"],
+        [f"with {width:,} latents", f"<span class=tokens>{escape(text['spliced'])}</span>"],
     ]
     return (
         f"<p>{shaded}</p><p class=quiet>Shaded: tokens that became harder to predict (orange) or easier (blue).</p>"

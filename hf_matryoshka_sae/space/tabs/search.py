@@ -32,7 +32,7 @@ class SearchTab:
         feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
         self.endpoints, self.shown = endpoints, shown
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -49,21 +49,21 @@ class SearchTab:
                 )
                 gr.Markdown(HELP)
         self.hits = area("hits")
-        found = gr.on(
+        searched = gr.on(
             [self.search.click, self.query.submit],
             told(self.find),
             [shown.current, self.query, self.kind],
             self.hits,
             **HEAVY,
         )
-        found.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
+        searched.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
         opens_latents(self.hits, endpoints, shown, feature)
 
     def find_linked(self, current: tuple[str, str], query: str, kind: str) -> str:
         """What a link searches for, if it does."""
         return self.find(current, query, kind) if query else ""
 
-    def find(self, current: tuple[str, str], query: str, kind: str, progress: Any = BARS) -> str:
+    def find(self, current: tuple[str, str], query: str, kind: str, progress: Any = BARS) -> str:  # noqa: ARG002 (gradio draws its bars there)
         """The latents that fire where the pattern matches."""
         hits = self.endpoints.search(query, kind, *current)
         if not hits:

@@ -23,7 +23,7 @@ class TextTab:
         feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
         self.endpoints = endpoints
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -90,16 +90,16 @@ class TextTab:
 
     def show(self, current: tuple[str, str], text: str, width: float) -> str:
         """The strongest latents of a text and of each of its tokens."""
-        found = self.endpoints.read_text(text, *current, width=self._width(current, width))
-        return text_html(found, current)
+        features = self.endpoints.read_text(text, *current, width=self._width(current, width))
+        return text_html(features, current)
 
     def show_one(self, current: tuple[str, str], text: str, width: float, latent: float | None) -> str:
         """One latent along the text."""
         if latent is None:
             raise ValueError("Say which latent: its number.")
-        found = self.endpoints.activations(text, int(latent), *current, width=self._width(current, width))
-        largest = max(found["activations"])
-        shaded = html.tokens(found["tokens"], found["activations"], largest)
+        features = self.endpoints.activations(text, int(latent), *current, width=self._width(current, width))
+        largest = max(features["activations"])
+        shaded = html.tokens(features["tokens"], features["activations"], largest)
         return f"<p>{shaded}</p><p class=quiet>Latent {int(latent)}; its largest value here is {largest:.3g}.</p>"
 
     def continue_both(
@@ -117,7 +117,7 @@ class TextTab:
         """The text continued as it is, and with a latent changed."""
         if latent is None:
             raise ValueError("Say which latent to change: its number.")
-        found = self.endpoints.steer(
+        continuations = self.endpoints.steer(
             text,
             int(latent),
             mode,
@@ -128,10 +128,10 @@ class TextTab:
             temperature=temperature,
             seed=int(seed or 0),
         )
-        change = "removed" if mode == "remove" else f"{'+' if mode == 'add' else '='} {found['amount']:.3g}"
+        change = "removed" if mode == "remove" else f"{'+' if mode == 'add' else '='} {continuations['amount']:.3g}"
         rows = [
-            ["as the model is", f"<span class=tokens>{escape(found['plain'])}</span>"],
-            [f"latent {int(latent)} {change}", f"<span class=tokens>{escape(found['steered'])}</span>"],
+            ["as the model is", f"<span class=tokens>{escape(continuations['plain'])}</span>"],
+            [f"latent {int(latent)} {change}", f"<span class=tokens>{escape(continuations['steered'])}</span>"],
         ]
         return html.table(["", "continuation"], rows)
 
@@ -140,26 +140,26 @@ class TextTab:
         return min(int(width), self.endpoints.num_latents(*current))
 
 
-def text_html(found: dict[str, Any], current: tuple[str, str]) -> str:
+def text_html(features: dict[str, Any], current: tuple[str, str]) -> str:
     """Latents of a text: along it, and token by token."""
-    cut = f"<p class=note>{found['left_out']} tokens at the end were left out.</p>" if found["left_out"] else ""
+    cut = f"<p class=note>{features['left_out']} tokens at the end were left out.</p>" if features["left_out"] else ""
     along = [
         [
             html.latent_name(*current, row["latent"], row["label"]),
-            html.tokens(found["tokens"], row["activations"], row["max"]),
+            html.tokens(features["tokens"], row["activations"], row["max"]),
             f"{row['max']:.3g}",
         ]
-        for row in found["latents"]
+        for row in features["latents"]
     ]
     by_token = [
         [
             f"<code>{escape(html.visible(token))}</code>",
             ", ".join(f"{html.latent_name(*current, latent)} ({value:.3g})" for latent, value in strongest) or "–",
         ]
-        for token, strongest in zip(found["tokens"], found["top"], strict=True)
+        for token, strongest in zip(features["tokens"], features["top"], strict=True)
     ]
     return (
-        f"{cut}<h3>Its strongest latents, of the first {found['width']:,}</h3>"
+        f"{cut}<h3>Its strongest latents, of the first {features['width']:,}</h3>"
         + html.table(["latent", "along the text", "largest"], along, numbers=(2,))
         + "<h3>Token by token</h3>"
         + html.table(["token", "latents that fire (value)"], by_token)

@@ -27,7 +27,7 @@ class TreeTab:
         feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML):
+    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
         self.endpoints = endpoints
         gr.Markdown(ABOUT)
         with gr.Row():

@@ -1,4 +1,4 @@
-"""Feature absorption and splitting, measured on the first-letter task.
+"""Measure feature absorption and splitting on the first-letter task.
 
 A dictionary should have a latent "begins with s". Absorption is what happens when that latent stays silent on some
 such words because another, say one for "short", has the letter's direction built into its own decoder row. With p the
@@ -45,18 +45,18 @@ _PUBLISHED_LATENTS, _PUBLISHED_PARAMETERS = 16_384, 1_000_000_000
 
 @dataclass(frozen=True)
 class AbsorptionThresholds:
-    """What counts as absorption; the defaults are those of SAEBench 0.6.
+    """Thresholds that define absorption; the defaults are those of SAEBench 0.6.
 
     Args:
-        probe_f1 (`float`): A letter takes part if the probe's F1 on held-out words is above this.
-        min_letters (`int`): With fewer letters the measure is not defined.
-        max_main (`int`): Latents tried as main latents of a letter.
-        min_gain (`float`): Main latents are added while F1 rises by more than this.
-        silent (`float`): A latent below this does not fire.
-        full_cosine (`float`): Least cosine to the probe of the latent that absorbs fully.
+        probe_f1 (`float`): F1 on held-out words above which a letter's probe is good enough for the letter to count.
+        min_letters (`int`): Number of letters below which the measure is not defined.
+        max_main (`int`): Largest number of main latents of a letter.
+        min_gain (`float`): Gain in F1 above which a further main latent is added.
+        silent (`float`): Activation below which a latent does not fire.
+        full_cosine (`float`): Least cosine to the probe of a latent that absorbs fully.
         cosine (`float`): Least cosine to the probe of latents that absorb in part.
         share (`float`): Share of the probe's projection that absorbing latents must carry.
-        max_absorbing (`int`): Latents that may absorb in part.
+        max_absorbing (`int`): Largest number of latents that absorb in part.
     """
 
     probe_f1: float = 0.6
@@ -73,32 +73,32 @@ class AbsorptionThresholds:
 def absorption(
     sae: SAEModel,
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     hookpoint: str,
     widths: Sequence[int] | None = None,
     *,
     selection: str = "restrict",
     thresholds: AbsorptionThresholds | None = None,
-    **task_options,
+    **task_options: Any,
 ) -> dict[str, Any]:
-    """Absorption and splitting of an SAE at each prefix width.
+    """Measure absorption and splitting of an SAE at each prefix width.
 
     Every process of a distributed run computes the same.
 
     Args:
-        sae ([`SAEModel`]): Takes the hidden states at `hookpoint` as they are.
+        sae ([`SAEModel`]): SAE of the hidden states at `hookpoint`.
         model (`nn.Module`): A transformers model in `eval` mode.
-        tokenizer: Its tokenizer.
-        hookpoint (`str`): Where the SAE reads.
-        widths (`Sequence[int]`, *optional*): By default the SAE's prefix widths.
-        selection (`str`, *optional*, defaults to `"restrict"`): See [`SAEModel.encode_pairs`].
-        thresholds ([`AbsorptionThresholds`], *optional*): What counts as absorption.
+        tokenizer: The language model's tokenizer.
+        hookpoint (`str`): Module whose hidden states the SAE reads.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default the SAE's prefix widths.
+        selection (`str`, *optional*, defaults to `"restrict"`): How a prefix encodes; see [`SAEModel.encode_pairs`].
+        thresholds ([`AbsorptionThresholds`], *optional*): Thresholds that define absorption.
         task_options: `prompt`, `shots`, `max_words`, `min_words`, `heldout`, `batch_size` and `seed` of
             [`first_letter_task`].
 
     Returns:
-        `dict[str, Any]`: JSON-able. `defined` says whether the language model supports the measure; if not, `reason`
-        says why and `rows` is empty. The others as in [`absorption_on_task`].
+        `dict[str, Any]`: Values for JSON. `defined` says whether the language model supports the measure; if not,
+        `reason` says why and `rows` is empty. [`absorption_on_task`] describes the other keys.
 
     Raises:
         `ValueError`: if the SAE does not fit the hookpoint, or an option is out of range.
@@ -130,7 +130,14 @@ def absorption_on_task(
     selection: str = "restrict",
     thresholds: AbsorptionThresholds | None = None,
 ) -> dict[str, Any]:
-    """As [`absorption`], on hidden states that have been read: for several SAEs at one hookpoint.
+    """Measure absorption and splitting on hidden states that have been read, for several SAEs at one hookpoint.
+
+    Args:
+        sae ([`SAEModel`]): SAE of the task's hidden states.
+        task ([`FirstLetterTask`]): Hidden states of words.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default the SAE's prefix widths.
+        selection (`str`, *optional*, defaults to `"restrict"`): How a prefix encodes; see [`SAEModel.encode_pairs`].
+        thresholds ([`AbsorptionThresholds`], *optional*): Thresholds that define absorption.
 
     Returns:
         `dict[str, Any]`: `defined`, `reason`, `notes`, `source` (language model, hookpoint, position, prompt),
@@ -149,16 +156,16 @@ def absorption_on_task(
     probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
     right = (probe.scores(task.states) > 0) & targets & task.heldout[:, None]
     f1 = f1_scores(probe.scores(task.states[task.heldout]) > 0, targets[task.heldout])
-    kept = f1 > thresholds.probe_f1
+    usable = f1 > thresholds.probe_f1
     facts = {
         "train_words": int((~task.heldout).sum()),
         "heldout_words": int(task.heldout.sum()),
         "probe_f1": {LETTERS[c]: value for c, value in zip(classes.tolist(), f1.tolist(), strict=True)},
     }
-    if kept.sum() < thresholds.min_letters:
-        return _undefined(_reason(task, f1, kept, thresholds), task.source, thresholds) | facts
-    probe = LogisticProbe(probe.weight[kept], probe.bias[kept])
-    selected = _Letters([LETTERS[c] for c in classes[kept].tolist()], targets[:, kept], right[:, kept], probe)
+    if usable.sum() < thresholds.min_letters:
+        return _undefined(_reason(task, f1, usable, thresholds), task.source, thresholds) | facts
+    probe = LogisticProbe(probe.weight[usable], probe.bias[usable])
+    selected = _Letters([LETTERS[c] for c in classes[usable].tolist()], targets[:, usable], right[:, usable], probe)
     rows = [
         _row(sae, task, selected, width, selection, thresholds)
         for width in tqdm(widths, desc="absorption", leave=False, disable=processes()[0] != 0)
@@ -186,18 +193,18 @@ def absorbed_words(
     main: Tensor,
     thresholds: AbsorptionThresholds | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which words are absorbed fully, and to what fraction each is; the equations are at the head of this module.
+    """Return which words are absorbed fully, and the fraction of each; the equations are at the head of this module.
 
     Args:
         states (`Tensor` of shape `(N, D)`): Hidden states of the words.
-        latents ([`LatentPairs`]): Their latents, scaled to go with `decoder`.
+        latents ([`LatentPairs`]): Latents of the words, in units of decoder rows of length 1.
         decoder (`Tensor` of shape `(F, D)`): Decoder rows of length 1 (or 0).
-        direction (`Tensor` of shape `(D,)`): The probe's, of any length.
+        direction (`Tensor` of shape `(D,)`): Direction of the probe, of any length.
         main (`Tensor`): The main latents.
-        thresholds ([`AbsorptionThresholds`], *optional*): When a word counts as absorbed; by default SAEBench's.
+        thresholds ([`AbsorptionThresholds`], *optional*): Thresholds that define absorption.
 
     Returns:
-        bool and float64 tensors of shape `(N,)`.
+        `tuple[Tensor, Tensor]`: bool and float64 tensors of shape `(N,)`.
 
     Raises:
         `ValueError`: if decoder rows are not of unit length, or shapes do not fit.
@@ -218,7 +225,7 @@ def absorbed_words(
     direction = direction / direction.norm()
     cosine, total = decoder.double() @ direction, states.double() @ direction
     slots = latents.to_slots()
-    # One slot more, because where no latent fires there is none to take the largest of.
+    # One empty slot more, so that a word on which no latent fires has a largest value too.
     values, indices = F.pad(slots.values.double(), (0, 1)), F.pad(slots.indices, (0, 1))
     cosines = cosine[indices]
     along = values * cosines
@@ -232,15 +239,15 @@ def absorbed_words(
     of_main = (along * is_main).sum(1)
     candidates = along.where(~is_main & (cosines >= thresholds.cosine) & (along > 0), 0.0)
     absorbing = candidates.topk(min(thresholds.max_absorbing, candidates.shape[1]), dim=1).values.sum(1)
-    taken = torch.minimum(absorbing, total - of_main)
-    fraction = torch.where(of_main <= 0, 1.0, taken / (taken + of_main))
+    absorbed = torch.minimum(absorbing, total - of_main)
+    fraction = torch.where(of_main <= 0, 1.0, absorbed / (absorbed + of_main))
     none = (total <= 0) | (of_main >= total) | (absorbing < thresholds.share * total)
     return full, fraction.where(~none, 0.0)
 
 
 @dataclass
 class _Letters:
-    """The letters that take part: names, their words `(N, C)`, the words the probe gets right `(N, C)`, the probe."""
+    """The letters that count: names, their words `(N, C)`, the words the probe gets right `(N, C)`, the probe."""
 
     names: list[str]
     targets: Tensor
@@ -256,7 +263,7 @@ def _row(
     selection: str,
     thresholds: AbsorptionThresholds,
 ) -> dict[str, Any]:
-    """What one prefix width scores."""
+    """Return the row of one prefix width."""
     latents, decoder = _unit_latents(sae, task.states, width, selection)
     train, heldout = (_of_words(latents, part) for part in (~task.heldout, task.heldout))
     ranked = rank_latents(train, letters.targets[~task.heldout], thresholds.max_main)
@@ -286,10 +293,10 @@ def _row(
 
 
 def _means(scores: dict[str, dict[str, Any]], without: list[str], min_letters: int) -> dict[str, Any]:
-    """Means and standard deviations over letters, `None` where there are too few."""
+    """Return means and standard deviations over letters, `None` where there are too few."""
     means, reason = {}, None
     if len(scores) < min_letters:
-        reason = f"Only {len(scores)} letters have a latent that speaks for them; {min_letters} are needed."
+        reason = f"Only {len(scores)} letters have a latent that indicates them; {min_letters} are needed."
     for name in ("full_absorption", "absorption_fraction", "split_latents"):
         values = torch.tensor([of_letter[name] for of_letter in scores.values()], dtype=torch.float64)
         means[name] = None if reason else values.mean().item()
@@ -304,7 +311,7 @@ def _means(scores: dict[str, dict[str, Any]], without: list[str], min_letters: i
 
 @torch.no_grad()
 def _unit_latents(sae: SAEModel, states: Tensor, width: int, selection: str) -> tuple[LatentPairs, Tensor]:
-    """Latents of words scaled to go with decoder rows of length 1, and those rows, on the CPU."""
+    """Return the latents of words in units of decoder rows of length 1, and those rows, on the CPU."""
     decoder = sae.W_dec.float()
     norms = row_norms(decoder)
     parts, training = [], sae.training
@@ -313,7 +320,7 @@ def _unit_latents(sae: SAEModel, states: Tensor, width: int, selection: str) -> 
         for start in range(0, len(states), _WORDS_AT_ONCE):
             part = sae.encode_pairs(states[start : start + _WORDS_AT_ONCE].to(sae.W_enc), width, selection)
             values = part.values.float()
-            # Where the config scales latents by these lengths they already are in those units.
+            # `scale_by_decoder_norm` means that latents are in these units already.
             scaled = values if sae.config.scale_by_decoder_norm else values * norms[part.cols]
             index = PairIndex(part.rows.cpu(), part.cols.cpu(), part.num_rows, part.num_latents)
             parts.append(LatentPairs(index, scaled.cpu()))
@@ -321,15 +328,15 @@ def _unit_latents(sae: SAEModel, states: Tensor, width: int, selection: str) -> 
         sae.train(training)
     latents = joined_pairs(parts)
     if not latents.values.isfinite().all():
-        raise ValueError("The SAE gives latents that are not finite; its weights or its dtype are unsound.")
+        raise ValueError("The SAE's latents are not finite: check its weights, or load it in float32.")
     return latents.keep(latents.values != 0), (decoder / norms[:, None]).cpu()
 
 
 def _of_words(latents: LatentPairs, chosen: Tensor) -> LatentPairs:
-    """The latents of some words, `(N,)` bool, which are numbered anew."""
-    kept = latents.keep(chosen[latents.rows])
-    rows = (chosen.cumsum(0) - 1)[kept.rows]
-    return LatentPairs(PairIndex(rows, kept.cols, int(chosen.sum()), latents.num_latents), kept.values)
+    """Return the latents of the chosen words, `(N,)` bool, numbered anew."""
+    pairs = latents.keep(chosen[latents.rows])
+    rows = (chosen.cumsum(0) - 1)[pairs.rows]
+    return LatentPairs(PairIndex(rows, pairs.cols, int(chosen.sum()), latents.num_latents), pairs.values)
 
 
 def _check_fit(sae: SAEModel, width: int, hookpoint: str | None) -> None:
@@ -340,8 +347,8 @@ def _check_fit(sae: SAEModel, width: int, hookpoint: str | None) -> None:
         )
 
 
-def _reason(task: FirstLetterTask, f1: Tensor, kept: Tensor, thresholds: AbsorptionThresholds) -> str:
-    """Why too few letters take part."""
+def _reason(task: FirstLetterTask, f1: Tensor, usable: Tensor, thresholds: AbsorptionThresholds) -> str:
+    """Return why too few letters count."""
     if len(f1) < thresholds.min_letters:
         return (
             f"Absorption is not defined here: only {len(f1)} letters begin enough of the words that are a token of "
@@ -349,7 +356,7 @@ def _reason(task: FirstLetterTask, f1: Tensor, kept: Tensor, thresholds: Absorpt
         )
     return (
         f"Absorption is not defined here: a probe finds the first letter with F1 > {thresholds.probe_f1} for "
-        f"{int(kept.sum())} of {len(f1)} letters, and {thresholds.min_letters} are needed. The hidden states at "
+        f"{int(usable.sum())} of {len(f1)} letters, and {thresholds.min_letters} are needed. The hidden states at "
         f"{task.source.get('hookpoint')} do not tell well enough how words are spelled; take a larger language model, "
         "another hookpoint or another prompt."
     )

@@ -1,4 +1,4 @@
-"""SCR and TPP as a report: what taking a few latents out does to probes, with a warning."""
+"""The report of SCR and TPP: how the ablation of a few latents changes probes, with a warning."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +16,15 @@ WARNING = (
 )
 HEADLINE = 20
 _MEANINGS = {
-    "scr": "of the accuracy that a probe loses to a spurious attribute, the share that comes back where the {} "
-    "latents that speak most for that attribute are taken out.",
-    "tpp": "balanced accuracy that a class's probe loses where the {} latents that speak most for the class are taken "
-    "out, less what the probes of other classes lose on average.",
+    "scr": "share of the accuracy that a probe loses to a spurious attribute and regains where the {} latents that "
+    "indicate that attribute most are ablated.",
+    "tpp": "balanced accuracy that a class's probe loses where the {} latents that indicate the class most are "
+    "ablated, less the mean loss of the other classes' probes.",
 }
 _TASKS = {
-    "scr": "Of tasks, base: accuracy of the biased probe; clean: of a probe fitted to all combinations; keeps_first: "
-    "share of splits in which the pair's first attribute was to be kept. Intervals: 95%, bootstrap over splits and "
-    "pairs.",
+    "scr": "Of each task, base: accuracy of the biased probe; clean: accuracy of a probe fitted to all combinations; "
+    "keeps_first: share of splits in which the pair's first attribute was to be kept. Intervals: 95%, bootstrap over "
+    "splits and pairs.",
     "tpp": "Intervals: 95%, bootstrap over splits and classes.",
 }
 
@@ -34,10 +34,15 @@ def removal_report(
     about: dict[str, Any],
     bootstrap: CrossedBootstrap,
 ) -> Report:
-    """The report from scores `(S, T, K)` of each subject and width.
+    """Return the report from scores `(S, T, K)` of each subject and width.
 
-    Each record has by number of latents taken out (as `str`) `score`, `interval` and `tasks`: the score of each pair
+    Each record has, by number of ablated latents (as `str`), `score`, `interval` and `tasks`: the score of each pair
     or class by name.
+
+    Args:
+        scores (`Mapping[tuple[str, int], np.ndarray]`): Scores by subject and width.
+        about (`dict`): Settings and tasks of the measurement.
+        bootstrap ([`CrossedBootstrap`]): Bootstrap of the intervals.
     """
     records = []
     for (name, width), values in scores.items():
@@ -65,7 +70,7 @@ def removal_report(
     what = "pairs of attributes" if metric == "scr" else "classes"
     title = (
         f"{metric.upper()} at {about['hookpoint']}: {len(about['tasks'])} {what}, {examples} {kind}, "
-        f"{about['splits']} splits, selection {about['selection']}; N latents taken out"
+        f"{about['splits']} splits, selection {about['selection']}; N latents ablated"
     )
     plotted = [column.name for column in columns]
     return Report(metric, title, records, columns, about, plotted, warning=WARNING, intervals=_TASKS[metric])

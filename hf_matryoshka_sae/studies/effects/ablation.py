@@ -1,13 +1,13 @@
 """Ablation sparsity: how few of the next tokens' logits a latent acts on.
 
-Of the hidden state x at one token, latent i is taken away: x - a_i d_i, what the SAE does not explain stays. Delta is
-the change of the logits, over the V tokens of the vocabulary and the T positions from that token on, less its median
-at each position (a constant changes no prediction). With n = (||Delta||_1 / ||Delta||_2)^2, which is 1 if one logit
-changes and V T if all change alike, the *fraction* is n / (V T). Gao et al. 2024 (arXiv 2406.04093), T 16.
+At one token, latent i is ablated from the hidden state x: x - a_i d_i; the error of the SAE stays. Delta is the
+change of the logits, over the V tokens of the vocabulary and the T positions from that token on, less its median at
+each position (a constant changes no prediction). With n = (||Delta||_1 / ||Delta||_2)^2, which is 1 if one logit
+changes and V T if all change alike, the *fraction* is n / (V T). Gao et al. 2024 (arXiv 2406.04093), with T = 16.
 
-A fraction of a width is the mean over the pairs of token and latent that fire in it. Tokens are drawn; on each, of the
-latents that fire in each group between two widths, some are drawn, and count for all that fire there. Intervals span
-the 2.5th to the 97.5th percentile of bootstrap resamples of the tokens.
+The fraction of a width is the mean over all pairs of a token and a latent that fires on it. Tokens are sampled; on
+each token some latents are sampled from each group between two widths, and stand for all that fire there. Intervals
+span the 2.5th to the 97.5th percentile of bootstrap resamples of the tokens.
 
 Shapes: A ablations, T positions, V vocabulary, W widths, N drawn tokens.
 """
@@ -33,15 +33,15 @@ from ...models.sparse_ops import LatentPairs
 from ..drawn_latents import as_records, with_baselines
 
 
-_LOGITS = 2**26  # held at a time
+_LOGITS = 2**26  # largest number of logits in memory at a time
 _ROUNDING = 16  # a change of logits below this many units in the last place is no effect
 
 
 _COLUMNS = (
     Column("fraction", "fraction", "share of the next tokens' logits that a latent acts on.", ".4f", "lower"),
     Column("size", "size", "mean of ||Delta||_2, the length of the change of the logits.", ".3f"),
-    Column("pairs", "pairs", "ablations done.", "d"),
-    Column("no_effect", "no effect", "how many of them changed nothing, and are left out of the means.", "d"),
+    Column("pairs", "pairs", "number of ablations.", "d"),
+    Column("no_effect", "no effect", "number of ablations that changed no logit; the means leave them out.", "d"),
 )
 
 
@@ -58,31 +58,31 @@ def ablation_sparsity(
     resamples: int = 1000,
     show: bool = True,
 ) -> Report:
-    """Take latents away, one at a time, and see how many logits change.
+    """Ablate latents one at a time and measure how many logits change.
 
-    Which latents fire is decided by all of the SAE's (selection `mask`).
+    All latents of the SAE compete for places (selection `mask`).
 
     Args:
-        saes (`dict[str, SAEModel]`): By name; of one hookpoint.
+        saes (`dict[str, SAEModel]`): SAEs of one hookpoint, by name.
         data ([`HeldOut`]): Text and a causal language model; several processes share the tokens.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
-        tokens (`int`, *optional*, defaults to 64): Drawn from the text.
-        per_group (`int`, *optional*, defaults to 4): Ablated at each of them, of the latents that fire in each group
-            that a width adds.
-        positions (`int`, *optional*, defaults to 16): T, the token's own among them.
-        baselines (`bool`, *optional*, defaults to `True`): Also ablate a random dictionary for each SAE, and the
-            neurons: the dimensions of the hidden states, each put back to its mean.
-        seed (`int`, *optional*, defaults to 0): Of what is drawn.
-        resamples (`int`, *optional*, defaults to 1000): Of the intervals.
-        show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default each SAE's prefix widths.
+        tokens (`int`, *optional*, defaults to 64): Number of tokens sampled from the text.
+        per_group (`int`, *optional*, defaults to 4): Number of latents ablated on each token from each group between
+            two widths.
+        positions (`int`, *optional*, defaults to 16): Number T of positions, from the token's own on.
+        baselines (`bool`, *optional*, defaults to `True`): Whether to ablate a random dictionary for each SAE too, and
+            the neurons: the dimensions of the hidden states, each set to its mean.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
+        resamples (`int`, *optional*, defaults to 1000): Number of bootstrap resamples of the intervals.
+        show (`bool`, *optional*, defaults to `True`): Whether to show progress bars in the main process.
 
     Returns:
-        [`Report`]: for each subject and width `fraction`, `size`, `pairs` and `no_effect`; of single `latents`
-        `fraction`, `size` and `pairs`.
+        [`Report`]: `fraction`, `size`, `pairs` and `no_effect` for each subject and width; `fraction`, `size` and
+        `pairs` of single latents in `latents`.
 
     Raises:
-        `ValueError`: if the model is no causal language model, windows have fewer than `positions` tokens, or an
-            SAE has not the widths asked for.
+        `ValueError`: if the model is no causal language model, windows have fewer than `positions` tokens, or an SAE
+            does not have these widths.
     """
     check_at_least(1, tokens=tokens, per_group=per_group, positions=positions)
     if not data.has_loss or is_masked_lm(data.model):
@@ -95,12 +95,12 @@ def ablation_sparsity(
     show = show and processes()[0] == 0
     rows, latents = {}, {}
     for name, (sae, chosen) in with_baselines(saes, data, widths, baselines, seed).items():
-        found = _Ablations(sae, chosen, per_group, seed)
+        ablations = _Ablations(sae, chosen, per_group, seed)
         rank, world = processes()
         own = range(rank, len(places), world)
         for number in tqdm(own, desc=f"ablating {name}", disable=not show, leave=False):
-            found.add(number, data, *places[number], positions)
-        table = found.table(len(places))
+            ablations.add(number, data, *places[number], positions)
+        table = ablations.table(len(places))
         rows[name], latents[name] = _rows(table, chosen, logits, resamples, seed), _by_latent(table, logits)
     about = {
         "hookpoint": data.hookpoint,
@@ -117,34 +117,34 @@ def ablation_sparsity(
 
 
 def _places(data: HeldOut, tokens: int, positions: int, seed: int) -> list[tuple[Tensor, int]]:
-    """Drawn tokens: the window up to the last position that is looked at, and where in it the token is."""
+    """Sample tokens; return for each the window up to its last position, and the token's place in it."""
     starts = []
     for number, batch in enumerate(data.batches):
         length = batch.input_ids.shape[1]
         if length < positions:
             continue
         whole = batch.attention_mask.bool().unfold(1, positions, 1).all(2)  # [B, S - T + 1]
-        found = (whole & batch.keep[:, : length - positions + 1]).nonzero()
-        starts += [(number, *place) for place in found.tolist()]
+        whole_kept = (whole & batch.keep[:, : length - positions + 1]).nonzero()
+        starts += [(number, *place) for place in whole_kept.tolist()]
     if not starts:
         raise ValueError(
             f"No window has {positions} tokens after one that is kept. Give longer windows (`context_length`), or "
             "fewer `positions`."
         )
     order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))[:tokens]
-    drawn = [starts[index] for index in order.tolist()]
-    return [(data.batches[number].input_ids[row, : at + positions], at) for number, row, at in drawn]
+    sampled = [starts[index] for index in order.tolist()]
+    return [(data.batches[number].input_ids[row, : at + positions], at) for number, row, at in sampled]
 
 
 class _Ablations:
-    """Ablations of one SAE's latents, a row each: token, group, latent, how many fire in the group, n, ||Delta||_2."""
+    """Ablations of one SAE, a row each: token, group, latent, number that fire in the group, n, ||Delta||_2."""
 
-    def __init__(self, sae: SAEModel, widths: Sequence[int], per_group: int, seed: int):
+    def __init__(self, sae: SAEModel, widths: Sequence[int], per_group: int, seed: int) -> None:
         self.sae, self.widths, self.per_group, self.seed = sae, widths, per_group, seed
-        self.found: list[Tensor] = []
+        self.rows: list[Tensor] = []
 
     def add(self, token: int, data: HeldOut, window: Tensor, place: int, positions: int) -> None:
-        """Ablate at one token."""
+        """Ablate latents at one token and add their rows."""
         window, hook = window.to(data.device)[None], _Ablation(place)
         with hooked(data.model, [(data.hookpoint, hook)]):
             clean = _last_logits(data.model, window, positions)
@@ -157,11 +157,11 @@ class _Ablations:
                 hook.removed = removed
                 logits = _last_logits(data.model, window.expand(len(removed), -1), positions)
                 effects.append(_effects(logits, clean))
-        told = torch.stack([torch.full_like(group, token), group, latents, firing], 1).double()
-        self.found.append(torch.cat([told, torch.cat(effects)], 1).cpu())
+        labels = torch.stack([torch.full_like(group, token), group, latents, firing], 1).double()
+        self.rows.append(torch.cat([labels, torch.cat(effects)], 1).cpu())
 
     def _drawn(self, token: int, pairs: LatentPairs) -> tuple[Tensor, ...]:
-        """Of the latents that fire in each group some: group, latent, how many fire in the group, value."""
+        """Sample latents that fire in each group: group, latent, number that fire in the group, value."""
         fires = pairs.values > 0
         cols, values = pairs.cols[fires], pairs.values[fires]
         group = torch.bucketize(cols, torch.tensor(self.widths, device=cols.device), right=True)
@@ -176,18 +176,18 @@ class _Ablations:
         return group[index], cols[index], torch.cat(firing), values[index]
 
     def table(self, tokens: int) -> np.ndarray:
-        """The ablations of all processes, in the order of their tokens."""
+        """Return the ablations of all processes, in the order of their tokens."""
         filled = torch.zeros(tokens, self.per_group * len(self.widths), 7, dtype=torch.float64)
-        for rows in self.found:
+        for rows in self.rows:
             filled[int(rows[0, 0]), : len(rows)] = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         reduce_sum(filled)
         return filled[filled[..., 6] > 0].numpy()
 
 
 class _Ablation:
-    """Reads the hidden state at one place of the first pass; in those after it, something is removed there."""
+    """A hook that records the hidden state at one position in the first pass and subtracts `removed` in later ones."""
 
-    def __init__(self, place: int):
+    def __init__(self, place: int) -> None:
         self.place = place
         self.state: Tensor | None = None
         self.removed: Tensor | None = None
@@ -199,13 +199,13 @@ class _Ablation:
         if self.removed is None:
             self.state = states[:, self.place].float()
             return None
-        states = states.clone()  # what was there may be somebody else's residual stream too
+        states = states.clone()  # the same tensor may go on elsewhere as the residual stream
         states[:, self.place] = (states[:, self.place].float() - self.removed).to(states)
         return states
 
 
 def _last_logits(model: torch.nn.Module, ids: Tensor, positions: int) -> Tensor:
-    """Logits of the last positions, `(A, T, V)` in float32."""
+    """Return the logits of the last positions, `(A, T, V)` in float32."""
     parameters = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if "logits_to_keep" in parameters:
@@ -214,7 +214,7 @@ def _last_logits(model: torch.nn.Module, ids: Tensor, positions: int) -> Tensor:
 
 
 def _effects(ablated: Tensor, clean: Tensor) -> Tensor:
-    """n and ||Delta||_2 of each ablation, `(A, 2)` in float64; both are 0 where nothing changes but the rounding."""
+    """Compute n and ||Delta||_2 of each ablation, `(A, 2)` in float64; both are 0 where only rounding changes."""
     delta = ablated - clean
     rounding = _ROUNDING * torch.finfo(clean.dtype).eps * clean.abs().max()
     delta = (delta - delta.median(-1, keepdim=True).values).flatten(1).double()
@@ -223,10 +223,10 @@ def _effects(ablated: Tensor, clean: Tensor) -> Tensor:
 
 
 def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each width, from the groups below it."""
+    """Return a row for each width, from the groups below it."""
     firing, sums = _by_token(table, len(widths))
     if not len(firing):
-        raise ValueError("Nothing fires on the tokens that were drawn, so nothing can be ablated. Draw more `tokens`.")
+        raise ValueError("Nothing fires on the sampled tokens, so nothing can be ablated. Sample more `tokens`.")
     again = resampled_rows(len(firing), resamples, np.random.default_rng(seed))
     rows = []
     for number, width in enumerate(widths, start=1):
@@ -250,7 +250,7 @@ def _rows(table: np.ndarray, widths: Sequence[int], logits: int, resamples: int,
 
 
 def _by_token(table: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many latents fire on each token in each group, `(N, G)`, and estimates of the sums over them, `(N, G, 2)`.
+    """Return the latents that fire per token and group, `(N, G)`, and estimates of the sums over them, `(N, G, 2)`.
 
     Ablations that changed nothing are left out of the means: they are neither sparse nor dense.
     """
@@ -258,19 +258,19 @@ def _by_token(table: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     firing, sums = np.zeros((len(tokens), groups)), np.zeros((len(tokens), groups, 2))
     for token in range(len(tokens)):
         for group in range(groups):
-            found = table[(number == token) & (table[:, 1] == group)]
-            acting = found[found[:, 4] > 0]
+            ablations = table[(number == token) & (table[:, 1] == group)]
+            acting = ablations[ablations[:, 4] > 0]
             if len(acting):
-                firing[token, group] = found[0, 3] * len(acting) / len(found)
+                firing[token, group] = ablations[0, 3] * len(acting) / len(ablations)
                 sums[token, group] = firing[token, group] * acting[:, 4:6].mean(0)
     return firing, sums
 
 
 def _by_latent(table: np.ndarray, logits: int) -> dict[int, dict[str, Any]]:
-    found = {}
+    by_latent = {}
     for latent in np.unique(table[:, 2]).astype(int).tolist():
         acting = table[(table[:, 2] == latent) & (table[:, 4] > 0)]
         if len(acting):
             n, size = acting[:, 4:6].mean(0)
-            found[latent] = {"fraction": float(n / logits), "size": float(size), "pairs": len(acting)}
-    return found
+            by_latent[latent] = {"fraction": float(n / logits), "size": float(size), "pairs": len(acting)}
+    return by_latent

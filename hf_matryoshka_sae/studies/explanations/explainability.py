@@ -54,8 +54,8 @@ def explainability(
         test ([`HeldOut`]): Other text, that patterns are tested on; of the same model and hookpoint.
         widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
         per_group (`int`, *optional*, defaults to 16): Latents drawn from each group that a width adds.
-        examples_per_latent (`int`, *optional*, defaults to 16), substitutes (`int`, *optional*, defaults to 5): See
-            [`Explainer`].
+        examples_per_latent (`int`, *optional*, defaults to 16): Examples that a latent is explained from.
+        substitutes (`int`, *optional*, defaults to 5): Substitutes of each token; see [`Explainer`].
         least (`int`, *optional*, defaults to 10): How often a latent has to fire among the examples.
         baselines (`bool`, *optional*, defaults to `True`): Also explain a random dictionary for each SAE, and the
             neurons: the dimensions of the hidden states, the strongest of each token.

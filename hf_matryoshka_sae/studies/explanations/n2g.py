@@ -90,7 +90,7 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
         sae ([`SAEModel`]): Used as it is at inference.
         data ([`HeldOut`]): Each process reads all of it.
         latents (`Iterable[int]`): Whose firings are kept.
-        show (`bool`, *optional*, defaults to `True`): Whether the first process shows a bar.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
         `ValueError`: if there are no tokens.
@@ -127,7 +127,7 @@ class Explainer:
         seed (`int`, *optional*, defaults to 0): Of the drawn examples.
     """
 
-    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0):
+    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0) -> None:
         if examples < 1 or substitutes < 0:
             raise ValueError(f"Expected `examples` >= 1 and `substitutes` >= 0, got {examples} and {substitutes}.")
         self.sae, self.data, self.count, self.substitutes, self.seed = sae.eval(), data, examples, substitutes, seed

@@ -1,4 +1,4 @@
-"""What `matryoshka-sae synthetic` does: train recipes on a world of known features and compare what each found."""
+"""Run `matryoshka-sae synthetic`: train recipes on a world of known features and compare what each recovers."""
 
 import dataclasses
 import json
@@ -32,13 +32,23 @@ RANDOM, SUPERVISED = "random", "supervised"
 _SHARE = {"better": "higher", "limits": (0.0, 1.02)}
 _COLUMNS = (
     Column("mcc", "MCC", "mean correlation of matched pairs.", ".3f", **_SHARE),
-    Column("f1", "F1", "of a latent's firing as a sign of its feature, mean over matched pairs.", ".3f", **_SHARE),
-    Column("precision", "precision", "of the same.", ".3f", "higher", table="nothing"),
-    Column("recall", "recall", "of the same.", ".3f", "higher", table="nothing"),
-    Column("cosine", "cosine", "of the directions of matched pairs.", ".3f", "higher", table="nothing"),
-    Column("found", "found", "features with a latent of F1 at least 0.8.", ".1f", "higher"),
     Column(
-        "uniqueness", "unique", "share of different features among the best of latents that fire.", ".3f", "higher"
+        "f1",
+        "F1",
+        "F1 of a latent's firing as a predictor of its feature, mean over matched pairs.",
+        ".3f",
+        **_SHARE,
+    ),
+    Column("precision", "precision", "precision of that predictor.", ".3f", "higher", table="nothing"),
+    Column("recall", "recall", "recall of that predictor.", ".3f", "higher", table="nothing"),
+    Column("cosine", "cosine", "mean cosine of the directions of matched pairs.", ".3f", "higher", table="nothing"),
+    Column("found", "found", "number of features with a latent of F1 at least 0.8.", ".1f", "higher"),
+    Column(
+        "uniqueness",
+        "unique",
+        "share of different features among those with which the latents that fire correlate most.",
+        ".3f",
+        "higher",
     ),
     Column(
         "parents_fire",
@@ -47,17 +57,18 @@ _COLUMNS = (
         ".3f",
         **_SHARE,
     ),
-    Column("l0", "L0", "latents that fire.", ".2f"),
+    Column("l0", "L0", "mean number of latents that fire on a sample.", ".2f"),
 )
 _MATCHED = (
     "Latents are matched one to one with features so that the sum of the absolute correlations of their activations "
     "is largest, at each width among its first latents; plain SAEs are sorted by energy. random: a random dictionary "
-    "with the L0 of the first recipe. supervised: told the features. Intervals: 95%, Student's t over seeds."
+    "with the L0 of the first recipe. supervised: an SAE built from the features themselves, the ceiling. Intervals: "
+    "95%, Student's t over seeds."
 )
 
 
 def default_recipes(num_latents: int, k: int) -> list[dict[str, Any]]:
-    """TopK, BatchTopK, Matryoshka and ReLU at one L0, as entries of a run's `saes`."""
+    """Return recipes of Matryoshka, TopK, BatchTopK and ReLU SAEs at one L0, as entries of a run's `saes`."""
     size = {"num_latents": num_latents}
     return [
         {"type": "matryoshka", **size, "k": k},
@@ -68,19 +79,20 @@ def default_recipes(num_latents: int, k: int) -> list[dict[str, Any]]:
 
 
 class Benchmark:
-    """Recipes on one world; what is finished is kept and not done again.
+    """Recipes on one world; finished runs are kept and not repeated.
 
     Args:
-        world ([`World`]): What it is made of; each seed draws its own directions.
-        recipes (`Sequence[dict]`): Entries of a run's `saes`, with `num_latents`.
-        folder (`Path`): Where results are kept: `runs/<recipe>-seed<seed>.json`, `synthetic.json`, `.md` and `.png`.
-        steps (`int`), batch_size (`int`): Of training.
-        widths (`Sequence[int]`, *optional*): Measured; by default those of a Matryoshka SAE with as many latents as
-            the smallest recipe.
-        samples (`int`, *optional*, defaults to 20,000): See [`recovery`].
+        world ([`World`]): Numbers of the world; each seed draws its own directions.
+        recipes (`Sequence[dict]`): Entries of a run's `saes`; `num_latents` is the number of features by default.
+        folder (`Path`): Folder of the results: `runs/<recipe>-seed<seed>.json`, `synthetic.json`, `.md` and `.png`.
+        steps (`int`, *optional*, defaults to 2000): Training steps.
+        batch_size (`int`, *optional*, defaults to 1024): Samples in a step.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default those of a Matryoshka SAE with as many
+            latents as the smallest recipe.
+        samples (`int`, *optional*, defaults to 20,000): Samples to match latents on, and to measure them on.
 
     Raises:
-        `ValueError`: for recipes that are none, or two of one name.
+        `ValueError`: for entries that are no recipes, or two recipes of one name.
     """
 
     def __init__(
@@ -92,7 +104,7 @@ class Benchmark:
         batch_size: int = BATCH_SIZE,
         widths: Sequence[int] | None = None,
         samples: int = SAMPLES,
-    ):
+    ) -> None:
         self.world, self.folder = world, folder
         self.steps, self.batch_size, self.samples = steps, batch_size, samples
         self.specs: dict[str, SAESpec] = {}
@@ -108,7 +120,12 @@ class Benchmark:
         self.widths = list(widths) if widths is not None else default_prefix_widths(smallest)
 
     def run(self, seeds: Sequence[int], show: bool = True) -> dict[str, Any]:
-        """Train and measure what is not done yet; returns, and writes, the whole."""
+        """Train and measure the recipes that are not finished; write all results and return them.
+
+        Args:
+            seeds (`Sequence[int]`): Seeds; each is a world of its own and one run of every recipe.
+            show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        """
         accelerator = Accelerator(cpu=True) if not torch.cuda.is_available() else Accelerator()
         total = len(seeds) * len(self.specs) * self.steps
         with tqdm(total=total, unit="step", disable=not show) as bar:
@@ -133,7 +150,7 @@ class Benchmark:
     def _once(
         self, name: str, seed: int, recipe: dict[str, Any], measure: Callable[[], dict[str, Any]], bar: tqdm
     ) -> None:
-        """Measure what lies in no file, or in one of another run."""
+        """Measure a recipe, unless its file holds the result of the same settings."""
         path = self.folder / "runs" / f"{name}-seed{seed}.json"
         made_by = {
             "world": dataclasses.asdict(self.world),
@@ -151,20 +168,20 @@ class Benchmark:
     def _trained(
         self, model: SyntheticModel, spec: SAESpec, seed: int, accelerator: Accelerator, bar: tqdm
     ) -> dict[str, list[dict[str, Any]]]:
-        """Rows of a trained SAE; of the first recipe's also of the baselines."""
+        """Train an SAE; return its rows, and with the first recipe those of the baselines too."""
         sae = train_toy(model, spec, accelerator, self.steps, seed, lambda *_: bar.update(), self.batch_size)
         sample = next(model.batches(8192, derived_seed(seed, "sample")))
         if len(sae.prefix_widths) == 1:
             sae = sort_latents(sae, activations=[sample])
-        found = {"trained": self._rows(model, sae, seed)}
+        rows_by_kind = {"trained": self._rows(model, sae, seed)}
         if spec is next(iter(self.specs.values())):
-            found[RANDOM] = self._rows(model, random_dictionary(sae, [sample], self.widths, seed=seed), seed)
-            told = supervised_sae(model, self.samples, derived_seed(seed, "supervised"))
+            rows_by_kind[RANDOM] = self._rows(model, random_dictionary(sae, [sample], self.widths, seed=seed), seed)
+            supervised = supervised_sae(model, self.samples, derived_seed(seed, "supervised"))
             widths = [width for width in self.widths if width < model.num_features]
-            found[SUPERVISED] = recovery(
-                model, told, [*widths, model.num_features], self.samples, derived_seed(seed, "recovery")
+            rows_by_kind[SUPERVISED] = recovery(
+                model, supervised, [*widths, model.num_features], self.samples, derived_seed(seed, "recovery")
             )
-        return found
+        return rows_by_kind
 
     def _rows(self, model: SyntheticModel, sae: SAEModel, seed: int) -> list[dict[str, Any]]:
         widths = [width for width in self.widths if width < sae.config.num_latents]
@@ -179,7 +196,7 @@ class Benchmark:
                     by_subject.setdefault(name if kind == "trained" else kind, []).append(rows)
         order = [*self.specs, RANDOM, SUPERVISED]
         model = SyntheticModel(self.world, seeds[0])
-        found = {
+        results = {
             "world": dataclasses.asdict(self.world),
             "expected_l0": model.expected_l0,
             "steps": self.steps,
@@ -187,11 +204,11 @@ class Benchmark:
             "seeds": list(seeds),
             "subjects": {name: _over_seeds(by_subject[name]) for name in order},
         }
-        return {"about": report_of(found).explanation, **found}
+        return {"about": report_of(results).explanation, **results}
 
 
 def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Means over seeds for each width, with intervals."""
+    """Return means over seeds for each width, with intervals."""
     rows = []
     for of_width in zip(*runs, strict=True):
         row: dict[str, Any] = {"width": of_width[0]["width"]}
@@ -205,13 +222,13 @@ def _over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def report_of(results: dict[str, Any]) -> Report:
-    """The results as a report."""
+    """Return the results as a report."""
     world, subjects = results["world"], results["subjects"].items()
     title = (
         f"{world['features']} known features in {world['d_in']} dimensions, {results['expected_l0']:.3g} on at once; "
         f"{results['steps']} steps of {results['batch_size']}, seeds {', '.join(map(str, results['seeds']))}"
     )
-    kinds = dict.fromkeys((RANDOM, SUPERVISED), "random")  # both are drawn as what is not trained
+    kinds = dict.fromkeys((RANDOM, SUPERVISED), "random")  # plots draw both in the style of untrained dictionaries
     records = [{"subject": name, "kind": kinds.get(name), **row} for name, rows in subjects for row in rows]
     return Report("synthetic", title, records, _COLUMNS, {}, ["mcc", "f1", "parents_fire"], intervals=_MATCHED)
 

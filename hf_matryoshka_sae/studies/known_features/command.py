@@ -1,4 +1,4 @@
-"""`matryoshka-sae toy` and `synthetic`: their arguments, read and checked before anything heavy is imported."""
+"""`matryoshka-sae toy` and `synthetic`: read and check their arguments before anything heavy is imported."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from .settings import BATCH_SIZE, PUBLISHED_L0, SAMPLES, STEPS, TOY_BATCH_SIZE, 
 
 
 def toy_main(arguments: list[str] | None = None) -> int:
-    """Train a vanilla and a Matryoshka SAE on a tree of features and compare them; returns the exit status."""
+    """Run `matryoshka-sae toy` and return the exit status."""
     parsed = _toy_parser().parse_args(arguments)
     return exit_status(lambda: _toy(parsed), "Interrupted. Seeds that were done are in toy.json.")
 
@@ -55,10 +55,10 @@ def _toy(parsed: argparse.Namespace) -> None:
 
 
 def synthetic_main(arguments: list[str] | None = None) -> int:
-    """Train recipes on a world of known features and compare them; returns the exit status."""
+    """Run `matryoshka-sae synthetic` and return the exit status."""
     parsed = _synthetic_parser().parse_args(arguments)
     return exit_status(
-        lambda: _synthetic(parsed), "Interrupted. What was finished is kept: the same command goes on from there."
+        lambda: _synthetic(parsed), "Interrupted. Finished runs are kept: run the same command again to continue."
     )
 
 
@@ -91,7 +91,7 @@ def _read_recipes(path: Path) -> list[dict[str, Any]]:
     if not isinstance(recipes, list):
         raise ValueError(f"{path} must hold a list under `saes`, as a run's YAML does.")
     for number, recipe in enumerate(recipes):
-        SAESpec.from_dict(recipe, f"saes.{number}.")  # what is wrong is said now
+        SAESpec.from_dict(recipe, f"saes.{number}.")  # raises for unknown fields before anything is trained
     return recipes
 
 

@@ -1,4 +1,4 @@
-"""What `matryoshka-sae toy` does: train a vanilla and a Matryoshka SAE on a tree of features and compare them."""
+"""Run `matryoshka-sae toy`: train a vanilla and a Matryoshka SAE on a tree of features and compare them."""
 
 import argparse
 import sys
@@ -28,7 +28,7 @@ ABOUT = (
 
 
 def compare(parsed: argparse.Namespace) -> None:
-    """Train both as the arguments say; print the table, write `toy.json` and pictures of each seed."""
+    """Train both SAEs as the arguments say; print the table, write `toy.json` and pictures of each seed."""
     tree = load_tree(parsed.tree or TREE_FILE) if parsed.random_tree is None else random_tree(parsed.random_tree)
     target_l0 = parsed.target_l0
     if target_l0 is None:
@@ -57,7 +57,7 @@ def compare(parsed: argparse.Namespace) -> None:
 
 
 def table(results: list[dict[str, Any]], tree: FeatureTree) -> str:
-    """The results as text, a line per seed and family."""
+    """Return the results as text, one line for each seed and family."""
     titles = ["seed", "family", "L0", "FVU", "max cosine", "MCC", "recovered", "parent fires"]
     rows = [
         [

@@ -1,8 +1,8 @@
-"""How many of the known features a dictionary has found, at each width.
+"""Measure how many of the known features a dictionary recovers, at each width.
 
 Latents are matched with features one to one, so that the sum of the absolute correlations of their activations is
-largest (Hungarian method), at each width among its own latents: where it has fewer latents than there are features,
-the others have no latent. Latents are matched on some samples and measured on others.
+largest (Hungarian method), at each width among its own latents: where there are fewer latents than features, some
+features have no latent. Latents are matched on some samples and measured on others.
 
 Shapes: N samples, F features, L latents, P widths, M matched pairs, which are min(F, width).
 """
@@ -29,7 +29,9 @@ _DECILES = 10
 class _Sums:
     """Moments of features and latents over samples, and how often they are on together."""
 
-    def __init__(self, model: SyntheticModel, sae: SAEModel, samples: int, seed: int, parents: Sequence[int] = ()):
+    def __init__(
+        self, model: SyntheticModel, sae: SAEModel, samples: int, seed: int, parents: Sequence[int] = ()
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         below = torch.zeros(model.num_features, len(parents))
         for place, parent in enumerate(parents):
@@ -59,18 +61,18 @@ class _Sums:
         f, ff, a, aa, fa, self.on, self.fires, self.both, self.child, self.fires_with_child = totals
         deviations = ((ff - f * f / samples).sqrt(), (aa - a * a / samples).clamp(min=0).sqrt())
         self.correlation = (fa - f.outer(a) / samples) / deviations[0].outer(deviations[1])
-        self.correlation.nan_to_num_(0, 0, 0)  # of what is constant
+        self.correlation.nan_to_num_(0, 0, 0)  # constant features and latents have no correlation
 
 
 @torch.no_grad()
 def encode(sae: SAEModel, x: Tensor) -> Tensor:
-    """Activations `(N, L)`; under selection "mask" those of a width are the first ones."""
+    """Return the activations `(N, L)`; under selection "mask" those of a width are the first ones."""
     pairs = sae.encode_pairs(x)
     return pairs.index.spread(pairs.values.float())
 
 
 def assign(correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and latents `(M,)` of the pairs with the largest sum of absolute correlations, from `(F, L)`."""
+    """Return features and latents `(M,)` of the pairs with the largest sum of absolute correlations `(F, L)`."""
     features, latents = linear_sum_assignment(correlation.abs().numpy(), maximize=True)
     return torch.from_numpy(features), torch.from_numpy(latents)
 
@@ -79,22 +81,22 @@ def assign(correlation: Tensor) -> tuple[Tensor, Tensor]:
 def recovery(
     model: SyntheticModel, sae: SAEModel, widths: Sequence[int] | None = None, samples: int = SAMPLES, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """What each width has found.
+    """Measure the features that each width recovers.
 
     Args:
-        model ([`SyntheticModel`]): Where hidden states come from.
-        sae ([`SAEModel`]): Takes raw hidden states.
-        widths (`Sequence[int]`, *optional*): By default the SAE's prefix widths.
-        samples (`int`, *optional*, defaults to 20,000): That latents are matched on, and as many to measure.
-        seed (`int`, *optional*, defaults to 0): Of the samples.
+        model ([`SyntheticModel`]): Source of the hidden states.
+        sae ([`SAEModel`]): SAE of raw hidden states.
+        widths (`Sequence[int]`, *optional*): Widths to measure; by default the SAE's prefix widths.
+        samples (`int`, *optional*, defaults to 20,000): Samples to match latents on, and as many to measure them on.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
 
     Returns:
-        `list[dict]`: For each width `mcc`, the mean correlation of matched pairs; `f1`, `precision`, `recall`: of a
-        latent's firing as a sign of its feature, as means over matched pairs; `cosine` of their directions;
-        `found`: features that have a latent of F1 at least 0.8; `uniqueness`: of latents that fire, the share of
-        different features among those they correlate with most; `parents_fire`: P(the latent of a feature with
-        children fires | one of them is on), a mean over those that have a latent (`None` without); `l0`; and
-        `f1_by_decile`: means over tenths of all features, the most frequent first, 0 where one has no latent.
+        `list[dict]`: For each width `mcc`, the mean correlation of matched pairs; `f1`, `precision` and `recall` of a
+        latent's firing as a predictor of its feature, means over matched pairs; `cosine` of their directions;
+        `found`: number of features with a latent of F1 at least 0.8; `uniqueness`: share of different features among
+        those with which the latents that fire correlate most; `parents_fire`: P(the latent of a feature with children
+        fires | one of them is on), a mean over those that have a latent (`None` without); `l0`; and `f1_by_decile`:
+        means over tenths of all features, the most frequent first, 0 for features without a latent.
 
     Raises:
         `ValueError`: if the SAE does not fit the model, or for bad widths or fewer than 2 samples.
@@ -144,14 +146,15 @@ def _row(
 
 @torch.no_grad()
 def supervised_sae(model: SyntheticModel, samples: int = SAMPLES, seed: int = 0) -> JumpReLUSAE:
-    """What an SAE that is told the features could do: the ceiling.
+    """Build an SAE from the features themselves: the ceiling for trained ones.
 
     Decoder rows are the features' directions; each latent is the least-squares estimate of its feature's magnitude
     from the hidden state, above the threshold of largest F1.
 
     Args:
-        model ([`SyntheticModel`]): Its features are known.
-        samples (`int`, *optional*, defaults to 20,000), seed (`int`, *optional*, defaults to 0): To fit it on.
+        model ([`SyntheticModel`]): Model with known features.
+        samples (`int`, *optional*, defaults to 20,000): Samples that it is fitted to.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
     """
     generator = torch.Generator().manual_seed(seed)
     config = JumpReLUSAEConfig(d_in=model.world.d_in, num_latents=model.num_features, apply_b_dec_to_input=False)
@@ -171,11 +174,11 @@ def supervised_sae(model: SyntheticModel, samples: int = SAMPLES, seed: int = 0)
 
 
 def _best_thresholds(estimates: Tensor, on: Tensor) -> Tensor:
-    """For each column `(N, F)` the positive threshold above which F1 is largest."""
+    """Return for each column of `(N, F)` the positive threshold above which F1 is largest."""
     values, order = estimates.sort(dim=0, descending=True)
     hits = on.gather(0, order).cumsum(0)
-    said = torch.arange(1, len(values) + 1)[:, None]
-    f1 = (2 * hits / (said + on.sum(0))).masked_fill(values <= 0, -1)
+    predicted = torch.arange(1, len(values) + 1)[:, None]
+    f1 = (2 * hits / (predicted + on.sum(0))).masked_fill(values <= 0, -1)
     last = f1.argmax(0, keepdim=True)
     following = values.gather(0, (last + 1).clamp(max=len(values) - 1))
     return ((values.gather(0, last) + following) / 2).clamp(min=0)[0]

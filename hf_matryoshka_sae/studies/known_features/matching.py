@@ -1,4 +1,4 @@
-"""Which latent stands for which feature, and how well.
+"""Match the latents of a toy model with its features, and measure how well they represent them.
 
 Over samples, features and latents are divided by their largest value; the similarity of a feature and a latent is
 their inner product, and the assignment with the largest sum wins (Hungarian method; noanabeshima/matryoshka-saes).
@@ -32,14 +32,14 @@ class Match:
         latents (`list[int]`): The latent of each feature.
         similarity (`Tensor` of shape `(F, L)`): Mean of each latent, as a share of its largest value, over the samples
             where a feature is on; matched latents first, in the features' order.
-        together (`Tensor` of shape `(F, F)`): How often a feature (column) is on where another (row) is: what
-            `similarity` would be if every latent were its feature.
-        cosine (`Tensor` of shape `(F, L)`): Of directions and decoder rows, in the same order.
-        correlation (`list[float]`): Pearson's, of each feature with its latent.
+        together (`Tensor` of shape `(F, F)`): Share of the samples where a feature (row) is on in which another
+            (column) is too: what `similarity` would be if every latent were its feature.
+        cosine (`Tensor` of shape `(F, L)`): Cosines of directions and decoder rows, in the same order.
+        correlation (`list[float]`): Pearson's correlation of each feature with its latent.
         recall (`list[float]`): P(the latent fires | the feature is on).
         precision (`list[float]`): P(the feature is on | the latent fires).
         parent_fires (`dict[int, float]`): For each feature with children: P(its latent fires | a child is on).
-        l0 (`float`): Latents that fire per sample.
+        l0 (`float`): Mean number of latents that fire on a sample.
         fvu (`float`): Fraction of variance unexplained by all latents.
     """
 
@@ -79,7 +79,7 @@ class Match:
         return sum(self.parent_fires.values()) / len(self.parent_fires) if self.parent_fires else None
 
     def summary(self, names: list[str]) -> dict:
-        """The numbers, for a JSON file."""
+        """Return the numbers for a JSON file; `names` are those of the features."""
         return {
             "mean_max_cosine": self.mean_max_cosine,
             "mcc": self.mcc,
@@ -105,12 +105,12 @@ class Match:
 
 @torch.no_grad()
 def match(model: ToyModel, sae: SAEModel, seed: int = 0) -> Match:
-    """Match a trained SAE with the features it should have found, and measure it on new samples.
+    """Match a trained SAE with the features of its data, and measure it on new samples.
 
     Args:
-        model ([`ToyModel`]): What it was trained on.
-        sae ([`SAEModel`]): Takes raw hidden states; at least as many latents as features.
-        seed (`int`, *optional*, defaults to 0): Of the samples.
+        model ([`ToyModel`]): Toy model that the SAE was trained on.
+        sae ([`SAEModel`]): SAE of raw hidden states with at least as many latents as features.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
 
     Raises:
         `ValueError`: if the SAE does not fit the toy model.
@@ -127,7 +127,7 @@ def match(model: ToyModel, sae: SAEModel, seed: int = 0) -> Match:
     matched = activations[:, : features.shape[1]]
     on, fires = features > 0, matched > 0
     both = (on & fires).sum(0)
-    where_on = features.T / on.sum(0).clamp(min=1)[:, None]  # times values: their mean where a feature is on
+    where_on = features.T / on.sum(0).clamp(min=1)[:, None]  # its product with values: means where a feature is on
     children = {i: model.tree.children(i) for i in range(features.shape[1])}
     error = (sae.decode(encoded) - x).square().sum() / (x - x.mean(0)).square().sum()
     return Match(
@@ -147,10 +147,11 @@ def match(model: ToyModel, sae: SAEModel, seed: int = 0) -> Match:
 
 
 def assign(features: Tensor, latents: Tensor) -> list[int]:
-    """The latent of each feature.
+    """Return the latent of each feature in the one-to-one matching of largest similarity.
 
     Args:
-        features (`Tensor` of shape `(N, F)`), latents (`Tensor` of shape `(N, L)`): Activations on the same samples.
+        features (`Tensor` of shape `(N, F)`): Activations of the features.
+        latents (`Tensor` of shape `(N, L)`): Activations of the latents on the same samples.
 
     Raises:
         `ValueError`: if there are fewer latents than features.
@@ -170,6 +171,6 @@ def _share(part: Tensor, whole: Tensor) -> list[float]:
 
 
 def _correlation(a: Tensor, b: Tensor) -> list[float]:
-    """Pearson's correlation of the columns of `a` with those of `b`; 0 where one is constant."""
+    """Return Pearson's correlation of the columns of `a` with those of `b`; 0 where one is constant."""
     a, b = (values.double() - values.double().mean(0) for values in (a, b))
     return cosine_similarity(a, b, dim=0).tolist()

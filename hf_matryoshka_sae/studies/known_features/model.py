@@ -1,4 +1,4 @@
-"""Hidden states made of a tree's features: x = the sum of the directions of the features that are on."""
+"""Toy hidden states from a tree of features: x = the sum of the directions of the features that are on."""
 
 from collections.abc import Iterator
 
@@ -20,14 +20,14 @@ class ToyModel:
     D = F.
 
     Args:
-        tree ([`FeatureTree`]): Which features are on together.
-        seed (`int`, *optional*, defaults to 0): Of the directions.
+        tree ([`FeatureTree`]): Tree that decides which features are on together.
+        seed (`int`, *optional*, defaults to 0): Seed of the directions.
 
     Attributes:
-        directions (`Tensor` of shape `(F, D)`): One row per feature.
+        directions (`Tensor` of shape `(F, D)`): Direction of each feature.
     """
 
-    def __init__(self, tree: FeatureTree, seed: int = 0):
+    def __init__(self, tree: FeatureTree, seed: int = 0) -> None:
         self.tree = tree
         generator = torch.Generator().manual_seed(derived_seed(seed, "directions"))
         size = tree.num_features
@@ -35,12 +35,12 @@ class ToyModel:
         self.directions = rows * (1 + _NORM_SPREAD * torch.randn(size, 1, generator=generator))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Features `(N, F)`, each 0 or 1, and the hidden states `(N, D)` they add up to."""
+        """Sample features `(N, F)`, each 0 or 1, and the hidden states `(N, D)` they add up to."""
         features = self.tree.sample(num_samples, generator)
         return features, features @ self.directions
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Hidden states `(batch_size, D)` without end; equal for equal seeds."""
+        """Yield hidden states `(batch_size, D)` without end; equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
         whole = max(1, _BLOCK // batch_size)
         while True:

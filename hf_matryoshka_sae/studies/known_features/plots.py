@@ -1,6 +1,7 @@
 """Heat maps of features against the latents matched with them."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -10,23 +11,30 @@ from .tree import FeatureTree
 
 
 def plot_activations(matches: dict[str, Match], tree: FeatureTree, path: Path, title: str) -> None:
-    """Draw what each latent does where each feature is on, beside what the features themselves do.
+    """Draw the mean activation of each latent where each feature is on, beside that of the features themselves.
 
     Args:
-        matches (`dict[str, Match]`): By family.
-        tree ([`FeatureTree`]): Names and blocks.
-        path (`Path`): Of the PNG.
-        title (`str`): Above all.
+        matches (`dict[str, Match]`): Matched latents, by family.
+        tree ([`FeatureTree`]): Tree with the names and blocks of features.
+        path (`Path`): The PNG to write.
+        title (`str`): Title above all panels.
     """
     panels = {"features": next(iter(matches.values())).together}
-    panels |= {family: found.similarity for family, found in matches.items()}
+    panels |= {family: matched.similarity for family, matched in matches.items()}
     label = "mean activation where the feature is on (share of the largest)"
     _draw(panels, tree, path, title, label, "viridis", (0, 1))
 
 
 def plot_cosines(matches: dict[str, Match], tree: FeatureTree, path: Path, title: str) -> None:
-    """Draw the cosines of features' directions and decoder rows; arguments as in [`plot_activations`]."""
-    panels = {family: found.cosine for family, found in matches.items()}
+    """Draw the cosines of features' directions and decoder rows.
+
+    Args:
+        matches (`dict[str, Match]`): Matched latents, by family.
+        tree ([`FeatureTree`]): Tree with the names and blocks of features.
+        path (`Path`): The PNG to write.
+        title (`str`): Title above all panels.
+    """
+    panels = {family: matched.cosine for family, matched in matches.items()}
     _draw(panels, tree, path, title, "cosine of direction and decoder row", "RdBu_r", (-1, 1))
 
 
@@ -58,8 +66,8 @@ def _draw(
     save_figure(figure, path)
 
 
-def _mark_blocks(axis, tree: FeatureTree) -> None:
-    """Outline each parent with all below it, and set its name in bold."""
+def _mark_blocks(axis: Any, tree: FeatureTree) -> None:
+    """Outline each parent with all features below it, and set its name in bold."""
     from matplotlib.patches import Rectangle
 
     for first, last in tree.blocks:

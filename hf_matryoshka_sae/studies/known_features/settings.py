@@ -1,4 +1,4 @@
-"""What `matryoshka-sae toy` and `synthetic` take where nothing is said; imported before torch."""
+"""Defaults of `matryoshka-sae toy` and `synthetic`; imported before torch."""
 
 from dataclasses import dataclass
 
@@ -6,49 +6,49 @@ from ...common.checks import check_at_least
 
 
 TOY_STEPS, TOY_BATCH_SIZE = 40_000, 200
-"""Of the published run of the toy model."""
-PUBLISHED_L0 = 1.2338  # of another tree: that of the published tree is 1.12
+"""Training steps and samples in a step of the published run of the toy model."""
+PUBLISHED_L0 = 1.2338  # target of the published run; the published tree's own L0 is 1.12
 
 STEPS, BATCH_SIZE = 2000, 1024
-"""Of training on a synthetic world."""
+"""Training steps and samples in a step on a synthetic world."""
 SAMPLES = 20_000
-"""Hidden states that latents are matched with features on, and as many that they are measured on."""
+"""Samples on which latents are matched with features, and as many on which they are measured."""
 
 
 @dataclass
 class World:
-    """The numbers that a synthetic model is made of. Raises `ValueError` for numbers out of range."""
+    """The numbers of a synthetic model. Raises `ValueError` for numbers out of range."""
 
     features: int = 512
-    """Known features F. Where F is at most `d_in`, their directions are orthogonal; elsewhere random."""
+    """Number F of known features. Where F is at most `d_in`, their directions are orthogonal; elsewhere random."""
     d_in: int = 128
     """Width D of the hidden states."""
     p_max: float = 0.4
-    """How often the most frequent feature is on."""
+    """Probability that the most frequent feature is on."""
     p_min: float = 5e-4
-    """How often the rarest is on."""
+    """Probability that the rarest feature is on."""
     exponent: float = 0.5
-    """Of the power law by which frequencies fall from `p_max` to `p_min`."""
+    """Exponent of the power law by which probabilities fall from `p_max` to `p_min`."""
     trees: int = 16
-    """Features with others below them."""
+    """Number of features at the top of a tree."""
     branching: int = 4
-    """How many are right below each."""
+    """Number of children of each feature in a tree."""
     levels: int = 3
-    """Levels of a tree, its top counted."""
+    """Number of levels of a tree, its top included."""
     exclusive: bool = True
     """Whether siblings exclude one another."""
     correlation: float = 0.0
-    """Share of the variance of the Gaussian copula's variables that comes from common ones."""
+    """Share of the variance of the Gaussian copula's variables that comes from common factors."""
     rank: int = 25
-    """How many common ones there are."""
+    """Number of common factors."""
     spread: float = 0.25
-    """Standard deviation of magnitudes, of which the mean is 1."""
+    """Standard deviation of magnitudes, whose mean is 1."""
     noise: float = 0.1
     """Root mean square length of the noise."""
     bias: float = 1.0
     """Length of the bias."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("features", "d_in", "branching", "levels", "rank")
         check_at_least(1, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.trees <= self.features:

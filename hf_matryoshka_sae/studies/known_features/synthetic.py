@@ -1,16 +1,16 @@
-"""Hidden states made of many known features: rare and frequent ones, trees of them, more features than dimensions.
+"""Synthetic hidden states of many known features: rare and frequent ones, trees, more features than dimensions.
 
 After SynthSAEBench (arXiv 2602.14687), where 16,384 features lie in 768 dimensions. Feature i (from 1) is on with
 probability
 
     p_i = p_min + (p_max - p_min) (i^-s - F^-s) / (1 - F^-s)
 
-so p_max is the first one's and p_min the last one's. The first `trees` features have children, each of which is on
-only where its parent is, up to `levels` levels; siblings exclude one another. Each p_i stays what it is: a child is on
-in a share p_child / p_parent of its parent's samples, and children together in at most 0.8 of them. What is on has a
+so that the first has p_max and the last p_min. The first `trees` features have children, each of which is on only
+where its parent is, up to `levels` levels; siblings exclude one another. That changes no p_i: a child is on in a share
+p_child / p_parent of its parent's samples, and children together in at most 0.8 of them. A feature that is on has a
 magnitude, a Gaussian kept above 0; the hidden state is the sum of magnitudes times directions, plus bias and noise.
 
-Features that have no parent may be correlated, by a Gaussian copula of low rank, which changes no p_i.
+Features without a parent may be correlated, by a Gaussian copula of low rank, which changes no p_i either.
 
 Shapes: N samples, F features, D `d_in`, C independent draws.
 """
@@ -25,7 +25,7 @@ from ...common.seeds import derived_seed
 from .settings import World
 
 
-_FILL = 0.8  # a parent that always had a child on could not be told from its children
+_FILL = 0.8  # a parent that always had a child on could not be distinguished from its children
 _LEAST_MAGNITUDE = 0.1
 _BLOCK_ENTRIES, _BLOCK_ROWS = 2**23, 20_000  # drawn at once: the cost of a draw does not depend on the batch
 
@@ -34,17 +34,17 @@ class SyntheticModel:
     """Features of a [`World`], with directions.
 
     Args:
-        world ([`World`]): Its numbers.
-        seed (`int`, *optional*, defaults to 0): Of directions, bias and correlations.
+        world ([`World`]): Numbers of the world.
+        seed (`int`, *optional*, defaults to 0): Seed of directions, bias and correlations.
 
     Attributes:
-        probabilities (`Tensor` of shape `(F,)`): How often each feature is on, descending.
-        parents (`list[int]`): The feature above each feature, -1 for those without one.
-        directions (`Tensor` of shape `(F, D)`): Unit rows.
-        bias (`Tensor` of shape `(D,)`).
+        probabilities (`Tensor` of shape `(F,)`): Probability that each feature is on, descending.
+        parents (`list[int]`): Parent of each feature, -1 for none.
+        directions (`Tensor` of shape `(F, D)`): Directions of the features, unit rows.
+        bias (`Tensor` of shape `(D,)`): Bias of the hidden states.
     """
 
-    def __init__(self, world: World, seed: int = 0):
+    def __init__(self, world: World, seed: int = 0) -> None:
         self.world = world
         generator = torch.Generator().manual_seed(derived_seed(seed, "world"))
         ranks = torch.arange(1, world.features + 1, dtype=torch.float64).pow(-world.exponent)
@@ -70,24 +70,25 @@ class SyntheticModel:
 
     @property
     def num_features(self) -> int:
+        """Number of features F."""
         return len(self.probabilities)
 
     @property
     def expected_l0(self) -> float:
-        """Features that are on in a sample, on average."""
+        """Mean number of features that are on in a sample."""
         return self.probabilities.sum().item()
 
     def children(self, feature: int) -> list[int]:
-        """The features right below a feature."""
+        """Return the children of a feature."""
         return [i for i, parent in enumerate(self.parents) if parent == feature]
 
     def _grow(self) -> None:
-        """Give the first features children: the most frequent that are rare enough for all of them to have room."""
+        """Give the first features children: the most frequent features that fit into a parent together."""
         world, p = self.world, self.probabilities.tolist()
         free = list(range(world.trees, world.features))
         above = list(range(world.trees))
         for _ in range(world.levels - 1):
-            found: list[int] = []
+            level: list[int] = []
             for parent in above:
                 room = _FILL * p[parent] / world.branching
                 first = next((place for place, feature in enumerate(free) if p[feature] <= room), len(free))
@@ -98,13 +99,13 @@ class SyntheticModel:
                     self._low[child], self._high[child] = start, start + p[child] / p[parent]
                     if world.exclusive:
                         self._column[child], start = children[0], start + p[child] / p[parent]
-                found += children
-            if found:
-                self._levels.append(torch.tensor(sorted(found)))
-            above = found
+                level += children
+            if level:
+                self._levels.append(torch.tensor(sorted(level)))
+            above = level
 
     def on(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Which features are on, `(N, F)` bool."""
+        """Sample which features are on, `(N, F)` bool."""
         uniform = torch.rand(self.num_features, num_samples, generator=generator)
         if self.world.correlation:
             common = torch.randn(self.world.rank, num_samples, generator=generator)
@@ -119,7 +120,7 @@ class SyntheticModel:
         return on.T.contiguous()
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Magnitudes of features `(N, F)`, 0 where one is off, and the hidden states `(N, D)` they add up to."""
+        """Sample magnitudes of features `(N, F)`, 0 where one is off, and the hidden states `(N, D)` of their sums."""
         world, on = self.world, self.on(num_samples, generator)
         rows, cols = on.nonzero(as_tuple=True)
         values = (1 + world.spread * torch.randn(len(rows), generator=generator)).clamp(min=_LEAST_MAGNITUDE)
@@ -131,7 +132,7 @@ class SyntheticModel:
         return features, x + self.bias + noise
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Hidden states `(batch_size, D)` without end; equal for equal seeds."""
+        """Yield hidden states `(batch_size, D)` without end; equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
         whole = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // self.num_features) // batch_size)
         while True:

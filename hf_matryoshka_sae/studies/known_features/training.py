@@ -1,7 +1,6 @@
-"""The published run of the toy model (noanabeshima/matryoshka-saes), through this package's own learner.
+"""Train the published run of the toy model (noanabeshima/matryoshka-saes) with this package's own learner.
 
-What differs from it: the input's scale is measured once instead of averaged as it goes, and nothing runs in half
-precision.
+Differences: the input's scale is measured once instead of as a running average, and nothing runs in half precision.
 """
 
 from collections.abc import Callable
@@ -23,18 +22,18 @@ from .synthetic import SyntheticModel
 
 
 FAMILIES = {"vanilla": dict(random_prefixes=1, sort_every=0), "matryoshka": dict(random_prefixes=10, sort_every=1)}
-"""What tells the two apart: the vanilla SAE has one prefix, the whole dictionary, and is not sorted."""
+"""Fields in which the two differ: the vanilla SAE has one prefix, the whole dictionary, and is not sorted."""
 
 _SAMPLE = 8192  # hidden states that the input's scale is measured on
 
 
 def toy_spec(family: str, num_latents: int, target_l0: float = PUBLISHED_L0) -> SAESpec:
-    """The published objective and optimiser.
+    """Return the spec of the published objective and optimiser.
 
     Args:
-        family (`str`): `vanilla` or `matryoshka`.
-        num_latents (`int`): F.
-        target_l0 (`float`, *optional*, defaults to 1.2338): What the sparsity coefficient is led by.
+        family (`str`): Family: `vanilla` or `matryoshka`.
+        num_latents (`int`): Number of latents.
+        target_l0 (`float`, *optional*, defaults to 1.2338): L0 to which the sparsity coefficient is adapted.
 
     Raises:
         `ValueError`: for another family.
@@ -57,16 +56,16 @@ def train_toy(
     """Train an SAE on a toy model.
 
     Args:
-        model ([`ToyModel`] or [`SyntheticModel`]): Where hidden states come from.
-        spec ([`SAESpec`]): For example that of [`toy_spec`].
-        accelerator (`Accelerator`): Of one process.
-        steps (`int`, *optional*, defaults to 40,000): Optimizer steps.
-        seed (`int`, *optional*, defaults to 0): Of first weights, prefixes and samples.
+        model ([`ToyModel`] or [`SyntheticModel`]): Source of the hidden states.
+        spec ([`SAESpec`]): Spec of the SAE, for example that of [`toy_spec`].
+        accelerator (`Accelerator`): Accelerator of one process.
+        steps (`int`, *optional*, defaults to 40,000): Number of optimizer steps.
+        seed (`int`, *optional*, defaults to 0): Seed of first weights, prefixes and samples.
         on_step (`Callable`, *optional*): Called after each step with its number, from 0, and the learner.
-        batch_size (`int`, *optional*, defaults to 200): Samples of a step.
+        batch_size (`int`, *optional*, defaults to 200): Samples in a step.
 
     Returns:
-        [`SAEModel`] that takes raw hidden states, in `eval` mode.
+        [`SAEModel`]: SAE of raw hidden states, in `eval` mode.
 
     Raises:
         `ValueError`: if there is no step to do, or there are several processes.
@@ -91,7 +90,7 @@ def train_toy(
 def _learner(
     model: ToyModel | SyntheticModel, spec: SAESpec, accelerator: Accelerator, steps: int, batch_size: int, seed: int
 ) -> Learner:
-    # The scale is measured on other samples than those trained on.
+    # The scale is measured on other samples than those of the training.
     sample = next(model.batches(_SAMPLE, derived_seed(seed, "scale")))
     statistics = estimate_statistics([{"toy": sample}], len(sample))["toy"]
     mean, scale = input_scaling(spec, statistics, sample)

@@ -2,7 +2,7 @@
 
 A tree is JSON: every node has an `active_prob`, given its parent is on; `is_read_out` says whether it is a feature or
 only structure; of the children of a node with `mutually_exclusive_children` exactly one is on whenever the node is,
-with probabilities in proportion to theirs. Features are numbered depth first (format of noanabeshima/matryoshka-saes).
+with probabilities proportional to theirs. Features are numbered depth first (format of noanabeshima/matryoshka-saes).
 
 `tree.json` is that repository's tree: three parents, each with three mutually exclusive children and a silent fourth
 branch, and eight independent features.
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ class Node:
     mutually_exclusive_children: bool = False
     children: list["Node"] = field(default_factory=list)
     id: str | None = None
-    """Name in tables and plots; by default its place, such as `2.1`."""
+    """Name in tables and plots; by default the node's place, such as `2.1`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.active_prob <= 1:
             raise ValueError(f"`active_prob` must lie between 0 and 1, got {self.active_prob}.")
         if not self.mutually_exclusive_children:
@@ -57,21 +58,21 @@ class FeatureTree:
         root ([`Node`]): The tree.
 
     Attributes:
-        num_features (`int`): F.
-        names (`list[str]`): Of the features; `2.1` is the first child of the second feature on top.
-        parents (`list[int]`): The feature above each feature, -1 on top.
-        probabilities (`list[float]`): How often each feature is on.
+        num_features (`int`): Number of features F.
+        names (`list[str]`): Names of the features; `2.1` is the first child of the second feature on top.
+        parents (`list[int]`): Parent of each feature, -1 on top.
+        probabilities (`list[float]`): Probability that each feature is on.
 
     Raises:
         `ValueError`: if no node is read out, or two features have one name.
     """
 
-    def __init__(self, root: Node):
+    def __init__(self, root: Node) -> None:
         self.root = root
         self.names: list[str] = []
         self.parents: list[int] = []
         self.probabilities: list[float] = []
-        self._children: dict[int, int] = {}  # read out so far below each feature
+        self._children: dict[int, int] = {}  # number of children of each feature so far
         self._features: list[int] = []  # the node of each feature
         self._above: list[int] = []  # the parent of each node, -1 for the root
         # A node is chosen where low <= u[column] < high, for one uniform number u per node.
@@ -86,25 +87,26 @@ class FeatureTree:
 
     @property
     def num_features(self) -> int:
+        """Number of features F."""
         return len(self.names)
 
     @property
     def expected_l0(self) -> float:
-        """Features that are on in a sample, on average."""
+        """Mean number of features that are on in a sample."""
         return sum(self.probabilities)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last + 1 of the features of each top feature that has others below it."""
+        """First and last + 1 of the features below each top feature that has children, itself included."""
         tops = [i for i, parent in enumerate(self.parents) if parent < 0] + [self.num_features]
-        return [(a, b) for a, b in zip(tops[:-1], tops[1:], strict=True) if b - a > 1]
+        return [(a, b) for a, b in pairwise(tops) if b - a > 1]
 
     def children(self, feature: int) -> list[int]:
-        """The features right below a feature."""
+        """Return the children of a feature."""
         return [i for i, parent in enumerate(self.parents) if parent == feature]
 
     def _add(self, node: Node, above: int, feature: int, reached: float, draw: tuple[int, float, float]) -> None:
-        """Number a node and all below it; `feature` is the nearest above, `reached` how often its parent is on."""
+        """Number a node and all below it; `feature` is the nearest above, `reached` the probability of its parent."""
         place = len(self._above)
         self._above.append(above)
         column, low, high = draw
@@ -131,21 +133,21 @@ class FeatureTree:
             self._add(child, place, feature, reached, draw)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw features.
+        """Sample features.
 
         Args:
-            num_samples (`int`): N.
-            generator (`torch.Generator`, *optional*): Makes the draw repeatable.
+            num_samples (`int`): Number N of samples.
+            generator (`torch.Generator`, *optional*): Generator that makes the samples repeatable.
 
         Returns:
-            `Tensor` of shape `(N, F)`, 1 where a feature is on and 0 elsewhere.
+            `Tensor` of shape `(N, F)`: 1 where a feature is on and 0 elsewhere.
         """
-        drawn = torch.rand(
+        uniform = torch.rand(
             len(self._above), num_samples, generator=generator
         )  # nodes first: each is one run of memory
         low, high = torch.tensor(self._low), torch.tensor(self._high)
-        drawn = drawn[self._column]
-        on = (drawn >= low[:, None]) & (drawn < high[:, None])
+        uniform = uniform[self._column]
+        on = (uniform >= low[:, None]) & (uniform < high[:, None])
         for node, above in enumerate(self._above):
             if above >= 0:
                 on[node] &= on[above]
@@ -157,7 +159,10 @@ class FeatureTree:
 
 
 def load_tree(path: str | Path = TREE_FILE) -> FeatureTree:
-    """Read a tree; by default the published one.
+    """Read a tree of features from a JSON file.
+
+    Args:
+        path (`str` or `Path`, *optional*): The file; by default the published tree.
 
     Raises:
         `ValueError`: if there is no such file, or it is no JSON, or no tree.
@@ -183,16 +188,17 @@ def random_tree(
     top_probability: tuple[float, float] = (0.05, 0.2),
     child_probability: tuple[float, float] = (0.15, 0.3),
 ) -> FeatureTree:
-    """Make a tree. Half of the nodes above the last level, and at least the first one on top, have children.
+    """Draw a random tree, in which half of the nodes above the last level, and the first on top, have children.
 
     Args:
-        seed (`int`): Of everything that is drawn.
-        num_top (`int`, *optional*, defaults to 8): Features on top.
-        depth (`int`, *optional*, defaults to 3): Levels of features.
-        branching (`int`, *optional*, defaults to 3): Most children of a feature; at least 2 where it has any.
+        seed (`int`): Seed of the tree.
+        num_top (`int`, *optional*, defaults to 8): Number of features on top.
+        depth (`int`, *optional*, defaults to 3): Number of levels.
+        branching (`int`, *optional*, defaults to 3): Largest number of children of a feature; the smallest is 2.
         exclusivity (`float`, *optional*, defaults to 0.5): Share of the parents whose children exclude one another.
-        top_probability, child_probability (`tuple[float, float]`, *optional*): Probabilities are drawn between these.
-            Exclusive children get a silent branch for what they leave of 1.
+        top_probability (`tuple[float, float]`, *optional*): Bounds of the probabilities of features on top.
+        child_probability (`tuple[float, float]`, *optional*): Bounds of the probabilities of children, given their
+            parent is on. Exclusive children get a silent sibling whose probability brings their sum to 1.
 
     Raises:
         `ValueError`: for numbers that make no tree.
@@ -207,20 +213,20 @@ def random_tree(
     for name, (low, high) in {"top_probability": top_probability, "child_probability": child_probability}.items():
         if not 0 < low <= high <= 1:
             raise ValueError(f"`{name}` must be two increasing numbers above 0 and at most 1, got {(low, high)}.")
-    drawn = random.Random(seed)
+    generator = random.Random(seed)
 
     def grow(level: int, limits: tuple[float, float], parent: bool) -> Node:
-        node = Node(drawn.uniform(*limits))
+        node = Node(generator.uniform(*limits))
         if level == depth or not parent:
             return node
-        count = drawn.randint(2, branching)
-        node.children = [grow(level + 1, child_probability, drawn.random() < 0.5) for _ in range(count)]
-        if drawn.random() < exclusivity:
+        count = generator.randint(2, branching)
+        node.children = [grow(level + 1, child_probability, generator.random() < 0.5) for _ in range(count)]
+        if generator.random() < exclusivity:
             node.mutually_exclusive_children = True
-            left = 1 - sum(child.active_prob for child in node.children)
-            if left > 0:
-                node.children.append(Node(left, is_read_out=False))
+            remainder = 1 - sum(child.active_prob for child in node.children)
+            if remainder > 0:
+                node.children.append(Node(remainder, is_read_out=False))
         return node
 
-    tops = [grow(1, top_probability, i == 0 or drawn.random() < 0.5) for i in range(num_top)]
+    tops = [grow(1, top_probability, i == 0 or generator.random() < 0.5) for i in range(num_top)]
     return FeatureTree(Node(1.0, is_read_out=False, children=tops))

@@ -1,4 +1,4 @@
-"""Latents of many examples, sorted by latent, as probes on single latents read them.
+"""Activations on many examples, sorted by latent, for probes on single latents.
 
 While batches come in, each process keeps its (example, latent, value) triples: 12 bytes each. `gather` then gives each
 process all examples of every world-size-th latent, so that fitting needs no communication, and sorts them by latent
@@ -23,8 +23,8 @@ class LatentColumns:
     Args:
         rows (`Tensor` of shape `(M,)`): Example of each activation, ascending within a latent; int64.
         values (`Tensor` of shape `(M,)`): Activations that are not 0.
-        offsets (`Tensor` of shape `(F + 1,)`): Where each latent's activations begin; int64.
-        num_rows (`int`): N.
+        offsets (`Tensor` of shape `(F + 1,)`): Index of each latent's first activation; int64.
+        num_rows (`int`): Number N of examples.
     """
 
     rows: Tensor
@@ -34,7 +34,7 @@ class LatentColumns:
 
     @classmethod
     def of_pairs(cls, rows: Tensor, cols: Tensor, values: Tensor, num_rows: int, num_latents: int) -> "LatentColumns":
-        """From (example, latent, value) triples `(M,)` in any order, each pair at most once."""
+        """Sort (example, latent, value) triples `(M,)` in any order; each pair may occur at most once."""
         order = (cols.long() * num_rows + rows.long()).argsort()
         counts = torch.bincount(cols.long(), minlength=num_latents)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -42,13 +42,14 @@ class LatentColumns:
 
     @classmethod
     def of_dense(cls, x: Tensor) -> "LatentColumns":
-        """From a matrix `(N, F)`."""
+        """Take the nonzero entries of a matrix `(N, F)`."""
         cols, rows = x.T.nonzero(as_tuple=True)
         counts = torch.bincount(cols, minlength=x.shape[1])
         return cls(rows, x[rows, cols], torch.cat([counts.new_zeros(1), counts.cumsum(0)]), len(x))
 
     @property
     def num_latents(self) -> int:
+        """Number of latents F."""
         return len(self.offsets) - 1
 
     @property
@@ -57,29 +58,29 @@ class LatentColumns:
         return torch.repeat_interleave(torch.arange(self.num_latents), self.offsets.diff())
 
     def select(self, latents: Tensor) -> "LatentColumns":
-        """Some latents, in the order given."""
+        """Return the columns of some latents, in this order."""
         lengths = self.offsets.diff()[latents]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        # What lies between an activation's old place and its new one is the same for a whole latent.
+        # All activations of a latent move by the same distance.
         shift = torch.repeat_interleave(self.offsets[latents] - offsets[:-1], lengths)
         places = torch.arange(len(shift)) + shift
         return LatentColumns(self.rows[places], self.values[places], offsets, self.num_rows)
 
     def among(self, chosen: Tensor) -> "LatentColumns":
-        """The activations of some examples, `(N,)` bool; examples keep their numbers."""
-        kept = chosen[self.rows]
-        before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
-        return LatentColumns(self.rows[kept], self.values[kept], before[self.offsets], self.num_rows)
+        """Return the activations of the chosen examples, `(N,)` bool; examples keep their numbers."""
+        inside = chosen[self.rows]
+        before = torch.cat([inside.new_zeros(1, dtype=torch.int64), inside.cumsum(0)])
+        return LatentColumns(self.rows[inside], self.values[inside], before[self.offsets], self.num_rows)
 
     def dense(self, latents: Tensor) -> Tensor:
-        """Activations of a few latents, `(N, len(latents))`."""
+        """Return the activations of a few latents, `(N, len(latents))`."""
         chosen = self.select(latents)
         x = self.values.new_zeros(self.num_rows, len(latents))
         x[chosen.rows, chosen.cols] = chosen.values
         return x
 
     def sums(self, per_row: Tensor) -> Tensor:
-        """`out[i] = sum of a_n,i * per_row[n]`, `(F, T)` in float64 from `(N, T)`."""
+        """Return `out[i] = sum over n of a_n,i * per_row[n]`, `(F, T)` in float64 from `(N, T)`."""
         return torch.nn.functional.embedding_bag(
             self.rows,
             per_row.double(),
@@ -94,35 +95,38 @@ class PairCollector:
     """The (example, latent, value) triples of this process's batches, up to a bound.
 
     Args:
-        num_latents (`int`): F.
-        max_pairs (`int`): Triples that are kept; past them only their number is.
+        num_latents (`int`): Number of latents F.
+        max_pairs (`int`): Largest number of triples; once there are more, they are only counted.
     """
 
-    def __init__(self, num_latents: int, max_pairs: int):
-        self.num_latents, self.max_pairs, self.found = num_latents, max_pairs, 0
+    def __init__(self, num_latents: int, max_pairs: int) -> None:
+        self.num_latents, self.max_pairs, self.count = num_latents, max_pairs, 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, cols: Tensor, values: Tensor) -> None:
         """Add the triples of a batch; those of value 0 are dropped."""
         if not values.isfinite().all():
-            raise ValueError("The SAE gives latents that are not finite; its weights or its dtype are unsound.")
+            raise ValueError("The SAE's latents are not finite: check its weights, or load it in float32.")
         fires = values != 0
-        self.found += int(fires.sum())
-        if self.found <= self.max_pairs:
+        self.count += int(fires.sum())
+        if self.count <= self.max_pairs:
             part = (rows[fires].int(), cols[fires].int(), values[fires].float())
             self._parts.append(tuple(tensor.cpu() for tensor in part))
         else:
             self._parts = []
 
     def gather(self, num_rows: int) -> LatentColumns:
-        """All examples of this process's latents, those of number `rank` modulo the number of processes.
+        """Return all examples of this process's latents, those of number `rank` modulo the number of processes.
+
+        Args:
+            num_rows (`int`): Number N of examples.
 
         Raises:
-            `ValueError`: in every process, if one of them had more triples than are kept.
+            `ValueError`: in every process, if one of them had more triples than `max_pairs`.
         """
         rank, world = processes()
         sizes = torch.zeros(world, dtype=torch.int64)
-        sizes[rank] = self.found
+        sizes[rank] = self.count
         reduce_sum(sizes)
         if sizes.max() > self.max_pairs:
             raise ValueError(
@@ -139,20 +143,20 @@ class PairCollector:
 
 
 def own_latents(num_latents: int) -> Tensor:
-    """The latents whose columns this process holds."""
+    """Return the latents whose columns this process holds."""
     rank, world = processes()
     return torch.arange(rank, num_latents, world)
 
 
 def _own(triples: tuple[Tensor, ...], sizes: list[int], rank: int, world: int) -> tuple[Tensor, ...]:
-    """What all processes have of this process's latents; they show each other theirs, one after the other."""
+    """Return the triples of this process's latents from all processes, which broadcast theirs in turn."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    found = []
+    parts_of_sources = []
     for source, size in enumerate(sizes):
-        shown = [own if source == rank else own.new_empty(size) for own in triples]
-        shown = [tensor.to(device) for tensor in shown]
-        for tensor in shown:
+        of_source = [own if source == rank else own.new_empty(size) for own in triples]
+        of_source = [tensor.to(device) for tensor in of_source]
+        for tensor in of_source:
             dist.broadcast(tensor, source)
-        mine = shown[1] % world == rank
-        found.append([tensor[mine].cpu() for tensor in shown])
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        mine = of_source[1] % world == rank
+        parts_of_sources.append([tensor[mine].cpu() for tensor in of_source])
+    return tuple(torch.cat(parts) for parts in zip(*parts_of_sources, strict=True))

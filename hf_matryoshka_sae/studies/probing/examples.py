@@ -1,8 +1,8 @@
-"""What probes are fitted to: the latents and hidden states of tokens or of whole texts, and their labels.
+"""Examples that probes are fitted to: latents and hidden states of tokens or of whole texts, and their labels.
 
 An example is a token, or a text with the means of its activations over kept tokens. Which tokens are taken, how
 examples are numbered and which part of a split they are in follows from hashes of the text: neither the order of the
-batches nor the number of processes matters, and what two examples share a window or a whole text with is on one side.
+batches nor the number of processes matters, and the examples of one window or of equal texts are in the same part.
 
 Shapes: N examples, D width of hidden states, T tasks, F latents, n kept tokens of a batch, B windows.
 """
@@ -28,15 +28,15 @@ _TEXTS_AT_ONCE = 32
 
 @dataclass
 class Examples:
-    """Examples of one kind, and everything known of them.
+    """Examples of one kind with their labels, hidden states and latents.
 
     Args:
         kind (`str`): `"tokens"` or `"texts"`.
-        names (`list[str]`): T tasks.
-        labels (`Tensor` of shape `(N, T)`): bool.
-        groups (`Tensor` of shape `(N,)`): What an example shares a side with, ascending from 0.
-        keys (`list[bytes]`): Of each group: what it says.
-        hidden (`Tensor` of shape `(N, D)`): Hidden states, float32; of all processes.
+        names (`list[str]`): Names of the T tasks.
+        labels (`Tensor` of shape `(N, T)`): Labels, bool.
+        groups (`Tensor` of shape `(N,)`): Group of each example, ascending from 0; a split does not divide a group.
+        keys (`list[bytes]`): Content of each group, from which its part of a split follows.
+        hidden (`Tensor` of shape `(N, D)`): Hidden states of all processes, float32.
         latents (`dict[str, list[LatentColumns]]`): This process's latents of each dictionary: once for all widths, or
             once for each.
     """
@@ -50,7 +50,11 @@ class Examples:
     latents: dict[str, list[LatentColumns]] = field(default_factory=dict)
 
     def held_out(self, share: float, seed: int) -> Tensor:
-        """The examples of the test part, `(N,)` bool: `share` of the groups.
+        """Return the examples of the test part, `(N,)` bool: `share` of the groups.
+
+        Args:
+            share (`float`): Share of the groups.
+            seed (`int`): Seed of the split.
 
         Raises:
             `ValueError`: if a part would be empty.
@@ -71,14 +75,14 @@ def _digest(key: bytes, seed: int = 0) -> bytes:
 
 
 def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) -> tuple[HeldOut, list[TokenTasks]]:
-    """The data and its labels in whole windows, chosen by a hash: at most `max_tokens` kept tokens, or one window."""
+    """Choose whole windows of the data and its labels by a hash: at most `max_tokens` kept tokens, or one window."""
     keys = [_window_key(batch, row) for batch in data.batches for row in range(len(batch.input_ids))]
-    kept = [int(count) for batch in data.batches for count in batch.keep.sum(1)]
-    chosen, left = set(), max_tokens
+    counts = [int(count) for batch in data.batches for count in batch.keep.sum(1)]
+    chosen, room = set(), max_tokens
     for window in sorted(range(len(keys)), key=lambda window: _digest(keys[window])):
-        if kept[window] <= left or not chosen:
+        if counts[window] <= room or not chosen:
             chosen.add(window)
-            left -= kept[window]
+            room -= counts[window]
     rows, first = [], 0
     for batch in data.batches:
         size = len(batch.input_ids)
@@ -86,8 +90,10 @@ def take_windows(data: HeldOut, tasks: Sequence[TokenTasks], max_tokens: int) ->
         first += size
     batches = [windows_of(batch, some) for batch, some in zip(data.batches, rows, strict=True)]
     filled = [number for number, some in enumerate(rows) if len(some)]
-    taken = [TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks]
-    return replace(data, batches=[batches[number] for number in filled]), taken
+    tasks_of_windows = [
+        TokenTasks(task.names, [task.labels[number][rows[number]] for number in filled]) for task in tasks
+    ]
+    return replace(data, batches=[batches[number] for number in filled]), tasks_of_windows
 
 
 def _window_key(batch: TokenBatch, row: int) -> bytes:
@@ -97,13 +103,14 @@ def _window_key(batch: TokenBatch, row: int) -> bytes:
 def token_examples(
     data: HeldOut, tasks: Sequence[TokenTasks], dictionaries: Mapping[str, Dictionary], max_pairs: int, show: bool
 ) -> Examples:
-    """The kept tokens of the data as examples.
+    """Return the kept tokens of the data as examples.
 
     Args:
-        data ([`HeldOut`]), tasks (`Sequence[TokenTasks]`): What is read, and labels of all its batches.
-        dictionaries (`Mapping[str, Dictionary]`): Whose latents are kept.
-        max_pairs (`int`): Activations that a process may keep.
-        show (`bool`): Show a progress bar in the main process.
+        data ([`HeldOut`]): Language model, tokens and hookpoint.
+        tasks (`Sequence[TokenTasks]`): Labels of all batches of the data.
+        dictionaries (`Mapping[str, Dictionary]`): Dictionaries that encode the hidden states, by name.
+        max_pairs (`int`): Largest number of activations that a process keeps.
+        show (`bool`): Whether to show a progress bar in the main process.
     """
     windows = [(number, row) for number, batch in enumerate(data.batches) for row in range(len(batch.input_ids))]
     keys = {place: _window_key(data.batches[place[0]], place[1]) for place in windows}
@@ -129,22 +136,27 @@ def token_examples(
 
 
 def text_batches(task: LabelledTask, data: HeldOut, context_length: int) -> tuple[list[TokenBatch], list[int]]:
-    """A task's texts as rows of tokens, those of like length together, and which text each row is.
+    """Tokenise a task's texts; return rows with texts of similar length together, and the number of each row's text.
+
+    Args:
+        task ([`LabelledTask`]): Texts with labels.
+        data ([`HeldOut`]): Data with the tokenizer.
+        context_length (`int`): Largest number of tokens of a text.
 
     Raises:
         `ValueError`: if there is no tokenizer.
     """
     if data.tokenizer is None:
-        raise ValueError("Labelled texts have to be tokenised: give the `HeldOut` its `tokenizer`.")
+        raise ValueError("Labelled texts have to be tokenised: pass the `tokenizer` to `HeldOut`.")
     order = sorted(range(len(task.texts)), key=lambda number: (len(task.texts[number]), task.texts[number]))
     texts = [task.texts[number] for number in order]
     stream = TokenStream(texts, data.tokenizer, context_length, _TEXTS_AT_ONCE, pack=False, num_epochs=1)
     batches = list(stream)
-    found = sum(len(batch.input_ids) for batch in batches)
-    if found != len(texts):
+    rows = sum(len(batch.input_ids) for batch in batches)
+    if rows != len(texts):
         raise ValueError(
-            f"The tokenizer has no token for {len(texts) - found} of the texts of '{task.name}'. Leave out what is in "
-            "a script or in characters that it does not know."
+            f"The tokenizer has no token for {len(texts) - rows} of the texts of '{task.name}'. Leave out texts in a "
+            "script or in characters that it does not know."
         )
     return batches, order
 
@@ -157,7 +169,16 @@ def text_examples(
     max_pairs: int,
     show: bool,
 ) -> Examples:
-    """A task's texts as examples: the means of what their kept tokens have. Arguments as in [`token_examples`]."""
+    """Return a task's texts as examples, with means over their kept tokens.
+
+    Args:
+        data ([`HeldOut`]): Language model, tokenizer and hookpoint.
+        task ([`LabelledTask`]): Texts with labels.
+        dictionaries (`Mapping[str, Dictionary]`): Dictionaries that encode the hidden states, by name.
+        context_length (`int`): Largest number of tokens of a text.
+        max_pairs (`int`): Largest number of activations that a process keeps.
+        show (`bool`): Whether to show a progress bar in the main process.
+    """
     rows, order = text_batches(task, data, context_length)
     keys = [text.encode("utf-8", "surrogatepass") for text in task.texts]
     ordered = sorted(range(len(keys)), key=lambda number: (_digest(keys[number]), task.labels[number].tolist()))
@@ -191,8 +212,11 @@ def _read(
     max_pairs: int,
     show: bool,
 ) -> tuple[Tensor, dict[str, list[LatentColumns]]]:
-    """Hidden states and latents of examples. A batch comes with the examples of its tokens, or of its rows and then
-    with the numbers of tokens that are averaged."""
+    """Read hidden states and latents of examples.
+
+    A batch comes with the examples of its tokens; or with those of its rows, and then with the numbers of tokens over
+    which to take means.
+    """
     bound = max_pairs // max(1, sum(len(of.encodings) for of in dictionaries.values()))
     collectors = {
         name: [PairCollector(of.sae.config.num_latents, bound) for _ in of.encodings]
@@ -230,7 +254,7 @@ def _means(states: Tensor, row: Tensor, counts: Tensor) -> Tensor:
 
 
 def _joined(hidden: Tensor | None, num_rows: int) -> Tensor:
-    """The hidden states of all processes; one that has read none learns their width from the others."""
+    """Return the hidden states of all processes; one that has read none learns their width from the others."""
     rank, world = processes()
     widths = torch.zeros(world, dtype=torch.int64)
     widths[rank] = 0 if hidden is None else hidden.shape[1]

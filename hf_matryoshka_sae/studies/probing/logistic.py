@@ -1,7 +1,7 @@
-"""Linear probes: logistic regression on hidden states, and on the few latents that tell most.
+"""Linear probes: logistic regression on hidden states, and on the few most predictive latents.
 
 All of them are one-versus-rest over C classes with balanced class weights, in float64, solved to convergence from
-zero: the same data give the same probe. With y in {0, 1}, class c's loss is
+zero, so that the same data give the same probe. With y in {0, 1}, class c's loss is
 
     sum over words of weight(y) * log(1 + exp(-+(w . x + b))) + l2 / 2 |w|^2,     weight(y) = N / (2 * count of y)
 
@@ -34,25 +34,26 @@ class LogisticProbe:
     """One-versus-rest logistic regression, in the units of its input.
 
     Args:
-        weight (`Tensor` of shape `(C, D)`), bias (`Tensor` of shape `(C,)`): float64.
+        weight (`Tensor` of shape `(C, D)`): Weights, float64.
+        bias (`Tensor` of shape `(C,)`): Biases, float64.
     """
 
     weight: Tensor
     bias: Tensor
 
     def scores(self, x: Tensor) -> Tensor:
-        """Log-odds of each class, `(N, C)`; a class is predicted where they are positive."""
+        """Return the log-odds of each class, `(N, C)`; a class is predicted where they are positive."""
         return x.to(self.weight) @ self.weight.T + self.bias
 
 
 def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = False) -> LogisticProbe:
-    """Fits a probe with SciPy's L-BFGS; the same optimum as scikit-learn's with `class_weight="balanced"`, `C=1 / l2`.
+    """Fit a probe with SciPy's L-BFGS; the same optimum as scikit-learn's with `class_weight="balanced"`, `C=1 / l2`.
 
     Args:
         x (`Tensor` of shape `(N, D)`): Inputs.
-        targets (`Tensor` of shape `(N, C)`): bool; which classes each input is of.
+        targets (`Tensor` of shape `(N, C)`): Classes of each input, bool.
         l2 (`float`, *optional*, defaults to 1.0): Weight of the squared length of w, on inputs of variance 1.
-        own_units (`bool`, *optional*, defaults to `False`): The same, but on inputs as they are.
+        own_units (`bool`, *optional*, defaults to `False`): Whether the penalty is on inputs in their own units.
 
     Raises:
         `ValueError`: if shapes do not fit, an input is not finite, or a class has no member or no other.
@@ -64,7 +65,7 @@ def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = 
     mean = z.mean(0)
     variance = (z - mean).square().mean(0)
     unit = torch.ones(()) if own_units else variance.mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    # Each input is divided by what its curvature at zero would ask for, the penalty's part too: few steps are needed.
+    # Each input is divided by the root of its curvature at zero, the penalty's included, so that few steps suffice.
     penalty = l2 / len(z) * unit.double().square()
     scale = (variance + 4 * penalty).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     z, penalty = (z - mean) / scale, penalty / scale.square()
@@ -78,7 +79,7 @@ def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Fits as small as these take several times longer where torch's threads wait for each other at every step."""
+    """Run the block on one thread: threads that wait for each other at every step slow small fits down manyfold."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -88,44 +89,44 @@ def _one_thread() -> Iterator[None]:
 
 
 def _minimum(z: Tensor, y: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
-    """Weights and, last, bias `(D + 1,)` of the least loss of one class."""
+    """Return weights and, last, bias `(D + 1,)` of least loss for one class."""
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         w, b = torch.from_numpy(point[:-1]), point[-1]
         margin = z @ w + b
-        # Not softplus, which is rounded where it is nearly linear: the value must agree with its slope.
+        # Not softplus, which returns its input where that is large: the value must agree with its slope.
         value = -(weights * (F.logsigmoid(-margin) + y * margin)).sum() + (penalty * w.square()).sum() / 2
         slope = weights * (margin.sigmoid() - y)
         return value.item(), torch.cat([slope @ z + penalty * w, slope.sum()[None]]).numpy()
 
     options = {"maxiter": _ITERATIONS, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9}
-    found = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x)
+    result = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(result.x)
 
 
 def f1_scores(predicted: Tensor, targets: Tensor) -> Tensor:
-    """F1 of each class, `(C,)`, from bool tensors `(N, C)`; 0 for a class neither predicted nor present."""
+    """Return the F1 of each class, `(C,)`, from bool tensors `(N, C)`; 0 for a class neither predicted nor present."""
     hits = (predicted & targets).sum(0).double()
     return 2 * hits / (predicted.sum(0) + targets.sum(0)).clamp(min=1)
 
 
 def rank_latents(latents: LatentPairs, targets: Tensor, k: int = 10, l1: float = 0.005) -> list[Tensor]:
-    """The latents that tell a class from the rest, by the weights of an L1-penalised probe.
+    """Rank the latents that distinguish a class from the rest, by the weights of an L1-penalised probe.
 
     Each latent is divided by its root mean square, so that the ranking does not depend on units: a latent ranks high
-    if it both fires for much of the class and for little else. The loss is the mean over words, with `l1` times the
+    if it fires for much of the class and for little else. The loss is the mean over words, with `l1` times the
     sum of |w|, solved by FISTA (Beck & Teboulle 2009) over the pairs that fire. SAEBench's 0.01 is relative to class
     weights twice as large as these.
 
     Args:
         latents ([`LatentPairs`]): Latents of N words, on the CPU.
-        targets (`Tensor` of shape `(N, C)`): bool; the class of each word.
-        k (`int`, *optional*, defaults to 10): How many latents at most.
-        l1 (`float`, *optional*, defaults to 0.005): Penalty.
+        targets (`Tensor` of shape `(N, C)`): Class of each word, bool.
+        k (`int`, *optional*, defaults to 10): Largest number of latents.
+        l1 (`float`, *optional*, defaults to 0.005): Weight of the penalty.
 
     Returns:
-        `list[Tensor]`: For each class up to `k` latents, the one with the largest weight first. Only latents that
-        speak for the class are listed, so there may be none.
+        `list[Tensor]`: For each class up to `k` latents, largest weight first. Only latents of positive weight are
+        listed, so there may be none.
     """
     importance = _balanced_weights(latents, targets) / len(targets)
     matrix = _PairMatrix(latents)
@@ -141,7 +142,7 @@ def rank_latents(latents: LatentPairs, targets: Tensor, k: int = 10, l1: float =
         change = new - weight
         if change.abs().max() <= 1e-6 * new.abs().max():
             break
-        # Momentum that points uphill is forgotten (O'Donoghue & Candes 2015).
+        # Momentum that points uphill is reset (O'Donoghue & Candes 2015).
         momentum = 1.0 if ((ahead - new) * change).sum() > 0 else momentum
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead, weight, momentum = new + (momentum - 1) / following * change, new, following
@@ -157,16 +158,18 @@ def main_latents(
     heldout_target: Tensor,
     min_gain: float = 0.03,
 ) -> tuple[Tensor, list[float]]:
-    """The latents among which one class is split: the first k, as long as each raises a k-sparse probe's F1.
+    """Return the latents among which one class is split: the first k, as long as each raises a k-sparse probe's F1.
 
     Args:
-        ranked (`Tensor`): Latents, the most telling first; see [`rank_latents`].
-        train ([`LatentPairs`]), train_target (`Tensor` of shape `(N,)`): What the k-sparse probes are fitted to.
-        heldout ([`LatentPairs`]), heldout_target (`Tensor` of shape `(M,)`): What their F1 is measured on.
-        min_gain (`float`, *optional*, defaults to 0.03): A latent is added while F1 rises by more than this.
+        ranked (`Tensor`): Latents, the most predictive first; see [`rank_latents`].
+        train ([`LatentPairs`]): Latents of the N words that k-sparse probes are fitted to.
+        train_target (`Tensor` of shape `(N,)`): Whether each of these words is in the class, bool.
+        heldout ([`LatentPairs`]): Latents of the M words on which F1 is measured.
+        heldout_target (`Tensor` of shape `(M,)`): Whether each of these words is in the class, bool.
+        min_gain (`float`, *optional*, defaults to 0.03): Gain in F1 above which a further latent is added.
 
     Returns:
-        The latents, and the F1 of the probes tried, for k = 1, 2, ...
+        `tuple[Tensor, list[float]]`: The latents, and the F1 of the probes that were fitted, for k = 1, 2, ...
     """
     inputs, heldout_inputs = values_of(train, ranked), values_of(heldout, ranked)
     curve: list[float] = []
@@ -180,7 +183,7 @@ def main_latents(
 
 
 def _balanced_weights(x: Tensor | LatentPairs, targets: Tensor) -> Tensor:
-    """The weight of each word in each class's loss, `(N, C)`; checks what a probe is fitted to."""
+    """Check the targets of a probe; return the weight of each word in each class's loss, `(N, C)`."""
     rows = x.num_rows if isinstance(x, LatentPairs) else len(x)
     if targets.dtype != torch.bool or targets.ndim != 2 or len(targets) != rows:
         raise ValueError(
@@ -197,7 +200,7 @@ def _balanced_weights(x: Tensor | LatentPairs, targets: Tensor) -> Tensor:
 class _PairMatrix:
     """The latents that fire, each divided by its root mean square, and a column of ones, as a sparse matrix."""
 
-    def __init__(self, latents: LatentPairs):
+    def __init__(self, latents: LatentPairs) -> None:
         latents = latents.keep(latents.values != 0)
         self.latents, columns = latents.cols.unique(return_inverse=True)
         self.num_columns = len(self.latents) + 1
@@ -207,18 +210,18 @@ class _PairMatrix:
         self.index = PairIndex(latents.rows, columns, latents.num_rows, len(self.latents))
 
     def product(self, weight: Tensor) -> Tensor:
-        """`(N, C)` from `(columns, C)`."""
+        """Return the product `(N, C)` with weights `(columns, C)`."""
         return gather_sum(self.values, weight[:-1], self.index.cols, self.index.by_token) + weight[-1]
 
     def transposed_product(self, residual: Tensor) -> Tensor:
-        """`(columns, C)` from `(N, C)`."""
+        """Return the product `(columns, C)` of the transposed matrix with `(N, C)`."""
         order, offsets = self.index.by_latent
         of_latents = gather_sum(self.values[order], residual, self.index.rows[order], offsets)
         return torch.cat([of_latents, residual.sum(0, keepdim=True)])
 
 
 def _curvature(matrix: _PairMatrix, importance: Tensor) -> Tensor:
-    """An upper bound of each class's largest second derivative, `(C,)`.
+    """Return an upper bound of each class's largest second derivative, `(C,)`.
 
     For a matrix A >= 0 and a vector v > 0 no eigenvalue exceeds max (A v)_i / v_i (Collatz-Wielandt), and power
     iteration brings that bound down.

@@ -6,7 +6,7 @@ latent i and a task has the probe p_n = sigmoid(w a_n,i + b) that minimises
     sum over n of c_n (softplus(w a_n,i + b) - y_n (w a_n,i + b)) + ridge / 2 (w u_i)^2
 
 by Newton's method with step halving: two unknowns, so each step is a 2 x 2 system. A latent fires rarely, so its sums
-run over what fires; all other examples have the same probability sigmoid(b), and only their weights are needed. The
+run over the examples on which it fires; all others have the same probability sigmoid(b) and count by their weight. The
 ridge keeps w finite where a latent separates the classes or does not vary; one over the number of examples is that of
 scikit-learn's C = 1 on a latent of root mean square 1.
 
@@ -23,9 +23,9 @@ from torch.nn.functional import embedding_bag, softplus
 from .columns import LatentColumns
 
 
-_ENTRIES_AT_ONCE = 2**18  # activations x tasks that are looked at together: six buffers of 2 MB
+_ENTRIES_AT_ONCE = 2**18  # activations x tasks in one block: six buffers of 2 MB
 _STEPS = 100
-_TOLERANCE = 1e-14  # of what a step still gains, in nats
+_TOLERANCE = 1e-14  # gain of a step, in nats, below which a probe has converged
 _LEAST_CURVATURE = 1e-12
 
 
@@ -34,8 +34,9 @@ class Probes:
     """One probe for each latent and task, in the units of the latents.
 
     Args:
-        weight (`Tensor` of shape `(F, T)`), bias (`Tensor` of shape `(F, T)`): float64.
-        loss (`Tensor` of shape `(F, T)`): Cross-entropy in nats on the examples that were fitted, without the ridge.
+        weight (`Tensor` of shape `(F, T)`): Weights, float64.
+        bias (`Tensor` of shape `(F, T)`): Biases, float64.
+        loss (`Tensor` of shape `(F, T)`): Cross-entropy in nats on the fitted examples, without the ridge.
     """
 
     weight: Tensor
@@ -44,13 +45,13 @@ class Probes:
 
 
 def class_weights(targets: Tensor, part: Tensor | None = None) -> Tensor:
-    """Each example's weight in each task's loss, `(N, T)` in float64: each class of a task weighs one half.
+    """Return each example's weight in each task's loss, `(N, T)` in float64: each class of a task weighs one half.
 
-    So what knows nothing scores ln 2 = 0.693 on every task, however rare its positives are.
+    So a probe that knows nothing has a loss of ln 2 = 0.693 on every task, however rare its positives are.
 
     Args:
-        targets (`Tensor` of shape `(N, T)`): bool.
-        part (`Tensor` of shape `(N,)`, *optional*): bool; the others weigh nothing.
+        targets (`Tensor` of shape `(N, T)`): Labels, bool.
+        part (`Tensor` of shape `(N,)`, *optional*): Examples that count, bool; by default all.
 
     Raises:
         `ValueError`: if a class has no example in this part.
@@ -79,12 +80,12 @@ def fit_probes(
 
     Args:
         columns ([`LatentColumns`]): Activations of F latents on N examples.
-        targets (`Tensor` of shape `(N, T)`): bool; the tasks' labels.
-        weights (`Tensor` of shape `(N, T)`): See [`class_weights`]. Examples of weight 0 count for nothing, but leave
-            their activations out all the same ([`LatentColumns.among`]): that is cheaper.
-        ridge (`float`): Above 0.
-        start ([`Probes`], *optional*): Where to begin, for example with what was fitted to other examples.
-        progress (`Callable`, *optional*): Told how many latents have been finished.
+        targets (`Tensor` of shape `(N, T)`): Labels of the tasks, bool.
+        weights (`Tensor` of shape `(N, T)`): Weights of the examples, as from [`class_weights`]. Leave out the
+            activations of examples of weight 0 ([`LatentColumns.among`]): they change nothing but take time.
+        ridge (`float`): Weight of the penalty, above 0.
+        start ([`Probes`], *optional*): Probes to start from, for example those of other examples.
+        progress (`Callable`, *optional*): Called with the number of latents of each finished block.
 
     Raises:
         `ValueError`: if shapes do not fit, or for a ridge that is not above 0.
@@ -114,20 +115,20 @@ def fit_probes(
     loss = torch.empty_like(weight)
     for some in _blocks(columns, targets.shape[1]):
         objective = _Objective.of(columns.select(some), targets, weights, ridge)
-        found = _newton(objective, weight[some], bias[some])
-        weight[some], bias[some], loss[some] = found
+        solution = _newton(objective, weight[some], bias[some])
+        weight[some], bias[some], loss[some] = solution
         if progress is not None:
             progress(len(some))
     return Probes(weight / scale[:, None], bias, loss - ridge / 2 * weight.square())
 
 
 def cross_entropy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted cross-entropy in nats of log-odds `(N, T)`, one score a task: `(T,)`."""
+    """Return the weighted cross-entropy `(T,)` in nats of log-odds `(N, T)`, one for each task."""
     return (weights * (softplus(scores) - scores * targets)).sum(0)
 
 
 def _blocks(columns: LatentColumns, tasks: int) -> list[Tensor]:
-    """The latents in groups of bounded size, or one latent each where it fires often."""
+    """Split the latents into groups of a bounded number of activations, or of one latent that fires often."""
     most = max(1, 4 * _ENTRIES_AT_ONCE // max(1, tasks))
     group = (columns.offsets[:-1] + torch.arange(columns.num_latents)) // most
     return list(torch.arange(columns.num_latents).split(group.unique_consecutive(return_counts=True)[1].tolist()))
@@ -139,7 +140,8 @@ class _Objective:
 
     Args:
         columns ([`LatentColumns`]): Activations of F latents.
-        weights (`Tensor` of shape `(N, T)`), ridge (`float`): As in [`fit_probes`].
+        weights (`Tensor` of shape `(N, T)`): Weights of the examples.
+        ridge (`float`): Weight of the penalty.
         positive (`Tensor` of shape `(T,)`): Weight of the positive examples.
         along (`Tensor` of shape `(F, T)`): Sum of c y a.
         silent (`Tensor` of shape `(F, T)`): Weight of the examples on which a latent does not fire.
@@ -159,12 +161,14 @@ class _Objective:
         silent = (weights.sum(0) - firing).clamp(min=0)
         return cls(columns, weights, ridge, positive.sum(0), columns.sums(positive), silent)
 
-    def select(self, kept: Tensor) -> "_Objective":
-        """The same for some of the latents."""
-        return replace(self, columns=self.columns.select(kept), along=self.along[kept], silent=self.silent[kept])
+    def select(self, latents: Tensor) -> "_Objective":
+        """Return the objective of some of the latents."""
+        return replace(
+            self, columns=self.columns.select(latents), along=self.along[latents], silent=self.silent[latents]
+        )
 
     def at(self, w: Tensor, b: Tensor) -> Tensor:
-        """Value, the gradient by w and b, and the second derivatives by ww, wb and bb: `(6, F, T)`."""
+        """Return value, gradient by w and b, and second derivatives by ww, wb and bb: `(6, F, T)`."""
         p = b.sigmoid()
         out = torch.zeros(6, *w.shape, dtype=torch.float64)
         out[0] = self.silent * softplus(b) - w * self.along - b * self.positive + self.ridge / 2 * w.square()
@@ -206,11 +210,11 @@ class _Objective:
 
 
 def _newton(objective: _Objective, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton's method with step halving from a point `(F, T)`; the optimum, and the value there."""
+    """Run Newton's method with step halving from a point `(F, T)`; return w, b and value of the optimum."""
     best = torch.stack([w, b])
     now = objective.at(w, b)
     optimum, value = best.clone(), now[0].clone()
-    left = torch.arange(len(w))
+    active = torch.arange(len(w))
     share = torch.ones_like(w)
     for _ in range(_STEPS):
         _, by_w, by_b, ww, wb, bb = now
@@ -218,16 +222,16 @@ def _newton(objective: _Objective, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor
         step = torch.stack([wb * by_b - bb * by_w, wb * by_w - ww * by_b]) / determinant
         gain = -(step[0] * by_w + step[1] * by_b)
         unfinished = (gain > _TOLERANCE).any(1)
-        optimum[:, left], value[left] = best, now[0]
+        optimum[:, active], value[active] = best, now[0]
         if not unfinished.any():
             break
         if not unfinished.all():
-            left, objective = left[unfinished], objective.select(unfinished.nonzero()[:, 0])
+            active, objective = active[unfinished], objective.select(unfinished.nonzero()[:, 0])
             best, now, step = best[:, unfinished], now[:, unfinished], step[:, unfinished]
             gain, share = gain[unfinished], share[unfinished]
         trial = best + share * step
         there = objective.at(*trial)
-        # Beyond rounding, a step must gain a share of what its slope promises.
+        # Up to rounding, a step must gain a share of what its slope predicts.
         good = there[0] <= now[0] - 1e-4 * share * gain + 1e-15
         best, now = torch.where(good, trial, best), torch.where(good, there, now)
         share = torch.where(good, 1.0, share / 2)

@@ -1,12 +1,12 @@
-"""Probing: how much single latents know of labels, at every width, beside the hidden states they are made of.
+"""Probing: how well single latents predict labels, at every width, beside the hidden states themselves.
 
 The probe loss of Gao et al. (2024, arXiv 2406.04093, section 4.2) is, for a task with labels y,
 
     min over latents i, w and b of  mean of  -y log sigmoid(w a_i + b) - (1 - y) log(1 - sigmoid(w a_i + b))
 
-and its mean over tasks. Here a_i is the activation, as a user of the SAE sees it (Gao et al. take it before the
+and its mean over tasks. Here a_i is the activation as users of the SAE get it (Gao et al. take it before the
 activation function); the latent and w, b are chosen on a train part, the loss is that of a test part, and each class
-weighs one half where they had as many examples of each. One fit of all latents gives the best of every prefix.
+weighs one half (Gao et al. have equally many examples of each). One fit of all latents gives the best of every prefix.
 
 Shapes: T tasks, P widths, S splits.
 """
@@ -51,34 +51,34 @@ def probe_losses(
     seed: int = 0,
     show: bool = True,
 ) -> Report:
-    """Probe losses and k-sparse probes of dictionaries at each of their widths, beside baselines.
+    """Measure probe losses and k-sparse probes of dictionaries at each of their widths, beside baselines.
 
     Args:
         data ([`HeldOut`]): The language model, the hookpoint and, for token tasks, the tokens. Under
             `torch.distributed` each process reads its share and fits its share of the latents; all return the same.
-        subjects (`Mapping[str, Dictionary or SAEModel]`, or one [`SAEModel`]): By name.
-        tasks ([`LabelledTask`], [`TokenTasks`] or a sequence of them, *optional*): By default what follows from the
-            text alone ([`TokenTasks.of_properties`]).
-        widths (`Sequence[int]`, *optional*), selection (`str`, *optional*, defaults to `"mask"`): Of those subjects
-            that are no [`Dictionary`], see there.
-        k (`Sequence[int]`, *optional*): Latents of k-sparse probes; `()` for none. By default 1, 2 and 5.
-        baselines (`bool`, *optional*, defaults to `True`): Beside each dictionary a random one with its L0; the hidden
-            state's channels: each alone, and all together as the ceiling.
-        max_tokens (`int`, *optional*, defaults to 10,000): Tokens of token tasks, in whole windows.
-        splits (`int`, *optional*, defaults to 3), test_share (`float`, *optional*, defaults to 0.2): How often
-            examples are split anew, and into what.
-        ridge (`float`, *optional*): See [`fit_probes`]; by default one over the number of train examples.
+        subjects (`Mapping[str, Dictionary or SAEModel]`, or one [`SAEModel`]): Dictionaries or SAEs, by name.
+        tasks ([`LabelledTask`], [`TokenTasks`] or a sequence of them, *optional*): Tasks to probe for; by default
+            properties of tokens that follow from the text alone ([`TokenTasks.of_properties`]).
+        widths (`Sequence[int]`, *optional*): Widths of subjects that are SAEs; by default their prefix widths.
+        selection (`str`, *optional*, defaults to `"mask"`): Selection of subjects that are SAEs; see [`Dictionary`].
+        k (`Sequence[int]`, *optional*): Numbers of latents of k-sparse probes; `()` for none. By default 1, 2 and 5.
+        baselines (`bool`, *optional*, defaults to `True`): Whether to add, for each dictionary, a random one with its
+            L0; and the hidden state's channels: each alone, and all together as the ceiling.
+        max_tokens (`int`, *optional*, defaults to 10,000): Largest number of tokens of token tasks, in whole windows.
+        splits (`int`, *optional*, defaults to 3): Number of random splits.
+        test_share (`float`, *optional*, defaults to 0.2): Share of the test part of a split.
+        ridge (`float`, *optional*): Penalty of [`fit_probes`]; by default one over the number of train examples.
         least_share (`float`, *optional*, defaults to 0.005): Tasks are left out, with the reason, if one of their
-            classes is fewer of the examples than this, or fewer than 20.
+            classes has a smaller share of the examples than this, or fewer than 20.
         context_length (`int`, *optional*): Tokens of a labelled text that are read; by default a window of the data.
         max_pairs (`int`, *optional*, defaults to 100,000,000): Activations that a process may keep, of all
             dictionaries together; 12 bytes each, and about 60 while those of one dictionary are fitted.
-        resamples (`int`, *optional*, defaults to 1000): Of the bootstrap over tasks and splits.
-        seed (`int`, *optional*, defaults to 0): Of splits, random dictionaries and bootstrap.
-        show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
+        resamples (`int`, *optional*, defaults to 1000): Number of bootstrap resamples over tasks and splits.
+        seed (`int`, *optional*, defaults to 0): Seed of splits, random dictionaries and bootstrap.
+        show (`bool`, *optional*, defaults to `True`): Whether to show progress bars in the main process.
 
     Returns:
-        [`Report`]: each record has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
+        [`Report`]: Each record has `subject`, `kind` (`dictionary`, `random`, `channels`, `all channels`,
         `nothing`), `width`; `probe_loss` (nats, test part) and `train_loss`; `gain` over the best channel; each with
         an `_interval` of 95% but `train_loss`; `k_sparse`: by k `accuracy`, `f1` and `auc` on the test part, with
         intervals; `tasks`: by name `loss`, `train_loss`, the `latents` chosen in each split, and scores by k.
@@ -107,23 +107,23 @@ def probe_losses(
     sets += [text_examples(data, task, dictionaries, context_length, max_pairs, show) for task in labelled]
     seeds = [seed * splits + number for number in range(splits)]
     skipped: dict[str, str] = {}
-    found = [_usable(examples, test_share, least_share, seeds, skipped) for examples in sets]
-    names = [name for examples, _ in found for name in examples.names]
+    usable = [_usable(examples, test_share, least_share, seeds, skipped) for examples in sets]
+    names = [name for examples, _ in usable for name in examples.names]
     _check_names(names, skipped)
     probing = Probing(ridge, ks, baselines, show)
-    parts = [probing.run(examples, tests, dictionaries) for examples, tests in found if examples.names]
+    parts = [probing.run(examples, tests, dictionaries) for examples, tests in usable if examples.names]
     bootstrap = CrossedBootstrap(splits, len(names), resamples=resamples, seed=seed)
     records = probe_records(parts, ks, names, bootstrap)
-    examples_found: dict[str, int] = {}
+    example_counts: dict[str, int] = {}
     for examples in sets:
-        examples_found[examples.kind] = examples_found.get(examples.kind, 0) + len(examples.labels)
+        example_counts[examples.kind] = example_counts.get(examples.kind, 0) + len(examples.labels)
     about = {
         "hookpoint": data.hookpoint,
         "selection": " and ".join(dict.fromkeys(dictionary.selection for dictionary in dictionaries.values())),
-        "examples": examples_found,
+        "examples": example_counts,
         "tasks": {
             name: share
-            for examples, _ in found
+            for examples, _ in usable
             for name, share in zip(examples.names, examples.labels.double().mean(0).tolist(), strict=True)
         },
         "skipped": skipped,
@@ -138,7 +138,7 @@ def probe_losses(
 
 
 def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, list[TokenTasks], list[LabelledTask]]:
-    """The data cut to what is read of it, tasks of its tokens, and those of texts."""
+    """Return the windows of the data that are read, the tasks of its tokens, and the tasks of texts."""
     tasks = [tasks] if tasks is None or isinstance(tasks, LabelledTask | TokenTasks) else list(tasks)
     wrong = [type(task).__name__ for task in tasks if not isinstance(task, LabelledTask | TokenTasks | None)]
     if wrong or not tasks:
@@ -158,13 +158,13 @@ def _sorted_tasks(data: HeldOut, tasks: Any, max_tokens: int) -> tuple[HeldOut, 
 def _usable(
     examples: Examples, test_share: float, least_share: float, seeds: Sequence[int], skipped: dict[str, str]
 ) -> tuple[Examples, list[Tensor]]:
-    """The examples with those tasks that can be probed, and the test part of each split."""
+    """Return the examples with the tasks that can be probed, and the test part of each split."""
     tests = [examples.held_out(test_share, seed) for seed in seeds]
     parts = [part for test in tests for part in (test, ~test)]
-    kept, reasons = usable_tasks(examples.names, examples.labels, parts, least_share)
+    columns, reasons = usable_tasks(examples.names, examples.labels, parts, least_share)
     skipped.update(reasons)
-    names = [examples.names[number] for number in kept]
-    return replace(examples, names=names, labels=examples.labels[:, kept]), tests
+    names = [examples.names[number] for number in columns]
+    return replace(examples, names=names, labels=examples.labels[:, columns]), tests
 
 
 def _check_names(names: Sequence[str], skipped: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Fitting probes to examples and scoring them: single latents, a few latents, all channels of the hidden state.
+"""Fit probes to examples and score them: single latents, a few latents, all channels of the hidden state.
 
 Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, K values of k, S splits.
 """
@@ -19,12 +19,12 @@ from .sparse import classifier_scores, dense_probes, shown_latents, sparse_probe
 
 
 CHANNELS, ALL_CHANNELS = "hidden-state channels", "all channels together"
-_VALIDATION = 10**9  # seeds that no split has
+_VALIDATION = 10**9  # first seed of validation parts, beyond the seeds of splits
 
 
 @dataclass
 class Scores:
-    """What one subject scored on some tasks, at one width; `k_sparse` is `(S, K, T, 3)`, the others `(S, T)`."""
+    """Scores of one subject on some tasks, at one width; `k_sparse` is `(S, K, T, 3)`, the others `(S, T)`."""
 
     loss: list[Tensor] = field(default_factory=list)
     train_loss: list[Tensor] = field(default_factory=list)
@@ -37,13 +37,13 @@ Key = tuple[str, int]
 
 @dataclass
 class Probing:
-    """Everything that is fitted to examples.
+    """Settings of the probes that are fitted to examples.
 
     Args:
-        ridge (`float`, *optional*): See [`fit_probes`]; by default one over the number of train examples.
-        ks (`Sequence[int]`): Latents of k-sparse probes.
-        channels (`bool`): Probe the hidden state's channels too.
-        show (`bool`): Show progress bars.
+        ridge (`float`, *optional*): Penalty of [`fit_probes`]; by default one over the number of train examples.
+        ks (`Sequence[int]`): Numbers of latents of k-sparse probes.
+        channels (`bool`): Whether to probe the hidden state's channels too.
+        show (`bool`): Whether to show progress bars.
     """
 
     ridge: float | None
@@ -54,8 +54,14 @@ class Probing:
     def run(
         self, examples: Examples, tests: Sequence[Tensor], dictionaries: Mapping[str, Dictionary]
     ) -> dict[Key, Scores]:
-        """What each subject scores at each width."""
-        found: dict[Key, Scores] = {}
+        """Return the scores of each subject at each width.
+
+        Args:
+            examples ([`Examples`]): Latents, hidden states and labels.
+            tests (`Sequence[Tensor]`): Test part `(N,)` of each split, bool.
+            dictionaries (`Mapping[str, Dictionary]`): Dictionaries whose latents the examples hold.
+        """
+        results: dict[Key, Scores] = {}
         work: list[tuple[str, LatentColumns, list[int]]] = []
         for name, dictionary in dictionaries.items():
             each = zip(examples.latents[name], dictionary.encodings, strict=True)
@@ -68,10 +74,10 @@ class Probing:
         total = len(tests) * sum(len(own_latents(columns.num_latents)) for _, columns, _ in work)
         with tqdm(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
             for name, columns, widths in work:
-                self._of_columns(name, columns, widths, examples.labels, tests, found, bar)
+                self._of_columns(name, columns, widths, examples.labels, tests, results, bar)
         if self.channels:
-            self._all_channels(examples, tests, found)
-        return found
+            self._all_channels(examples, tests, results)
+        return results
 
     def _of_columns(
         self,
@@ -80,7 +86,7 @@ class Probing:
         widths: Sequence[int],
         labels: Tensor,
         tests: Sequence[Tensor],
-        found: dict[Key, Scores],
+        results: dict[Key, Scores],
         bar: tqdm,
     ) -> None:
         own, probes = own_latents(columns.num_latents), None
@@ -93,16 +99,16 @@ class Probing:
             losses = _test_losses(columns, everywhere, chosen, labels, class_weights(labels, test))
             scores = sparse_probes(columns, labels, test, widths, self.ks) if self.ks else None
             for p, width in enumerate(widths):
-                at = found.setdefault((name, width), Scores())
+                at = results.setdefault((name, width), Scores())
                 at.loss.append(losses[p])
                 at.train_loss.append(everywhere.loss.gather(0, chosen[p][None])[0])
                 at.latents.append(chosen[p])
                 if scores is not None:
                     at.k_sparse.append(scores[p])
 
-    def _all_channels(self, examples: Examples, tests: Sequence[Tensor], found: dict[Key, Scores]) -> None:
+    def _all_channels(self, examples: Examples, tests: Sequence[Tensor], results: dict[Key, Scores]) -> None:
         labels = examples.labels
-        at = found.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), Scores())
+        at = results.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), Scores())
         for number, test in enumerate(tqdm(tests, desc="probes: all channels", disable=not self.show, leave=False)):
             validation = ~test & examples.held_out(test.double().mean().item(), _VALIDATION + number)
             scores = dense_probes(examples.hidden, labels, test, validation)
@@ -114,7 +120,7 @@ class Probing:
 
 
 def _in_all_processes(probes: Probes, own: Tensor, num_latents: int) -> Probes:
-    """The probes of all latents, of which each process has fitted some."""
+    """Return the probes of all latents, of which each process has fitted some."""
     tensors = []
     for part in (probes.weight, probes.bias, probes.loss):
         whole = part.new_zeros(num_latents, part.shape[1])
@@ -124,13 +130,13 @@ def _in_all_processes(probes: Probes, own: Tensor, num_latents: int) -> Probes:
 
 
 def _best(loss: Tensor, widths: Sequence[int]) -> Tensor:
-    """The latent of least loss among the first of each width, `(P, T)`; of equal ones the first."""
-    # A sort can be told to be stable, which argmin cannot.
+    """Return the latent of least loss among the first of each width, `(P, T)`; of equal ones the first."""
+    # Not argmin, which may return any of several equal ones.
     return torch.stack([loss[:width].sort(dim=0, stable=True).indices[0] for width in widths])
 
 
 def _test_losses(columns: LatentColumns, probes: Probes, chosen: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The losses `(P, T)` of the chosen latents on examples with weights."""
+    """Return the losses `(P, T)` of the chosen latents on weighted examples."""
     latents, places = chosen.unique(return_inverse=True)
     x = shown_latents(columns, latents).double()
     losses = []

@@ -1,11 +1,10 @@
-"""k-sparse probes, which may look at k latents, and probes of all channels.
+"""k-sparse probes, which read k latents, and probes of all channels.
 
 The k latents whose means differ most between the classes, |mean of positives - mean of negatives|, are chosen on the
 train part, and a logistic regression (C = 1) is fitted to them there, each class weighing one half; it is
 scored on the test part. This is SAEBench's sparse probing (Karvonen et al. 2025, arXiv 2503.09532; Gurnee et al.
-2023, arXiv 2305.01610), with weights in the place of equally many examples. What is to be a ceiling, a probe of the
-whole hidden state, must not be held back by a ridge that does not suit it: there C is chosen on a part of the train
-examples.
+2023, arXiv 2305.01610), with weights in place of equally many examples. The ceiling, a probe of the whole hidden
+state, must not suffer from a poor choice of ridge: its C is chosen on a part of the train examples.
 
 Shapes: N examples, D width of hidden states, F latents, T tasks, P widths, K values of k.
 """
@@ -32,16 +31,17 @@ def sparse_probes(
     widths: Sequence[int],
     ks: Sequence[int],
 ) -> Tensor:
-    """Accuracy, F1 and AUC of k-sparse probes among the first latents of each width.
+    """Return accuracy, F1 and AUC of k-sparse probes among the first latents of each width.
 
     Args:
-        columns ([`LatentColumns`]): Activations; of several processes each brings its own latents.
-        targets (`Tensor` of shape `(N, T)`): bool.
+        columns ([`LatentColumns`]): Activations; each process brings its own latents.
+        targets (`Tensor` of shape `(N, T)`): Labels, bool.
         test (`Tensor` of shape `(N,)`): Examples of the test part, bool.
-        widths (`Sequence[int]`), ks (`Sequence[int]`): P and K of them.
+        widths (`Sequence[int]`): The P widths.
+        ks (`Sequence[int]`): The K numbers of latents.
 
     Returns:
-        `Tensor` of shape `(P, K, T, 3)`: [`SCORES`]; in the first two each class weighs one half.
+        `Tensor` of shape `(P, K, T, 3)`: The [`SCORES`]; in the first two each class weighs one half.
     """
     chosen = _chosen(columns, targets, ~test, widths, max(ks))
     latents, places = chosen.unique(return_inverse=True)
@@ -60,20 +60,20 @@ def sparse_probes(
 
 
 def _chosen(columns: LatentColumns, targets: Tensor, train: Tensor, widths: Sequence[int], k: int) -> Tensor:
-    """The k latents whose means differ most, `(P, k, T)`, the first one first; -1 past a width below k."""
+    """Return the k latents whose means differ most, `(P, k, T)`, largest difference first; -1 past a width below k."""
     weights = class_weights(targets, train)
     difference = columns.sums(torch.where(targets, weights, -weights)).abs()
     reduce_sum(difference)
     chosen = torch.full((len(widths), k, targets.shape[1]), -1)
     for p, width in enumerate(widths):
-        # A stable sort: of equal ones the first latents, whatever the width.
+        # The sort is stable, so that of equal latents the first win, whatever the width.
         order = difference[:width].sort(dim=0, descending=True, stable=True).indices[:k]
         chosen[p, : len(order)] = order
     return chosen
 
 
 def shown_latents(columns: LatentColumns, latents: Tensor) -> Tensor:
-    """Activations of some latents `(N, len(latents))`, in all processes; of latent -1 they are 0."""
+    """Return the activations of some latents `(N, len(latents))` in all processes; those of latent -1 are 0."""
     x = columns.values.new_zeros(columns.num_rows, len(latents))
     mine = torch.isin(latents, own_latents(columns.num_latents))
     x[:, mine] = columns.dense(latents[mine])
@@ -86,14 +86,16 @@ def _score(x: Tensor, target: Tensor, test: Tensor) -> Tensor:
 
 
 def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tensor) -> Tensor:
-    """Log-odds `(N, T)` of logistic regressions on all channels.
+    """Return the log-odds `(N, T)` of logistic regressions on all channels.
 
     Each task's C is that of the least loss on the validation part when fitted to the other train examples; the probe
     is then fitted to all of them. Tasks without both classes in the validation part have C = 1.
 
     Args:
-        hidden (`Tensor` of shape `(N, D)`), targets (`Tensor` of shape `(N, T)`): Inputs and bool labels.
-        test (`Tensor` of shape `(N,)`), validation (`Tensor` of shape `(N,)`): Parts, bool; apart from each other.
+        hidden (`Tensor` of shape `(N, D)`): Hidden states.
+        targets (`Tensor` of shape `(N, T)`): Labels, bool.
+        test (`Tensor` of shape `(N,)`): Examples of the test part, bool.
+        validation (`Tensor` of shape `(N,)`): Examples of the validation part, bool; none of them is a test example.
     """
     rank, world = processes()
     x = hidden.double()
@@ -117,9 +119,9 @@ def dense_probes(hidden: Tensor, targets: Tensor, test: Tensor, validation: Tens
 
 
 def classifier_scores(log_odds: Tensor, target: Tensor) -> Tensor:
-    """[`SCORES`] of log-odds `(n,)`: balanced accuracy, F1 with each class weighing one half, area under the ROC."""
-    said, positives, negatives = log_odds > 0, target.sum(), (~target).sum()
-    hits, false_alarms = (said & target).sum() / positives, (said & ~target).sum() / negatives
+    """Return the [`SCORES`] of log-odds `(n,)`: balanced accuracy, F1 with balanced classes, area under the ROC."""
+    predicted, positives, negatives = log_odds > 0, target.sum(), (~target).sum()
+    hits, false_alarms = (predicted & target).sum() / positives, (predicted & ~target).sum() / negatives
     accuracy = (hits + 1 - false_alarms) / 2
     f1 = 2 * hits / (1 + hits + false_alarms)
     # A rank sum; equal log-odds share the mean of their ranks.

@@ -17,9 +17,9 @@ from ...models.configuration_sae import nearest
 from .token_properties import TokenReader, property_labels, property_names
 
 
-_LEAST_TEXTS = 20  # of a class, so that some are left for both parts
+_LEAST_TEXTS = 20  # texts of a class, so that both parts of a split have some
 _LEAST_TOKENS = 20
-_UNLABELLED = -1  # of a `datasets.ClassLabel`
+_UNLABELLED = -1  # value of a `datasets.ClassLabel`
 
 
 @dataclass
@@ -27,10 +27,10 @@ class LabelledTask:
     """Texts and their classes; a probe reads the mean of a text's activations.
 
     Args:
-        name (`str`): Of the data set, for the report.
-        texts (`list[str]`): N texts.
-        labels (`Tensor` of shape `(N, C)`): bool; a column for each task.
-        classes (`list[str]`): What is positive in each column. Two classes are one task, more are one-versus-rest.
+        name (`str`): Name of the data set, for the report.
+        texts (`list[str]`): The N texts.
+        labels (`Tensor` of shape `(N, C)`): Labels, bool; one column for each task.
+        classes (`list[str]`): Positive class of each column. Two classes are one task, more are one-versus-rest.
     """
 
     name: str
@@ -38,7 +38,7 @@ class LabelledTask:
     labels: Tensor
     classes: list[str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = (len(self.texts), len(self.classes))
         if self.labels.dtype != torch.bool or tuple(self.labels.shape) != shape:
             raise ValueError(
@@ -50,7 +50,7 @@ class LabelledTask:
 
     @property
     def names(self) -> list[str]:
-        """The tasks' names, `"data set: class"`."""
+        """Names of the tasks, `"data set: class"`."""
         return [f"{self.name}: {label}" for label in self.classes]
 
     @classmethod
@@ -64,48 +64,48 @@ class LabelledTask:
         max_classes: int = 10,
         seed: int = 0,
     ) -> "LabelledTask":
-        """Tasks from a data set with a column of texts and one of labels.
+        """Make tasks from a data set with a column of texts and one of labels.
 
-        Blank texts and missing labels are left out, and so are classes of fewer than 20 texts.
+        Blank texts, missing labels and classes of fewer than 20 texts are left out.
 
         Args:
-            dataset (`datasets.Dataset`, a mapping of columns, or a sequence of rows as mappings): What is labelled.
+            dataset (`datasets.Dataset`, a mapping of columns, or a sequence of rows as mappings): Labelled texts.
             text (`str`, *optional*, defaults to `"text"`): Column of the texts.
             label (`str`, *optional*, defaults to `"label"`): Column of the labels: strings, integers or bools.
-            name (`str`, *optional*, defaults to `"labels"`): For the report.
-            max_texts (`int`, *optional*, defaults to 1000): A choice by `seed` where there are more, of as equal a
-                number from each class as there is.
-            max_classes (`int`, *optional*, defaults to 10): The most frequent, where there are more.
-            seed (`int`, *optional*, defaults to 0): Of the choice.
+            name (`str`, *optional*, defaults to `"labels"`): Name of the data set in the report.
+            max_texts (`int`, *optional*, defaults to 1000): Largest number of texts; where there are more they are
+                sampled, as evenly from the classes as possible.
+            max_classes (`int`, *optional*, defaults to 10): Largest number of classes; the most frequent are kept.
+            seed (`int`, *optional*, defaults to 0): Seed of the sample.
 
         Raises:
-            `ValueError`: for columns that are not there or of another kind, fewer than two classes, or too few texts.
+            `ValueError`: for columns that are missing or of another kind, fewer than two classes, or too few texts.
         """
         texts, labels = _column(dataset, text), _column(dataset, label)
         if len(texts) != len(labels):
             raise ValueError(f"There are {len(texts)} texts in '{text}' and {len(labels)} labels in '{label}'.")
         names = _class_names(dataset, label)
         by_class: dict[str, list[str]] = {}
-        for written, given in zip(texts, labels, strict=True):
-            if written is None or given is None or given == "" or (names and given == _UNLABELLED):
+        for content, value in zip(texts, labels, strict=True):
+            if content is None or value is None or value == "" or (names and value == _UNLABELLED):
                 continue
-            if not isinstance(written, str):
+            if not isinstance(content, str):
                 raise ValueError(
-                    f"Column '{text}' must hold texts, got a {type(written).__name__}. Name the column of the texts."
+                    f"Column '{text}' must hold texts, got a {type(content).__name__}. Name the column of the texts."
                 )
-            if isinstance(given, float) or not isinstance(given, str | int):
+            if isinstance(value, float) or not isinstance(value, str | int):
                 raise ValueError(
-                    f"Column '{label}' must hold classes (strings, integers or bools), got a {type(given).__name__}. "
+                    f"Column '{label}' must hold classes (strings, integers or bools), got a {type(value).__name__}. "
                     "Name another column, or make classes of its numbers."
                 )
-            if written.strip():
-                by_class.setdefault(names[given] if names else str(given), []).append(written)
-        found = {label: len(texts) for label, texts in by_class.items()}
+            if content.strip():
+                by_class.setdefault(names[value] if names else str(value), []).append(content)
+        counts = {label: len(texts) for label, texts in by_class.items()}
         by_class = {label: texts for label, texts in by_class.items() if len(texts) >= _LEAST_TEXTS}
         if len(by_class) < 2:
             raise ValueError(
                 f"A probe needs two classes of at least {_LEAST_TEXTS} texts each; column '{label}' has "
-                f"{_shortened(found)}. Give more texts, or name the column that tells them apart."
+                f"{_shortened(counts)}. Give more texts, or name the column that tells them apart."
             )
         classes = sorted(by_class, key=lambda label: (-len(by_class[label]), label))[:max_classes]
         return cls._of_classes(name, {label: by_class[label] for label in sorted(classes)}, max_texts, seed)
@@ -117,14 +117,14 @@ class LabelledTask:
                 f"`max_texts` must leave {_LEAST_TEXTS} texts for each of the {len(by_class)} classes of '{name}', "
                 f"{_LEAST_TEXTS * len(by_class)} in all; got {max_texts}."
             )
-        left, texts, numbers = max_texts, [], []
-        # The smallest class first: what it leaves is for the others.
-        for done, label in enumerate(sorted(by_class, key=lambda label: (len(by_class[label]), label))):
+        room, texts, numbers = max_texts, [], []
+        # The smallest class comes first, so that the room it leaves goes to the others.
+        for number, label in enumerate(sorted(by_class, key=lambda label: (len(by_class[label]), label))):
             some = by_class[label]
-            share = min(len(some), left // (len(by_class) - done))
+            share = min(len(some), room // (len(by_class) - number))
             texts += random.Random(f"{seed} {label}").sample(some, share)
             numbers += [list(by_class).index(label)] * share
-            left -= share
+            room -= share
         labels = torch.tensor(numbers)[:, None] == torch.arange(len(by_class))
         classes = list(by_class)
         if len(classes) == 2:  # the second is the first's complement
@@ -140,27 +140,29 @@ def attribute_task(
     max_texts: int = 2000,
     seed: int = 0,
 ) -> LabelledTask:
-    """Two attributes of each text: texts with both, as equal a number of each combination as there is.
+    """Make a task of two attributes of each text, with combinations as evenly represented as possible.
 
     Args:
-        dataset (`datasets.Dataset`, a mapping of columns, or a sequence of rows as mappings): What is labelled.
+        dataset (`datasets.Dataset`, a mapping of columns, or a sequence of rows as mappings): Labelled texts.
         columns (`tuple[str, str]`): Two columns of labels, of two classes each.
-        text (`str`, *optional*), name (`str`, *optional*), max_texts (`int`, *optional*, defaults to 2000), seed
-            (`int`, *optional*): As in [`LabelledTask.from_dataset`].
+        text (`str`, *optional*, defaults to `"text"`): Column of the texts.
+        name (`str`, *optional*, defaults to `"labels"`): Name of the data set in the report.
+        max_texts (`int`, *optional*, defaults to 2000): Largest number of texts.
+        seed (`int`, *optional*, defaults to 0): Seed of the sample, where there are more.
 
     Raises:
-        `ValueError`: for columns that are not there, a label that has not two classes, or a combination of fewer than
-            20 texts.
+        `ValueError`: for columns that are missing, a label that does not have two classes, or a combination of fewer
+            than 20 texts.
     """
     texts, *labels = (_column(dataset, column) for column in (text, *columns))
     classes = []
     for column, of_texts in zip(columns, labels, strict=True):
-        found = sorted({str(given) for given in of_texts if given not in (None, "")})
-        if len(found) != 2:
+        values = sorted({str(value) for value in of_texts if value not in (None, "")})
+        if len(values) != 2:
             raise ValueError(
-                f"Column '{column}' must have two classes, it has {len(found)}: {found[:5]}. Take rows of two of them."
+                f"Column '{column}' must have two classes, got {len(values)}: {values[:5]}. Take rows of two of them."
             )
-        classes.append(found)
+        classes.append(values)
     combined = {", ".join(pair): pair for pair in itertools.product(*classes)}
     both = [None if None in pair or "" in pair else ", ".join(map(str, pair)) for pair in zip(*labels, strict=True)]
     task = LabelledTask.from_dataset({"text": texts, "label": both}, name=name, max_texts=max_texts, seed=seed)
@@ -182,7 +184,7 @@ def _column(dataset: Any, column: str) -> list:
         return [row.get(column) for row in dataset]
     if isinstance(dataset, Mapping) or hasattr(dataset, "__len__"):
         return list(dataset[column])
-    raise ValueError("A streamed data set cannot be chosen from. Take what is needed first, as a list of rows.")
+    raise ValueError("A streamed data set cannot be sampled. Take the rows that are needed first, as a list.")
 
 
 def _columns(dataset: Any) -> list[str]:
@@ -200,14 +202,14 @@ def _columns(dataset: Any) -> list[str]:
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:
-    """What the numbers of a `datasets.ClassLabel` stand for."""
+    """Return the class names of a `datasets.ClassLabel`; `None` for other columns."""
     feature = (getattr(dataset, "features", None) or {}).get(column)
     return getattr(feature, "names", None)
 
 
-def _shortened(found: Mapping[str, int]) -> str:
-    first = ", ".join(f"{label!r} ({count})" for label, count in list(found.items())[:5])
-    return f"{len(found)}: {first}{', ...' if len(found) > 5 else ''}" if found else "none"
+def _shortened(counts: Mapping[str, int]) -> str:
+    first = ", ".join(f"{label!r} ({count})" for label, count in list(counts.items())[:5])
+    return f"{len(counts)}: {first}{', ...' if len(counts) > 5 else ''}" if counts else "none"
 
 
 @dataclass
@@ -215,8 +217,8 @@ class TokenTasks:
     """Labels of tokens; a probe reads the activations of one token.
 
     Args:
-        names (`list[str]`): T tasks.
-        labels (`list[Tensor]`): For each batch of the data `(B, S, T)`, bool; only kept positions count.
+        names (`list[str]`): Names of the T tasks.
+        labels (`list[Tensor]`): Labels `(B, S, T)` of each batch of the data, bool; only kept positions count.
     """
 
     names: list[str]
@@ -224,17 +226,17 @@ class TokenTasks:
 
     @classmethod
     def of_properties(cls, data: HeldOut, only: Iterable[str] | None = None) -> "TokenTasks":
-        """Tasks that follow from the text alone: word classes, letters, quotes, sentences and so on.
+        """Make tasks that follow from the text alone: word classes, letters, quotes, sentences and so on.
 
         Args:
-            data ([`HeldOut`]): With its tokenizer.
+            data ([`HeldOut`]): Data with its tokenizer.
             only (`Iterable[str]`, *optional*): Names of properties; by default all of [`property_names`].
 
         Raises:
             `ValueError`: if there is no tokenizer, or no such property.
         """
         if data.tokenizer is None:
-            raise ValueError("Token properties are read from the text: give the `HeldOut` its `tokenizer`.")
+            raise ValueError("Token properties are read from the text: pass the `tokenizer` to `HeldOut`.")
         names = property_names()
         chosen = names if only is None else list(only)
         unknown = [name for name in chosen if name not in names]
@@ -244,30 +246,31 @@ class TokenTasks:
         return cls(chosen, [property_labels(batch, reader)[..., places] for batch in data.batches])
 
     def check(self, data: HeldOut) -> None:
-        """Raises `ValueError` where these labels are not of the data's batches."""
+        """Raise `ValueError` where these labels do not fit the data's batches."""
         expected = [(*batch.input_ids.shape, len(self.names)) for batch in data.batches]
-        found = [tuple(labels.shape) for labels in self.labels]
-        if expected != found or any(labels.dtype != torch.bool for labels in self.labels):
+        shapes = [tuple(labels.shape) for labels in self.labels]
+        if expected != shapes or any(labels.dtype != torch.bool for labels in self.labels):
             raise ValueError(
                 f"Token labels must be bool and of shape (B, S, {len(self.names)}), one tensor for each batch of the "
-                f"data: {expected[:3]}...; got {found[:3]}..."
+                f"data: {expected[:3]}...; got {shapes[:3]}..."
             )
 
 
 def usable_tasks(
     names: Sequence[str], labels: Tensor, parts: Sequence[Tensor], share: float
 ) -> tuple[list[int], dict[str, str]]:
-    """Which tasks have enough of both classes, and why the others are left out.
+    """Return which tasks have enough examples of both classes, and why the others are left out.
 
     Args:
-        names (`Sequence[str]`), labels (`Tensor` of shape `(N, T)`): The tasks.
+        names (`Sequence[str]`): Names of the T tasks.
+        labels (`Tensor` of shape `(N, T)`): Labels, bool.
         parts (`Sequence[Tensor]` of shape `(N,)`): Examples of each part of each split, bool.
-        share (`float`): The least of the examples that either class must be.
+        share (`float`): Least share of the examples that either class must have.
 
     Returns:
-        `(list[int], dict[str, str])`: Columns that are left, and a reason for each name that is not.
+        `tuple[list[int], dict[str, str]]`: Columns of the usable tasks, and a reason for each other name.
     """
-    kept, skipped = [], {}
+    usable, skipped = [], {}
     total, positive = len(labels), labels.sum(0).tolist()
     rarest = torch.stack([torch.minimum(labels[part].sum(0), (~labels[part]).sum(0)) for part in parts]).amin(0)
     for number, name in enumerate(names):
@@ -280,5 +283,5 @@ def usable_tasks(
         elif not rarest[number]:
             skipped[name] = "a part of a split has examples of one class alone"
         else:
-            kept.append(number)
-    return kept, skipped
+            usable.append(number)
+    return usable, skipped

@@ -1,8 +1,8 @@
-"""What can be said of each token from the text alone: labels for probes that need no labelled data.
+"""Properties of tokens that follow from the text alone: labels for probes without labelled data.
 
-A window's tokens are put together again as text, with the place of every token in it, and each property is a function
-of that text. A property of a word is a label of the word's last token, where a causal model has read all of it. At a
-special token or a blank line all that is open ends: quotes, brackets, sentences.
+A window's tokens are joined to text again, with the place of every token in it, and each property is a function of
+that text. A property of a word is a label of the word's last token, where a causal model has read all of it. Special
+tokens and blank lines end open quotes, brackets and sentences.
 
 Shapes: B windows, S tokens in a window, T properties.
 """
@@ -11,6 +11,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +48,16 @@ Span = tuple[int, int]
 
 @dataclass
 class TextTokens:
-    """Some tokens that follow each other, and their text.
+    """Consecutive tokens and their text.
 
     Args:
-        text (`str`): What they say.
-        spans (`list[tuple[int, int]]`): Where in it each token stands, without the whitespace around it; a token of
-            whitespace alone has a span of no length.
-        raw (`list[tuple[int, int]]`): The same with the whitespace.
-        ids (`list[int]`): The tokens.
-        positions (`list[int]`): Where in the window each stands.
-        length (`int`): Tokens in the window, padding left out.
+        text (`str`): Text of the tokens.
+        spans (`list[tuple[int, int]]`): Begin and end of each token in the text, without the whitespace around it; a
+            token of whitespace alone has a span of length 0.
+        raw (`list[tuple[int, int]]`): Begin and end of each token with its whitespace.
+        ids (`list[int]`): Token ids.
+        positions (`list[int]`): Position of each token in the window.
+        length (`int`): Number of tokens in the window, without padding.
     """
 
     text: str
@@ -67,12 +69,17 @@ class TextTokens:
 
 
 def property_names() -> list[str]:
-    """The properties, in the order of the labels."""
+    """Return the names of the properties, in the order of the labels."""
     return list(_PROPERTIES)
 
 
 def property_labels(batch: TokenBatch, reader: "TokenReader") -> Tensor:
-    """Which token has which property, `(B, S, T)` bool; nothing is true of padding and of special tokens."""
+    """Return which token has which property, `(B, S, T)` bool; padding and special tokens have none.
+
+    Args:
+        batch ([`TokenBatch`]): Windows of tokens.
+        reader ([`TokenReader`]): Reader of the tokenizer's tokens.
+    """
     labels = torch.zeros(*batch.input_ids.shape, len(_PROPERTIES), dtype=torch.bool)
     for row, (ids, mask) in enumerate(zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)):
         for part in reader.parts(ids, mask):
@@ -83,25 +90,30 @@ def property_labels(batch: TokenBatch, reader: "TokenReader") -> Tensor:
 
 
 class TokenReader:
-    """Puts the tokens of windows together as text.
+    """Joins the tokens of windows to text.
 
     Args:
-        tokenizer: Of any kind, from transformers.
+        tokenizer: Any tokenizer of transformers.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._special = tokenizer, set(tokenizer.all_special_ids)
         self._texts: dict[int, str] = {}
 
     def texts(self, ids: Iterable[int]) -> list[str]:
-        """What each token adds to a text."""
+        """Return the text of each token."""
         ids = list(ids)
         new = [token for token in dict.fromkeys(ids) if token not in self._texts]
         self._texts.update(zip(new, token_texts(self._tokenizer, new), strict=True))
         return [self._texts[token] for token in ids]
 
     def parts(self, ids: Sequence[int], mask: Sequence[int]) -> Iterator[TextTokens]:
-        """The text between special tokens and paddings of a window."""
+        """Yield the pieces of text between special tokens and padding of a window.
+
+        Args:
+            ids (`Sequence[int]`): Token ids of the window.
+            mask (`Sequence[int]`): 0 at padding.
+        """
         length, positions = sum(mask), []
         for position in range(len(ids) + 1):
             if position < len(ids) and mask[position] and ids[position] not in self._special:
@@ -115,12 +127,12 @@ class TokenReader:
         for text in texts:
             start, end = end, end + len(text)
             raw.append((start, end))
-            left = start + len(text) - len(text.lstrip())
-            spans.append((left, max(left, start + len(text.rstrip()))))
+            begin = start + len(text) - len(text.lstrip())
+            spans.append((begin, max(begin, start + len(text.rstrip()))))
         return TextTokens("".join(texts), spans, raw, ids, positions, length)
 
 
-# What is true of each token of a part, as a list of bool
+# Properties: functions from a part to a bool for each token
 
 
 Property = Callable[[TextTokens], list[bool]]
@@ -137,21 +149,21 @@ def _spelled(pattern: str) -> Property:
 
 
 def _last_tokens(true: Callable[[str], bool]) -> Property:
-    """The tokens in which a word ends of which something is true."""
+    """Return the property of tokens in which a word ends for which `true` holds."""
     return lambda part: _hold([word.end() - 1 for word in _WORD.finditer(part.text) if true(word[0])], part)
 
 
 def _first_tokens(true: Callable[[str], bool]) -> Property:
-    """The tokens in which a word begins of which something is true."""
+    """Return the property of tokens in which a word begins for which `true` holds."""
     return lambda part: _hold([word.start() for word in _WORD.finditer(part.text) if true(word[0])], part)
 
 
 def _hold(characters: Iterable[int], part: TextTokens) -> list[bool]:
-    """The tokens that hold one of these characters."""
-    found, ends = [False] * len(part.raw), [end for _, end in part.raw]
+    """Return which tokens hold one of these characters."""
+    holds, ends = [False] * len(part.raw), [end for _, end in part.raw]
     for at in characters:
-        found[bisect_right(ends, at)] = True
-    return found
+        holds[bisect_right(ends, at)] = True
+    return holds
 
 
 def _of_class(words: str) -> Property:
@@ -169,19 +181,18 @@ def _with_letter(letter: str) -> Property:
 
 
 def _continues_word(part: TextTokens) -> list[bool]:
-    """The first letter of the token is inside of a word, and the word began before."""
+    """Return which tokens begin inside a word that began before them."""
     inside = {at for word in _WORD.finditer(part.text) for at in range(word.start() + 1, word.end())}
     return [start in inside for start, _ in part.raw]
 
 
 def _follows_the(part: TextTokens) -> list[bool]:
     words = list(_WORD.finditer(part.text))
-    pairs = zip(words, words[1:], strict=False)
-    return _hold([after.start() for before, after in pairs if before[0].lower() == "the"], part)
+    return _hold([after.start() for before, after in pairwise(words) if before[0].lower() == "the"], part)
 
 
 def _sentence_ends(part: TextTokens) -> list[int]:
-    return [found.start() for found in _SENTENCE_END.finditer(part.text)]
+    return [match.start() for match in _SENTENCE_END.finditer(part.text)]
 
 
 def _begins_sentence(part: TextTokens) -> list[bool]:
@@ -192,18 +203,18 @@ def _begins_sentence(part: TextTokens) -> list[bool]:
 
 
 def _inside(opens: str, closes: str, alike: str = "") -> Property:
-    """The tokens of which the first character is behind what has been opened and not yet closed."""
+    """Return the property of tokens that begin behind an opening sign that is not closed yet."""
     return lambda part: _are_inside(part, opens, closes, alike)
 
 
 def _are_inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[bool]:
-    blank = {found.start() for found in _BLANK_LINE.finditer(part.text)}
+    blank = {match.start() for match in _BLANK_LINE.finditer(part.text)}
     depth, quoted, inside = 0, False, []
     for at, character in enumerate(part.text):
         if at in blank:
             depth, quoted = 0, False
         depth = max(0, depth - (character in closes))
-        # The sign that ends a quotation is not inside of it, as the one that begins it is not.
+        # The signs that begin and end a quotation are not inside it.
         ends = quoted and character in alike
         quoted = quoted and not ends
         inside.append(depth > 0 or quoted)
@@ -213,18 +224,18 @@ def _are_inside(part: TextTokens, opens: str, closes: str, alike: str) -> list[b
 
 
 def _seen_before(part: TextTokens) -> list[bool]:
-    seen, found = set(), []
+    earlier, repeats = set(), []
     for token in part.ids:
-        found.append(token in seen)
-        seen.add(token)
-    return found
+        repeats.append(token in earlier)
+        earlier.add(token)
+    return repeats
 
 
 _PROPERTIES: dict[str, Property] = {
     "digit": _says(r"\d"),
     "punctuation": _spelled(r"[^\w\s]+"),
     "line break": _says(r"\n"),
-    "begins a word": _first_tokens(lambda word: True),
+    "begins a word": _first_tokens(bool),  # no word is empty
     "continues a word": _continues_word,
     "ends a long word": _last_tokens(lambda word: len(word) >= 9),
     "capitalised": _first_tokens(lambda word: word[0].isupper() and not (len(word) > 1 and word.isupper())),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep from command-line arguments; returns the exit status."""
+    """Run `matryoshka-sae sweep` and return the exit status."""
     parser = _parser()
     parsed, flags = parser.parse_known_args(arguments)
     if (parsed.config is None) == (parsed.points is None):

@@ -17,7 +17,7 @@ _LEAST_OF_K, _LEAST_JOINT = 3, 6  # constants of the laws
 
 @dataclass
 class Grid:
-    """The section `sweep:`; one SAE is trained for each combination of size, k and tokens."""
+    """Fields of the section `sweep:`; one SAE is trained for each combination of size, k and tokens."""
 
     num_latents: list[int]
     """Sizes F of the dictionaries."""
@@ -31,9 +31,9 @@ class Grid:
     """SAEs that no law is fitted to and each is tested on, as a share of the (F, k), drawn by the run's seed from each
     k alike, or as a list [[F, k], ...]. One that is held out is so with every budget."""
     saes_per_run: int | None = None
-    """At most so many at a time, where not all fit into a device's memory."""
+    """Largest number of SAEs in a run, where not all fit into a device's memory."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_latents", "k", "tokens"):
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) < len(values):
@@ -45,6 +45,9 @@ class Grid:
             if name in self.sae:
                 raise ValueError(f"`sweep.sae.{name}` differs between the SAEs of a sweep: leave it out.")
         check_at_least(1, **{"sweep.saes_per_run": self.saes_per_run})
+        self._check_hold_out()
+
+    def _check_hold_out(self) -> None:
         if isinstance(self.hold_out, float) and not 0 <= self.hold_out < 1:
             raise ValueError(f"`sweep.hold_out` must lie in [0, 1), got {self.hold_out}.")
         if not isinstance(self.hold_out, float | list):
@@ -56,20 +59,20 @@ class Grid:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Every (F, k)."""
+        """All (F, k) of the grid."""
         return [(size, k) for size in self.num_latents for k in self.k]
 
     def held_out(self, seed: int) -> set[tuple[int, int]]:
-        """The (F, k) that are held out."""
+        """Return the (F, k) that are held out; `seed` decides where a share is given."""
         if isinstance(self.hold_out, list):
             return {(size, k) for size, k in self.hold_out}
-        draw, drawn = random.Random(seed), set()
+        draw, held_out = random.Random(seed), set()
         columns = [draw.sample(self.num_latents, len(self.num_latents)) for _ in self.k]
         order = draw.sample(range(len(self.k)), len(self.k))
-        for i in range(round(self.hold_out * len(self.pairs))):  # from each k in turn: no law is to lose all points
+        for i in range(round(self.hold_out * len(self.pairs))):  # from each k in turn, so that no law loses all points
             column = order[i % len(order)]
-            drawn.add((columns[column].pop(), self.k[column]))
-        return drawn
+            held_out.add((columns[column].pop(), self.k[column]))
+        return held_out
 
 
 @dataclass
@@ -77,8 +80,8 @@ class Sweep:
     """A checked sweep.
 
     Args:
-        grid ([`Grid`]): What is swept.
-        fields (`dict`): Of the runs, without `saes` and `tokens`.
+        grid ([`Grid`]): Sizes, k and budgets of the SAEs.
+        fields (`dict`): Fields of the runs, without `saes` and `tokens`.
     """
 
     grid: Grid
@@ -86,12 +89,12 @@ class Sweep:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Sweep":
-        """A checked sweep from nested dicts. Raises `ValueError` for whatever does not fit."""
+        """Make a checked sweep from nested dicts; raise `ValueError` for fields that do not fit."""
         return cls.read(data).check_saes()
 
     @classmethod
     def read(cls, data: dict) -> "Sweep":
-        """A sweep of known fields and possible values, from nested dicts. Raises `ValueError` for others."""
+        """Make a sweep from nested dicts; raise `ValueError` for unknown fields and impossible values."""
         fields = dict(data)
         if "sweep" not in fields:
             raise ValueError("A sweep's config needs a section `sweep: {num_latents: [..], k: [..], tokens: [..]}`.")
@@ -110,12 +113,12 @@ class Sweep:
         return sweep
 
     def check_saes(self) -> "Sweep":
-        """This sweep; raises `ValueError` for fields that do not fit the family. Only this needs torch."""
+        """Return this sweep; raise `ValueError` for fields that do not fit the family. Only this needs torch."""
         self.run(self.grid.tokens[0], self.grid.pairs).check_saes()
         return self
 
     def check_laws(self) -> None:
-        """Raises `ValueError` if its points, those held out left out, are too few for any law."""
+        """Raise `ValueError` if its points that are not held out are too few for any law."""
         fitted = set(self.grid.pairs) - self.grid.held_out(self.fields.get("seed", 0))
         at_k = max(sum(k == each for _, each in fitted) for k in self.grid.k)
         if at_k * len(self.grid.tokens) <= _LEAST_OF_K and len(fitted) <= _LEAST_JOINT:
@@ -128,11 +131,11 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where its runs and its report are."""
+        """Folder of its runs and its report."""
         return Path(self.fields["output_dir"])
 
     def spec(self, num_latents: int, k: int) -> SAESpec:
-        """One SAE as an entry of `saes`."""
+        """Return the spec of one SAE."""
         return SAESpec.from_dict(self._entry(num_latents, k), "sweep.sae.")
 
     def _entry(self, num_latents: int, k: int) -> dict[str, Any]:
@@ -140,7 +143,7 @@ class Sweep:
         return {**self.grid.sae, "num_latents": num_latents, "k": k, "name": name}
 
     def run(self, tokens: int, pairs: list[tuple[int, int]], folder: Path | None = None) -> RunConfig:
-        """The run that trains the SAEs of these (F, k) on so many tokens."""
+        """Return the run that trains the SAEs of these (F, k) on this number of tokens."""
         saes = [self._entry(*pair) for pair in pairs]
         place = {} if folder is None else {"output_dir": str(folder)}
         same = {"eval_tokens": LARGEST_EVALUATION}  # laws compare losses on the same held-out tokens
@@ -148,15 +151,16 @@ class Sweep:
 
 
 def load_sweep(path: str | Path, flags: list[str] | None = None, look: Callable[[Sweep], None] | None = None) -> Sweep:
-    """The sweep that a YAML file and command-line flags describe.
+    """Return the sweep that a YAML file and command-line flags describe.
 
     Args:
         path (`str` or `Path`): The YAML file.
-        flags (`list[str]`, *optional*): For example `["--sweep.k", "[8, 16]", "--batch_size", "4096"]`.
-        look (`Callable[[Sweep], None]`, *optional*): Sees the fields before torch is imported to check the rest.
+        flags (`list[str]`, *optional*): Flags such as `["--sweep.k", "[8, 16]", "--batch_size", "4096"]`.
+        look (`Callable[[Sweep], None]`, *optional*): Called with the sweep before torch is imported for further
+            checks.
 
     Raises:
-        `ValueError`: for a file that is missing or no YAML, and for whatever does not fit.
+        `ValueError`: for a file that is missing or no YAML, and for fields that do not fit.
     """
     sweep = Sweep.read(override(read_yaml(path), flags or []))
     if look is not None:

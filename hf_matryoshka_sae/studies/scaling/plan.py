@@ -1,4 +1,4 @@
-"""Which runs a sweep consists of: those that are there stay as they are, what none of them has is divided anew."""
+"""Plan the runs of a sweep: planned runs stay as they are, SAEs that none of them has are divided into new ones."""
 
 import shutil
 from pathlib import Path
@@ -15,38 +15,38 @@ from .config import Sweep
 
 
 _OWN_FIELDS = {"saes", "tokens", "activation_cache", *FREE_TO_CHANGE}
-_BYTES = 4  # of a cached number, at most
+_BYTES = 4  # of a cached number, or fewer
 _SHARE_OF_DISK = 0.5
 
 
 def plan_runs(sweep: Sweep, processes: int = 1, add: bool = True) -> list[RunConfig]:
-    """The runs of a sweep, each with its `run.yaml` in its folder.
+    """Return the runs of a sweep, each with its `run.yaml` in its folder.
 
-    What is planned is on the disk before anything is trained, so that an interrupted sweep goes on with the same runs,
-    however many processes there are then, and a sweep whose grid has grown trains only what is new. A new run takes
-    one budget's SAEs, or a share of about the same F x tokens for each process. Where there are several new runs, they
-    share hidden states through a cache in the sweep's folder if half of the free disk can hold it.
+    Runs are on disk before anything is trained, so that an interrupted sweep continues with the same runs, however
+    many processes there are then, and a sweep whose grid has grown trains only the new SAEs. A new run takes the SAEs
+    of one budget, or a share of about the same F x tokens for each process. Several new runs share hidden states
+    through a cache in the sweep's folder if half of the free disk can hold it.
 
     Args:
-        sweep ([`Sweep`]): What is wanted.
-        processes (`int`, *optional*, defaults to 1): Runs at a time.
-        add (`bool`, *optional*, defaults to `True`): Plan what is missing; otherwise only what is there is listed.
+        sweep ([`Sweep`]): The sweep.
+        processes (`int`, *optional*, defaults to 1): Number of runs at a time.
+        add (`bool`, *optional*, defaults to `True`): Whether to plan missing runs; otherwise present ones are listed.
 
     Raises:
         `ValueError`: if the folder holds runs of other fields.
     """
-    runs = _found(sweep)
+    runs = _present_runs(sweep)
     if not add:
         return runs
-    taken = {path.parent for path in sweep.folder.glob("*/run.yaml")}
+    folders = {path.parent for path in sweep.folder.glob("*/run.yaml")}
     new = []
     for tokens in sweep.grid.tokens:
         have = {spec.name for run in runs if run.tokens == tokens for spec in run.saes}
         missing = [pair for pair in sweep.grid.pairs if sweep.spec(*pair).name not in have]
         for pairs in _parts(missing, processes, sweep.grid.saes_per_run):
             names = (sweep.folder / f"tokens-{tokens}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 10**6))])
-            folder = next(name for name in names if name not in taken)
-            taken.add(folder)
+            folder = next(name for name in names if name not in folders)
+            folders.add(folder)
             new.append(sweep.run(tokens, pairs, folder))
     if len(new) > 1 and sweep.fields.get("activation_cache") is None:
         _share_hidden_states(sweep.folder, new)
@@ -56,43 +56,43 @@ def plan_runs(sweep: Sweep, processes: int = 1, add: bool = True) -> list[RunCon
 
 
 def is_finished(run: RunConfig) -> bool:
-    """Whether a run was trained and measured."""
+    """Return whether a run was trained and measured."""
     return (Path(run.output_dir) / "results.json").is_file()
 
 
 def cost(run: RunConfig) -> int:
-    """What a run costs relative to others: the encoder's latents, times tokens."""
+    """Return the relative cost of a run: the number of its latents, times tokens."""
     return run.tokens * sum(spec.num_latents for spec in run.saes)
 
 
 def own_cache(run: RunConfig) -> Path | None:
-    """The cache of a run, if it is one that [`plan_runs`] made."""
+    """Return the cache of a run if [`plan_runs`] chose it; else `None`."""
     path = run.activation_cache and Path(run.activation_cache)
     return path if path and path.parent == Path(run.output_dir).parent else None
 
 
-def _found(sweep: Sweep) -> list[RunConfig]:
-    """The runs in the sweep's folder that train something of the grid."""
-    wanted = {spec.name: spec for spec in (sweep.spec(*pair) for pair in sweep.grid.pairs)}
+def _present_runs(sweep: Sweep) -> list[RunConfig]:
+    """Return the runs in the sweep's folder that train SAEs of the grid."""
+    specs = {spec.name: spec for spec in (sweep.spec(*pair) for pair in sweep.grid.pairs)}
     runs = []
     for path in sorted(sweep.folder.glob("*/run.yaml")):
         run = load_run_config(path, [f"--output_dir={path.parent}"])  # the sweep may have been moved
         fields = run.to_dict()
-        asked = with_sizes_of(sweep.run(run.tokens, sweep.grid.pairs[:1]), fields).to_dict()
-        changed = [name for name, value in fields.items() if name not in _OWN_FIELDS and asked[name] != value]
-        changed += [f"sweep.sae ({spec.name})" for spec in run.saes if wanted.get(spec.name, spec) != spec]
+        planned = with_sizes_of(sweep.run(run.tokens, sweep.grid.pairs[:1]), fields).to_dict()
+        changed = [name for name, value in fields.items() if name not in _OWN_FIELDS and planned[name] != value]
+        changed += [f"sweep.sae ({spec.name})" for spec in run.saes if specs.get(spec.name, spec) != spec]
         if changed:
             raise ValueError(
                 f"{sweep.folder} holds a sweep that differs in {', '.join(changed)} (see {path}). Give another "
                 "`output_dir`."
             )
-        if run.tokens in sweep.grid.tokens and any(spec.name in wanted for spec in run.saes):
+        if run.tokens in sweep.grid.tokens and any(spec.name in specs for spec in run.saes):
             runs.append(run)
     return runs
 
 
 def _parts(pairs: list[tuple[int, int]], processes: int, largest: int | None) -> list[list[tuple[int, int]]]:
-    """The (F, k) in parts of about the same sum of F: each goes to the lightest part, the largest F first."""
+    """Divide (F, k) into parts of about the same sum of F: each goes to the lightest part, the largest F first."""
     if not pairs:
         return []
     count = min(len(pairs), max(processes, -(-len(pairs) // (largest or len(pairs)))))
@@ -120,5 +120,5 @@ def _hidden_size(run: RunConfig) -> int | None:
         try:
             config = AutoConfig.from_pretrained(run.model, revision=run.model_revision)
         except OSError:
-            return None  # the run itself says what is wrong
+            return None  # the run itself reports the error
     return getattr(config.get_text_config(), "hidden_size", None)

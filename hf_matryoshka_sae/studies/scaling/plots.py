@@ -1,4 +1,4 @@
-"""The laws of a sweep as a picture: loss against size, against compute, over both, and predicted against measured."""
+"""Plot the laws of a sweep: loss against size, against compute, over size and k, and predicted against measured."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+    from .laws import PowerLawWithFloor
     from .report import BudgetFits, ScalingReport
 
 
@@ -24,7 +25,7 @@ def plot_scaling(report: "ScalingReport", path: str | Path) -> None:
     """Draw the laws of the largest budget, and L(C) over all budgets, to a PNG.
 
     Args:
-        report ([`ScalingReport`]): With at least one law.
+        report ([`ScalingReport`]): Report with at least one law.
         path (`str` or `Path`): The PNG to write.
     """
     from matplotlib.figure import Figure
@@ -133,7 +134,7 @@ def _draw_points(axis: "Axes", points: Sequence[Point], column: str, colour: obj
             )
 
 
-def _draw_law(axis: "Axes", law, grid: np.ndarray, colour: object, label: str) -> None:
+def _draw_law(axis: "Axes", law: "PowerLawWithFloor", grid: np.ndarray, colour: object, label: str) -> None:
     axis.plot(grid, law.predict(grid), color=colour, linewidth=1.3, label=label)
     if len(law.samples):
         axis.fill_between(grid, *law.band(grid), color=colour, alpha=0.15, linewidth=0)

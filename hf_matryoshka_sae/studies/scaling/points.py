@@ -1,4 +1,4 @@
-"""What is known of each SAE of a sweep: its place in the grid, its compute, its held-out loss; as CSV and back."""
+"""The SAEs of a sweep as points: place in the grid, compute, held-out loss; written to CSV and read back."""
 
 import csv
 import io
@@ -22,18 +22,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Point:
-    """One SAE.
+    """One SAE of a sweep.
 
     Args:
-        num_latents (`int`): F.
+        num_latents (`int`): Number F of latents.
         k (`int`): Active latents of a token.
-        loss (`float`): Held-out error over the variance, FVU.
-        tokens (`int`, *optional*): It was trained on.
-        flops (`float`, *optional*): See [`training_flops`].
-        held_out (`bool`, *optional*): No law is fitted to it.
-        l0, ce, recaptured, dead (`float`, *optional*): Held-out active latents; cross-entropy of the language model
-            with the reconstruction spliced in, in nats; recaptured loss against zero ablation; share of latents that
-            never fire on the held-out tokens.
+        loss (`float`): Held-out FVU.
+        tokens (`int`, *optional*): Number of training tokens.
+        flops (`float`, *optional*): Training compute, as in [`training_flops`].
+        held_out (`bool`, *optional*): Whether no law is fitted to it.
+        l0 (`float`, *optional*): Mean number of active latents of a held-out token.
+        ce (`float`, *optional*): Cross-entropy of the language model with the reconstruction spliced in, in nats.
+        recaptured (`float`, *optional*): Recaptured loss against zero ablation.
+        dead (`float`, *optional*): Share of latents that never fire on the held-out tokens.
     """
 
     num_latents: int
@@ -49,19 +50,25 @@ class Point:
 
 
 def training_flops(num_latents: int, k: int, tokens: int, d_in: int) -> float:
-    """Floating-point operations of the dictionary's own matrix products in training: tokens x D x (2 F + 8 k).
+    """Return the FLOPs of the dictionary's own matrix products in training: tokens x D x (2 F + 8 k).
 
-    2 D F of a token are the encoder; 2 D k each are the decoder and three backward products through the k active
-    latents: to the values, to `W_dec` and to `W_enc`. Selection, auxiliary loss, inner prefixes, optimizer and the
-    language model, which all SAEs share, are left out. Dense training would be 12 D F of a token.
+    Of each token 2 D F are the encoder's; 2 D k each are those of the decoder and of three backward products through
+    the k active latents: to the values, to `W_dec` and to `W_enc`. Selection, auxiliary loss, inner prefixes,
+    optimizer and the language model, which all SAEs share, are left out. Dense training would take 12 D F a token.
+
+    Args:
+        num_latents (`int`): Number F of latents.
+        k (`int`): Active latents of a token.
+        tokens (`int`): Number of training tokens.
+        d_in (`int`): Width D of the hidden states.
     """
     return float(tokens * d_in * (2 * num_latents + 8 * k))
 
 
 def finished_points(sweep: Sweep, runs: Sequence[RunConfig]) -> list[Point]:
-    """The SAEs of the grid whose runs are finished, by tokens, k and F."""
+    """Return the SAEs of the grid whose runs are finished, sorted by tokens, k and F."""
     held_out = sweep.grid.held_out(sweep.fields.get("seed", 0))
-    wanted = {sweep.spec(*pair).name: pair for pair in sweep.grid.pairs}
+    pairs_by_name = {sweep.spec(*pair).name: pair for pair in sweep.grid.pairs}
     points = []
     for run in runs:
         if not is_finished(run):
@@ -69,10 +76,10 @@ def finished_points(sweep: Sweep, runs: Sequence[RunConfig]) -> list[Point]:
         folder = Path(run.output_dir)
         (result,) = json.loads((folder / "results.json").read_text())["results"]
         for name, rows in result["saes"].items():
-            if name in wanted and rows[-1]["fvu"] is None:  # JSON's word for what is not finite
+            if name in pairs_by_name and rows[-1]["fvu"] is None:  # JSON's word for what is not finite
                 logger.warning(f"{folder / name} has no FVU that is a number: it is left out of the fits.")
-            elif name in wanted:
-                size, k = wanted[name]
+            elif name in pairs_by_name:
+                size, k = pairs_by_name[name]
                 d_in = _d_in(folder / name / result["hookpoint"].replace(":", "-"))
                 points.append(
                     Point(
@@ -93,7 +100,7 @@ def _d_in(folder: Path) -> int:
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:
-    """A line for each point, with a header; what is not known is empty."""
+    """Write a CSV file with a line for each point; unknown values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     writer.writeheader()
@@ -102,7 +109,10 @@ def write_points(points: Sequence[Point], path: Path) -> None:
 
 
 def read_points(path: str | Path) -> list[Point]:
-    """Points from a CSV file with columns `num_latents`, `k`, `loss` and any others of [`Point`].
+    """Read points from a CSV file with columns `num_latents`, `k`, `loss` and any others of [`Point`].
+
+    Args:
+        path (`str` or `Path`): The CSV file.
 
     Raises:
         `ValueError`: for a file that is missing, a column that is missing or unknown, or a value that is no number.
@@ -141,16 +151,17 @@ def _number(text: str, kind: type, where: str) -> int | float | bool:
 
 
 def frontier(points: Sequence[Point], k: int) -> list[Point]:
-    """The fitted points of one k that no other of them beats with as little compute."""
+    """Return the fitted points of one k of which no other has a lower loss with as little compute."""
     at_k = [point for point in points if point.k == k and not point.held_out and point.flops is not None]
     return [at_k[i] for i in efficient_frontier([p.flops for p in at_k], [p.loss for p in at_k])]
 
 
 def efficient_frontier(compute: Sequence[float], loss: Sequence[float]) -> np.ndarray:
-    """Which points no other one beats with as little compute: indices, by compute.
+    """Return the indices of the points of which no other has a lower loss with as little compute, by compute.
 
     Args:
-        compute (`Sequence[float]`), loss (`Sequence[float]`): Of each point, `[m]`.
+        compute (`Sequence[float]`): Compute of each point, `[m]`.
+        loss (`Sequence[float]`): Loss of each point, `[m]`.
     """
     compute, loss = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     order = np.lexsort((loss, compute))

@@ -1,4 +1,4 @@
-"""From points to scaling laws: fits, what they say of points they were not fitted to, tables, files."""
+"""Fit scaling laws to points, test them on held-out points, and report them as tables and files."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -49,12 +49,12 @@ class BudgetFits:
     """The laws of one training budget.
 
     Args:
-        tokens (`int`, *optional*): The budget.
-        joint ([`JointScalingLaw`], *optional*): L(F, k).
-        sizes (`dict[int, PowerLawWithFloor]`): L(F) by k.
-        held_out (`dict[str, float]`): Mean error on held-out points, by what predicts them: `joint`, `size` (L(F), at
-            those points whose k has a fit), and the baselines `plane` (a power law in F and k without irreducible
-            term), `nearest` (the fitted point nearest in ln F and ln k) and `mean` (of the fitted log losses).
+        tokens (`int`, *optional*): Number of training tokens.
+        joint ([`JointScalingLaw`], *optional*): The law L(F, k).
+        sizes (`dict[int, PowerLawWithFloor]`): The laws L(F), by k.
+        held_out (`dict[str, float]`): Mean error on held-out points, by predictor: `joint`, `size` (L(F), at points
+            whose k has a fit), and the baselines `plane` (a power law in F and k without irreducible term), `nearest`
+            (the fitted point nearest in ln F and ln k) and `mean` (of the fitted log losses).
     """
 
     tokens: int | None
@@ -68,10 +68,10 @@ class ScalingReport:
     """All points and laws of a sweep; `str()` is the text of `report.md`.
 
     Args:
-        points (`list[Point]`): Fitted and held out.
-        budgets (`list[BudgetFits]`): By tokens.
-        compute (`dict[int, PowerLawWithFloor]`): L(C) by k.
-        notes (`list[str]`): What could not be fitted, and why.
+        points (`list[Point]`): All points, fitted and held out.
+        budgets (`list[BudgetFits]`): Laws of each training budget, by tokens.
+        compute (`dict[int, PowerLawWithFloor]`): The laws L(C), by k.
+        notes (`list[str]`): Laws that could not be fitted, and why.
     """
 
     points: list[Point]
@@ -88,7 +88,7 @@ class ScalingReport:
         write_text(folder / "report.md", str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Return everything as plain values, for JSON."""
         return {
             "about": ABOUT,
             "budgets": [
@@ -136,14 +136,15 @@ class ScalingReport:
 
 
 def fit_points(points: Sequence[Point], resamples: int = 200, seed: int = 0) -> ScalingReport:
-    """Fit every law that the points allow, to those that are not held out, and test them on those that are.
+    """Fit every law that the points allow to those that are not held out, and test it on those that are.
 
     Args:
-        points (`Sequence[Point]`): For example [`finished_points`] of a sweep.
-        resamples (`int`, *optional*, defaults to 200), seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        points (`Sequence[Point]`): Points, for example [`finished_points`] of a sweep.
+        resamples (`int`, *optional*, defaults to 200): Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
 
     Raises:
-        `ValueError`: if not one law can be fitted.
+        `ValueError`: if no law can be fitted.
     """
     notes: list[str] = []
     budgets, compute = [], {}
@@ -206,8 +207,8 @@ def _held_out_errors(fits: BudgetFits, fitted: Sequence[Point], tests: Sequence[
     errors = {name: float(abs(values / measured - 1).mean()) for name, values in predictions.items()}
     known = [point for point in tests if point.k in fits.sizes]
     if known:
-        found = [float(fits.sizes[point.k].predict(point.num_latents)) / point.loss - 1 for point in known]
-        errors["size"] = float(np.abs(found).mean())
+        ratios = [float(fits.sizes[point.k].predict(point.num_latents)) / point.loss - 1 for point in known]
+        errors["size"] = float(np.abs(ratios).mean())
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Runs one after the other, or several at a time, each in a process and on a device of its own."""
+"""Train runs one after the other, or several at a time, each in a process and on a device of its own."""
 
 import json
 import os
@@ -28,23 +28,23 @@ _LOG = "log.txt"
 
 
 def default_processes() -> int:
-    """As many runs at a time as there are CUDA devices, or one."""
+    """Return the number of CUDA devices, or one."""
     return max(1, torch.cuda.device_count())
 
 
 def train_runs(runs: Sequence[RunConfig], processes: int = 1) -> None:
-    """Train runs that are in their folders to their ends, each from its newest checkpoint.
+    """Train planned runs to their ends, each from its newest checkpoint.
 
-    With one process they are trained in this one. With several, every CUDA device gets as many processes, or the cores
-    are divided between them; what a run prints is in its folder, in `log.txt`.
+    With one process they are trained in this one. Several processes are spread evenly over the CUDA devices, or share
+    the cores; a run's output is in its folder, in `log.txt`.
 
     Args:
-        runs (`list[RunConfig]`): As [`plan_runs`] gives them.
-        processes (`int`, *optional*, defaults to 1): At a time.
+        runs (`list[RunConfig]`): Runs of [`plan_runs`].
+        processes (`int`, *optional*, defaults to 1): Number of runs at a time.
 
     Raises:
         [`Interrupted`]: after Ctrl-C or a termination request, when every run has saved a checkpoint.
-        `ValueError`: if a run cannot be trained. Runs at its side are stopped and keep their checkpoints.
+        `ValueError`: if a run cannot be trained. Runs beside it are stopped and keep their checkpoints.
     """
     if not runs:
         return
@@ -54,7 +54,7 @@ def train_runs(runs: Sequence[RunConfig], processes: int = 1) -> None:
             sys.stdout.write(f"Run {i + 1} of {len(runs)}: {len(run.saes)} SAEs, {run.tokens} tokens each.\n")
             train(run)
         return
-    waiting = sorted(runs, key=cost)  # the longest are taken first, so that none of them is left for the end
+    waiting = sorted(runs, key=cost)  # `pop` takes the longest first, so that no long run is left for the end
     running: dict[int, tuple[RunConfig, subprocess.Popen]] = {}
     with _termination_is_ctrl_c(), tqdm(total=sum(map(cost, runs)), unit="latent-tok", unit_scale=True) as bar:
         try:
@@ -77,7 +77,7 @@ def train_runs(runs: Sequence[RunConfig], processes: int = 1) -> None:
 
 
 def _build_cache(runs: Sequence[RunConfig]) -> None:
-    """Several runs must not build the cache they share at once, nor one that is too small for the largest."""
+    """Build shared caches with their largest run: runs must not build one at once, nor one that is too small."""
     largest = {run.activation_cache: run for run in sorted(runs, key=lambda run: run.tokens)}
     for folder, run in largest.items():
         if folder is not None and not has_cache(folder):
@@ -114,7 +114,7 @@ def _check(run: RunConfig, status: int) -> None:
 
 
 def _done(run: RunConfig) -> float:
-    """The share of its cost that a run has behind it, from the last line it logged."""
+    """Return the part of a run's cost that is done, from the last line it logged."""
     try:
         last = (Path(run.output_dir) / "metrics.jsonl").read_bytes().splitlines()[-1]
         return cost(run) * json.loads(last)["step"] / run.steps
@@ -123,7 +123,7 @@ def _done(run: RunConfig) -> float:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask them to end, wait until they have saved a checkpoint."""
+    """Terminate the processes and wait until they have saved a checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -132,7 +132,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 @contextmanager
 def _termination_is_ctrl_c() -> Iterator[None]:
-    def stop(number, frame):
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)

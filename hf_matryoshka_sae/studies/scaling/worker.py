@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own, which ends when the sweep's process does.
+"""Train one run of a sweep in a process of its own, which ends when the sweep's process does.
 
 python -m hf_matryoshka_sae.studies.scaling.worker RUN_YAML OUTPUT_DIR
 """

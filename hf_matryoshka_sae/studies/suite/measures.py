@@ -93,7 +93,7 @@ def ablation(bench: Bench, tokens: int) -> Found:
     return Found.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
 
 
-def absorption(bench: Bench, size: int) -> Found:
+def absorption(bench: Bench, size: int) -> Found:  # noqa: ARG001 (all sections have one signature)
     """Absorption and splitting of first letters, where the language model knows them."""
     data = bench.data
     try:

@@ -1,8 +1,8 @@
-"""Feature hedging: how much of latents that are yet to come is mixed into those that are there.
+"""Feature hedging: how much a narrow dictionary mixes correlated features into its latents.
 
-A dictionary too narrow for its data merges correlated features into one latent. Given N more latents and trained on,
-it lets go of them: its old rows move along the new ones. How far, beyond what random directions would show, is the
-hedging rate (Chanin et al. 2025, arXiv 2505.11756).
+A dictionary too narrow for its data merges correlated features into one latent. When N latents are added and training
+goes on, the features separate: the old rows move along the new ones. How far they move, beyond their movement along
+random directions, is the hedging rate (Chanin et al. 2025, arXiv 2505.11756).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from ...evaluation.geometry import unit_rows
 
 @torch.no_grad()
 def hedging_rate(control_W_dec: Tensor, extended_W_dec: Tensor, draws: int = 50, seed: int = 0) -> dict[str, Any]:
-    """The hedging rate of a dictionary, from its decoder before and after N latents were added.
+    """Compute the hedging rate of a dictionary from its decoder before and after N latents were added.
 
     With unit rows, delta_j the change of row j < h and Q the span of the N new rows,
 
@@ -28,9 +28,9 @@ def hedging_rate(control_W_dec: Tensor, extended_W_dec: Tensor, draws: int = 50,
     Args:
         control_W_dec (`Tensor` of shape `(h, D)`): Decoder of the control.
         extended_W_dec (`Tensor` of shape `(h + N, D)`):
-            Decoder of the same dictionary with N new latents after its own, trained on.
-        draws (`int`, *optional*, defaults to 50): Of the random rows behind P_0.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+            Decoder of the same dictionary after N latents were added behind its own and training went on.
+        draws (`int`, *optional*, defaults to 50): Number of draws of the random rows of P_0.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
 
     Returns:
         `dict`: `hedging_rate`, `projection` (P), `random_projection` (P_0), its standard deviation over draws
@@ -54,7 +54,7 @@ def hedging_rate(control_W_dec: Tensor, extended_W_dec: Tensor, draws: int = 50,
     )
     projection, baseline = _projection(change, extended[width:]).item(), random.mean().item()
     return {
-        # P_0 reaches 1 only where rows moved so far that nothing is left of them.
+        # P_0 reaches 1 only where nothing is left of the old rows.
         "hedging_rate": max(0.0, (projection - baseline) / (1 - baseline)) if baseline < 1 else 0.0,
         "projection": projection,
         "random_projection": baseline,
@@ -66,7 +66,7 @@ def hedging_rate(control_W_dec: Tensor, extended_W_dec: Tensor, draws: int = 50,
 
 
 def _checked(control: Tensor, extended: Tensor) -> tuple[int, int]:
-    """h and D, if the two decoders fit."""
+    """Return h and D; raise `ValueError` where the two decoders do not fit."""
     if control.dim() != 2 or extended.dim() != 2 or control.shape[1] != extended.shape[1]:
         raise ValueError(
             f"Expected decoders (h, D) and (h + N, D), got {tuple(control.shape)} and {tuple(extended.shape)}."
@@ -81,7 +81,7 @@ def _checked(control: Tensor, extended: Tensor) -> tuple[int, int]:
 
 
 def _projection(change: Tensor, rows: Tensor) -> Tensor:
-    """The mean length of the changes' projections on the span of `rows`, which may depend on each other."""
+    """Return the mean length of the changes' projections on the span of `rows`, which may be linearly dependent."""
     _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
     basis = basis[singular > singular[0] * 1e-10]
     return (change @ basis.T).norm(dim=1).mean()

@@ -1,8 +1,8 @@
-"""Do two dictionaries hold the same latents?
+"""Measure whether two dictionaries hold the same latents.
 
-By what they do: the maximum mean correlation (MMC) of Nabeshima (Matryoshka Sparse Autoencoders, 2024) is the mean,
-over the latents of reference SAEs, of the largest correlation of activations with any latent of the SAE. By their
-weights: cosines of matched decoder rows, as for two seeds of one run.
+By activations: the maximum mean correlation (MMC) of Nabeshima (Matryoshka Sparse Autoencoders, 2024) is the mean,
+over the latents of reference SAEs, of the largest correlation of activations with any latent of the SAE. By weights:
+cosines of matched decoder rows, as for two seeds of one run.
 
 Shapes: N tokens, D `d_in`, F latents of the SAE, R latents of all references, P prefixes.
 """
@@ -29,21 +29,21 @@ _ROUNDING = 1e-12
 
 
 class CorrelationSums:
-    """What Pearson correlations of an SAE's latents with those of references need, summed over tokens in float64.
+    """Sums over tokens, in float64, for Pearson correlations of an SAE's latents with those of reference SAEs.
 
     Memory is 8 F R bytes for the products, and blocks of 64 MB beside them. All references are seen in one pass, so
     that hidden states are harvested once.
 
     Args:
-        sae ([`SAEModel`]): In `eval` mode.
-        references (`Sequence[SAEModel]`): In `eval` mode, of the same `d_in`.
-        memory_limit (`int`, *optional*, defaults to 4 GiB): Most bytes for the products.
+        sae ([`SAEModel`]): The SAE, in `eval` mode.
+        references (`Sequence[SAEModel]`): Reference SAEs of the same `d_in`, in `eval` mode.
+        memory_limit (`int`, *optional*, defaults to 4 GiB): Largest number of bytes for the products.
 
     Raises:
         `ValueError`: if the references are missing, read other hidden states, or the products do not fit.
     """
 
-    def __init__(self, sae: SAEModel, references: Sequence[SAEModel], memory_limit: int = 2**32):
+    def __init__(self, sae: SAEModel, references: Sequence[SAEModel], memory_limit: int = 2**32) -> None:
         self.sae, self.references = sae, list(references)
         if not self.references:
             raise ValueError("There are no reference SAEs to compare with.")
@@ -67,7 +67,7 @@ class CorrelationSums:
         self.tokens = torch.zeros((), **options)
 
     def add(self, x: Tensor) -> None:
-        """The next tokens, `(n, D)`."""
+        """Add tokens `(n, D)`."""
         x = x.to(self.sae.W_enc)
         for part in x.split(max(1, _BLOCK_ENTRIES // self.products.shape[1])):
             pairs = self.sae.encode_pairs(part)
@@ -109,14 +109,18 @@ class CorrelationSums:
             raise ValueError("There are no tokens to correlate latents on: the activations are empty.")
 
     def largest(self, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """For each reference latent its largest correlation with any of the first `width` latents.
+        """Return each reference latent's largest correlation with any of the first `width` latents.
+
+        Args:
+            widths (`Sequence[int]`): The P widths.
 
         Returns:
-            The correlations `(P, R)`, -inf where no latent of the prefix varies, and which of the R latents vary.
+            `tuple[Tensor, Tensor]`: Correlations `(P, R)`, -inf where no latent of the prefix varies, and a mask
+            `(R,)` of the reference latents that vary.
         """
         mean, deviation = _mean_and_deviation(self.moments, self.tokens)
         other_mean, other_deviation = _mean_and_deviation(self.other_moments, self.tokens)
-        found = self.products.new_full((len(widths), len(other_mean)), -torch.inf)
+        largest = self.products.new_full((len(widths), len(other_mean)), -torch.inf)
         step = max(1, _BLOCK_ENTRIES // len(other_mean))
         for p, group in enumerate(groups(widths)):
             for start in range(group.start, group.stop, step):
@@ -124,18 +128,18 @@ class CorrelationSums:
                 covariance = self.products[block] / self.tokens - mean[block, None] * other_mean
                 correlations = covariance / (deviation[block, None] * other_deviation)
                 correlations[deviation[block] == 0] = -torch.inf
-                found[p] = torch.maximum(found[p], correlations.amax(0))
-        return found.cummax(0).values.clamp(max=1), other_deviation > 0
+                largest[p] = torch.maximum(largest[p], correlations.amax(0))
+        return largest.cummax(0).values.clamp(max=1), other_deviation > 0
 
 
 def _dense(sae: SAEModel, x: Tensor) -> Tensor:
-    """Activations `(n, F)` in float64."""
+    """Return the activations `(n, F)` in float64."""
     pairs = sae.encode_pairs(x.to(sae.W_enc))
     return pairs.index.spread(pairs.values.double())
 
 
 def _mean_and_deviation(moments: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation; the deviation is 0 for what is dead or constant."""
+    """Return mean and standard deviation of each latent; the deviation is 0 for dead and constant latents."""
     mean, square = moments / tokens
     variance = square - mean.square()
     return mean, torch.where(variance > _ROUNDING * square, variance, 0).sqrt()
@@ -149,22 +153,22 @@ def maximum_mean_correlation(
     widths: Sequence[int] | None = None,
     memory_limit: int = 2**32,
 ) -> list[dict[str, Any]]:
-    """MMC of every prefix of an SAE to one or a family of reference SAEs.
+    """Compute the MMC of every prefix of an SAE to one or several reference SAEs.
 
-    Pearson correlations of activations over tokens, zeros included, from sums in float64 over all processes. Each
-    reference latent that varies counts once, whichever reference it is from; dead ones, of either side, have no
+    Pearson correlations of activations over tokens, zeros included, come from sums in float64 over all processes. Each
+    reference latent that varies counts once, whichever reference it is from; dead latents of either side have no
     correlation and are left out. All latents of the SAE compete for places (selection `"mask"`).
 
     Args:
-        sae ([`SAEModel`]): In `eval` mode.
-        references ([`SAEModel`] or sequence of such): For instance SAEs of several widths, each trained on its own.
-        activations ([`HasActivations`] or iterable of `Tensor`): Batches `(n, D)`; read once.
-        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
-        memory_limit (`int`, *optional*, defaults to 4 GiB): Most bytes for the 8 F R of products.
+        sae ([`SAEModel`]): The SAE, in `eval` mode.
+        references ([`SAEModel`] or `Sequence[SAEModel]`): Reference SAEs, for example of several widths.
+        activations ([`HasActivations`] or iterable of `Tensor`): Hidden states in batches `(n, D)`; read once.
+        widths (`Sequence[int]`, *optional*): Widths to measure, strictly increasing; by default the prefixes of `sae`.
+        memory_limit (`int`, *optional*, defaults to 4 GiB): Largest number of bytes for the products, 8 F R.
 
     Returns:
-        `list[dict]`: for each width `mmc`, `mmc_per_reference` (each `None` where nothing varies),
-        `reference_latents` (those that vary) and `tokens`.
+        `list[dict]`: For each width `mmc`, `mmc_per_reference` (each `None` where nothing varies),
+        `reference_latents` (number of those that vary) and `tokens`.
 
     Raises:
         `ValueError`: for SAEs of different `d_in`, too many latents for the limit, or empty or bad activations.
@@ -198,15 +202,17 @@ def _mean(largest: Tensor, varies: Tensor) -> float | None:
 def decoder_matching(
     sae: SAEModel, other: SAEModel, widths: Sequence[int] | None = None, hungarian_limit: int = 4096
 ) -> list[dict[str, Any]]:
-    """Matched cosines between the decoders of two SAEs, prefix by prefix: how alike two seeds are.
+    """Compute matched cosines between the decoders of two SAEs, such as two seeds of a run, prefix by prefix.
 
     Args:
-        sae ([`SAEModel`]), other ([`SAEModel`]): Of the same `d_in`. The first `width` latents of each are compared.
-        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
-        hungarian_limit (`int`, *optional*, defaults to 4096): See [`matched_cosine`].
+        sae ([`SAEModel`]): The first SAE.
+        other ([`SAEModel`]): The second SAE, of the same `d_in`; the first `width` latents of each are compared.
+        widths (`Sequence[int]`, *optional*): Widths to compare, strictly increasing; by default the prefixes of `sae`.
+        hungarian_limit (`int`, *optional*, defaults to 4096): Largest number of rows that are matched one to one; see
+            [`matched_cosine`].
 
     Returns:
-        `list[dict]`: `width` and what [`matched_cosine`] gives.
+        `list[dict]`: For each width `width` and the entries of [`matched_cosine`].
     """
     rows, others = sae.W_dec.float(), other.W_dec.float()
     return [
@@ -217,14 +223,15 @@ def decoder_matching(
 
 @torch.no_grad()
 def matched_cosine(rows: Tensor, others: Tensor, hungarian_limit: int = 4096) -> dict[str, Any]:
-    """The mean cosine of matched rows.
+    """Return the mean cosine of matched rows of two decoders.
 
     Args:
-        rows (`Tensor` of shape `(A, D)`), others (`Tensor` of shape `(B, D)`): Two decoders; zero rows are left out.
+        rows (`Tensor` of shape `(A, D)`): Rows of the first decoder; zero rows are left out.
+        others (`Tensor` of shape `(B, D)`): Rows of the second decoder; zero rows are left out.
         hungarian_limit (`int`, *optional*, defaults to 4096):
-            Up to so many rows on either side, rows are matched one to one so that the sum of cosines is the largest
-            (the Hungarian method, whose time grows with the cube). Above it each of `others` takes its nearest of
-            `rows`, also one already taken: an upper bound where there are at least as many `others`.
+            Largest number of rows on either side that are matched one to one so that the sum of cosines is largest
+            (the Hungarian method, whose time grows with the cube). With more, each of `others` is matched with its
+            nearest of `rows`, which several may share: an upper bound where there are at least as many `others`.
 
     Returns:
         `dict`: `matched_cosine` (`None` where no rows are left), `method` (`"hungarian"` or `"max"`) and `pairs`.

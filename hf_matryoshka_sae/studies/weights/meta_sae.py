@@ -1,14 +1,14 @@
-"""Meta-SAE: how far a dictionary's latents are themselves sums of few directions.
+"""Meta-SAE: how far a dictionary's latents are sums of few common directions.
 
 A small SAE is trained on the decoder's rows as if they were hidden states: a BatchTopK SAE of F/4 latents with k = 4,
 by the learner of training (1500 steps of up to 1024 rows, Adam at a constant rate of 5e-4, no auxiliary loss), its
 decoder rows kept at length 1. Reported is the share of the rows' variance about their mean that it explains (Leask et
-al. 2025, arXiv 2502.04878; Bussmann et al. 2025, arXiv 2503.17547): lower means latents that are less composed of each
-other. Lengths of rows do not count.
+al. 2025, arXiv 2502.04878; Bussmann et al. 2025, arXiv 2503.17547): a lower share means latents that are less composed
+of each other. Lengths of rows do not count.
 
-F/4 latents explain a good part of any rows, the more so the fewer rows there are for their dimension, and what they
-explain still grows at the end of training. So only the difference to random rows of the same number and dimension says
-something, and only between runs of one recipe.
+F/4 latents explain a good part of any rows, the more the fewer rows there are for their dimension, and the share still
+grows at the end of training. So compare only with random rows of the same number and dimension, and only between runs
+of one recipe.
 
 Shapes: F latents, D `d_in`.
 """
@@ -44,8 +44,8 @@ _COLUMNS = (
     Column(
         "explained",
         "explained",
-        f"share of the variance of decoder rows that F/{_SHARE} latents explain, {K} at a time, mean over seeds; only "
-        "the distance to random rows of the same shape says something.",
+        f"share of the variance of decoder rows that F/{_SHARE} latents explain, {K} at a time, mean over seeds; "
+        "compare only with random rows of the same shape.",
         ".3f",
         "lower",
         interval="interval",
@@ -64,22 +64,23 @@ def meta_sae(
     seeds: Sequence[int] = (0, 1, 2),
     show: bool = True,
 ) -> Report:
-    """Train meta-SAEs on the decoder of each prefix, and on random rows.
+    """Train meta-SAEs on the decoder of each prefix and on random rows; report the variance they explain.
 
-    Nothing is read but weights; several processes do the same.
+    Only weights are read; every process computes the same.
 
     Args:
-        saes (`dict[str, SAEModel]`, or one [`SAEModel`]): By name.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths; at least 8.
-        steps (`int`, *optional*, defaults to 1500), batch_size (`int`, *optional*, defaults to 1024), lr (`float`,
-            *optional*, defaults to 5e-4): Of each meta-SAE.
-        baselines (`bool`, *optional*, defaults to `True`): Beside each SAE random unit rows of the same shape.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): Of first weights, batches and random rows.
-        show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
+        saes (`dict[str, SAEModel]`, or one [`SAEModel`]): SAEs by name.
+        widths (`Sequence[int]`, *optional*): Widths of at least 8; by default each SAE's prefix widths.
+        steps (`int`, *optional*, defaults to 1500): Training steps of each meta-SAE.
+        batch_size (`int`, *optional*, defaults to 1024): Decoder rows in a step.
+        lr (`float`, *optional*, defaults to 5e-4): Learning rate of Adam.
+        baselines (`bool`, *optional*, defaults to `True`): Whether to add random unit rows of the shape of each SAE.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): Seeds of first weights, batches and random rows.
+        show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar in the main process.
 
     Returns:
-        [`Report`]: for each subject and width `explained`, the mean over seeds, its `interval` (95%, Student's t over
-        seeds; `None` of one seed), and that of each of the `seeds`.
+        [`Report`]: For each subject and width `explained`, the mean over seeds, its `interval` (95%, Student's t over
+        seeds; `None` for one seed), and `seeds`, the share for each seed.
 
     Raises:
         `ValueError`: for options out of range, or a decoder that is not finite or of which too few rows have a
@@ -90,8 +91,8 @@ def meta_sae(
         raise ValueError(f"Expected `lr` above 0 and a seed, got {lr} and {list(seeds)}.")
     saes = saes if isinstance(saes, Mapping) else {"sae": saes}
     if not saes or not all(isinstance(sae, SAEModel) for sae in saes.values()):
-        found = {name: type(sae).__name__ for name, sae in saes.items()}
-        raise ValueError(f"Expected one SAE or several by name, got {found or 'none'}.")
+        types = {name: type(sae).__name__ for name, sae in saes.items()}
+        raise ValueError(f"Expected one SAE or several by name, got {types or 'none'}.")
     chosen = {name: checked_widths(widths, sae) for name, sae in saes.items()}
     decoders = {(name, width): _directions(name, saes[name], width) for name in saes for width in chosen[name]}
     runs = len(decoders) * len(seeds) * (1 + baselines) * steps
@@ -132,23 +133,32 @@ def _directions(name: str, sae: SAEModel, width: int) -> Tensor:
 
 
 def _random_rows(shape: torch.Size, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(seed, "rows"))  # not those that the meta-SAE starts from
+    generator = torch.Generator().manual_seed(derived_seed(seed, "rows"))  # other rows than the meta-SAE starts from
     return unit_rows(torch.randn(shape, generator=generator))[0]
 
 
 def explained_variance(
     rows: Tensor, steps: int, batch_size: int, lr: float, seed: int = 0, bar: tqdm | None = None
 ) -> float:
-    """The fraction of the variance of rows `(F, D)` about their mean that a meta-SAE explains.
+    """Train a meta-SAE; return the fraction of the variance of rows `(F, D)` about their mean that it explains.
 
     Activations are chosen among all rows together, k of each on average, as in the batches of training.
+
+    Args:
+        rows (`Tensor` of shape `(F, D)`): Decoder rows.
+        steps (`int`): Training steps.
+        batch_size (`int`): Rows in a step.
+        lr (`float`): Learning rate of Adam.
+        seed (`int`, *optional*, defaults to 0): Seed of first weights and batches.
+        bar (`tqdm`, *optional*): Progress bar of steps.
     """
     middle, count = rows.mean(0), len(rows) // _SHARE
     fields = {"type": "batch_topk", "num_latents": count, "k": min(K, count), "lr": lr, **_RECIPE}
     spec = SAESpec.from_dict(fields, "")
     sae = build_sae(spec.sae_config(rows.shape[1], "decoder rows", "W_dec"))
     initialize(sae, spec, rows, middle.to(sae.b_dec), seed)
-    # Every process trains its own, the same one, and each has an accelerator to itself, which would keep optimizers.
+    # Every process trains the same meta-SAE alone. Each has an accelerator of its own, as an accelerator keeps every
+    # optimizer that it has prepared.
     accelerator, own = Accelerator(cpu=not torch.cuda.is_available()), Layout(count)
     start = torch.zeros_like(middle), 1.0  # rows are taken as they are
     options = {"steps": steps, "batch_size": min(batch_size, len(rows)), "layout": own, "device": rows.device}

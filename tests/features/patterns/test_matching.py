@@ -151,7 +151,7 @@ def test_text_that_is_not_whole_tokens_shows_the_tokens(tokenizer):
         ("ab)", "column 3: '\\)' closes nothing"),
         ("ab+", "column 3: .*\\(text\\)\\+"),
         ("(a)+?", "column 5: .*no lazy repeats"),
-        ("*a", "column 1: .*repeats what is before"),
+        ("*a", "column 1: .*nothing before it to repeat"),
         ("(a){3,2}", "column 4: .*small to large"),
         ("(a){x}", "column 4: expected .2.,"),
         ("[nothing]", "column 1: nothing is named 'nothing'"),
@@ -243,7 +243,7 @@ def test_lines_may_end_as_on_windows(characters):
 
 @pytest.mark.parametrize("names", [0, ["a"], "a", {3: "a"}, {"a": 3}, {"a": None}, {"a": [3]}, {"a": []}, {"a": [""]}])
 def test_names_of_a_wrong_type_are_said(characters, names):
-    with pytest.raises(ValueError, match="`names` is a dictionary|Names in patterns|A name stands for"):
+    with pytest.raises(ValueError, match="`names` must be a dictionary|Names in patterns|A name stands for"):
         TokenPattern.compile("[a]", characters, names=names)
 
 

@@ -86,7 +86,7 @@ def test_a_word_is_all_of_its_tokens_and_only_whole_words(data):
 
 def test_what_cannot_be_searched_is_said(data):
     sae = build()
-    with pytest.raises(ValueError, match="No token of the 1500 .*leading space"):
+    with pytest.raises(ValueError, match="None of the 1500 tokens .*leading space"):
         search_latents("[a=.][a][a][a][a][a][a][a][a][a][a][a][a][a][a] x", sae, data, show=False)
     with pytest.raises(ValueError, match="words xylophonist"):
         search_words("xylophonist", sae, data, show=False)
@@ -100,7 +100,7 @@ def test_what_cannot_be_searched_is_said(data):
     for words in (3, None, [3], ["a", None]):
         with pytest.raises(ValueError, match="Expected a word, or a list of words"):
             search_words(words, sae, data, show=False)
-    with pytest.raises(ValueError, match="`names` is a dictionary"):
+    with pytest.raises(ValueError, match="`names` must be a dictionary"):
         search_latents("a", sae, data, show=False, names=3)
     with pytest.raises(ValueError, match="takes longer than 0.2 seconds"):
         search_latents("(.|..)+(.|..)+ the", sae, data, show=False, timeout=0.2)

@@ -177,7 +177,7 @@ def test_a_tokenizer_that_does_not_know_characters_is_named():
         ({"prompt": "no word"}, "'{word}' in it once"),
         ({"shots": -1}, "shots >= 0"),
         ({"heldout": 1.0}, "heldout between"),
-        ({"shots": 10}, "Give fewer `shots`"),
+        ({"shots": 10}, "Use fewer `shots`"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -320,7 +320,7 @@ def test_attributes_that_are_none_are_refused():
     rows = texts()
     with pytest.raises(ValueError, match="no column 'wht'. *|Did you mean"):
         attribute_task(rows, ("wht", "liked"))
-    with pytest.raises(ValueError, match="must have two classes, it has 160"):
+    with pytest.raises(ValueError, match="must have two classes, got 160"):
         attribute_task({**rows, "what": list(range(160))}, ("what", "liked"))
     rows["liked"] = ["no" if n % 2 else "yes" for n in range(160)]  # always as `what`
     with pytest.raises(ValueError, match="Each combination of what and liked needs 20 texts"):

@@ -166,7 +166,7 @@ def test_tokens_on_which_nothing_fires_are_passed_over(llama):
     assert found.subject("it")[-1]["pairs"] == len(expected)
     with torch.no_grad():
         sae.b_enc.sub_(100.0)
-    with pytest.raises(ValueError, match="Nothing fires on the tokens"):
+    with pytest.raises(ValueError, match="Nothing fires on the sampled tokens"):
         ablation_sparsity({"it": sae}, llama, tokens=1000, **options)
 
 

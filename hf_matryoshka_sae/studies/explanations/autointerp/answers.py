@@ -91,7 +91,7 @@ class AnswerCache:
         `ValueError`: if the file holds something else.
     """
 
-    def __init__(self, path: str | Path | None = None):
+    def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.cost = Cost()
         self._replies: dict[str, Reply] = {}

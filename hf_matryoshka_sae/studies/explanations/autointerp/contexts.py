@@ -8,6 +8,7 @@ A passage does not reach over a token that is left out (special tokens, padding)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
@@ -52,7 +53,7 @@ class LatentContexts:
         buffer (`int`, *optional*, defaults to 10): Tokens on either side.
     """
 
-    def __init__(self, found: Examples, latent: int, least: float, buffer: int = BUFFER):
+    def __init__(self, found: Examples, latent: int, least: float, buffer: int = BUFFER) -> None:
         self._windows, self._keep = found.windows.numpy(), found.keep.numpy()
         self._values = found.dense(latent).numpy().astype(np.float64)
         self._active = (self._values >= least) & (self._values > 0) & self._keep
@@ -123,7 +124,7 @@ class TokenTexts:
         tokenizer: Of any kind, from transformers.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def of(self, ids: tuple[int, ...]) -> list[str]:

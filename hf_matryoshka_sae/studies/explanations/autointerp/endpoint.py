@@ -53,7 +53,7 @@ class EndpointJudge:
         max_tokens: int | None = 1024,
         temperature: float | None = 0.0,
         extra_body: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         if not model and not base_url:
             raise ValueError("Name the judge: `model`, a model id at the Hub's providers, or `base_url`, an endpoint.")
         if base_url and not (urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname):
@@ -72,7 +72,7 @@ class EndpointJudge:
         where = {"model": model} if base_url is None else {"base_url": base_url}
         self._client = InferenceClient(**where, token=self._token, timeout=timeout)
 
-    def ask(self, messages: Sequence[Message]) -> Reply:
+    def ask(self, messages: Sequence[Message]) -> Reply:  # noqa: C901 (one case for each kind of failure)
         """Answer a conversation.
 
         Raises:

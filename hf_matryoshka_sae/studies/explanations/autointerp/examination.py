@@ -41,7 +41,7 @@ class PassageCounts:
     silent: int = 10
     fuzzed: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(vars(self).values()) < 1 or self.fuzzed < max(2, self.top):
             raise ValueError(f"Passages must number at least 1, and `fuzzed` at least 2 and `top`; got {self}.")
 

@@ -37,7 +37,7 @@ class ChatModelJudge:
         device: str | torch.device | None = None,
         dtype: str | None = None,
         max_tokens: int = 1024,
-    ):
+    ) -> None:
         check_at_least(1, max_tokens=max_tokens)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)

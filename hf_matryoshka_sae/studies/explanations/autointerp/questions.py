@@ -31,7 +31,7 @@ class Questions:
         `ValueError`: if there is no such folder, it holds none of them, or a placeholder is unknown or missing.
     """
 
-    def __init__(self, folder: str | Path | None = None):
+    def __init__(self, folder: str | Path | None = None) -> None:
         paths = {name: _OWN / f"{name}.md" for name in PLACEHOLDERS}
         if folder is not None:
             own = {name: Path(folder).expanduser() / f"{name}.md" for name in PLACEHOLDERS}

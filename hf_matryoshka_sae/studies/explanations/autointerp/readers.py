@@ -63,20 +63,23 @@ class JudgeReader:
 
     def __init__(
         self, judge: Judge, cache: AnswerCache, prompts: Questions, texts: TokenTexts, examples: Sequence[Context]
-    ):
+    ) -> None:
         self._judge, self._cache, self._prompts, self._texts = judge, cache, prompts, texts
         self.questions = self.refusals = self.malformed = 0
         passages = [f"- {texts.marked(one.ids, one.active)}" for one in examples]
         self.explanation = self._answer("explain", _explained, passages="\n".join(passages)) or ""
 
     def detect(self, contexts: Sequence[Context]) -> list[bool]:
+        """Ask the judge in which contexts the latent fires."""
         return self._choose("detection", ["".join(self._texts.of(one.ids)) for one in contexts])
 
     def check_marks(self, contexts: Sequence[Context], marks: Sequence[np.ndarray]) -> list[bool]:
+        """Ask the judge in which contexts the right tokens are marked."""
         marked = [self._texts.marked(one.ids, each) for one, each in zip(contexts, marks, strict=True)]
         return self._choose("fuzzing", marked)
 
     def simulate(self, context: Context) -> list[float]:
+        """Ask the judge for the activation on each token of a context."""
         tokens = "\n".join(f"{number}: {text}" for number, text in enumerate(self._texts.of(context.ids), start=1))
         count = len(context.ids)
         found = self._examined("simulation", lambda text: strengths(text, count), count=count, tokens=tokens)
@@ -118,7 +121,7 @@ class PatternReader:
         windows (`np.ndarray` of shape `(N, S)`): The text that passages are from.
     """
 
-    def __init__(self, trie: PatternTrie, texts: TokenTexts, windows: np.ndarray):
+    def __init__(self, trie: PatternTrie, texts: TokenTexts, windows: np.ndarray) -> None:
         self._trie, self._windows = trie, windows
         self.questions = self.refusals = self.malformed = 0
         shown = [_written(pattern, texts) for pattern, _ in trie.items()[:_SHOWN]]
@@ -130,13 +133,16 @@ class PatternReader:
         return self._trie.predict(self._windows[context.row : context.row + 1, : context.stop])[0, context.start :]
 
     def detect(self, contexts: Sequence[Context]) -> list[bool]:
+        """Return in which contexts a pattern matches."""
         return [bool((self._predicted(one) > 0).any()) for one in contexts]
 
     def check_marks(self, contexts: Sequence[Context], marks: Sequence[np.ndarray]) -> list[bool]:
+        """Return in which contexts patterns match at half or more of the marked tokens."""
         pairs = zip(contexts, marks, strict=True)
         return [bool((self._predicted(one)[each] > 0).mean() >= HALF) for one, each in pairs]
 
     def simulate(self, context: Context) -> list[float]:
+        """Return the activation that patterns predict on each token of a context."""
         return self._predicted(context).tolist()
 
 

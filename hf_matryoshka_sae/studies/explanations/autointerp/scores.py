@@ -12,7 +12,8 @@ def agreement(said: Sequence[bool], truth: Sequence[bool]) -> tuple[float, float
     does not occur that share counts as one half. Answers that are all the same have 0.5. F1 is 0 without a hit.
 
     Args:
-        said (`Sequence[bool]`), truth (`Sequence[bool]`): Of the same length, at least 1.
+        said (`Sequence[bool]`): Answers, at least one.
+        truth (`Sequence[bool]`): Right answers, as many.
     """
     answers, right = np.asarray(said, dtype=bool), np.asarray(truth, dtype=bool)
     assert len(answers) == len(right) > 0
