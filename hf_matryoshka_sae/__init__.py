@@ -103,7 +103,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, actions: dict) -> None:
         self.actions = actions
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
         if name not in self.actions:
             return None
         action = self.actions.pop(name)
