@@ -3,9 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 LATEST ?= .venv-latest
+LOWEST ?= .venv-lowest
+WHEEL ?= .venv-wheel
+RELEASE ?= .venv-release
 DOCS ?= .venv-docs
 
-.PHONY: install demo test test-slow test-latest lock lint docs
+.PHONY: install demo test test-slow test-latest lock lint docs notebooks wheel test-lowest release-check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -37,7 +40,7 @@ test-latest:
 lock:
 	$(PYTHON) -m venv --clear $(LATEST)
 	$(LATEST)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(LATEST)/bin/python -m pip install -q -e ".[dev]"
+	$(LATEST)/bin/python -m pip install -q -e ".[dev,trackio,onnx]"
 	grep '^#' constraints.txt > constraints.txt.tmp
 	$(LATEST)/bin/python -m pip list --format=freeze | sed 's/+[a-z0-9]*$$//' | tr 'A-Z_' 'a-z-' \
 	  | grep -Ev '^(pip|setuptools|wheel|triton|nvidia-.*|cuda-.*|hf-matryoshka-sae)==' | sort >> constraints.txt.tmp
@@ -46,8 +49,8 @@ lock:
 # The documentation as a site, in site/. It is read from the source, so neither torch nor the package is installed for it.
 docs:
 	$(PYTHON) -m venv $(DOCS)
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
-	  | $(DOCS)/bin/python -m pip install -q -r /dev/stdin
+	$(DOCS)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(DOCS)/bin/python -m pip install -q --group docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 # Lint, format, types of the package, spelling; `pre-commit` runs the same on what is committed.
@@ -56,3 +59,36 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 	$(VENV)/bin/codespell
+
+$(RELEASE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(RELEASE)/bin/python -m pip install -q --group release
+	touch $@
+
+# Run the notebooks in place, with the versions of constraints.txt; two minutes each on two cores.
+notebooks: install $(RELEASE)/.installed
+	$(RELEASE)/bin/uv pip install -q --python $(VENV)/bin/python -c constraints.txt --group notebooks
+	$(VENV)/bin/python .ci/notebooks.py examples/notebooks
+
+# Build the package, and use the wheel where nothing else is.
+wheel: $(RELEASE)/.installed
+	rm -rf dist
+	$(RELEASE)/bin/python -m build -q
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt torch
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt "$$(ls dist/*.whl)[metrics]"
+	.ci/use-wheel $(WHEEL)
+
+# The quick tests with the lowest versions that pyproject.toml admits, in an environment of their own.
+test-lowest: $(RELEASE)/.installed
+	$(RELEASE)/bin/uv venv -q --clear --python $(PYTHON) $(LOWEST)
+	$(RELEASE)/bin/uv pip compile -q --resolution lowest-direct --python $(LOWEST)/bin/python --extra test -o $(LOWEST)/lowest.txt pyproject.toml
+	$(RELEASE)/bin/uv pip install -q --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
+	$(RELEASE)/bin/uv pip install -q --python $(LOWEST)/bin/python --no-deps -e .
+	$(LOWEST)/bin/python -m pytest -m "not slow"
+
+# What a release needs besides .ci/run.
+release-check:
+	.ci/release-check

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Draw what nesting buys, on the embedded language model: `docs/nesting.png`, about five minutes on two cores.
 
     python examples/nesting_picture.py --output docs/nesting.png

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Matryoshka, pruned and separately trained SAEs at the same widths (Peter & Søgaard 2025, arXiv 2505.00190).
 
     python examples/progressive_coding.py --model ../shared/lm --train ../shared/text/train.parquet \

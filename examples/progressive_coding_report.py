@@ -315,13 +315,11 @@ def cost_part(results: Results) -> str:
 
 def plot_curves(results: Results, base: str, title: str, path: Path) -> None:
     """FVU, recaptured loss and RSA against width, at native and at matched L0; bands from the least to the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = ["fvu", "recaptured_zero", "rsa"]
-    figure, axes = pyplot.subplots(3, 2, figsize=(12, 12.5), layout="constrained", sharex=True, sharey="row")
+    figure = Figure(figsize=(12, 12.5), layout="constrained")
+    axes = figure.subplots(3, 2, sharex=True, sharey="row")
     ways = [("Matryoshka", "matryoshka", "trained"), ("TopK trained at the width", "separate", "trained")]
     ways += [(results.label(base, ranking), base, ranking) for ranking in results.distinct(base)]
     for row, metric in zip(axes, panels, strict=True):

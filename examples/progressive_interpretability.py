@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Are the latents of a Matryoshka SAE, of a pruned and of a separately trained one as easy to understand?
 
     python examples/progressive_coding.py                                    # trains the SAEs

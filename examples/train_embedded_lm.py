@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Train the language model that ships in `hf_matryoshka_sae/assets/lm`, tokenizer included.
 
     python examples/train_embedded_lm.py

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Make the SAE that ships with the package, with its statistics and feature index: about two minutes on two cores.
 
 matryoshka-sae demo --output_dir runs/demo

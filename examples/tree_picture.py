@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_matryoshka_sae[space]", "playwright"]
+#
+# [tool.uv.sources]
+# hf_matryoshka_sae = {path = "..", editable = true}
+# ///
 """Draw the family of a latent, with where each member fires most: `docs/tree.png` was made so.
 
     python examples/tree_picture.py runs/sae 71 --output docs/tree.png [--dataset text.parquet]

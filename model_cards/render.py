@@ -82,7 +82,7 @@ def shrink(source: Path, target: Path) -> None:
 def comparison(path: Path) -> str:
     """The table of a comparison, as the mean over its seeds."""
     values, seeds = defaultdict(list), set()
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             seeds.add(row["seed"])
             if row["metric"] == "fvu" and row["selection"] == "mask":

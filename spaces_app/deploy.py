@@ -25,7 +25,7 @@ PACKAGE = ROOT / "hf_matryoshka_sae"
 
 def tested_versions() -> dict[str, str]:
     """Read the version of each package in `constraints.txt`, by its normalised name."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
@@ -34,7 +34,7 @@ def requirements(versions: dict[str, str]) -> str:
 
     Gradio is missing: the Hub installs it, at the `sdk_version` of the front matter.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = [Requirement(line).name for line in project["dependencies"]] + ["spaces"]
     return "".join(f"{name}=={versions[canonicalize_name(name)]}\n" for name in names)
 
@@ -50,10 +50,10 @@ def assemble(target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     versions = tested_versions()
     shutil.copyfile(HERE / "app.py", target / "app.py")
-    (target / "requirements.txt").write_text(requirements(versions))
-    page = (HERE / "README.md").read_text()
+    (target / "requirements.txt").write_text(requirements(versions), encoding="utf-8")
+    page = (HERE / "README.md").read_text(encoding="utf-8")
     page = re.sub(r"^sdk_version: .*$", f"sdk_version: {versions['gradio']}", page, count=1, flags=re.MULTILINE)
-    (target / "README.md").write_text(page)
+    (target / "README.md").write_text(page, encoding="utf-8")
     shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 

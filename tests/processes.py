@@ -13,14 +13,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "hf_matryoshka_sae.training", "hf_matryoshka_sae.hub", __name__])
+FORKS = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+if os.name != "nt":
+    FORKS.set_forkserver_preload(["pytest", "hf_matryoshka_sae.training", "hf_matryoshka_sae.hub", __name__])
 
 
 def free_port() -> int:
@@ -35,6 +37,15 @@ def _enter(rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far, on any system."""
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_accelerator() -> None:

@@ -1,5 +1,7 @@
 """Figures: one way to draw a metric over widths, one way to save; neither chooses a matplotlib backend."""
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,3 +56,10 @@ def save_figure(figure: Any, path: Path) -> None:
     temporary = path.with_suffix(".tmp" + path.suffix)
     figure.savefig(temporary, dpi=150)
     temporary.replace(path)
+
+
+def figure_html(figure: Any) -> str:
+    """A matplotlib `Figure` as HTML that holds its PNG, for notebooks."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=80)
+    return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'

@@ -5,14 +5,16 @@ A study gives records and describes its columns; everything else is done here, o
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .figures import draw_widths, save_figure
+from .figures import draw_widths, figure_html, save_figure
 from .files import as_json, write_json
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
@@ -206,6 +208,15 @@ class Report:
         parts = [self.title, *warning, markdown_table(*self._cells(arrows=True)), *remarks, self.explanation]
         return "\n\n".join(filter(None, parts)) + "\n"
 
+    def table_html(self) -> str:
+        """The table as HTML, what is left out below it."""
+        lines = [escape(line) for line in ([self.warning] if self.warning else []) + self._remarks()]
+        return f"<p>{escape(self.title)}</p>{html_table(*self._cells(arrows=True))}<p>{'<br>'.join(lines)}</p>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: table and plot."""
+        return self.table_html() + figure_html(self.figure())
+
     def save(self, folder: str | Path, name: str | None = None) -> None:
         """Write `<name>.json` and `<name>.png` into a folder; the name is by default the report's."""
         path = Path(folder) / (name or self.name)
@@ -213,7 +224,11 @@ class Report:
         self.plot(path.with_name(f"{path.name}.png"))
 
     def plot(self, path: str | Path) -> None:
-        """Draw figures against width with their intervals, baselines of one width as lines, to a PNG."""
+        """Write what [`figure`] draws to a PNG."""
+        save_figure(self.figure(), Path(path))
+
+    def figure(self) -> "Figure":
+        """Draw figures against width with their intervals, baselines of one width as lines."""
         from matplotlib.figure import Figure
 
         count = len(self._drawn)
@@ -226,7 +241,7 @@ class Report:
             axis.set_axis_off()
         colour = "tab:red" if self.warning else "black"
         figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
-        save_figure(figure, Path(path))
+        return figure
 
     @property
     def _drawn(self) -> list[Column]:
@@ -272,6 +287,12 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: 
     """Return a table in Markdown; columns from number `right` on are flush right."""
     rule = ["---" if right is None or number < right else "---:" for number in range(len(titles))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [titles, rule, *rows])
+
+
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in HTML."""
+    head, *body = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in [titles, *rows]]
+    return f"<table><thead>{head.replace('td>', 'th>')}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _at(record: dict[str, Any], path: str) -> Any:

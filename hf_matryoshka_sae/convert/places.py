@@ -249,7 +249,7 @@ def _no_list(repo: str, reason: str) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -260,7 +260,9 @@ def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
     for force in (False, True):
         try:
             with downloads_checked(repo, where):
-                text = Path(hf_hub_download(repo, file, force_download=force, **where)).read_text(errors="replace")
+                text = Path(hf_hub_download(repo, file, force_download=force, **where)).read_text(
+                    encoding="utf-8", errors="replace"
+                )
         except EntryNotFoundError:
             return {}
         try:

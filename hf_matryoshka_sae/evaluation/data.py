@@ -117,8 +117,11 @@ def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Te
 
 
 def as_config(dataset: Any) -> Any:
-    """Return a data set as a [`DatasetConfig`], or as it is where it is documents themselves."""
-    if dataset is None:
+    """Return text to evaluate on as a [`DatasetConfig`]: a name, a path or a mapping of fields; documents as they are.
+
+    By default, and by the name `"embedded"`, that is the held-out part of the embedded text.
+    """
+    if dataset is None or dataset == EMBEDDED:
         return DatasetConfig(EMBEDDED, split="heldout")
     if isinstance(dataset, (str, os.PathLike)):
         return DatasetConfig(str(dataset))

@@ -57,12 +57,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results (`Sequence[dict]`): Results of [`evaluate`], one for each hookpoint.
     """
-    tables = []
-    for result in results:
-        about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
-        title = f"{result['hookpoint']}: {about}"
-        tables.append(str(Report("evaluation", title, records_of(result), _COLUMNS, {}, notes=excluded(result))))
-    return "\n".join(tables)
+    return "\n".join(map(str, map(report_of, results)))
+
+
+def report_of(result: dict[str, Any]) -> Report:
+    """Return the [`Report`] of a hookpoint's results."""
+    about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
+    title = f"{result['hookpoint']}: {about}"
+    return _report(title, records_of(result), excluded(result))
+
+
+def _report(title: str, records: list[dict[str, Any]], notes: list[str]) -> Report:
+    plotted = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
+    return Report("evaluation", title, records, _COLUMNS, {}, plotted or ["fvu"], notes)
 
 
 def excluded(result: dict[str, Any]) -> list[str]:
@@ -86,6 +93,4 @@ def _losses(result: dict[str, Any]) -> str:
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw FVU and recaptured loss against width to a PNG."""
     records = [record for result in results for record in records_of(result, len(results) > 1)]
-    plotted = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
-    title = "Held-out reconstruction at every width"
-    Report("evaluation", title, records, _COLUMNS, {}, plotted or ["fvu"]).plot(path)
+    _report("Held-out reconstruction at every width", records, []).plot(path)

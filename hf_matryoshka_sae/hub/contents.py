@@ -114,7 +114,7 @@ def sae_files(sae: SAEFolder, here: bool | None = None) -> dict[str, Content]:
         sae ([`SAEFolder`]): The SAE.
         here (`bool`, *optional*): Whether its language model was a local folder in training; `None` if unknown.
     """
-    config = public_config(json.loads((sae.folder / _CONFIG).read_text()), here)
+    config = public_config(json.loads((sae.folder / _CONFIG).read_text(encoding="utf-8")), here)
     config["auto_map"] = _auto_map(*_classes(config))
     files: dict[str, Content] = {_CONFIG: _json(config)}
     files |= {path.name: path for path in sorted(sae.folder.iterdir()) if _is_weights(path.name)}
@@ -139,7 +139,7 @@ def _index_files(folder: Path, model: str | None) -> dict[str, Content]:
         logger.warning("The feature index in %s is left out: %s", folder, error)
         return {}
     files: dict[str, Content] = {path.name: path for path in sorted((folder / INDEX_FOLDER).glob("[!.]*.*"))}
-    files[INDEX] = _json(public_index(json.loads((folder / INDEX_FOLDER / INDEX).read_text()), model))
+    files[INDEX] = _json(public_index(json.loads((folder / INDEX_FOLDER / INDEX).read_text(encoding="utf-8")), model))
     return {f"{INDEX_FOLDER}/{name}": content for name, content in files.items()}
 
 
@@ -194,7 +194,7 @@ def _digests(folder: Path) -> dict[str, Any]:
 
 def _index(saes: Sequence[SAEFolder], before: dict[str, Any] | None, here: bool | None) -> bytes:
     """Return the root's `config.json`, the index of the SAEs of earlier pushes and of this one."""
-    configs = {sae.subfolder: json.loads((sae.folder / _CONFIG).read_text()) for sae in saes}
+    configs = {sae.subfolder: json.loads((sae.folder / _CONFIG).read_text(encoding="utf-8")) for sae in saes}
     index = collection_index({place: public_config(config, here) for place, config in configs.items()})
     if before is not None and before.get("model_type") == SAECollectionConfig.model_type:
         index["saes"] = (before.get("saes") or {}) | index["saes"]

@@ -262,7 +262,7 @@ def _note(folder: Path, name: str, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object; empty where the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -75,10 +75,12 @@ def push(
     folders = find_saes(run_dir, saes)
     for sae in folders:
         check_sae(sae.folder)
+    api = _api(token)
+    with _requests(repo_id):  # a wrong name, or no connection, is told before anything is measured
+        api.repo_exists(repo_id)
     if measure:
         measure_run(run_dir, saes, show=show)
     message = commit_message or f"Push {', '.join(sae.subfolder or sae.hookpoint or 'an SAE' for sae in folders)}"
-    api = _api(token)
     repo_id, parent, before = _prepare(api, repo_id, private, revision)
     _check_root(repo_id, before, at_root=folders[0].subfolder == "")
     repository = run_repository(run_dir, repo_id, folders, before, license)
@@ -188,7 +190,7 @@ def _prepare(
         with downloads_checked(repo_id, {}):
             path = api.hf_hub_download(repo_id, _CONFIG, revision=parent)
     try:
-        return repo_id, parent, json.loads(Path(path).read_text())
+        return repo_id, parent, json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"The config.json at the root of {repo_id}, to which this push would add, is damaged ({error}). Delete "

@@ -319,7 +319,7 @@ def _published_digests(source: str | os.PathLike, where: dict, again: bool) -> d
         if found is None:
             return None
         try:
-            digests = json.loads(Path(found).read_text())
+            digests = json.loads(Path(found).read_text(encoding="utf-8"))
         except ValueError:
             continue
         if isinstance(digests, dict):

@@ -91,7 +91,7 @@ class PartialFile:
 
     def _known_etag(self) -> str | None:
         try:
-            return self._reference.read_text().strip() or None
+            return self._reference.read_text(encoding="utf-8").strip() or None
         except OSError:
             return None
 

@@ -21,7 +21,7 @@ class PartialRecord:
         self.start, self.rows = 0, {}
         self._noted, self.noted_bytes = {}, 0
         try:
-            found = json.loads(self._path.read_text())
+            found = json.loads(self._path.read_text(encoding="utf-8"))
             weights = folder / found["weights"]
             with open(weights, "rb") as file:
                 text = file.read(found["start"])[8:]
@@ -126,5 +126,5 @@ def _check_entry(name: str, entry: object, size: int) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

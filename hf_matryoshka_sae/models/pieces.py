@@ -154,7 +154,7 @@ def write_index(folder: str | os.PathLike, plan: FilePlan) -> None:
         return
     pieces = [vars(piece) for piece in plan.pieces]
     index = {"format": _FORMAT, "num_latents": plan.num_latents, "pieces": pieces}
-    (Path(folder) / PIECES_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    (Path(folder) / PIECES_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def read_index_json(path: str | os.PathLike) -> dict:

@@ -37,7 +37,7 @@ def is_collection(folder: str | os.PathLike) -> bool:
 def _config(path: str | os.PathLike | None) -> dict[str, Any]:
     """A `config.json`; empty where there is none that can be read."""
     try:
-        config = json.loads(Path(path).read_text()) if path is not None else {}
+        config = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

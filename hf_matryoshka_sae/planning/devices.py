@@ -4,7 +4,6 @@ Peaks are those of NVIDIA's data sheets for the SXM modules, dense (without stru
 them is an assumption, written into the device as `matmul_share` and `memory_share`.
 """
 
-import os
 import re
 import statistics
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from ..common.command import nearest
 
@@ -113,9 +114,9 @@ def find_device(name: str, per_machine: int | None = None) -> Device:
 def _this_machine(processes: int) -> Device:
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     memory = memory if text == "max" else min(memory, int(text))
     rates = {dtype: _matmul_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     bandwidth = _copy_rate()

@@ -2,7 +2,7 @@
 
 from .budget import Budget, width_for_budget
 from .codec import decode_latents, decode_progressive, encode_progressive
-from .curve import ProgressiveCurve, default_widths, plot_curves, progressive_curve
+from .curve import ProgressiveCurve, curves_figure, default_widths, plot_curves, progressive_curve
 from .greedy import GreedyOrder, greedy_order
 from .merging import Merged, merge_latents
 from .power_law import PowerLawFit, decoder_spectrum, fit_power_law
@@ -27,6 +27,7 @@ __all__ = [
     "Refit",
     "bits_per_token",
     "calibrate_thresholds",
+    "curves_figure",
     "decode_latents",
     "decode_progressive",
     "decoder_spectrum",

@@ -3,19 +3,24 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..common.figures import save_figure
+from ..common.figures import figure_html, save_figure
 from ..common.files import write_json
+from ..common.report import Report
 from ..evaluation import Dictionary, HeldOut, activation_batches, evaluate_fidelity
 from ..evaluation.data import HasActivations
-from ..evaluation.report import table
+from ..evaluation.report import report_of
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
 from .rate import RateSums, bins
 from .statistics import LatentStatistics, latent_statistics
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -35,7 +40,15 @@ class ProgressiveCurve:
         return [row.get(key) for row in self.rows]
 
     def __str__(self) -> str:
-        return table([{**self.about, "saes": {"progressive curve": self.rows}}])
+        return str(self._report)
+
+    @property
+    def _report(self) -> Report:
+        return report_of({**self.about, "saes": {"progressive curve": self.rows}})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: table and plot."""
+        return self._report.table_html() + figure_html(curves_figure({"": self}))
 
     def save(self, folder: str | Path, name: str = "progressive_curve") -> None:
         """Write `<name>.json` and `<name>.png` into a folder."""
@@ -48,6 +61,11 @@ class ProgressiveCurve:
 
 
 def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
+    """Write what [`curves_figure`] draws to a PNG."""
+    save_figure(curves_figure(curves), Path(path))
+
+
+def curves_figure(curves: dict[str, ProgressiveCurve]) -> "Figure":
     """Draw several curves into one picture: FVU against width and bits, recaptured loss and RSA against width."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -79,7 +97,7 @@ def plot_curves(curves: dict[str, ProgressiveCurve], path: str | Path) -> None:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
     if any(curves):
         axes.flat[0].legend(fontsize=8)
-    save_figure(figure, Path(path))
+    return figure
 
 
 def _number(value: Any) -> float | None:

@@ -14,5 +14,8 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
     """
     here = files(__package__)
-    looks = {"css": (here / "page.css").read_text(), "js": (here / "page.js").read_text()}
+    looks = {
+        "css": (here / "page.css").read_text(encoding="utf-8"),
+        "js": (here / "page.js").read_text(encoding="utf-8"),
+    }
     return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})

@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
     parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
     parser.add_argument("--dataset", metavar="PATH", help="held-out text: file, folder or Hub id")
-    parser.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
     parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=60_000, help="of it, to measure on (default: %(default)s)")
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
@@ -71,6 +71,7 @@ def _run(parsed: argparse.Namespace) -> None:
         raise ValueError(f"`minutes` must be above 0, got {parsed.minutes:g}.")
     if parsed.suite == "full" and parsed.no_baselines:
         raise ValueError("--suite full has baselines beside every figure; leave --no_baselines away.")
+    parsed.split = parsed.split or ("heldout" if parsed.dataset == EMBEDDED else "train")
     for path in (parsed.dataset, parsed.labelled):
         if path is not None and path != EMBEDDED:
             local_files(DatasetConfig(path, split=parsed.split))  # raises where they are missing

@@ -1,10 +1,16 @@
 """A report's rows, table, Markdown, JSON and plot say the same figures; intervals against what they are defined by."""
 
+import base64
+import io
 import json
 import math
+import re
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from hf_matryoshka_sae.common.intervals import middle_95, ratio_interval, resampled_means, resampled_rows
@@ -95,3 +101,17 @@ def test_a_bootstrap_has_the_width_of_the_normal_interval():
     rows = resampled_rows(400, 4000, np.random.default_rng(1))
     assert ratio_interval(3 * table[:, 0], weights, rows) == pytest.approx(middle_95(table[:, 0][rows].mean(1)))
     assert resampled_means(np.empty((0, 3)), 5, random).shape == (5, 3)
+
+
+def test_a_notebook_shows_the_table_and_the_plot_and_keeps_its_backend(report):
+    before = matplotlib.get_backend()
+    report.records[0]["subject"] = "<it> & td>"
+    page = report._repr_html_()
+    root = ElementTree.fromstring(f"<div>{page[: page.index('<img')].replace('<br>', ' ')}</div>")
+    rows = [[cell.text for cell in row] for row in root.iter("tr")]
+    assert rows[0] == [None, "width", "F1 ↑", "95%", "N = 5 ↓", "95%"]
+    assert rows[1] == ["<it> & td>", "4", "0.25", "0.12..0.50", "-", "-"] and len(rows) == 5
+    assert "Beware." in page and "a note" in page and "left out: a task" in page
+    picture = re.search(r'src="data:image/png;base64,([^"]+)"', page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size[0] > 300
+    assert matplotlib.get_backend() == before

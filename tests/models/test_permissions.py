@@ -12,6 +12,9 @@ from hf_matryoshka_sae.progressive import latent_statistics
 from .reference import hidden_states, make_sae
 
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+
+
 @pytest.fixture(params=[0o022, 0o027], ids=oct)
 def umask(request):
     before = os.umask(request.param)

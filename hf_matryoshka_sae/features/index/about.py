@@ -23,7 +23,7 @@ def read_about(path: Path, source: Any) -> dict[str, Any]:
             f"{source} has no finished feature index. Build one with `build_index` or `matryoshka-sae index`."
         )
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         format_name = about["done"] and about["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Build or download the index again.") from error

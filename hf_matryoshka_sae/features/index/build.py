@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ...activations import DatasetConfig, Documents, TokenStream, load_documents, resolve_hookpoints
 from ...common.ahead import ahead, shared_cores
 from ...common.checks import check_at_least
@@ -45,7 +46,6 @@ from .windows import NumberedWindows, Position, fired_in, harvested
 logger = logging.getLogger(__name__)
 
 _BUILDING = ".building"
-_LIBRARIES = ("hf_matryoshka_sae", "torch", "transformers")
 
 
 def build_index(
@@ -140,7 +140,8 @@ def build_index(
         "sizes": asdict(sizes) | {"context_tokens": min(sizes.context_tokens, context_length)},
         "weights": weights_digest(sae),
         "probabilities": list(PROBABILITIES),
-        "versions": dict(zip(_LIBRARIES, map(importlib.metadata.version, _LIBRARIES), strict=True)),
+        "versions": {"hf_matryoshka_sae": __version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     # Of endless documents only the first are digested: enough to continue, not to call a finished index theirs.
     comparable = isinstance(dataset, (DatasetConfig, list))

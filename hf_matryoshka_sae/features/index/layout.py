@@ -209,7 +209,7 @@ def write_index(
                 writer.write_table(part, row_group_size=max(1, len(part)))
         sizes = {name: staged[name].stat().st_size for name in (LATENTS, CONTEXTS)}
         about = {"format": FORMAT, **about, "files": sizes, "done": True}
-        staged[INDEX].write_text(as_json(about, indent=2) + "\n")
+        staged[INDEX].write_text(as_json(about, indent=2) + "\n", encoding="utf-8")
         (folder / INDEX).unlink(missing_ok=True)  # from here on until the end there is no finished index
         for name, path in staged.items():
             os.replace(path, folder / name)

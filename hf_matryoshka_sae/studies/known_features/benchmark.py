@@ -160,7 +160,9 @@ class Benchmark:
             "widths": self.widths,
             "samples": self.samples,
         }
-        if path.is_file() and json.loads(path.read_text()).get("made_by") == json.loads(json.dumps(made_by)):
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("made_by") == json.loads(
+            json.dumps(made_by)
+        ):
             bar.update(self.steps)
             return
         write_json(path, {"name": name, "seed": seed, "made_by": made_by, "subjects": measure()})
@@ -191,7 +193,7 @@ class Benchmark:
         by_subject: dict[str, list[list[dict[str, Any]]]] = {}
         for name in self.specs:
             for seed in seeds:
-                run = json.loads((self.folder / "runs" / f"{name}-seed{seed}.json").read_text())
+                run = json.loads((self.folder / "runs" / f"{name}-seed{seed}.json").read_text(encoding="utf-8"))
                 for kind, rows in run["subjects"].items():
                     by_subject.setdefault(name if kind == "trained" else kind, []).append(rows)
         order = [*self.specs, RANDOM, SUPERVISED]

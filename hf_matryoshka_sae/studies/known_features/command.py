@@ -82,7 +82,7 @@ def _synthetic(parsed: argparse.Namespace) -> None:
 
 def _read_recipes(path: Path) -> list[dict[str, Any]]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"The recipes {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:

@@ -168,7 +168,7 @@ def load_tree(path: str | Path = TREE_FILE) -> FeatureTree:
         `ValueError`: if there is no such file, or it is no JSON, or no tree.
     """
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"The tree {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:  # neither UTF-8 nor JSON

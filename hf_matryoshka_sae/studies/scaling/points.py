@@ -74,7 +74,7 @@ def finished_points(sweep: Sweep, runs: Sequence[RunConfig]) -> list[Point]:
         if not is_finished(run):
             continue
         folder = Path(run.output_dir)
-        (result,) = json.loads((folder / "results.json").read_text())["results"]
+        (result,) = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
         for name, rows in result["saes"].items():
             if name in pairs_by_name and rows[-1]["fvu"] is None:  # JSON's word for what is not finite
                 logger.warning(f"{folder / name} has no FVU that is a number: it is left out of the fits.")
@@ -96,7 +96,7 @@ def finished_points(sweep: Sweep, runs: Sequence[RunConfig]) -> list[Point]:
 
 
 def _d_in(folder: Path) -> int:
-    return json.loads((folder / "config.json").read_text())["d_in"]
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["d_in"]
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:
@@ -118,7 +118,7 @@ def read_points(path: str | Path) -> list[Point]:
         `ValueError`: for a file that is missing, a column that is missing or unknown, or a value that is no number.
     """
     try:
-        lines = list(csv.DictReader(Path(path).read_text().splitlines()))
+        lines = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
     except OSError as error:
         raise ValueError(f"The points cannot be read from {path}: {error}") from error
     kinds = {field.name: field.type for field in fields(Point)}

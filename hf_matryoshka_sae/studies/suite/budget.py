@@ -74,7 +74,7 @@ def run_sections(
 def _read(folder: Path, section: Section, key: dict[str, Any]) -> dict[str, Any] | None:
     """A section's result, if it is one of this key and whole."""
     try:
-        found = json.loads((folder / f"{section.name}.json").read_text())
+        found = json.loads((folder / f"{section.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(found, dict) or found.get("key") != digest(key, section):

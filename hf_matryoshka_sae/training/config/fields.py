@@ -108,7 +108,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The fields in a YAML file. Raises `ValueError` where it is missing, no YAML, or holds no fields."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"There is no config file {path}.") from error
     except yaml.YAMLError as error:

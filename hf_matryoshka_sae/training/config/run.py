@@ -286,5 +286,5 @@ def as_begun(config: RunConfig) -> RunConfig:
     path = folder / "run.yaml"
     if not (config.resume and path.is_file() and any(folder.glob("checkpoint-*"))):
         return config
-    before = yaml.safe_load(path.read_text())
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
     return with_sizes_of(config, before) if isinstance(before, dict) else config

@@ -163,13 +163,13 @@ def lasting_id(folder: Path, start: int) -> str:
     """
     path = folder / "trackers.json"
     try:
-        known = json.loads(path.read_text())["id"] if start else None
+        known = json.loads(path.read_text(encoding="utf-8"))["id"] if start else None
     except (OSError, ValueError, KeyError, TypeError):
         known = None
     if known is None:
         known = uuid.uuid4().hex
         temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps({"id": known}) + "\n")
+        temporary.write_text(json.dumps({"id": known}) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     return known
 

@@ -43,7 +43,7 @@ def save_tree(path: Path, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = _stripped(tree, "", tensors)
     write_tensors(f"{path}.safetensors", tensors)  # not with_suffix: a name may have dots
-    Path(f"{path}.json").write_text(json.dumps(skeleton))
+    Path(f"{path}.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
 
 def _stripped(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -62,7 +62,7 @@ def _stripped(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 def load_tree(path: Path) -> Any:
     """What [`save_tree`] wrote to `path`; tensors come back on the CPU."""
-    return _filled(json.loads(Path(f"{path}.json").read_text()), load_file(f"{path}.safetensors"))
+    return _filled(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")), load_file(f"{path}.safetensors"))
 
 
 def _filled(node: Any, tensors: dict[str, Tensor]) -> Any:
@@ -114,7 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         `ValueError` or `OSError`: if it does not say so.
     """
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("fields", {}), dict):
         raise ValueError(f"its {_MANIFEST} is no manifest")
     files = manifest.get("files")
@@ -306,5 +306,5 @@ def _digest(path: Path) -> str:
 
 def _flush(path: Path) -> None:
     """Bring a file to the disk before its folder's new name can get there."""
-    with open(path, "rb") as handle:
+    with open(path, "rb+") as handle:  # Windows flushes only what may be written
         os.fsync(handle.fileno())

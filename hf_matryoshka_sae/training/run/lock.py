@@ -101,7 +101,7 @@ class RunLock:
 
     def _taken(self) -> str:
         try:
-            owner = json.loads(self._owner.read_text())
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
             who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             who = "a process that has not said which"

@@ -36,12 +36,12 @@ class MetricsLog:
         self.file = None
         if accelerator.is_main_process:
             self._keep_until(start)
-            self.file = open(self.path, "a", buffering=1)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
 
     def _keep_until(self, start: int) -> None:
         kept = []
         if start and self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     step = json.loads(line)["step"]
                 except (ValueError, KeyError):
@@ -49,7 +49,7 @@ class MetricsLog:
                 if step <= start:
                     kept.append(line + "\n")
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def write(

@@ -7,12 +7,16 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 _FAILURE = "failure"
-_STATES = {"T": "it is stopped (`kill -CONT {pid}` lets it go on)", "D": "it waits for a disk or a network folder"}
+_STATES = {
+    psutil.STATUS_STOPPED: "it is stopped (`kill -CONT {pid}` lets it go on)",
+    psutil.STATUS_DISK_SLEEP: "it waits for a disk or a network folder",
+}
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,7 @@ class Peer:
 
 def is_running(pid: int) -> bool:
     """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _state(pid) != "Z"
+    return _state(pid) not in (None, psutil.STATUS_ZOMBIE)
 
 
 def have_ended(peers: Sequence[Peer]) -> str:
@@ -79,11 +77,13 @@ def capitalized(text: str) -> str:
 
 
 def _state(pid: int) -> str | None:
-    """The system's letter for what a process does; `None` where there is no /proc."""
+    """What a process does, in psutil's words; `None` where there is none of this number."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
         return None
+    except psutil.AccessDenied:
+        return psutil.STATUS_RUNNING
 
 
 def _numbers() -> str:

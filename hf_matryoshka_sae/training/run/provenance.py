@@ -138,7 +138,7 @@ def _is_here(path: str | None) -> bool:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What a run's `provenance.json` says; empty where it has none, or a damaged one."""
     try:
-        found = json.loads((Path(folder) / PROVENANCE_FILE).read_text())
+        found = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -179,7 +179,7 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -85,13 +85,16 @@ def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[di
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The Accelerator of a run. Several processes without a GPU need `cpu=True`, or each trains on its own."""
+    """The Accelerator of a run. Several processes without a GPU need `cpu=True`, or each trains on its own.
+
+    Apple's GPUs are not used: sums are in float64, which they do not have.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         project_dir=config.output_dir,
-        cpu=several and not torch.cuda.is_available(),
+        cpu=not torch.cuda.is_available() and (several or torch.backends.mps.is_available()),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
             # The others wait while the main process evaluates, which may take longer than the usual ten minutes.

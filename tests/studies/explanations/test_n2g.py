@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 from hf_matryoshka_sae.activations import harvest
+from hf_matryoshka_sae.assets import embedded_sae_path
+from hf_matryoshka_sae.evaluation import open_heldout
 from hf_matryoshka_sae.studies.drawn_latents import neuron_dictionary
 from hf_matryoshka_sae.studies.explanations.explainability import explainability
 from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, latent_values, score
@@ -111,15 +114,18 @@ def test_activations_of_runs_are_those_of_the_model_alone(trained):
 
 
 @pytest.mark.slow
-def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons(trained):
-    demo, *texts = trained
-    found = explainability({"demo": demo}, *texts, [64, 448], per_group=4, substitutes=1, show=False)
+def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons():
+    demo = AutoModel.from_pretrained(embedded_sae_path()).eval()
+    text = {"path": "embedded", "split": "train"}
+    examples = open_heldout("embedded", "model.layers.2", text, tokens=20_000)
+    test = open_heldout("embedded", "model.layers.2", tokens=8_000)
+    found = explainability({"demo": demo}, examples, test, [448, 2048], per_group=6, substitutes=1, show=False)
     last = {name: rows[-1]["f1"] for name, rows in found.subjects().items()}
     assert last["demo"] > 1.5 * last["random (demo)"] and last["demo"] > 1.5 * last["neurons"]
     for rows in found.subjects().values():
         for row in rows:
             assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
-    assert "neurons" in str(found) and found.to_dict()["example_tokens"] == 8_000
+    assert "neurons" in str(found) and found.to_dict()["example_tokens"] == 20_000
 
 
 def test_neurons_are_dimensions(text):

@@ -158,17 +158,17 @@ def test_a_folder_that_cannot_be_written_to_is_a_message(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_processes_train_what_one_trains(finished, tmp_path):
-    assert sweep(tmp_path, "--processes", "2", sweep={"tokens": [2048]}) == 0
+def test_processes_train_what_one_trains(tmp_path):
+    grid = {"num_latents": [32, 64, 128, 256], "k": [4], "tokens": [1024], "hold_out": 0.0}
+    assert sweep(tmp_path, "--processes", "2", sweep=grid) == 0
     points = read_points(tmp_path / "out" / "sweep.csv")
-    alone = [point for point in read_points(finished / "sweep.csv") if point.tokens == 2048]
-    assert [(p.num_latents, p.k, p.flops) for p in points] == [(p.num_latents, p.k, p.flops) for p in alone]
+    assert [(p.num_latents, p.k, p.tokens) for p in points] == [(size, 4, 1024) for size in grid["num_latents"]]
     folders = sorted(path.parent.name for path in (tmp_path / "out").glob("*/log.txt"))
-    assert folders == ["tokens-2048", "tokens-2048-2"]
-    run = load_run_config(tmp_path / "out" / "tokens-2048" / "run.yaml")
+    assert folders == ["tokens-1024", "tokens-1024-2"]
+    run = load_run_config(tmp_path / "out" / "tokens-1024" / "run.yaml")
     run.output_dir, run.activation_cache = str(tmp_path / "alone"), str(tmp_path / "cache")
     train(run)
-    assert equal(weights(tmp_path / "out" / "tokens-2048"), weights(tmp_path / "alone"))
+    assert equal(weights(tmp_path / "out" / "tokens-1024"), weights(tmp_path / "alone"))
 
 
 def planned(folder):

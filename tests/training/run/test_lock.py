@@ -43,6 +43,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the holder locks as Unix does")
 def test_a_killed_holder_keeps_nobody_out(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / ".run.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:

@@ -24,9 +24,9 @@ from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training.data.text import lm_device, overlaps
 from hf_matryoshka_sae.training.run import closing
 from hf_matryoshka_sae.training.run import trainer as trainer_module
-from hf_matryoshka_sae.training.run.trainer import Trainer
+from hf_matryoshka_sae.training.run.trainer import Trainer, make_accelerator
 
-from ...processes import Launch
+from ...processes import Launch, forget_accelerator
 
 
 RUN = {
@@ -351,3 +351,11 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path):
     assert kills >= 1
     assert equal(weights(tmp_path / "whole"), weights(killed))
     assert (tmp_path / "whole/results.json").read_text() == (killed / "results.json").read_text()
+
+
+def test_apples_gpus_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    forget_accelerator()
+    assert make_accelerator(config(tmp_path)).device.type == "cpu"  # sums are in float64, which they do not have
+    forget_accelerator()
