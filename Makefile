@@ -53,9 +53,12 @@ docs:
 	$(DOCS)/bin/python -m pip install -q --group docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
+# Lint, format, types of the package, spelling; `pre-commit` runs the same on what is committed.
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+	$(VENV)/bin/codespell
 
 $(RELEASE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RELEASE)

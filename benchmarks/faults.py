@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # worker processes import the kinds by their full name
 
-from benchmarks.fault_kinds import checkpoints, requests, runs, saves  # noqa: E402
-from benchmarks.fault_kinds.outcome import Outcome  # noqa: E402
+from benchmarks.fault_kinds import checkpoints, requests, runs, saves
+from benchmarks.fault_kinds.outcome import Outcome
 
 
 KINDS = {

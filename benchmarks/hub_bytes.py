@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.hub_server import HubServer  # noqa: E402
+from tests.hub_server import HubServer
 
 
 def main() -> None:
@@ -44,7 +44,8 @@ def main() -> None:
             loaded = AutoModel.from_pretrained("user/sae", **({} if width is None else {"width": width}))
             seconds = time.monotonic() - began
             reached = loaded.config.num_latents
-            assert loaded.W_dec.equal(sae.W_dec[:reached]) and loaded.W_enc.equal(sae.W_enc[:reached])
+            assert loaded.W_dec.equal(sae.W_dec[:reached])
+            assert loaded.W_enc.equal(sae.W_enc[:reached])
             sent, share = server.bytes_sent(), (reached - before) / latents
             asked = [request for request in server.requests if "agent-harnesses" not in request.path]
             sys.stdout.write(

@@ -1,6 +1,6 @@
 """How large the house is, and how many files its ways lead through.
 
-    python benchmarks/structure.py            # sizes and repeated blocks, in seconds
+    python benchmarks/structure.py            # sizes, repeated blocks, docstrings and annotations, in seconds
     python benchmarks/structure.py --ways     # also runs a small training, an evaluation and the page, about a minute
 
 Code lines are those that are neither blank nor comment nor docstring. A way is traced: the files of the package of
@@ -74,6 +74,36 @@ def sizes() -> dict[str, object]:
         "longest file": f"{largest.relative_to(ROOT)} ({len(largest.read_text().splitlines())} lines)",
         "pairs of repeated blocks": repeated_blocks(files),
     }
+
+
+def words() -> dict[str, str]:
+    """What the package says beside its code: docstrings, annotations and comments."""
+    functions, arguments, comments, lines = [], [], 0, 0
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        inner = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        functions += inner
+        for spec in (node.args for node in inner):
+            every = (*spec.posonlyargs, *spec.args, spec.vararg, *spec.kwonlyargs, spec.kwarg)
+            arguments += [argument for argument in every if argument and argument.arg not in ("self", "cls")]
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments += sum(token.type == tokenize.COMMENT and "noqa" not in token.string for token in tokens)
+        lines += len(code_lines(path))
+    public = [node for node in functions if not node.name.startswith("_")]
+    return {
+        "functions with docstring": _share([ast.get_docstring(node) for node in functions]),
+        "  of public ones": _share([ast.get_docstring(node) for node in public]),
+        "annotated arguments": _share([argument.annotation for argument in arguments]),
+        "annotated returns": _share([node.returns for node in functions]),
+        "comments per 100 code lines": f"{100 * comments / lines:.2f}",
+    }
+
+
+def _share(values: list[object]) -> str:
+    has = sum(value is not None for value in values)
+    return f"{has} of {len(values)} ({has / len(values):.1%})"
 
 
 @contextmanager
@@ -151,7 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", action="store_true", help="also trace the four ways")
     asked = parser.parse_args()
-    for name, value in sizes().items():
+    for name, value in (sizes() | words()).items():
         sys.stdout.write(f"{name:<28} {value}\n")
     if asked.ways:
         for name, files in ways().items():

@@ -36,7 +36,7 @@ from hf_matryoshka_sae.training.run.memory import keep_freed_memory
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 SHAPES = {

@@ -164,12 +164,11 @@ def probes(saes: dict, examples: HeldOut, test: HeldOut, given: dict, asked: dic
         rows += [{**row, "method": kinds[row["kind"]]} for row in report.records if row["kind"] in kinds]
     full = next(row for row in rows if row["method"] == "topk" and row["width"] == given["widths"][-1])
     kept = ("method", "width", "probe_loss")
-    rows = [
+    return [
         {key: row[key] for key in kept}
         | {f"accuracy_{k}": row["k_sparse"].get(k, {}).get("accuracy") for k in ("1", "2", "5")}
         for row in [*rows, {**full, "method": "separate"}]
     ]
-    return rows
 
 
 def merged(patterns: list[dict], probes: list[dict]) -> list[dict[str, Any]]:

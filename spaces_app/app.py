@@ -6,13 +6,12 @@
 With `MATRYOSHKA_OWN_TOKEN` set, visitors read what the Space's own token may read.
 """
 
+import contextlib
 import os
 
 
-try:
+with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  (on ZeroGPU this has to come before torch)
-except ImportError:
-    pass
 
 from hf_matryoshka_sae.space import Library, build_demo, launch
 from hf_matryoshka_sae.space.limits import forget_own_token

@@ -18,11 +18,11 @@ from hf_matryoshka_sae.progressive import fit_power_law
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import progressive_coding_judge  # noqa: E402
-from progressive_coding import main, settings  # noqa: E402
-from progressive_coding_judge import RANKINGS, complete, first_alike, pruned_subjects  # noqa: E402
-from progressive_coding_report import _relative_fvu, ranking_parts, verdict_lines  # noqa: E402
-from progressive_coding_results import METRICS, Interval, Results, claims  # noqa: E402
+import progressive_coding_judge
+from progressive_coding import main, settings
+from progressive_coding_judge import RANKINGS, complete, first_alike, pruned_subjects
+from progressive_coding_report import _relative_fvu, ranking_parts, verdict_lines
+from progressive_coding_results import METRICS, Interval, Results, claims
 
 
 WIDTHS = [8, 16, 32]

@@ -36,9 +36,9 @@ from hf_matryoshka_sae.training import RunConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.hub_server import HubServer  # noqa: E402
+from tests.hub_server import HubServer
 
-from .outcome import Outcome  # noqa: E402
+from .outcome import Outcome
 
 
 PACKAGE = str(Path(hf_matryoshka_sae.__file__).parent)
@@ -204,7 +204,7 @@ def bench() -> Iterator[Bench]:
     with (
         HubServer() as hub,
         tempfile.TemporaryDirectory() as home,
-        mock.patch.object(time, "sleep", lambda seconds: None),
+        mock.patch.object(time, "sleep"),
         mock.patch.object(transformers_hub, "_hf_api", None),
     ):
         constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub.url, False, True

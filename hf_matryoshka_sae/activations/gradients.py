@@ -1,4 +1,6 @@
-"""How the language model's loss feels its hidden states: the gradient at a hookpoint of the clean model."""
+"""The gradient of the language model's loss with respect to its hidden states at a hookpoint."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from .text.tokens import TokenBatch
 def loss_gradients(
     model: nn.Module, batch: TokenBatch, hookpoint: str, *, mask_token_id: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of one token batch, and the gradient of the summed cross-entropy with respect to them.
+    """Return hidden states of one token batch, and the gradient of the summed cross-entropy with respect to them.
 
     The loss is the one [`spliced_losses`] counts. A latent's attribution is its value times the gradient along its
     decoder row (attribution patching, Syed et al. 2023, arXiv 2310.10348; with the SAE's error kept, Marks et al.
@@ -22,8 +24,8 @@ def loss_gradients(
         model (`nn.Module`): a causal or masked language model in `eval` mode; its parameters get no gradient.
         batch ([`TokenBatch`]): tokens, on any device.
         hookpoint (`str`): where hidden states are read.
-        mask_token_id (`int`, *optional*): the tokenizer's, needed for masked language models.
-        seed (`int`, *optional*, defaults to `0`): chooses the tokens a masked model has to guess.
+        mask_token_id (`int`, *optional*): id of the tokenizer's mask token, needed for masked language models.
+        seed (`int`, *optional*, defaults to `0`): chooses the tokens that a masked model predicts.
 
     Returns:
         `tuple[Tensor, Tensor]`: states and gradients at the kept positions, `[M, D]` each, float32 (nats per unit of
@@ -43,8 +45,8 @@ def loss_gradients(
             logits = run_model(model, input_ids, batch.attention_mask if batch.padded else None).logits
         if leaf.states is None:
             raise ValueError(f"The forward pass of {type(model).__name__} never reached {hookpoint}.")
-        right = targets[scored].to(logits.device)
-        loss = F.cross_entropy(logits[scored.to(logits.device)].float(), right, reduction="sum")
+        target_ids = targets[scored].to(logits.device)
+        loss = F.cross_entropy(logits[scored.to(logits.device)].float(), target_ids, reduction="sum")
         gradient = _gradient(loss, leaf.states, hookpoint)
     keep = batch.keep.to(gradient.device)
     return leaf.states.detach()[keep].float(), gradient[keep].float()
@@ -53,10 +55,10 @@ def loss_gradients(
 class _Leaf:
     """Cuts the graph where the hidden states are, so that only what lies behind the hookpoint is differentiated."""
 
-    def __init__(self, keep: Tensor):
+    def __init__(self, keep: Tensor) -> None:
         self.shape, self.states = keep.shape, None
 
-    def __call__(self, hookpoint: str, value) -> Tensor | None:
+    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
         if self.states is not None:
             return None
         states = first_tensor(value)

@@ -11,9 +11,11 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _AllCaptured(Exception):
@@ -21,7 +23,7 @@ class _AllCaptured(Exception):
 
 
 def resolve_hookpoints(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
-    """Expands module paths and globs to the hookpoints of a model.
+    """Return the hookpoints of a model that module paths and globs name.
 
     Args:
         model (`nn.Module`): the language model.
@@ -38,19 +40,19 @@ def resolve_hookpoints(model: nn.Module, patterns: str | Sequence[str]) -> list[
     if not patterns:
         raise ValueError("No hookpoints given; pass module paths such as 'model.layers.3' or globs.")
     paths = [path for path, _ in model.named_modules() if path]
-    found = set()
+    chosen = set()
     for pattern in patterns:
         path, side = split_hookpoint(pattern)
         matches = _matching(paths, path)
         if not matches:
             raise ValueError(f"No module matches the hookpoint '{pattern}'. {_near_matches(paths, path)}")
-        found.update((match, side) for match in matches)
+        chosen.update((match, side) for match in matches)
     sides = ("input", "output")
-    return [_join(path, side) for path in paths for side in sides if (path, side) in found]
+    return [_join(path, side) for path in paths for side in sides if (path, side) in chosen]
 
 
 def split_hookpoint(hookpoint: str) -> tuple[str, str]:
-    """Module path and side (`"input"` or `"output"`) of a hookpoint.
+    """Split a hookpoint into module path and side, `"input"` or `"output"`.
 
     Raises:
         `ValueError`: the suffix is neither.
@@ -85,7 +87,7 @@ def _near_matches(paths: list[str], pattern: str) -> str:
 def harvest(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, hookpoints: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Hidden states at some hookpoints, from a forward pass that stops at the last of them.
+    """Return hidden states at some hookpoints, from a forward pass that stops at the last of them.
 
     Args:
         model (`nn.Module`): a transformers model; its mode (`train` or `eval`) is left as it is.
@@ -103,7 +105,7 @@ def harvest(
     """
     captured: dict[str, Tensor] = {}
 
-    def capture(hookpoint: str, value) -> None:
+    def capture(hookpoint: str, value: Any) -> None:
         if hookpoint not in captured:
             captured[hookpoint] = _hidden_states(hookpoint, value, input_ids.shape)
         if len(captured) == len(set(hookpoints)):
@@ -125,20 +127,20 @@ def harvest(
 
 
 def hookpoint_widths(model: nn.Module, hookpoints: Sequence[str]) -> dict[str, int]:
-    """Width D of the hidden states at each hookpoint, found by running two tokens."""
+    """Return the width D of the hidden states at each hookpoint, from a forward pass over two tokens."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     return {hookpoint: states.shape[-1] for hookpoint, states in harvest(model, tokens, None, hookpoints).items()}
 
 
-def run_model(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None):
-    """The model's forward pass without a key-value cache, which a whole sequence at once has no use for."""
+def run_model(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+    """Return the model's output without a key-value cache, which a whole sequence at once has no use for."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     return model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[str, object], Tensor | None]]]) -> Iterator[None]:
-    """Calls `hook(hookpoint, value)` when this thread's forward pass gets to each hookpoint.
+    """Call `hook(hookpoint, value)` when this thread's forward pass gets to each hookpoint.
 
     A tensor that a hook returns takes the place of the hidden states. The hooks are gone when the block ends, however
     it ends. A forward pass of another thread does not see them.
@@ -158,7 +160,7 @@ def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[str, object], 
             handle.remove()
 
 
-def _register(model: nn.Module, hookpoint: str, hook: Callable):
+def _register(model: nn.Module, hookpoint: str, hook: Callable) -> RemovableHandle:
     path, side = split_hookpoint(hookpoint)
     try:
         module = model.get_submodule(path)
@@ -166,9 +168,9 @@ def _register(model: nn.Module, hookpoint: str, hook: Callable):
         paths = [name for name, _ in model.named_modules() if name]
         raise ValueError(f"The model has no module '{path}'. {_near_matches(paths, path)}") from None
     if side == "output":
-        return module.register_forward_hook(lambda _, args, output: _replaced(output, hook(hookpoint, output)))
+        return module.register_forward_hook(lambda _module, _args, output: _replaced(output, hook(hookpoint, output)))
 
-    def before(_, args, kwargs):
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
             return _replaced(args, hook(hookpoint, args)), kwargs
         value = hook(hookpoint, kwargs.get("hidden_states"))
@@ -177,8 +179,8 @@ def _register(model: nn.Module, hookpoint: str, hook: Callable):
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _replaced(value, states: Tensor | None):
-    """What the module gave, with its hidden states exchanged: a tensor, a tuple or a `ModelOutput`."""
+def _replaced(value: Any, states: Tensor | None) -> Any:
+    """Return a module's output (tensor, tuple or `ModelOutput`) with its hidden states exchanged."""
     if states is None or isinstance(value, Tensor):
         return value if states is None else states
     if isinstance(value, tuple):
@@ -187,8 +189,8 @@ def _replaced(value, states: Tensor | None):
     return value
 
 
-def first_tensor(value) -> Tensor | None:
-    """Hidden states inside what a module takes or gives: the value itself or the first entry of a tuple or output."""
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the hidden states in a module's input or output: the value itself or the first entry of a tuple."""
     if isinstance(value, dict):  # a ModelOutput is a dict
         value = next(iter(value.values()), None)
     if isinstance(value, (tuple, list)):
@@ -196,12 +198,12 @@ def first_tensor(value) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _hidden_states(hookpoint: str, value, shape: torch.Size) -> Tensor:
+def _hidden_states(hookpoint: str, value: Any, shape: torch.Size) -> Tensor:
     states = first_tensor(value)
     if states is None or states.ndim != 3 or states.shape[:2] != shape:
-        got = f"a tensor of shape {list(states.shape)}" if states is not None else f"a {type(value).__name__}"
+        received = f"a tensor of shape {list(states.shape)}" if states is not None else f"a {type(value).__name__}"
         raise ValueError(
-            f"Hookpoint '{hookpoint}' carries {got}; expected hidden states [batch, sequence, width] with"
+            f"Hookpoint '{hookpoint}' carries {received}; expected hidden states [batch, sequence, width] with"
             f" [batch, sequence] = {list(shape)}. Choose a module that returns hidden states, such as a layer."
         )
     return states.detach()

@@ -2,7 +2,14 @@
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -18,14 +25,14 @@ EMBEDDED = "embedded"
 def load_language_model(
     name: str, revision: str | None = None, dtype: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, object]:
-    """A frozen model in evaluation mode and its tokenizer.
+    """Load a language model, frozen and in evaluation mode; return it and its tokenizer.
 
     Args:
         name (`str`): Hub id, folder, or `"embedded"` for the model that ships with the package.
         revision (`str`, *optional*): Branch, tag or commit.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default the checkpoint's. `"auto"` is
             `"bfloat16"` where the hardware multiplies it fast, elsewhere the checkpoint's.
-        device (`torch.device`, *optional*): Where the model runs.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Where the model runs.
 
     Returns:
         The model (causal, masked or plain encoder, as its checkpoint says) and the tokenizer.
@@ -56,8 +63,8 @@ def load_language_model(
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def model_class(config) -> type:
-    """The class of the model with the head that its checkpoint has."""
+def model_class(config: PreTrainedConfig) -> type:
+    """Return the auto class whose models have the head of a checkpoint."""
     architecture = (config.architectures or [""])[0]
     if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return AutoModelForCausalLM

@@ -22,16 +22,16 @@ class PrefetchedStream:
     is in. An error of the reading is raised where it would have been raised without the thread.
 
     Args:
-        stream ([`ActivationStream`] or [`CachedActivationStream`]): what to read ahead of; it is not to be used
-            itself from then on. Nor is its language model, unless `close` was called. Its methods and attributes,
+        stream ([`ActivationStream`] or [`CachedActivationStream`]): the stream to read ahead. Neither it nor its
+            language model is to be used directly from then on, unless `close` was called. Its methods and attributes,
             such as `tokens_seen` and `num_outliers`, are those of this stream too.
     """
 
-    def __init__(self, stream: ShuffledStream):
+    def __init__(self, stream: ShuffledStream) -> None:
         self._stream = stream
         stream.read_ahead()
-        # The thread knows the stream but not this: it ends when this is forgotten, or with the process, as torch must
-        # not be at work while Python shuts down.
+        # The thread refers to the stream but not to this object, so that it ends when this object is collected, or
+        # with the process: torch must not be at work while Python shuts down.
         weakref.finalize(self, stream.close)
 
     def __getattr__(self, name: str) -> Any:

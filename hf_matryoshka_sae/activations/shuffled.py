@@ -1,4 +1,4 @@
-"""Batches of rows in random order, in bounded memory: what all streams of hidden states have in common.
+"""Batches of rows in random order, in bounded memory: the base of all streams of hidden states.
 
 Rows of several names (hookpoints, and targets where these differ) stay aligned: row i of each belongs to one token.
 Memory is allocated once. New rows are written into the slots of rows already drawn, and a new permutation then mixes
@@ -21,14 +21,14 @@ _PATIENCE = 8
 
 
 class ShuffleBuffer:
-    """Rows waiting to be drawn.
+    """Rows that wait to be drawn in random order.
 
     Args:
-        capacity_tokens (`int`): rows held at most, in each tensor.
+        capacity_tokens (`int`): most rows, in each tensor.
         seed (`int`): seed of the order in which rows are drawn.
     """
 
-    def __init__(self, capacity_tokens: int, seed: int):
+    def __init__(self, capacity_tokens: int, seed: int) -> None:
         self.capacity = capacity_tokens
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: dict[str, Tensor] = {}
@@ -42,11 +42,11 @@ class ShuffleBuffer:
 
     @property
     def room(self) -> int:
-        """Rows that can be added."""
+        """Return how many rows can be added."""
         return self.capacity - len(self)
 
     def add(self, rows: dict[str, Tensor]) -> None:
-        """Adds rows, `[n, D]` for each name, all with the same n.
+        """Add rows, `[n, D]` for each name, all with the same n.
 
         Raises:
             `ValueError`: there is no room for them, or the names or lengths differ.
@@ -70,13 +70,13 @@ class ShuffleBuffer:
         self._shuffled = False
 
     def draw(self, count: int) -> dict[str, Tensor]:
-        """Takes `count` random rows, fewer when fewer are left."""
+        """Take `count` random rows, fewer when fewer are left."""
         rows = next(self.peek(count, count))
         self._drawn += min(count, len(self))
         return rows
 
     def peek(self, count: int, chunk_size: int) -> Iterator[dict[str, Tensor]]:
-        """The next `count` rows in chunks, in the order in which `draw` will give them, without taking them."""
+        """Yield the next `count` rows in chunks, in the order in which `draw` will give them, without taking them."""
         self._shuffle()
         for slots in self._waiting[self._drawn : self._drawn + count].split(chunk_size):
             yield {name: values.index_select(0, slots.to(values.device)) for name, values in self._storage.items()}
@@ -92,13 +92,13 @@ class ShuffleBuffer:
             self._shuffled = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Waiting rows in drawing order, and the generator; the slots they lie in do not matter."""
+        """Return the waiting rows in drawing order, and the generator; in which slots they lie does not matter."""
         slots = self._waiting[self._drawn :]
         rows = {name: values.index_select(0, slots.to(values.device)) for name, values in self._storage.items()}
         return {"rows": rows, "generator": self._generator.get_state(), "shuffled": self._shuffled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken: the same rows come in the same order.
+        """Continue where `state_dict` was taken: the same rows come in the same order.
 
         Raises:
             `ValueError`: the saved rows do not fit.
@@ -112,10 +112,10 @@ class ShuffleBuffer:
 
 
 class ShuffledStream(ABC):
-    """Batches drawn from a shuffle buffer which `_read` refills; what live and cached activations have in common.
+    """Batches drawn from a shuffle buffer, which `_read` refills; the base of live and cached activations.
 
     Args:
-        hookpoints (`list[str]`): names of the rows.
+        hookpoints (`list[str]`): hookpoints whose rows are given.
         batch_size (`int`): rows in a batch, in this process.
         buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
         rows_per_read (`int`): rows that `_read` returns at most.
@@ -132,7 +132,9 @@ class ShuffledStream(ABC):
 
     _reads, _remedy = "reads", "Choose other hidden states."  # for messages
 
-    def __init__(self, hookpoints: Sequence[str], batch_size: int, buffer_tokens: int, rows_per_read: int, seed: int):
+    def __init__(
+        self, hookpoints: Sequence[str], batch_size: int, buffer_tokens: int, rows_per_read: int, seed: int
+    ) -> None:
         if buffer_tokens < batch_size + rows_per_read:
             raise ValueError(
                 f"`buffer_tokens` must be at least batch_size + tokens read at once = {batch_size} + {rows_per_read},"
@@ -149,7 +151,7 @@ class ShuffledStream(ABC):
 
     @abstractmethod
     def _read(self) -> dict[str, Tensor] | None:
-        """The next rows in reading order, on their final device and in their final type; `None` at the end."""
+        """Return the next rows in reading order, on their final device and in their final type; `None` at the end."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -165,14 +167,14 @@ class ShuffledStream(ABC):
         self.tokens_seen += len(rows[self.hookpoints[0]])
         return rows
 
-    def fill(self, advance: Callable[[int], Any] = lambda rows: None) -> None:
-        """Reads until the buffer is full or the rows end.
+    def fill(self, advance: Callable[[int], Any] = lambda _rows: None) -> None:
+        """Read until the buffer is full or the rows end.
 
         Args:
-            advance (`Callable`, *optional*): told how many rows each read added.
+            advance (`Callable`, *optional*): called with the number of rows that each read added.
 
         Raises:
-            `ValueError`: nothing that is read can be used.
+            `ValueError`: no row of many reads can be used.
         """
         while not self._exhausted and self._buffer.room >= self.rows_per_read:
             rows = self._next_rows()
@@ -184,10 +186,10 @@ class ShuffledStream(ABC):
                 advance(len(rows[self.hookpoints[0]]))
 
     def _usable(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows that go into the buffer, of those that a read gave: finite ones; the others are counted.
+        """Return the finite rows of a read, which go into the buffer; the others are counted.
 
-        It is asked when the buffer is filled and not when rows are read, so that counts do not depend on how far ahead
-        a thread has come.
+        This runs when the buffer is filled and not when rows are read, so that counts do not depend on how far ahead a
+        thread has come.
         """
         finite = torch.stack([values.isfinite().all(1) for values in rows.values()]).all(0)
         kept = None if finite.all() else finite.nonzero()[:, 0]
@@ -221,19 +223,19 @@ class ShuffledStream(ABC):
         )
 
     def peek(
-        self, count: int, chunk_size: int = 8192, advance: Callable[[int], Any] = lambda rows: None
+        self, count: int, chunk_size: int = 8192, advance: Callable[[int], Any] = lambda _rows: None
     ) -> Iterator[dict[str, Tensor]]:
-        """The next rows, at most `count` and at most what the buffer holds, in chunks; they are not used up.
+        """Return the next rows, at most `count` and at most what the buffer holds, in chunks, without using them up.
 
-        They are what the next batches hold, unless the buffer is refilled and mixed anew before it comes to them.
-        `advance` is told of rows that are read for it, see [`fill`].
+        The next batches hold these rows, unless the buffer is refilled and mixed anew before it comes to them.
+        `advance` is called with the number of rows that are read for it, see [`fill`].
         """
         if len(self._buffer) < min(count, max(self.buffer_tokens // 2, self.batch_size)):
             self.fill(advance)
         return self._buffer.peek(count, chunk_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
+        """Return everything needed to continue: waiting rows, generator, counters; tensors and JSON-able values."""
         self.close()
         return {
             "buffer": self._buffer.state_dict(),
@@ -244,7 +246,7 @@ class ShuffledStream(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same data and options."""
+        """Continue where `state_dict` was taken, given the same data and options."""
         self._forget_ahead()
         self._buffer.load_state_dict({**state["buffer"], "rows": self._placed(state["buffer"]["rows"])})
         self._ahead.extend(self._placed(rows) for rows in state.get("ahead", []))
@@ -252,7 +254,7 @@ class ShuffledStream(ABC):
         self.num_not_finite = state.get("num_not_finite", 0)
 
     def close(self) -> None:
-        """Ends the thread of `read_ahead`, at the latest after its forward pass; the next batch starts another."""
+        """End the thread of `read_ahead`, at the latest after its forward pass; the next batch starts another."""
         if self.reader is not None:
             self.reader.stop()
 
@@ -266,8 +268,8 @@ class ShuffledStream(ABC):
 
     @abstractmethod
     def _row_device(self) -> torch.device | str:
-        """Where the rows lie."""
+        """Return the device of the rows."""
 
     def _read_device(self) -> torch.device | str:
-        """Where `_read` works."""
+        """Return the device on which `_read` works."""
         return self._row_device()

@@ -1,4 +1,4 @@
-"""What the language model loses when hidden states are replaced: spliced cross-entropy.
+"""Spliced cross-entropy: the language model's loss when hidden states are replaced.
 
 Hidden states at the kept positions of a token batch are exchanged for something else (a reconstruction, zero, the
 mean), the others stay, and the loss is counted where they were exchanged: for causal models the prediction made at
@@ -6,6 +6,7 @@ each kept position whose next token exists, for masked models the kept positions
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,12 @@ _POSITIONS_AT_ONCE = 1024  # scored together: their float32 copy is positions x 
 
 
 def has_lm_loss(model: nn.Module) -> bool:
-    """Whether the model predicts tokens: true with a causal or masked language-model head."""
+    """Return whether the model predicts tokens: true with a causal or masked language-model head."""
     return model.get_output_embeddings() is not None
 
 
 def is_masked_lm(model: nn.Module) -> bool:
-    """Whether the model guesses masked tokens, and not the next ones."""
+    """Return whether the model predicts masked tokens, and not the next ones."""
     return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
@@ -39,7 +40,7 @@ def spliced_losses(
     mask_token_id: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of one token batch with hidden states replaced.
+    """Return the cross-entropy of one token batch with hidden states replaced.
 
     Args:
         model (`nn.Module`): a causal or masked language model in `eval` mode.
@@ -47,8 +48,8 @@ def spliced_losses(
         hookpoint (`str`): where hidden states are replaced.
         replace (`Callable`, *optional*): maps hidden states at the kept positions, `[M, D]`, to what replaces them,
             `[M, D]`; `None` leaves the model as it is.
-        mask_token_id (`int`, *optional*): the tokenizer's, needed for masked language models.
-        seed (`int`, *optional*, defaults to `0`): chooses the 15% of kept tokens a masked model has to guess, the
+        mask_token_id (`int`, *optional*): id of the tokenizer's mask token, needed for masked language models.
+        seed (`int`, *optional*, defaults to `0`): chooses the 15% of kept tokens that a masked model predicts, the
             same ones for every `replace`.
 
     Returns:
@@ -60,8 +61,8 @@ def spliced_losses(
     """
     logits, targets = spliced_logits(model, batch, hookpoint, replace, mask_token_id=mask_token_id, seed=seed)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for rows, right in zip(logits.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True):
-        total += F.cross_entropy(rows.float(), right, reduction="none").double().sum()
+    for rows, target_ids in zip(logits.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True):
+        total += F.cross_entropy(rows.float(), target_ids, reduction="none").double().sum()
     return total, torch.tensor(len(targets), device=logits.device)
 
 
@@ -74,17 +75,13 @@ def spliced_logits(
     mask_token_id: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """What the model predicts, with hidden states replaced, where its loss is counted.
+    """Return the logits where the model's loss is counted, with hidden states replaced, and the tokens to predict.
 
-    Args:
-        model, batch, hookpoint, replace, mask_token_id, seed: as for [`spliced_losses`].
+    Arguments and errors are those of [`spliced_losses`].
 
     Returns:
-        `tuple[Tensor, Tensor]`: logits `[S, V]` at the S scored positions, in the model's type, and the right tokens
-        `[S]`.
-
-    Raises:
-        `ValueError`: as [`spliced_losses`].
+        `tuple[Tensor, Tensor]`: logits `[M, V]` at the M scored positions, in the model's type, and the tokens to
+        predict `[M]`.
     """
     if not has_lm_loss(model):
         raise ValueError(f"{type(model).__name__} has no language-model head, so there is no loss to measure.")
@@ -99,10 +96,10 @@ def spliced_logits(
 class _Splice:
     """Puts new hidden states at the kept positions, the first time the module runs."""
 
-    def __init__(self, keep: Tensor, replace: Callable[[Tensor], Tensor]):
+    def __init__(self, keep: Tensor, replace: Callable[[Tensor], Tensor]) -> None:
         self.keep, self.replace, self.done = keep, replace, False
 
-    def __call__(self, hookpoint: str, value) -> Tensor | None:
+    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
         if self.done:
             return None
         self.done = True
@@ -114,13 +111,13 @@ class _Splice:
         new = self.replace(old)
         if new.shape != old.shape:
             raise ValueError(f"`replace` must keep the shape {list(old.shape)}, it gave {list(new.shape)}.")
-        states = states.clone()  # what was there may be somebody else's residual stream too
+        states = states.clone()  # another module may hold the same tensor as its residual stream
         states[keep] = new.to(states)
         return states
 
 
 def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens the model reads, positions at which it is scored, and the right answers, all `[B, S]`."""
+    """Return tokens to read, positions at which the model is scored, and the tokens to predict, all `[B, S]`."""
     if not is_masked_lm(model):
         scored = batch.keep.clone()
         scored[:, -1] = False
@@ -129,6 +126,6 @@ def _task(model: nn.Module, batch: TokenBatch, mask_token_id: int | None, seed: 
     if mask_token_id is None:
         raise ValueError(f"{type(model).__name__} is a masked language model: pass the tokenizer's `mask_token_id`.")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
-    scored = batch.keep & drawn.to(batch.keep.device)
+    masked = torch.rand(batch.keep.shape, generator=generator) < _MASKED_SHARE
+    scored = batch.keep & masked.to(batch.keep.device)
     return batch.input_ids.masked_fill(scored, mask_token_id), scored, batch.input_ids

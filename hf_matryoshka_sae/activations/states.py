@@ -1,4 +1,4 @@
-"""Where hidden states come from: what every source gives, and the sources that need no language model.
+"""Sources of hidden states: the protocol of all sources, and the sources that need no language model.
 
 A row is one token's hidden state at each hookpoint (the source), and where an SAE is to give something else than its
 input, that as well (the target). A mask says which rows count. All are read through one protocol, [`RowStream`]:
@@ -26,9 +26,9 @@ from .shuffled import ShuffledStream
 ONE = "states"
 """The name of the rows of a source that names none."""
 
-_RUN_OF_DATASET = 64  # rows of a data set that stay together until they are in the buffer: one by one is slow
-_MOST_RUNS = 2**22  # which are permuted at once
-_LOOKED_AT = 64  # rows that tell one source from another
+_RUN_OF_DATASET = 64  # rows of a data set that are read together: one by one is slow
+_MOST_RUNS = 2**22  # runs of a table; the permutation of an epoch is of this length at most
+_SAMPLED_ROWS = 64  # rows whose digest tells one source from another
 _PIECE = 8192  # held-out rows that are read at once
 
 
@@ -36,8 +36,8 @@ _PIECE = 8192  # held-out rows that are read at once
 class RowStream(Protocol):
     """Shuffled batches of rows, `{name: (n, D)}`, that training reads; names are hookpoints and [`target_of`] these.
 
-    `peek` shows rows without using them up, a state makes another stream go on with the same rows, and `close` ends
-    what runs in the background.
+    `peek` gives rows without using them up, a state makes another stream go on with the same rows, and `close` ends
+    threads that read ahead.
     """
 
     hookpoints: list[str]
@@ -48,13 +48,17 @@ class RowStream(Protocol):
 
     def __next__(self) -> dict[str, Tensor]: ...
 
-    def peek(self, count: int, chunk_size: int = ..., advance: Callable[[int], Any] = ...) -> Iterator[dict]: ...
+    def peek(self, count: int, chunk_size: int = ..., advance: Callable[[int], Any] = ...) -> Iterator[dict]:
+        """Yield the next rows in chunks, at most `count`, without using them up."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue; tensors and JSON-able values."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End threads that read ahead."""
 
 
 @dataclass
@@ -62,9 +66,9 @@ class States:
     """The rows of one hookpoint.
 
     Args:
-        source (`Tensor` of shape `(N, D)`): What an SAE reads.
-        target (`Tensor` of shape `(N, D)`, *optional*): What it is to give; by default its input.
-        mask (`Tensor` of shape `(N,)`, *optional*): Rows that count, as booleans; by default all.
+        source (`Tensor` of shape `(N, D)`): Input of an SAE.
+        target (`Tensor` of shape `(N, D)`, *optional*): What it is to reconstruct; by default its input.
+        mask (`Tensor` of shape `(N,)`, *optional*): Booleans, true for rows that count; by default all.
     """
 
     source: Tensor
@@ -73,19 +77,19 @@ class States:
 
 
 def target_of(hookpoint: str) -> str:
-    """The name of a hookpoint's targets in a batch of rows."""
+    """Return the name of a hookpoint's targets in a batch of rows."""
     return f"{hookpoint} (target)"
 
 
 def rows_of(states: Any, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The tensors of some states by name, not copies, and which rows count: `None` for all.
+    """Return the tensors of some states by name, without copying them, and which rows count: `None` for all.
 
     Args:
         states (`Tensor`, [`States`], an array, or a mapping of such by hookpoint): All of one length.
-        hookpoints (`list[str]`): Which of a mapping; the one name of what is no mapping.
+        hookpoints (`list[str]`): Keys of a mapping to read; one name for what is no mapping.
 
     Raises:
-        `ValueError`: for a hookpoint that is not there, lengths that differ, or what is no matrix.
+        `ValueError`: if a hookpoint is missing, lengths differ, or states are no matrix.
     """
     if not isinstance(states, Mapping):
         if len(hookpoints) != 1:
@@ -96,13 +100,13 @@ def rows_of(states: Any, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], 
     for name in hookpoints:
         if name not in states:
             raise ValueError(f"There are no states of hookpoint {name!r}; given are {', '.join(map(str, states))}.")
-        one = states[name]
-        one = one if isinstance(one, States) else States(one)
-        rows[name] = torch.as_tensor(one.source)
-        if one.target is not None:
-            rows[target_of(name)] = torch.as_tensor(one.target)
-        if one.mask is not None:
-            masks.append(torch.as_tensor(one.mask).bool())
+        value = states[name]
+        value = value if isinstance(value, States) else States(value)
+        rows[name] = torch.as_tensor(value.source)
+        if value.target is not None:
+            rows[target_of(name)] = torch.as_tensor(value.target)
+        if value.mask is not None:
+            masks.append(torch.as_tensor(value.mask).bool())
     lengths = {len(values) for values in (*rows.values(), *masks)}
     wrong = {name: tuple(values.shape) for name, values in rows.items() if values.ndim != 2}
     if wrong or len(lengths) > 1 or any(mask.ndim != 1 for mask in masks):
@@ -115,22 +119,22 @@ def rows_of(states: Any, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], 
 
 
 class RowTable:
-    """States of which any row can be read, so that a run over them goes on exactly where it was.
+    """States of which any row can be read, so that a run over them can resume exactly.
 
     Args:
         states (see [`rows_of`], or a `datasets.Dataset` with a column of vectors for each hookpoint): All rows.
-        hookpoints (`list[str]`, *optional*): Which; by default all that have a name, or `"states"`.
-        index (`Tensor`, *optional*): The rows that are of this table, ascending; by default all.
+        hookpoints (`list[str]`, *optional*): Hookpoints to read; by default all names in `states`, or `"states"`.
+        index (`Tensor`, *optional*): Numbers of the rows that this table has, ascending; by default all.
     """
 
-    def __init__(self, states: Any, hookpoints: Sequence[str] = (), index: Tensor | None = None):
+    def __init__(self, states: Any, hookpoints: Sequence[str] = (), index: Tensor | None = None) -> None:
         self.states, self.is_dataset = states, hasattr(states, "column_names")
         self.hookpoints = list(hookpoints) or _names(states)
         if self.is_dataset:
             columns = [name if name in states.column_names else ONE for name in self.hookpoints]
             if unknown := sorted(set(columns) - set(states.column_names)):
-                there = ", ".join(states.column_names)
-                raise ValueError(f"The data set has no column {unknown[0]!r} of states; it has {there}.")
+                known = ", ".join(states.column_names)
+                raise ValueError(f"The data set has no column {unknown[0]!r} of states; it has {known}.")
             self._columns = dict(zip(self.hookpoints, columns, strict=True))
             self._dataset, self._mask = states.with_format("torch", columns=columns), None
             total = len(states)
@@ -147,15 +151,15 @@ class RowTable:
         return len(self.index)
 
     def take(self, numbers: Tensor) -> dict[str, Tensor]:
-        """The rows of these numbers, from 0 to the table's length."""
+        """Return the rows of these numbers, from 0 to the table's length."""
         chosen = self.index[numbers]
         if self.is_dataset:
-            found = self._dataset[chosen.tolist()]
-            return rows_of({name: found[column] for name, column in self._columns.items()}, self.hookpoints)[0]
+            columns = self._dataset[chosen.tolist()]
+            return rows_of({name: columns[column] for name, column in self._columns.items()}, self.hookpoints)[0]
         return {name: values.index_select(0, chosen.to(values.device)) for name, values in self._rows.items()}
 
     def split(self, count: int, seed: int) -> tuple["RowTable", "RowTable"]:
-        """Two tables that share no row; the second has `count` rows, chosen by `seed`."""
+        """Return two tables that share no row; the second has `count` rows, chosen by `seed`."""
         generator = torch.Generator().manual_seed(derived_seed(seed, "held-out rows"))
         mixed = self.index[torch.randperm(len(self), generator=generator)]
         parts = mixed[count:].sort().values, mixed[:count].sort().values
@@ -163,21 +167,21 @@ class RowTable:
         return first, second
 
     def digest(self) -> str:
-        """A short name of the rows, that differs where those of another table are others."""
+        """Return a digest of some rows, by which two tables can be told apart."""
         hashed = hashlib.sha256(str(len(self)).encode())
-        looked_at = torch.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).round().long()
-        for name, values in self.take(looked_at).items():
+        sample = torch.linspace(0, len(self) - 1, min(len(self), _SAMPLED_ROWS)).round().long()
+        for name, values in self.take(sample).items():
             hashed.update(name.encode() + values.detach().cpu().double().numpy().tobytes())
         return hashed.hexdigest()[:16]
 
     def batches(self, name: str, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """The states of a hookpoint in their order, some at a time; one of `world_size` shares of them."""
+        """Yield the states of a hookpoint in their order, in chunks: share `rank` of `world_size`."""
         for numbers in torch.arange(rank, len(self), world_size).split(_PIECE):
             yield self.take(numbers)[name]
 
 
 def is_table(states: Any) -> bool:
-    """Whether states are such that any row of them can be read: no iterator of states, nor a function."""
+    """Return whether any row of some states can be read: true unless they are an iterator or a function."""
     if isinstance(states, Mapping):
         return all(map(is_table, states.values()))
     return isinstance(states, Tensor | States) or hasattr(states, "column_names") or hasattr(states, "__array__")
@@ -190,9 +194,9 @@ def _names(states: Any) -> list[str]:
 
 
 class _OfTable:
-    """The rows of a reader's share of a table, endlessly; each epoch in another order that follows from the seed."""
+    """A reader's share of a table's rows, endlessly, each epoch in another order that follows from the seed."""
 
-    def __init__(self, table: RowTable, seed: int, rank: int, world_size: int):
+    def __init__(self, table: RowTable, seed: int, rank: int, world_size: int) -> None:
         self._table, self._seed, self._rank, self._world = table, seed, rank, world_size
         self._run = max(_RUN_OF_DATASET if table.is_dataset else 1, -(-len(table) // _MOST_RUNS))
         if -(-len(table) // self._run) < world_size:
@@ -201,7 +205,7 @@ class _OfTable:
         self._at = self._first = 0  # rows read; those of epochs that are over
 
     def read(self, count: int) -> dict[str, Tensor]:
-        """At most `count` rows."""
+        """Return the next rows, at most `count`."""
         if self._at - self._first >= len(self._order):
             self._first += len(self._order)
             self._epoch += 1
@@ -230,16 +234,16 @@ class _OfTable:
 
 
 class _OfIterator:
-    """The rows that an iterator gives, once. One that a function makes anew can be read again up to where it was."""
+    """The rows of an iterator, read once; those of a function that makes it anew can be skipped to a position."""
 
-    def __init__(self, states: Iterable[Any] | Callable[[], Iterable[Any]], hookpoints: Sequence[str]):
+    def __init__(self, states: Iterable[Any] | Callable[[], Iterable[Any]], hookpoints: Sequence[str]) -> None:
         self._can_go_on, self._hookpoints = callable(states), hookpoints
         self._items = iter(states() if callable(states) else states)
-        self._left: dict[str, Tensor] = {}  # of the item at hand
+        self._left: dict[str, Tensor] = {}  # rows of the current item that are not yet read
         self._at = 0  # rows read
 
     def read(self, count: int) -> dict[str, Tensor] | None:
-        """At most `count` rows, `None` at the end."""
+        """Return the next rows, at most `count`, `None` at the end."""
         while not self._left or not len(next(iter(self._left.values()))):
             item = next(self._items, None)
             if item is None:
@@ -266,7 +270,7 @@ class _OfIterator:
 
 
 class StatesStream(ShuffledStream):
-    """Shuffled batches of states that are there: tensors, a data set, or what an iterator gives.
+    """Shuffled batches of existing states: tensors, a data set, or an iterator's.
 
     Tables are read endlessly, each epoch in another order, and go on exactly from a state. An iterator is read once
     and cannot go on; a function that makes it anew can, by reading it again up to where it was.
@@ -274,12 +278,14 @@ class StatesStream(ShuffledStream):
     Args:
         states ([`RowTable`], an iterable of states as in [`rows_of`], or a function that returns one): The rows; of an
             iterable, those of this process.
-        hookpoints (`list[str]`): Names of the rows.
+        hookpoints (`list[str]`): Names of the hookpoints.
         batch_size (`int`): Rows in a batch, in this process.
         buffer_tokens (`int`): Rows the shuffle buffer holds, per hookpoint.
-        device (`torch.device`, *optional*, defaults to `"cpu"`), dtype (`torch.dtype`, *optional*): Of the rows.
-        seed (`int`, *optional*, defaults to 0): Of the order.
-        rank, world_size (`int`, *optional*): Which share of a table's rows, of how many.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Device of the rows.
+        dtype (`torch.dtype`, *optional*): Type of the rows; by default as they are given.
+        seed (`int`, *optional*, defaults to 0): Seed of the order.
+        rank (`int`, *optional*, defaults to 0): Number of this reader's share of a table.
+        world_size (`int`, *optional*, defaults to 1): Number of shares.
 
     Raises:
         `ValueError`: if the buffer is too small; while reading, if states do not fit [`rows_of`].
@@ -297,7 +303,7 @@ class StatesStream(ShuffledStream):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-    ):
+    ) -> None:
         super().__init__(hookpoints, batch_size, buffer_tokens, batch_size, seed + rank)
         self._device, self._dtype = device, dtype
         if isinstance(states, RowTable):
@@ -315,14 +321,14 @@ class StatesStream(ShuffledStream):
         return self._device
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: the position, waiting rows, generator."""
+        """Return everything needed to continue: the position, waiting rows, generator."""
         return super().state_dict() | {"source": self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same states.
+        """Continue where `state_dict` was taken, given the same states.
 
         Raises:
-            `ValueError`: if the states are others, or an iterator that cannot be rewound.
+            `ValueError`: if the states differ, or are an iterator, which cannot be rewound.
         """
         super().load_state_dict(state)  # which ends the thread that reads ahead
         self._source.load_state_dict(state["source"])

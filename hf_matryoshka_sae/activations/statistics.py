@@ -16,7 +16,7 @@ from .states import RowStream
 
 @dataclass
 class ActivationStatistics:
-    """What a hookpoint's hidden states look like.
+    """Mean and scale of a hookpoint's hidden states.
 
     Args:
         mean (`Tensor`): mean of x, `[D]`, float32.
@@ -34,11 +34,11 @@ class ActivationStatistics:
 def estimate_statistics(
     stream: RowStream | Iterable[dict[str, Tensor]], tokens: int
 ) -> dict[str, ActivationStatistics]:
-    """Statistics of each hookpoint, over all processes if `torch.distributed` is initialised.
+    """Return statistics of each hookpoint, over all processes if `torch.distributed` is initialised.
 
     Args:
-        stream ([`RowStream`] or batches of rows): a stream is looked at without using it up, so the tokens
-            measured here are trained on as well; at most what its buffer holds is measured.
+        stream ([`RowStream`] or batches of rows): rows to measure. Those of a stream are not used up, so that they are
+            trained on as well; at most what its buffer holds is measured.
         tokens (`int`): rows to measure, in this process.
 
     Returns:
@@ -56,13 +56,13 @@ def estimate_statistics(
             moments[hookpoint].add(rows)
     if not moments:
         raise ValueError("There are no hidden states to measure: the stream is empty.")
-    return {hookpoint: found.statistics(hookpoint) for hookpoint, found in moments.items()}
+    return {hookpoint: sums.statistics(hookpoint) for hookpoint, sums in moments.items()}
 
 
 class _Moments:
     """Count, sum and sum of squares of finite rows: `sums` is `[2 D + 1]`, so that one all-reduce does."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor) -> None:
         self.sums = torch.zeros(2 * rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
 
     def add(self, rows: Tensor) -> None:

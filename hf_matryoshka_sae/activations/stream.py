@@ -1,4 +1,4 @@
-"""Shuffled activations: token batches through the language model, as far as the last hookpoint, into a buffer.
+"""Shuffled activations: token batches go through the language model to the last hookpoint, then into a buffer.
 
     for rows in ActivationStream(model, tokens, ["model.layers.1"], batch_size=2048, buffer_tokens=2**17):
         rows["model.layers.1"]  # [2048, D], tokens from many sequences
@@ -26,13 +26,12 @@ class ActivationStream(ShuffledStream):
 
     Args:
         model (`nn.Module`): a transformers model; it is put in `eval` mode.
-        token_stream ([`TokenStream`] or [`WindowShuffle`]): its tokens. How many sequences one forward pass takes is
-            set there.
+        token_stream ([`TokenStream`] or [`WindowShuffle`]): tokens to read; its batches are those of the forward pass.
         hookpoints (`list[str]`): as [`resolve_hookpoints`] returns them.
         batch_size (`int`): rows in a batch, in this process.
         buffer_tokens (`int`): rows the shuffle buffer holds, per hookpoint. It is refilled when half empty.
-        device (`torch.device`, *optional*): where the rows lie; by default where the model is.
-        dtype (`torch.dtype`, *optional*): their type; by default the model's.
+        device (`torch.device`, *optional*): device of the rows; by default the model's.
+        dtype (`torch.dtype`, *optional*): type of the rows; by default the model's.
         seed (`int`, *optional*, defaults to `0`): seed of the shuffle.
         max_norm_factor (`float`, *optional*): leave out tokens whose norm at some hookpoint exceeds this many times
             the median norm of their token batch.
@@ -64,7 +63,7 @@ class ActivationStream(ShuffledStream):
         dtype: torch.dtype | None = None,
         seed: int = 0,
         max_norm_factor: float | None = None,
-    ):
+    ) -> None:
         _check_context_length(model, token_stream.context_length)
         tokens_per_forward = token_stream.batch_size_sequences * token_stream.context_length
         super().__init__(hookpoints, batch_size, buffer_tokens, tokens_per_forward, seed)
@@ -89,7 +88,7 @@ class ActivationStream(ShuffledStream):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the rows."""
+        """Return the type of the rows."""
         return self._dtype or next(self.model.parameters()).dtype
 
     def _row_device(self) -> torch.device | str:
@@ -99,24 +98,24 @@ class ActivationStream(ShuffledStream):
         return next(self.model.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: token position, waiting rows, generator; tensors and JSON-able values."""
+        """Return everything needed to continue: token position, waiting rows, generator."""
         state = super().state_dict()  # which ends the thread that reads ahead, and counts
         return state | {"num_outliers": self.num_outliers, "token_stream": self.token_stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same model, data and options."""
+        """Continue where `state_dict` was taken, given the same model, data and options."""
         super().load_state_dict(state)
         self.token_stream.load_state_dict(state["token_stream"])
         self.num_outliers = state["num_outliers"]
 
 
 def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str]) -> dict[str, Tensor]:
-    """Hidden states at the kept positions of a token batch.
+    """Return the hidden states at the kept positions of a token batch.
 
     Args:
         model (`nn.Module`): the language model.
         batch ([`TokenBatch`]): tokens, on any device.
-        hookpoints (`list[str]`): where to read.
+        hookpoints (`list[str]`): hookpoints, as [`resolve_hookpoints`] returns them.
 
     Returns:
         `dict[str, Tensor]`: `[N, D]` for each hookpoint, in reading order, on the model's device.
@@ -129,12 +128,12 @@ def harvest_rows(model: nn.Module, batch: TokenBatch, hookpoints: Sequence[str])
 
 
 def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on another device and in another type; from the CPU to a GPU by way of pinned memory, without a wait.
+    """Move a tensor to a device and a type; from the CPU to a GPU through pinned memory, without waiting for it.
 
     Args:
-        values (`Tensor`): what to move; it comes back as it is where nothing changes.
-        device (`torch.device`): where to.
-        dtype (`torch.dtype`, *optional*): by default its own.
+        values (`Tensor`): the tensor, which is returned as it is where nothing changes.
+        device (`torch.device`): device of the result.
+        dtype (`torch.dtype`, *optional*): type of the result; by default that of `values`.
     """
     if values.device.type == "cpu" and torch.device(device).type == "cuda":
         return values.to(dtype or values.dtype).pin_memory().to(device, non_blocking=True)

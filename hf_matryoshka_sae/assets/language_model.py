@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 
 def embedded_lm_path() -> Path:
-    """
-    The folder of the embedded language model, in transformers' format, for `from_pretrained`.
+    """Return the folder of the embedded language model, in transformers' format, for `from_pretrained`.
 
     Its tensors are stored in float16 to stay small; its config asks for float32, and that is what
     `AutoModelForCausalLM.from_pretrained` returns.
@@ -33,8 +32,7 @@ def embedded_lm_path() -> Path:
 
 
 def load_embedded_lm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Load the embedded language model and its tokenizer, with no network.
+    """Load the embedded language model and its tokenizer, with no network.
 
     The model was trained on windows of 256 tokens that each begin with the tokenizer's `bos_token`, which also
     separates documents. The tokenizer does not add it: put it first, as in the example.
@@ -43,7 +41,6 @@ def load_embedded_lm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model in float32 and evaluation mode, the tokenizer.
 
     Example:
-
     ```python
     >>> from hf_matryoshka_sae.assets import load_embedded_lm
 

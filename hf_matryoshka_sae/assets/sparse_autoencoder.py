@@ -4,15 +4,13 @@ from pathlib import Path
 
 
 def embedded_sae_path() -> Path:
-    """
-    The folder of the embedded SAE: a Matryoshka SAE of 2,048 latents on layer 2 of the embedded language model, with
-    statistics of its latents and a feature index.
+    """Return the folder of the embedded SAE, for `AutoModel.from_pretrained` and `FeatureIndex.open`.
 
-    Returns:
-        `Path`: What `AutoModel.from_pretrained` and `FeatureIndex.open` take.
+    It is a Matryoshka SAE of 2,048 latents on layer 2 of the embedded language model, with statistics of its latents
+    and a feature index.
 
     Raises:
-        `FileNotFoundError`: If the installation lacks it.
+        `FileNotFoundError`: If the installation lacks the SAE.
     """
     folder = Path(__file__).parent / "sae"
     if not (folder / "model.safetensors").is_file():

@@ -1,4 +1,4 @@
-"""Real text with no download: the documentation every CPython installation carries.
+"""Real text with no download: the documentation that every CPython installation carries.
 
 Three sources, read at run time, none copied into this package:
 
@@ -35,11 +35,10 @@ _Named = tuple[str, str]  # a document's name, which decides its split, and its 
 
 
 def embedded_text(split: Literal["train", "heldout"] = "train") -> list[str]:
-    """
-    English and Python prose that needs no download: about two million characters of Python's own documentation.
+    """Return English and Python prose that needs no download: two million characters of Python's documentation.
 
-    Read from the running interpreter's installation, in a deterministic order, and cached for the life of the process.
-    No module is imported to be read, except `pydoc_data.topics`, which is a dictionary of text.
+    It is read from the running interpreter's installation, in a deterministic order, and cached in the process. No
+    module is imported for it, except `pydoc_data.topics`, which is a dictionary of text.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
@@ -53,7 +52,6 @@ def embedded_text(split: Literal["train", "heldout"] = "train") -> list[str]:
         `RuntimeError`: If this Python carries no documentation at all.
 
     Example:
-
     ```python
     >>> from hf_matryoshka_sae.assets import embedded_text
 
@@ -86,20 +84,20 @@ def _without_copies(documents: Iterable[_Named]) -> Iterator[_Named]:
     """Drop each long paragraph an earlier document has, lest `train` hold a held-out text under another name."""
     seen: set[str] = set()
     for name, text in documents:
-        kept = []
+        paragraphs = []
         for paragraph in text.split("\n\n"):
             words = " ".join(paragraph.split())
             if words not in seen:
-                kept.append(paragraph)
+                paragraphs.append(paragraph)
             if len(words) >= _MIN_COPIED_CHARACTERS:
                 seen.add(words)
-        text = "\n\n".join(kept).strip()
+        text = "\n\n".join(paragraphs).strip()
         if len(text) >= _MIN_CHARACTERS:
             yield name, text
 
 
 def _topics() -> list[_Named]:
-    """The language reference, shortest topic first: long topics contain short ones, which then count as the copies."""
+    """Return the language reference, shortest topic first: of a short one inside a long one, the long is cut."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it apart
@@ -137,7 +135,7 @@ def _module_documents(path: Path, module: str) -> Iterator[_Named]:
 
 
 def _definitions(parent: ast.AST) -> Iterator[_Definition]:
-    """Classes and functions in `parent`'s own body, also under `if`, `try` and `with`."""
+    """Yield classes and functions in `parent`'s own body, also under `if`, `try` and `with`."""
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, _Definition):
             yield node
@@ -146,7 +144,7 @@ def _definitions(parent: ast.AST) -> Iterator[_Definition]:
 
 
 def _described(node: _Definition, scope: str) -> Iterator[str]:
-    """One definition as `help` would show it: a heading, the docstring, then each documented method."""
+    """Yield one definition as `help` would show it: a heading, the docstring, then each documented method."""
     is_class = isinstance(node, ast.ClassDef)
     name = f"{scope}.{node.name}"
     if docstring := ast.get_docstring(node):

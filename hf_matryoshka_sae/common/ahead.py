@@ -16,16 +16,16 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """A thread that calls `read` while less than `limit` waits to be taken.
 
-    Without the thread, before `start` and after `stop`, `take` gives what waits and then reads itself: items come in
-    the same order either way. An error comes where it would have come without the thread.
+    Without the thread, before `start` and after `stop`, `take` returns waiting items and then reads itself: items come
+    in the same order either way. An error is raised where it would have been without the thread.
 
     Args:
-        read (`Callable`): Gives the next item; `None` at the end.
-        limit (`int`): How much is read ahead, as `size` counts it.
-        size (`Callable`, *optional*): Of an item; by default each counts as one.
-        waiting (`deque`, *optional*): Where items wait; by default a new one.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where `read` works.
-        name (`str`, *optional*, defaults to `"reader"`): Of the thread.
+        read (`Callable`): Returns the next item; `None` at the end.
+        limit (`int`): Most that is read ahead, in units of `size`.
+        size (`Callable`, *optional*): Returns the size of an item; by default each counts as one.
+        waiting (`deque`, *optional*): Queue of items that were read but not taken; by default a new one.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device on which `read` works.
+        name (`str`, *optional*, defaults to `"reader"`): Name of the thread.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class ReadAhead(Generic[T]):
         read: Callable[[], T | None],
         limit: int,
         *,
-        size: Callable[[T], int] = lambda item: 1,
+        size: Callable[[T], int] = lambda _item: 1,
         waiting: deque[T] | None = None,
         device: torch.device | str = "cpu",
         name: str = "reader",
-    ):
+    ) -> None:
         self._read, self._limit, self._size, self._name = read, max(1, limit), size, name
         self.waiting = deque() if waiting is None else waiting
         self._device = torch.device(device)
@@ -47,29 +47,29 @@ class ReadAhead(Generic[T]):
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin to read, unless it does, or has come to an end or an error since it began."""
+        """Start the thread, unless it runs, has come to the end or to an error that was not yet raised."""
         if self._thread is None and self.error is None:
             self._running, self._stopping = True, False
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Wait for the read at hand and end the thread; what it read stays."""
+        """Wait until the current read is done and end the thread; items that were read stay."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        # Garbage is collected in whichever thread is running, this one too.
+        # A finalizer may call this in the reading thread itself, which cannot join itself.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
 
     def reset(self) -> None:
-        """End the thread, and forget an error that nobody has come to yet."""
+        """End the thread, and forget an error that was not yet raised."""
         self.stop()
         self.error = None
 
     def take(self) -> T | None:
-        """The next item: one that waits, or else the thread's next; without a thread it is read here."""
+        """Return the next item: one that waits, or else the thread's next; without a thread it is read here."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or not self._running)
             if self.waiting:
@@ -82,7 +82,7 @@ class ReadAhead(Generic[T]):
         return self._read()
 
     def held(self) -> int:
-        """How much waits."""
+        """Return the size of all waiting items together."""
         with self._changed:
             return sum(map(self._size, self.waiting))
 
@@ -109,16 +109,17 @@ class ReadAhead(Generic[T]):
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Wait until there is room to read; False when asked to stop."""
+        """Wait until there is room to read; return False when the thread is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or sum(map(self._size, self.waiting)) < self._limit)
             return not self._stopping
 
 
 def ahead(items: Generator[T], depth: int = 2) -> Iterator[T]:
-    """The same items, up to `depth` of them made before they are asked for; errors come where they belong.
+    """Yield the same items, up to `depth` of them computed in a thread before they are needed.
 
-    The thread ends with the generator, at the latest after the item it is making; no item may be `None`.
+    An error of the generator is raised at its place among the items. The thread ends with this generator, at the
+    latest after the item that it is computing; no item may be `None`.
     """
     reader = ReadAhead(lambda: next(items, None), depth)
     try:
@@ -127,18 +128,18 @@ def ahead(items: Generator[T], depth: int = 2) -> Iterator[T]:
             yield item
     finally:
         reader.stop()
-        items.close()  # what it waits for in turn ends with it
+        items.close()  # ends the threads that the items themselves may be read in
 
 
 @contextmanager
 def shared_cores(device: torch.device, processes: int = 1) -> Iterator[bool]:
-    """Whether to run ahead. On a CPU with no core to spare, torch's threads are halved while the block runs.
+    """Yield whether to run ahead. On a CPU with no core to spare, torch's threads are halved while the block runs.
 
     Every Python thread that calls torch has a pool of them, and two pools on the same cores get in each other's way.
 
     Args:
-        device (`torch.device`): Where the language model runs.
-        processes (`int`, *optional*, defaults to 1): On this machine, where the launcher does not say.
+        device (`torch.device`): Device of the language model.
+        processes (`int`, *optional*, defaults to 1): Processes on this machine, where the launcher does not say.
     """
     threads = torch.get_num_threads()
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows

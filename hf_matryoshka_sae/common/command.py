@@ -1,4 +1,4 @@
-"""The frame of a sub-command: what it says of wrong names, and how its work ends on the terminal."""
+"""The frame of a sub-command: values of flags, exit status, and errors as one line on the terminal."""
 
 import argparse
 import difflib
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """The work was asked to stop; what it needs to go on has been saved."""
+    """The work was asked to stop; everything that it needs to go on has been saved."""
 
     on_all_processes = True
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The value of a flag such as `--widths 64,128,256`."""
+    """Return the value of a flag such as `--widths 64,128,256`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -29,16 +29,16 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -> int:
-    """Do a command's work and return its exit status; what a user can mend is a line on stderr, no traceback.
+    """Do a command's work and return its exit status; an error that a user can mend is a line on stderr.
 
-    Of several processes only the first says so. Other errors are bugs, and are raised.
+    Of several processes only the first writes it. Other errors are bugs, and are raised.
 
     Args:
         work (`Callable[[], int]`): Returns the status, `None` for 0.
-        interrupted (`str`, *optional*): Said after Ctrl-C; the status is then 130. [`Interrupted`] has its own text.
+        interrupted (`str`, *optional*): Message after Ctrl-C; the status is then 130. [`Interrupted`] has its own.
 
     Returns:
-        `int`: 2 after a `ValueError` or `OSError`.
+        `int`: The status of `work`; 2 after a `ValueError` or `OSError`, 130 after an interruption.
     """
     try:
         return work() or 0
@@ -52,9 +52,9 @@ def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"`, or the list of what is known where nothing is near.
+    """Return `" Did you mean 'x'?"`, or the list of known names where none is near.
 
-    The same as the models' own, which cannot be had without transformers.
+    `models/` has the same function, which cannot be imported without transformers.
     """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
@@ -63,7 +63,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def measuring() -> Iterator["Accelerator"]:
-    """The processes of a command that measures, by Accelerate; torch is imported only now."""
+    """Yield the processes of a command that measures, by Accelerate; torch is imported only now."""
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""Where text comes from, and whether files that are named are there; imported before torch."""
+"""The source of text in a config, and a check that its files exist; imported before torch."""
 
 import difflib
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from pathlib import Path
 
 EMBEDDED = "embedded"
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-"""How `datasets` calls the kind of a file, by its suffix."""
+"""The name of the `datasets` loader, by the suffix of a file."""
 
 
 @dataclass
 class DatasetConfig:
-    """Where the text comes from."""
+    """The source of text."""
 
     path: str
     """Hub data set id, a folder of files, one `.parquet`, `.jsonl`, `.json` or `.txt` file (documents of a `.txt` file
@@ -30,7 +30,11 @@ class DatasetConfig:
 
 
 def local_files(config: DatasetConfig) -> list[Path] | None:
-    """Files of a local data set; None when the path reads as a Hub id. Raises `ValueError` where they are missing."""
+    """Return the files of a local data set, `None` where the path reads as a Hub id.
+
+    Raises:
+        `ValueError`: If the path or a file of the split is missing, or kinds of files are mixed.
+    """
     path = Path(config.path).expanduser()
     if path.is_dir():
         return _split_files(path, config.split)

@@ -1,4 +1,4 @@
-"""Sums over processes: what a metric needs to be the same for two processes as for one."""
+"""Sums over processes, so that a metric is the same for two processes as for one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-# Processes that share an evaluation, where these are not all: rank, size and group.
+# The processes that share an evaluation, where these are not all: rank of this one, number of them, their group.
 _some: tuple[int, int, dist.ProcessGroup | None] | None = None
 
 
 @contextmanager
 def among(rank: int, world: int, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Within the block, an evaluation's tokens are shared by the processes of a group alone.
+    """Within the block, share an evaluation's tokens among the processes of one group alone.
 
     Args:
-        rank (`int`): Of this process among them.
-        world (`int`): How many they are.
-        group (`ProcessGroup`, *optional*): Theirs; `None` for one.
+        rank (`int`): Number of this process in the group.
+        world (`int`): Number of processes in the group.
+        group (`ProcessGroup`, *optional*): The group; `None` for a single process.
     """
     global _some
     before, _some = _some, (rank, world, group)
@@ -30,12 +30,12 @@ def among(rank: int, world: int, group: dist.ProcessGroup | None) -> Iterator[No
 
 
 def shared_group() -> dist.ProcessGroup | None:
-    """The group that shares the evaluation at hand; `None` for all processes."""
+    """Return the group that shares the current evaluation; `None` for all processes."""
     return None if _some is None else _some[2]
 
 
 def processes() -> tuple[int, int]:
-    """Rank of this process and how many there are, `(0, 1)` without `torch.distributed`."""
+    """Return rank of this process and number of processes, `(0, 1)` without `torch.distributed`."""
     if _some is not None:
         return _some[:2]
     if dist.is_available() and dist.is_initialized():
@@ -44,7 +44,7 @@ def processes() -> tuple[int, int]:
 
 
 def reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, summed over processes in place where there are several; on any device."""
+    """Return the tensors, summed in place over processes where there are several; on any device."""
     if processes()[1] > 1:
         # NCCL has no sums on the host, where most of these are.
         device = torch.device("cuda") if dist.get_backend() == "nccl" else None
@@ -56,11 +56,11 @@ def reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def gathered(found: list) -> list:
-    """What all processes found, in their order."""
+def gathered(items: list) -> list:
+    """Return the items of all processes in one list, in the order of ranks."""
     _, world = processes()
     if world == 1:
-        return found
+        return items
     parts: list[list] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, found, group=shared_group())
-    return [one for part in parts for one in part]
+    dist.all_gather_object(parts, items, group=shared_group())
+    return [item for part in parts for item in part]

@@ -1,4 +1,4 @@
-"""Figures: one way to draw a metric over widths, one way to save. None chooses a backend."""
+"""Figures: one way to draw a metric over widths, one way to save; neither chooses a matplotlib backend."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 
 Point = tuple[int | None, float, Sequence[float] | None]
-"""A width, a value, and the ends of its interval where it has one."""
+"""Width, value, and the ends of the value's interval where it has one."""
 
 
 def draw_widths(
@@ -17,9 +17,9 @@ def draw_widths(
     """Draw values against width with their intervals; the `n`th line has the colour `C<n>` on every axis.
 
     Args:
-        axis (`Axes`): Of matplotlib.
-        lines (`dict[str, list[Point]]`): By name.
-        flat (`Sequence[str]`, *optional*): Names of what has but one width, and is drawn across.
+        axis (`Axes`): The matplotlib axes to draw on.
+        lines (`dict[str, list[Point]]`): Points of each line, by its name.
+        flat (`Sequence[str]`, *optional*): Names of lines of one width, which are drawn across.
         dashed (`Sequence[str]`, *optional*): Names of baselines that have every width.
     """
     for number, (name, points) in enumerate(lines.items()):
@@ -41,7 +41,7 @@ def draw_widths(
 
 
 def label_widths(axis: Any, widths: set[int]) -> None:
-    """A logarithmic axis of widths, each labelled where they are few."""
+    """Make the x axis logarithmic, with a label at each of `widths` where they are few."""
     axis.set(xlabel="width (latents)", xscale="log")
     if 0 < len(widths) <= 12:
         ticks = sorted(widths)

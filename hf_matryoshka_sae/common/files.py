@@ -15,11 +15,11 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def as_json(data: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: NaN and infinity, of which JSON knows nothing, are null.
+    """Return JSON that any reader takes: NaN and infinity, of which JSON knows nothing, are null.
 
     Args:
-        data (`Any`): What `json.dumps` takes.
-        indent (`int`, *optional*): Spaces of a level; by default all is one line.
+        data (`Any`): Data that `json.dumps` takes.
+        indent (`int`, *optional*): Spaces by which a level is indented; by default all is one line.
     """
     return json.dumps(_with_null(data), indent=indent, allow_nan=False)
 
@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A name to write a file to; it takes its own when the block has ended well, and is removed otherwise."""
+    """Yield a temporary path to write to; it is renamed to `path` when the block succeeds, and removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

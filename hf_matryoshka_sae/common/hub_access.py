@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached at all, asked before a library that would try again for half a minute."""
+"""A check that the Hub can be reached, before a library is called that would try for half a minute."""
 
 import errno
 import socket
@@ -9,17 +9,17 @@ from urllib.parse import urlsplit
 
 
 _ATTEMPTS, _PAUSE = 3, 0.4  # seconds between attempts
-_CONNECTED_WITHIN = 2.0  # seconds; a network that is merely slow is left to those who retry
-# What says that there is no network, or nobody to ask for names, rather than that something is slow or busy.
+_CONNECTED_WITHIN = 2.0  # seconds; on a slower network the library's own retries do better
+# Errors that mean that there is no network, rather than that something is slow or busy.
 _NO_NETWORK = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ECONNREFUSED}
 
 
 def check_reachable(repo_id: str, filename: str, revision: str | None = None, repo_type: str = "model") -> None:
-    """Tell at once that a repository cannot be had: it is not on this machine, and there is no network.
+    """Raise at once if a repository cannot be read: it is not on this machine, and there is no network.
 
     Args:
         repo_id (`str`): The repository; a folder of that name needs no network.
-        filename (`str`): A file that any copy of it on this machine has.
+        filename (`str`): A file that a cached copy of the repository has.
         revision (`str`, *optional*): Branch, tag or commit.
         repo_type (`str`, *optional*, defaults to `"model"`): `model` or `dataset`.
 
@@ -39,7 +39,7 @@ def check_reachable(repo_id: str, filename: str, revision: str | None = None, re
 
 
 def _unreachable(endpoint: str) -> OSError | None:
-    """Why an address cannot be reached; `None` where it can, or where only trying would tell."""
+    """Return why an address cannot be reached; `None` where it can, or where only a request would show it."""
     url = urlsplit(endpoint)
     if url.scheme in urllib.request.getproxies() or "all" in urllib.request.getproxies() or url.hostname is None:
         return None  # a proxy looks names up itself

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def seed_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95% interval of a mean over independent seeds, by Student's t; `None` of one seed."""
+    """Return the 95% interval of a mean over independent seeds, by Student's t; `None` of one seed."""
     if len(values) < 2:
         return None
     from scipy.stats import t
@@ -18,48 +18,49 @@ def seed_interval(values: Sequence[float]) -> list[float] | None:
 
 
 def middle_95(samples: np.ndarray) -> list:
-    """The 2.5th and the 97.5th percentile of resamples `(R, ...)`: two numbers, or a pair for each figure."""
+    """Return the 2.5th and the 97.5th percentile of resamples `(R, ...)`: two numbers, or a pair for each figure."""
     return np.quantile(samples, [0.025, 0.975], axis=0).T.tolist()
 
 
 def resampled_rows(count: int, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """Numbers of rows drawn with replacement, `(resamples, count)`."""
+    """Return numbers of rows drawn with replacement, `(resamples, count)`."""
     return random.integers(count, size=(resamples, count))
 
 
 def resampled_means(table: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """The mean of each resample of a table's rows `(N, S)`, `(resamples, S)`; 0 of no rows."""
+    """Return the mean of each resample of a table's rows `(N, S)`, `(resamples, S)`; 0 of no rows."""
     if not len(table):
         return np.zeros((resamples, table.shape[1]))
     return table[resampled_rows(len(table), resamples, random)].mean(1)
 
 
 def resampled_counts(count: int, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """How often each of `count` things is drawn in each resample, `(resamples, count)`."""
+    """Return how often each of `count` items is drawn in each resample, `(resamples, count)`."""
     return random.multinomial(count, np.full(count, 1 / count), resamples)
 
 
 def ratio_interval(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> list[float]:
-    """The interval of sum of values / sum of weights, both `(N,)`, over the resamples of [`resampled_rows`]."""
-    drawn = weights[rows].sum(1)
-    return middle_95(values[rows].sum(1)[drawn > 0] / drawn[drawn > 0])
+    """Return the 95% interval of sum of values / sum of weights, both `(N,)`, over resamples of [`resampled_rows`]."""
+    totals = weights[rows].sum(1)
+    return middle_95(values[rows].sum(1)[totals > 0] / totals[totals > 0])
 
 
 class CrossedBootstrap:
-    """Resamples of two things that cross, such as splits and tasks; the same for everything they are applied to.
+    """Resamples of two crossed factors, such as splits and tasks; the same for each table they are applied to.
 
     Tasks count as independent, which those of one data set are not quite.
 
     Args:
-        counts (`int`): Of the first and the second thing.
-        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        counts (`int`): Number of levels of the first and the second factor.
+        resamples (`int`, *optional*, defaults to 1000): Number of resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
     """
 
-    def __init__(self, *counts: int, resamples: int = 1000, seed: int = 0):
+    def __init__(self, *counts: int, resamples: int = 1000, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self._weights = [resampled_counts(n, resamples, random) / n for n in counts]
 
     def interval(self, values: np.ndarray) -> list[float]:
-        """The middle 95% of the means of values `(first, second)`, both resampled."""
+        """Return the middle 95% of the means of values `(first, second)`, both factors resampled."""
         first, second = self._weights
         return middle_95(((first @ values) * second).sum(1))

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are asked for, so that a command reads its arguments before torch."""
+"""Packages whose names are imported on first use, so that a command reads its arguments before torch."""
 
 import ast
 import importlib
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def imports_on_use(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`, which give what its `__init__.py` imports under `if TYPE_CHECKING:`.
+    """Return a package's `__getattr__` and `__dir__` for names that its `__init__.py` imports under `TYPE_CHECKING`.
 
-    No such name may be that of a submodule: whoever imported the submodule would get it in place of the name.
+    No such name may be that of a submodule, whose import would hide it.
 
     Args:
         package (`str`): The package's `__name__`.

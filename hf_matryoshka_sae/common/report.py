@@ -1,6 +1,6 @@
-"""One report of a study: figures of subjects at their widths, as rows, a table, Markdown, JSON and a plot.
+"""The report of a study: figures of subjects at their widths, as rows, a table, Markdown, JSON and a plot.
 
-A study gives records and says what its columns are; all else is done here, once.
+A study gives records and describes its columns; everything else is done here, once.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,17 @@ class Column:
     """A figure of a report.
 
     Args:
-        name (`str`): In the rows; its interval is called `<name>_low` and `<name>_high` there.
-        title (`str`), meaning (`str`): What stands above it, and a sentence about what it is.
-        form (`str`, *optional*, defaults to `".4f"`): Its format.
-        better (`"higher"` or `"lower"`, *optional*): Where either is.
-        path (`str`, *optional*): Where a record has it, with dots between keys; by default under its name.
-        interval (`str`, *optional*): Where a record has its interval; by default at `<path>_interval`.
-        table (`str`, *optional*, defaults to `"interval"`): Whether the table shows it with its interval, its `value`
-            alone, or `nothing` of it.
-        uninformed (`float`, *optional*): What knowing nothing scores; drawn as a line.
-        limits (`tuple[float, float]`, *optional*): What lies outside is not drawn; the better end is.
+        name (`str`): Name of its column in the rows; its interval is in `<name>_low` and `<name>_high`.
+        title (`str`): Head of its column in the table.
+        meaning (`str`): A sentence that says what the figure is.
+        form (`str`, *optional*, defaults to `".4f"`): Format of its values.
+        better (`"higher"` or `"lower"`, *optional*): Which values are better, where either is.
+        path (`str`, *optional*): Keys of the value in a record, joined by dots; by default its name.
+        interval (`str`, *optional*): Keys of the interval in a record; by default `<path>_interval`.
+        table (`str`, *optional*, defaults to `"interval"`): Whether the table shows the value with its interval, the
+            `value` alone, or `nothing`.
+        uninformed (`float`, *optional*): Score of knowing nothing, drawn as a line.
+        limits (`tuple[float, float]`, *optional*): Ends of the drawn axis; the better end is always drawn.
     """
 
     name: str
@@ -51,40 +52,40 @@ class Column:
     limits: tuple[float, float] | None = None
 
     def value(self, record: dict[str, Any]) -> Any:
-        """The figure in a record, `None` where it has none."""
+        """Return the figure in a record, `None` where it has none."""
         return _at(record, self.path or self.name)
 
     def bounds(self, record: dict[str, Any]) -> list[float] | None:
-        """Its interval in a record, `None` where it has none."""
+        """Return the figure's interval in a record, `None` where it has none."""
         return _at(record, self.interval or f"{self.path or self.name}_interval")
 
     def cell(self, record: dict[str, Any]) -> str:
-        """The figure as text."""
+        """Return the figure in a record as text."""
         value = self.value(record)
         return "-" if value is None else format(value, self.form)
 
     def bounds_cell(self, record: dict[str, Any]) -> str:
-        """Its interval as text."""
+        """Return the figure's interval in a record as text."""
         bounds = self.bounds(record)
         return "-" if bounds is None or None in bounds else "..".join(format(bound, self.form) for bound in bounds)
 
 
 @dataclass
 class Report:
-    """What a study found; `str()` is its table.
+    """The results of a study; `str()` is its table.
 
     Args:
-        name (`str`): Of its files.
-        title (`str`): Above the table.
+        name (`str`): Name of its files, without suffix.
+        title (`str`): Line above the table.
         records (`list[dict]`): For each subject and width `subject` (its name), `kind` (`dictionary`, `random`,
             `neurons` and other baselines), `width` (`None` where there is none) and figures, JSON-able.
         columns (`Sequence[Column]`): The figures.
-        about (`dict`): Of the run, JSON-able: what was read, options, seed; `skipped` are reasons by name.
+        about (`dict`): Facts of the run, JSON-able: data, options, seed; `skipped` has reasons by name.
         plotted (`Sequence[str]`, *optional*): Names of the columns that are drawn; by default the first.
-        notes (`list[str]`, *optional*): What a reader has to know.
-        warning (`str`, *optional*): What a reader must not overlook.
-        intervals (`str`, *optional*): What the intervals are.
-        latents (`dict`, *optional*): By subject what was found of single latents.
+        notes (`list[str]`, *optional*): Remarks below the table.
+        warning (`str`, *optional*): A warning above the table and the plot.
+        intervals (`str`, *optional*): A sentence that says what the intervals are.
+        latents (`dict`, *optional*): Results of single latents, by subject.
         grouped (`bool`, *optional*, defaults to `False`): In JSON, records are listed by subject as `saes`, not as
             `rows`.
     """
@@ -104,8 +105,11 @@ class Report:
 
     @property
     def rows(self) -> "DataFrame":
-        """The figures as a pandas DataFrame: `subject`, `kind`, `width`, and for each column its value, `<name>_low`
-        and `<name>_high` where it has intervals; `attrs` says what each column means, and which way is better."""
+        """Return the figures as a pandas DataFrame.
+
+        Its columns are `subject`, `kind`, `width`, and for each figure its value, `<name>_low` and `<name>_high` where
+        it has intervals; `attrs` says what each figure means and which way is better.
+        """
         from pandas import DataFrame
 
         data = {key: [record.get(key) for record in self.records] for key in ("subject", "kind", "width")}
@@ -124,60 +128,60 @@ class Report:
 
     @property
     def explanation(self) -> str:
-        """What each figure means."""
+        """Return a sentence for each figure and one for the intervals."""
         return " ".join(
             filter(None, [*(f"{column.name}: {column.meaning}" for column in self.columns), self.intervals])
         )
 
     def subject(self, name: str) -> list[dict[str, Any]]:
-        """The records of one subject, narrowest first.
+        """Return the records of one subject, narrowest first.
 
         Raises:
             `ValueError`: if there is no such subject.
         """
-        found = self.subjects().get(name)
-        if found is None:
-            raise ValueError(f"No subject is called '{name}'; there are {', '.join(map(repr, self.subjects()))}.")
-        return found
+        subjects = self.subjects()
+        if name not in subjects:
+            raise ValueError(f"No subject is called '{name}'; there are {', '.join(map(repr, subjects))}.")
+        return subjects[name]
 
     def subjects(self) -> dict[str, list[dict[str, Any]]]:
-        """The records by subject."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        """Return the records by subject."""
+        subjects: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
-            found.setdefault(record["subject"], []).append(record)
-        return found
+            subjects.setdefault(record["subject"], []).append(record)
+        return subjects
 
     def flat(self) -> dict[str, list[dict[str, Any]]]:
-        """By subject, for each width, `width`, `kind` and each figure by its column's name, with its `_interval`."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        """Return rows by subject: `width`, `kind` and each figure by its column's name, with its `_interval`."""
+        rows: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
             row = {key: record[key] for key in ("width", "kind") if key in record}
             for column in self.columns:
                 value, bounds = column.value(record), column.bounds(record)
                 row |= {} if value is None else {column.name: value}
                 row |= {} if bounds is None else {f"{column.name}_interval": bounds}
-            found.setdefault(record["subject"], []).append(row)
-        return found
+            rows.setdefault(record["subject"], []).append(row)
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the report as JSON-able values."""
         head = {"explanation": self.explanation} | ({} if self.warning is None else {"warning": self.warning})
-        found = {**head, **self.about}
+        data = {**head, **self.about}
         if self.grouped:
-            found["saes"] = {
+            data["saes"] = {
                 name: [{key: value for key, value in row.items() if key not in ("subject", "kind")} for row in rows]
                 for name, rows in self.subjects().items()
             }
         else:
-            found["rows"] = self.records
-        return found | ({"latents": _plain(self.latents)} if self.latents else {})
+            data["rows"] = self.records
+        return data | ({"latents": _plain(self.latents)} if self.latents else {})
 
     def as_json(self, indent: int | None = None) -> str:
-        """As JSON that any reader takes: what is not finite is null."""
+        """Return the report as JSON that any reader takes: numbers that are not finite are null."""
         return as_json(self.to_dict(), indent)
 
     def _cells(self, arrows: bool) -> tuple[list[str], list[list[str]]]:
-        """Titles and rows of the table."""
+        """Return heads and rows of the table."""
         titles, cells = ["", "width"], [[r["subject"], str(r["width"] or "-")] for r in self.records]
         for column in self.columns:
             if column.table == "nothing" or not any(column.value(record) is not None for record in self.records):
@@ -198,7 +202,7 @@ class Report:
         return "\n".join([self.title, *warning, *text_table(*self._cells(arrows=False)), *self._remarks()])
 
     def markdown(self) -> str:
-        """The table as Markdown; arrows say which way is better."""
+        """Return the table as Markdown; arrows say which way is better."""
         warning = [f"**{self.warning}**"] if self.warning else []
         remarks = ["\n".join(f"- {line}" for line in self._remarks())]
         parts = [self.title, *warning, markdown_table(*self._cells(arrows=True)), *remarks, self.explanation]
@@ -270,7 +274,7 @@ class Report:
 
 
 def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; the first column is flush left, all others right."""
+    """Return the lines of a table; the first column is flush left, all others right."""
     sizes = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     lines = []
     for first, *others in [titles, *rows]:
@@ -280,7 +284,7 @@ def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: int | None = None) -> str:
-    """A table in Markdown; columns from number `right` on are flush right."""
+    """Return a table in Markdown; columns from number `right` on are flush right."""
     rule = ["---" if right is None or number < right else "---:" for number in range(len(titles))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [titles, rule, *rows])
 
@@ -292,16 +296,16 @@ def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _at(record: dict[str, Any], path: str) -> Any:
-    found: Any = record
+    value: Any = record
     for key in path.split("."):
-        if not isinstance(found, dict):
+        if not isinstance(value, dict):
             return None
-        found = found.get(key)
-    return found
+        value = value.get(key)
+    return value
 
 
 def _plain(data: Any) -> Any:
-    """Dataclasses as dictionaries, wherever they stand."""
+    """Return nested data with dataclasses as dictionaries."""
     if is_dataclass(data):
         return vars(data)
     if isinstance(data, dict):

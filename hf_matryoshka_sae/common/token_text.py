@@ -1,10 +1,15 @@
-"""What tokens say: the text that each adds where it stands in the middle of a text, leading space and all.
+"""The text of tokens: what each adds where it stands in the middle of a text, leading space included.
 
 Tokenizers mark the beginning of a word in different ways, and some drop a space where a text begins. So a token is
 decoded behind an "a": what is added is what counts. Bytes that are no whole character are shown as U+FFFD.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 ANCHOR = "a"
@@ -15,8 +20,8 @@ Encode = Callable[[str], list[int]]
 Decode = Callable[[list[list[int]]], list[str]]
 
 
-def token_texts(tokenizer, tokens: Iterable[int]) -> list[str]:
-    """What each token by itself adds to a text."""
+def token_texts(tokenizer: "PreTrainedTokenizerBase", tokens: Iterable[int]) -> list[str]:
+    """Return what each token by itself adds to a text."""
     encode, decode = coders(tokenizer)
     tokens, anchor = list(tokens), encode(ANCHOR)
     behind = decode([anchor])[0] if anchor else ""
@@ -25,8 +30,8 @@ def token_texts(tokenizer, tokens: Iterable[int]) -> list[str]:
     return [text[len(behind) :] if text.startswith(behind) else next(alone) for text in texts]
 
 
-def texts_in_place(tokenizer, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to those before it; a character of several tokens stands at the last of them."""
+def texts_in_place(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> list[str]:
+    """Return what each token adds to those before it; a character of several tokens stands at the last of them."""
     encode, decode = coders(tokenizer)
     anchor = encode(ANCHOR)
     texts = decode([[*anchor, *tokens[:size]] for size in range(len(tokens) + 1)])
@@ -39,8 +44,8 @@ def texts_in_place(tokenizer, tokens: Sequence[int]) -> list[str]:
     return added
 
 
-def coders(tokenizer) -> tuple[Encode, Decode]:
-    """Text to tokens without special ones, and batches of tokens to texts, each as the tokenizer does it plainly."""
+def coders(tokenizer: "PreTrainedTokenizerBase") -> tuple[Encode, Decode]:
+    """Return two functions: from text to tokens without special ones, and from batches of tokens to texts."""
     if not tokenizer.is_fast:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return (

@@ -5,17 +5,18 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models import CONFIGS, SAEModel, build_sae
-from .checkpoint import Checkpoint, said
+from ..models import CONFIGS, SAEConfig, SAEModel, build_sae
+from .checkpoint import Checkpoint, quoted
 
 
 logger = logging.getLogger(__name__)
 
-# What configs call F and D. (Bussmann's `dict_size` is not what a Matryoshka SAE has.)
+# Names of F and D in configs. (Bussmann's `dict_size` is not what a Matryoshka SAE has.)
 _NAMES_OF_F = ("d_sae", "n_latents", "hidden_dim", "num_latents")
 _NAMES_OF_D = ("d_in", "d_model", "n_inputs", "input_dim", "act_size")
 
@@ -33,20 +34,23 @@ def assemble(
     b_mag: Tensor | None = None,
     k: int | float | None = None,
     prefix_widths: Sequence[int] | None = None,
-    **fields,
+    **fields: Any,
 ) -> SAEModel:
-    """An SAE of the family that `activation` names; with prefix widths a Matryoshka one.
+    """Build an SAE of the family that `activation` names, with prefix widths a Matryoshka one; return it.
 
-    What the user says wins over what the files say.
+    What the user says takes precedence over the files.
 
     Args:
-        checkpoint ([`Checkpoint`]): Where this comes from.
+        checkpoint ([`Checkpoint`]): The checkpoint that the tensors come from.
         activation (`str`): `"relu"`, `"topk"`, `"batch_topk"`, `"jumprelu"` or `"gated"`.
-        W_enc (`Tensor` of shape `(F, D)`), W_dec (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`),
-        b_dec (`Tensor` of shape `(D,)`): The parameters; of a gated SAE `b_enc` is the gate's bias.
-        threshold (`Tensor` of shape `(F,)` or `float`, *optional*): Of BatchTopK and JumpReLU.
-        r_mag (`Tensor` of shape `(F,)`, *optional*), b_mag (`Tensor` of shape `(F,)`, *optional*): Of gated ones.
-        k (`int` or `float`, *optional*): Of TopK and BatchTopK.
+        W_enc (`Tensor` of shape `(F, D)`): Encoder.
+        W_dec (`Tensor` of shape `(F, D)`): Decoder.
+        b_enc (`Tensor` of shape `(F,)`): Bias of the encoder; of a gated SAE that of the gate.
+        b_dec (`Tensor` of shape `(D,)`): Bias of the decoder.
+        threshold (`Tensor` of shape `(F,)` or `float`, *optional*): Threshold of BatchTopK and JumpReLU.
+        r_mag (`Tensor` of shape `(F,)`, *optional*): Logarithmic scale of a gated SAE's magnitudes.
+        b_mag (`Tensor` of shape `(F,)`, *optional*): Bias of a gated SAE's magnitudes.
+        k (`int` or `float`, *optional*): Latents per token of TopK and BatchTopK.
         prefix_widths (`Sequence[int]`, *optional*): Widths at which prefixes are SAEs; F is added if it is missing.
         fields: More fields of the config.
 
@@ -82,40 +86,41 @@ def assemble(
     return _filled(config, state, hints.dtype, checkpoint.tensors)
 
 
-def _warn_where_hints_differ(checkpoint: Checkpoint, activation: str, k, prefix_widths) -> None:
-    """The user's word counts, but a slip should not pass unseen."""
+def _warn_where_hints_differ(
+    checkpoint: Checkpoint, activation: str, k: int | float | None, prefix_widths: Sequence[int] | None
+) -> None:
+    """Warn where the user's hints, which take precedence, differ from the files."""
     hints = checkpoint.hints
     if hints.k is not None and activation not in ("topk", "batch_topk"):
         logger.warning("%s keeps no fixed number of latents (%s): `k` has no effect.", checkpoint.name, activation)
     elif hints.k is not None and k is not None and float(k) != float(hints.k):
         logger.warning("%s says k = %g; it is loaded with k = %g, as asked.", checkpoint.name, float(k), hints.k)
-    if hints.prefix_widths is not None and prefix_widths is not None:
-        if list(hints.prefix_widths) != list(prefix_widths):
-            said, asked = list(prefix_widths), list(hints.prefix_widths)
-            logger.warning("%s was trained at widths %s; it is loaded with %s.", checkpoint.name, said, asked)
+    stored, widths = prefix_widths, hints.prefix_widths
+    if stored is not None and widths is not None and list(stored) != list(widths):
+        logger.warning("%s was trained at widths %s; it is loaded with %s.", checkpoint.name, [*stored], [*widths])
 
 
 def _check_sizes(checkpoint: Checkpoint, num_latents: int, d_in: int) -> None:
-    """A config that says other sizes than the tensors have belongs to another checkpoint."""
+    """Raise `ValueError` where the config has other sizes than the tensors: it belongs to another checkpoint."""
     trainer = checkpoint.config.get("trainer")
     sizes = [(name, num_latents, checkpoint.config.get(name)) for name in _NAMES_OF_F]
     sizes += [(name, d_in, checkpoint.config.get(name)) for name in _NAMES_OF_D]
     if isinstance(trainer, dict):  # dictionary_learning's
         sizes += [("dict_size", num_latents, trainer.get("dict_size"))]
         sizes += [("activation_dim", d_in, trainer.get("activation_dim"))]
-    for name, found, stated in sizes:
-        if stated and stated != found:
+    for name, size, stated in sizes:
+        if stated and stated != size:
             raise ValueError(
-                f"The tensors of {checkpoint.name} have {found} where its config says {name} {stated}: they do not "
+                f"The tensors of {checkpoint.name} have {size} where its config says {name} {stated}: they do not "
                 "belong together."
             )
 
 
 def _thresholds(checkpoint: Checkpoint, threshold: Tensor, num_latents: int) -> Tensor:
-    """One threshold for each latent, at least 0.
+    """Return one threshold for each latent, at least 0.
 
-    Source libraries apply a ReLU first, so that a threshold below 0 lets through what one of 0 does. Learnt ones may
-    have got there; where all have, none was ever set.
+    Source libraries apply a ReLU first, so that a threshold below 0 acts like one of 0. Some learnt thresholds may be
+    below 0; where all are, none was ever set.
     """
     below = int((threshold < 0).sum())
     if below and below == threshold.numel():
@@ -134,25 +139,25 @@ def _checked_k(checkpoint: Checkpoint, activation: str, k: int | float | None) -
     if isinstance(k, Tensor) and k.numel() == 1:
         k = k.item()
     if isinstance(k, bool) or not isinstance(k, int | float) or not abs(k) < 2**62:
-        raise ValueError(f"k of {checkpoint.name} should be a number of latents, is {said(k)}.")
+        raise ValueError(f"k of {checkpoint.name} should be a number of latents, is {quoted(k)}.")
     if activation == "topk" and k != int(k):
         raise ValueError(f"`k` must be a whole number where each token keeps k latents, got {k}.")
     return int(k) if k == int(k) else float(k)
 
 
-def _filled(config, state: dict[str, Tensor], dtype: torch.dtype, stored: dict[str, Tensor]) -> SAEModel:
-    """A model with these tensors; drawing random ones first would take longer than reading them.
+def _filled(config: SAEConfig, state: dict[str, Tensor], dtype: torch.dtype, stored: dict[str, Tensor]) -> SAEModel:
+    """Return a model with these tensors, without drawing random ones first, which takes longer than reading them.
 
-    What still is the file's own memory (`stored`), or another tensor's, is copied.
+    A tensor in the file's own memory (`stored`), or in that of another tensor, is copied.
     """
     with torch.device("meta"):
         sae = build_sae(config)
-    taken = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+    used = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
     for name, tensor in state.items():
         own = tensor.to(torch.float32 if name == "threshold" else dtype).contiguous()
-        place = own.untyped_storage().data_ptr()
-        state[name] = own.clone() if place in taken else own
-        taken.add(place)
+        address = own.untyped_storage().data_ptr()
+        state[name] = own.clone() if address in used else own
+        used.add(address)
     state["latent_ids"] = torch.arange(config.num_latents)
     sae.load_state_dict(state, assign=True)
     return sae.eval()
@@ -160,10 +165,10 @@ def _filled(config, state: dict[str, Tensor], dtype: torch.dtype, stored: dict[s
 
 @torch.no_grad()
 def plain(sae: SAEModel, subtracts: bool | None = None, unit_rows: bool = True) -> SAEModel:
-    """An SAE that computes the same, in the form that a format can write.
+    """Return an SAE that computes the same, in the form that a format can write.
 
     Args:
-        sae ([`SAEModel`]): Not changed.
+        sae ([`SAEModel`]): The SAE, which is not changed.
         subtracts (`bool`, *optional*): Whether `b_dec` is to be subtracted from the input; by default as it is.
         unit_rows (`bool`, *optional*, defaults to `True`): Fold the decoder's norms into the encoder where latents are
             measured in their units; else the config keeps saying so.
@@ -181,10 +186,10 @@ def plain(sae: SAEModel, subtracts: bool | None = None, unit_rows: bool = True) 
 
 
 def cpu_tensors(sae: SAEModel) -> dict[str, Tensor]:
-    """The tensors of an SAE on the CPU, in its own memory."""
+    """Return the tensors of an SAE on the CPU, in its own memory."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
 
 
 def write_json(file: Path, content: dict) -> None:
-    """A JSON file with a line per field."""
+    """Write a JSON file with a line per field."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

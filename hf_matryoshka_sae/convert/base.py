@@ -1,4 +1,4 @@
-"""What a format is."""
+"""The parts of a format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Format:
     """A checkpoint format.
 
     Args:
-        name (`str`): What users call it; `names.py` has a line about it.
-        claims (`Callable`): Whether a checkpoint is of this format, by its files, config and tensors.
-        read (`Callable`): The SAE of a checkpoint.
-        objection (`Callable`, *optional*): Why it cannot express an SAE; `None` where it can.
-        write (`Callable`, *optional*): Write an SAE to a path; only without an objection.
+        name (`str`): Its name for users; `names.py` has a line about it.
+        claims (`Callable`): Returns whether a checkpoint is of this format, by its files, config and tensors.
+        read (`Callable`): Returns the SAE of a checkpoint.
+        objection (`Callable`, *optional*): Returns why the format cannot express an SAE; `None` where it can.
+        write (`Callable`, *optional*): Writes an SAE to a path; called only without an objection.
     """
 
     name: str
@@ -28,5 +28,5 @@ class Format:
 
 
 def first_objection(*checks: tuple[bool, str]) -> str | None:
-    """The reason of the first check that holds."""
+    """Return the reason of the first check that holds."""
     return next((reason for holds, reason in checks if holds), None)

@@ -1,4 +1,4 @@
-"""A foreign checkpoint as it was found: its tensors, its config, and what the user says about it.
+"""A checkpoint of another library: its tensors, its config, and what the user says about it.
 
 Nothing in a file is run: pickles are read with `weights_only=True`, numpy archives without objects. Whatever is
 missing, damaged or of another shape is a `ValueError` that says what was expected, what came, and what to do.
@@ -29,14 +29,15 @@ _UNRELATED, _TIED = 0.2, 0.6
 
 @dataclass(frozen=True)
 class Hints:
-    """What a user says about a checkpoint. What is `None` is read from the files.
+    """What a user says about a checkpoint; a field that is `None` is read from the files.
 
     Args:
         prefix_widths (`Sequence[int]`, *optional*): Widths at which its prefixes were trained to be SAEs.
         k (`int` or `float`, *optional*): Latents per token.
-        hookpoint (`str`, *optional*), base_model (`str`, *optional*): Where it reads, in our vocabulary.
-        width (`int`, *optional*): Keep only the first latents.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the loaded SAE.
+        hookpoint (`str`, *optional*): Place of its hidden states, as a path in transformers.
+        base_model (`str`, *optional*): Hub id of the language model.
+        width (`int`, *optional*): Number of the first latents to keep.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the loaded SAE.
     """
 
     prefix_widths: Sequence[int] | None = None
@@ -52,7 +53,7 @@ class Checkpoint:
     """A checkpoint that is being converted.
 
     Args:
-        place ([`Place`]): Where its files are.
+        place ([`Place`]): Its files.
         hints ([`Hints`], *optional*): What the user says about it.
     """
 
@@ -61,17 +62,17 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The path, from which some formats infer what no file says."""
+        """Return the path, from which some formats infer what no file says."""
         return self.place.name
 
     @property
     def file_name(self) -> str:
-        """Name of the file of weights."""
+        """Return the name of the file of weights."""
         return self.place.weights.rsplit("/", 1)[-1]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The JSON beside the weights, or above a folder `checkpoints`; empty where there is none."""
+        """Return the JSON beside the weights, or above a folder `checkpoints`; empty where there is none."""
         for up in (0, 1) if Path(self.name).parent.name == "checkpoints" else (0,):
             for name in _CONFIGS:
                 file = self.place.beside(name, up)
@@ -88,39 +89,39 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file, as they are stored."""
+        """Return the tensors of the file, as they are stored."""
         return self._contents[0]
 
     @property
     def values(self) -> dict[str, Any]:
-        """What a pickle or archive holds that is no tensor."""
+        """Return what a pickle or archive holds that is no tensor."""
         return self._contents[1]
 
     def unwrap(self, name: str) -> None:
-        """Go on with what a dictionary inside the file holds, where it has one of this name."""
+        """Continue with a dictionary inside the file, where it has one of this name."""
         inner = self.values.get(name)
         if isinstance(inner, dict):
             self._contents = split_tensors(inner, self.name)
 
     def json_beside(self, name: str, up: int = 0) -> dict[str, Any]:
-        """Another JSON file of the checkpoint; empty where there is none."""
+        """Return another JSON file of the checkpoint; empty where there is none."""
         file = self.place.beside(name, up)
         return {} if file is None else read_json(file)
 
     def has(self, *names: str) -> bool:
-        """Whether all of these tensors are there."""
+        """Return whether the file holds all of these tensors."""
         return all(name in self.tensors for name in names)
 
     def tensor(self, *names: str) -> Tensor:
-        """The first of these tensors that is there, in fp32.
+        """Return the first of these tensors that the file holds, in fp32.
 
         Raises:
-            `ValueError`: if there is none of them, or it holds no floating numbers.
+            `ValueError`: if the file holds none of them, or the tensor is not of floating numbers.
         """
         return as_floats(self._floating(*names))
 
     def _floating(self, *names: str) -> Tensor:
-        """The same as it is stored."""
+        """Return the tensor of [`tensor`] in the type in which it is stored."""
         stored = self._stored(*names)
         if not stored.is_floating_point():
             raise ValueError(
@@ -136,7 +137,7 @@ class Checkpoint:
         raise ValueError(f"{self.name} lacks the tensor {' or '.join(names)}; it holds {self.described()}.")
 
     def vector(self, *names: str, length: int | None = None) -> Tensor:
-        """A tensor of one axis, in fp32."""
+        """Return a tensor of one axis, in fp32."""
         vector = self.tensor(*names)
         if vector.dim() != 1 or length not in (None, len(vector)):
             expected = "one axis" if length is None else f"shape ({length},)"
@@ -144,7 +145,7 @@ class Checkpoint:
         return vector
 
     def scalar(self, *names: str) -> float:
-        """The value of a tensor with one entry, which may also be a whole number; raises `ValueError` for others."""
+        """Return the value of a tensor with one entry, of any numeric type, or raise `ValueError`."""
         tensor = self._stored(*names)
         if tensor.numel() != 1:
             raise ValueError(f"{names[0]} of {self.name} should be one number, has shape {tuple(tensor.shape)}.")
@@ -154,7 +155,7 @@ class Checkpoint:
         return float(value)
 
     def positive(self, *names: str) -> float:
-        """The same where it has to be above 0, as a length by which others are divided."""
+        """Return the value of a tensor with one entry that must be above 0, such as a length to divide by."""
         self.tensor(*names)
         value = self.scalar(*names)
         if value <= 0:
@@ -162,11 +163,12 @@ class Checkpoint:
         return value
 
     def matrix(self, *names: str, shape: tuple[int, int], transposed: bool) -> Tensor:
-        """A weight matrix as `(F, D)`, in fp32.
+        """Return a weight matrix as `(F, D)`, in fp32.
 
         The lengths of the biases say which axis is which, not the name. Where F equals D they cannot.
 
         Args:
+            *names (`str`): Names of the tensor, of which the first that the file holds counts.
             shape (`tuple[int, int]`): F and D.
             transposed (`bool`): Whether the library stores `(D, F)`, for F = D.
         """
@@ -186,7 +188,7 @@ class Checkpoint:
     def matrices(
         self, encoder: str, decoder: str, shape: tuple[int, int], transposed: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
-        """Encoder and decoder as `(F, D)` each; see [`matrix`].
+        """Return encoder and decoder as `(F, D)` each; see [`matrix`].
 
         Raises:
             `ValueError`: for other shapes; and where F = D and the weights themselves say that one of the two is
@@ -205,21 +207,21 @@ class Checkpoint:
         return W_enc, W_dec
 
     def described(self) -> str:
-        """Names and shapes of the tensors, for messages."""
+        """Return names and shapes of the tensors, for messages."""
         shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(self.tensors.items())[:12]]
         more = len(self.tensors) - len(shapes)
         return (", ".join(shapes) or "no tensors") + (f" and {more} more" if more > 0 else "")
 
 
 def as_floats(tensor: Tensor) -> Tensor:
-    """A tensor in fp32 and row after row: itself where it is so, else one copy, and none between."""
+    """Return a tensor in fp32 and row after row: itself where it is so, else one copy, and none between."""
     if tensor.dtype == torch.float32 and tensor.is_contiguous():
         return tensor
     return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
 
 
-def said(value: Any) -> str:
-    """A value for a message; of what is no text or number its type, as it may be large or deep."""
+def quoted(value: Any) -> str:
+    """Return a value for a message, or its type where it is no text or number and may be large."""
     return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -228,7 +230,7 @@ def _resemblance(W_enc: Tensor, W_dec: Tensor) -> float:
 
 
 def number_list(value: Any) -> list[int] | None:
-    """Whole numbers from a list, or from a list that was written as a string; `None` for `None`.
+    """Return whole numbers from a list, or from a list that was written as a string; `None` for `None`.
 
     Raises:
         `ValueError`: if it is neither.
@@ -250,14 +252,14 @@ def number_list(value: Any) -> list[int] | None:
 
 
 def cumulated(group_sizes: Sequence[int] | None) -> list[int] | None:
-    """Prefix widths from the sizes of the groups between them; `None` for `None`."""
+    """Return prefix widths from the sizes of the groups between them; `None` for `None`."""
     if group_sizes is None:
         return None
     return [sum(group_sizes[: i + 1]) for i in range(len(group_sizes))]
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Return a JSON object from a file.
 
     Raises:
         `ValueError`: if it holds no JSON, something else than an object, or a field of another type than formats have.

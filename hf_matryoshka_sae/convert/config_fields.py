@@ -1,7 +1,7 @@
-"""What the fields of other libraries' configs hold, checked when a config is read.
+"""Types of the fields in other libraries' configs, checked when a config is read.
 
-Libraries mean the same by a name as far as its type goes, so one table serves all formats. A field that no format
-reads is not looked at.
+Libraries give a field of one name the same type, so that one table serves all formats. A field that no format reads is
+not checked.
 """
 
 from pathlib import Path
@@ -26,11 +26,11 @@ _FIELDS = {name: kind for kind, names in _KINDS.items() for name in names.split(
 
 
 def check_fields(content: dict[str, Any], file: Path) -> None:
-    """Raises `ValueError` for a field that a format reads and that holds something else than it does there.
+    """Raise `ValueError` for a field that a format reads and that is of another type than there.
 
     Args:
-        content (`dict`): What a JSON file holds; sections in it are checked too.
-        file (`Path`): For the message.
+        content (`dict`): Content of a JSON file; sections in it are checked too.
+        file (`Path`): The file, for the message.
     """
     if _too_deep(content):
         raise ValueError(f"{file} has lists or objects in each other more than {_DEEPEST} times. It is damaged.")

@@ -19,9 +19,9 @@ class Layout:
 
     Args:
         base (`str`): Path of the base model, with its dot.
-        layers (`str`): Path of the list of layers in it.
-        embedding (`str`): Path of the token embedding in it.
-        sites (`dict[str, str]`): By TransformerLens's name in the block, the path in the layer; `""` is the layer.
+        layers (`str`): Path of the list of layers in the base model.
+        embedding (`str`): Path of the token embedding in the base model.
+        sites (`dict[str, str]`): Path in the layer by TransformerLens's name in the block; `""` is the layer itself.
     """
 
     base: str
@@ -30,7 +30,7 @@ class Layout:
     sites: dict[str, str]
 
     def layer(self, index: str | int) -> str:
-        """Path of a layer."""
+        """Return the path of a layer."""
         return f"{self.base}{self.layers}.{index}"
 
 
@@ -46,7 +46,7 @@ _LLAMA_SITES = {
     "hook_mlp_out": "mlp",
 }
 
-# Gemma 2 and 3 normalise what attention and MLP give before it is added.
+# Gemma 2 and 3 normalise the outputs of attention and MLP before they are added to the residual stream.
 _GEMMA2_SITES = _LLAMA_SITES | {
     "hook_attn_out": "post_attention_layernorm",
     "hook_resid_mid": "pre_feedforward_layernorm:input",
@@ -117,7 +117,7 @@ _RENAMED = {
 
 
 def hf_model_id(name: str | None) -> str | None:
-    """The Hub id of a model that another library names.
+    """Return the Hub id of a model that another library names.
 
     Args:
         name (`str`, *optional*): Such as `"gpt2-small"`, `"pythia-70m-deduped"` or `"gemma-2-2b"` in TransformerLens;
@@ -143,7 +143,7 @@ def hf_model_id(name: str | None) -> str | None:
 
 
 def transformer_lens_model(name: str | None) -> str | None:
-    """TransformerLens's name of a model: without its owner where it has such a name, else the Hub id."""
+    """Return TransformerLens's name of a model: without its owner where it has such a name, else the Hub id."""
     if name is None:
         return None
     for short, long in _RENAMED.items():
@@ -155,7 +155,7 @@ def transformer_lens_model(name: str | None) -> str | None:
 
 
 def layout_of(base_model: str | None) -> Layout | None:
-    """The layout of a language model, from its name; `None` where its family is not known."""
+    """Return the layout of a language model, from its name; `None` where its family is not known."""
     for pattern, family in _FAMILIES:
         if base_model and re.search(pattern, base_model.lower()):
             return LAYOUTS[family]
@@ -163,7 +163,7 @@ def layout_of(base_model: str | None) -> Layout | None:
 
 
 def from_transformer_lens(name: str, base_model: str | None) -> str | None:
-    """Our hookpoint for a hook of TransformerLens.
+    """Return our hookpoint for a hook of TransformerLens.
 
     Args:
         name (`str`): Such as `"blocks.3.hook_resid_pre"` or `"hook_embed"`.
@@ -184,7 +184,7 @@ def from_transformer_lens(name: str, base_model: str | None) -> str | None:
 
 
 def to_transformer_lens(hookpoint: str, base_model: str | None = None) -> str | None:
-    """TransformerLens's hook for one of our hookpoints, the inverse of [`from_transformer_lens`].
+    """Return TransformerLens's hook for one of our hookpoints, the inverse of [`from_transformer_lens`].
 
     Args:
         hookpoint (`str`): Such as `"gpt_neox.layers.3:input"`.
@@ -194,19 +194,19 @@ def to_transformer_lens(hookpoint: str, base_model: str | None = None) -> str | 
     Returns:
         `str`, or `None` where it cannot be translated.
     """
-    given = layout_of(base_model)
-    found = set()
-    for layout in [given] if given else LAYOUTS.values():
+    known = layout_of(base_model)
+    hooks = set()
+    for layout in [known] if known else LAYOUTS.values():
         if hookpoint == layout.base + layout.embedding:
-            found.add("hook_embed")
+            hooks.add("hook_embed")
         match = re.fullmatch(re.escape(f"{layout.base}{layout.layers}.") + r"(\d+)(.*)", hookpoint)
         if match is None:
             continue
         # Reversed, so that of two names for one place the first wins.
         names = {path: site for site, path in reversed(layout.sites.items())}
         site = names.get(match[2].removeprefix("."))
-        found.add(f"blocks.{match[1]}.{site}" if site else None)
-    return found.pop() if len(found) == 1 else None
+        hooks.add(f"blocks.{match[1]}.{site}" if site else None)
+    return hooks.pop() if len(hooks) == 1 else None
 
 
 def _join(layer: str, path: str) -> str:
@@ -214,20 +214,20 @@ def _join(layer: str, path: str) -> str:
 
 
 def from_module_path(name: str) -> str:
-    """Our hookpoint for a module path that may end in `.output` or `.input`, as Gemma Scope 2 writes them."""
+    """Return our hookpoint for a module path that may end in `.output` or `.input`, as Gemma Scope 2 writes them."""
     if name.endswith(".input"):
         return name.removesuffix(".input") + ":input"
     return name.removesuffix(".output")
 
 
 def to_module_path(hookpoint: str) -> str:
-    """The inverse of [`from_module_path`]."""
+    """Return the inverse of [`from_module_path`]."""
     path, _, side = hookpoint.partition(":")
     return f"{path}.{side or 'output'}"
 
 
 def from_sparsify(name: str, base_model: str | None) -> str | None:
-    """Our hookpoint for one of sparsify's, whose paths begin at the base model (`"layers.10"`, `"h.3.attn"`)."""
+    """Return our hookpoint for one of sparsify's, a path that begins at the base model (`"layers.10"`)."""
     layout = layout_of(base_model)
     if layout is None and re.match(r"(h\.\d+|wte)\b", name):  # no other family has these
         layout = LAYOUTS["gpt2"]
@@ -237,7 +237,7 @@ def from_sparsify(name: str, base_model: str | None) -> str | None:
 
 
 def to_sparsify(hookpoint: str) -> str | None:
-    """sparsify's name of one of our hookpoints; `None` for inputs, which it does not know, and other paths."""
+    """Return sparsify's name of one of our hookpoints; `None` for inputs, which it does not know, and other paths."""
     for layout in LAYOUTS.values():
         if hookpoint.startswith(layout.base) and ":" not in hookpoint:
             return hookpoint.removeprefix(layout.base)
@@ -245,7 +245,7 @@ def to_sparsify(hookpoint: str) -> str | None:
 
 
 def kept_with_warning(name: str | None, translated: str | None, base_model: str | None) -> str | None:
-    """`translated`, or where that is `None` the name as it is, with a warning that says what to do."""
+    """Return `translated`, or where that is `None` the name as it is, with a warning that says what to do."""
     if name and translated is None:
         logger.warning(
             "The hookpoint %r of %s is kept as it is: where that lies among the modules of transformers is not known. "

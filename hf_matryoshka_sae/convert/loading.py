@@ -42,15 +42,17 @@ def load(
         path_or_repo (`str` or `Path`): A file of weights, a folder with one SAE in or under it, or a Hub repository,
             of which only that SAE's files are downloaded.
         format (`str`, *optional*): One of [`formats`]; found by looking when left out.
-        subfolder (`str`, *optional*): Which SAE, where there are several: its folder, or its file.
-        revision (`str`, *optional*), token (`str` or `bool`, *optional*): Of a repository.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the weights; thresholds stay in fp32.
+        subfolder (`str`, *optional*): Folder or file of the SAE, where there are several.
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        token (`str` or `bool`, *optional*): Token for a repository, as in huggingface_hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights; thresholds stay in fp32.
         prefix_widths (`Sequence[int]`, *optional*): Widths at which a Matryoshka SAE was trained, where its files do
             not say; they end at the number of latents.
         k (`int` or `float`, *optional*): Latents per token, where the files do not say.
-        hookpoint (`str`, *optional*), base_model (`str`, *optional*): Where it reads: a module's path in transformers
-            (with `:input` for what goes into it), and the id of the language model.
-        width (`int`, *optional*): Keep only the first latents.
+        hookpoint (`str`, *optional*): Place of its hidden states: a module's path in transformers, with `:input` for
+            what goes into it.
+        base_model (`str`, *optional*): Hub id of the language model.
+        width (`int`, *optional*): Number of the first latents to keep.
 
     Returns:
         [`SAEModel`] in `eval` mode.
@@ -64,18 +66,18 @@ def load(
         check_name(format)
     checkpoint = Checkpoint(locate(path_or_repo, subfolder, revision, token), hints)
     with _named_in_errors(checkpoint):
-        chosen = recognized(checkpoint) if format is None else FORMATS[format]
-        sae = chosen.read(checkpoint)
+        library_format = recognized(checkpoint) if format is None else FORMATS[format]
+        sae = library_format.read(checkpoint)
         if width is not None and width != sae.config.num_latents:
             sae = sae.truncate(width)
-        if chosen.name != "hf_matryoshka_sae":  # which checks its own
+        if library_format.name != "hf_matryoshka_sae":  # which checks its own
             check_numbers(sae.state_dict(), sae.config, checkpoint.name)
     return sae.eval()
 
 
 @contextmanager
 def _named_in_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Say which checkpoint does not fit, where what found it does not know."""
+    """Add the checkpoint's name to an error that lacks it."""
     try:
         yield
     except ValueError as error:
@@ -90,7 +92,7 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
     Every file is complete before it takes its name.
 
     Args:
-        sae ([`SAEModel`]): Not changed.
+        sae ([`SAEModel`]): The SAE, which is not changed.
         path (`str` or `Path`): A folder; for formats of one file also that file.
         format (`str`, *optional*, defaults to `"hf_matryoshka_sae"`): One of `formats(writable=True)`.
 
@@ -99,23 +101,23 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
             which formats can), or if the folder holds an SAE of another format.
     """
     check_name(format, writable=True)
-    chosen = FORMATS[format]
-    _check_target(Path(path).expanduser(), chosen)
-    reason = chosen.objection(sae)
+    library_format = FORMATS[format]
+    _check_target(Path(path).expanduser(), library_format)
+    reason = library_format.objection(sae)
     if reason is not None:
         raise ValueError(f"{format} cannot express this SAE: {reason}. What can: {', '.join(able_to_write(sae))}.")
     ids = sae.latent_ids.cpu()
     if format != "hf_matryoshka_sae" and not torch.equal(ids, torch.arange(len(ids))):
         logger.warning("%s has no place for the original ids of sorted or pruned latents; they are lost.", format)
-    chosen.write(sae, Path(path).expanduser())
+    library_format.write(sae, Path(path).expanduser())
 
 
-def _check_target(path: Path, chosen: Format) -> None:
-    """A folder holds one SAE: files of two formats beside each other would be neither."""
-    found = find_weights([file.name for file in path.iterdir() if file.is_file()]) if path.is_dir() else []
-    for name in found:
-        there = recognized(Checkpoint(locate(path / name), Hints()))
-        if there.name != chosen.name:
+def _check_target(path: Path, library_format: Format) -> None:
+    """Raise `ValueError` if a folder holds an SAE of another format: files of two formats would be neither."""
+    weights = find_weights([file.name for file in path.iterdir() if file.is_file()]) if path.is_dir() else []
+    for name in weights:
+        present = recognized(Checkpoint(locate(path / name), Hints()))
+        if present.name != library_format.name:
             raise ValueError(
-                f"{path} holds an SAE in the format {there.name} ({name}). Save to another folder, or empty this one."
+                f"{path} holds an SAE in the format {present.name} ({name}). Choose another folder, or empty it."
             )

@@ -1,4 +1,4 @@
-"""The formats by name, for a command that tells what is wrong with its arguments before torch is imported."""
+"""The formats by name, for a command that checks its arguments before torch is imported."""
 
 from ..common.command import nearest
 
@@ -20,14 +20,14 @@ ABOUT = {
     "dictionary_learning": "dictionary_learning: ae.pt (+ config.json)",
     "qwen_scope": "Qwen-Scope: layer<n>.sae.pt",
 }
-"""One line about each format, in the order in which they are asked whether a checkpoint is theirs."""
+"""One line about each format, in the order in which they are tried on a checkpoint."""
 
 WRITABLE = ("hf_matryoshka_sae", "saelens", "sparsify", "gemma_scope", "openai", "dictionary_learning")
-"""Those that can be written too."""
+"""Formats that can be written too."""
 
 
 def formats(writable: bool = False) -> dict[str, str]:
-    """What can be read, or written.
+    """Return the formats that can be read, or written.
 
     Args:
         writable (`bool`, *optional*, defaults to `False`): Only the formats that [`save`] knows.
@@ -39,7 +39,7 @@ def formats(writable: bool = False) -> dict[str, str]:
 
 
 def check_name(name: str, writable: bool = False) -> None:
-    """Raises `ValueError` for the name of no format, with what is near, or of one that is only read."""
+    """Raise `ValueError` for the name of no format, with what is near, or of one that is only read."""
     if name not in ABOUT:
         raise ValueError(f"Unknown format {name!r}.{nearest(name, ABOUT)}")
     if writable and name not in WRITABLE:

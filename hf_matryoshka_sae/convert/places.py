@@ -1,4 +1,4 @@
-"""The SAEs in a folder, file or repository, of any format: listed without their weights, each loaded when asked."""
+"""The SAEs in a folder, file or repository, of any format: listed without their weights, loaded one by one."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -32,9 +32,9 @@ class SAEPlace:
     Args:
         source (`str`): Folder or file, repository id, or `"embedded"`.
         subfolder (`str`): Its folder, or file of weights, in the source; `""` is the source itself.
-        config (`dict`, *optional*): Of one of this package what its `config.json`, or the index at the root of its
-            repository, says; `None` for another library's.
-        where (`dict`, *optional*): `revision` and `token`, as far as they were given.
+        config (`dict`, *optional*): Config of an SAE of this package, from its `config.json` or the index at the root
+            of its repository; `None` for another library's.
+        where (`dict`, *optional*): Options `revision` and `token` of a repository.
     """
 
     source: str
@@ -44,18 +44,18 @@ class SAEPlace:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of its files on this machine; `None` for a file among others, the Hub's, and the embedded one."""
+        """Return its folder on this machine; `None` for a file among others, the Hub's, and the embedded one."""
         path = Path(self.source) / self.subfolder
         return path if self.source != EMBEDDED and path.is_dir() else None
 
     @property
     def hookpoint(self) -> str:
-        """Where it reads, as far as that is known without loading it; else `""`."""
+        """Return its hookpoint, or `""` where that is not known without loading it."""
         return (self.config or {}).get("hookpoint") or ""
 
     @property
     def name(self) -> str:
-        """The SAE's name in its run, whose folders are `<name>/<hookpoint>/`; elsewhere that of its folder."""
+        """Return the SAE's name in its run, whose folders are `<name>/<hookpoint>/`; elsewhere that of its folder."""
         source = Path(self.source).resolve() if Path(self.source).exists() else PurePosixPath(self.source)
         path = source / self.subfolder
         if path.name == self.hookpoint.replace(":", "-"):
@@ -63,7 +63,7 @@ class SAEPlace:
         return path.relative_to(source).as_posix() if source in path.parents else path.name
 
     def load_config(self) -> SAEConfig:
-        """The config; of another library's, which has none, that of the SAE, which is loaded for it."""
+        """Return the config; of another library's, which has none, that of the SAE, which is loaded for it."""
         if self.config is None:
             return self.load().config
         path = self._own_folder
@@ -74,15 +74,16 @@ class SAEPlace:
     def _own_folder(self) -> Path | None:
         return embedded_sae_path() if self.source == EMBEDDED else self.folder
 
-    def load(self, width: int | None = None, **options) -> SAEModel:
-        """The SAE, in `eval` mode.
+    def load(self, width: int | None = None, **options: Any) -> SAEModel:
+        """Return the SAE, in `eval` mode.
 
         Args:
-            width (`int`, *optional*): Its first latents only; of one of this package no others are read.
-            options: As in `from_pretrained` (`dtype`, ...), for another library's as in [`load`].
+            width (`int`, *optional*): Number of the first latents to keep; of this package's SAEs no others are read.
+            **options: Options of `from_pretrained` (`dtype`, ...), for another library's SAE those of [`load`].
 
         Raises:
-            `ValueError`: if it is damaged, or no SAE. `OSError`: if its files cannot be had.
+            `ValueError`: if it is damaged, or no SAE.
+            `OSError`: if its files cannot be read.
         """
         options = {**self.where, **options} | ({} if width is None else {"width": width})
         if self.config is None:
@@ -129,14 +130,16 @@ def saes_in(
     Args:
         source (`str` or `Path`): Folder of an SAE or of several, such as a run's; a file of weights; a repository id;
             or `"embedded"` for the SAE that the package ships.
-        subfolder (`str`, *optional*): Folder, or file of weights, in it. Of a folder here it becomes the source.
-        revision (`str`, *optional*), token (`str` or `bool`, *optional*): Of a repository.
+        subfolder (`str`, *optional*): Folder, or file of weights, in the source. A local one becomes the source.
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        token (`str` or `bool`, *optional*): Token for a repository, as in huggingface_hub.
 
     Returns:
-        `dict[str, SAEPlace]`: By place in the source, sorted; `""` is the source itself.
+        `dict[str, SAEPlace]`: SAEs by their place in the source, sorted; `""` is the source itself.
 
     Raises:
-        `ValueError`: if there is none. `OSError`: if the Hub cannot be asked.
+        `ValueError`: if there is no SAE.
+        `OSError`: if the Hub cannot be reached.
     """
     source, inside = str(source), "/".join(part for part in (subfolder or "").split("/") if part not in ("", "."))
     if source == EMBEDDED:
@@ -148,9 +151,9 @@ def saes_in(
         source, where, configs = str(path), {}, _in_folder(path)
     else:
         _check_repository_id(source)
-        given = {"revision": revision, "token": token}
-        where = {key: value for key, value in given.items() if value is not None}
-        configs = _in_repository(source, inside, given)
+        options = {"revision": revision, "token": token}
+        where = {key: value for key, value in options.items() if value is not None}
+        configs = _in_repository(source, inside, options)
     if not configs:
         raise ValueError(
             f"{source!r} holds no SAE{f' in {inside!r}' if inside else ''}: no config.json in or under it is that of "
@@ -160,7 +163,7 @@ def saes_in(
 
 
 def only_sae(saes: Mapping[str, SAEPlace], why: str = "") -> SAEPlace:
-    """The only SAE of those found; raises `ValueError`, which says why one is wanted, where there are several."""
+    """Return the only SAE, or raise `ValueError` where there are several; `why` says why one is needed."""
     if len(saes) > 1:
         source = next(iter(saes.values())).source
         raise ValueError(f"{source!r} holds {len(saes)} SAEs.{why} Name one of: {first_names(list(saes))}.")
@@ -168,7 +171,7 @@ def only_sae(saes: Mapping[str, SAEPlace], why: str = "") -> SAEPlace:
 
 
 def _here(source: str) -> Path | None:
-    """The file or folder on this machine, if there is one."""
+    """Return the file or folder on this machine, if there is one."""
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
@@ -195,7 +198,7 @@ def _in_folder(folder: Path) -> dict[str, Any]:
 
 
 def _in_repository(repo: str, inside: str, where: dict[str, Any]) -> dict[str, Any]:
-    """The configs of a repository's SAEs by folder: from its index, else from all that lie beside weights."""
+    """Return the configs of a repository's SAEs by folder: from its index, else from all that lie beside weights."""
     with requests_named(partial(_no_list, repo), unusable=(json.JSONDecodeError,)):
         where = where | {"revision": resolve_revision(repo, where["revision"], token=where["token"])}
         own = _config(repo, f"{inside}/{CONFIG_NAME}".lstrip("/"), where)
@@ -217,7 +220,7 @@ def _in_repository(repo: str, inside: str, where: dict[str, Any]) -> dict[str, A
 
 
 def _of_others(paths: list[str], inside: str, config_of: Callable[[str], dict[str, Any]]) -> dict[str, None]:
-    """The places of other libraries' SAEs, by their files; what transformers has a class for is no SAE."""
+    """Return the places of other libraries' SAEs, by their files; what transformers has a class for is no SAE."""
     others = {
         _parent(path)
         for path in paths
@@ -253,7 +256,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _config(repo: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
-    """A config of a repository, empty where it has none; a damaged copy in the cache is fetched anew."""
+    """Return a config of a repository, empty where it has none; a damaged copy in the cache is fetched anew."""
     for force in (False, True):
         try:
             with downloads_checked(repo, where):

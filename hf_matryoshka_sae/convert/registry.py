@@ -1,4 +1,4 @@
-"""All formats, in the order in which they are asked whether a checkpoint is theirs."""
+"""All formats, in the order in which they are tried on a checkpoint."""
 
 from ..models import SAEModel
 from .base import Format
@@ -43,10 +43,10 @@ FORMATS = {format.name: format for format in _ORDER}
 
 
 def recognized(checkpoint: Checkpoint) -> Format:
-    """The format of a checkpoint, by its files, its config, and the names of its tensors.
+    """Return the format of a checkpoint, by its files, its config, and the names of its tensors.
 
     Raises:
-        `ValueError`: if it is of none.
+        `ValueError`: if it is of no known format.
     """
     for format in _ORDER:
         if format.claims(checkpoint):
@@ -59,5 +59,5 @@ def recognized(checkpoint: Checkpoint) -> Format:
 
 
 def able_to_write(sae: SAEModel) -> list[str]:
-    """Names of the formats that can express an SAE."""
+    """Return names of the formats that can express an SAE."""
     return [name for name, format in FORMATS.items() if format.write and format.objection(sae) is None]

@@ -1,8 +1,8 @@
-"""An SAE as SAEBench's evaluations take it: dense latents, decoder rows of length 1, a `cfg` with its fields."""
+"""An SAE for SAEBench's evaluations: dense latents, decoder rows of length 1, a `cfg` with its fields."""
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .hook_names import to_transformer_lens, transformer_lens_model
 
 @dataclass
 class SAEBenchConfig:
-    """What SAEBench asks an SAE about: the fields of its custom SAEs' config, with the same meanings."""
+    """The config that SAEBench reads: the fields of its custom SAEs' config, with the same meanings."""
 
     model_name: str
     d_in: int
@@ -37,17 +37,17 @@ class SAEBenchConfig:
     sae_lens_training_version: str | None = None
     neuronpedia_id: str | None = None
 
-    # Read, and no part of `to_dict`.
-    activation_fn_kwargs = {}
-    model_from_pretrained_kwargs = {}
+    # Read by SAEBench, and no part of `to_dict`.
+    activation_fn_kwargs: ClassVar[dict[str, Any]] = {}
+    model_from_pretrained_kwargs: ClassVar[dict[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields as a dictionary, for JSON."""
         return asdict(self)
 
 
 class SAEBenchAdapter(nn.Module):
-    """An SAE with the parts that SAEBench uses. Made by [`to_saebench`].
+    """An SAE with the parts that SAEBench uses; [`to_saebench`] returns it.
 
     Latents are in units of their contribution, `a ||d_i||`, in which decoder rows have length 1; which of them fire is
     decided as the SAE decides it. An SAE that normalises each hidden state undoes it for the tokens that were encoded
@@ -55,14 +55,14 @@ class SAEBenchAdapter(nn.Module):
 
     Args:
         sae ([`SAEModel`]): Any family; its weights are copied.
-        cfg ([`SAEBenchConfig`]): What SAEBench asks for.
+        cfg ([`SAEBenchConfig`]): Config with SAEBench's fields.
 
     Attributes:
         W_enc (`Tensor` of shape `(D, F)`), W_dec (`Tensor` of shape `(F, D)`), b_enc (`Tensor` of shape `(F,)`),
         b_dec (`Tensor` of shape `(D,)`): The parameters.
     """
 
-    def __init__(self, sae: SAEModel, cfg: SAEBenchConfig):
+    def __init__(self, sae: SAEModel, cfg: SAEBenchConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.device, self.dtype = sae.W_enc.device, sae.W_enc.dtype
@@ -87,7 +87,7 @@ class SAEBenchAdapter(nn.Module):
         self._groups = None if group_size is None else sae.latent_ids // group_size
 
     def encode(self, x: Tensor) -> Tensor:
-        """Dense latents `(..., F)` of hidden states `(..., D)`."""
+        """Return dense latents `(..., F)` of hidden states `(..., D)`."""
         x = self._normalized(x.to(self.dtype))
         centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
         pre = centred @ self.W_enc + self.b_enc
@@ -102,7 +102,7 @@ class SAEBenchAdapter(nn.Module):
         return torch.relu(pre)
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """What the encoder sees; remembers what decoding has to undo."""
+        """Return the encoder's input; keep shift and scale, which decoding has to undo."""
         if self._input_normalization == "layer_norm":
             shift = x.mean(-1, keepdim=True)
             scale = (x - shift).std(-1, keepdim=True)
@@ -115,16 +115,16 @@ class SAEBenchAdapter(nn.Module):
         return x
 
     def _kept(self, scores: Tensor) -> Tensor:
-        """True at the latents that are kept: the k largest of a token, or the largest of each group."""
+        """Return a mask of the latents that are kept: the k largest of a token, or the largest of each group."""
         if self._groups is None:
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            return kept.scatter(-1, scores.topk(int(self._k), dim=-1).indices, True)
+            none = torch.zeros_like(scores, dtype=torch.bool)
+            return none.scatter(-1, scores.topk(int(self._k), dim=-1).indices, True)
         index = self._groups.to(scores.device).expand(scores.shape)
         largest = torch.full_like(scores, -torch.inf).scatter_reduce(-1, index, scores, "amax")
         return scores == largest.gather(-1, index)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The reconstruction `(..., D)` of latents `(..., F)`.
+        """Return the reconstruction `(..., D)` of latents `(..., F)`.
 
         Raises:
             `ValueError`: if the SAE normalises hidden states, and those encoded last are not as many.
@@ -141,11 +141,11 @@ class SAEBenchAdapter(nn.Module):
         return decoded * scale + shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction `(..., D)` of hidden states `(..., D)`."""
+        """Return the reconstruction `(..., D)` of hidden states `(..., D)`."""
         return self.decode(self.encode(x))
 
-    def to(self, *args, **kwargs) -> "SAEBenchAdapter":
-        """As in torch, and `device`, `dtype` and `cfg` follow; thresholds stay in fp32."""
+    def to(self, *args: Any, **kwargs: Any) -> "SAEBenchAdapter":
+        """Move as `nn.Module.to` does, with `device`, `dtype` and `cfg`; thresholds stay in fp32."""
         super().to(*args, **kwargs)
         self.device, self.dtype = self.W_enc.device, self.W_enc.dtype
         self.cfg.device, self.cfg.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
@@ -169,7 +169,7 @@ class SAEBenchAdapter(nn.Module):
 
     @torch.no_grad()
     def check_decoder_norms(self) -> bool:
-        """Whether the rows of the decoder have length 1, as far as their type can say."""
+        """Return whether the rows of the decoder have length 1, as far as their type can say."""
         tolerance = 1e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-5
         return bool((self.W_dec.float().norm(dim=1) - 1).abs().max() <= tolerance)
 
@@ -183,14 +183,15 @@ def to_saebench(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> SAEBenchAdapter:
-    """The object that SAEBench's evaluations take in place of an SAE of its own.
+    """Return the object that SAEBench's evaluations take in place of an SAE of its own.
 
     Args:
-        sae ([`SAEModel`]): Any family; not changed.
-        width (`int`, *optional*): Only the first latents, for one evaluation per prefix of a Matryoshka SAE.
-        model_name (`str`, *optional*): In TransformerLens; by default that of the config's `base_model`.
-        hook_name (`str`, *optional*): In TransformerLens; by default that of the config's `hookpoint`.
-        device (`torch.device` or `str`, *optional*), dtype (`torch.dtype`, *optional*): By default those of the SAE.
+        sae ([`SAEModel`]): An SAE of any family, which is not changed.
+        width (`int`, *optional*): Number of the first latents to keep, for one evaluation per prefix.
+        model_name (`str`, *optional*): TransformerLens's name of the model; by default that of `base_model`.
+        hook_name (`str`, *optional*): TransformerLens's name of the hook; by default that of `hookpoint`.
+        device (`torch.device` or `str`, *optional*): Device of the result; by default the SAE's.
+        dtype (`torch.dtype`, *optional*): Type of the result; by default the SAE's.
 
     Returns:
         [`SAEBenchAdapter`], an `nn.Module`: `W_enc (D, F)`, `W_dec (F, D)` with rows of length 1, `b_enc`, `b_dec`,

@@ -21,13 +21,13 @@ from huggingface_hub.utils import httpx
 from ..models.places import NO_SAE
 
 
-# What libraries call the weights of an SAE. Anything else is looked at only where none of these is found.
+# Names of files of weights in other libraries. Other files are tried only where there is none of these.
 _WEIGHTS = re.compile(
     r"sae_weights\.safetensors|sae\.safetensors|params\.safetensors|params\.npz|ae\.pt|ae_\d+\.pt|sae\.pt|\d+\.pt"
     r"|layer\d+\.sae\.pt|final\.safetensors|model\.safetensors|model\.safetensors\.index\.json|latents\.index\.json|pytorch_model\.bin"
 )
 _OTHER_WEIGHTS = re.compile(r".*\.(pt|pth|safetensors|npz)")
-# What lies beside SAEs: examples of nearly a gigabyte, statistics, states of training.
+# Other files beside SAEs: examples of nearly a gigabyte, statistics, states of training.
 _NO_WEIGHTS = re.compile(
     r"(examples|sparsity|statistics|expected|activation_whitening|activations_store_state|optimizer.*)\.safetensors"
     r"|(trainer_state|optimizer.*|scheduler.*|rng_state.*|training_args)\.(pt|pth)"
@@ -44,17 +44,16 @@ class LocalFiles:
         root (`Path`): The folder.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.root = root
         self.name = root.resolve().as_posix()
 
     def paths(self) -> list[str]:
-        """Relative paths of all files, with forward slashes, sorted."""
-        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        return sorted(found)
+        """Return relative paths of all files, with forward slashes, sorted."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
 
     def fetch(self, path: str) -> Path | None:
-        """The file on this machine; `None` where there is none."""
+        """Return the path of a file on this machine, `None` where there is none."""
         file = self.root / path
         return file if file.is_file() else None
 
@@ -65,20 +64,20 @@ class HubFiles:
     Args:
         repo_id (`str`): The repository.
         revision (`str`, *optional*): Branch, tag or commit.
-        token (`str` or `bool`, *optional*): As in huggingface_hub.
+        token (`str` or `bool`, *optional*): Token, as in huggingface_hub.
     """
 
-    def __init__(self, repo_id: str, revision: str | None = None, token: str | bool | None = None):
+    def __init__(self, repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
         self.name = self.repo_id = repo_id
         self.revision, self.token = revision, token
         self._listed = HfApi(token=token).list_repo_files(repo_id, revision=revision)
 
     def paths(self) -> list[str]:
-        """Paths of all files in the repository."""
+        """Return paths of all files in the repository."""
         return sorted(self._listed)
 
     def fetch(self, path: str) -> Path | None:
-        """The file in the cache, downloaded if need be; `None` where the repository has none."""
+        """Return the file in the cache, downloaded if need be; `None` where the repository has none."""
         if path not in self._listed:
             return None
         try:
@@ -92,8 +91,8 @@ class Place:
     """One SAE among files.
 
     Args:
-        files ([`LocalFiles`] or [`HubFiles`]): Where it is.
-        weights (`str`): Path of its weights.
+        files ([`LocalFiles`] or [`HubFiles`]): Files of its folder or repository.
+        weights (`str`): Path of its weights among them.
     """
 
     files: LocalFiles | HubFiles
@@ -101,17 +100,17 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The whole path, which for some formats says layer, width and k."""
+        """Return the whole path, which for some formats says layer, width and k."""
         return f"{self.files.name}/{self.weights}"
 
     @property
     def folder(self) -> str:
-        """Path of the folder with the weights; `""` is the root."""
+        """Return the path of the folder with the weights; `""` is the root."""
         folder = PurePosixPath(self.weights).parent.as_posix()
         return "" if folder == "." else folder
 
     def beside(self, name: str, up: int = 0) -> Path | None:
-        """A file in the weights' folder, or `up` folders above it."""
+        """Return a file in the weights' folder, or `up` folders above it."""
         folder = PurePosixPath(self.weights).parent
         if up and len(folder.parts) < up:
             return self._above(name, up - len(folder.parts))
@@ -120,7 +119,7 @@ class Place:
         return self.files.fetch((folder / name).as_posix())
 
     def _above(self, name: str, up: int) -> Path | None:
-        """The same where that is above the folder which the user named."""
+        """Return a file `up` folders above the folder that the user named."""
         if isinstance(self.files, HubFiles):
             return None
         folder = self.files.root.resolve()
@@ -135,18 +134,16 @@ def locate(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Place:
-    """Find the one SAE that is meant.
+    """Find the one SAE in a folder, file or repository.
 
     Args:
         path_or_repo (`str` or `Path`): A file of weights, a folder with one SAE in or under it, or a Hub repository.
         subfolder (`str`, *optional*): Folder, or file of weights, in the folder or repository.
-        revision (`str`, *optional*), token (`str` or `bool`, *optional*): Of a repository.
-
-    Returns:
-        [`Place`].
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        token (`str` or `bool`, *optional*): Token for a repository, as in huggingface_hub.
 
     Raises:
-        `ValueError`: if there is nothing, no SAE in it, or several.
+        `ValueError`: if the place does not exist, or holds no SAE or several.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_file():
@@ -158,18 +155,18 @@ def locate(
     else:
         raise ValueError(f"'{path_or_repo}' is no file or folder here, and no id of a Hub repository (owner/name).")
     inside = PurePosixPath(subfolder or "").as_posix().strip("/")
-    found = find_weights(files.paths(), "" if inside == "." else inside)
+    weights = find_weights(files.paths(), "" if inside == "." else inside)
     where = f"'{path_or_repo}'" + (f" under {subfolder!r}" if subfolder else "")
-    if not found:
+    if not weights:
         raise ValueError(f"{where} holds no SAE: none of its {_counted(files.paths())} is a file of weights.")
-    if len(found) > 1:
-        places = [subfolder_of(weights, found) for weights in found]
-        raise ValueError(f"{where} holds {len(found)} SAEs; pass `subfolder` to say which: {first_names(places)}.")
-    return Place(files, found[0])
+    if len(weights) > 1:
+        places = [subfolder_of(path, weights) for path in weights]
+        raise ValueError(f"{where} holds {len(weights)} SAEs; pass `subfolder` to say which: {first_names(places)}.")
+    return Place(files, weights[0])
 
 
 def find_weights(paths: Sequence[str], inside: str = "") -> list[str]:
-    """The files of weights in a folder; where it has none itself, those below it.
+    """Return the files of weights in a folder; where it has none itself, those below it.
 
     Args:
         paths (`Sequence[str]`): All files.
@@ -182,35 +179,35 @@ def find_weights(paths: Sequence[str], inside: str = "") -> list[str]:
         return [inside]
     below = [path for path in paths if not inside or path.startswith(f"{inside}/")]
     below = [path for path in below if not _hidden(path[len(inside) :])]
-    found = [path for path in below if _WEIGHTS.fullmatch(PurePosixPath(path).name)]
-    if not found:
-        found = [path for path in below if _OTHER_WEIGHTS.fullmatch(PurePosixPath(path).name)]
-        found = [path for path in found if not _NO_WEIGHTS.fullmatch(PurePosixPath(path).name)]
-    direct = [path for path in found if PurePosixPath(path).parent == PurePosixPath(inside)]
-    found = direct or found
-    return [path for path in found if not _is_step(path, found)]
+    weights = [path for path in below if _WEIGHTS.fullmatch(PurePosixPath(path).name)]
+    if not weights:
+        weights = [path for path in below if _OTHER_WEIGHTS.fullmatch(PurePosixPath(path).name)]
+        weights = [path for path in weights if not _NO_WEIGHTS.fullmatch(PurePosixPath(path).name)]
+    direct = [path for path in weights if PurePosixPath(path).parent == PurePosixPath(inside)]
+    weights = direct or weights
+    return [path for path in weights if not _is_step(path, weights)]
 
 
 def _hidden(path: str) -> bool:
-    """Whether it belongs to a half-finished save, a checkpoint of training, or an earlier run that was moved aside."""
+    """Return whether a path is in a half-finished save, a checkpoint of training, or a run that was moved aside."""
     return any(map(NO_SAE.match, path.strip("/").split("/")[:-1]))
 
 
-def _is_step(path: str, found: Sequence[str]) -> bool:
-    """Whether `checkpoints/ae_<step>.pt` lies below the finished `ae.pt`."""
+def _is_step(path: str, weights: Sequence[str]) -> bool:
+    """Return whether `checkpoints/ae_<step>.pt` lies below the finished `ae.pt`."""
     folder = PurePosixPath(path).parent
-    return folder.name == "checkpoints" and (folder.parent / "ae.pt").as_posix() in found
+    return folder.name == "checkpoints" and (folder.parent / "ae.pt").as_posix() in weights
 
 
-def subfolder_of(weights: str, found: Sequence[str]) -> str:
-    """What to pass for this SAE: its folder, or its file where the folder has others."""
-    folder = PurePosixPath(weights).parent
-    alone = sum(PurePosixPath(other).parent == folder for other in found) == 1
-    return folder.as_posix() if alone and folder.name else weights
+def subfolder_of(path: str, weights: Sequence[str]) -> str:
+    """Return the `subfolder` of one of several files of weights: its folder, or itself where the folder has others."""
+    folder = PurePosixPath(path).parent
+    is_alone = sum(PurePosixPath(other).parent == folder for other in weights) == 1
+    return folder.as_posix() if is_alone and folder.name else path
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Names for a message: the first of them, and how many more there are."""
+    """Return names for a message: the first of them, and how many more there are."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
@@ -221,10 +218,10 @@ def _counted(paths: Sequence[str]) -> str:
 def files_of_repository(
     repo_id: str, revision: str | None = None, token: str | bool | None = None
 ) -> LocalFiles | HubFiles:
-    """The files of a repository; without a connection, what the cache has of them.
+    """Return the files of a repository; without a connection, what the cache has of them.
 
     Raises:
-        `ValueError`: if there is no such repository, or nothing of it can be had.
+        `ValueError`: if there is no such repository, or neither the Hub nor the cache can give its files.
     """
     try:
         return HubFiles(repo_id, revision, token)
@@ -244,7 +241,7 @@ def files_of_repository(
 
 
 def _cached(repo_id: str, revision: str | None, reason: Exception) -> LocalFiles:
-    """What the cache has of a repository, where the Hub cannot be reached. Downloads nothing."""
+    """Return what the cache has of a repository, where the Hub cannot be reached. Downloads nothing."""
     try:
         return LocalFiles(Path(snapshot_download(repo_id, revision=revision, local_files_only=True)))
     except (LocalEntryNotFoundError, OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Tensors out of files that anybody may have written: safetensors, numpy archives and pickles.
+"""Tensors from untrusted files: safetensors, numpy archives and pickles.
 
-What a file says of itself is checked before anything as large as that is made: sizes in an archive's directory, shapes
-in numpy headers, entries of a tensor against the storage that it is a view of. Nothing in a file is run.
+Sizes that a file states are checked before memory of that size is used: sizes in an archive's directory, shapes in
+numpy headers, entries of a tensor against the storage that it is a view of. Nothing in a file is run.
 """
 
 import errno
@@ -26,8 +26,8 @@ _UNFOLDED, _UNFOLDED_MORE = 1.5, 2**26
 _EXPANDED = 2**20  # bytes that a tensor may have beyond its storage, such as one threshold for all latents
 _LARGEST_PICKLE = 2**20  # bytes, without storages; those of state dicts have some KB
 
-# What plain tensors, numbers, texts, lists and dictionaries are pickled with. With `weights_only` torch allows more,
-# some of which makes as much memory as it is asked for.
+# The imports of pickled plain tensors, numbers, texts, lists and dictionaries. With `weights_only` torch allows more,
+# some of which allocate as much memory as the file says.
 _PLAIN_GLOBALS = {
     "collections OrderedDict",
     "torch Size",
@@ -49,11 +49,10 @@ _OLD_PICKLES = 5
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and what else is beside them, of a safetensors file, a numpy archive or a pickle.
+    """Return the tensors and the other values of a safetensors file, a numpy archive or a pickle.
 
     Raises:
-        `ValueError`: if it is damaged, says that it is far larger than it is, or is a pickle that only code could
-            read.
+        `ValueError`: if it is damaged, states far larger sizes than it has, or is a pickle that only code could read.
         `OSError`: if it cannot be opened.
     """
     match file.suffix:
@@ -66,11 +65,11 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def _readable(file: Path, kind: str) -> Iterator[None]:
-    """Around another library's reader: whatever it stumbles over, the file is damaged."""
+    """Turn any error of another library's reader into `ValueError`: the file is damaged."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # of the machine, not of places that the content names
+        if error.errno not in (None, errno.EINVAL):  # an error of the machine, not of offsets in the content
             raise
         raise _damaged(file, kind, error) from error
     except Exception as error:
@@ -78,47 +77,46 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
 
 
 def _damaged(file: Path, kind: str, reason: Exception | str) -> ValueError:
-    # Of a pickle torch says that another argument, which runs what is in it, will make it load.
+    # For a pickle torch recommends another argument, which would run code in the file: that text is left out.
     text = str(reason).strip() or type(reason).__name__
-    said = type(reason).__name__ if "weights_only" in text else text.splitlines()[0][:200]
-    return ValueError(f"{file} cannot be read as a {kind} ({said}). It is damaged or half-written: get it again.")
+    cause = type(reason).__name__ if "weights_only" in text else text.splitlines()[0][:200]
+    return ValueError(f"{file} cannot be read as a {kind} ({cause}). It is damaged or half-written: get it again.")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    with _readable(file, "safetensors file"), safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    with _readable(file, "safetensors file"), safe_open(file, framework="pt") as content:
+        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (no mapping)
 
 
 def _read_npz(file: Path) -> dict[str, Tensor]:
     kind = "numpy archive of plain numbers"
-    with _readable(file, kind):
-        with zipfile.ZipFile(file) as archive:
-            unfolded = _unfolded(archive)
-            wrong = _wrong_headers(archive) if _fits(file, unfolded) else None
+    with _readable(file, kind), zipfile.ZipFile(file) as archive:
+        unfolded = _unfolded(archive)
+        damage = _wrong_headers(archive) if _fits(file, unfolded) else None
     _check_unfolded(file, unfolded)
-    if wrong is not None:
-        raise _damaged(file, kind, wrong)
-    with _readable(file, kind), np.load(file, allow_pickle=False) as opened:
-        return {name: torch.from_numpy(np.ascontiguousarray(opened[name])) for name in opened.files}
+    if damage is not None:
+        raise _damaged(file, kind, damage)
+    with _readable(file, kind), np.load(file, allow_pickle=False) as content:
+        return {name: torch.from_numpy(np.ascontiguousarray(content[name])) for name in content.files}
 
 
 def _wrong_headers(archive: zipfile.ZipFile) -> str | None:
-    """What is wrong with the first array that is no array of numbers as large as its header says."""
+    """Return what is wrong with the first array that is no array of numbers as large as its header says."""
     for info in archive.infolist():
         with archive.open(info) as entry:
             version = np.lib.format.read_magic(entry)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read[version](entry)
-            left = info.file_size - entry.tell()
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = readers[version](entry)
+            size = info.file_size - entry.tell()
         if dtype.kind not in "fiub":
             return f"{info.filename} is of type {dtype}"
-        if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != left:
-            return f"{info.filename} says it has shape {shape}, and has {left} bytes"
+        if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != size:
+            return f"{info.filename} says it has shape {shape}, and has {size} bytes"
     return None
 
 
 def _unfolded(archive: zipfile.ZipFile) -> int:
-    """Bytes of everything in it, by its directory; no more than that can be read from it."""
+    """Return the size of an archive's content by its directory, which is the most that can be read from it."""
     return sum(info.file_size for info in archive.infolist())
 
 
@@ -141,10 +139,9 @@ def _read_pickle(file: Path) -> dict:
     with _readable(file, "torch file"):
         is_archive = zipfile.is_zipfile(file)
     if is_archive:
-        with _readable(file, "torch file"):
-            with zipfile.ZipFile(file) as archive:
-                unfolded = _unfolded(archive)
-                stream = _main_pickle(archive) if _fits(file, unfolded) else None
+        with _readable(file, "torch file"), zipfile.ZipFile(file) as archive:
+            unfolded = _unfolded(archive)
+            stream = _main_pickle(archive) if _fits(file, unfolded) else None
         _check_unfolded(file, unfolded)
         if stream is None:
             raise ValueError(
@@ -153,8 +150,8 @@ def _read_pickle(file: Path) -> dict:
             )
         _check_pickles(file, stream, 1)
     else:
-        with open(file, "rb") as opened:
-            stream = io.BytesIO(opened.read(_LARGEST_PICKLE))
+        with open(file, "rb") as content:
+            stream = io.BytesIO(content.read(_LARGEST_PICKLE))
         _check_pickles(file, stream, _OLD_PICKLES)
     with _readable(file, "torch file"):
         content = torch.load(file, weights_only=True, map_location="cpu")
@@ -164,7 +161,7 @@ def _read_pickle(file: Path) -> dict:
 
 
 def _main_pickle(archive: zipfile.ZipFile) -> io.BytesIO | None:
-    """The pickle with the structure of what was saved; `None` where there is none, or code beside it."""
+    """Return the pickle with the structure of what was saved; `None` where there is none, or code beside it."""
     names = archive.namelist()
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in names):
@@ -179,12 +176,12 @@ def _check_pickles(file: Path, stream: BinaryIO, number: int) -> None:
     """Go through pickles without building anything; raises `ValueError` for what is no plain state dict."""
     for place in range(number):
         try:
-            asked, first = _globals_of(stream)
+            imports, first = _globals_of(stream)
         except Exception as error:  # pickletools raises whatever its readers meet
             raise _damaged(file, "torch file", error) from error
-        if asked:
+        if imports:
             raise ValueError(
-                f"{file} holds more than tensors and plain values: reading it would import {', '.join(asked)}, and "
+                f"{file} holds more than tensors and plain values: reading it would import {', '.join(imports)}, and "
                 "that would run code from the file. Save its state dict instead, with torch.save in the library "
                 "that wrote it, if you trust where it comes from."
             )
@@ -193,22 +190,22 @@ def _check_pickles(file: Path, stream: BinaryIO, number: int) -> None:
 
 
 def _globals_of(stream: BinaryIO) -> tuple[list[str], Any]:
-    """What one pickle asks to import beside what plain values need, and the first value in it."""
-    asked, first, texts = set(), None, ["?", "?"]
+    """Return what one pickle would import beside what plain values need, and the first value in it."""
+    imports, first, texts = set(), None, ["?", "?"]
     for operation, value, _ in pickletools.genops(stream):
         if first is None and operation.name != "PROTO":
             first = value
         if operation.name in ("GLOBAL", "INST"):
-            asked.add(value)
-        elif operation.name == "STACK_GLOBAL":  # of the two texts before it
-            asked.add(" ".join(texts[-2:]))
+            imports.add(value)
+        elif operation.name == "STACK_GLOBAL":  # module and name are the two texts before it
+            imports.add(" ".join(texts[-2:]))
         elif isinstance(value, str):
             texts = [texts[-1], value]
-    return sorted(name.replace(" ", ".")[:100] for name in asked - _PLAIN_GLOBALS)[:5], first
+    return sorted(name.replace(" ", ".")[:100] for name in imports - _PLAIN_GLOBALS)[:5], first
 
 
 def split_tensors(content: dict, file: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a dictionary by name, and what is none; raises `ValueError` for tensors larger than stored."""
+    """Return a dictionary's tensors and its other values, or raise `ValueError` for tensors larger than stored."""
     named: Iterable[tuple[str, Any]] = ((name, value) for name, value in content.items() if isinstance(name, str))
     tensors, values = {}, {}
     for name, value in named:
@@ -221,13 +218,13 @@ def split_tensors(content: dict, file: Path | str) -> tuple[dict[str, Tensor], d
 
 
 def _check_stored(name: str, tensor: Tensor, file: Path | str) -> None:
-    """Whether a tensor is plain, and no larger than what the file holds of it."""
+    """Raise `ValueError` unless a tensor is plain, and no larger than what the file holds of it."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.device.type != "cpu" or tensor.is_quantized:
         raise ValueError(f"{name} in {file} is no plain tensor. Save its values with torch.save as one.")
-    stored, said = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.itemsize
-    if said > max(stored, _EXPANDED):
+    stored, size = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.itemsize
+    if size > max(stored, _EXPANDED):
         raise ValueError(
-            f"{name} in {file} has shape {tuple(tensor.shape)}, {said:,} bytes, of which {stored:,} are stored: it "
+            f"{name} in {file} has shape {tuple(tensor.shape)}, {size:,} bytes, of which {stored:,} are stored: it "
             "repeats them. Save `tensor.contiguous()` instead."
         )

@@ -1,4 +1,4 @@
-"""What a dictionary has to beat: random directions at its L0, principal components of its width, the identity.
+"""Baselines of a dictionary: random directions at its L0, principal components of its width, the identity.
 
 Random dictionaries come close to trained ones on several published metrics (arXiv 2602.14111), and no linear code of
 m numbers per token reconstructs better than principal components, so no figure means much without them. Each baseline
@@ -24,21 +24,21 @@ from .similarity import TokenSample, checked_batches
 
 
 _BLOCK_ENTRIES = 2**23
-_SMALLEST_SCALE = 1e-3  # a group that would only do harm is made faint, not silent: it must keep its L0
+_SMALLEST_SCALE = 1e-3  # not 0, even where a group adds to the error: its latents must fire, to keep the L0
 
 
 class Identity:
-    """Gives back what it gets: the upper end of every scale.
+    """Hidden states in place of their reconstructions: the upper end of every scale.
 
     Args:
-        widths (`Sequence[int]`): At which it is to be reported.
+        widths (`Sequence[int]`): Widths at which it is reported.
     """
 
-    def __init__(self, widths: Sequence[int]):
+    def __init__(self, widths: Sequence[int]) -> None:
         self.widths = list(widths)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Hidden states `(N, D)` once for each width, `(P, N, D)`."""
+        """Return hidden states `(N, D)` once for each width, `(P, N, D)`."""
         return x.expand(len(self.widths), *x.shape)
 
 
@@ -51,7 +51,7 @@ class PrincipalComponents:
     Args:
         mean (`Tensor` of shape `(D,)`): Mean of the fitted hidden states, float64.
         components (`Tensor` of shape `(D, D)`): Rows v_i, the one of largest variance first, float64.
-        variances (`Tensor` of shape `(D,)`): Variance along each, float64.
+        variances (`Tensor` of shape `(D,)`): Variance along each component, float64.
         widths (`list[int]`): Widths m; any at or above D gives x itself.
     """
 
@@ -92,7 +92,7 @@ class PrincipalComponents:
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The reconstruction of hidden states `(N, D)` at each width, `(P, N, D)`."""
+        """Return the reconstruction of hidden states `(N, D)` at each width, `(P, N, D)`."""
         d_in = len(self.mean)
         if x.dim() != 2 or x.shape[1] != d_in:
             raise ValueError(f"These components take hidden states (N, {d_in}), got {tuple(x.shape)}.")
@@ -101,7 +101,7 @@ class PrincipalComponents:
         return torch.stack([torch.addmm(mean, scores[:, :width], components[:width]) for width in self.widths])
 
     def fvu(self, widths: Sequence[int] | None = None) -> list[float]:
-        """The fraction of variance unexplained at each width on the fitted tokens: the tail of the variances."""
+        """Return the fraction of variance unexplained at each width on the fitted tokens."""
         widths = self.widths if widths is None else widths
         return [(self.variances[width:].sum() / self.variances.sum()).item() for width in widths]
 
@@ -114,7 +114,7 @@ def random_dictionary(
     tokens: int = 8192,
     seed: int = 0,
 ) -> SAEModel:
-    """An SAE of random directions that fires as often as `sae` does at every width.
+    """Return an SAE of random directions that fires as often as `sae` does at every width.
 
     The decoder's rows are random unit vectors, the encoder's point the same way, `b_dec` is the mean. Of each group of
     latents that a width adds, one threshold lets as many pairs of token and latent through as fire in `sae`, and one
@@ -126,11 +126,11 @@ def random_dictionary(
     learnt, and only thresholds can match it. ReLU and Gated carry the threshold in `b_enc`.
 
     Args:
-        sae ([`SAEModel`]): In `eval` mode, taking raw hidden states. Its L0 is that of selection `"mask"`.
+        sae ([`SAEModel`]): The SAE in `eval` mode, for raw hidden states; its L0 is that of selection `"mask"`.
         activations ([`HasActivations`] or iterable of `Tensor`): Batches `(n, D)`; read once.
-        widths (`Sequence[int]`, *optional*): At which L0 is matched; by default the prefixes of `sae`.
-        tokens (`int`, *optional*, defaults to 8192): Sampled to calibrate on; elsewhere L0 is off by 1 to 2%.
-        seed (`int`, *optional*, defaults to 0): Of the directions and the sample.
+        widths (`Sequence[int]`, *optional*): Widths at which L0 is matched; by default the prefixes of `sae`.
+        tokens (`int`, *optional*, defaults to 8192): Tokens to calibrate on; on others L0 differs by 1 to 2%.
+        seed (`int`, *optional*, defaults to 0): Seed of the directions and the sample.
 
     Returns:
         [`SAEModel`] in `eval` mode and float32.
@@ -147,7 +147,7 @@ def random_dictionary(
     if not fired.any():
         raise ValueError("No latent of the SAE fires on these hidden states; there is no L0 to match.")
     random = build_sae(_config(sae.config, fired.sum().item() / len(x))).to(x.device).eval()
-    # Not the seed itself: an SAE trained with it may have begun with those very directions.
+    # Not the seed itself: an SAE trained with it may have begun with the same directions.
     generator = torch.Generator().manual_seed(derived_seed(seed, "random dictionary"))
     directions = torch.randn(random.W_dec.shape, generator=generator)
     random.W_dec.copy_(unit_rows(directions)[0])
@@ -164,7 +164,7 @@ def random_dictionary(
 
 
 def _config(config: SAEConfig, l0: float) -> SAEConfig:
-    """The same config, or where each token keeps k latents that of thresholds with as many on average."""
+    """Return the same config, or where each token keeps k latents that of thresholds with as many on average."""
     config = copy.deepcopy(config)
     if isinstance(config, TopKSAEConfig):
         shared = ("d_in", "num_latents", "apply_b_dec_to_input", "scale_by_decoder_norm", "base_model", "hookpoint")
@@ -176,22 +176,22 @@ def _config(config: SAEConfig, l0: float) -> SAEConfig:
     return config
 
 
-def _threshold(random: SAEModel, group: slice, parts: Sequence[Tensor], wanted: int) -> float:
-    """What `wanted` of the projections on a group's directions exceed: half-way between that one and the next."""
+def _threshold(random: SAEModel, group: slice, parts: Sequence[Tensor], count: int) -> float:
+    """Return a threshold that `count` projections on a group's directions exceed, half-way to the next one."""
     largest = random.W_dec.new_zeros(0)
     for x in parts:
         projections = ((x - random.b_dec) @ random.W_dec[group].T).flatten()
-        if len(largest) > wanted:
+        if len(largest) > count:
             projections = projections[projections > largest[-1]]
         joined = torch.cat([largest, projections])
-        largest = joined.topk(min(wanted + 1, len(joined))).values
-    if wanted == 0:
+        largest = joined.topk(min(count + 1, len(joined))).values
+    if count == 0:
         return max(0.0, largest[0].item())
-    return max(0.0, largest[wanted - 1 : wanted + 1].mean().item())
+    return max(0.0, largest[count - 1 : count + 1].mean().item())
 
 
 def _set_encoder(random: SAEModel, thresholds: Tensor, scales: Tensor) -> None:
-    """Values `scale * <x - b_dec, d>` where the projection is above the threshold; ReLU's are less by it."""
+    """Set latents to `scale * <x - b_dec, d>` where the projection exceeds the threshold; ReLU subtracts it."""
     random.W_enc.copy_(random.W_dec * scales[:, None])
     bias = torch.zeros_like(scales) if random.config.apply_b_dec_to_input else -(random.W_enc @ random.b_dec)
     if random.config.activation_name in ("batch_topk", "jumprelu"):
@@ -205,7 +205,7 @@ def _set_encoder(random: SAEModel, thresholds: Tensor, scales: Tensor) -> None:
 
 
 def _scales(random: SAEModel, widths: list[int], parts: Sequence[Tensor]) -> list[float]:
-    """For each group the factor of least squared error, one group after the other.
+    """Return for each group, one after the other, the factor of least squared error.
 
     With y = x - b_dec and u_g what group g adds, over all tokens: c_g = <y - sum_{h<g} c_h u_h, u_g> / ||u_g||^2.
     """

@@ -1,5 +1,6 @@
-"""SAEs beside their baselines at every width: fidelity, weights, firing."""
+"""The evaluation of SAEs beside their baselines at every width: fidelity, weights, firing."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,15 +48,15 @@ def evaluate(
 
     Args:
         data ([`HeldOut`]): The language model and held-out tokens; every process evaluates its share.
-        saes (`dict[str, SAEModel]`): By name; in `eval` mode.
-        widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
-        selection (`str`, *optional*, defaults to `"mask"`): See [`Dictionary`].
+        saes (`dict[str, SAEModel]`): SAEs by name, in `eval` mode.
+        widths (`Sequence[int]`, *optional*): Widths to evaluate; by default each SAE's prefix widths.
+        selection (`str`, *optional*, defaults to `"mask"`): `"mask"` or `"restrict"`, see [`Dictionary`].
         baselines (`bool`, *optional*, defaults to `True`): Evaluate a random dictionary beside each SAE, principal
             components and the identity.
-        scaling ([`LossScaling`], *optional*): Of the language model; adds `compute_share` to each row.
+        scaling ([`LossScaling`], *optional*): Scaling law of the language model; adds `compute_share` to each row.
 
     Returns:
-        `dict`: What [`evaluate_fidelity`] gives, with rows by name under `saes`; those of dictionaries have
+        `dict`: The results of [`evaluate_fidelity`], with rows by name under `saes`; those of dictionaries have
         [`weight_geometry`] and [`density_metrics`] of their width under `geometry` and `density`.
 
     Raises:
@@ -80,13 +81,13 @@ def evaluate(
         if isinstance(subject, Dictionary):
             _add_details(rows[name], subject)
     if scaling is not None and result["clean_ce"] is not None:
-        for row in (row for found in rows.values() for row in found):
+        for row in itertools.chain.from_iterable(rows.values()):
             row["compute_share"] = scaling.compute_share(result["clean_ce"], row["ce"])
     return {"hookpoint": data.hookpoint, "selection": selection, **result, "saes": rows}
 
 
 def _add_details(rows: list[dict[str, Any]], dictionary: Dictionary) -> None:
-    """Geometry and densities of each width; the firings were summed over processes with the rows."""
+    """Add geometry and densities to the row of each width; firings were summed over processes with the rows."""
     each = zip(dictionary.firing, dictionary.encodings, strict=True)
     densities = [row for firing, widths in each for row in density_metrics(firing, widths)]
     shapes = weight_geometry(dictionary.sae, dictionary.widths)
@@ -95,7 +96,7 @@ def _add_details(rows: list[dict[str, Any]], dictionary: Dictionary) -> None:
 
 
 def details(results: Sequence[dict[str, Any]]) -> str:
-    """Geometry and densities as text, a line per width of each dictionary."""
+    """Return geometry and densities as text, a line per width of each dictionary."""
     tables = []
     for result in results:
         records = [record for record in records_of(result) if "geometry" in record]

@@ -1,4 +1,4 @@
-"""What an SAE is evaluated on: a language model, held-out tokens, and a place in the model."""
+"""The data of an evaluation: a language model, held-out tokens, and a place in the model."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ class HasActivations(Protocol):
     """Anything that gives hidden states anew at each call."""
 
     def activations(self) -> Iterator[Tensor]:
-        """Batches of hidden states, `(n, D)`."""
+        """Return batches of hidden states, `(n, D)`."""
         ...
 
 
@@ -37,8 +37,8 @@ class HeldOut:
         model (`nn.Module`): The language model, in `eval` mode.
         batches (`Sequence[TokenBatch]`): Tokens, the same in every process; each process evaluates its share of them.
         hookpoint (`str`): A module path, or `"path:input"`.
-        mask_token_id (`int`, *optional*): The tokenizer's, for a masked language model.
-        tokenizer (`Any`, *optional*): For what looks at words.
+        mask_token_id (`int`, *optional*): Id of the mask token, for a masked language model.
+        tokenizer (`Any`, *optional*): Tokenizer, for studies of words.
     """
 
     model: nn.Module
@@ -49,35 +49,35 @@ class HeldOut:
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
+        """Return the language model's device."""
         return next(self.model.parameters()).device
 
     @property
     def has_loss(self) -> bool:
-        """Whether the model predicts tokens, so that there is a loss to recapture."""
+        """Return whether the model predicts tokens, so that there is a loss to recapture."""
         return has_lm_loss(self.model)
 
     @property
     def tokens(self) -> int:
-        """Kept positions over all processes."""
+        """Return the number of kept positions, over all processes."""
         return sum(int(batch.keep.sum()) for batch in self.batches)
 
     def share(self) -> Iterator[TokenBatch]:
-        """This process's batches, on the model's device: every world-size-th of all."""
+        """Yield this process's batches, on the model's device: every world-size-th of all."""
         rank, world = processes()
         for batch in self.batches[rank::world]:
             yield batch.to(self.device)
 
     def states(self, batch: TokenBatch) -> Tensor:
-        """Hidden states at the kept positions of a batch, `(n, D)` in float32."""
+        """Return hidden states at the kept positions of a batch, `(n, D)` in float32."""
         states = harvest(self.model, batch.input_ids, batch.attention_mask, [self.hookpoint])[self.hookpoint]
         return states[batch.keep].float()
 
     def finite(self, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
-        """The windows of a batch whose hidden states are all finite, and these states, `(n, D)` in float32.
+        """Return the windows of a batch whose hidden states are all finite, and these states, `(n, D)` in float32.
 
-        A window with NaN or infinity in it is the language model's fault: no SAE can reconstruct it, so it is left out
-        of what SAEs are judged by. What is returned may be empty.
+        NaN or infinity in a window comes from the language model and no SAE can reconstruct it, so that the window is
+        left out of SAEs' figures. Both results may be empty.
         """
         states = self.states(batch)
         broken = (~states.isfinite().all(1)).to(batch.keep.device)
@@ -90,7 +90,7 @@ class HeldOut:
         return windows_of(batch, usable), states[kept]
 
     def activations(self) -> Iterator[Tensor]:
-        """Hidden states of this process's share, `(n, D)` in float32, harvested anew at each call.
+        """Yield hidden states of this process's share, `(n, D)` in float32, harvested anew at each call.
 
         Windows with a hidden state that is not finite are left out, see [`finite`].
         """
@@ -101,15 +101,15 @@ class HeldOut:
 
 
 def windows_of(batch: TokenBatch, chosen: Tensor | slice) -> TokenBatch:
-    """Some windows of a batch: those where `chosen`, `(B,)` bool, is true, of these numbers, or of a slice."""
+    """Return some windows of a batch: `chosen` is a mask `(B,)`, their numbers, or a slice."""
     return TokenBatch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.keep[chosen], batch.padded)
 
 
 def activation_batches(source: HasActivations | Iterable[Tensor]) -> Iterable[Tensor]:
-    """The batches `(n, D)` of either kind of source.
+    """Return the batches `(n, D)` of either kind of source.
 
     Args:
-        source ([`HeldOut`], a tensor `(N, D)`, or an iterable of such): What functions call `activations`.
+        source ([`HeldOut`], a tensor `(N, D)`, or an iterable of such): Source of hidden states.
     """
     if isinstance(source, Tensor):
         return [source]
@@ -144,13 +144,16 @@ def open_heldout(
 
     Args:
         model (`str`, *optional*, defaults to `"embedded"`): Hub id, folder, or the model that ships with the package.
-        hookpoint (`str`): Where the SAE reads; an SAE's config knows.
+        hookpoint (`str`): Hookpoint of the SAE, as in its config.
         dataset (`str`, `dict` or [`DatasetConfig`], *optional*): Held-out text, as in a run's YAML; by default the
             embedded text.
-        tokens (`int`, *optional*, defaults to 60,000), context_length (`int`, *optional*, defaults to 128): How much.
+        tokens (`int`, *optional*, defaults to 60,000): Kept tokens to read.
+        context_length (`int`, *optional*, defaults to 128): Tokens in a window.
         lm_batch_size (`int`, *optional*, defaults to 32): Windows in a batch.
         exclude (`str`, *optional*, defaults to `"special"`): Positions left out: `special`, `first` or `none`.
-        revision (`str`, *optional*), dtype (`str`, *optional*), device (*optional*): Of the language model.
+        revision (`str`, *optional*): Branch, tag or commit of the language model.
+        dtype (`str`, *optional*): Type of the language model, see [`load_language_model`].
+        device (`str` or `torch.device`, *optional*): Device of the language model; by default a GPU if there is one.
 
     Raises:
         `ValueError`: if the model, its hookpoint or the text cannot be found, or the text is too short.

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,13 +40,13 @@ def evaluate_fidelity(
     Args:
         data ([`HeldOut`], or an iterable of tensors `(n, D)`): Losses need a [`HeldOut`] whose model predicts tokens.
             Under `torch.distributed` each process evaluates its share, and all return the same result.
-        subjects (`Mapping[str, Subject]`): For example [`Dictionary`] of an SAE, by name.
+        subjects (`Mapping[str, Subject]`): Dictionaries and baselines by name, such as [`Dictionary`] of an SAE.
         language_model (`bool`, *optional*, defaults to `True`): Measure spliced losses where that can be done.
         similarity_tokens (`int`, *optional*, defaults to 500): Tokens of the similarity analysis (0: leave it out).
-        seed (`int`, *optional*, defaults to 0): Chooses these tokens.
-        watch (`Callable`, *optional*): Shown the name and the latents of every dictionary and batch.
-        loss_widths (`Mapping[str, Sequence[int]]`, *optional*): Measure a subject's losses at these of its widths
-            only.
+        seed (`int`, *optional*, defaults to 0): Seed of the choice of these tokens.
+        watch (`Callable`, *optional*): Called with name and latents of every dictionary and batch.
+        loss_widths (`Mapping[str, Sequence[int]]`, *optional*): Widths at which a subject's losses are measured; by
+            default all.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
 
     Returns:
@@ -53,9 +54,9 @@ def evaluate_fidelity(
         `subjects` a list of rows, one for each width, for each name. See [`ReconstructionSums`], [`FiringSums`],
         [`spliced_metrics`] and [`representational_similarity`] for what the keys mean.
 
-        What the language model itself makes NaN or infinite is in no figure, and is counted: `excluded_windows` of
-        the held-out text whose hidden states are not finite, `excluded_predictions` of the others whose logits are
-        not. A reconstruction that is not finite is the SAE's doing: its figures are NaN, its `rsa` is `None`.
+        Hidden states and logits of the language model that are NaN or infinite are in no figure, and are counted:
+        `excluded_windows` of the held-out text have hidden states that are not finite, `excluded_predictions` of the
+        others have such logits. Where a reconstruction is not finite, figures are NaN and `rsa` is `None`.
 
     Raises:
         `ValueError`: if there are no tokens, hidden states are of another width than an SAE's, or those of an iterable
@@ -74,15 +75,8 @@ def evaluate_fidelity(
             _add(name, subject, states, sums[name], watch)
         if sample is not None:
             sample.add(states)
-    if not sums:
-        raise ValueError("There are no held-out tokens to evaluate on. Name an `eval_dataset` with text.")
-    reduce_sum(excluded)
+    _check_tokens(sums, excluded)
     first = next(iter(sums.values()))
-    if excluded and not reduce_sum(first.tokens.clone())[0]:
-        raise ValueError(
-            f"All {int(excluded)} windows of the held-out text have hidden states with NaN or infinity. Load the "
-            "language model in another type (bfloat16 or float32)."
-        )
     rows = {name: _rows(subject, sums[name]) for name, subject in subjects.items()}
     result: dict[str, Any] = {
         "tokens": int(first.tokens),
@@ -96,20 +90,29 @@ def evaluate_fidelity(
     if sample is not None:
         _add_similarity(subjects, rows, sample.tokens(), seed)
     if language_model and isinstance(data, HeldOut) and data.has_loss:
-        chosen = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
-        _add_losses(
-            result, data, {name: subject for name, subject in chosen.items() if subject.widths}, rows, first.mean, show
-        )
-    for entry in rows.values():
-        for row in entry:
-            row.setdefault("ce", None)
-            row.setdefault("recaptured_zero", None)
-            row.setdefault("recaptured_mean", None)
+        spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
+        spliced = {name: subject for name, subject in spliced.items() if subject.widths}
+        _add_losses(result, data, spliced, rows, first.mean, show)
+    for row in chain.from_iterable(rows.values()):
+        for key in ("ce", "recaptured_zero", "recaptured_mean"):
+            row.setdefault(key, None)
     return result | {"subjects": rows}
 
 
+def _check_tokens(sums: dict[str, ReconstructionSums], excluded: Tensor) -> None:
+    """Raise `ValueError` where no token was evaluated; sum `excluded` over processes in place."""
+    if not sums:
+        raise ValueError("There are no held-out tokens to evaluate on. Name an `eval_dataset` with text.")
+    reduce_sum(excluded)
+    if excluded and not reduce_sum(next(iter(sums.values())).tokens.clone())[0]:
+        raise ValueError(
+            f"All {int(excluded)} windows of the held-out text have hidden states with NaN or infinity. Load the "
+            "language model in another type (bfloat16 or float32)."
+        )
+
+
 def _finite_states(data: HeldOut, excluded: Tensor) -> Iterator[Tensor]:
-    """The states of this process's share, of some batches none; windows that are left out are added to `excluded`."""
+    """Yield the states of each batch of this process, maybe none; add the number of windows left out to `excluded`."""
     for batch in data.share():
         usable, states = data.finite(batch)
         excluded += len(batch.keep) - len(usable.keep)
@@ -132,13 +135,13 @@ def _rows(subject: Subject, sums: ReconstructionSums) -> list[dict[str, Any]]:
     sums.reduce()
     rows = [{"width": width, **row} for width, row in zip(subject.widths, sums.rows(), strict=True)]
     if isinstance(subject, Dictionary):
-        for row, found in zip(rows, subject.firing_rows(), strict=True):
-            row.update(found)
+        for row, firing in zip(rows, subject.firing_rows(), strict=True):
+            row.update(firing)
     return rows
 
 
 def _at(subject: Subject, widths: Sequence[int] | None) -> Subject:
-    """The subject at some of its widths."""
+    """Return the subject at some of its widths."""
     if widths is None:
         return subject
     unknown = set(widths) - set(subject.widths)
@@ -153,9 +156,9 @@ def _add_similarity(subjects: Mapping[str, Subject], rows: dict[str, list], toke
     for name, subject in subjects.items():
         reconstructions = subject.reconstruct(tokens).float()
         finite = reconstructions.isfinite().flatten(1).all(1)
-        found = iter(representational_similarity(tokens, reconstructions[finite], seed=seed))
-        for row, usable in zip(rows[name], finite.tolist(), strict=True):
-            row["rsa"] = next(found) if usable else None
+        scores = iter(representational_similarity(tokens, reconstructions[finite], seed=seed))
+        for row, is_finite in zip(rows[name], finite.tolist(), strict=True):
+            row["rsa"] = next(scores) if is_finite else None
 
 
 def _add_losses(
@@ -169,9 +172,9 @@ def _add_losses(
     passes = sum(len(subject.widths) for subject in subjects.values()) * len(list(data.share()))
     with tqdm(total=passes, desc="language-model loss", disable=not show, leave=False) as bar:
         baselines, metrics = spliced_metrics(data, mean, list(subjects.values()), bar.update)
-    for (name, subject), found in zip(subjects.items(), metrics, strict=True):
+    for (name, subject), entries in zip(subjects.items(), metrics, strict=True):
         by_width = {row["width"]: row for row in rows[name]}
-        for width, entry in zip(subject.widths, found, strict=True):
+        for width, entry in zip(subject.widths, entries, strict=True):
             by_width[width].update(entry)
     for key in ("clean_ce", "zero_ce", "mean_ce", "excluded_predictions"):
         result[key] = getattr(baselines, key)

@@ -1,4 +1,4 @@
-"""Which latents fire, how often and how strongly: sums that stream, and L0, L1 and dead share of every prefix."""
+"""How often and how strongly latents fire: sums over batches, and L0, L1 and dead share of every prefix."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +19,7 @@ def add_moments(moments: Tensor, cols: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def firings_of(sae: SAEModel, states: Iterable[Tensor]) -> "FiringSums":
-    """What an SAE in `eval` mode does on hidden states, `(n, D)` each; of this process alone."""
+    """Return the firings of an SAE in `eval` mode on hidden states, `(n, D)` each, of this process alone."""
     sums = FiringSums(sae.config.num_latents, sae.W_enc.device)
     for x in states:
         sums.add(sae.encode_pairs(x.to(sae.W_enc)))
@@ -27,25 +27,26 @@ def firings_of(sae: SAEModel, states: Iterable[Tensor]) -> "FiringSums":
 
 
 class FiringSums:
-    """Counts per latent; every prefix follows from them, because latents are dropped, not computed anew.
+    """Counts per latent, from which those of every prefix follow: a prefix drops latents and changes no value.
 
     Args:
         num_latents (`int`): F.
-        device (`torch.device`, *optional*): Where they are added up.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Device of the sums.
 
     Attributes:
-        tokens (`Tensor`), fired (`Tensor` of shape `(F,)`): Tokens, and on how many of them each latent fires.
-        moments (`Tensor` of shape `(2, F)`): Sums of its values and of their squares, float64.
+        tokens (`Tensor` of shape `()`): Number of tokens.
+        fired (`Tensor` of shape `(F,)`): Number of tokens on which each latent fires.
+        moments (`Tensor` of shape `(2, F)`): Sums of each latent's values and of their squares, float64.
     """
 
-    def __init__(self, num_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_latents: int, device: torch.device | str = "cpu") -> None:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.moments = torch.zeros(2, num_latents, dtype=torch.float64, device=device)
 
     @property
     def total(self) -> Tensor:
-        """Sum of each latent's values, `(F,)`."""
+        """Return the sum of each latent's values, `(F,)`."""
         return self.moments[0]
 
     @torch.no_grad()
@@ -58,17 +59,17 @@ class FiringSums:
         add_moments(self.moments, cols, values)
 
     def reduce(self) -> "FiringSums":
-        """The counts of all processes."""
+        """Return the counts of all processes."""
         reduce_sum(self.tokens, self.fired, self.moments)
         return self
 
     @property
     def frequency(self) -> Tensor:
-        """Share of tokens on which each latent fires, `(F,)`."""
+        """Return the share of tokens on which each latent fires, `(F,)`."""
         return self.fired.double() / self.tokens
 
     def rows(self, widths: Sequence[int]) -> list[dict[str, float]]:
-        """`l0` (latents that fire per token), `l1` (sum of their values) and `dead` (share never seen to fire)."""
+        """Return `l0` (latents that fire per token), `l1` (sum of their values) and `dead` (share never firing)."""
         rows = []
         for width in widths:
             fired = self.fired[:width]

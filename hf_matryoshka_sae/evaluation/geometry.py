@@ -1,4 +1,4 @@
-"""How a dictionary's rows lie to each other, and how often its latents fire, for every prefix.
+"""The geometry of a dictionary's rows, and how often its latents fire, for every prefix.
 
 Names of metrics follow SAEBench (Karvonen et al. 2025, arXiv 2503.09532). All widths are read off one pass: a
 similarity of latents i and j counts for every prefix that holds both, so maxima are taken per group of columns and
@@ -24,12 +24,12 @@ _LOWEST_DECADE, _BINS_PER_DECADE = -8, 4
 
 
 def groups(widths: Sequence[int]) -> list[slice]:
-    """The latents that each width adds to the one before."""
+    """Return the latents that each width adds to the one before."""
     return [slice(start, stop) for start, stop in zip([0, *widths], widths, strict=False)]
 
 
 def checked_widths(widths: Sequence[int] | None, sae: SAEModel) -> list[int]:
-    """The widths asked for, by default the prefixes of `sae`.
+    """Return the widths, by default the prefixes of `sae`.
 
     Raises:
         `ValueError`: if they do not strictly increase between 1 and the size of `sae`.
@@ -42,22 +42,22 @@ def checked_widths(widths: Sequence[int] | None, sae: SAEModel) -> list[int]:
 
 
 def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows at length 1, and which of them have a direction: a row of zeros stays one."""
+    """Return the rows at length 1, and which of them have a direction: a row of zeros stays one."""
     return rows / row_norms(rows)[:, None], rows.norm(dim=1) > 0
 
 
 def prefix_maxima(similarities: Tensor, widths: Sequence[int]) -> Tensor:
-    """The maximum `(B, P)` of each row of `(B, F)` over the first `width` columns, for each width."""
+    """Return the maximum `(B, P)` of each row of `(B, F)` over the first `width` columns, for each width."""
     return torch.stack([similarities[:, group].amax(1) for group in groups(widths)], 1).cummax(1).values
 
 
 def max_cosines(rows: Tensor, widths: Sequence[int], block_rows: int | None = None) -> Tensor:
-    """The largest cosine similarity of each row with any other row of each prefix.
+    """Return the largest cosine similarity of each row with any other row of each prefix.
 
     Args:
-        rows (`Tensor` of shape `(F, D)`): For instance a decoder.
+        rows (`Tensor` of shape `(F, D)`): Rows of a matrix, such as a decoder.
         widths (`Sequence[int]`): P strictly increasing widths that end at F.
-        block_rows (`int`, *optional*): Rows compared with all others at a time; by default what fits 64 MB.
+        block_rows (`int`, *optional*): Rows compared with all others at a time; by default as many as fit 64 MB.
 
     Returns:
         `Tensor` of shape `(F, P)`: NaN for a row of zeros and where a prefix holds no other row that is not zero.
@@ -69,16 +69,16 @@ def max_cosines(rows: Tensor, widths: Sequence[int], block_rows: int | None = No
         similarities = (unit[start : start + size] @ unit.T).masked_fill_(~directed, -torch.inf)
         similarities.diagonal(start).fill_(-torch.inf)
         maxima.append(prefix_maxima(similarities, widths))
-    found = torch.cat(maxima).clamp_(max=1)
-    found[~directed] = torch.nan
-    return found.masked_fill_(found == -torch.inf, torch.nan)
+    cosines = torch.cat(maxima).clamp_(max=1)
+    cosines[~directed] = torch.nan
+    return cosines.masked_fill_(cosines == -torch.inf, torch.nan)
 
 
 @torch.no_grad()
 def weight_geometry(sae: SAEModel, widths: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """The geometry of every prefix: how many of its latents repeat each other.
+    """Return the geometry of every prefix: how many of its latents repeat each other.
 
-    Redundancy of the decoder is told in three ways. With unit rows u_i and the eigenvalues l of their covariance
+    There are three measures of the decoder's redundancy. With unit rows u_i and the eigenvalues l of their covariance
     1/n sum (u_i - mean)(u_i - mean)^T, the `participation_ratio` is (sum l)^2 / sum l^2 and the `effective_rank` is
     exp(-sum p log p), p = l / sum l (Roy & Vetterli 2007): both are D for rows spread evenly over all directions and 1
     for rows on a line. `share_near_duplicates` is the share of rows whose largest cosine with another is above 0.9.
@@ -86,7 +86,7 @@ def weight_geometry(sae: SAEModel, widths: Sequence[int] | None = None) -> list[
 
     Args:
         sae ([`SAEModel`]): An SAE; nothing is read but its weights, in F^2 D operations.
-        widths (`Sequence[int]`, *optional*): Strictly increasing; by default the prefixes of `sae`.
+        widths (`Sequence[int]`, *optional*): Strictly increasing widths; by default the prefixes of `sae`.
 
     Returns:
         `list[dict]`: a row per width. Rows of zeros are left out of means and counted; a mean over nothing is `None`.
@@ -102,11 +102,11 @@ def weight_geometry(sae: SAEModel, widths: Sequence[int] | None = None) -> list[
     cosine = (encoder_unit * decoder_unit).sum(1).where(encoder_directed & decoder_directed, torch.nan)
     encoder_norm, decoder_norm, encoder_bias = encoder.norm(dim=1), decoder.norm(dim=1), sae.b_enc.float()
     encoder_maxima, decoder_maxima = max_cosines(encoder, widths), max_cosines(decoder, widths)
-    found = []
+    rows = []
     for p, (width, covariance) in enumerate(_covariances(sae.W_dec, widths)):
         nearest = decoder_maxima[:width, p]
         rank, ratio = _spread(covariance)
-        found.append(
+        rows.append(
             {
                 "width": width,
                 "average_max_encoder_cosine_sim": _mean(encoder_maxima[:width, p]),
@@ -122,7 +122,7 @@ def weight_geometry(sae: SAEModel, widths: Sequence[int] | None = None) -> list[
                 "zero_decoder_rows": int((decoder_norm[:width] == 0).sum()),
             }
         )
-    return found
+    return rows
 
 
 def _mean(values: Tensor) -> float | None:
@@ -131,7 +131,7 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _covariances(rows: Tensor, widths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """The covariance `(D, D)` of the unit rows of each prefix, in float64; rows of zeros are left out."""
+    """Yield the covariance `(D, D)` of the unit rows of each prefix, in float64; rows of zeros are left out."""
     count, total, outer = 0, 0.0, 0.0
     for width, group in zip(widths, groups(widths), strict=True):
         unit, directed = unit_rows(rows[group].double())
@@ -142,7 +142,7 @@ def _covariances(rows: Tensor, widths: Sequence[int]) -> Iterator[tuple[int, Ten
 
 
 def _spread(covariance: Tensor) -> tuple[float | None, float | None]:
-    """Effective rank and participation ratio of a covariance of unit rows; `None` where the rows are all one."""
+    """Return effective rank and participation ratio of a covariance of unit rows; `None` where all are equal."""
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = eigenvalues.sum()
     if total < 1e-12:  # rounding: unit rows add up to at most 1
@@ -155,7 +155,7 @@ def _spread(covariance: Tensor) -> tuple[float | None, float | None]:
 
 
 def density_metrics(firing: FiringSums, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """How the firing frequencies of every prefix are spread.
+    """Return how the firing frequencies of every prefix are spread.
 
     A latent's density is the share of tokens on which it fires. `freq_over_1_percent` is the share of latents above
     that density and `normalized_freq_over_1_percent` the share of all firings that are theirs; the same for 10
@@ -163,7 +163,7 @@ def density_metrics(firing: FiringSums, widths: Sequence[int]) -> list[dict[str,
     `tokens` only. The histogram counts alive latents in quarters of a decade from 1e-8 to 1.
 
     Args:
-        firing ([`FiringSums`]): Of the full dictionary, of all processes; a latent fires alike in every prefix.
+        firing ([`FiringSums`]): Firings of the full dictionary over all processes; they are the same in every prefix.
         widths (`Sequence[int]`): Strictly increasing widths, at most F.
 
     Returns:
@@ -179,14 +179,14 @@ def density_metrics(firing: FiringSums, widths: Sequence[int]) -> list[dict[str,
 
 
 def _densities(density: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = {"frac_alive": (density > 0).double().mean().item()}
+    metrics: dict[str, Any] = {"frac_alive": (density > 0).double().mean().item()}
     total = density.sum().item()
     for percent in (1, 10):
         often = density > percent / 100
-        found[f"freq_over_{percent}_percent"] = often.double().mean().item()
-        found[f"normalized_freq_over_{percent}_percent"] = density[often].sum().item() / total if total else None
+        metrics[f"freq_over_{percent}_percent"] = often.double().mean().item()
+        metrics[f"normalized_freq_over_{percent}_percent"] = density[often].sum().item() / total if total else None
     edges = torch.linspace(_LOWEST_DECADE, 0, 1 - _LOWEST_DECADE * _BINS_PER_DECADE, dtype=torch.float64)
     logs = density[density > 0].log10().clamp(min=_LOWEST_DECADE)
-    found["density_log10_edges"] = edges.tolist()
-    found["density_histogram"] = torch.histogram(logs, edges).hist.long().tolist()
-    return found
+    metrics["density_log10_edges"] = edges.tolist()
+    metrics["density_histogram"] = torch.histogram(logs, edges).hist.long().tolist()
+    return metrics

@@ -1,4 +1,4 @@
-"""What a language model loses when reconstructions take the place of its hidden states.
+"""The loss of a language model when reconstructions take the place of its hidden states.
 
     recaptured_zero, _mean   (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), ablated to zero or to the mean;
                              SAEBench calls the first `ce_loss_score`
@@ -33,25 +33,25 @@ class LossSums:
     """Cross-entropy and divergence from the clean model, summed over predictions, of several replacements.
 
     Args:
-        replacements (`int`): How many.
+        replacements (`int`): Number of replacements.
     """
 
-    def __init__(self, replacements: int):
+    def __init__(self, replacements: int) -> None:
         self.predictions, self.excluded = torch.zeros(2, dtype=torch.int64).unbind()
         self.ce = torch.zeros(replacements, dtype=torch.float64)
         self.kl = torch.zeros(replacements, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, index: int, clean: Tensor, spliced: Tensor, targets: Tensor) -> None:
-        """Add replacement `index`'s logits `(S, V)` beside the clean model's and the right tokens `(S,)`."""
+        """Add replacement `index`'s logits `(S, V)`, with the clean model's and the tokens to predict `(S,)`."""
         parts = zip(clean.split(_ROWS), spliced.split(_ROWS), targets.split(_ROWS), strict=True)
-        for before, after, right in parts:
+        for before, after, target_ids in parts:
             before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
-            self.ce[index] += F.nll_loss(after, right, reduction="none").double().sum().cpu()
+            self.ce[index] += F.nll_loss(after, target_ids, reduction="none").double().sum().cpu()
             self.kl[index] += (before.exp() * (before - after)).sum(-1).double().sum().cpu()
 
     def reduce(self) -> "LossSums":
-        """The sums of all processes."""
+        """Return the sums of all processes."""
         reduce_sum(self.predictions, self.excluded, self.ce, self.kl)
         return self
 
@@ -60,19 +60,22 @@ class LossBaselines:
     """The losses against which a reconstruction is judged.
 
     Args:
-        clean_ce, zero_ce, mean_ce (`float`): Cross-entropy of the model as it is, and with the hidden states replaced
-            by zero or their mean; nats per token.
-        zero_kl (`float`): Divergence of the zero-ablated model.
-        excluded_predictions (`int`, *optional*, defaults to 0): In none of them, because the model as it is gives NaN
-            or infinity there.
+        clean_ce (`float`): Cross-entropy of the model as it is, nats per token.
+        zero_ce (`float`): Cross-entropy with the hidden states replaced by zero.
+        mean_ce (`float`): Cross-entropy with the hidden states replaced by their mean.
+        zero_kl (`float`): Divergence of the zero-ablated model from the clean one, nats per token.
+        excluded_predictions (`int`, *optional*, defaults to 0): Predictions that no figure counts, because the model
+            as it is gives NaN or infinity there.
     """
 
-    def __init__(self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float, excluded_predictions: int = 0):
+    def __init__(
+        self, clean_ce: float, zero_ce: float, mean_ce: float, zero_kl: float, excluded_predictions: int = 0
+    ) -> None:
         self.clean_ce, self.zero_ce, self.mean_ce, self.zero_kl = clean_ce, zero_ce, mean_ce, zero_kl
         self.excluded_predictions = excluded_predictions
 
     def row(self, ce: float, kl: float) -> dict[str, float | None]:
-        """Every metric of one replacement."""
+        """Return every metric of one replacement."""
         return {
             "ce": ce,
             "delta_ce": ce - self.clean_ce,
@@ -91,15 +94,15 @@ class LossScaling:
     of one with L_clean; the constant cancels. Gao et al. 2024 (arXiv 2406.04093) state the loss of a spliced model so.
 
     Args:
-        exponent (`float`): Above 0.
-        irreducible (`float`, *optional*, defaults to 0): Nats per token, below the loss of every model compared; of
-            the same text and tokenizer as the losses.
+        exponent (`float`): Exponent, above 0.
+        irreducible (`float`, *optional*, defaults to 0): Irreducible loss in nats per token, below the loss of every
+            model compared; of the same text and tokenizer as the losses.
     """
 
     exponent: float
     irreducible: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.exponent > 0 or not self.irreducible >= 0:
             raise ValueError(
                 "A scaling law needs an exponent above 0 and an irreducible loss of at least 0, got "
@@ -107,7 +110,7 @@ class LossScaling:
             )
 
     def compute_share(self, clean_ce: float, ce: float) -> float:
-        """The share of training compute at which a model would have loss `ce`.
+        """Return the share of training compute at which a model would have loss `ce`.
 
         Raises:
             `ValueError`: if the irreducible loss is not below both losses.
@@ -129,15 +132,15 @@ def spliced_metrics(
     data: HeldOut,
     mean: Tensor,
     subjects: Sequence[Subject],
-    advance: Callable[[int], None] = lambda passes: None,
+    advance: Callable[[int], None] = lambda _passes: None,
 ) -> tuple[LossBaselines, list[list[dict[str, float | None]]]]:
-    """Losses of the language model with each subject's reconstructions, and with none, zero and the mean.
+    """Return losses of the language model with each subject's reconstructions, and with none, zero and the mean.
 
     Args:
-        data ([`HeldOut`]): A model with a loss; every process runs its share of the batches.
+        data ([`HeldOut`]): A model with a loss, and tokens; every process runs its share of the batches.
         mean (`Tensor` of shape `(D,)`): Mean of the hidden states.
         subjects (`Sequence[Subject]`): Each encodes a batch once; its reconstructions are spliced in turn.
-        advance (`Callable`, *optional*): Told how many passes of the language model are done.
+        advance (`Callable`, *optional*): Called with the number of passes of the language model that were done.
 
     Returns:
         [`LossBaselines`], and for each subject the metrics at each of its widths.
@@ -162,7 +165,7 @@ def spliced_metrics(
                     spliced, _ = _logits(data, part, lambda x, output=output: output.to(x))
                     total.add(index, clean, spliced[usable], targets)
                     advance(1)
-    predictions = int(base.reduce().predictions) or math.nan  # of no prediction nothing is known
+    predictions = int(base.reduce().predictions) or math.nan  # without predictions every figure is NaN
     for entry in sums:
         entry.reduce()
     clean_ce, zero_ce, mean_ce = (base.ce / predictions).tolist()
@@ -179,12 +182,12 @@ def _logits(data: HeldOut, batch: TokenBatch, replace: Callable[[Tensor], Tensor
 
 
 def _usable(logits: Tensor) -> Tensor:
-    """Positions `(S,)` at which the logits `(S, V)` are a distribution: no NaN, no positive infinity."""
+    """Return positions `(S,)` at which the logits `(S, V)` are a distribution: no NaN, no positive infinity."""
     return torch.cat([part.float().logsumexp(-1).isfinite() for part in logits.split(_ROWS)])
 
 
 def _parts(batch: TokenBatch, data: HeldOut) -> list[TokenBatch]:
-    """The batch in pieces whose logits may be kept."""
+    """Return the batch in pieces whose logits may be kept."""
     vocabulary = data.model.get_output_embeddings().weight.shape[0]
     size = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
     pieces = zip(*(t.split(size) for t in (batch.input_ids, batch.attention_mask, batch.keep)), strict=True)

@@ -1,4 +1,4 @@
-"""Saved SAEs of any format, from a folder, a file or the Hub, by the place in a language model where they read."""
+"""Saved SAEs of any format, from a folder, a file or the Hub, by language model and hookpoint."""
 
 from pathlib import Path
 
@@ -13,16 +13,15 @@ def open_saes(
 
     Args:
         source (`str`): Folder of an SAE, folder that holds such folders, file of weights, Hub id, or `"embedded"`.
-        subfolder (`str`, *optional*): Of either.
-        model (`str`, *optional*), hookpoint (`str`, *optional*): Language model and place of all of them; by default
-            what each names.
+        subfolder (`str`, *optional*): Folder, or file of weights, in the source.
+        model (`str`, *optional*): Language model of all SAEs; by default that of each one's config.
+        hookpoint (`str`, *optional*): Hookpoint of all SAEs; by default that of each one's config.
 
     Returns:
-        By language model and hookpoint the SAEs by name, in `eval` mode; and the folder they are in (`None` for the
-        Hub).
+        SAEs in `eval` mode by name, by language model and hookpoint; and the folder they are in (`None` for the Hub).
 
     Raises:
-        `ValueError`: if there is none, one cannot be loaded, or the config of one does not name its place.
+        `ValueError`: if there is no SAE, one cannot be loaded, or the config of one lacks model or hookpoint.
     """
     try:
         places = saes_in(source, subfolder)
@@ -41,6 +40,6 @@ def open_saes(
 
 
 def _named(group: list[tuple[SAEPlace, SAEModel]]) -> dict[str, SAEModel]:
-    """SAEs by their names in a run; by their places where several are called the same."""
+    """Return SAEs by their names in a run; by their places where several are called the same."""
     names = [place.name for place, _ in group]
     return {place.subfolder if names.count(place.name) > 1 else place.name: sae for place, sae in group}

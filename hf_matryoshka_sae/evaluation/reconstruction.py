@@ -1,4 +1,4 @@
-"""How well prefixes reconstruct: sums that add up over batches and processes, and every metric from them.
+"""Reconstruction metrics of every prefix, from sums over tokens that add up over batches and processes.
 
 With r = x - x^ and x~ the mean of x over the evaluation set:
 
@@ -29,7 +29,7 @@ from ..common.distributed import reduce_sum
 
 
 _SMALL_NORM = 1e-4  # below this a ratio of norms counts as 1, as in SAEBench
-# Entries of [P, n, D] residuals held at a time: what stays in a CPU's cache; few launches on a GPU.
+# Entries of [P, n, D] residuals held at a time: on a CPU as many as fit its cache, on a GPU many, for few launches.
 _PIECE = {"cpu": 2**18}
 
 
@@ -38,8 +38,10 @@ class ReconstructionSums:
     """Sums over tokens from which every metric follows; all float64.
 
     Args:
-        tokens (`Tensor` of shape `()`), batches (`Tensor` of shape `()`): How many were added.
-        x (`Tensor` of shape `(D,)`), x_square (`Tensor` of shape `(D,)`): Sums of x and x^2.
+        tokens (`Tensor` of shape `()`): Number of tokens.
+        batches (`Tensor` of shape `()`): Number of batches.
+        x (`Tensor` of shape `(D,)`): Sum of x.
+        x_square (`Tensor` of shape `(D,)`): Sum of x^2.
         norm_in (`Tensor` of shape `()`): Sum of ||x||.
         square_error, dot, square_out, norm_out, ratio, cosine (`Tensor` of shape `(P,)`): Sums of ||r||^2, x.x^,
             ||x^||^2, ||x^||, ||x^||/||x|| and cos(x, x^).
@@ -65,7 +67,7 @@ class ReconstructionSums:
 
     @classmethod
     def zeros(cls, prefixes: int, d_in: int) -> "ReconstructionSums":
-        """Sums over no tokens, for P prefixes and hidden states of width D."""
+        """Return sums over no tokens, for P prefixes and hidden states of width D."""
         shapes = dict.fromkeys((field.name for field in fields(cls)), (prefixes,))
         shapes |= {"tokens": (), "batches": (), "norm_in": (), "x": (d_in,), "x_square": (d_in,)}
         shapes["residual"] = (prefixes, d_in)
@@ -77,10 +79,10 @@ class ReconstructionSums:
 
         Args:
             x (`Tensor` of shape `(N, D)`): Hidden states.
-            reconstructions (`Tensor` of shape `(P, N, D)`): Of every prefix.
+            reconstructions (`Tensor` of shape `(P, N, D)`): Reconstructions by every prefix.
 
         Raises:
-            `ValueError`: if shapes do not fit or a hidden state is not finite. Of reconstructions that are not, the
+            `ValueError`: if shapes do not fit or a hidden state is not finite. Where a reconstruction is not finite,
                 figures are NaN.
         """
         expected = (len(self.square_error), len(x), len(self.x))
@@ -107,7 +109,7 @@ class ReconstructionSums:
             error[:, piece] = r.norm(dim=-1).double().square()
             dot[:, piece] = square[piece].sum(1) - along
             square_out[:, piece] = dot[:, piece] - along + error[:, piece]
-            # A difference of large numbers is only noise where little was reconstructed.
+            # ||x^||^2 above is a difference of large numbers: where x^ is small, it is rounding noise, so sum it anew.
             prefix, token = (square_out[:, piece] < 0.01 * square[piece].sum(1)).nonzero(as_tuple=True)
             small = out[prefix, token].double()
             square_out[prefix, start + token] = small.square().sum(-1)
@@ -147,27 +149,27 @@ class ReconstructionSums:
             total += value
 
     def reduce(self) -> "ReconstructionSums":
-        """The sums of all processes."""
+        """Return the sums of all processes."""
         reduce_sum(*vars(self).values())
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums as numbers and lists."""
+        """Return the sums as numbers and lists."""
         return {name: value.tolist() for name, value in vars(self).items()}
 
     @property
     def mean(self) -> Tensor:
-        """Mean of x, `(D,)`."""
+        """Return the mean of x, `(D,)`."""
         return self.x / self.tokens
 
     @property
     def variance(self) -> float:
-        """E||x - mean||^2."""
+        """Return E||x - mean||^2."""
         # In float64: a difference of large numbers where the mean is large.
         return max(0.0, ((self.x_square - self.x.square() / self.tokens).sum() / self.tokens).item())
 
     def rows(self) -> list[dict[str, float]]:
-        """Every metric of every prefix.
+        """Return every metric of every prefix.
 
         Raises:
             `ValueError`: if no token was added.

@@ -1,4 +1,4 @@
-"""Results of an evaluation as people read them: a table and a plot."""
+"""Results of an evaluation for readers: a table and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ _COLUMNS = (
     ),
     Column("dead", "dead", "share of the prefix's latents that never fire on the held-out tokens.", ".2%"),
     Column("bits", "bits", "per token, of the progressive code.", ".2f"),
-    Column("fvu_coded", "FVU coded", "of what that decodes to."),
+    Column("fvu_coded", "FVU coded", "of the reconstruction from that code."),
 )
 _SELECTION = (
     "selection mask: all latents compete for places, those past the width are dropped; the same as encoding the "
@@ -46,34 +46,34 @@ ABOUT = Report("", "", [], _COLUMNS, {}, intervals=_SELECTION).explanation
 
 
 def records_of(result: dict[str, Any], several: bool = False) -> list[dict[str, Any]]:
-    """Records of a [`Report`] from what `evaluate_fidelity` gives for a hookpoint, which is told of `several`."""
+    """Return records of a [`Report`] from a hookpoint's results; of `several` hookpoints names say which."""
     place = f" @ {result['hookpoint']}" if several else ""
     return [{"subject": f"{name}{place}", **row} for name, rows in result["saes"].items() for row in rows]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as text, a line per width.
+    """Return results as text, a line per width.
 
     Args:
-        results (`Sequence[dict]`): What `evaluate_fidelity` gives for each hookpoint, with a `hookpoint` added.
+        results (`Sequence[dict]`): Results of [`evaluate`], one for each hookpoint.
     """
     return "\n".join(map(str, map(report_of, results)))
 
 
 def report_of(result: dict[str, Any]) -> Report:
-    """The [`Report`] of what `evaluate_fidelity` gives for a hookpoint."""
+    """Return the [`Report`] of a hookpoint's results."""
     about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
     title = f"{result['hookpoint']}: {about}"
     return _report(title, records_of(result), excluded(result))
 
 
 def _report(title: str, records: list[dict[str, Any]], notes: list[str]) -> Report:
-    drawn = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
-    return Report("evaluation", title, records, _COLUMNS, {}, drawn or ["fvu"], notes)
+    plotted = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
+    return Report("evaluation", title, records, _COLUMNS, {}, plotted or ["fvu"], notes)
 
 
 def excluded(result: dict[str, Any]) -> list[str]:
-    """Sentences about what is in no figure because the language model gives NaN or infinity there."""
+    """Return sentences about tokens that no figure counts, because the language model gives NaN or infinity there."""
     numbers = (result.get("excluded_windows"), "windows"), (result.get("excluded_predictions"), "other predictions")
     return [
         f"{number:,} {what} of held-out text are in no figure at {result['hookpoint']}: the language model gives NaN "

@@ -1,9 +1,9 @@
-"""Representational similarity: do reconstructions keep what is near to what?
+"""Representational similarity: how well reconstructions keep which tokens are similar.
 
     S[i, j] = cos(x_i, x_j),  S^[i, j] = cos(x^_i, x^_j),  score = correlation of both over pairs i < j
 
-with Spearman's correlation as the main score and Pearson's beside it. An identity scores 1. Which tokens are looked at
-decides as much as the dictionary does, so [`TokenSample`] picks the same ones for every dictionary.
+with Spearman's correlation as the main score and Pearson's beside it. An identity scores 1. The score depends on the
+tokens as much as on the dictionary, so [`TokenSample`] picks the same ones for every dictionary.
 
 Shapes: N tokens, D `d_in`, P prefixes, R resamples.
 """
@@ -32,18 +32,18 @@ _MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 def checked_batches(
     activations: HasActivations | Iterable[Tensor], d_in: int | None = None, task: str | None = None
 ) -> Iterator[Tensor]:
-    """The batches of a source, each looked at before it is used.
+    """Yield the batches of a source, each checked.
 
     Args:
         activations ([`HasActivations`] or iterable of `Tensor`): Batches of shape `(n, D)`.
-        d_in (`int`, *optional*): What D must be; by default that of the first batch.
+        d_in (`int`, *optional*): Width D of every batch; by default that of the first.
         task (`str`, *optional*): Name of the progress bar that the first process shows; by default there is none.
 
     Raises:
         `ValueError`: for a batch that is no `(n, D)` tensor of finite numbers.
     """
-    shown = task is not None and processes()[0] == 0
-    batches = tqdm(activation_batches(activations), desc=task, unit="batch", disable=not shown, leave=False)
+    has_bar = task is not None and processes()[0] == 0
+    batches = tqdm(activation_batches(activations), desc=task, unit="batch", disable=not has_bar, leave=False)
     for number, x in enumerate(batches):
         d_in = d_in if d_in is not None or x.dim() != 2 else x.shape[1]
         if x.dim() != 2 or x.shape[1] != d_in:
@@ -66,10 +66,10 @@ class TokenSample:
 
     Args:
         size (`int`): Tokens to keep; a shorter stream is kept whole.
-        seed (`int`, *optional*, defaults to 0): Of the hash.
+        seed (`int`, *optional*, defaults to 0): Seed of the hash.
     """
 
-    def __init__(self, size: int, seed: int = 0):
+    def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
             raise ValueError(f"`size` must be at least 1 token, got {size}.")
         self.size, self.seed, self.seen = size, seed, 0
@@ -79,27 +79,27 @@ class TokenSample:
 
     @classmethod
     def of(cls, activations: HasActivations | Iterable[Tensor], size: int, seed: int = 0) -> "TokenSample":
-        """The sample of a whole stream."""
+        """Return the sample of a whole stream."""
         sample = cls(size, seed)
         for x in checked_batches(activations, task="sampling tokens"):
             sample.add(x)
         return sample
 
     def add(self, x: Tensor) -> None:
-        """Look at the next tokens, `(n, D)`."""
+        """Add the next tokens, `(n, D)`, to those that are sampled."""
         keys = self._hash(x)
         self.seen += len(x)
-        if len(self._keys) == self.size:  # few can still get in: copy only those
+        if len(self._keys) == self.size:  # few rows still have a smaller key: copy only those
             better = keys < self._keys[-1]
             keys, x = keys[better], x[better.to(x.device)]
         rows = x if self._rows is None else torch.cat([self._rows, x])
         self._keys, self._rows = _smallest(torch.cat([self._keys, keys]), rows, self.size)
 
     def _hash(self, x: Tensor) -> Tensor:
-        """A key `(n,)` for each row: odd multiples of its float32 bits, summed with wrap-around, then mixed."""
+        """Return a key `(n,)` for each row: odd multiples of its float32 bits, summed with wrap-around, then mixed."""
         if len(self._multipliers) != x.shape[1] + 1:
-            drawn = np.random.default_rng(self.seed).integers(-(2**63), 2**63, x.shape[1] + 1, dtype=np.int64)
-            self._multipliers = torch.from_numpy(drawn | 1)
+            integers = np.random.default_rng(self.seed).integers(-(2**63), 2**63, x.shape[1] + 1, dtype=np.int64)
+            self._multipliers = torch.from_numpy(integers | 1)
         offset, multipliers = self._multipliers[0], self._multipliers[1:].to(x.device)
         bits = (x.float() + 0.0).contiguous().view(torch.int32)  # adding 0 makes -0 a 0
         keys = (bits * multipliers).sum(1).cpu() + offset
@@ -108,7 +108,7 @@ class TokenSample:
         return keys ^ (keys >> 31 & (1 << 33) - 1)
 
     def tokens(self) -> Tensor:
-        """The sampled tokens `(min(size, tokens seen), D)` of all processes, in the order of their keys.
+        """Return the sampled tokens `(min(size, tokens seen), D)` of all processes, in the order of their keys.
 
         Raises:
             `ValueError`: if no token was seen.
@@ -121,15 +121,15 @@ class TokenSample:
 
 
 def _smallest(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` smallest keys in order, and their rows; copied, so that batches are freed."""
+    """Return the `size` smallest keys in order, and their rows; copied, so that batches are freed."""
     kept = keys.argsort(stable=True)[:size]
     return keys[kept], rows[kept.to(rows.device)]
 
 
 def _gather(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Keys and rows of all processes; each sends `size`, what it lacks with a key that no token has."""
-    nothing = torch.iinfo(torch.int64).max
-    padded_keys = torch.full((size,), nothing, dtype=torch.int64, device=rows.device)
+    """Return keys and rows of all processes; each sends `size`, padded with a key that no token has."""
+    no_token = torch.iinfo(torch.int64).max
+    padded_keys = torch.full((size,), no_token, dtype=torch.int64, device=rows.device)
     padded_keys[: len(keys)] = keys.to(rows.device)
     padded = rows.new_zeros(size, rows.shape[1])
     padded[: len(rows)] = rows
@@ -139,15 +139,15 @@ def _gather(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     dist.all_gather(all_keys, padded_keys, group=shared_group())
     dist.all_gather(all_rows, padded, group=shared_group())
     keys, rows = torch.cat(all_keys).cpu(), torch.cat(all_rows)
-    known = keys != nothing
-    return keys[known], rows[known.to(rows.device)]
+    is_token = keys != no_token
+    return keys[is_token], rows[is_token.to(rows.device)]
 
 
 @torch.no_grad()
 def representational_similarity(
     x: Tensor, reconstructions: Tensor, centre: bool = False, resamples: int = 200, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """How well each prefix's reconstructions keep the cosine similarities between tokens.
+    """Return how well each prefix's reconstructions keep the cosine similarities between tokens.
 
     The interval is a bootstrap over tokens, not over pairs, which are not independent. A resample gives token i the
     weight w_i, the number of times it was drawn, and the pair (i, j) the weight w_i w_j; a token with itself is no
@@ -158,12 +158,11 @@ def representational_similarity(
 
     Args:
         x (`Tensor` of shape `(N, D)`): Hidden states.
-        reconstructions (`Tensor` of shape `(P, N, D)`): Of the same tokens.
-        centre (`bool`, *optional*, defaults to `False`):
-            Subtract from `x`, and from each prefix's reconstructions, their mean over tokens: where the mean is large,
-            raw cosines are all near 1.
-        resamples (`int`, *optional*, defaults to 200): R; 0 gives no interval.
-        seed (`int`, *optional*, defaults to 0): Of the resamples.
+        reconstructions (`Tensor` of shape `(P, N, D)`): Reconstructions of the same tokens by each prefix.
+        centre (`bool`, *optional*, defaults to `False`): Subtract from `x`, and from each prefix's reconstructions,
+            their mean over tokens: where the mean is large, raw cosines are all near 1.
+        resamples (`int`, *optional*, defaults to 200): Number R of resamples; 0 gives no interval.
+        seed (`int`, *optional*, defaults to 0): Seed of the resamples.
 
     Returns:
         `list[dict]`: for each prefix `spearman`, `pearson` and their intervals `[low, high]` (`None` where all pairs
@@ -192,12 +191,12 @@ def representational_similarity(
         "resamples": resamples,
         "seed": seed,
     }
-    found = []
+    scores = []
     for reconstruction in reconstructions:
         cosines = _cosines(reconstruction, centre)
         pearson, pearson_interval = _score(target, cosines, weights)
         spearman, spearman_interval = _score(target_ranks, _ranks(cosines), weights)
-        found.append(
+        scores.append(
             {
                 "spearman": spearman,
                 "spearman_interval": spearman_interval,
@@ -206,24 +205,24 @@ def representational_similarity(
                 **about,
             }
         )
-    return found
+    return scores
 
 
 def _weights(count: int, resamples: int, seed: int) -> Tensor:
-    """How often each resample drew each token, `(1 + R, N)`; first the sample as it is."""
-    drawn = resampled_counts(count, resamples, np.random.default_rng(seed))
-    return torch.cat([torch.ones(1, count, dtype=torch.float64), torch.from_numpy(drawn).double()])
+    """Return how often each resample drew each token, `(1 + R, N)`; first the sample as it is."""
+    counts = resampled_counts(count, resamples, np.random.default_rng(seed))
+    return torch.cat([torch.ones(1, count, dtype=torch.float64), torch.from_numpy(counts).double()])
 
 
 def _cosines(x: Tensor, centre: bool) -> Tensor:
-    """Cosine similarities `(N, N)`; 0 with a row of zeros. Rounded, so that equal rows are equally similar."""
+    """Return cosine similarities `(N, N)`; 0 with a row of zeros. Rounded, so that equal rows are equally similar."""
     x = x.double()
     x = normalize(x - x.mean(0) if centre else x, dim=1)
     return (x @ x.T).round(decimals=12)
 
 
 def _ranks(similarities: Tensor) -> Tensor:
-    """The ranks of the strict upper triangle, equal entries sharing their mean rank, as a symmetric matrix."""
+    """Return the ranks of the strict upper triangle, equal entries sharing their mean rank, as a symmetric matrix."""
     rows, cols = torch.triu_indices(*similarities.shape, offset=1, device=similarities.device)
     ranks = torch.from_numpy(rankdata(similarities[rows, cols].cpu().numpy())).to(similarities)
     matrix = torch.zeros_like(similarities)
@@ -233,7 +232,7 @@ def _ranks(similarities: Tensor) -> Tensor:
 
 
 def _score(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float | None, list[float] | None]:
-    """The correlation of two symmetric matrices over pairs i < j, and its 95% interval over resamples."""
+    """Return the correlation of two symmetric matrices over pairs i < j, and its 95% interval over resamples."""
     left, right = _standardised(left), _standardised(right)
     if left is None or right is None:
         return None, None
@@ -243,7 +242,7 @@ def _score(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float | None, 
 
 
 def _standardised(matrix: Tensor) -> Tensor | None:
-    """Mean 0 and variance 1 over pairs, zeros on the diagonal; `None` where all pairs are equal."""
+    """Scale to mean 0 and variance 1 over pairs, zeros on the diagonal; return `None` where all pairs are equal."""
     outside = ~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)
     entries = matrix[outside]
     if entries.max() == entries.min():
@@ -252,7 +251,7 @@ def _standardised(matrix: Tensor) -> Tensor | None:
 
 
 def _weighted_correlations(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    """The correlation `(R,)` under each row of weights, pair (i, j) weighing w_i w_j; NaN where nothing varies."""
+    """Return the correlation `(R,)` under each row of weights, w_i w_j for pair (i, j); NaN without variance."""
 
     def total(matrix: Tensor) -> Tensor:
         return ((weights @ matrix) * weights).sum(1)

@@ -1,4 +1,4 @@
-"""What is evaluated: anything that reconstructs hidden states at several widths."""
+"""Subjects of an evaluation: anything that reconstructs hidden states at several widths."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class Subject(Protocol):
     widths: list[int]
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Reconstructions `(P, N, D)` of hidden states `(N, D)`, one for each of `widths`."""
+        """Return reconstructions `(P, N, D)` of hidden states `(N, D)`, one for each of `widths`."""
         ...
 
 
@@ -25,7 +25,7 @@ class Dictionary:
     """An SAE at a list of widths.
 
     Args:
-        sae ([`SAEModel`]): In `eval` mode, taking raw hidden states.
+        sae ([`SAEModel`]): The SAE in `eval` mode, for raw hidden states.
         widths (`Sequence[int]`, *optional*): Any widths up to F; by default the SAE's prefix widths.
         selection (`str`, *optional*, defaults to `"mask"`): `"mask"` encodes once and drops latents past a width;
             `"restrict"` lets latents compete inside the width alone, which for TopK means encoding at each width. For
@@ -35,7 +35,7 @@ class Dictionary:
         `ValueError`: for widths that the SAE does not have, or a transcoder, which reconstructs another place.
     """
 
-    def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask"):
+    def __init__(self, sae: SAEModel, widths: Sequence[int] | None = None, selection: str = "mask") -> None:
         num_latents = sae.config.num_latents
         if sae.config.output_hookpoint not in (None, sae.config.hookpoint):
             raise ValueError(
@@ -54,18 +54,18 @@ class Dictionary:
 
     @property
     def encodings(self) -> list[list[int]]:
-        """The widths that are read off each encoding: all of them, or one each."""
+        """Return the widths that are read off each encoding: all of them, or one each."""
         return [self.widths] if self.encodes_once else [[width] for width in self.widths]
 
     def check(self, name: str, states: Tensor) -> None:
-        """Raises `ValueError` for hidden states `(N, D)` of another width than the SAE's, which has this name."""
+        """Raise `ValueError` for hidden states `(N, D)` of another width than the SAE's, which has this name."""
         d_in = self.sae.config.d_in
         if states.shape[1] != d_in:
             raise ValueError(f"`{name}` takes hidden states of width d_in = {d_in}, got {tuple(states.shape)}.")
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[LatentPairs]:
-        """The latents of `(N, D)` hidden states: once for all widths, or at each of them."""
+        """Return the latents of `(N, D)` hidden states: once for all widths, or at each of them."""
         x = x.to(self.sae.W_enc)
         if self.encodes_once:
             return [self.sae.encode_pairs(x)]
@@ -73,22 +73,22 @@ class Dictionary:
 
     @torch.no_grad()
     def decode(self, pairs: list[LatentPairs]) -> Tensor:
-        """The reconstructions `(P, N, D)` from what [`encode`] gave."""
+        """Return the reconstructions `(P, N, D)` from the latents of [`encode`]."""
         if self.encodes_once:
             return self.sae.decode_pairs(pairs[0], self.widths)
         each = zip(pairs, self.widths, strict=True)
-        return torch.cat([self.sae.decode_pairs(found, [width]) for found, width in each])
+        return torch.cat([self.sae.decode_pairs(part, [width]) for part, width in each])
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The reconstruction at each width, `(P, N, D)`."""
+        """Return the reconstruction at each width, `(P, N, D)`."""
         return self.decode(self.encode(x))
 
     def count(self, pairs: list[LatentPairs]) -> None:
-        """Count what fired in a batch."""
-        for sums, found in zip(self.firing, pairs, strict=True):
-            sums.add(found)
+        """Count the latents that fire in a batch."""
+        for sums, part in zip(self.firing, pairs, strict=True):
+            sums.add(part)
 
     def firing_rows(self) -> list[dict[str, float]]:
-        """L0, L1 and dead share at each width, of what was counted in all processes."""
+        """Return L0, L1 and dead share at each width, of what was counted in all processes."""
         each = zip(self.firing, self.encodings, strict=True)
         return [row for sums, widths in each for row in sums.reduce().rows(widths)]

@@ -1,4 +1,4 @@
-"""What one step costs a device: arithmetic and passes over its memory, part by part.
+"""The cost of one step to a device: arithmetic and passes over its memory, part by part.
 
 A part's time is the longer of the two: operations at the rate of a matmul, bytes at that of memory (the roofline of
 Williams et al. 2009). Parts follow each other, so their times add up.
@@ -20,8 +20,8 @@ class Mesh:
     """Devices as replicas, which share a batch, of shards, which share the latents.
 
     Args:
-        replicas (`int`): R.
-        shards (`int`): S.
+        replicas (`int`): Number R of replicas.
+        shards (`int`): Number S of shards in a replica.
     """
 
     replicas: int
@@ -29,7 +29,7 @@ class Mesh:
 
     @property
     def devices(self) -> int:
-        """R x S."""
+        """Return the number of devices, R x S."""
         return self.replicas * self.shards
 
     def __str__(self) -> str:
@@ -41,10 +41,10 @@ class Part:
     """A part of a step on one device.
 
     Args:
-        name (`str`): What it is.
-        flops (`float`): Multiplications and additions.
-        moved (`float`): Bytes between the device and its memory.
-        dtype (`str`): Of the products.
+        name (`str`): Name of the part in tables.
+        flops (`float`): Number of multiplications and additions.
+        moved (`float`): Bytes that go between the device and its memory.
+        dtype (`str`): Type of the products, `"float32"` or `"bfloat16"`.
     """
 
     name: str
@@ -53,54 +53,54 @@ class Part:
     dtype: str = "float32"
 
     def seconds(self, device: Device) -> float:
-        """The longer of arithmetic and memory."""
+        """Return the time of arithmetic or of memory, whichever is longer."""
         return max(self.flops / device.rate(self.dtype), self.moved / device.stream)
 
 
 def local_latents(num_latents: int, mesh: Mesh) -> int:
-    """Rows of the largest shard."""
+    """Return the number of rows of the largest shard."""
     return ceil(num_latents / mesh.shards)
 
 
 def micro_batch(work: Workload, mesh: Mesh) -> int:
-    """Tokens that a replica sees at once."""
+    """Return the number of tokens that a replica sees at once."""
     return ceil(work.batch_size / (mesh.replicas * work.accumulation))
 
 
 def block_latents(tokens: int, num_latents: int, device: Device) -> int:
-    """Latents whose pre-activations are held at once, as `models.encoder_blocks.EncoderBlocks` chooses them."""
+    """Return the number of latents in a block of pre-activations, as `EncoderBlocks` chooses it."""
     fitting = max(1, BLOCK_ENTRIES[device.kind] // max(1, tokens))
     return min(-(-fitting // GROUP), -(-num_latents // GROUP)) * GROUP
 
 
 def own_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
-    """Pairs per token that a process selects among its own latents, before the cut over all processes."""
+    """Return how many pairs per token a process selects among its own latents, before the cut over all processes."""
     if shape.activation == "batch_topk":
         return sent_candidates(work, shape, mesh)
     return shape.k if shape.activation == "topk" else shape.k / mesh.shards
 
 
 def sent_candidates(work: Workload, shape: DictionaryShape, mesh: Mesh) -> float:
-    """Values per token that a process sends: `capacity_factor` times its even share of the k places."""
+    """Return how many values per token a process sends: `capacity_factor` times its even share of the k places."""
     if shape.activation == "batch_topk":  # the places of all replicas' tokens, over all processes
         return min(shape.k * mesh.replicas, shape.k * work.capacity_factor / mesh.shards)
     return min(shape.k, ceil(shape.k * work.capacity_factor / mesh.shards))
 
 
 def step_parts(work: Workload, mesh: Mesh, device: Device) -> list[Part]:
-    """Every part of a step on one device, summed over the run's dictionaries."""
+    """Return every part of a step on one device, summed over the run's dictionaries."""
     parts = [] if work.lm_processes else [language_model_part(work, mesh.devices)]
-    found: dict[str, list[Part]] = {}
+    by_name: dict[str, list[Part]] = {}
     for shape in work.dictionaries:
         for part in _of_dictionary(work, shape, mesh, device):
-            found.setdefault(part.name, []).append(part)
-    for name, same in found.items():
+            by_name.setdefault(part.name, []).append(part)
+    for name, same in by_name.items():
         parts.append(Part(name, sum(p.flops for p in same), sum(p.moved for p in same), same[0].dtype))
     return parts
 
 
 def language_model_part(work: Workload, readers: int) -> Part:
-    """What each of the processes does that run the language model."""
+    """Return the part of a step in each of the processes that run the language model."""
     tokens, dtype = work.batch_size / readers, "float32" if work.lm.bytes_each == 4 else "bfloat16"
     weights = tokens / work.window_tokens * work.lm.parameters * work.lm.bytes_each
     return Part("language model", tokens * work.lm.flops_per_token, weights, dtype)
@@ -144,7 +144,7 @@ def _of_dictionary(work: Workload, shape: DictionaryShape, mesh: Mesh, device: D
 def _selection_bytes(
     work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device, entries: float, blocks: int, block: int
 ) -> float:
-    """Passes over blocks, and over the keys of groups and their members (`models.selection`)."""
+    """Return the bytes of passes over blocks, and over the keys of groups and their members (`models.selection`)."""
     product, chosen = BYTES[work.product], own_candidates(work, shape, mesh)
     if shape.activation not in ("topk", "batch_topk"):
         return entries * (product + 2) + entries / 2 * 60
@@ -155,32 +155,32 @@ def _selection_bytes(
 
 
 KEY_BYTES = 32
-"""On an accelerator an entry that is looked at becomes a 64-bit key that holds its place, in a few temporaries."""
+"""Bytes of an entry in a selection on an accelerator: a 64-bit key with its place, and temporaries."""
 
 
 def _keys(block: int, count: float) -> float:
-    """Keys per row: those of the groups and of the members of the best groups, or of every entry."""
+    """Return the number of keys per row: of groups and of the best groups' members, or of every entry."""
     groups = block / GROUP
     return groups + count * GROUP if groups > count else block
 
 
 def selection_bytes_held(tokens: int, block: int, count: float) -> float:
-    """Memory of these keys at their most, on an accelerator."""
+    """Return the most bytes that these keys take, on an accelerator."""
     groups = block / GROUP
     return tokens * KEY_BYTES * (max(groups, count * GROUP) if groups > count else block)
 
 
 def _auxk_part(work: Workload, shape: DictionaryShape, mesh: Mesh, tokens: float, latents: int) -> Part:
     dead = work.dead_share * latents
-    wanted = min(shape.auxk / mesh.shards, dead)
-    rows = tokens * wanted * shape.d_in
+    used = min(shape.auxk / mesh.shards, dead)
+    rows = tokens * used * shape.d_in
     flops = 2 * tokens * dead * shape.d_in + 8 * rows
-    moved = 10 * dead * shape.d_in * 4 + tokens * dead * BYTES[work.product] * 2 + 4 * rows * 4 + tokens * wanted * 200
+    moved = 10 * dead * shape.d_in * 4 + tokens * dead * BYTES[work.product] * 2 + 4 * rows * 4 + tokens * used * 200
     return Part("AuxK", flops, moved, work.product)
 
 
 def _optimizer_bytes(shape: DictionaryShape, matrix: float) -> float:
-    """Adam, the norm of the gradient, projections, averages and sorting, for two matrices."""
+    """Return the bytes of Adam, gradient norm, projections, averages and sorting, for two matrices."""
     weight, moment = shape.weight_bytes, shape.moment_bytes
     moved = 2 * matrix * (3 * weight + 4 * moment) + 2 * matrix * weight
     moved += 6 * matrix * weight if shape.unit_norm else 0

@@ -1,4 +1,4 @@
-"""What a device can do: memory, arithmetic, bandwidths; from data sheets, or measured on this machine.
+"""Devices: memory, arithmetic, bandwidths; from data sheets, or measured on this machine.
 
 Peaks are those of NVIDIA's data sheets for the SXM modules, dense (without structured sparsity). What a run reaches of
 them is an assumption, written into the device as `matmul_share` and `memory_share`.
@@ -26,15 +26,16 @@ class Device:
     """One device of a machine, and how it reaches the others.
 
     Args:
-        name (`str`): As it is asked for.
-        memory (`float`): Bytes.
+        name (`str`): Name, as `--device` takes it.
+        memory (`float`): Size of the memory in bytes.
         flops (`dict[str, float]`): Peak operations per second by type of the product, `"float32"` and `"bfloat16"`.
         bandwidth (`float`): Bytes per second between the device and its memory.
         link (`float`): Bus bandwidth of a collective inside a machine, bytes per second, as nccl-tests defines it.
         network (`float`): Bytes per second that one device can send to other machines.
         process (`float`): Bytes that a process takes before it holds anything: libraries, CUDA context, NCCL.
         per_machine (`int`): Devices in a machine.
-        matmul_share (`float`), memory_share (`float`): What is reached of the two peaks.
+        matmul_share (`float`): Share of `flops` that matmuls reach.
+        memory_share (`float`): Share of `bandwidth` that passes over memory reach.
         headroom (`float`): Share of the memory that is left free, for fragmentation.
     """
 
@@ -52,21 +53,21 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """`"cpu"` or `"cuda"`."""
+        """Return `"cpu"` or `"cuda"`."""
         return "cpu" if self.name == "cpu" else "cuda"
 
     @property
     def usable(self) -> float:
-        """Bytes that a run may take."""
+        """Return the number of bytes that a run may take."""
         return self.memory * (1 - self.headroom)
 
     def rate(self, dtype: str) -> float:
-        """Operations per second that a matmul of this type reaches."""
+        """Return the operations per second that a matmul of this type reaches."""
         return self.flops[dtype] * self.matmul_share
 
     @property
     def stream(self) -> float:
-        """Bytes per second that a pass over memory reaches."""
+        """Return the bytes per second that a pass over memory reaches."""
         return self.bandwidth * self.memory_share
 
 
@@ -85,7 +86,7 @@ _CPU_PROCESS = 0.48e9
 
 
 def find_device(name: str, per_machine: int | None = None) -> Device:
-    """The device called `name`.
+    """Return the device called `name`.
 
     Args:
         name (`str`): One of `DEVICES`; an amount of memory such as `"80GB"` (in other respects an H100); or `"cpu"`,
@@ -134,7 +135,7 @@ def _this_machine(processes: int) -> Device:
 
 
 def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
-    """The median of several runs: whatever else the machine does now, it will do to the training too."""
+    """Return the median time of several runs, with the machine as busy as it will be in training."""
     work()
     times, began = [], time.perf_counter()
     while not times or time.perf_counter() - began < seconds:
@@ -145,7 +146,7 @@ def _usual_time(work: Callable[[], object], seconds: float = 0.3) -> float:
 
 
 def _matmul_rate(dtype: "torch.dtype") -> float:
-    """Operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
+    """Return the operations per second of an encoder's matmul: few columns, a result that leaves the cache."""
     import torch
 
     x, weights = torch.ones(512, 128, dtype=dtype), torch.ones(16384, 128, dtype=dtype)
@@ -154,7 +155,7 @@ def _matmul_rate(dtype: "torch.dtype") -> float:
 
 
 def _copy_rate() -> float:
-    """Bytes per second read and written by a copy that fits no cache."""
+    """Return the bytes per second read and written by a copy that fits no cache."""
     import torch
 
     source = torch.ones(2**25)

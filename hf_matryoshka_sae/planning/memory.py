@@ -1,4 +1,4 @@
-"""What a device holds, part by part, in each phase of a run; its peak is that of the largest phase.
+"""The memory of a device, part by part, in each phase of a run; its peak is that of the largest phase.
 
 Phases: the start (weights are made and first values drawn), a step, a checkpoint (written from where the tensors lie,
 in chunks), the end (a copy of the dictionary is finished and saved while the optimizer's state is still there), and
@@ -33,32 +33,32 @@ _DRAWN = 4 * 2**26  # bytes of the first weights that are drawn at once
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """The bytes that a run takes on one device.
 
     Args:
-        phases (`dict[str, dict[str, float]]`): For each phase its parts.
+        phases (`dict[str, dict[str, float]]`): Bytes of each part, by phase.
     """
 
     phases: dict[str, dict[str, float]]
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """Return the phase that takes most."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def parts(self) -> dict[str, float]:
-        """What that phase holds."""
+        """Return the parts of that phase."""
         return self.phases[self.peak_phase]
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """Return the bytes of that phase."""
         return sum(self.parts.values())
 
 
 def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
-    """The phases of a run on one device of a mesh."""
+    """Return the phases of a run on one device of a mesh."""
     held = _held(work, mesh, device)
     matrices = [_matrix(shape, mesh) * shape.weight_bytes for shape in work.dictionaries]
     begun = {name: held[name] for name in ("process", "language model", "shuffle buffer", "weights", "counters")}
@@ -82,24 +82,24 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
 
 
 def reader_bytes(work: Workload, device: Device) -> float:
-    """What a process holds that only runs the language model (`lm_processes`)."""
+    """Return the bytes of a process that only runs the language model (`lm_processes`)."""
     return device.process + _language_model(work) + _shuffle_buffer(work, work.lm_processes or 1, device)
 
 
 def _language_model(work: Workload) -> float:
-    """Weights, and what a forward pass has at once."""
+    """Return the bytes of the weights and of a forward pass."""
     return (work.lm.parameters + work.window_tokens * work.lm.hidden) * work.lm.bytes_each
 
 
 def _shuffle_buffer(work: Workload, readers: int, device: Device) -> float:
-    """Hidden states that wait, of which half as many again are read ahead."""
+    """Return the bytes of hidden states that wait; half as many again are read ahead."""
     rows = max(work.buffer_tokens, 2 * work.batch_size // (work.accumulation * readers) + work.window_tokens)
     ahead = 1.5 if overlaps(work.overlap, torch.device(device.kind), readers) else 1.0
     return rows * ahead * sum(work.lm.widths.values()) * (4 if device.kind == "cpu" else work.lm.bytes_each)
 
 
 def _unaveraged(work: Workload, mesh: Mesh) -> list[float]:
-    """The quotient by which an average becomes a weight, a matrix at a time."""
+    """Return the bytes of the quotient by which an average becomes a weight, by matrix."""
     return [_matrix(shape, mesh) * 4 * shape.averaged for shape in work.dictionaries]
 
 
@@ -108,7 +108,7 @@ def _matrix(shape: DictionaryShape, mesh: Mesh) -> int:
 
 
 def _held(work: Workload, mesh: Mesh, device: Device) -> dict[str, float]:
-    """What is there through the whole of training."""
+    """Return the bytes that are held throughout training, by part."""
     shapes, reads = work.dictionaries, not work.lm_processes
     counts = [local_latents(shape.num_latents, mesh) for shape in shapes]
     return {
@@ -136,7 +136,7 @@ def _block(work: Workload, mesh: Mesh, device: Device) -> float:
 
 
 def _step(work: Workload, mesh: Mesh, device: Device) -> dict[str, float]:
-    """What a step adds: gradients of all dictionaries; of the one at work, the larger of both passes' temporaries."""
+    """Return the bytes that a step adds: all gradients, and the temporaries of the dictionary that takes most."""
     gradients = sum(2 * _matrix(shape, mesh) * shape.weight_bytes for shape in work.dictionaries)
     if mesh.shards == 1 and mesh.replicas > 1:
         gradients *= 2  # DDP's buckets
@@ -176,7 +176,7 @@ def _passes(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) 
 
 
 def _auxk(work: Workload, shape: DictionaryShape, mesh: Mesh, device: Device) -> float:
-    """Rows of dead latents and their gradients; pairs, or products with all of them where they are few."""
+    """Return the bytes of dead latents' rows and gradients, and of pairs, or of all products where they are few."""
     tokens, dead = micro_batch(work, mesh), work.dead_share * local_latents(shape.num_latents, mesh)
     rows = 4 * dead * shape.d_in * shape.weight_bytes
     if dead <= 4 * shape.auxk:

@@ -1,4 +1,4 @@
-"""Every layout of a run on some devices: memory, traffic, time; and which is best, or what would make one fit."""
+"""All layouts of a run on some devices: memory, traffic, time; the best of them, or options that make one fit."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,16 +13,17 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A layout and what it costs.
+    """A layout and its cost.
 
     Args:
-        mesh ([`Mesh`]): Replicas and shards.
-        device ([`Device`]): Each of them.
-        memory ([`Memory`]): On a device.
-        compute (`tuple` of [`Part`]), traffic (`tuple` of [`Transfer`]): Of a step.
-        steps (`int`): Of the run.
-        reader_bytes (`float`), reader_seconds (`float`): Memory of the processes that only run the language model
-            (`lm_processes`), and their time for a step; 0 without such.
+        mesh ([`Mesh`]): Numbers of replicas and shards.
+        device ([`Device`]): The device, which all are alike.
+        memory ([`Memory`]): Memory of one device.
+        compute (`tuple` of [`Part`]): Parts of a step on one device.
+        traffic (`tuple` of [`Transfer`]): Collectives of a step.
+        steps (`int`): Optimizer steps of the run.
+        reader_bytes (`float`): Memory of a process that only runs the language model (`lm_processes`); 0 without such.
+        reader_seconds (`float`): Seconds of such a process for a step; 0 without such.
     """
 
     mesh: Mesh
@@ -36,27 +37,27 @@ class LayoutPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the device's headroom free."""
+        """Return whether the peak leaves the device's headroom free."""
         return max(self.memory.peak, self.reader_bytes) <= self.device.usable
 
     @property
     def step_seconds(self) -> float:
-        """Parts and transfers follow each other; only readers of their own work at the same time."""
+        """Return the seconds of one step: parts and transfers in turn, beside processes that only read."""
         own = sum(part.seconds(self.device) for part in self.compute) + self.traffic_seconds
         return max(own, self.reader_seconds)
 
     @property
     def traffic_seconds(self) -> float:
-        """Of a step."""
+        """Return the seconds of communication in one step."""
         return sum(transfer.seconds for transfer in self.traffic)
 
     @property
     def run_seconds(self) -> float:
-        """Of all steps."""
+        """Return the seconds of all steps."""
         return self.steps * self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers for a JSON file: bytes and seconds."""
+        """Return the plan's numbers for a JSON file, in bytes and seconds."""
         return {
             "replicas": self.mesh.replicas,
             "latent_shards": self.mesh.shards,
@@ -82,7 +83,7 @@ class Plan:
         work ([`Workload`]): The run.
         device ([`Device`]): Each device.
         layouts (`tuple` of [`LayoutPlan`]): From all replicas to all shards.
-        skipped (`tuple[str, ...]`): Layouts that the batch cannot be divided over.
+        skipped (`tuple[str, ...]`): Layouts over which batch or latents cannot be divided.
     """
 
     work: Workload
@@ -92,14 +93,14 @@ class Plan:
 
     @property
     def best(self) -> LayoutPlan | None:
-        """The fastest that fits."""
+        """Return the fastest layout that fits, `None` where none does."""
         return min(
             (layout for layout in self.layouts if layout.fits), key=lambda plan: plan.step_seconds, default=None
         )
 
 
 def make_plan(work: Workload, devices: int, device: Device) -> Plan:
-    """Work out every layout R x S of `devices`.
+    """Return the plans of all layouts R x S of `devices`.
 
     Raises:
         `ValueError`: if `devices` is not positive, or the batch can be divided over no layout.
@@ -116,9 +117,8 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
     layouts, skipped = [], []
     for mesh in meshes:
         # Each reader has its own share of the batch, and each replica that of as many readers.
-        if work.batch_size % (readers * work.accumulation) or readers % mesh.replicas:
-            skipped.append(str(mesh))
-        elif any(mesh.shards > shape.num_latents for shape in work.dictionaries):
+        splits_batch = not work.batch_size % (readers * work.accumulation) and not readers % mesh.replicas
+        if not splits_batch or any(mesh.shards > shape.num_latents for shape in work.dictionaries):
             skipped.append(str(mesh))
         else:
             layouts.append(plan_layout(work, mesh, device))
@@ -132,7 +132,7 @@ def make_plan(work: Workload, devices: int, device: Device) -> Plan:
 
 
 def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
-    """What one layout costs."""
+    """Return the cost of one layout."""
     return LayoutPlan(
         mesh,
         device,
@@ -146,7 +146,7 @@ def plan_layout(work: Workload, mesh: Mesh, device: Device) -> LayoutPlan:
 
 
 def yaml_lines(config: RunConfig, layout: LayoutPlan) -> list[str]:
-    """The lines of the run's YAML that ask for a layout."""
+    """Return the lines of the run's YAML that ask for a layout."""
     lines = [f"latent_shards: {layout.mesh.shards}"]
     if config.gradient_accumulation_steps > 1:
         lines.append(f"gradient_accumulation_steps: {config.gradient_accumulation_steps}")
@@ -164,7 +164,7 @@ _MOST_MICRO_BATCHES, _MOST_DEVICES = 64, 4096
 
 
 def what_would_fit(work: Workload, devices: int, device: Device) -> list[str]:
-    """Where no layout fits: how many devices would be enough, and the options with which fewer are.
+    """Return, where no layout fits, how many devices would do, and options with which fewer would.
 
     More micro-batches are tried first (they change no result), and twice as many devices each time.
     """
@@ -172,9 +172,9 @@ def what_would_fit(work: Workload, devices: int, device: Device) -> list[str]:
     for fields, lines in _SMALLER_TYPES:
         count = devices
         while count < fewest:
-            found = _with_micro_batches(_with_types(work, fields), count, device)
-            if found is not None:
-                hints.append(_hint(found, work, lines))
+            plan = _with_micro_batches(_with_types(work, fields), count, device)
+            if plan is not None:
+                hints.append(_hint(plan, work, lines))
                 fewest = count
                 break
             count *= 2

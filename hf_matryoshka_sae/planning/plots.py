@@ -12,7 +12,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     """Draw each layout's memory by part beside the device's, and its time by part, to a PNG.
 
     Args:
-        plan ([`Plan`]): What to draw.
+        plan ([`Plan`]): The plan to draw.
         path (`str` or `Path`): The PNG to write.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A plan as text: tables for a terminal or as markdown, and what to set."""
+"""A plan as text: tables for a terminal or as Markdown, and options to set."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ from .plan import LayoutPlan, Plan, what_would_fit, yaml_lines
 
 
 SMALL = 0.005
-"""Parts below this share are shown together."""
+"""Parts below this share of the peak are one line of the table."""
 
 
 def report(plan: Plan, config: RunConfig, markdown: bool = False) -> str:
-    """What the planner says of a run: what is trained, every layout, the best of them in detail, and what to set."""
+    """Return the planner's report: the run, all layouts, the best of them in detail, and options to set."""
     devices = plan.layouts[0].mesh.devices + (plan.work.lm_processes or 0)
     sections = [_heading(plan, devices), layout_table(plan, markdown)]
     if plan.skipped:
         sections.append(f"Left out, the batch or the latents cannot be divided: {', '.join(plan.skipped)}.")
-    shown = plan.best or min(plan.layouts, key=lambda layout: layout.memory.peak)
+    layout = plan.best or min(plan.layouts, key=lambda layout: layout.memory.peak)
     sections += [
-        f"Memory of a device at {shown.mesh}, at its peak ({shown.memory.peak_phase}):",
-        memory_table(shown, markdown),
+        f"Memory of a device at {layout.mesh}, at its peak ({layout.memory.peak_phase}):",
+        memory_table(layout, markdown),
     ]
-    if shown.reader_bytes:
-        sections.append(f"Processes that only run the language model hold {shown.reader_bytes / 1e9:.1f} GB.")
-    sections += [f"A step on a device at {shown.mesh} (nothing overlaps):", step_table(shown, markdown)]
-    sections.append(_advice(plan, shown, config, devices))
+    if layout.reader_bytes:
+        sections.append(f"Processes that only run the language model hold {layout.reader_bytes / 1e9:.1f} GB.")
+    sections += [f"A step on a device at {layout.mesh} (nothing overlaps):", step_table(layout, markdown)]
+    sections.append(_advice(plan, layout, config, devices))
     return "\n\n".join(sections) + "\n"
 
 
@@ -47,7 +47,7 @@ def _heading(plan: Plan, devices: int) -> str:
 
 
 def layout_table(plan: Plan, markdown: bool = False) -> str:
-    """Every layout: whether it fits, its peak, its traffic and its time."""
+    """Return a table of layouts: whether each fits, its peak, its traffic and its time."""
     head = ["replicas x shards", "fits", "GB", "at", "traffic GB", "traffic s", "step s", "run"]
     rows = [
         [
@@ -66,17 +66,17 @@ def layout_table(plan: Plan, markdown: bool = False) -> str:
 
 
 def memory_table(layout: LayoutPlan, markdown: bool = False) -> str:
-    """What a device holds at its peak, part by part."""
+    """Return a table of the memory of a device at its peak, part by part."""
     peak = layout.memory.peak
-    shown = {name: size for name, size in layout.memory.parts.items() if size >= SMALL * peak}
-    rows = [[name, f"{size / 1e9:.2f}"] for name, size in sorted(shown.items(), key=lambda item: -item[1])]
-    rest = peak - sum(shown.values())
+    large = {name: size for name, size in layout.memory.parts.items() if size >= SMALL * peak}
+    rows = [[name, f"{size / 1e9:.2f}"] for name, size in sorted(large.items(), key=lambda item: -item[1])]
+    rest = peak - sum(large.values())
     rows += [["the rest", f"{rest / 1e9:.2f}"]] * (rest > 0) + [["all", f"{peak / 1e9:.2f}"]]
     return table(["part", "GB"], rows, markdown)
 
 
 def step_table(layout: LayoutPlan, markdown: bool = False) -> str:
-    """What a step costs a device, part by part."""
+    """Return a table of the cost of a step to a device, part by part."""
     rows = [
         [part.name, f"{part.flops / 1e12:.4g}", f"{part.moved / 1e9:.4g}", f"{part.seconds(layout.device):.3g}"]
         for part in layout.compute
@@ -92,19 +92,20 @@ def step_table(layout: LayoutPlan, markdown: bool = False) -> str:
     return table(["part", "TFLOP", "GB", "seconds"], rows, markdown)
 
 
-def _advice(plan: Plan, shown: LayoutPlan, config: RunConfig, devices: int) -> str:
+def _advice(plan: Plan, layout: LayoutPlan, config: RunConfig, devices: int) -> str:
     if plan.best is None:
         hints = "\n".join(f"- {hint}" for hint in what_would_fit(plan.work, devices, plan.device))
-        return f"Nothing fits; the smallest layout is {shown.mesh}. What would fit:\n{hints}"
-    lines = "\n".join(f"    {line}" for line in yaml_lines(config, shown))
+        return f"Nothing fits; the smallest layout is {layout.mesh}. What would fit:\n{hints}"
+    lines = "\n".join(f"    {line}" for line in yaml_lines(config, layout))
     return (
-        f"Fastest that fits: {shown.mesh}, {duration(shown.run_seconds)} for the run. Processes to start: {devices}. "
+        f"Fastest that fits: {layout.mesh}, {duration(layout.run_seconds)} for the run. "
+        f"Processes to start: {devices}. "
         f"Fields to set:\n\n{lines}"
     )
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it."""
+    """Return a length of time in the unit that suits it."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -112,7 +113,7 @@ def duration(seconds: float) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
-    """Columns of text, the first to the left; as markdown, or aligned for a terminal."""
+    """Return a table of text, its first column flush left, in Markdown or aligned for a terminal."""
     if markdown:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -128,7 +129,7 @@ def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for a JSON file: bytes and seconds."""
+    """Return the plan for a JSON file: bytes and seconds."""
     device = plan.device
     return {
         "device": {

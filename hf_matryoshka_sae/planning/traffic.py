@@ -1,4 +1,4 @@
-"""What devices send each other in a step, and how long that takes.
+"""The traffic between devices in a step, and its time.
 
 Times follow nccl-tests: of a buffer of b bytes in a group of n, an all-gather moves b (n - 1) / n through each
 device's link and an all-reduce twice that. Inside a machine the link is its bus bandwidth. A group that spans machines
@@ -17,9 +17,9 @@ class Transfer:
     """One kind of collective, summed over a step.
 
     Args:
-        name (`str`): What is sent.
+        name (`str`): Name of the data that are sent.
         sent (`float`): Bytes that leave each device.
-        bandwidth (`float`): Bytes per second of its group.
+        bandwidth (`float`): Bytes per second of the group that it runs in.
     """
 
     name: str
@@ -28,12 +28,12 @@ class Transfer:
 
     @property
     def seconds(self) -> float:
-        """Without latency: messages are large."""
+        """Return the time of the transfer, without latency: messages are large."""
         return self.sent / self.bandwidth if self.sent else 0.0
 
 
 def step_traffic(work: Workload, mesh: Mesh, device: Device) -> list[Transfer]:
-    """Every collective of a step. Devices of a shard group are neighbours, replicas are apart."""
+    """Return all collectives of a step; devices of a shard group are neighbours, those of replicas are apart."""
     replicas, shards = mesh.replicas, mesh.shards
     tokens = micro_batch(work, mesh) * work.accumulation
     group, apart = bandwidth(device, shards, 1), bandwidth(device, replicas, shards)
@@ -68,6 +68,6 @@ def _share(size: int) -> float:
 
 
 def bandwidth(device: Device, size: int, stride: int) -> float:
-    """Bus bandwidth of a group of `size` devices, each `stride` after the one before."""
+    """Return the bus bandwidth of a group of `size` devices, each `stride` after the one before."""
     inside = min(size, max(1, device.per_machine // stride))
     return device.link if inside == size else min(device.link, inside * device.network)

@@ -1,4 +1,4 @@
-"""What a run asks of its devices: its dictionaries, its batches and its language model, without loading any weights.
+"""The workload of a run: its dictionaries, batches and language model, read without loading any weights.
 
 The language model is built from its config alone, in fake tensors that have shapes and no memory; its forward pass up
 to the last hookpoint is counted by torch's own counter of operations.
@@ -33,9 +33,9 @@ class LanguageModel:
     """The language model of a run.
 
     Args:
-        parameters (`int`): All of them: it is loaded whole.
-        bytes_each (`int`): Of a parameter and of a hidden state.
-        flops_per_token (`float`): Of a forward pass that stops at the last hookpoint.
+        parameters (`int`): Number of all parameters, as the model is loaded whole.
+        bytes_each (`int`): Bytes of a parameter and of a number in a hidden state.
+        flops_per_token (`float`): Operations per token of a forward pass that stops at the last hookpoint.
         widths (`dict[str, int]`): Width of the hidden states at each hookpoint.
         hidden (`int`): Numbers per token that are alive at once in the forward pass.
         vocabulary (`int`): Logits per token, for the closing evaluation.
@@ -51,21 +51,22 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class DictionaryShape:
-    """What of a dictionary costs something.
+    """The properties of a dictionary that decide its cost.
 
     Args:
-        name (`str`): Its folder and hookpoint.
-        d_in (`int`): D.
-        num_latents (`int`): F.
+        name (`str`): Name of its folder, with the hookpoint.
+        d_in (`int`): Width D of the hidden states.
+        num_latents (`int`): Number F of latents.
         activation (`str`): `relu`, `topk`, `batch_topk`, `jumprelu` or `gated`.
         k (`float`): Latents that fire per token; of families without a `k` at the start of training, F / 2.
-        prefixes (`int`): P.
-        weight_bytes (`int`), moment_bytes (`int`): Of one weight, of one entry of a moment.
+        prefixes (`int`): Number P of prefixes.
+        weight_bytes (`int`): Bytes of a weight.
+        moment_bytes (`int`): Bytes of an entry of an optimizer moment.
         averaged (`bool`): Whether an average of the weights is kept.
         sort_every (`int`): Steps between sortings by energy (0: never).
         auxk (`int`): Dead latents that fit a token's residual; 0 without AuxK.
         unit_norm (`bool`): Whether rows of the decoder are projected at each step.
-        decodes (`int`): Sums over pairs per step: 1, or 2 with `multi_topk` or a gate.
+        decodes (`int`): Number of sums over pairs in a step: 1, or 2 with `multi_topk` or a gate.
     """
 
     name: str
@@ -84,33 +85,34 @@ class DictionaryShape:
 
     @property
     def dense(self) -> bool:
-        """Whether so many latents fire at the start that the sums are matmuls."""
+        """Return whether so many latents fire at the start that the sums are matmuls."""
         return self.k > self.num_latents / 8
 
     @property
     def parameters(self) -> int:
-        """Trained numbers: both matrices, the biases, the thresholds."""
+        """Return the number of trained parameters: both matrices, the biases, the thresholds."""
         vectors = {"jumprelu": 2, "gated": 3}.get(self.activation, 1)
         return 2 * self.num_latents * self.d_in + vectors * self.num_latents + self.d_in
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A run as the planner sees it; see [`read_workload`].
+    """The properties of a run that decide its cost; see [`read_workload`].
 
     Args:
-        dictionaries (`tuple` of [`DictionaryShape`]): At each of their hookpoints.
-        lm ([`LanguageModel`]): Whose hidden states are read.
-        tokens (`int`), batch_size (`int`), accumulation (`int`): Tokens of the run and of a step; micro-batches of a
-            step.
+        dictionaries (`tuple` of [`DictionaryShape`]): Dictionaries, one for each SAE and hookpoint.
+        lm ([`LanguageModel`]): The language model whose hidden states are read.
+        tokens (`int`): Tokens of the run.
+        batch_size (`int`): Tokens of a step.
+        accumulation (`int`): Micro-batches of a step.
         product (`str`): Type of the matmuls, `"float32"` or `"bfloat16"`.
         buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold.
         window_tokens (`int`): Tokens of one forward pass of the language model.
         pool_tokens (`int`): Tokens of the pool of windows.
-        overlap (`bool`, *optional*): The run's.
-        capacity_factor (`float`): As in the run.
+        overlap (`bool`, *optional*): The run's option `overlap`.
+        capacity_factor (`float`): The run's option `capacity_factor`.
         lm_processes (`int`, *optional*): Processes that run the language model and hold no dictionaries.
-        dead_share (`float`): Of the latents, for AuxK.
+        dead_share (`float`): Share of the latents that AuxK finds dead.
     """
 
     dictionaries: tuple[DictionaryShape, ...]
@@ -129,19 +131,19 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Return the number of optimizer steps."""
         return self.tokens // self.batch_size
 
 
 def read_workload(
     config: RunConfig, d_in: int | None = None, lm_parameters: int | None = None, dead_share: float = 0.1
 ) -> Workload:
-    """The costs that follow from a run's config; no weights are loaded.
+    """Return the workload of a run's config; no weights are loaded.
 
     Args:
         config ([`RunConfig`]): The run.
-        d_in (`int`, *optional*), lm_parameters (`int`, *optional*): Width of the hidden states and size of the
-            language model, where its config cannot be looked up. Both or neither.
+        d_in (`int`, *optional*): Width of the hidden states, where the language model's config cannot be read.
+        lm_parameters (`int`, *optional*): Number of the language model's parameters; to be given with `d_in`.
         dead_share (`float`, *optional*, defaults to 0.1): Share of the latents that AuxK finds dead.
 
     Raises:
@@ -199,7 +201,7 @@ def _shape(spec: SAESpec, config: Any, hookpoint: str) -> DictionaryShape:
 
 
 def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
-    """A model of which only the size is known: every parameter takes part in the pass (2 operations per token)."""
+    """Return a model of which only the size is known; each parameter counts 2 operations per token."""
     patterns = [name for name in config.hookpoints if any(sign in name for sign in "*?[")]
     if patterns:
         raise ValueError(f"Without the model's config hookpoints must be names, not globs; got {', '.join(patterns)}.")
@@ -209,12 +211,12 @@ def _given(config: RunConfig, d_in: int, parameters: int) -> LanguageModel:
 
 
 def _named_dtype(config: RunConfig) -> str | None:
-    """The type that the config names; auto is bfloat16 on the devices that are planned for."""
+    """Return the type that the config names; auto is bfloat16 on the devices that are planned for."""
     return "bfloat16" if config.model_dtype == "auto" else config.model_dtype
 
 
 def look_up(config: RunConfig) -> LanguageModel:
-    """The run's language model, from its config alone.
+    """Return the run's language model, from its config alone.
 
     Raises:
         `ValueError`: if the config cannot be read, or the model has no such hookpoint.

@@ -1,4 +1,4 @@
-"""From what a pruned SAE may lose, or weigh, to how many latents it keeps.
+"""Budgets of a pruned SAE: from the loss or the size that it may have to the number of its latents.
 
 "keep 95% of recaptured loss"        recaptured loss (zero ablation) at least 0.95 times the full SAE's
 "recaptured loss at least 0.9"
@@ -24,16 +24,16 @@ _FORMS = {
     "fvu": rf"fvu at most {_NUMBER}",
     "megabytes": rf"at most {_NUMBER} ?mb",
 }
-_AT_ONCE = 7  # widths measured in one pass: three passes tell a thousand widths apart
+_AT_ONCE = 7  # widths measured in one pass: three passes narrow a thousand widths down to one
 
 
 @dataclass
 class Budget:
-    """A limit that a pruned SAE has to keep.
+    """A limit that a pruned SAE must keep.
 
     Args:
         kind (`str`): `kept` (share of the full SAE's recaptured loss), `recaptured`, `fvu` or `megabytes`.
-        limit (`float`): In the units of its kind.
+        limit (`float`): The limit, in the units of its kind: a share, a loss, an FVU or megabytes.
     """
 
     kind: str
@@ -41,16 +41,16 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """The budget that a sentence describes.
+        """Return the budget that a sentence describes.
 
         Raises:
             `ValueError`: for a sentence of another form, naming the forms there are.
         """
         sentence = " ".join(str(text).lower().split())
         for kind, form in _FORMS.items():
-            found = re.fullmatch(form, sentence)
-            if found:
-                limit = float(found[1])
+            match = re.fullmatch(form, sentence)
+            if match:
+                limit = float(match[1])
                 return cls(kind, limit / 100 if kind == "kept" else limit)
         raise ValueError(
             f"Cannot read the budget {text!r}. Write for example 'keep 95% of recaptured loss', 'recaptured loss at "
@@ -64,17 +64,17 @@ def width_for_budget(
     data: HeldOut | HasActivations | Iterable[Tensor] | None = None,
     show: bool = True,
 ) -> int:
-    """The fewest first latents of an SAE that keep a budget.
+    """Return the fewest first latents of an SAE that keep a budget.
 
-    Found by sections: at the width found the budget is kept, at the one below it is not. Where quality is not
-    monotone in width, a smaller width further down may keep it too. Places are competed for inside the width
-    ("restrict"), as in the pruned SAE.
+    The search divides the range of widths: the result keeps the budget, and one latent less does not. Where quality is
+    not monotone in width, a smaller width further down may keep it too. Latents compete inside the width ("restrict"),
+    as in the pruned SAE.
 
     Args:
-        sae ([`SAEModel`]): Sorted, or trained so that its first latents matter most.
-        budget (`str` or [`Budget`]): See the top of this file.
-        data ([`HeldOut`], or hidden states that can be read again): What quality is measured on; recaptured loss
-            needs a [`HeldOut`].
+        sae ([`SAEModel`]): An SAE that is sorted, or trained so that its first latents matter most.
+        budget (`str` or [`Budget`]): A budget, or a sentence such as `"keep 95% of recaptured loss"`.
+        data ([`HeldOut`], or hidden states that can be read again): Data on which quality is measured; recaptured
+            loss needs a [`HeldOut`].
         show (`bool`, *optional*, defaults to `True`): Show progress bars.
 
     Raises:
@@ -106,22 +106,22 @@ def width_for_budget(
         )
     below, width = 0, sae.config.num_latents
     while width - below > 1:
-        tried = _between(below, width)
-        good = [w for w, value in zip(tried, quality(tried), strict=True) if kept(value)]
+        candidates = _between(below, width)
+        good = [w for w, value in zip(candidates, quality(candidates), strict=True) if kept(value)]
         width = min([*good, width])
-        below = max([below, *(w for w in tried if w < width)])
+        below = max([below, *(w for w in candidates if w < width)])
     return width
 
 
 def _between(low: int, high: int) -> list[int]:
-    """Widths strictly between two, spread evenly on a logarithmic scale."""
+    """Return widths strictly between two, spread evenly on a logarithmic scale."""
     ratio = high / max(low, 1)
-    tried = {round(max(low, 1) * ratio ** (i / (_AT_ONCE + 1))) for i in range(_AT_ONCE + 1)}
-    return sorted(w for w in tried if low < w < high) or [low + 1]
+    widths = {round(max(low, 1) * ratio ** (i / (_AT_ONCE + 1))) for i in range(_AT_ONCE + 1)}
+    return sorted(w for w in widths if low < w < high) or [low + 1]
 
 
 def _width_for_bytes(sae: SAEModel, limit: float) -> int:
-    """The most latents whose tensors, with the bias, fit into so many bytes."""
+    """Return the most latents whose tensors, with the bias, fit into so many bytes."""
     tensors = sae.state_dict()
     fixed = tensors["b_dec"].nbytes
     each = sum(tensor.nbytes for name, tensor in tensors.items() if name != "b_dec") / sae.config.num_latents

@@ -42,22 +42,22 @@ def encode_progressive(
     groups: Sequence[int] | None = None,
     block: int = 256,
 ) -> bytes:
-    """Code hidden states so that every prefix of the bytes is a code.
+    """Code hidden states so that every prefix of the bytes is a code; return the bytes.
 
     Args:
-        sae ([`SAEModel`]): Encoder; at inference, all latents competing (`selection="mask"`).
+        sae ([`SAEModel`]): The encoder; all latents compete, as at inference (`selection="mask"`).
         x (`Tensor` of shape `(..., D)`): Hidden states.
-        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`):
-            Of this SAE's latents, on other data; the decoder needs the same.
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): Statistics of this SAE's latents on
+            other data; the decoder needs the same.
         step (`float`, *optional*): Width of a bin, in the units of the latents' values. A value is off by less than
             this, and adds about `step^2 / 12` to the squared error, less for large steps. Default: [`default_step`].
-        groups (`Sequence[int]`, *optional*):
-            Widths at which a group ends, increasing to F. Default: the SAE's prefix widths, or powers of two.
+        groups (`Sequence[int]`, *optional*): Widths at which a group ends, increasing to F. Default: the SAE's prefix
+            widths, or powers of two.
         block (`int`, *optional*, defaults to 256): Tokens per packet. Longer blocks have less overhead (about 4 bytes
             a packet), shorter ones lose less where a code is cut.
 
     Returns:
-        `bytes`: for [`decode_progressive`].
+        `bytes`: A code for [`decode_progressive`].
 
     Raises:
         `ValueError`: if hidden states, statistics, step, groups or block do not fit, or there are no hidden states, or
@@ -86,11 +86,12 @@ def encode_progressive(
 
 @torch.no_grad()
 def decode_progressive(sae: SAEModel, data: bytes, statistics: Moments) -> Tensor:
-    """The reconstruction of hidden states from a code, or from its first bytes.
+    """Return the reconstruction of hidden states from a code, or from its first bytes.
 
     Args:
-        sae ([`SAEModel`]), statistics: As in [`encode_progressive`].
-        data (`bytes`): A code, cut off anywhere after its header. What is not there any more counts as silent.
+        sae ([`SAEModel`]): The SAE with which the hidden states were coded.
+        data (`bytes`): A code, cut off anywhere after its header. Latents of packets cut off count as silent.
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): The statistics of the encoder.
 
     Returns:
         `Tensor` of shape `(..., D)`.
@@ -103,7 +104,7 @@ def decode_progressive(sae: SAEModel, data: bytes, statistics: Moments) -> Tenso
 
 
 def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLatents:
-    """The latents in a code or its first bytes, of shape `(..., K)`; see [`decode_progressive`]."""
+    """Return the latents in a code or its first bytes, of shape `(..., K)`; see [`decode_progressive`]."""
     constriction = _constriction()
     model = _model(sae, statistics)
     header, offset = _Header.read(data)
@@ -114,10 +115,10 @@ def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLat
         )
     whole = WholePackets(data, offset)
     work = _with_bar(zip(header.packets(), whole, strict=False), header)
-    found = [read_packet(constriction, model, packet, words) for packet, words in work]
-    if len(found) == header.num_packets and whole.offset < len(data):
+    parts = [read_packet(constriction, model, packet, words) for packet, words in work]
+    if len(parts) == header.num_packets and whole.offset < len(data):
         raise ValueError("There are bytes after the last packet: this is more than one code, or a damaged one.")
-    rows, latents, numbers = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *found], axis=1))
+    rows, latents, numbers = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int64), *parts], axis=1))
     order = (rows * len(model) + latents).argsort()
     values = model.read(latents[order], numbers[order], header.step).to(sae.W_dec.dtype)
     slots = LatentPairs(PairIndex(rows[order], latents[order], header.num_tokens, len(model)), values).to_slots()
@@ -130,7 +131,7 @@ def decode_latents(sae: SAEModel, data: bytes, statistics: Moments) -> SparseLat
 
 @dataclass
 class _Header:
-    """What a code says of itself."""
+    """The header of a code: sizes, step and groups, and a fingerprint of the dictionary."""
 
     shape: tuple[int, ...]
     num_latents: int
@@ -153,7 +154,7 @@ class _Header:
         return len(self.groups) * self.num_blocks
 
     def packets(self) -> Iterator[Packet]:
-        """The packets in the order of the code."""
+        """Yield the packets in the order of the code."""
         for latents in zip((0, *self.groups), self.groups, strict=False):
             for begin in range(0, self.num_tokens, self.block):
                 yield Packet((begin, min(begin + self.block, self.num_tokens)), latents, self.step, self.depth)
@@ -166,7 +167,7 @@ class _Header:
 
     @classmethod
     def read(cls, data: bytes) -> tuple["_Header", int]:
-        """The header of a code, and where its packets begin."""
+        """Return the header of a code, and where its packets begin."""
         if data[: len(_MAGIC)] != _MAGIC[: len(data)]:
             raise ValueError(f"This is no progressive code: it begins with {data[:4]!r}, not with {_MAGIC!r}.")
         if len(data) < _FIXED.size:
@@ -186,14 +187,14 @@ class _Header:
 
 
 def _fingerprint(sae: SAEModel, statistics: Moments) -> bytes:
-    """Eight bytes of a hash of all that encoder and decoder must share, other than the weights."""
+    """Return eight bytes of a hash of all that encoder and decoder must share, other than the weights."""
     digest = hashlib.sha256(struct.pack("<QQ", len(statistics.frequency), statistics.tokens))
     for tensor in (sae.latent_ids, statistics.frequency, statistics.mean, statistics.mean_square):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.digest()[:8]
 
 
-# What goes in
+# Input of a code
 
 
 def _model(sae: SAEModel, statistics: Moments) -> CodeModel:
@@ -212,7 +213,7 @@ def _model(sae: SAEModel, statistics: Moments) -> CodeModel:
 
 
 def _firing(sae: SAEModel, x: Tensor) -> LatentPairs:
-    """The pairs with a positive value, at inference, on the CPU."""
+    """Return the pairs with a positive value, at inference, on the CPU."""
     if not x.numel() or not x.isfinite().all():
         raise ValueError(
             f"Hidden states to code must be finite and at least one, got shape {tuple(x.shape)}. "
@@ -235,7 +236,7 @@ def _firing(sae: SAEModel, x: Tensor) -> LatentPairs:
 
 
 def _by_packet(header: _Header, rows: np.ndarray, latents: np.ndarray, numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """The pairs of each packet, `(3, M)`, in the order of the code; pairs come by token, then by latent."""
+    """Yield the pairs of each packet, `(3, M)`, in the order of the code; pairs come by token, then by latent."""
     group = np.searchsorted(header.groups, latents, side="right")
     packet = group * header.num_blocks + rows // header.block
     order = packet.argsort(kind="stable")
@@ -244,7 +245,7 @@ def _by_packet(header: _Header, rows: np.ndarray, latents: np.ndarray, numbers: 
 
 
 def _depth(numbers: Tensor, step: float) -> int:
-    """Bits that hold every bin's number."""
+    """Return how many bits hold every bin's number."""
     largest = float(numbers.max()) if len(numbers) else 0.0
     if largest >= 2**_DEEPEST:
         raise ValueError(
@@ -276,7 +277,7 @@ def _checked_block(block: int) -> int:
 
 
 def _with_bar(packets: Iterable, header: _Header) -> Iterable:
-    """The packets, with a bar where they take a while."""
+    """Return the packets, with a bar where they take a while."""
     quiet = processes()[0] != 0
     return tqdm(packets, total=header.num_packets, desc="packets", delay=3, leave=False, disable=quiet)
 

@@ -1,4 +1,4 @@
-"""Everything against width: reconstruction, language-model loss, similarity, and the rate in latents and in bits."""
+"""Progressive curves: reconstruction, language-model loss, similarity, and the rate in latents and bits, by width."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ProgressiveCurve:
-    """What an SAE is worth at each of many widths.
+    """The metrics of an SAE at each of many widths.
 
     Args:
         rows (`list[dict]`): One for each width; see [`progressive_curve`] for the keys.
@@ -36,7 +36,7 @@ class ProgressiveCurve:
     about: dict[str, Any]
 
     def column(self, key: str) -> list[float | None]:
-        """One metric at every width."""
+        """Return one metric at every width."""
         return [row.get(key) for row in self.rows]
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ def _number(value: Any) -> float | None:
 
 
 def default_widths(sae: SAEModel, count: int = 16) -> list[int]:
-    """Widths spread evenly on a logarithmic scale from 1/64 of the dictionary to all of it, and its prefix widths."""
+    """Return prefix widths, and `count` widths from 1/64 of the dictionary to all of it on a logarithmic scale."""
     num_latents = sae.config.num_latents
     ratio = min(64, num_latents)
     spread = {max(1, round(num_latents / ratio ** (1 - i / (count - 1)))) for i in range(count)}
@@ -128,19 +128,20 @@ def progressive_curve(
     """Measure an SAE at every width of a list. All widths are reconstructed in one pass over the data.
 
     Args:
-        sae ([`SAEModel`]): Trained so, or sorted with [`sort_latents`].
+        sae ([`SAEModel`]): An SAE trained for prefixes, or sorted with [`sort_latents`].
         data ([`HeldOut`], or an iterable of `(n, D)` tensors that can be read again): Losses need a [`HeldOut`].
-        widths (`Sequence[int]`, *optional*): Any widths; [`default_widths`] where none are given.
+        widths (`Sequence[int]`, *optional*): Any widths; by default [`default_widths`].
         selection (`str`, *optional*, defaults to `"mask"`): See [`Dictionary`]. `"restrict"` encodes a TopK SAE anew
             at each width.
-        statistics ([`LatentStatistics`], *optional*): What encoder and decoder of the bit stream both know; by default
-            measured on `data` in another pass.
-        step (`float`, *optional*): Quantiser step of the bit stream; [`default_step`] where none is given.
-        rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of what was coded.
+        statistics ([`LatentStatistics`], *optional*): Statistics that encoder and decoder of the bit stream share; by
+            default measured on `data` in another pass.
+        step (`float`, *optional*): Quantiser step of the bit stream; by default [`default_step`].
+        rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of the coded latents.
             An SAE that normalises each hidden state by itself has none: its latents alone decode to nothing.
-        loss_widths (`Sequence[int]`, *optional*): Where to measure the language model's loss, which costs a pass of
-            the model for each; all of `widths` by default.
-        similarity_tokens (`int`, *optional*, defaults to 500), seed (`int`, *optional*, defaults to 0): Of RSA.
+        loss_widths (`Sequence[int]`, *optional*): Widths at which the language model's loss is measured, each by a
+            pass of the model; by default all of `widths`.
+        similarity_tokens (`int`, *optional*, defaults to 500): Tokens of RSA (0: leave it out).
+        seed (`int`, *optional*, defaults to 0): Seed of the choice of these tokens.
         show (`bool`, *optional*, defaults to `True`): Show progress bars.
 
     Returns:
@@ -176,11 +177,11 @@ def progressive_curve(
         show=show,
         loss_widths={"sae": plain.widths if loss_widths is None else list(loss_widths), "coded": []},
     )
-    found = result.pop("subjects")
-    rows = found["sae"]
+    subject_rows = result.pop("subjects")
+    rows = subject_rows["sae"]
     if sums is not None and coded is not None:
         bits = sums.bits_per_token()
-        for number, (row, other) in enumerate(zip(rows, found["coded"], strict=True)):
+        for number, (row, other) in enumerate(zip(rows, subject_rows["coded"], strict=True)):
             row.update({key: bits[key][number].item() for key in ("bits", "index_bits", "value_bits")})
             row["fvu_coded"] = other["fvu"]
     hookpoint = data.hookpoint if isinstance(data, HeldOut) else sae.config.hookpoint or "activations"
@@ -189,14 +190,15 @@ def progressive_curve(
 
 
 class _Coded(Dictionary):
-    """A dictionary whose values are those that the bit stream holds: the quantised ones."""
+    """A dictionary with the values of the bit stream, which are quantised."""
 
-    def __init__(self, plain: Dictionary, sums: RateSums):
+    def __init__(self, plain: Dictionary, sums: RateSums) -> None:
         super().__init__(plain.sae, plain.widths, plain.selection)
         self.sums = sums
 
     def decode(self, pairs: list[LatentPairs]) -> Tensor:
-        return super().decode([self._read(found) for found in pairs])
+        """Return the reconstructions `(P, N, D)` from quantised latents."""
+        return super().decode([self._read(part) for part in pairs])
 
     def _read(self, pairs: LatentPairs) -> LatentPairs:
         fired = pairs.keep(pairs.values > 0)

@@ -1,12 +1,12 @@
-"""Forward greedy selection: the next latent is the one that takes most from the squared error.
+"""Forward greedy selection: the next latent is the one that lowers the squared error most.
 
 Activations are fixed (all latents compete, then some are left out), so the error of a set S of latents is
 
     E||x - b_dec - sum_S a_i d_i||^2 = E||x - b_dec||^2 - 2 sum_S b_i + sum_SS G_ij
     b_i = E[a_i (x - b_dec) . d_i],   G_ij = E[a_i a_j] d_i . d_j
 
-and adding latent i to S takes `2 (b_i - sum_S G_ij) - G_ii` from it: after one pass over the data no step looks at a
-token again.
+and adding latent i to S lowers it by `2 (b_i - sum_S G_ij) - G_ii`: one pass over the data gives b and G, and no step
+needs the tokens again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ MAX_GREEDY_LATENTS = 16_384
 """Above that many latents G alone takes more than 2 GiB."""
 
 _PRODUCTS_AT_ONCE = 2**22  # co-firing pairs that are listed together
-_ROWS_AT_ONCE = 512  # of F x F matrices
+_ROWS_AT_ONCE = 512  # rows of F x F matrices that are multiplied together
 
 
 @dataclass
@@ -35,8 +35,8 @@ class GreedyOrder:
     """Latents in the order in which greedy selection takes them.
 
     Args:
-        order (`Tensor` of shape `(F,)`): Latents, first taken first.
-        error (`Tensor` of shape `(F + 1,)`): `E||x - reconstruction||^2` with the first n, n = 0 to F, float64.
+        order (`Tensor` of shape `(F,)`): Places of the latents, in the order of selection.
+        error (`Tensor` of shape `(F + 1,)`): `E||x - reconstruction||^2` with the first n, n = 0 to F, in float64.
         variance (`float`): `E||x - E[x]||^2`.
     """
 
@@ -46,22 +46,22 @@ class GreedyOrder:
 
     @property
     def fvu(self) -> Tensor:
-        """Fraction of variance unexplained by the first n latents, n = 0 to F."""
+        """Return the fraction of variance unexplained by the first n latents, n = 0 to F."""
         return self.error / self.variance
 
 
 def greedy_order(
     sae: SAEModel, activations: HasActivations | Iterable[Tensor], widths: Sequence[int] | None = None
 ) -> GreedyOrder:
-    """Order latents by greedy forward selection on the squared error.
+    """Order latents by greedy forward selection on the squared error; return the order and the errors.
 
     One pass over the data; sums are in float64 and over all processes. Ties go to the lower index. A latent that never
-    fires takes nothing, and comes before those that do harm.
+    fires changes nothing, and comes before those that raise the error.
 
     Args:
-        sae ([`SAEModel`]): With at most `MAX_GREEDY_LATENTS` latents: F^2 doubles are kept, 2 GiB at most.
+        sae ([`SAEModel`]): An SAE of at most `MAX_GREEDY_LATENTS` latents, as F^2 doubles are kept: 2 GiB at most.
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors): Raw hidden states.
-        widths (`list[int]`, *optional*): Prefix widths: the latents of a narrower prefix are all taken before others.
+        widths (`list[int]`, *optional*): Prefix widths: latents of a narrower prefix come before all others.
 
     Raises:
         `ValueError`: if there are too many latents, or no hidden states, or some of another width or not finite.
@@ -108,9 +108,9 @@ def add_products(total: Tensor, pairs: LatentPairs) -> None:
 
 
 class _Moments:
-    """The sums the selection needs."""
+    """The sums over tokens from which latents are selected."""
 
-    def __init__(self, sae: SAEModel):
+    def __init__(self, sae: SAEModel) -> None:
         self.sae, latents = sae, sae.config.num_latents
         self.linear, self.products, self.x, self.scalars = (
             torch.zeros(shape, dtype=torch.float64, device=sae.W_dec.device)
@@ -126,30 +126,30 @@ class _Moments:
         self.scalars += torch.stack([x.new_tensor(len(x)), x.square().sum(), centred.square().sum()])
 
     def problem(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """b, G, the error with no latent, and the variance."""
+        """Return b, G, the error with no latent, and the variance, over all processes."""
         reduce_sum(self.linear, self.products, self.x, self.scalars)
         tokens, square, empty = self.scalars
         if not tokens:
             raise ValueError("There are no hidden states to select latents on: the activations are empty.")
         rows = decoder_rows(self.sae).double()
-        for some, left in zip(self.products.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
-            some.mul_(left @ rows.T).div_(tokens)
+        for products, left in zip(self.products.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
+            products.mul_(left @ rows.T).div_(tokens)
         variance = square / tokens - (self.x / tokens).square().sum()
         return self.linear / tokens, self.products, empty / tokens, variance.item()
 
 
 def _select(linear: Tensor, quadratic: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
-    """The order, and what each latent takes from the error when its turn comes."""
+    """Return the order, and by how much each latent lowers the error when it is selected."""
     gain = 2 * linear - quadratic.diagonal()
     order = torch.empty(len(linear), dtype=torch.int64, device=linear.device)
     gains = torch.empty_like(linear)
-    taken = 0
+    selected = 0
     for width in widths:
-        closed = torch.full_like(gain, -torch.inf)  # latents of wider prefixes, and those taken
-        closed[taken:width] = 0
-        for step in range(taken, width):
+        closed = torch.full_like(gain, -torch.inf)  # -inf for latents of wider prefixes, and for selected ones
+        closed[selected:width] = 0
+        for step in range(selected, width):
             best = (gain + closed).argmax()
             order[step], gains[step], closed[best] = best, gain[best], -torch.inf
             gain -= 2 * quadratic[best]
-        taken = width
+        selected = width
     return order, gains

@@ -1,4 +1,4 @@
-"""Near-duplicate latents merged into one, which loses less than dropping one of them.
+"""Merging near-duplicate latents, which loses less than dropping one of them.
 
 Two latents with contributions `a_i ||d_i|| u_i` (u of length 1) and shares w of their energy `E[(a ||d||)^2]` become
 
@@ -23,20 +23,20 @@ from .statistics import LatentStatistics, nearest_latents
 
 _EXCLUSIVE = 0.1  # of the rarer latent's tokens, at most, have both firing
 _TOGETHER = 0.5  # of the more frequent latent's tokens, at least, have both firing
-_NEIGHBOURS = 8  # looked at where there are no statistics
+_NEIGHBOURS = 8  # candidates of each latent where there are no statistics
 
 
 @dataclass
 class Merged:
-    """A dictionary in which near-duplicates are one.
+    """A dictionary in which near-duplicates are merged.
 
     Args:
-        sae ([`SAEModel`]): With fewer latents, in the order they were in; a merged latent has the place and the id of
+        sae ([`SAEModel`]): The SAE with fewer latents, in their old order; a merged latent has the place and the id of
             the one that contributed more.
         pairs (`Tensor` of shape `(n, 2)`): Places in the old dictionary: the latent that stays, the one merged into
             it.
-        statistics ([`LatentStatistics`], *optional*): Of the new dictionary, where there were some of the old; those
-            of a merged latent are estimated from the sums of both. Measure anew for exact ones.
+        statistics ([`LatentStatistics`], *optional*): Statistics of the new dictionary, where there were some of the
+            old; those of a merged latent are estimated from the sums of both. Measure anew for exact ones.
     """
 
     sae: SAEModel
@@ -58,13 +58,10 @@ def merge_latents(
     Matryoshka SAE are never merged; its prefix widths shrink by what each prefix loses.
 
     Args:
-        sae ([`SAEModel`]): Any family; not changed.
-        threshold (`float`, *optional*, defaults to 0.9): Cosine, above 0 and below 1.
-        statistics ([`LatentStatistics`], *optional*): Of this SAE, with neighbours.
-        most (`int`, *optional*): Merge at most this many pairs.
-
-    Returns:
-        [`Merged`].
+        sae ([`SAEModel`]): An SAE of any family, which is not changed.
+        threshold (`float`, *optional*, defaults to 0.9): Least cosine of decoder rows, above 0 and below 1.
+        statistics ([`LatentStatistics`], *optional*): Statistics of this SAE, with neighbours.
+        most (`int`, *optional*): Most pairs that are merged.
 
     Raises:
         `ValueError`: if the threshold is out of range, or the statistics are of another SAE or hold no neighbours.
@@ -89,7 +86,7 @@ def merge_latents(
 
 
 def _duplicates(sae: SAEModel, threshold: float, statistics: LatentStatistics | None) -> tuple[Tensor, Tensor]:
-    """Pairs `(n, 2)`, lower place first and most similar pair first, and which of them fire together."""
+    """Return pairs `(n, 2)`, lower place first and most similar pair first, and which of them fire together."""
     neighbours = nearest_latents(sae, _NEIGHBOURS) if statistics is None else statistics.neighbours
     left = torch.arange(len(neighbours)).repeat_interleave(neighbours.shape[1])
     right = neighbours.flatten()
@@ -103,9 +100,9 @@ def _duplicates(sae: SAEModel, threshold: float, statistics: LatentStatistics | 
         both, often = statistics.cofiring.flatten(), statistics.frequency
         together = (both > 0) & (both >= _TOGETHER * torch.maximum(often[left], often[right]))
         alike &= together | (both <= _EXCLUSIVE * torch.minimum(often[left], often[right]))
-    found = torch.stack([torch.minimum(left, right), torch.maximum(left, right)], dim=1)[alike]
+    pairs = torch.stack([torch.minimum(left, right), torch.maximum(left, right)], dim=1)[alike]
     order = cosine[alike].sort(descending=True, stable=True).indices
-    return found[order], together[alike][order]
+    return pairs[order], together[alike][order]
 
 
 def _cosine(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -116,18 +113,18 @@ def _cosine(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _matching(pairs: Tensor, together: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The first pairs that share no latent."""
-    seen, chosen = set(), []
-    for place, (i, j) in enumerate(pairs.tolist()):
-        if len(chosen) < most and i not in seen and j not in seen:
-            seen |= {i, j}
-            chosen.append(place)
-    return pairs[chosen], together[chosen]
+    """Return the first pairs that share no latent."""
+    used, numbers = set(), []
+    for number, (i, j) in enumerate(pairs.tolist()):
+        if len(numbers) < most and i not in used and j not in used:
+            used |= {i, j}
+            numbers.append(number)
+    return pairs[numbers], together[numbers]
 
 
 @torch.no_grad()
 def _write_merged(sae: SAEModel, pairs: Tensor, together: Tensor, statistics: LatentStatistics | None) -> None:
-    """Put each pair's merged latent in the place of its first."""
+    """Put each pair's merged latent in the place of the pair's first (in place)."""
     device = sae.W_dec.device
     pairs, together = pairs.to(device), together.to(device)
     rows = sae.W_dec.double()
@@ -156,7 +153,7 @@ def _write_merged(sae: SAEModel, pairs: Tensor, together: Tensor, statistics: La
 
 
 def _joined(statistics: LatentStatistics, pairs: Tensor, together: Tensor) -> LatentStatistics:
-    """Statistics in which the first of each pair has what both had."""
+    """Return statistics in which the first latent of each pair has the sums of both."""
     first, second = pairs.unbind(1)
     tensors = {name: tensor.clone() for name, tensor in statistics.tensors().items()}
     for name in tensors.keys() - {"latent_ids", "neighbours", "cofiring"}:
@@ -170,7 +167,7 @@ def _joined(statistics: LatentStatistics, pairs: Tensor, together: Tensor) -> La
 
 
 def _without(sae: SAEModel, kept: Tensor) -> SAEModel:
-    """The SAE with only some latents; prefixes hold those they had that are left."""
+    """Return the SAE with the latents that are `kept`; each prefix has those of its own."""
     places = kept.nonzero()[:, 0]
     order = torch.cat([places, (~kept).nonzero()[:, 0]])
     sae.permute_(order.to(sae.W_dec.device))

@@ -1,4 +1,4 @@
-"""What a packet of the progressive code holds: which latents fire on which tokens, then the bins of their values.
+"""Packets of the progressive code: which latents fire on which tokens, then the bins of their values.
 
 All of it is yes-or-no questions to an arithmetic coder (constriction), with the probabilities of `rate.CodeModel`:
 
@@ -25,10 +25,11 @@ _GRID = 2**12  # probabilities of bins are rounded to this: other machines' loga
 
 @dataclass
 class Packet:
-    """Where a packet is, from a number to another, and how its bins are coded.
+    """The tokens and latents of a packet, and how its bins are coded.
 
     Args:
-        tokens (`tuple[int, int]`), latents (`tuple[int, int]`): First, and one past the last.
+        tokens (`tuple[int, int]`): First token, and one past the last.
+        latents (`tuple[int, int]`): First latent, and one past the last.
         step (`float`): Width of a bin.
         depth (`int`): Bits of a bin's number.
     """
@@ -40,12 +41,12 @@ class Packet:
 
 
 def write_packet(constriction: ModuleType, model: CodeModel, packet: Packet, pairs: np.ndarray) -> bytes:
-    """The bytes of a packet.
+    """Return the bytes of a packet.
 
     Args:
-        constriction (`ModuleType`): The library.
-        model ([`CodeModel`]): On the CPU.
-        packet ([`Packet`]): Tokens and latents.
+        constriction (`ModuleType`): The library `constriction`.
+        model ([`CodeModel`]): The probability model, on the CPU.
+        packet ([`Packet`]): Tokens and latents of the packet.
         pairs (`np.ndarray` of shape `(3, M)`): Token, latent and bin of each firing latent, by token, then by latent.
     """
     coder = _Writer(constriction)
@@ -54,7 +55,7 @@ def write_packet(constriction: ModuleType, model: CodeModel, packet: Packet, pai
 
 
 def read_packet(constriction: ModuleType, model: CodeModel, packet: Packet, words: np.ndarray) -> np.ndarray:
-    """The pairs `(3, M)` in a packet's words, as they were given to [`write_packet`].
+    """Return the pairs `(3, M)` in a packet's words, which [`write_packet`] wrote.
 
     Raises:
         `ValueError`: if no encoder writes such words.
@@ -63,14 +64,14 @@ def read_packet(constriction: ModuleType, model: CodeModel, packet: Packet, word
 
 
 class WholePackets:
-    """The words of each packet that is there as a whole; `offset` is where the next begins."""
+    """Iterates over the words of whole packets; `offset` is the first byte after the last of them."""
 
-    def __init__(self, data: bytes, offset: int):
+    def __init__(self, data: bytes, offset: int) -> None:
         self.data, self.offset = data, offset
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        while (found := _read_varint(self.data, self.offset)) is not None:
-            words, begin = found
+        while (head := _read_varint(self.data, self.offset)) is not None:
+            words, begin = head
             if begin + 4 * words > len(self.data):
                 return
             self.offset = begin + 4 * words
@@ -78,9 +79,9 @@ class WholePackets:
 
 
 class _Writer:
-    """Answers go into a packet."""
+    """Writes answers into a packet."""
 
-    def __init__(self, constriction: ModuleType):
+    def __init__(self, constriction: ModuleType) -> None:
         self.bernoulli = constriction.stream.model.Bernoulli(perfect=False)
         self.coder = constriction.stream.queue.RangeEncoder()
 
@@ -90,28 +91,28 @@ class _Writer:
         return truth
 
     def to_bytes(self) -> bytes:
-        """Number of 32-bit words, then these."""
+        """Return the number of 32-bit words, then the words."""
         words = self.coder.get_compressed().astype("<u4")
         return _varint(len(words)) + words.tobytes()
 
 
 class _Reader:
-    """Answers come out of a packet's words."""
+    """Reads answers from a packet's words."""
 
-    def __init__(self, constriction: ModuleType, words: np.ndarray):
+    def __init__(self, constriction: ModuleType, words: np.ndarray) -> None:
         self.bernoulli = constriction.stream.model.Bernoulli(perfect=False)
         self.coder = constriction.stream.queue.RangeDecoder(words)
 
-    def answers(self, probability: np.ndarray, truth: None) -> np.ndarray:
+    def answers(self, probability: np.ndarray, truth: None) -> np.ndarray:  # noqa: ARG002  (only a writer knows it)
         """Read yes or no for each probability of yes."""
         try:
             return self.coder.decode(self.bernoulli, probability).astype(bool)
-        except AssertionError as error:  # how constriction says that no encoder writes such words
+        except AssertionError as error:  # constriction's error for words that no encoder writes
             raise ValueError("A packet of this code is damaged. Read or send it again.") from error
 
 
 def _code(coder: _Writer | _Reader, model: CodeModel, packet: Packet, pairs: np.ndarray | None = None) -> np.ndarray:
-    """Write the pairs, or read them where they are not given."""
+    """Write the pairs, or read them where they are `None`; return them."""
     (begin, end), (first, last) = packet.tokens, packet.latents
     firing, bins = None, None
     if pairs is not None:
@@ -128,7 +129,7 @@ def _code(coder: _Writer | _Reader, model: CodeModel, packet: Packet, pairs: np.
 
 
 def _trees(tokens: int) -> Iterator[tuple[int, int]]:
-    """Runs of 2^n tokens that make up a block, longest first: no tree has a place without a token."""
+    """Yield runs of 2^n tokens that make up a block, longest first: no tree has a place without a token."""
     begin = 0
     for power in reversed(range(tokens.bit_length())):
         if tokens >> power & 1:
@@ -137,7 +138,7 @@ def _trees(tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _code_firing(coder: _Writer | _Reader, fires: np.ndarray, firing: np.ndarray | None, tokens: int) -> np.ndarray:
-    """Whether each latent fires on each of 2^n tokens, `(tokens, latents)`.
+    """Return whether each latent fires on each of 2^n tokens, `(tokens, latents)`.
 
     Where a latent fires within a run of tokens with probability f, it does within two such runs with f (2 - f). If it
     does within the two, then within the first with 1 / (2 - f); if not there, then surely within the second. (Products
@@ -162,15 +163,15 @@ def _code_firing(coder: _Writer | _Reader, fires: np.ndarray, firing: np.ndarray
         second[first] = ask(level, run[first], 2 * places[first] + 1, latents[first])
         places = np.concatenate([2 * places[first], 2 * places[second] + 1])
         latents = np.concatenate([latents[first], latents[second]])
-    found = np.zeros((tokens, len(fires)), bool)
-    found[places, latents] = True
-    return found
+    answers = np.zeros((tokens, len(fires)), bool)
+    answers[places, latents] = True
+    return answers
 
 
 def _code_bins(
     coder: _Writer | _Reader, model: CodeModel, packet: Packet, latents: np.ndarray, bins: np.ndarray | None
 ) -> np.ndarray:
-    """The bin of each firing latent's value, `(M,)`."""
+    """Return the bin of each firing latent's value, `(M,)`."""
     columns = torch.from_numpy(latents)
     low = np.zeros(len(latents), np.int64)
     for level in reversed(range(packet.depth)):
@@ -181,19 +182,19 @@ def _code_bins(
 
 
 def _upper_half(model: CodeModel, packet: Packet, latents: Tensor, low: Tensor, half: int) -> Tensor:
-    """Probability that a bin from `low` to `low + 2 half` lies in the upper half, `(M,)`."""
+    """Return the probability that a bin from `low` to `low + 2 half` lies in the upper half, `(M,)`."""
 
     def above(bins: Tensor) -> Tensor:
         return model.above(latents, bins.double() * packet.step)
 
     below, middle, end = above(low), above(low + half), above(low + 2 * half)
-    # Where the model expects next to nothing, both halves are as likely.
+    # Where the model has next to no mass, both halves are equally likely.
     probability = (middle - end + RAREST) / (below - end + 2 * RAREST)
     return (probability * _GRID).round().clamp(1, _GRID - 1) / _GRID
 
 
 def _varint(number: int) -> bytes:
-    """A number in groups of 7 bits, lowest first; all bytes but the last have their highest bit set."""
+    """Return a number in groups of 7 bits, lowest first; all bytes but the last have their highest bit set."""
     out = bytearray()
     while number >= 128:
         out.append(number & 127 | 128)
@@ -202,7 +203,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(data: bytes, offset: int) -> tuple[int, int] | None:
-    """The number at `offset` and where it ends; `None` where the data ends first."""
+    """Return the number at `offset` and where it ends; `None` where the data ends first."""
     number = 0
     for place in range(offset, len(data)):
         number |= (data[place] & 127) << 7 * (place - offset)

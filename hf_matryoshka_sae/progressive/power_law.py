@@ -1,4 +1,4 @@
-"""Does the importance of latents follow a power law? Fits to one value per latent, after Clauset, Shalizi and Newman.
+"""Power-law fits to one importance per latent, and tests of them, after Clauset, Shalizi and Newman.
 
 The dictionary power-law hypothesis (Peter & Søgaard, 2505.00190) is that importance falls with rank r as r^-s. Values
 of density p(v) ~ v^-alpha above `v_min` do so with s = 1 / (alpha - 1): a value's rank counts the values above it. On
@@ -27,7 +27,7 @@ from ..models import SAEModel
 
 _FEWEST = 50  # values in a tail: fewer fit anything (Clauset et al., section 3.2)
 _FEWEST_DIFFERENT = 10
-_SHARE = 0.1  # of the live latents in a tail, at least: the claim is about a dictionary, not about its few largest
+_SHARE = 0.1  # of the live latents are in a tail, at least: the claim is about a dictionary, not its few largest
 _CANDIDATES = 50  # for v_min; the distance changes slowly with it
 _FEWEST_RESAMPLES = 20
 _LEVEL = 0.1  # p-values below it decide (Clauset et al., section 4.1)
@@ -72,13 +72,13 @@ class RankFit:
 
 @dataclass
 class PowerLawFit:
-    """What [`fit_power_law`] found; `str()` says it in a line.
+    """The fit of [`fit_power_law`]; `str()` describes it in a line.
 
     Args:
-        values (`int`): Latents.
-        zeros (`int`): Latents of importance 0, left out.
+        values (`int`): Number of latents.
+        zeros (`int`): Number of latents of importance 0, which are left out.
         minimum (`float`): `v_min`, where the power law starts, in the units of the importance.
-        tail (`int`): Latents at or above it, which the fit is about.
+        tail (`int`): Number of latents at or above `minimum`, which are fitted.
         tail_share (`float`): Their share of the latents that are not zero.
         alpha (`float`): Exponent of the density p(v) ~ v^-alpha above `minimum`.
         alpha_interval (`tuple[float, float]`): 95% interval of `alpha`.
@@ -90,8 +90,8 @@ class PowerLawFit:
         p_value (`float`, *optional*): Share of samples of the fitted law that lie further from their own fit than the
             values from theirs. Below 0.1 the values are not a power law's.
         resamples (`int`): Number of samples behind `p_value` and the interval.
-        log_normal (`Comparison`): Against a log-normal above `minimum`.
-        exponential (`Comparison`): Against an exponential distribution above `minimum`.
+        log_normal (`Comparison`): Comparison with a log-normal above `minimum`.
+        exponential (`Comparison`): Comparison with an exponential distribution above `minimum`.
         least_squares (`RankFit`): The straight line on a log-log plot.
         verdict (`str`): `"power law"`; `"log-normal"` or `"exponential"` if one of them fits significantly better (the
             likelier by Akaike's criterion, which does not say that it fits well); `"none"` if neither does and yet the
@@ -117,7 +117,7 @@ class PowerLawFit:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings and lists, for JSON."""
+        """Return everything as plain numbers, strings and lists, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def fit_power_law(
     resamples: int = 100,
     seed: int = 0,
 ) -> PowerLawFit:
-    """Fit a power law to one value per latent, and say whether it holds.
+    """Fit a power law to one value per latent, and test it; return the fit.
 
     Args:
         importance (`Tensor` or `np.ndarray`): Energy, frequency or any other importance of each latent, `[F]`, in any
@@ -149,10 +149,7 @@ def fit_power_law(
         resamples (`int`, *optional*, defaults to 100): Samples for the p-value, and again for the interval. The
             p-value's standard error is at most 0.5 / sqrt(resamples). With 0 there is no p-value. With 0 or with
             `minimum` the interval is the likelihood's.
-        seed (`int`, *optional*, defaults to 0): Of the samples.
-
-    Returns:
-        [`PowerLawFit`]
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
 
     Raises:
         `ValueError`: values that are NaN, infinite, negative, constant, or fewer than 50 above 0 or above `minimum`.
@@ -192,7 +189,7 @@ def fit_power_law(
 
 @torch.no_grad()
 def decoder_spectrum(sae: SAEModel | Tensor) -> Tensor:
-    """Eigenvalues of the covariance of decoder rows, (1/F) sum_i (d_i - d_mean)(d_i - d_mean)^T (2505.00190).
+    """Return eigenvalues of the decoder rows' covariance, (1/F) sum_i (d_i - d_mean)(d_i - d_mean)^T (2505.00190).
 
     Args:
         sae (`SAEModel` or `Tensor`): A dictionary, or its `W_dec`, `[F, D]`.
@@ -215,7 +212,7 @@ def decoder_spectrum(sae: SAEModel | Tensor) -> Tensor:
 
 
 def flat(importance: Tensor | np.ndarray) -> np.ndarray:
-    """One finite, non-negative float64 per latent, or a `ValueError`."""
+    """Return one finite, non-negative float64 per latent, or a `ValueError`."""
     if isinstance(importance, Tensor):
         importance = importance.detach().double().cpu().numpy()
     values = np.asarray(importance, dtype=np.float64)
@@ -240,11 +237,11 @@ def _check_tail(positive: np.ndarray, minimum: float | None) -> None:
     above = "above 0" if minimum is None else f"of at least `minimum` ({minimum})"
     if len(tail) < _FEWEST:
         raise ValueError(f"A power law needs {_FEWEST} values {above}, got {len(tail)}.")
-    different = len(np.unique(tail))
-    if different < _FEWEST_DIFFERENT:
+    num_different = len(np.unique(tail))
+    if num_different < _FEWEST_DIFFERENT:
         raise ValueError(
             f"The {len(tail)} values {above} are constant or nearly so: a power law needs {_FEWEST_DIFFERENT} "
-            f"different ones, got {different}. Frequencies in so few steps need more tokens."
+            f"different ones, got {num_different}. Frequencies in so few steps need more tokens."
         )
 
 
@@ -256,7 +253,7 @@ class _Tail(NamedTuple):
 
 
 def _fit_tail(logs: np.ndarray, cut: float | None) -> _Tail:
-    """Maximum likelihood above `cut`, or above the cut of the least distance; `logs` ascend."""
+    """Return the maximum-likelihood fit above `cut`, or above the cut of least distance; `logs` ascend."""
     if cut is not None:
         return _fit_above(logs, int(np.searchsorted(logs, cut)), cut)
     total = len(logs)
@@ -279,7 +276,7 @@ def _fit_above(logs: np.ndarray, start: int, cut: float) -> _Tail:
 def _resample(
     logs: np.ndarray, tail: _Tail, cut: float | None, resamples: int, rng: np.random.Generator
 ) -> tuple[float | None, float | None]:
-    """The p-value of the distance, and the standard deviation of the log rate where the cut was chosen.
+    """Return the p-value of the distance, and the standard deviation of the log rate where the cut was chosen.
 
     Clauset et al., section 4.1: samples of the fitted law above `v_min`, and of the values themselves below it.
     """
@@ -290,16 +287,16 @@ def _resample(
     for _ in tqdm(range(resamples), desc="power law", delay=3, leave=False, disable=processes()[0] != 0):
         inside = max(_FEWEST, rng.binomial(len(logs), share))
         below = rng.choice(logs[: tail.start], len(logs) - inside) if tail.start else np.empty(0)
-        drawn = np.concatenate([np.sort(below), np.sort(tail.cut + rng.exponential(1 / tail.rate, inside))])
-        further += _fit_tail(drawn, cut).distance >= tail.distance
+        sample = np.concatenate([np.sort(below), np.sort(tail.cut + rng.exponential(1 / tail.rate, inside))])
+        further += _fit_tail(sample, cut).distance >= tail.distance
         if cut is None:
             rates.append(_fit_tail(logs[np.sort(rng.integers(len(logs), size=len(logs)))], None).rate)
-    # The values are a sample as well: without the ones, a p-value of 0 would come from any number of samples.
+    # The values count as a sample too: without the ones, any number of samples could give a p-value of 0.
     return (further + 1) / (resamples + 1), float(np.log(rates).std()) if rates else None
 
 
 def _interval(rate: float, count: int, spread: float | None) -> tuple[float, float]:
-    """Of the rate, at 95%. For a given `v_min` a sum of `count` exponential variables is a gamma variable."""
+    """Return the 95% interval of the rate; for a given `v_min` a sum of exponential variables is a gamma variable."""
     if spread is not None:
         return rate * float(np.exp(-_DEVIATIONS * spread)), rate * float(np.exp(_DEVIATIONS * spread))
     low, high = stats.gamma.ppf([0.025, 0.975], count) * rate / count
@@ -315,7 +312,7 @@ def _against_exponential(excess: np.ndarray, rate: float) -> Comparison:
 
 
 def _against_log_normal(excess: np.ndarray, rate: float) -> Comparison:
-    """Moments of y decide: a normal cut off at 0, at `cut` deviations from its mean, is an exponential family."""
+    """Compare with a normal of y cut off at 0, an exponential family, whose fit follows from the moments of y."""
     ratio = (excess**2).mean() / excess.mean() ** 2
     nearest, furthest = 1e3, -1e6
     if ratio >= _moment_ratio(nearest):  # 2 in the limit, the power law itself
@@ -330,7 +327,7 @@ def _against_log_normal(excess: np.ndarray, rate: float) -> Comparison:
 
 
 def _moment_ratio(cut: float) -> float:
-    """E[y^2] / E[y]^2 of y = z - cut, z standard normal above `cut`."""
+    """Return E[y^2] / E[y]^2 of y = z - cut, z standard normal above `cut`."""
     hazard = _hazard(cut)
     return (1 - cut * hazard + cut**2) / (hazard - cut) ** 2
 

@@ -35,7 +35,7 @@ def plot_power_laws(fits: Mapping[str, tuple[Tensor | np.ndarray, PowerLawFit]],
         path (`str` or `Path`): The PNG to write.
 
     Raises:
-        `ValueError`: nothing to draw.
+        `ValueError`: if `fits` is empty.
     """
     if not fits:
         raise ValueError("There are no fits to draw: `fits` is empty.")
@@ -68,8 +68,8 @@ def _draw(axis: "Axes", name: str, values: np.ndarray, fit: PowerLawFit) -> None
     logs = np.log(ordered[ranks[0] - 1 : ranks[1]])
     centre = np.log(np.arange(ranks[0], ranks[1] + 1)).mean()
     label = f"least squares, s = {line.exponent:.2f}, R² = {line.r2:.2f}"
-    drawn = np.exp(logs.mean() - line.exponent * (np.log(ranks) - centre))
-    axis.loglog(ranks, drawn, "--", color="C1", linewidth=1.2, label=label)
+    fitted = np.exp(logs.mean() - line.exponent * (np.log(ranks) - centre))
+    axis.loglog(ranks, fitted, "--", color="C1", linewidth=1.2, label=label)
     axis.set(xlabel="rank", ylabel=name)
     axis.set_title(f"{name}\n{_WORDS[fit.verdict]}", fontsize=10)
     # A least-squares line through a bend leaves the values far behind: they set the limits.

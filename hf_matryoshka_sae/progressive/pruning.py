@@ -1,4 +1,4 @@
-"""A smaller SAE from a trained one: near-duplicates merged, the rest sorted, the tail cut, the bias refitted."""
+"""Pruning a trained SAE: merge near-duplicates, sort the rest, cut the tail, refit the bias."""
 
 import logging
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def prune(
     order: Tensor | None = None,
     budget: str | Budget | None = None,
 ) -> SAEModel:
-    """Keep the `width` most important latents, or as many as a budget needs.
+    """Return an SAE of the `width` most important latents, or of as many as a budget needs.
 
     The result is `sort_latents(...).truncate(width)`: its latents are sorted, `latent_ids` say which they were, and at
     `width = F` it computes what the SAE does. Pruned latents are never encoded, so with TopK the others compete for k
@@ -37,26 +37,27 @@ def prune(
     `width` keep their latents, and of the group that is cut the most important stay.
 
     Args:
-        sae ([`SAEModel`]): Any family; not changed.
-        width (`int`, *optional*): Latents to keep; this or a `budget`.
-        by (`str`, *optional*, defaults to `"energy"`): How to rank latents, see [`rank_latents`].
-        statistics ([`LatentStatistics`], *optional*): Of this SAE.
+        sae ([`SAEModel`]): An SAE of any family, which is not changed.
+        width (`int`, *optional*): Number of latents to keep; give this or a `budget`.
+        by (`str`, *optional*, defaults to `"energy"`): Ranking of the latents, see [`rank_latents`].
+        statistics ([`LatentStatistics`], *optional*): Statistics of this SAE.
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states, where there are no
-            statistics, and for refitting. Read once for each thing to do, so that only one allows an iterator.
+            statistics, and for refitting. Each of these steps reads them once, so that an iterator allows only one.
         merge (`float`, *optional*): Merge near-duplicates above this decoder cosine first, as long as more than
             `width` latents remain; see [`merge_latents`].
         refit (`bool`, *optional*, defaults to `False`): Fit the bias to what is left, and with BatchTopK the
-            thresholds to k latents per token, see [`refit`]; what it gained is logged. Call [`refit`] on the result
-            for the decoder, or for the figures.
-        order (`Tensor` of shape `(F,)`, *optional*): An order of one's own, instead of `by`; not with `merge`.
-        budget (`str` or [`Budget`], *optional*): For example `"keep 95% of recaptured loss"`, `"FVU at most 0.2"` or
-            `"at most 50 MB"`, see [`width_for_budget`]; measured on `activations`, before refitting.
+            thresholds to k latents per token, see [`refit`]; L0 and FVU before and after are logged. Call [`refit`] on
+            the result for the decoder, or for the figures.
+        order (`Tensor` of shape `(F,)`, *optional*): Places of the latents, most important first, instead of `by`; not
+            with `merge`.
+        budget (`str` or [`Budget`], *optional*): A budget such as `"keep 95% of recaptured loss"`, `"FVU at most
+            0.2"` or `"at most 50 MB"`, see [`width_for_budget`]; measured on `activations`, before refitting.
 
     Returns:
         [`SAEModel`] of the same class.
 
     Raises:
-        `ValueError`: if the width is out of range, something that is needed was not given, or as [`rank_latents`].
+        `ValueError`: if the width is out of range, data that are needed were not given, or as in [`rank_latents`].
     """
     _check(sae, width, by, budget, statistics, activations, merge, refit, order)
     if merge is not None:
@@ -66,7 +67,7 @@ def prune(
         merged = merge_latents(sae, merge, statistics, most=most)
         logger.info("Merged %d pairs of latents with a decoder cosine above %g.", len(merged.pairs), merge)
         sae = merged.sae
-        # Those of merged latents are estimates: what can be measured is.
+        # Statistics of merged latents are estimates: they are measured anew where there are data.
         statistics = merged.statistics if activations is None else None
     ordered = sort_latents(sae, by, statistics, activations, order)
     if budget is not None:
@@ -90,11 +91,21 @@ def prune(
     return pruned
 
 
-def _check(sae, width: int | None, by: str, budget, statistics, activations, merge, refit: bool, order) -> None:
+def _check(
+    sae: SAEModel,
+    width: int | None,
+    by: str,
+    budget: str | Budget | None,
+    statistics: LatentStatistics | None,
+    activations: HasActivations | Iterable[Tensor] | None,
+    merge: float | None,
+    refit: bool,
+    order: Tensor | None,
+) -> None:
     if (width is None) == (budget is None):
         raise ValueError("Give either a `width` or a `budget`, for example budget='FVU at most 0.2'.")
     if isinstance(budget, str):
-        Budget.parse(budget)  # a sentence that cannot be read is said before anything is measured
+        Budget.parse(budget)  # raises for a sentence that cannot be read, before anything is measured
     if budget is not None and activations is not None:
         check_rereadable(activations, "Finding the width for a budget")
     if width is not None and not 1 <= width <= sae.config.num_latents:

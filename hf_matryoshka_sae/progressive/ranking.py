@@ -1,4 +1,4 @@
-"""Which latents matter most, and the dictionary put into that order.
+"""Rankings of latents by importance, and the dictionary in their order.
 
 For every permutation P of the latents `sigma((x - b) W_enc P + b_enc P) P^T W_dec + b` is the same reconstruction, so
 sorting costs nothing at full width and decides what the first n latents are (Peter & Søgaard 2025, arXiv 2505.00190).
@@ -30,7 +30,7 @@ RANKINGS = (*_FIELDS, "greedy", "decoder-spectrum", "random", "trained")
 """The names `rank_latents` knows."""
 
 MAY_NEED_ACTIVATIONS = (*_FIELDS, "greedy")
-"""Those that look at data: `greedy` always, the others unless they are given statistics."""
+"""Rankings that read data: `greedy` always, the others unless there are statistics."""
 
 
 def rank_latents(
@@ -40,29 +40,30 @@ def rank_latents(
     activations: HasActivations | Iterable[Tensor] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Order latents by how much they matter, across all prefixes.
+    """Return an order of all latents by their importance, across all prefixes.
 
     - `"energy"`: `E[a^2]`; `"contribution"`: `E[(a ||d||)^2]`, the same where decoder rows have length 1.
     - `"frequency"`: share of tokens on which the latent fires.
     - `"leave_one_out"`: growth of the squared error where the latent alone is left out.
-    - `"attribution"`: `E|a dL/da|`, what the language model's loss owes it.
+    - `"attribution"`: `E|a dL/da|`, the latent's effect on the language model's loss to first order.
     - `"greedy"`: forward selection on the squared error, see [`greedy_order`].
     - `"decoder-spectrum"`: `d^T C d` with C the covariance of the decoder rows; needs no data. Latents that point
       where the dictionary spreads most come first; how often they fire plays no part.
     - `"random"`: by `seed`, a baseline; `"trained"`: as they are.
 
     Args:
-        sae ([`SAEModel`]): Any family.
+        sae ([`SAEModel`]): An SAE of any family.
         by (`str`, *optional*, defaults to `"energy"`): One of `RANKINGS`.
-        statistics ([`LatentStatistics`], *optional*): Of this SAE.
-        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Where statistics are not given.
-        seed (`int`, *optional*, defaults to 0): Of `"random"`.
+        statistics ([`LatentStatistics`], *optional*): Statistics of this SAE.
+        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states on which
+            statistics are measured, where there are none.
+        seed (`int`, *optional*, defaults to 0): Seed of `"random"`.
 
     Returns:
         `Tensor` of shape `(F,)`: places of the latents, most important first, int64 on the CPU. Ties keep their order.
 
     Raises:
-        `ValueError`: if the ranking is unknown, what it needs is missing, or the statistics are of another SAE.
+        `ValueError`: if the ranking is unknown, it lacks statistics or data, or the statistics are of another SAE.
     """
     return _ranked(sae, by, statistics, activations, seed, None)
 
@@ -76,25 +77,28 @@ def sort_latents(
     across_groups: bool = False,
     seed: int = 0,
 ) -> SAEModel:
-    """A copy of an SAE with its latents sorted, most important first.
+    """Return a copy of an SAE with its latents sorted, most important first.
 
     At full width it computes what the SAE does, up to the order in which terms are added; `latent_ids` go along.
     (Where TopK meets two equal pre-activations, the one that now comes first is kept.)
 
     Args:
-        sae ([`SAEModel`]): Any family; the copy is of the same class.
-        by (`str`, *optional*, defaults to `"energy"`), statistics, activations, seed (*optional*): As in
-            [`rank_latents`].
-        order (`Tensor` of shape `(F,)`, *optional*): An order of one's own, instead of `by`.
+        sae ([`SAEModel`]): An SAE of any family; the copy is of the same class.
+        by (`str`, *optional*, defaults to `"energy"`): One of `RANKINGS`, see [`rank_latents`].
+        statistics ([`LatentStatistics`], *optional*): Statistics of this SAE.
+        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states on which
+            statistics are measured, where there are none.
+        order (`Tensor` of shape `(F,)`, *optional*): Places of the latents, most important first, instead of `by`.
         across_groups (`bool`, *optional*, defaults to `False`): A Matryoshka SAE is sorted within the groups between
             its prefix widths, so that each prefix holds the latents it was trained with. `True` sorts all latents at
             once: its inner prefixes are then those of the ranking, no longer those of the training.
+        seed (`int`, *optional*, defaults to 0): Seed of `"random"`.
 
     Returns:
         [`SAEModel`]. `statistics.select(order)` are its statistics.
 
     Raises:
-        `ValueError`: as [`rank_latents`], or if `order` is no permutation of all latents.
+        `ValueError`: as in [`rank_latents`], or if `order` is no permutation of all latents.
     """
     order = sorting_order(sae, by, statistics, activations, order, across_groups, seed)
     sorted_sae = copy.deepcopy(sae)
@@ -111,7 +115,7 @@ def sorting_order(
     across_groups: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """The order `(F,)` in which [`sort_latents`], with the same arguments, puts the latents."""
+    """Return the order `(F,)` in which [`sort_latents`], with the same arguments, puts the latents."""
     widths = None if across_groups else sae.prefix_widths
     if order is None:
         return _ranked(sae, by, statistics, activations, seed, widths)
@@ -121,13 +125,20 @@ def sorting_order(
     return _within_groups(order, widths)
 
 
-def _ranked(sae, by, statistics, activations, seed, widths: list[int] | None) -> Tensor:
-    """An order of all latents; with `widths`, those of a narrower prefix come before all others."""
+def _ranked(
+    sae: SAEModel,
+    by: str,
+    statistics: LatentStatistics | None,
+    activations: HasActivations | Iterable[Tensor] | None,
+    seed: int,
+    widths: list[int] | None,
+) -> Tensor:
+    """Return an order of all latents; with `widths`, those of a narrower prefix come before all others."""
     if by not in RANKINGS:
         raise ValueError(f"Unknown ranking {by!r}.{nearest(by, RANKINGS)}")
     if by == "greedy":
         if activations is None:
-            raise ValueError("Ranking by 'greedy' needs `activations`: statistics of single latents do not tell.")
+            raise ValueError("Ranking by 'greedy' needs `activations`: statistics of single latents are not enough.")
         return greedy_order(sae, activations, widths).order
     if by in ("random", "trained"):
         latents = sae.config.num_latents
@@ -140,14 +151,19 @@ def _ranked(sae, by, statistics, activations, seed, widths: list[int] | None) ->
 
 
 def _within_groups(order: Tensor, widths: list[int] | None) -> Tensor:
-    """The same ranking, group by group."""
+    """Return the same ranking, group by group."""
     if widths is None or len(widths) == 1:
         return order
     groups = torch.bucketize(order, torch.tensor(widths), right=True)
     return order[groups.sort(stable=True).indices]
 
 
-def _scores(sae, by: str, statistics: LatentStatistics | None, activations) -> Tensor:
+def _scores(
+    sae: SAEModel,
+    by: str,
+    statistics: LatentStatistics | None,
+    activations: HasActivations | Iterable[Tensor] | None,
+) -> Tensor:
     if statistics is None:
         if activations is None:
             raise ValueError(
@@ -163,7 +179,7 @@ def _scores(sae, by: str, statistics: LatentStatistics | None, activations) -> T
 
 
 def _decoder_spectrum(sae: SAEModel) -> Tensor:
-    """`d^T C d` with `C = 1/F sum (d - mean)^T (d - mean)`."""
+    """Return `d^T C d` with `C = 1/F sum (d - mean)^T (d - mean)`."""
     rows = decoder_rows(sae).double()
     centred = rows - rows.mean(0)
     covariance = centred.T @ centred / len(rows)

@@ -1,4 +1,4 @@
-"""How many bits latents take: the probability model of the progressive code, and its ideal code length.
+"""The rate of latents in bits: the probability model of the progressive code, and its ideal code length.
 
 The model knows each latent's frequency, mean and mean square, and takes latents as independent:
 
@@ -24,19 +24,19 @@ from ..common.distributed import reduce_sum
 from ..models.sparse_ops import LatentPairs
 
 
-# No bin counts as rarer than this: what a value the model did not expect costs, at most 20 bits.
+# Least probability of a bin: a value costs at most 20 bits, however unlikely the model takes it to be.
 RAREST = 2.0**-20
 
 # A latent seen on few tokens may have fired at one value only; a spread of 0 could code no other.
 _LEAST_SPREAD = 0.05
 
-# Of the root mean square value. On BatchTopK Matryoshka and TopK SAEs of a small language model: 1.8 bits a value
-# and an error larger by 5%; half the step takes 0.7 bits more for 1%, twice the step 0.9 bits less for 11%.
+# Step as a share of the root mean square value. On BatchTopK Matryoshka and TopK SAEs of a small language model: 1.8
+# bits a value and an error larger by 5%; half the step: 0.7 bits more for 1%; twice the step: 0.9 bits less for 11%.
 _STEP_SHARE = 0.5
 
 
 class Moments(Protocol):
-    """What is read of latent statistics: `tokens`, and `[F]` frequency, E[a] and E[a^2] over all tokens."""
+    """The latent statistics that the model reads: `tokens`, and `[F]` frequency, E[a] and E[a^2] over all tokens."""
 
     tokens: int
     frequency: Tensor
@@ -46,7 +46,7 @@ class Moments(Protocol):
 
 @dataclass
 class CodeModel:
-    """Parameters of the model, float64.
+    """Parameters of the probability model, float64.
 
     Args:
         fires (`Tensor` of shape `(F,)`): Probability that the latent fires on a token; neither 0 nor 1.
@@ -62,21 +62,21 @@ class CodeModel:
 
     @classmethod
     def of(cls, statistics: Moments) -> "CodeModel":
-        """The model that statistics give. A latent counts as seen once more than it was, with an average value.
+        """Return the model of statistics, in which each latent fires once more than it did, with an average value.
 
         Raises:
             `ValueError`: if the statistics are not of one length, not finite, of no token, or of latents that never
                 fire.
         """
         _check(statistics)
-        seen = statistics.frequency * statistics.tokens
+        firings = statistics.frequency * statistics.tokens
         rate, mean, square = (getattr(statistics, name) for name in ("frequency", "mean", "mean_square"))
         average, average_square = (float(moment.sum() / rate.sum()) for moment in (mean, square))
-        mean = (mean * statistics.tokens + average) / (seen + 1)
-        square = (square * statistics.tokens + average_square) / (seen + 1)
+        mean = (mean * statistics.tokens + average) / (firings + 1)
+        square = (square * statistics.tokens + average_square) / (firings + 1)
         variance = (square / mean.square()).log().clamp(min=_LEAST_SPREAD**2)
         return cls(
-            fires=(seen + 0.5) / (statistics.tokens + 1),
+            fires=(firings + 0.5) / (statistics.tokens + 1),
             location=mean.log() - variance / 2,
             spread=variance.sqrt(),
             rms=math.sqrt(average_square),
@@ -86,43 +86,43 @@ class CodeModel:
         return len(self.fires)
 
     def to(self, device: torch.device | str) -> "CodeModel":
-        """The same model on another device."""
+        """Return the same model on another device."""
         return CodeModel(self.fires.to(device), self.location.to(device), self.spread.to(device), self.rms)
 
     def above(self, latents: Tensor, values: Tensor) -> Tensor:
-        """Probability that a latent that fires has more than `values`; both `(M,)`."""
+        """Return the probability that a latent that fires has more than `values`; both `(M,)`."""
         return torch.special.ndtr((self.location[latents] - values.log()) / self.spread[latents])
 
     def value_bits(self, latents: Tensor, values: Tensor, step: float) -> Tensor:
-        """Ideal code length `(M,)` of values that fire, each read as its bin of width `step`."""
+        """Return the ideal code length `(M,)` of values that fire, each read as its bin of width `step`."""
         low = bins(values, step) * step
         mass = self.above(latents, low) - self.above(latents, low + step)
         return -mass.clamp(min=RAREST).log2()
 
     def read(self, latents: Tensor, numbers: Tensor, step: float) -> Tensor:
-        """Mean of the values that fire within bins, `(M,)` float64: what a bin is read as."""
+        """Return the mean of the values that fire within bins, `(M,)` float64, as which a bin is read."""
         location, spread, low = self.location[latents], self.spread[latents], numbers.double() * step
         ends = (location - torch.stack([low, low + step]).log()) / spread
         mass = torch.special.ndtr(ends)
         moment = torch.special.ndtr(ends + spread) * (location + spread.square() / 2).exp()
         mean = (moment[0] - moment[1]) / (mass[0] - mass[1])
-        # Where the model expects next to nothing, its mean is a ratio of rounding errors.
+        # Where the model has next to no mass, its mean is a ratio of rounding errors.
         mean = torch.where(mass[0] - mass[1] > RAREST, mean, low + step / 2)
         return torch.minimum(torch.maximum(mean, low), low + step)
 
 
 def bins(values: Tensor, step: float) -> Tensor:
-    """The bin `floor(value / step)` of each value, as float64."""
+    """Return the bin `floor(value / step)` of each value, as float64."""
     return (values.double() / step).floor()
 
 
 def default_step(statistics: Moments) -> float:
-    """Half of the root mean square of the values that fire, in the units of the SAE's latents."""
+    """Return half of the root mean square of the values that fire, in the units of the SAE's latents."""
     return _STEP_SHARE * CodeModel.of(statistics).rms
 
 
 def checked_step(step: float) -> float:
-    """`step`, if it can be one; otherwise a `ValueError`."""
+    """Return `step`, or raise `ValueError` if it is not positive and finite."""
     if not 0 < step < math.inf:
         raise ValueError(
             f"`step` must be a positive number, in the units of the latents' values; got {step}. "
@@ -135,16 +135,16 @@ class RateSums:
     """Sums from which the rate at every width follows: one pass, over batches and processes.
 
     Args:
-        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): What encoder and decoder both know;
-            measured on other data than is coded.
+        statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): Statistics that encoder and decoder
+            share, measured on other data than is coded.
         widths (`Sequence[int]`): P increasing widths, at most F.
         step (`float`, *optional*): Width of a bin, in the units of the latents' values; [`default_step`] by default.
 
     Raises:
-        `ValueError`: if the widths or the step cannot be.
+        `ValueError`: if the widths do not increase up to at most F, or the step is not positive.
     """
 
-    def __init__(self, statistics: Moments, widths: Sequence[int], step: float | None = None):
+    def __init__(self, statistics: Moments, widths: Sequence[int], step: float | None = None) -> None:
         self.model = CodeModel.of(statistics)
         self.step = _STEP_SHARE * self.model.rms if step is None else checked_step(step)
         self.widths = checked_widths(widths, len(self.model))
@@ -152,7 +152,7 @@ class RateSums:
         self._tokens = self.model.fires.new_zeros(())
 
     def add(self, pairs: LatentPairs) -> None:
-        """Count a batch: the pairs of the full dictionary, or of the widest width that is wanted.
+        """Count a batch: the pairs of the full dictionary, or of the widest width.
 
         Raises:
             `ValueError`: if the pairs are of another dictionary, or a value is not finite.
@@ -160,7 +160,7 @@ class RateSums:
         if pairs.num_latents != len(self.model):
             raise ValueError(
                 f"The statistics are of {len(self.model)} latents, the pairs of {pairs.num_latents}. "
-                "Take the statistics of the SAE that made the pairs."
+                "Take the statistics of the SAE that the pairs are of."
             )
         device, values = pairs.values.device, pairs.values.detach()
         if not values.isfinite().all():
@@ -178,7 +178,7 @@ class RateSums:
         self._tokens += pairs.num_rows
 
     def bits_per_token(self) -> dict[str, Tensor]:
-        """The rate of each width, averaged over tokens.
+        """Return the rate of each width, averaged over tokens.
 
         Returns:
             `dict[str, Tensor]`, each `(P,)` and float64: `"index_bits"` (which latents fire), `"value_bits"` (their
@@ -201,14 +201,14 @@ class RateSums:
 def bits_per_token(
     pairs: LatentPairs, statistics: Moments, widths: Sequence[int], step: float | None = None
 ) -> dict[str, Tensor]:
-    """Ideal bits per token of one batch at each width; see [`RateSums`], which takes several."""
+    """Return the ideal bits per token of one batch at each width; [`RateSums`] takes several batches."""
     sums = RateSums(statistics, widths, step)
     sums.add(pairs)
     return sums.bits_per_token()
 
 
 def naive_bits(l0: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
-    """Bits per token without a model, values as 32-bit floats.
+    """Return the bits per token without a model, with values as 32-bit floats.
 
     Args:
         l0 (`Tensor` of shape `(P,)`): Latents that fire, per token.
@@ -225,7 +225,7 @@ def naive_bits(l0: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
 
 
 def checked_widths(widths: Sequence[int], num_latents: int) -> list[int]:
-    """`widths` as a list, if they strictly increase between 1 and F; otherwise a `ValueError`."""
+    """Return `widths` as a list, or raise `ValueError` unless they strictly increase between 1 and F."""
     widths = [int(width) for width in widths]
     if not widths or widths[-1] > num_latents or any(a >= b for a, b in zip([0, *widths], widths, strict=False)):
         raise ValueError(f"Widths must strictly increase between 1 and num_latents ({num_latents}), got {widths}.")

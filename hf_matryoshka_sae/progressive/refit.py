@@ -1,7 +1,7 @@
-"""What a pruned SAE gets back without training: thresholds for a wanted L0, and least squares on fixed activations.
+"""Refitting a pruned SAE without training: thresholds for a target L0, and least squares on fixed activations.
 
 With the activations `a` fixed, `x ~ b + W^T a` is linear. Its best bias is `E[x - W^T a]`; its best bias and decoder
-together solve, with residuals r, covariances over tokens and a ridge that pulls towards the decoder there is,
+together solve, with residuals r, covariances over tokens and a ridge that pulls towards the old decoder,
 
     (Cov[a, a] + lambda) dW = Cov[a, r],   db = E[r] - dW^T E[a]
 
@@ -35,13 +35,15 @@ _OCTAVES = 32  # thresholds are scaled by factors from 2^-16 to 2^16, in steps o
 
 @dataclass
 class Refit:
-    """A refitted SAE and what it gained.
+    """A refitted SAE, with its quality before and after.
 
     Args:
         sae ([`SAEModel`]): The refitted SAE.
-        fvu_before (`float`), fvu_after (`float`): Fraction of variance unexplained.
-        l0_before (`float`), l0_after (`float`): Latents per token.
-        tokens (`int`): What these were measured on.
+        fvu_before (`float`): Fraction of variance unexplained before.
+        fvu_after (`float`): Fraction of variance unexplained after.
+        l0_before (`float`): Latents per token before.
+        l0_after (`float`): Latents per token after.
+        tokens (`int`): Number of tokens on which these were measured.
         held_out (`bool`): Whether those tokens, of every fourth batch, took no part in the fit; `False` where there
             are fewer batches.
     """
@@ -62,23 +64,20 @@ def refit(
     ridge: float = 0.1,
     l0: float | None = None,
 ) -> Refit:
-    """Fit the bias, and where asked the decoder and the thresholds, to data in closed form.
+    """Fit the bias, and optionally the decoder and the thresholds, to data in closed form; return the fitted SAE.
 
     One pass; a second, before it, for `l0`. Sums are in float64 and over all processes. For a Matryoshka SAE the
     widest prefix is fitted.
 
     Args:
-        sae ([`SAEModel`]): Not changed.
+        sae ([`SAEModel`]): The SAE, which is not changed.
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors): Raw hidden states.
         decoder (`bool`, *optional*, defaults to `False`): Fit the decoder's rows too; they lose their length of 1.
             Where latents are scaled by it (`scale_by_decoder_norm`), it is folded into the encoder first.
         ridge (`float`, *optional*, defaults to 0.1): Weight of the distance to the old rows, in units of the mean
             variance of a latent; holds rows of latents too rare to be fitted.
-        l0 (`float`, *optional*): Latents per token that BatchTopK or JumpReLU thresholds are rescaled for, all by one
+        l0 (`float`, *optional*): Latents per token to which BatchTopK or JumpReLU thresholds are rescaled, all by one
             factor.
-
-    Returns:
-        [`Refit`].
 
     Raises:
         `ValueError`: if there are no hidden states, some are not finite or of another width, the family has no
@@ -117,7 +116,9 @@ def refit(
     )
 
 
-def _check(sae, activations, decoder: bool, ridge: float, l0: float | None) -> None:
+def _check(
+    sae: SAEModel, activations: HasActivations | Iterable[Tensor], decoder: bool, ridge: float, l0: float | None
+) -> None:
     if decoder and sae.config.num_latents > MAX_DECODER_REFIT_LATENTS:
         raise ValueError(
             f"The decoder is fitted for at most {MAX_DECODER_REFIT_LATENTS:,} latents, this SAE has "
@@ -135,13 +136,15 @@ def _check(sae, activations, decoder: bool, ridge: float, l0: float | None) -> N
 
 
 def check_rereadable(activations: HasActivations | Iterable[Tensor] | None, purpose: str) -> None:
-    """Raises `ValueError` for an iterator, which a second pass would find empty."""
+    """Raise `ValueError` for an iterator, which would be empty in a second pass."""
     if isinstance(activations, Iterator):
         raise ValueError(f"{purpose} reads the data more than once: pass a list or a `HeldOut`, not an iterator.")
 
 
-def _folds(sae: SAEModel, activations, task: str) -> Iterator[tuple[bool, Tensor, LatentPairs]]:
-    """Blocks of the data and whether they are of the held-out batches."""
+def _folds(
+    sae: SAEModel, activations: HasActivations | Iterable[Tensor], task: str
+) -> Iterator[tuple[bool, Tensor, LatentPairs]]:
+    """Yield blocks of the data and whether they are of the held-out batches."""
     batches = tqdm(activation_batches(activations), desc=task, disable=processes()[0] != 0, leave=False)
     for number, x, pairs in firing_blocks(sae, batches):
         yield number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1, x, pairs
@@ -150,7 +153,7 @@ def _folds(sae: SAEModel, activations, task: str) -> Iterator[tuple[bool, Tensor
 class _Moments:
     """Sums of residuals, and with `decoder` of their products with activations."""
 
-    def __init__(self, sae: SAEModel, decoder: bool = False):
+    def __init__(self, sae: SAEModel, decoder: bool = False) -> None:
         self.sae = sae
         latents, d_in = sae.config.num_latents, sae.config.d_in
         shapes = {"scalars": (4,), "x": (d_in,), "residual": (d_in,)}
@@ -185,7 +188,7 @@ class _Moments:
         self.l0 = self.sums["scalars"][3].item()
 
     def solve(self, ridge: float) -> tuple[Tensor | None, Tensor]:
-        """What is to be added to the decoder `(F, D)`, if it takes part, and to the bias `(D,)`."""
+        """Return the changes of the decoder `(F, D)`, if it is fitted, and of the bias `(D,)`."""
         sums = self.sums
         if "products" not in sums:
             return None, sums["residual"]
@@ -199,7 +202,7 @@ class _Moments:
         return rows, sums["residual"] - mean @ rows
 
     def fvu(self, rows: Tensor | None = None, bias: Tensor | None = None) -> float:
-        """FVU of this data, with something added to decoder and bias: exact, from the sums."""
+        """Return the FVU of this data after changes of decoder and bias: exact, from the sums."""
         _, square, error, _ = self.sums["scalars"]
         if bias is not None:
             error = error - 2 * bias @ self.sums["residual"] + bias @ bias
@@ -212,7 +215,7 @@ class _Moments:
 
 @torch.no_grad()
 def _shift_bias(sae: SAEModel, shift: Tensor) -> None:
-    """Add to `b_dec`, with every pre-activation as it was."""
+    """Add to `b_dec`, and keep every pre-activation as it was (in place)."""
     if sae.config.apply_b_dec_to_input:
         compensation = sae.W_enc.double() @ shift
         sae.b_enc += compensation.to(sae.b_enc)
@@ -221,11 +224,13 @@ def _shift_bias(sae: SAEModel, shift: Tensor) -> None:
     sae.b_dec += shift.to(sae.b_dec)
 
 
-def _rescale_thresholds(sae: SAEModel, activations, l0: float) -> list[tuple[float, float]]:
+def _rescale_thresholds(
+    sae: SAEModel, activations: HasActivations | Iterable[Tensor], l0: float
+) -> list[tuple[float, float]]:
     """Multiply the thresholds by the factor at which `l0` latents fire per token.
 
-    How often each multiple of its threshold is exceeded is counted, in bins, in one pass with all thresholds at 0.
-    Those that are not above 0 stay as they are.
+    One pass with all thresholds at 0 counts, in bins, how often latents exceed each multiple of their thresholds.
+    Thresholds that are not above 0 stay as they are.
 
     Returns:
         FVU and L0 of the SAE as it was, on the data that is fitted and on the held-out part.
@@ -247,7 +252,7 @@ def _rescale_thresholds(sae: SAEModel, activations, l0: float) -> list[tuple[flo
     tokens = sum(part.tokens for part in moments)
     if not tokens:
         raise ValueError("There are no hidden states to fit to: the activations are empty.")
-    above = counts.flip(0).cumsum(0).flip(0) / tokens  # that exceed the lower edge of each bin
+    above = counts.flip(0).cumsum(0).flip(0) / tokens  # per token, that exceed the lower edge of each bin
     best = int((above - l0).abs().argmin())
     if not 0 < best < _BINS - 1 or abs(above[best].item() - l0) > 0.05 * l0:
         raise ValueError(

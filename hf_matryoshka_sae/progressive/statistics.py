@@ -1,8 +1,7 @@
-"""What each latent does on data: one pass that keeps sums, and the file they are stored in.
+"""Statistics of latents: one pass over data that keeps sums, and the file in which they are stored.
 
-Shapes: F latents, m neighbours, N tokens. A latent's value `a` and the decoder row `d` that goes with it are taken as
-the SAE takes them: where it measures latents by their contribution (`scale_by_decoder_norm`), `a` is the contribution
-and `d` has length 1.
+Shapes: F latents, m neighbours, N tokens. A latent's value `a` and its decoder row `d` are in the SAE's own units:
+where it measures latents by contribution (`scale_by_decoder_norm`), `a` is the contribution and `d` has length 1.
 """
 
 import os
@@ -29,25 +28,25 @@ from ..models.sparse_ops import LatentPairs, pair_dot, row_norms
 
 STATISTICS_FILE = "statistics.safetensors"
 _FORMAT = "hf_matryoshka_sae.latent_statistics/1"
-_ENTRIES_AT_ONCE = 2**24  # tokens x latents that are looked at together: 16 MB of flags, or as many pairs at worst
+_ENTRIES_AT_ONCE = 2**24  # tokens x latents in a block: 16 MB of flags, or as many pairs at worst
 
 
 @dataclass
 class LatentStatistics:
-    """What each latent does on data.
+    """Statistics of each latent on data.
 
     Args:
-        tokens (`int`): Tokens N they were measured on.
-        latent_ids (`Tensor` of shape `(F,)`): The SAE's own, int64: which latents these are.
+        tokens (`int`): Number N of tokens on which they were measured.
+        latent_ids (`Tensor` of shape `(F,)`): Ids of the latents, those of the SAE, int64.
         frequency (`Tensor` of shape `(F,)`): Share of tokens on which the latent fires, `E[a > 0]`. All float64.
         mean (`Tensor` of shape `(F,)`): `E[a]` over all tokens.
         mean_square (`Tensor` of shape `(F,)`): Energy `E[a^2]` (Peter & Søgaard 2025, arXiv 2505.00190).
         contribution (`Tensor` of shape `(F,)`): `E[(a ||d||)^2]`; the energy, if decoder rows have length 1.
-        leave_one_out (`Tensor` of shape `(F,)`): By how much the squared error grows where this latent alone is left
-            out, `E[2 a (r . d) + (a ||d||)^2]` with the residual r; negative where it does harm.
+        leave_one_out (`Tensor` of shape `(F,)`): Growth of the squared error where this latent alone is left out,
+            `E[2 a (r . d) + (a ||d||)^2]` with the residual r; negative where the latent raises the error.
         neighbours (`Tensor` of shape `(F, m)`): Latents with the most similar decoder rows (cosine), nearest first.
             They are places in the dictionary, not ids; -1 where a neighbour is gone.
-        cofiring (`Tensor` of shape `(F, m)`): Share of tokens on which both fire.
+        cofiring (`Tensor` of shape `(F, m)`): Share of tokens on which latent and neighbour both fire.
         attribution (`Tensor` of shape `(F,)`, *optional*): `E|a dL/da|`, in nats, with the error of the
             reconstruction kept, so that `dL/da = d . dL/dx` in the clean model.
     """
@@ -67,12 +66,12 @@ class LatentStatistics:
         return len(self.latent_ids)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors there are, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        """Return the tensors that are not `None`, by name."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def check(self, sae: SAEModel) -> None:
-        """Raises `ValueError` where these are not the statistics of this SAE's latents, in this order."""
+        """Raise `ValueError` where these are not the statistics of this SAE's latents, in this order."""
         if len(self) != sae.config.num_latents:
             raise ValueError(
                 f"These are statistics of {len(self)} latents, the SAE has {sae.config.num_latents}. Measure them "
@@ -85,22 +84,22 @@ class LatentStatistics:
             )
 
     def select(self, kept: Tensor) -> "LatentStatistics":
-        """The statistics of some latents, or of all in another order.
+        """Return the statistics of some latents, or of all in another order.
 
         Args:
             kept (`Tensor` of shape `(n,)`): Places of the latents, each once; a neighbour that is gone becomes -1 and
                 its co-firing 0.
         """
         kept = check_places(kept, len(self))
-        place = torch.full((len(self) + 1,), -1)  # the last entry is where -1 points: gone stays gone
+        place = torch.full((len(self) + 1,), -1)  # the last entry is that of -1, which stays -1
         place[kept] = torch.arange(len(kept))
-        chosen = {name: tensor[kept] for name, tensor in self.tensors().items()}
-        chosen["neighbours"] = place[chosen["neighbours"]]
-        chosen["cofiring"] = chosen["cofiring"].masked_fill(chosen["neighbours"] < 0, 0)
-        return LatentStatistics(self.tokens, **chosen)
+        tensors = {name: tensor[kept] for name, tensor in self.tensors().items()}
+        tensors["neighbours"] = place[tensors["neighbours"]]
+        tensors["cofiring"] = tensors["cofiring"].masked_fill(tensors["neighbours"] < 0, 0)
+        return LatentStatistics(self.tokens, **tensors)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write `statistics.safetensors` into a folder, usually the SAE's own; returns its path."""
+        """Write `statistics.safetensors` into a folder, usually the SAE's own; return its path."""
         path = Path(folder) / STATISTICS_FILE
         with staged(path) as temporary:
             metadata = {"format": _FORMAT, "tokens": str(self.tokens)}
@@ -122,23 +121,23 @@ class LatentStatistics:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, TypeError, AttributeError) as error:  # the latter for types that torch has not
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (SafetensorError, TypeError, AttributeError) as error:  # the latter for types that torch lacks
             raise ValueError(f"{path} cannot be read ({error}): damaged or half-written. Measure it anew.") from error
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is no file of format {_FORMAT!r}, but of {metadata.get('format')!r}.")
         tokens = metadata.get("tokens", "")
         if not re.fullmatch(r"[1-9]\d{0,17}", tokens):
-            raise ValueError(f"{path} says it is of {tokens[:40]!r} tokens, no number of them. Measure it anew.")
+            raise ValueError(f"{path} states {tokens[:40]!r} tokens, which is no number. Measure it anew.")
         try:
             statistics = cls(int(tokens), **tensors)
         except TypeError as error:
-            raise ValueError(f"{path} does not hold what latent statistics need: {error}. Measure it anew.") from error
+            raise ValueError(f"{path} has not the tensors of latent statistics: {error}. Measure it anew.") from error
         statistics._check_tensors(path)
         return statistics
 
     def _check_tensors(self, path: Path) -> None:
-        """Raises `ValueError` for tensors that no measurement gives."""
+        """Raise `ValueError` for tensors that no measurement gives."""
         for name, tensor in self.tensors().items():
             places, pairs = name in ("latent_ids", "neighbours"), name in ("neighbours", "cofiring")
             if tensor.dim() != 1 + pairs or len(tensor) != self.latent_ids.numel():
@@ -156,7 +155,7 @@ def _within(tensor: Tensor, lowest: float, highest: float = torch.inf) -> bool:
 
 
 def check_places(places: Tensor, num_latents: int) -> Tensor:
-    """Places of latents as an int64 tensor on the CPU; raises `ValueError` for repeats or what does not exist."""
+    """Return places of latents as int64 on the CPU, or raise `ValueError` for repeats and places out of range."""
     places = torch.as_tensor(places).cpu()
     if places.dim() != 1 or places.is_floating_point() or places.dtype == torch.bool:
         raise ValueError(f"Expected a list of latents, got a {places.dtype} tensor of shape {tuple(places.shape)}.")
@@ -170,36 +169,36 @@ def check_places(places: Tensor, num_latents: int) -> Tensor:
 
 
 def decoder_rows(sae: SAEModel) -> Tensor:
-    """The decoder rows `(F, D)` that go with the values the SAE gives its latents, in float32 or better."""
+    """Return the decoder rows `(F, D)` that go with the values the SAE gives its latents, in float32 or better."""
     rows = sae.W_dec.detach().to(torch.promote_types(sae.W_dec.dtype, torch.float32))
     return rows / row_norms(rows)[:, None] if sae.config.scale_by_decoder_norm else rows
 
 
 def nearest_latents(sae: SAEModel, count: int) -> Tensor:
-    """The `count` latents with the most similar decoder rows (cosine), nearest first, `(F, count)` on the CPU.
+    """Return the `count` latents with the most similar decoder rows (cosine), nearest first, `(F, count)` on the CPU.
 
-    Found in blocks: nothing of size F x F is kept. There are at most F - 1.
+    They are computed in blocks: nothing of size F x F is kept. There are at most F - 1.
     """
     rows = sae.W_dec.detach().float()
     rows = rows / row_norms(rows)[:, None]
     count, block = min(count, len(rows) - 1), max(1, _ENTRIES_AT_ONCE // len(rows))
-    found = torch.empty(len(rows), count, dtype=torch.int64)
+    nearest = torch.empty(len(rows), count, dtype=torch.int64)
     for start in range(0, len(rows) if count else 0, block):
         cosine = rows[start : start + block] @ rows.T
         own = torch.arange(len(cosine), device=rows.device)
         cosine[own, start + own] = -torch.inf
-        found[start : start + block] = cosine.topk(count).indices.cpu()
-    return found
+        nearest[start : start + block] = cosine.topk(count).indices.cpu()
+    return nearest
 
 
 def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, LatentPairs]]:
-    """Number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
+    """Yield the number of the batch, hidden states `(n, D)` and their latents at inference, in blocks of bounded size.
 
-    Where an SAE normalises each hidden state, these are what its encoder sees, so that all errors are in those units.
+    Where an SAE normalises each hidden state, these are the encoder's inputs, so that all errors are in their units.
 
     Args:
-        sae ([`SAEModel`]): Its mode is left as it is.
-        batches (`Iterable[Tensor]`): `(n, D)` of any floating type and on any device.
+        sae ([`SAEModel`]): The SAE, whose mode stays as it is.
+        batches (`Iterable[Tensor]`): Hidden states `(n, D)` of any floating type and on any device.
 
     Raises:
         `ValueError`: for another width than `d_in`, or rows that are not finite.
@@ -210,7 +209,7 @@ def firing_blocks(sae: SAEModel, batches: Iterable[Tensor]) -> Iterator[tuple[in
 
 
 def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
-    """Slices of a checked batch, few enough rows that every latent might fire on all of them."""
+    """Return slices of a checked batch, of so few rows that every latent might fire on all of them."""
     if batch.dim() != 2 or batch.shape[1] != sae.config.d_in:
         raise ValueError(
             f"Expected hidden states of shape (n, {sae.config.d_in}), got {tuple(batch.shape)} in batch {number}."
@@ -226,9 +225,9 @@ def _parts(sae: SAEModel, batch: Tensor, number: int) -> Iterator[slice]:
 
 
 def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
-    """The latents of `(n, D)` hidden states at inference, without gradient and without those of value 0.
+    """Return the latents of `(n, D)` hidden states at inference, without gradient and without those of value 0.
 
-    They decode to what the encoder sees, see [`firing_blocks`].
+    They decode to the encoder's input, see [`firing_blocks`].
     """
     training = sae.training
     sae.eval()
@@ -241,7 +240,7 @@ def encoded(sae: SAEModel, x: Tensor) -> LatentPairs:
 
 
 def along_decoder(sae: SAEModel, pairs: LatentPairs, rows: Tensor) -> Tensor:
-    """`rows[token] . d[latent]` for each pair `(M,)`, float64; `rows` is `(n, D)`."""
+    """Return `rows[token] . d[latent]` for each pair `(M,)`, float64; `rows` is `(n, D)`."""
     source = decoder_rows(sae)
     return pair_dot(rows.to(source), pairs.rows, pairs.index.by_token, source, pairs.cols).double()
 
@@ -252,17 +251,17 @@ def latent_statistics(
     neighbours: int = 8,
     attribution: bool = False,
 ) -> LatentStatistics:
-    """Measure what each latent does on data, in one pass.
+    """Measure statistics of each latent on data, in one pass; return them.
 
     Sums are in float64 and over all processes; each process brings its own share of the data. Beside the sums, memory
     is a block of tokens.
 
     Args:
-        sae ([`SAEModel`]): Measured as it is at inference, at its full width.
+        sae ([`SAEModel`]): The SAE, measured as at inference and at its full width.
         activations ([`HeldOut`] or an iterable of `(n, D)` tensors): Raw hidden states.
         neighbours (`int`, *optional*, defaults to 8): Latents m to compare each latent with; 0 for none.
-        attribution (`bool`, *optional*, defaults to `False`): Also measure what the language model's loss owes each
-            latent; needs a [`HeldOut`].
+        attribution (`bool`, *optional*, defaults to `False`): Also measure each latent's effect on the language
+            model's loss to first order; needs a [`HeldOut`].
 
     Raises:
         `ValueError`: if there are no hidden states, some are not finite or of another width, or attribution is asked
@@ -280,11 +279,11 @@ def latent_statistics(
     batches = tqdm(batches, desc="latent statistics", disable=processes()[0] != 0, leave=False)
     for number, (x, gradient) in enumerate(batches):
         for part in _parts(sae, x, number):
-            seen, norm = sae.normalized(x[part])
+            inputs, norm = sae.normalized(x[part])
             slope = None if gradient is None else gradient[part]
             if slope is not None and norm is not None:
                 slope = slope * norm[1].to(slope.device)
-            sums.add(seen, encoded(sae, x[part]), slope)
+            sums.add(inputs, encoded(sae, x[part]), slope)
     return sums.statistics()
 
 
@@ -294,9 +293,9 @@ def _with_gradients(source: HeldOut) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class _Sums:
-    """What is added up over tokens."""
+    """Sums over tokens, from which the statistics follow."""
 
-    def __init__(self, sae: SAEModel, neighbours: int, attribution: bool):
+    def __init__(self, sae: SAEModel, neighbours: int, attribution: bool) -> None:
         self.sae, self.device = sae, sae.W_dec.device
         self.neighbours = nearest_latents(sae, neighbours).to(self.device)
         self.squared_norms = decoder_rows(sae).double().square().sum(1)

@@ -1,7 +1,7 @@
 """Thresholds for a target L0 at each prefix.
 
-A threshold decides each latent on its own, so what the widest SAE lets through says at once how often every prefix
-would fire at any threshold: one pass over the data calibrates all prefixes.
+A threshold decides each latent on its own, so that pre-activations of the widest SAE give how often every prefix would
+fire at any threshold: one pass over the data calibrates all prefixes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from ..models.selection import select_above
 # Values are counted in bins of 1/512 octave (0.14% of the value) between these powers of two, whatever their unit.
 _BINS_PER_OCTAVE, _LOWEST, _HIGHEST = 512, -40, 24
 _BINS = _BINS_PER_OCTAVE * (_HIGHEST - _LOWEST)
-_ENTRIES = 2**24  # pre-activations looked at together
+_ENTRIES = 2**24  # pre-activations in a block
 
 
 @torch.no_grad()
@@ -30,17 +30,17 @@ def calibrate_thresholds(
     target_l0: float | Sequence[float],
     widths: Sequence[int] | None = None,
 ) -> dict[int, float]:
-    """The threshold at which each prefix fires a wanted number of latents per token.
+    """Return the threshold at which each prefix fires a target number of latents per token.
 
     Args:
-        sae ([`SAEModel`]): Of family `batch_topk`, Matryoshka or not. JumpReLU's thresholds are learnt one by one, and
-            ReLU, TopK and Gated have none.
+        sae ([`SAEModel`]): An SAE of family `batch_topk`, Matryoshka or not. JumpReLU's thresholds are learnt one by
+            one, and ReLU, TopK and Gated have none.
         activations (iterable of `(n, D)` tensors, or a [`HeldOut`]): Raw hidden states.
-        target_l0 (`float` or `Sequence[float]`): A number: every prefix, taken alone, is to fire so many latents; the
-            SAE stays as it is, and [`with_threshold`] gives the prefix with its threshold. A list, one number for
-            each width, not decreasing: the widest SAE is to fire so many latents below each width; its thresholds are
-            set, one for each group of latents between two widths.
-        widths (`Sequence[int]`, *optional*): By default the SAE's prefix widths.
+        target_l0 (`float` or `Sequence[float]`): Latents per token. A number: those of every prefix taken alone; the
+            SAE stays as it is, and [`with_threshold`] returns the prefix with its threshold. A list, one number for
+            each width, not decreasing: those of the widest SAE below each width; its thresholds are set, one for each
+            group of latents between two widths.
+        widths (`Sequence[int]`, *optional*): Widths to calibrate; by default the SAE's prefix widths.
 
     Returns:
         `dict[int, float]`: The threshold of each width; of its outermost group, where `target_l0` is a list.
@@ -61,33 +61,33 @@ def calibrate_thresholds(
     if len(targets) != len(widths) or min(targets) <= 0 or sorted(targets) != targets:
         raise ValueError(f"`target_l0` needs a positive number for each of {widths}, not decreasing; got {target_l0}.")
     counts, tokens = _histograms(sae, activations, widths)
-    if not nested:
-        wanted, counts = targets, counts.cumsum(0)
-    else:
-        wanted = [after - before for before, after in zip([0.0, *targets[:-1]], targets, strict=True)]
-    found = [_threshold(count, want * tokens) for count, want in zip(counts, wanted, strict=True)]
     if nested:
-        for start, stop, threshold in zip([0, *widths[:-1]], widths, found, strict=True):
+        targets = [after - before for before, after in zip([0.0, *targets[:-1]], targets, strict=True)]
+    else:
+        counts = counts.cumsum(0)
+    thresholds = [_threshold(count, target * tokens) for count, target in zip(counts, targets, strict=True)]
+    if nested:
+        for start, stop, threshold in zip([0, *widths[:-1]], widths, thresholds, strict=True):
             sae.threshold[start:stop] = threshold
-    return dict(zip(widths, found, strict=True))
+    return dict(zip(widths, thresholds, strict=True))
 
 
 def with_threshold(sae: SAEModel, width: int, threshold: float) -> SAEModel:
-    """The first `width` latents as an SAE that fires above `threshold`."""
+    """Return the first `width` latents as an SAE that fires above `threshold`."""
     smaller = sae.truncate(width).eval()
     smaller.threshold.fill_(threshold)
     return smaller
 
 
 def _edges() -> Tensor:
-    """Lower edges of the bins."""
+    """Return the lower edges of the bins."""
     return torch.exp2(torch.arange(_BINS, dtype=torch.float64) / _BINS_PER_OCTAVE + _LOWEST)
 
 
 def _histograms(
     sae: SAEModel, activations: HasActivations | Iterable[Tensor], widths: Sequence[int]
 ) -> tuple[Tensor, int]:
-    """How many positive pre-activations of each group fall into each bin, `(groups, bins)`, and how many tokens."""
+    """Return counts of positive pre-activations by group and bin, `(groups, bins)`, and the number of tokens."""
     counts = torch.zeros(len(widths), _BINS, dtype=torch.int64)
     tokens = torch.zeros((), dtype=torch.int64)
     edges = _edges().to(sae.W_enc.device)
@@ -107,21 +107,20 @@ def _histograms(
             _, cols, values = select_above(blocks, float(edges[0]))
             groups = torch.bucketize(cols, limits, right=True)
             bins = torch.searchsorted(edges, values.double(), right=True) - 1
-            found = torch.bincount(groups * _BINS + bins, minlength=counts.numel())
-            counts += found.view_as(counts).cpu()
+            counts += torch.bincount(groups * _BINS + bins, minlength=counts.numel()).view_as(counts).cpu()
     reduce_sum(counts, tokens)
     if not tokens:
         raise ValueError("There are no hidden states to calibrate thresholds on.")
     return counts, int(tokens)
 
 
-def _threshold(counts: Tensor, wanted: float) -> float:
-    """The value that `wanted` entries exceed; between two edges by interpolation. 0 where there are fewer."""
+def _threshold(counts: Tensor, target: float) -> float:
+    """Return the value that `target` entries exceed, interpolated between two edges; 0 where there are fewer."""
     above = counts.double().flip(0).cumsum(0).flip(0)  # entries at or above each edge
-    if above[0] <= wanted:
+    if above[0] <= target:
         return 0.0
     edges = _edges()
-    last = int((above > wanted).sum()) - 1  # the wanted entry lies in this bin
+    last = int((above > target).sum()) - 1  # the bin of the target's entry
     upper = edges[last + 1] if last + 1 < _BINS else edges[last]
-    share = (above[last] - wanted) / counts[last]
+    share = (above[last] - target) / counts[last]
     return float(edges[last] + share * (upper - edges[last]))

@@ -126,7 +126,7 @@ def test_our_own_format_on_a_hub(hub, tmp_path):
 
 
 def test_without_a_connection_the_cache_is_enough(repository, monkeypatch):
-    hub, tensors = repository
+    _, tensors = repository
     convert.load("someone/saes", subfolder="layer_1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     sae = convert.load("someone/saes", subfolder="layer_1")

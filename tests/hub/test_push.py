@@ -290,7 +290,7 @@ def test_a_private_repository_needs_its_token_which_is_written_nowhere(hub, tmp_
     with pytest.raises(HfHubHTTPError):
         push(tmp_path / "run", private=True)
     push(tmp_path / "run", private=True, token="hf_secret_of_this_test")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=REPO):
         AutoModel.from_pretrained(REPO, subfolder="layers.0", width=3)
     part = AutoModel.from_pretrained(REPO, subfolder="layers.0", width=3, token="hf_secret_of_this_test")
     assert part.config.num_latents == 3
@@ -382,7 +382,7 @@ def test_a_push_into_a_repository_that_fails_leaves_the_old_one_working(hub, tmp
     push(tmp_path / "old")
     hub.watch(None)
     hub.fail(7, "drop", times=100)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=".+"):
         push(tmp_path / "new")
     hub.fail(1, "drop", times=0)
     assert is_whole(hub, old)

@@ -195,7 +195,7 @@ def test_unknown_selection_is_refused():
 
 
 def test_return_dict_false_gives_a_tuple():
-    loss, reconstruction, latents, losses = make_sae("topk")(hidden_states(2), return_dict=False)
+    _, reconstruction, latents, losses = make_sae("topk")(hidden_states(2), return_dict=False)
     assert reconstruction.shape == (2, D) and isinstance(latents, SparseLatents) and set(losses) == {"sse"}
 
 

@@ -92,7 +92,7 @@ def test_many_rows_and_a_batch_of_nothing_else(training):
 @pytest.mark.parametrize("selection", ["mask", "restrict"])
 def test_what_is_spliced_into_a_model_is_nan_too(selection):
     sae = build("matryoshka topk")
-    x, spoiled, bad = states()
+    _, spoiled, bad = states()
     found = Dictionary(sae, [8, 64], selection).reconstruct(spoiled.flatten(0, 1))
     assert found[:, bad.flatten()].isnan().all() and found[:, ~bad.flatten()].isfinite().all()
 

@@ -60,7 +60,7 @@ def test_auto_model_loads_from_a_run_with_an_index_what_it_loads_from_the_hub(tm
 
 @pytest.mark.parametrize("width", [None, 4])
 def test_the_saes_of_a_folder_are_listed_where_none_or_another_is_named(run, width):
-    folder, saes = run("layers.3", "layers.4")
+    folder, _ = run("layers.3", "layers.4")
     there = r"`subfolder=` one of nested/layers\.3, nested/layers\.4\."
     with pytest.raises(ValueError, match=f"holds 2 SAEs. Say which: {there}"):
         MatryoshkaSAE.from_pretrained(folder, width=width)

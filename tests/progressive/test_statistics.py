@@ -231,7 +231,7 @@ def test_broken_files_are_errors(tmp_path):
     metadata = {"format": "hf_matryoshka_sae.latent_statistics/1", "tokens": "8"}
     tensors = found.tensors()
     save_file({name: tensor for name, tensor in tensors.items() if name != "mean"}, path, metadata)
-    with pytest.raises(ValueError, match="does not hold what latent statistics need"):
+    with pytest.raises(ValueError, match="has not the tensors of latent statistics"):
         LatentStatistics.load(path)
     save_file(tensors | {"mean": tensors["mean"][:3].clone()}, path, metadata)
     with pytest.raises(ValueError, match="different numbers of latents"):
@@ -243,7 +243,7 @@ def test_a_number_of_tokens_is_one(tmp_path, tokens):
     found = latent_statistics(make_sae("topk"), [hidden_states(8)])
     metadata = {"format": "hf_matryoshka_sae.latent_statistics/1", "tokens": tokens}
     save_file(found.tensors(), tmp_path / "statistics.safetensors", metadata)
-    with pytest.raises(ValueError, match="statistics.safetensors says it is of .* tokens"):
+    with pytest.raises(ValueError, match="statistics.safetensors states .* tokens"):
         LatentStatistics.load(tmp_path)
 
 

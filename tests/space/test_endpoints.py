@@ -198,9 +198,9 @@ def test_search_finds_what_search_latents_does(endpoints, opened, width):
 )
 def test_a_hostile_pattern_ends_with_a_message(endpoints, pattern):
     start = time.monotonic()
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=".+"):
         endpoints.search(pattern)
-    assert time.monotonic() - start < 20 and str(caught.value)
+    assert time.monotonic() - start < 20
 
 
 def test_what_cannot_be_searched_for_is_said(endpoints):

@@ -100,7 +100,7 @@ def test_what_a_chart_says_is_text():
     )
     figure = svg(chart)
     assert "<script" not in chart and not list(figure.iter("script"))
-    assert written(figure).count(HOSTILE) == 3 and [item.text for item in figure.iter("span")][0] == HOSTILE
+    assert written(figure).count(HOSTILE) == 3 and next(figure.iter("span")).text == HOSTILE
     bars = bar_chart([1, 2], [3], Axis(HOSTILE), HOSTILE, SIZE)
     assert "<script" not in bars and written(svg(bars)).count(HOSTILE) == 2
 

@@ -163,7 +163,6 @@ def test_a_width_is_the_truncated_sae(lm, sae):
 
 
 def test_a_long_text_is_cut_and_says_so(lm, sae):
-    model, _ = lm
     found = reconstruct_text(sae, *lm, TEXT, max_tokens=5, max_new_tokens=4)
     start = reconstruct_text(sae, *lm, " ".join(TEXT.split()[:4]), max_new_tokens=4)
     assert found.left_out == 4 and start.left_out == 0 and found.tokens == start.tokens

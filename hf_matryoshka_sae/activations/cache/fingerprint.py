@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..text.documents import DatasetConfig
 from ..text.tokens import TokenStream
@@ -25,7 +26,7 @@ def cache_fingerprint(
     hookpoints: Sequence[str],
     **more: Any,
 ) -> dict[str, Any]:
-    """Everything that cached hidden states depend on, as JSON-able values.
+    """Return everything that cached hidden states depend on, as JSON-able values.
 
     Args:
         model (`nn.Module`): the language model; its config and a sample of each weight are hashed.
@@ -74,7 +75,7 @@ def _weights(model: nn.Module) -> Iterator[str | bytes]:
         yield weight.detach().flatten()[::stride].double().cpu().numpy().tobytes()
 
 
-def _tokenizer(tokenizer) -> Iterator[str]:
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # Set by whichever call came last.
@@ -102,13 +103,13 @@ def _file_ends(path: Path) -> Iterator[str | bytes]:
                 yield stream.read()
 
 
-def differing_fields(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What to say of each field in which two fingerprints differ; `found` may have more hookpoints than are wanted."""
-    wanted = json.loads(json.dumps(wanted))  # tuples are lists there
-    if set(wanted["hookpoints"]) <= set(found["hookpoints"]):
-        wanted["hookpoints"] = found["hookpoints"]
+def differing_fields(own: dict[str, Any], cached: dict[str, Any]) -> list[str]:
+    """Describe each field in which two fingerprints differ; `cached` may have more hookpoints."""
+    own = json.loads(json.dumps(own))  # tuples are lists there
+    if set(own["hookpoints"]) <= set(cached["hookpoints"]):
+        own["hookpoints"] = cached["hookpoints"]
     return [
-        f"{name} is {found.get(name)} there, {wanted.get(name)} here"
-        for name in dict.fromkeys([*wanted, *found])
-        if wanted.get(name) != found.get(name)
+        f"{name} is {cached.get(name)} there, {own.get(name)} here"
+        for name in dict.fromkeys([*own, *cached])
+        if own.get(name) != cached.get(name)
     ]

@@ -1,4 +1,4 @@
-"""How hidden states lie in a cache, and what its index says.
+"""The files of a cache of hidden states: how rows are stored, and what the index holds.
 
 A cache is a set of shards, `shard-<writer>-of-<writers>-<number>.safetensors`, each with one contiguous `[n, D]` array
 per hookpoint. Each writer leaves a record, `writer-<writer>-of-<writers>.json`, when its part is complete;
@@ -12,6 +12,7 @@ that are a hundred times larger than the rest in many language models would set 
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ class Shard:
     """A file of a cache.
 
     Args:
-        rows (`int`): in each of its arrays.
-        bytes (`int`): of the file.
-        offsets (`dict[str, int]`): where in the file each array begins.
+        rows (`int`): rows in each of its arrays.
+        bytes (`int`): size of the file.
+        offsets (`dict[str, int]`): first byte of each array in the file.
     """
 
     rows: int
@@ -53,7 +54,7 @@ class CacheIndex:
     Args:
         fingerprint (`dict`): as [`cache_fingerprint`] gives it.
         dtype (`str`): how rows are stored, one of `STORED_DTYPES`.
-        rows (`int`): in all shards together.
+        rows (`int`): rows in all shards together.
         widths (`dict[str, int]`): D of each hookpoint.
         errors (`dict[str, float]`): FVU of the stored rows against the harvested ones, by hookpoint: summed squared
             error over summed squared distance from the mean.
@@ -69,33 +70,33 @@ class CacheIndex:
 
     @property
     def bytes(self) -> int:
-        """Of all shards together."""
+        """Return the size of all shards together."""
         return sum(shard.bytes for shard in self.shards.values())
 
     def to_json(self) -> bytes:
-        """The content of `index.json`."""
+        """Return the content of `index.json`."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1).encode()
 
     def damaged(self, storage: CacheStorage) -> str | None:
-        """The first file that is missing or has not its size, or `None`."""
+        """Return the first file that is missing or of another size than the index says, or `None`."""
         return next((name for name, shard in self.shards.items() if storage.size(name) != shard.bytes), None)
 
 
-def has_cache(place) -> bool:
-    """Whether a folder or URL holds a complete cache, of whatever."""
+def has_cache(place: str | Path) -> bool:
+    """Return whether a folder or URL holds a complete cache, of any hidden states."""
     return CacheStorage(place).exists(INDEX)
 
 
 def read_index(storage: CacheStorage) -> CacheIndex:
-    """The index of a complete cache.
+    """Return the index of a complete cache.
 
     Raises:
         `ValueError`: the cache is half-written, or of another version of the format.
     """
     if not storage.exists(INDEX):
-        half = any(name.startswith(("shard-", "writer-")) for name in storage.names())
-        half = " It was not written to its end." if half else ""
-        raise ValueError(f"'{storage}' holds no complete activation cache.{half} Build it anew.")
+        is_partial = any(name.startswith(("shard-", "writer-")) for name in storage.names())
+        cause = " It was not written to its end." if is_partial else ""
+        raise ValueError(f"'{storage}' holds no complete activation cache.{cause} Build it anew.")
     fields = json.loads(storage.read(INDEX))
     version = fields.pop("format_version", 1)
     if version != FORMAT_VERSION:
@@ -108,7 +109,7 @@ def read_index(storage: CacheStorage) -> CacheIndex:
 
 
 def encode(hookpoint: str, rows: Tensor, dtype: str) -> dict[str, Tensor]:
-    """The arrays that hold a shard's rows.
+    """Return the arrays that hold a shard's rows at one hookpoint, by name.
 
     Args:
         hookpoint (`str`): prefix of their names.
@@ -151,7 +152,7 @@ def _quantized(hookpoint: str, rows: Tensor) -> dict[str, Tensor]:
 
 
 def layout(hookpoint: str, dtype: str, rows: int, width: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """Raw type and shape of the arrays that [`encode`] makes; those that begin with `rows` have a row per token."""
+    """Return raw type and shape of the arrays that [`encode`] makes; the first axis is of rows where there are any."""
     raw = _RAW[BITS[STORED_DTYPES[dtype]]]
     arrays: dict[str, tuple[type, tuple[int, ...]]] = {hookpoint: (raw, (rows, width))}
     if dtype == "int8":
@@ -169,14 +170,15 @@ def decode(
     out: np.ndarray,
     dtype: torch.dtype,
 ) -> None:
-    """Rows of a shard in a run's type.
+    """Write n rows of a shard to `out`, in a run's type.
 
     Args:
-        arrays (`dict[str, np.ndarray]`): the shard's, as [`layout`] describes them.
-        hookpoint (`str`): which rows.
-        first, end (`int`): the first of n rows, and the one after the last.
-        stored (`str`): how they are stored.
-        out (`np.ndarray`): `[n, D]`, the bits of the result are written to it.
+        arrays (`dict[str, np.ndarray]`): the shard's arrays, as [`layout`] describes them.
+        hookpoint (`str`): the hookpoint whose rows are read.
+        first (`int`): number of the first row in the arrays.
+        end (`int`): number of the row after the last, first + n.
+        stored (`str`): how the rows are stored, one of `STORED_DTYPES`.
+        out (`np.ndarray`): `[n, D]`, receives the bits of the result.
         dtype (`torch.dtype`): type of the result.
     """
     if STORED_DTYPES[stored] is dtype:

@@ -23,9 +23,9 @@ class Block:
 
     Args:
         epoch (`int`): pass over the cache.
-        windows (`list[list[int]]`): shard, first row, row after the last.
-        runs (`list[list[int]]`): pieces of the windows, in the order in which they are given; likewise.
-        next_shards (`list[int]`): which will be taken together after those of this block.
+        windows (`list[list[int]]`): shard, first row and row after the last, of each window.
+        runs (`list[list[int]]`): pieces of the windows in reading order, described like them.
+        next_shards (`list[int]`): the shards that are read together after those of this block.
     """
 
     epoch: int
@@ -35,7 +35,7 @@ class Block:
 
     @property
     def shards(self) -> list[int]:
-        """Those of the windows."""
+        """Return the shards that the windows lie in, ascending."""
         return sorted({shard for shard, _, _ in self.windows})
 
 
@@ -44,18 +44,19 @@ class ReadingOrder:
 
     Args:
         shard_rows (`list[int]`): rows of each shard.
-        run_rows (`int`): rows that stay together.
-        window_rows (`int`): rows of a window, a multiple of it.
-        seed (`int`): of the permutations.
-        rank, world_size (`int`): which share of the rows; all together have each row once.
+        run_rows (`int`): rows of a run, which stay together.
+        window_rows (`int`): rows of a window, a multiple of `run_rows`.
+        seed (`int`): seed of the permutations.
+        rank (`int`): number of this reader; its share and those of the others have each row once.
+        world_size (`int`): number of readers.
 
     Attributes:
-        rows_per_epoch (`int`): in this share.
+        rows_per_epoch (`int`): rows in this reader's share.
     """
 
     def __init__(
         self, shard_rows: Sequence[int], run_rows: int, window_rows: int, seed: int, rank: int, world_size: int
-    ):
+    ) -> None:
         self._run_rows, self._window_rows, self._seed, self._rank = run_rows, window_rows, seed % 2**63, rank
         # Turns, so that no reader has the smaller part of every shard.
         parts = [(rows, (rank + shard) % world_size) for shard, rows in enumerate(shard_rows)]
@@ -67,7 +68,7 @@ class ReadingOrder:
         return end - first
 
     def blocks(self, position: int) -> Iterator[Block]:
-        """Blocks from the row on that is number `position` of this reader, counted through all epochs."""
+        """Yield the blocks from this reader's row number `position` on, counted through all epochs."""
         epoch, skipped = divmod(position, self.rows_per_epoch)
         while True:
             groups = self._groups(epoch)
@@ -88,7 +89,7 @@ class ReadingOrder:
             epoch += 1
 
     def _groups(self, epoch: int) -> list[list[int]]:
-        """Shards that are taken together, equal for all readers."""
+        """Return the groups of shards that are read together in an epoch, equal for all readers."""
         shards = np.random.default_rng((self._seed, epoch)).permutation(len(self.shares))
         return [group.tolist() for group in np.array_split(shards, -(-len(shards) // SHARDS_AT_ONCE))]
 
@@ -105,7 +106,7 @@ class ReadingOrder:
         return np.stack([np.full(len(cuts) - 1, shard), cuts[:-1], cuts[1:]], 1)
 
     def _cut(self, windows: np.ndarray) -> np.ndarray:
-        """The runs of windows."""
+        """Return the runs of which windows consist, rows of (shard, first, end)."""
         starts = windows[:, 1:2] + np.arange(0, self._window_rows, self._run_rows)
         ends = np.minimum(starts + self._run_rows, windows[:, 2:])
         runs = np.stack([np.broadcast_to(windows[:, :1], starts.shape), starts, ends], 2)

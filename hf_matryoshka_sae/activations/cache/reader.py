@@ -42,22 +42,23 @@ class CachedActivationStream(ShuffledStream):
     shards' at a time.
 
     Args:
-        place (`str` or `Path`): the cache: a folder, or a URL that fsspec knows (`s3://`, `hf://datasets/...`).
+        place (`str` or `Path`): the cache, a folder, or a URL that fsspec knows (`s3://`, `hf://datasets/...`).
         fingerprint (`dict`): what this run would harvest, as [`cache_fingerprint`] gives it.
         hookpoints (`list[str]`): which of the cached hookpoints to read.
         batch_size (`int`): rows in a batch, in this process.
         buffer_tokens (`int`): rows that `peek` shows at most; a [`PrefetchedStream`] reads half as many ahead. Without
             one no more than a batch is in memory, per hookpoint, whatever the size of the cache.
-        device (`torch.device`, *optional*, defaults to `"cpu"`): where the rows go.
-        dtype (`torch.dtype`, *optional*): their type; by default as they are stored, float32 for int8.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): device of the rows.
+        dtype (`torch.dtype`, *optional*): type of the rows; by default as they are stored, float32 for int8.
         seed (`int`, *optional*, defaults to `0`): seed of the order of rows and shards.
-        rank, world_size (`int`, *optional*): which share of how many; may differ from those of the build.
+        rank (`int`, *optional*, defaults to 0): number of this reader.
+        world_size (`int`, *optional*, defaults to 1): number of readers; may differ from that of the writers.
         stored_as (`str`, *optional*): refuse a cache whose rows are stored otherwise, for example other than `bf16`.
 
     Attributes:
         tokens_seen (`int`): rows given out by this process.
         num_cached (`int`): rows in the cache, for all readers together.
-        index ([`CacheIndex`]): what the cache says of itself.
+        index ([`CacheIndex`]): the index of the cache.
 
     Raises:
         `ValueError`: the cache is half-written, damaged or was made with something else (the message names the
@@ -78,7 +79,7 @@ class CachedActivationStream(ShuffledStream):
         rank: int = 0,
         world_size: int = 1,
         stored_as: str | None = None,
-    ):
+    ) -> None:
         super().__init__(hookpoints, batch_size, buffer_tokens, batch_size, seed)
         storage = CacheStorage(place)
         self.index = checked_index(storage, fingerprint, stored_as)
@@ -125,12 +126,12 @@ class CachedActivationStream(ShuffledStream):
         return self._device
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue: how many rows have been given out."""
+        """Return everything needed to continue: how many rows have been given out."""
         self.close()
         return {"tokens_seen": self.tokens_seen, "exhausted": False}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same cache and options."""
+        """Continue where `state_dict` was taken, given the same cache and options."""
         self._forget_ahead()
         self.tokens_seen = state["tokens_seen"]
         self._buffer.restart(self.tokens_seen)
@@ -138,15 +139,15 @@ class CachedActivationStream(ShuffledStream):
 
 
 def checked_index(storage: CacheStorage, fingerprint: dict[str, Any], stored_as: str | None) -> CacheIndex:
-    """The index of a cache that is complete, undamaged and what a run asks for.
+    """Return the index of a cache, after checking that it is complete, undamaged and made of what a run would harvest.
 
     Args:
-        storage ([`CacheStorage`]): where it is.
-        fingerprint (`dict`): what the run would harvest.
-        stored_as (`str`, *optional*): how its rows must be stored.
+        storage ([`CacheStorage`]): the files of the cache.
+        fingerprint (`dict`): what the run would harvest, as [`cache_fingerprint`] gives it.
+        stored_as (`str`, *optional*): how its rows must be stored, one of `STORED_DTYPES`.
 
     Raises:
-        `ValueError`: it is not; the message says in what.
+        `ValueError`: the cache is half-written, damaged or differs; the message names the file or the fields.
     """
     index = read_index(storage)
     differing = differing_fields(fingerprint, index.fingerprint)
@@ -165,7 +166,7 @@ def checked_index(storage: CacheStorage, fingerprint: dict[str, Any], stored_as:
 
 
 class _Reader:
-    """Rows from a position on."""
+    """Reads rows from a position on, block by block."""
 
     def __init__(
         self,
@@ -175,32 +176,32 @@ class _Reader:
         widths: dict[str, int],
         dtype: torch.dtype,
         position: int,
-    ):
+    ) -> None:
         self._shards, self._stored, self._widths, self._dtype = shards, stored, widths, dtype
         self._blocks = order.blocks(position)
         self._ahead: deque[Block] = deque()
         self._announced: list[int] | None = None
-        self._runs: deque[list[int]] = deque()  # of the block at hand
-        self._opened: dict[int, MappedShard] = {}  # its shards
+        self._runs: deque[list[int]] = deque()  # of the block that is being read
+        self._mapped: dict[int, MappedShard] = {}  # its shards, by number
         self.epoch = 0
 
     def take(self, count: int) -> dict[str, Tensor]:
-        """The next `count` rows, `[count, D]` for each hookpoint, on the CPU."""
+        """Return the next `count` rows, `[count, D]` for each hookpoint, on the CPU."""
         batch = {name: self._empty(count, width) for name, width in self._widths.items()}
         filled = 0
         while filled < count:
             if not self._runs:
                 self._open(self._next_block())
             number, first, end = self._runs.popleft()
-            taken = min(end - first, count - filled)
-            if taken < end - first:
-                self._runs.appendleft([number, first + taken, end])
-            shard = self._opened[number]
+            num_rows = min(end - first, count - filled)
+            if num_rows < end - first:
+                self._runs.appendleft([number, first + num_rows, end])
+            shard = self._mapped[number]
             start = first - shard.first_row
             for name, rows in batch.items():
-                place = rows[filled : filled + taken]
-                decode(shard.arrays, name, start, start + taken, self._stored, place, self._dtype)
-            filled += taken
+                part = rows[filled : filled + num_rows]
+                decode(shard.arrays, name, start, start + num_rows, self._stored, part, self._dtype)
+            filled += num_rows
         return {name: torch.from_numpy(rows).view(self._dtype) for name, rows in batch.items()}
 
     def _empty(self, rows: int, width: int) -> np.ndarray:
@@ -208,7 +209,7 @@ class _Reader:
         return np.empty((rows, width), bits)  # numpy asks for huge pages where there is much of it
 
     def _open(self, block: Block) -> None:
-        self._opened = {shard: self._shards.get(shard) for shard in block.shards}
+        self._mapped = {shard: self._shards.get(shard) for shard in block.shards}
         self.epoch, self._runs = block.epoch, deque(block.runs)
 
     def _next_block(self) -> Block:
@@ -235,11 +236,13 @@ class _Waiting:
     Args:
         capacity (`int`): rows held at most: those of a batch.
         seen (`int`): rows that `peek` shows at most.
-        reader_at (`Callable`): a [`_Reader`] at a position.
-        device (`torch.device`): where the rows go.
+        reader_at (`Callable`): returns a [`_Reader`] at a position.
+        device (`torch.device`): device of the rows.
     """
 
-    def __init__(self, capacity: int, seen: int, reader_at: Callable[[int], _Reader], device: torch.device | str):
+    def __init__(
+        self, capacity: int, seen: int, reader_at: Callable[[int], _Reader], device: torch.device | str
+    ) -> None:
         self._capacity, self._seen, self._reader_at, self._device = capacity, seen, reader_at, device
         self.restart(0)
 
@@ -258,13 +261,13 @@ class _Waiting:
     def add(self, rows: dict[str, Tensor]) -> None:
         self._batches.append(rows)
 
-    def draw(self, count: int) -> dict[str, Tensor]:
+    def draw(self, count: int) -> dict[str, Tensor]:  # noqa: ARG002  a batch is drawn whole
         rows = self._batches.popleft()
         self._position += len(next(iter(rows.values())))
         return rows
 
     def peek(self, count: int, chunk_size: int) -> Iterator[dict[str, Tensor]]:
-        """The rows that will be drawn, read for themselves."""
+        """Yield the rows that will be drawn, from a reader of their own."""
         reader, left = self._reader_at(self._position), min(count, self._seen)
         while left > 0:
             yield _on(self._device, reader.take(min(chunk_size, left)))

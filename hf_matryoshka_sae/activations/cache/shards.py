@@ -34,12 +34,11 @@ class MappedShard:
 
     Args:
         path (`Path`): the file.
-        arrays (`dict`): offset, raw type and shape by name.
-        first_row (`int`): which row of the shard the file begins with.
-        per_row (`set[str]`): which of the arrays have a row per token.
+        arrays (`dict[str, tuple]`): first byte, raw type and shape of each array, by name.
+        first_row (`int`, *optional*, defaults to 0): number in the shard of the row that the file begins with.
     """
 
-    def __init__(self, path: Path, arrays: dict[str, tuple[int, type, tuple[int, ...]]], first_row: int = 0):
+    def __init__(self, path: Path, arrays: dict[str, tuple[int, type, tuple[int, ...]]], first_row: int = 0) -> None:
         self._file = path.open("rb")
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self.path, self.first_row = path, first_row
@@ -57,7 +56,7 @@ class MappedShard:
             self._map.madvise(mmap.MADV_WILLNEED, aligned, min(stop, len(self._map)) - aligned)
 
     def in_memory(self, hookpoint: str, row: int) -> bool:
-        """Whether a row can be read at once; asking is much cheaper than having it read again in vain."""
+        """Return whether a row is in the page cache; asking costs much less than reading it again in vain."""
         try:
             return os.preadv(self._file.fileno(), [bytearray(1)], self._bytes(hookpoint, row), os.RWF_NOWAIT) == 1
         except OSError:  # it cannot, or this file system does not say
@@ -71,10 +70,10 @@ class Shards:
     """The shards of a cache, opened when they are asked for; safe to use from several threads.
 
     Args:
-        storage ([`CacheStorage`]): where they are.
-        index ([`CacheIndex`]): of the cache.
-        hookpoints (`list[str]`): which arrays to read.
-        shares (`list[tuple[int, int]]`): of each shard, the rows that will be read: first, and after the last.
+        storage ([`CacheStorage`]): the files of the cache.
+        index ([`CacheIndex`]): the index of the cache.
+        hookpoints (`list[str]`): hookpoints whose arrays are read.
+        shares (`list[tuple[int, int]]`): rows of each shard that will be read: the first, and the one after the last.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Shards:
         index: CacheIndex,
         hookpoints: Sequence[str],
         shares: Sequence[tuple[int, int]],
-    ):
+    ) -> None:
         self._storage, self._index, self._hookpoints, self._shares = storage, index, list(hookpoints), shares
         self._names = list(index.shards)
         self._open: OrderedDict[int, Future[MappedShard]] = OrderedDict()
@@ -101,73 +100,72 @@ class Shards:
                 self._begin(shard)
 
     def get(self, shard: int) -> MappedShard:
-        """A shard, after waiting for it if need be.
+        """Return a shard, after waiting until it is fetched.
 
         Raises:
             `OSError`: it cannot be read; the next call tries again.
         """
         with self._lock:
-            found = self._begin(shard)
-        return found.result()
+            mapped = self._begin(shard)
+        return mapped.result()
 
     def will_need(self, block: Block) -> None:
         """Have a block's rows read from the disk, as far as its shards are open."""
         if not _CAN_ASK:
             return
         with self._lock:
-            found = {shard: self._open.get(shard) for shard in block.shards}
-        ready = {shard: waiting for shard, waiting in found.items() if waiting is not None and waiting.done()}
-        opened = {shard: waiting.result() for shard, waiting in ready.items() if waiting.exception() is None}
-        windows = [(opened[shard], first, end) for shard, first, end in block.windows if shard in opened]
+            pending = {shard: self._open.get(shard) for shard in block.shards}
+        done = {shard: future for shard, future in pending.items() if future is not None and future.done()}
+        mapped = {shard: future.result() for shard, future in done.items() if future.exception() is None}
+        windows = [(mapped[shard], first, end) for shard, first, end in block.windows if shard in mapped]
         name = self._hookpoints[0]
         if not all(shard.in_memory(name, first) for shard, first, _ in windows[:: WINDOWS_IN_BLOCK // 4]):
             for shard, first, end in windows:
                 shard.will_need(self._hookpoints, first, end)
 
     def _begin(self, shard: int) -> "Future[MappedShard]":
-        found = self._open.get(shard)
-        if found is None or (found.done() and found.exception() is not None):
-            if found is None and len(self._open) >= 2 * SHARDS_AT_ONCE:
+        future = self._open.get(shard)
+        if future is None or (future.done() and future.exception() is not None):
+            if future is None and len(self._open) >= 2 * SHARDS_AT_ONCE:
                 self._forget(next(iter(self._open)))
-            self._open[shard] = self._opened(shard)
+            self._open[shard] = self._future(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _opened(self, shard: int) -> "Future[MappedShard]":
+    def _future(self, shard: int) -> "Future[MappedShard]":
         if self._folder is not None:
             return self._fetchers.submit(self._fetch, shard)
-        opened: Future[MappedShard] = Future()
-        opened.set_result(self._map(shard))
-        return opened
+        future: Future[MappedShard] = Future()
+        future.set_result(self._map(shard))
+        return future
 
     def _forget(self, shard: int) -> None:
-        waiting = self._open.pop(shard)
-        if self._folder is not None and not waiting.cancel():
-            # A file that is still mapped, or being fetched, goes when nobody uses it any more.
-            waiting.add_done_callback(_unlink)
+        future = self._open.pop(shard)
+        if self._folder is not None and not future.cancel():
+            # A mapped file keeps its bytes after its name is gone; one that is being fetched goes when it is whole.
+            future.add_done_callback(_unlink)
 
-    def _arrays(self, shard: int, rows: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-        found: dict[str, tuple[type, tuple[int, ...]]] = {}
+    def _arrays(self, rows: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+        arrays: dict[str, tuple[type, tuple[int, ...]]] = {}
         for name in self._hookpoints:
-            found |= layout(name, self._index.dtype, rows, self._index.widths[name])
-        return found
+            arrays |= layout(name, self._index.dtype, rows, self._index.widths[name])
+        return arrays
 
     def _map(self, shard: int) -> MappedShard:
-        described = self._index.shards[self._names[shard]]
-        arrays = self._arrays(shard, described.rows)
-        placed = {name: (described.offsets[name], *array) for name, array in arrays.items()}
+        entry = self._index.shards[self._names[shard]]
+        placed = {name: (entry.offsets[name], *array) for name, array in self._arrays(entry.rows).items()}
         return MappedShard(self._storage.folder / self._names[shard], placed)
 
     def _fetch(self, shard: int) -> MappedShard:
-        """The share's rows of each array, one after the other in a file of its own."""
+        """Fetch the share's rows of each array to a file of its own, one array after the other."""
         first, end = self._shares[shard]
-        described = self._index.shards[self._names[shard]]
-        whole, share = self._arrays(shard, described.rows), self._arrays(shard, end - first)
+        entry = self._index.shards[self._names[shard]]
+        whole, share = self._arrays(entry.rows), self._arrays(end - first)
         placed: dict[str, tuple[int, type, tuple[int, ...]]] = {}
         with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             for name, (raw, shape) in share.items():
                 row_bytes = math.prod(shape[1:]) * np.dtype(raw).itemsize
-                start = described.offsets[name] + (first * row_bytes if shape != whole[name][1] else 0)
+                start = entry.offsets[name] + (first * row_bytes if shape != whole[name][1] else 0)
                 size = math.prod(shape) * np.dtype(raw).itemsize
                 placed[name] = file.tell(), raw, shape
                 for at in range(start, start + size, _PIECE):

@@ -1,4 +1,4 @@
-"""Where the files of a cache lie: a folder, or any place that fsspec knows (`s3://`, `hf://`, `memory://`, `http://`).
+"""The files of a cache in a folder, or in any place that fsspec knows (`s3://`, `hf://`, `memory://`, `http://`).
 
 Files are written whole or not at all: here to a temporary name first; elsewhere a store shows a file when it is
 complete.
@@ -29,7 +29,7 @@ class CacheStorage:
         `ValueError`: fsspec does not know such a URL, or lacks the package for it.
     """
 
-    def __init__(self, place: str | Path):
+    def __init__(self, place: str | Path) -> None:
         self.place = str(place).rstrip("/")
         if "://" not in self.place:
             self.folder, self._files, self._root = Path(place), fsspec.filesystem("file"), self.place
@@ -49,30 +49,30 @@ class CacheStorage:
         return f"{self._root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is a complete file of this name."""
+        """Return whether there is a complete file of this name."""
         self._files.invalidate_cache()  # another machine may have written it
         return (
             self._files.isfile(self._path(name)) if self.folder is not None else self._files.exists(self._path(name))
         )
 
     def names(self) -> list[str]:
-        """All files, sorted; none where there is no such place."""
+        """Return the names of all files, sorted; none where there is no such place."""
         self._files.invalidate_cache()
         try:
-            found = self._files.ls(self._root, detail=False)
+            paths = self._files.ls(self._root, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; `None` where it is missing."""
+        """Return the size of a file in bytes, `None` where it is missing."""
         try:
             return self._files.info(self._path(name))["size"]
         except FileNotFoundError:
             return None
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file, or its bytes from `start` up to `stop`; a store elsewhere is asked three times.
+        """Return a file, or its bytes from `start` up to `stop`; three attempts are made.
 
         Raises:
             `OSError`: it cannot be read.
@@ -81,7 +81,7 @@ class CacheStorage:
             try:
                 data = self._files.cat_file(self._path(name), start=start, end=stop)
                 if stop is not None and len(data) != stop - (start or 0):
-                    raise OSError(f"{len(data)} bytes came, {stop - (start or 0)} were asked for")
+                    raise OSError(f"{len(data)} bytes came of {stop - (start or 0)}")
                 return data
             except Exception as error:  # each store has errors of its own
                 if not left or isinstance(error, FileNotFoundError):
@@ -90,7 +90,7 @@ class CacheStorage:
         raise AssertionError
 
     def write(self, name: str, data: bytes) -> None:
-        """Make a file of these bytes, in place of what was there."""
+        """Write a file of these bytes, in place of one of that name."""
         if self.folder is None:
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(self._path(name), data)

@@ -1,4 +1,4 @@
-"""Documents: the text a language model is shown, from the Hub, from files or from what the package ships.
+"""Documents: the text that a language model reads, from the Hub, from files or from the package.
 
 A `Documents` object hands out texts in order, epoch after epoch. Each process of `world_size` reads its own share: the
 shares are disjoint and together are the whole data set. Position and order can be saved and restored exactly.
@@ -8,12 +8,17 @@ import difflib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...common.data_source import EMBEDDED, LOADERS, DatasetConfig, local_files
 from ...common.hub_access import check_reachable
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 logger = logging.getLogger(__name__)
@@ -25,14 +30,16 @@ class Documents(Protocol):
     """Documents of one process; the two implementations differ in whether random access exists."""
 
     def take(self, count: int) -> list[str]:
-        """The next `count` documents of this epoch that are not blank; fewer, then none, at its end."""
+        """Return the next `count` documents of this epoch that are not blank; fewer, then none, at its end."""
 
     def next_epoch(self) -> None:
         """Start again, in the next epoch's order."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, JSON-able."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
 
 
 class IndexedDocuments:
@@ -43,17 +50,27 @@ class IndexedDocuments:
 
     Args:
         rows (`list[str]` or `datasets.Dataset`): all documents.
-        column (`str`, *optional*): column of a `datasets.Dataset`.
-        tokenizer (*optional*): renders chat messages.
+        column (`str`, *optional*): column of a `datasets.Dataset` that holds the text.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): renders chat messages.
         shuffle (`bool`, *optional*, defaults to `False`): permute the documents.
         seed (`int`, *optional*, defaults to `0`): seed of the permutation; epoch e uses `seed + e`.
-        rank, world_size (`int`, *optional*): this process and how many there are.
+        rank (`int`, *optional*, defaults to `0`): number of this process.
+        world_size (`int`, *optional*, defaults to `1`): number of processes.
 
     Raises:
         `ValueError`: there are fewer documents than processes.
     """
 
-    def __init__(self, rows, column=None, tokenizer=None, shuffle=False, seed=0, rank=0, world_size=1):
+    def __init__(
+        self,
+        rows: "list[str] | Dataset",
+        column: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         if len(rows) < world_size:
             raise ValueError(
                 f"The data set has {len(rows)} documents for {world_size} processes; each process needs at least one."
@@ -71,6 +88,7 @@ class IndexedDocuments:
         self._order, self._epoch, self._position = order[rank::world_size], epoch, position
 
     def take(self, count: int) -> list[str]:
+        """Return the next `count` documents of this epoch that are not blank; fewer, then none, at its end."""
         texts = []
         while len(texts) < count and self._position < len(self._order):
             indices = self._order[self._position : self._position + count - len(texts)].tolist()
@@ -83,16 +101,19 @@ class IndexedDocuments:
             return [self._rows[i] for i in indices]
         return self._rows[indices][self._column]
 
-    def _render(self, value) -> str:
+    def _render(self, value: Any) -> str:
         return render(value, self._column, self._tokenizer)
 
     def next_epoch(self) -> None:
+        """Start again, in the next epoch's order."""
         self._start(self._epoch + 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
         self._start(state["epoch"], state["position"])
 
 
@@ -100,17 +121,20 @@ class StreamedDocuments:
     """Documents of a `datasets.IterableDataset`, already shuffled and split by process.
 
     Args:
-        dataset (`datasets.IterableDataset`): this process's share.
-        column (`str`): column of the text.
-        tokenizer (*optional*): renders chat messages.
+        dataset (`datasets.IterableDataset`): this process's share of the documents.
+        column (`str`): column that holds the text.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): renders chat messages.
     """
 
-    def __init__(self, dataset, column: str, tokenizer=None):
+    def __init__(
+        self, dataset: "IterableDataset", column: str, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         self._dataset, self._column, self._tokenizer = dataset, column, tokenizer
         self._epoch = 0
         self._rows: Iterator[dict] | None = None
 
     def take(self, count: int) -> list[str]:
+        """Return the next `count` documents of this epoch that are not blank; fewer, then none, at its end."""
         if self._rows is None:
             self._rows = iter(self._dataset)
         texts = []
@@ -124,22 +148,25 @@ class StreamedDocuments:
         return texts
 
     def next_epoch(self) -> None:
+        """Start again, in the next epoch's order."""
         self._epoch += 1
         self._dataset.set_epoch(self._epoch)
         self._rows = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
         return {"epoch": self._epoch, "dataset": self._dataset.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
         self._epoch = state["epoch"]
         self._dataset.set_epoch(self._epoch)
         self._dataset.load_state_dict(state["dataset"])
         self._rows = None
 
 
-def render(value, column: str | None, tokenizer) -> str:
-    """One cell of the text column as text: a string as it is, chat messages through the chat template."""
+def render(value: Any, column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return one cell of the text column as text: a string as it is, chat messages through the chat template."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -158,20 +185,23 @@ def render(value, column: str | None, tokenizer) -> str:
 
 
 def load_documents(
-    config: DatasetConfig, tokenizer=None, shuffle: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+    config: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Documents:
-    """Opens the data set `config` describes.
+    """Open the data set that `config` describes; return this process's documents.
 
     Args:
-        config ([`DatasetConfig`]): where the text is.
-        tokenizer (*optional*): renders chat messages; not needed for plain text.
+        config ([`DatasetConfig`]): the data set.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): renders chat messages; not needed for plain text.
         shuffle (`bool`, *optional*, defaults to `False`): shuffle documents: a permutation of the whole corpus, or,
             for a streamed data set, `datasets`' shuffle of shards and of a window of documents.
         seed (`int`, *optional*, defaults to `0`): seed of the order; must be equal on all processes.
-        rank, world_size (`int`, *optional*): this process and how many there are.
-
-    Returns:
-        [`Documents`]: this process's documents.
+        rank (`int`, *optional*, defaults to `0`): number of this process.
+        world_size (`int`, *optional*, defaults to `1`): number of processes.
 
     Raises:
         `ValueError`: a path, split or column does not exist, the data set is empty, or the Hub cannot be reached.
@@ -190,7 +220,7 @@ def load_documents(
     return IndexedDocuments(dataset, config.column, tokenizer, shuffle, seed, rank, world_size)
 
 
-def _share(dataset, shuffle: bool, seed: int, rank: int, world_size: int):
+def _share(dataset: "IterableDataset", shuffle: bool, seed: int, rank: int, world_size: int) -> "IterableDataset":
     from datasets.distributed import split_dataset_by_node
 
     if shuffle:  # before the split, so that all processes agree on the order they divide
@@ -207,10 +237,10 @@ def _embedded(split: str) -> list[str]:
 
 
 def open_dataset(config: DatasetConfig) -> Any:
-    """The rows of a data set that is on the Hub or in files, all columns.
+    """Open a data set on the Hub or in files; return its rows with all columns.
 
     Raises:
-        `ValueError`: if there is none, or it cannot be read.
+        `ValueError`: if the data set does not exist or cannot be read.
     """
     import datasets
 
@@ -232,7 +262,7 @@ def open_dataset(config: DatasetConfig) -> Any:
         ) from error
 
 
-def _open_hub(config: DatasetConfig):
+def _open_hub(config: DatasetConfig) -> Any:
     import datasets
 
     streaming = True if config.streaming is None else config.streaming

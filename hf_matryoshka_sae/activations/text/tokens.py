@@ -1,4 +1,4 @@
-"""Token batches: documents tokenised into windows of one length, and which positions of them are worth training on.
+"""Token batches: documents tokenised into windows of one length, and which of their positions are trained on.
 
 Packed (the default), documents follow each other in one long line of tokens, which is cut into windows. Where the
 tokenizer has a BOS token each document begins with it, and so does each window; where it has none, EOS (for encoders
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ...common.logs import is_first_process
 from .documents import DatasetConfig, Documents, IndexedDocuments, load_documents
@@ -46,7 +47,7 @@ class TokenBatch:
     padded: bool = True
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         tensors = (self.input_ids, self.attention_mask, self.keep)
         return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.padded)
 
@@ -56,7 +57,7 @@ class TokenStream:
 
     Args:
         documents ([`Documents`] or `list[str]`): this process's documents, see [`load_documents`].
-        tokenizer: the language model's tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): the language model's tokenizer.
         context_length (`int`): tokens in a window, special tokens included.
         batch_size_sequences (`int`): windows in a batch.
         pack (`bool`, *optional*, defaults to `True`): cut windows from joined documents; otherwise one document a row.
@@ -77,7 +78,7 @@ class TokenStream:
     def __init__(
         self,
         documents: Documents | list[str],
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         context_length: int,
         batch_size_sequences: int,
         *,
@@ -85,7 +86,7 @@ class TokenStream:
         add_bos: bool = True,
         exclude: str = "special",
         num_epochs: int | None = None,
-    ):
+    ) -> None:
         if exclude not in EXCLUSIONS:
             raise ValueError(f"`exclude` must be one of {', '.join(EXCLUSIONS)}, got '{exclude}'.")
         if batch_size_sequences < 1:
@@ -102,8 +103,8 @@ class TokenStream:
         self._pending = torch.tensor([], dtype=torch.long)  # packed: tokens not yet in a window
         self._rows: list[list[int]] = []  # not packed: documents not yet in a batch
         self._tokens_this_epoch = 0
-        # The next documents are read and tokenised while the model works on these. What counts as the position is
-        # where the documents stood when the tokens in hand had been read.
+        # The next documents are read and tokenised in a thread while the model works. A saved position is therefore
+        # that of the documents when the last tokens taken from the thread had been read, not where the thread is now.
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[tuple[Tensor | list[list[int]] | None, dict[str, Any]]] | None = None
         self._position = self.documents.state_dict()
@@ -115,8 +116,8 @@ class TokenStream:
         return self._next_packed() if self.pack else self._next_rows()
 
     def _next_packed(self) -> TokenBatch:
-        wanted = self.batch_size_sequences * self._body
-        while len(self._pending) < wanted and self._read():
+        batch_tokens = self.batch_size_sequences * self._body
+        while len(self._pending) < batch_tokens and self._read():
             pass
         num_windows = min(len(self._pending) // self._body, self.batch_size_sequences)
         if num_windows == 0:
@@ -147,7 +148,7 @@ class TokenStream:
         return TokenBatch(input_ids, attention_mask, keep, padded)
 
     def _read(self) -> bool:
-        """Adds the next documents to what is pending; False when the last epoch is over."""
+        """Add the next documents to what is pending; return False when the last epoch is over."""
         ahead, self._ahead = self._ahead or self._reader.submit(self._encode_next), None
         rows, position = ahead.result()
         if rows is None:
@@ -163,9 +164,9 @@ class TokenStream:
         return True
 
     def _encode_next(self) -> tuple[Tensor | list[list[int]] | None, dict[str, Any]]:
-        """Tokens of the next documents, in one line where they are packed, and the position after them.
+        """Return tokens of the next documents, in one line where they are packed, and the position after them.
 
-        `None` at the end of the epoch. Runs in another thread, so whatever can be done here costs the model nothing.
+        Tokens are `None` at the end of the epoch. This runs in another thread, so that its work costs no time.
         """
         texts = self.documents.take(_DOCUMENTS_AT_ONCE)
         if not texts:
@@ -191,7 +192,7 @@ class TokenStream:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, with the tokens already read but not yet given out; JSON-able values and tensors."""
+        """Return the position, with tokens read but not yet given out; JSON-able values and tensors."""
         tokens = self._pending if self.pack else torch.tensor([*chain.from_iterable(self._rows)], dtype=torch.long)
         return {
             "epoch": self.epoch,
@@ -202,7 +203,7 @@ class TokenStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, given the same documents and options."""
+        """Continue where `state_dict` was taken, given the same documents and options."""
         if self._ahead is not None:
             wait([self._ahead])
             self._ahead = None
@@ -226,7 +227,7 @@ class _Frame:
     after: list[int]
 
     @classmethod
-    def of(cls, tokenizer, around_windows: bool) -> "_Frame":
+    def of(cls, tokenizer: PreTrainedTokenizerBase, around_windows: bool) -> "_Frame":
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         prefix, suffix = _template(tokenizer)
         if suffix:  # an encoder: the token that ends a text also separates texts
@@ -238,24 +239,24 @@ class _Frame:
         return cls(prefix, suffix, before, after) if around_windows else cls([], [], before, after)
 
     def strip(self, ids: list[int]) -> list[int]:
-        """A document without the BOS which a chat template may have written already."""
+        """Return a document without the BOS which a chat template may have written already."""
         return ids[1:] if ids[:1] == self.before and self.before else ids
 
 
-def _encoder(tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Turns texts into token ids without special tokens around them."""
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    """Return a function from texts to token ids without special tokens around them."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # A copy, because it works in another thread and a backend must not be reconfigured meanwhile. Its fast call keeps
-    # no offsets, which nobody reads here and which cost a third of the time.
+    # A copy, because it works in another thread and a backend must not be reconfigured meanwhile. `encode_batch_fast`
+    # computes no offsets, which cost a third of the time and are not needed here.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _template(tokenizer) -> tuple[list[int], list[int]]:
-    """The ids which the tokenizer puts before and after a text."""
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -264,7 +265,7 @@ def _template(tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _special_ids(tokenizer) -> Tensor:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     # An unknown word is text all the same, unless its token also has a special job.
     names = {name: ids for name, ids in tokenizer.special_tokens_map.items() if name != "unk_token"}
     tokens = chain.from_iterable(value if isinstance(value, list) else [value] for value in names.values())
@@ -273,19 +274,19 @@ def _special_ids(tokenizer) -> Tensor:
 
 def heldout_batches(
     dataset: DatasetConfig | Documents | list[str],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     tokens: int,
     batch_size_sequences: int = 8,
-    **options,
+    **options: Any,
 ) -> list[TokenBatch]:
-    """The first kept tokens of an evaluation data set: in file order, one epoch, the same on every process.
+    """Return the first kept tokens of an evaluation data set: in file order, one epoch, the same on every process.
 
     Args:
         dataset ([`DatasetConfig`], [`Documents`] or `list[str]`): the evaluation text.
-        tokenizer: the language model's tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): the language model's tokenizer.
         context_length (`int`): tokens in a window.
-        tokens (`int`): kept tokens wanted, in all batches together.
+        tokens (`int`): kept tokens to read, in all batches together.
         batch_size_sequences (`int`, *optional*, defaults to `8`): windows in a batch.
         options: `pack`, `add_bos` and `exclude` of [`TokenStream`].
 
@@ -299,19 +300,19 @@ def heldout_batches(
     documents = load_documents(dataset, tokenizer) if isinstance(dataset, DatasetConfig) else dataset
     stream = TokenStream(documents, tokenizer, context_length, batch_size_sequences, num_epochs=1, **options)
     batches = list(_first(stream, tokens))
-    found = sum(int(batch.keep.sum()) for batch in batches)
-    if found == 0:
+    num_tokens = sum(int(batch.keep.sum()) for batch in batches)
+    if num_tokens == 0:
         raise ValueError(
             f"The evaluation data set gives no token to evaluate on: it does not fill one window of {context_length}"
             " tokens. Use more text, a smaller context_length or pack=False."
         )
-    if found < tokens and is_first_process():
-        logger.warning("The evaluation data set has %d tokens, fewer than the %d asked for.", found, tokens)
+    if num_tokens < tokens and is_first_process():
+        logger.warning("The evaluation data set has %d tokens, fewer than the %d asked for.", num_tokens, tokens)
     return batches
 
 
 def _first(batches: Iterable[TokenBatch], tokens: int) -> Iterator[TokenBatch]:
-    """Batches until `tokens` positions are kept; of the last batch, only the windows and positions needed."""
+    """Yield batches until `tokens` positions are kept; of the last batch, only the windows and positions needed."""
     left = tokens
     for batch in batches:
         counted = batch.keep.flatten().cumsum(0).view_as(batch.keep)

@@ -17,17 +17,19 @@ class WindowShuffle:
     """Batches of windows drawn at random from a pool that an endless, packed [`TokenStream`] refills.
 
     Args:
-        tokens ([`TokenStream`]): Where the windows come from.
-        pool_tokens (`int`): Tokens in the pool; it is never larger than one epoch of the text.
-        seed (`int`): Of the draws.
+        tokens ([`TokenStream`]): Source of the windows.
+        pool_tokens (`int`): Tokens in the pool, which is never larger than one epoch of the text.
+        seed (`int`): Seed of the draws.
 
     Raises:
         `ValueError`: if the stream is not packed or not endless.
     """
 
-    def __init__(self, tokens: TokenStream, pool_tokens: int, seed: int):
+    def __init__(self, tokens: TokenStream, pool_tokens: int, seed: int) -> None:
         if not tokens.pack or tokens.num_epochs is not None:
-            raise ValueError("Windows are shuffled in an endless stream of packed text; got another.")
+            raise ValueError(
+                "Windows are shuffled in an endless stream of packed text: use pack=True, num_epochs=None."
+            )
         self.tokens = tokens
         self.context_length, self.batch_size_sequences = tokens.context_length, tokens.batch_size_sequences
         self._capacity = pool_tokens // tokens.context_length
@@ -56,7 +58,7 @@ class WindowShuffle:
         self._keep = torch.cat([batch.keep for batch in batches])
 
     def state_dict(self) -> dict[str, Any]:
-        """The pool, the draws and the position behind them."""
+        """Return the pool, the generator of draws and the position in the text."""
         return {
             "tokens": self.tokens.state_dict(),
             "ids": self._ids,

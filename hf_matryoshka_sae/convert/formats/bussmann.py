@@ -27,13 +27,13 @@ _ACTIVATIONS = {
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config has the names of these repositories."""
+    """Return whether the config has the names of these repositories."""
     config = checkpoint.config
     return "act_size" in config and ("dict_size" in config or "group_sizes" in config)
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a checkpoint's folder."""
+    """Return the SAE of a checkpoint's folder."""
     config = checkpoint.config
     activation = _activation(checkpoint)
     b_dec, b_enc = checkpoint.vector("b_dec"), checkpoint.vector("b_enc")
@@ -75,7 +75,7 @@ def _activation(checkpoint: Checkpoint) -> str:
 
 
 def _widths(checkpoint: Checkpoint) -> list[int] | None:
-    """Only the Matryoshka SAE uses its groups; the default config has some for all."""
+    """Return the prefix widths of a Matryoshka SAE; others have groups in their config that they do not use."""
     config = checkpoint.config
     nested = config.get("sae_type", "global-matryoshka-topk") == "global-matryoshka-topk"
     return cumulated(number_list(config.get("group_sizes"))) if nested else None

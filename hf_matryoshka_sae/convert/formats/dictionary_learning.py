@@ -47,7 +47,7 @@ _TRAINERS = {
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config names a class of the library, or a pickle holds the tensors of one."""
+    """Return whether the config names a class of the library, or a pickle holds the tensors of one."""
     if "dict_class" in (checkpoint.config.get("trainer") or {}):
         return True
     is_pickle = not checkpoint.file_name.endswith((".safetensors", ".npz"))
@@ -55,7 +55,7 @@ def claims(checkpoint: Checkpoint) -> bool:
 
 
 def _unwrapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The state dict, also where it is one entry of a backup."""
+    """Return the state dict, also where it is one entry of a backup."""
     inner = checkpoint.values.get("ae")
     if isinstance(inner, dict):
         return {name: value for name, value in inner.items() if isinstance(value, Tensor)}
@@ -63,44 +63,42 @@ def _unwrapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _class_of(tensors: dict[str, Tensor]) -> str | None:
-    """The class that has all these tensors; those with few come before those with more of the same."""
+    """Return the class that has all these tensors; those with few come before those with more of the same."""
     names = tensors.keys()
-    if _JUMPRELU <= names and tensors["threshold"].dim() == 0 and "group_sizes" not in names:
+    if names >= _JUMPRELU and tensors["threshold"].dim() == 0 and "group_sizes" not in names:
         return None  # a Matryoshka SAE without its groups, or none of this library's
-    found = [name for name, needed in _CLASSES.items() if needed <= names]
-    if "BatchTopKSAE" in found:  # an AutoEncoderTopK has the same tensors
+    classes = [name for name, tensor_names in _CLASSES.items() if tensor_names <= names]
+    if "BatchTopKSAE" in classes:  # an AutoEncoderTopK has the same tensors
         return "AutoEncoderTopK"
-    return found[0] if found else None
+    return classes[0] if classes else None
 
 
 def _dict_class(checkpoint: Checkpoint) -> str:
     trainer = checkpoint.config.get("trainer") or {}
-    found, said = _class_of(checkpoint.tensors), trainer.get("dict_class")
-    if said == "IdentityDict":
+    by_tensors, stated = _class_of(checkpoint.tensors), trainer.get("dict_class")
+    if stated == "IdentityDict":
         raise ValueError(f"{checkpoint.name} is an IdentityDict: it has no latents of its own to convert.")
-    if said is None and found is None:
+    if stated is None and by_tensors is None:
         raise ValueError(
             f"{checkpoint.name} is no dictionary of dictionary_learning; it holds {checkpoint.described()}."
         )
-    if said is None:
-        if found == "AutoEncoderTopK":
-            found = _topk_or_batch(checkpoint)
-        return found
-    if said not in _CLASSES:
+    if stated is None:
+        return _topk_or_batch(checkpoint) if by_tensors == "AutoEncoderTopK" else by_tensors
+    if stated not in _CLASSES:
         raise ValueError(
-            f"{checkpoint.name} has the class {said!r}, which is not known here. Known: {', '.join(sorted(_CLASSES))}."
+            f"{checkpoint.name} has the class {stated!r}, which is unknown here. Known: {', '.join(sorted(_CLASSES))}."
         )
-    missing = _CLASSES[said] - checkpoint.tensors.keys()
+    missing = _CLASSES[stated] - checkpoint.tensors.keys()
     if missing:
         raise ValueError(
-            f"{checkpoint.name} should be a {said} and lacks {', '.join(sorted(missing))}; it holds "
+            f"{checkpoint.name} should be a {stated} and lacks {', '.join(sorted(missing))}; it holds "
             f"{checkpoint.described()}."
         )
-    return said
+    return stated
 
 
 def _topk_or_batch(checkpoint: Checkpoint) -> str:
-    """The two have the same tensors, and only the config says which of them it is."""
+    """Return which of two classes with the same tensors a checkpoint is, by its threshold."""
     if checkpoint.has("threshold") and checkpoint.scalar("threshold") >= 0:
         logger.warning(
             "%s may be a TopK or a BatchTopK SAE, which its config.json would say. It is loaded as BatchTopK, because "
@@ -112,7 +110,7 @@ def _topk_or_batch(checkpoint: Checkpoint) -> str:
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a trainer's folder, or of one of its steps."""
+    """Return the SAE of a trainer's folder, or of one of its steps."""
     checkpoint.unwrap("ae")
     kind = _dict_class(checkpoint)
     b_dec = checkpoint.vector("decoder.bias" if kind == "AutoEncoderNew" else "b_dec", "bias", "decoder_bias")
@@ -169,7 +167,7 @@ def _family(checkpoint: Checkpoint, kind: str, num_latents: int) -> tuple[str, d
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Language model and hookpoint, from the layer, the sub-module's name and which of its sides was read."""
+    """Return language model and hookpoint, from the layer, the sub-module's name and which of its sides was read."""
     trainer, buffer = checkpoint.config.get("trainer") or {}, checkpoint.config.get("buffer") or {}
     model = hf_model_id(checkpoint.hints.base_model or trainer.get("lm_name"))
     name, layer, side = trainer.get("submodule_name"), trainer.get("layer"), buffer.get("io", "out")
@@ -186,7 +184,7 @@ def _places(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 
 def objection(sae: SAEModel) -> str | None:
-    """Why the library has no dictionary that computes this."""
+    """Return why the library has no dictionary that computes this; `None` where it has one."""
     config, activation = sae.config, sae.config.activation_name
     nested = hasattr(config, "prefix_widths")
     reason = first_objection(
@@ -207,7 +205,7 @@ def objection(sae: SAEModel) -> str | None:
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """`ae.pt` and `config.json` in a folder."""
+    """Write `ae.pt` and `config.json` into a folder."""
     kind = _written_class(sae)
     subtracts = None if kind.startswith("AutoEncoder") and kind != "AutoEncoderTopK" else kind != "JumpReluAutoEncoder"
     sae = plain(sae, subtracts=subtracts)

@@ -16,12 +16,12 @@ from ..checkpoint import Checkpoint
 
 
 def claims_mlsae(checkpoint: Checkpoint) -> bool:
-    """Whether mlsae's bias is there."""
+    """Return whether mlsae's bias is there."""
     return checkpoint.has("pre_encoder_bias", "encoder.weight", "decoder.weight")
 
 
 def read_mlsae(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a repository of mlsae."""
+    """Return the SAE of a repository of mlsae."""
     b_dec, config = checkpoint.vector("pre_encoder_bias"), checkpoint.config
     num_latents = config.get("n_latents") or max(checkpoint.tensor("encoder.weight").shape, default=0)
     W_enc, W_dec = checkpoint.matrices(
@@ -40,12 +40,12 @@ def read_mlsae(checkpoint: Checkpoint) -> SAEModel:
 
 
 def claims_csr(checkpoint: Checkpoint) -> bool:
-    """Whether the biases are there, and the config has CSR's sizes."""
+    """Return whether the biases are there, and the config has CSR's sizes."""
     return checkpoint.has("pre_bias", "latent_bias") and {"input_dim", "hidden_dim"} <= checkpoint.config.keys()
 
 
 def read_csr(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a `SparseAutoEncoder` module's folder."""
+    """Return the SAE of a `SparseAutoEncoder` module's folder."""
     b_enc, b_dec = checkpoint.vector("latent_bias"), checkpoint.vector("pre_bias")
     shape = (len(b_enc), len(b_dec))
     encoder = checkpoint.matrix("encoder.weight", "decoder.linear.weight", shape=shape, transposed=False)

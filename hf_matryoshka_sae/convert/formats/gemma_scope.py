@@ -19,12 +19,12 @@ from ..hook_names import from_transformer_lens
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether it is a numpy archive."""
+    """Return whether it is a numpy archive."""
     return checkpoint.file_name.endswith(".npz")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one archive; names may be in small letters."""
+    """Return the SAE of one archive; names may be in small letters."""
     b_enc, b_dec = checkpoint.vector("b_enc"), checkpoint.vector("b_dec")
     encoder = "W_enc" if checkpoint.has("W_enc") else "w_enc"
     decoder = "W_dec" if checkpoint.has("W_dec") else "w_dec"
@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 def _scaled_outputs(
     checkpoint: Checkpoint, factors: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A factor for each latent after its activation, as an encoder that gives that at once."""
+    """Fold a factor for each latent after its activation into encoder and threshold; return them."""
     if (factors <= 0).any():
         raise ValueError(
             f"scaling_factor of {checkpoint.name} should be positive; {int((factors <= 0).sum())} of its entries are "
@@ -62,7 +62,7 @@ def _scaled_outputs(
 
 
 def _places(path: str) -> dict[str, str]:
-    """Language model and hookpoint, where the path names the repository and the layer."""
+    """Return language model and hookpoint, where the path names the repository and the layer."""
     repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     if repository is None:
         return {}
@@ -81,7 +81,7 @@ def _places(path: str) -> dict[str, str]:
 
 
 def objection(sae: SAEModel) -> str | None:
-    """Why an archive of Gemma Scope cannot express this."""
+    """Return why an archive of Gemma Scope cannot express this; `None` where it can."""
     config = sae.config
     return first_objection(
         (config.activation_name != "jumprelu", f"its SAEs are JumpReLU, and this one is {config.activation_name}"),
@@ -92,7 +92,7 @@ def objection(sae: SAEModel) -> str | None:
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """One archive: `path` itself where that ends in `.npz`, else `params.npz` in it."""
+    """Write one archive: `path` itself where that ends in `.npz`, else `params.npz` in it."""
     tensors = {name: tensor.float().numpy() for name, tensor in cpu_tensors(plain(sae, subtracts=False)).items()}
     name = path.name if path.suffix == ".npz" else "params.npz"
     with staged_files(path.parent if path.suffix == ".npz" else path, keep_others=True, last=name) as staging:

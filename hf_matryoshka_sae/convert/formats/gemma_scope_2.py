@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config says so, or a safetensors file has matrices with names in small letters."""
+    """Return whether the config says so, or a safetensors file has matrices with names in small letters."""
     if checkpoint.config.get("architecture") == "jump_relu":
         return True
     return checkpoint.file_name.endswith(".safetensors") and checkpoint.has("w_enc", "w_dec")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE, or the transcoder without an affine connection, of a folder."""
+    """Return the SAE, or the transcoder without an affine connection, of a folder."""
     config = checkpoint.config
     architecture = config.get("architecture", "jump_relu")
     if architecture != "jump_relu":
@@ -63,7 +63,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, Any]:
-    """From the config; what it does not say, from the path."""
+    """Return model and hookpoints from the config, or where it lacks them from the path."""
     config, path = checkpoint.config, checkpoint.name
     places: dict[str, Any] = {"base_model": _model(config.get("model_name"), path)}
     inside, outside = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
@@ -89,7 +89,7 @@ def _sites(path: str, layer: str) -> tuple[str | None, str | None]:
 
 
 def _model(name: str | None, path: str) -> str | None:
-    """The config may say `gemma-v3-...`, and of the smallest model the base one has no `-pt` on the Hub."""
+    """Return the model's Hub id: configs may have `gemma-v3-...`, and the smallest base model has no `-pt` there."""
     if name is None:
         repository = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", path)
         name = f"gemma-3-{repository[1]}-{repository[2]}" if repository else None

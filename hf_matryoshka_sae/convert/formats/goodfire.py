@@ -9,14 +9,14 @@ from ..checkpoint import Checkpoint
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether two linear layers have Goodfire's names, or the file DeepSeek's."""
+    """Return whether two linear layers have Goodfire's names, or the file DeepSeek's."""
     if checkpoint.has("encoder_linear.weight", "decoder_linear.weight"):
         return True
     return "DeepSeek-R1" in checkpoint.file_name and checkpoint.has("encoder.weight", "decoder.weight", "decoder.bias")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one file; its name says model and layer."""
+    """Return the SAE of one file; its name says model and layer."""
     suffix = "_linear" if checkpoint.has("encoder_linear.weight") else ""
     b_enc, b_dec = checkpoint.vector(f"encoder{suffix}.bias"), checkpoint.vector(f"decoder{suffix}.bias")
     W_enc, W_dec = checkpoint.matrices(

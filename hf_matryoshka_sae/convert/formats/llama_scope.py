@@ -25,13 +25,13 @@ _MODEL = "meta-llama/Llama-3.1-8B"
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether linear layers come with a threshold that the config or the tensors name."""
+    """Return whether linear layers come with a threshold that the config or the tensors name."""
     named = "jump_relu_threshold" in checkpoint.config or checkpoint.has("log_jumprelu_threshold")
     return named and checkpoint.has("encoder.weight", "decoder.weight")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one layer's folder."""
+    """Return the SAE of one layer's folder."""
     config = checkpoint.config
     activation = str(config.get("act_fn", "jumprelu")).lower()
     if activation not in ("jumprelu", "relu", "topk"):
@@ -85,7 +85,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 
 def jumprelu_threshold(checkpoint: Checkpoint, W_dec: Tensor) -> Tensor | float:
-    """The threshold of the pre-activations; where it is one of contributions, divided by the decoder's norms."""
+    """Return the threshold of the pre-activations; that of contributions is divided by the decoder's norms."""
     named = [name for name in checkpoint.tensors if name.endswith("log_jumprelu_threshold")]
     if named:
         threshold = checkpoint.tensor(named[0]).exp()
@@ -106,21 +106,23 @@ def jumprelu_threshold(checkpoint: Checkpoint, W_dec: Tensor) -> Tensor | float:
 def fold_dataset_norm(sae: SAEModel, norm_in: float, norm_out: float) -> None:
     """Make an SAE for hidden states of length sqrt(D) take raw ones, of average length `norm_in` (in place)."""
     sae.fold_normalization_(torch.zeros_like(sae.b_dec), norm_in / math.sqrt(sae.config.d_in))
-    # Of a transcoder, what comes out has another length than what goes in.
+    # A transcoder's outputs have another length than its inputs.
     sae.b_dec.data *= norm_out / norm_in
     sae.W_dec.data *= norm_out / norm_in
 
 
 def places(checkpoint: Checkpoint, model: str | None) -> dict[str, str | None]:
-    """Hookpoints from the names of TransformerLens's hooks in the config."""
+    """Return hookpoints from the names of TransformerLens's hooks in the config."""
     config = checkpoint.config
     inside, outside = config.get("hook_point_in"), config.get("hook_point_out")
-    found = {}
+    hookpoints = {}
     if checkpoint.hints.hookpoint is None:
-        found["hookpoint"] = kept_with_warning(inside, from_transformer_lens(inside, model) if inside else None, model)
+        hookpoints["hookpoint"] = kept_with_warning(
+            inside, from_transformer_lens(inside, model) if inside else None, model
+        )
     if outside is not None and outside != inside:
-        found["output_hookpoint"] = kept_with_warning(outside, from_transformer_lens(outside, model), model)
-    return found
+        hookpoints["output_hookpoint"] = kept_with_warning(outside, from_transformer_lens(outside, model), model)
+    return hookpoints
 
 
 FORMAT = Format("llama_scope", claims, read)

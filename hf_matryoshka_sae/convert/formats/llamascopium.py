@@ -22,12 +22,12 @@ _NORMS = {"token-wise": "constant_norm", "dataset-wise": None, "inference": None
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the matrices have the library's names."""
+    """Return whether the matrices have the library's names."""
     return checkpoint.has("W_E", "W_D")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a folder."""
+    """Return the SAE of a folder."""
     config = checkpoint.config
     activation = str(config.get("act_fn", "relu")).lower()
     norm = config.get("norm_activation", "dataset-wise")

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the normaliser's state is there."""
+    """Return whether the normaliser's state is there."""
     return checkpoint.has("normalizer.running_avg", "W_enc", "W_dec")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one file."""
+    """Return the SAE of one file."""
     b_enc, b_dec = checkpoint.vector("b_enc"), checkpoint.vector("b_dec")
     W_enc, W_dec = checkpoint.matrices("W_enc", "W_dec", (len(b_enc), len(b_dec)), transposed=(True, False))
     if checkpoint.hints.prefix_widths is None:

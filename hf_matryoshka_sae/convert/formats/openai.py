@@ -15,7 +15,7 @@ from ...models import SAEModel
 from ...models.saving import staged_files
 from ..assembly import assemble, cpu_tensors, plain
 from ..base import Format, first_objection
-from ..checkpoint import Checkpoint, said
+from ..checkpoint import Checkpoint, quoted
 from ..hook_names import LAYOUTS
 
 
@@ -30,12 +30,12 @@ _SITES = {
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the biases have OpenAI's names; those of CSR have a config."""
+    """Return whether the biases have OpenAI's names; those of CSR have a config."""
     return checkpoint.has("pre_bias", "latent_bias")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one file."""
+    """Return the SAE of one file."""
     b_enc, b_dec = checkpoint.vector("latent_bias"), checkpoint.vector("pre_bias")
     tied = checkpoint.has("decoder.linear.weight")  # the encoder's own matrix, by another name
     decoder = "decoder.linear.weight" if tied else "decoder.weight"
@@ -45,16 +45,16 @@ def read(checkpoint: Checkpoint) -> SAEModel:
     activation = checkpoint.values.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):
         raise ValueError(
-            f"{checkpoint.name} has the activation {said(activation)}; what is known is 'ReLU' and 'TopK'."
+            f"{checkpoint.name} has the activation {quoted(activation)}; what is known is 'ReLU' and 'TopK'."
         )
     extra: dict[str, Any] = {}
     if activation == "TopK":
         state = checkpoint.values.get("activation_state_dict") or {}
         if not isinstance(state, dict):
-            raise ValueError(f"activation_state_dict of {checkpoint.name} should be a dictionary, is {said(state)}.")
+            raise ValueError(f"activation_state_dict of {checkpoint.name} should be a dictionary, is {quoted(state)}.")
         after = state.get("postact_fn", "ReLU")
         if after != "ReLU":
-            raise ValueError(f"{checkpoint.name} applies {said(after)} after TopK; an SAE here applies a ReLU.")
+            raise ValueError(f"{checkpoint.name} applies {quoted(after)} after TopK; an SAE here applies a ReLU.")
         extra = {"k": state.get("k", checkpoint.values.get("activation.k")), "input_normalization": "layer_norm"}
     return assemble(
         checkpoint,
@@ -69,7 +69,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, str]:
-    """From a path such as `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`."""
+    """Return model and hookpoint from a path such as `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`."""
     match = re.search(r"gpt2-small/([a-z_]+?)(_v\d+.*)?/autoencoders/(\d+)\.pt$", checkpoint.name)
     if match is None or match[1] not in _SITES:
         return {}
@@ -79,7 +79,7 @@ def _places(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def objection(sae: SAEModel) -> str | None:
-    """Why OpenAI's autoencoder cannot compute this."""
+    """Return why OpenAI's autoencoder cannot compute this; `None` where it can."""
     config, activation = sae.config, sae.config.activation_name
     return first_objection(
         (activation not in ("relu", "topk"), f"its autoencoders are ReLU or TopK, and this SAE is {activation}"),
@@ -94,7 +94,7 @@ def objection(sae: SAEModel) -> str | None:
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """One file: `path` itself where that ends in `.pt`, else `<layer>.pt` in it (`autoencoder.pt` without a layer)."""
+    """Write one file: `path` itself where that ends in `.pt`, else `<layer>.pt` or `autoencoder.pt` in it."""
     sae = plain(sae, subtracts=True)
     tensors, num_latents = cpu_tensors(sae), sae.config.num_latents
     is_topk = sae.config.activation_name == "topk"

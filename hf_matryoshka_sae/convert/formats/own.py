@@ -12,12 +12,12 @@ _MODELS = {config.model_type: MODELS[config] for config in CONFIGS.values()}
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config names one of our classes."""
+    """Return whether the config names one of our classes."""
     return checkpoint.config.get("model_type") in _MODELS
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a folder or repository; with a `width` no more of it is read."""
+    """Return the SAE of a folder or repository; with a `width` no more of it is read."""
     kind = checkpoint.config.get("model_type")
     if kind not in _MODELS:
         raise ValueError(
@@ -39,11 +39,11 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 
 def objection(sae: SAEModel) -> None:
-    """There is none: every SAE is one of ours."""
+    """Return `None`: every SAE can be written."""
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """As `save_pretrained`."""
+    """Write as `save_pretrained` does."""
     sae.save_pretrained(path)
 
 

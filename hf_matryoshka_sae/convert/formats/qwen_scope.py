@@ -18,12 +18,12 @@ _LAYER = re.compile(r"layer(\d+)\.sae\.pt")
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether file or repository have the names of Qwen-Scope."""
+    """Return whether file or repository have the names of Qwen-Scope."""
     return bool(_LAYER.fullmatch(checkpoint.file_name) or _REPOSITORY.search(checkpoint.name))
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of one layer."""
+    """Return the SAE of one layer."""
     b_enc, b_dec = checkpoint.vector("b_enc"), checkpoint.vector("b_dec")
     W_enc, W_dec = checkpoint.matrices("W_enc", "W_dec", (len(b_enc), len(b_dec)), transposed=(False, True))
     repository, layer = _REPOSITORY.search(checkpoint.name), _LAYER.fullmatch(checkpoint.file_name)

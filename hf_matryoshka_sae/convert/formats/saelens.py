@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ...models import SAEModel
 from ...models.configuration_sae import nearest
@@ -69,12 +70,12 @@ _TRANSCODERS = {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"}
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config has the sizes that only SAELens calls so."""
+    """Return whether the config has the sizes that only SAELens calls so."""
     return {"d_in", "d_sae"} <= checkpoint.config.keys()
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a SAELens folder."""
+    """Return the SAE of a SAELens folder."""
     architecture = _architecture(checkpoint)
     transcodes = architecture.endswith("transcoder")
     b_dec = checkpoint.vector("b_dec")
@@ -98,7 +99,7 @@ def read(checkpoint: Checkpoint) -> SAEModel:
 
 
 def _family(checkpoint: Checkpoint, architecture: str, num_latents: int) -> tuple[str, dict[str, Any]]:
-    """Its activation, and what only some families have."""
+    """Return the activation, and options that only some families have."""
     config, activation = checkpoint.config, _ARCHITECTURES[architecture]
     _refuse_more_tensors(checkpoint, activation)
     trained_as, widths, k = _training(checkpoint)
@@ -145,7 +146,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 
 def _refuse_more_tensors(checkpoint: Checkpoint, activation: str) -> None:
-    """A tensor that the architecture does not have would change what is computed."""
+    """Raise `ValueError` for tensors that the architecture lacks, as they would change what is computed."""
     known = {"W_enc", "W_dec", "b_enc", "b_dec", "scaling_factor"} | _TENSORS[activation]
     more = sorted(checkpoint.tensors.keys() - known)
     if more:
@@ -157,7 +158,7 @@ def _refuse_more_tensors(checkpoint: Checkpoint, activation: str) -> None:
 
 
 def _training(checkpoint: Checkpoint) -> tuple[str | None, list[int] | None, int | float | None]:
-    """What it was trained as, its prefix widths and its k, from wherever they are written."""
+    """Return the architecture in training, prefix widths and k, from whichever file has them."""
     config, metadata = checkpoint.config, checkpoint.config.get("metadata") or {}
     architecture = metadata.get("training_architecture") or config.get("architecture")
     details = metadata.get("training_architecture_details") or {}
@@ -177,7 +178,7 @@ def _training(checkpoint: Checkpoint) -> tuple[str | None, list[int] | None, int
     return architecture, number_list(widths), k
 
 
-def _threshold(checkpoint: Checkpoint, num_latents: int):
+def _threshold(checkpoint: Checkpoint, num_latents: int) -> Tensor | float:
     if checkpoint.has("topk_threshold"):
         return checkpoint.scalar("topk_threshold")
     if checkpoint.has("log_threshold"):
@@ -185,8 +186,8 @@ def _threshold(checkpoint: Checkpoint, num_latents: int):
     return checkpoint.vector("threshold", length=num_latents)
 
 
-def _finetuned(checkpoint: Checkpoint, W_dec):
-    """Older versions could scale each latent between encoder and decoder."""
+def _finetuned(checkpoint: Checkpoint, W_dec: Tensor) -> Tensor:
+    """Return the decoder with the factors by which older versions could scale each latent."""
     if not checkpoint.has("scaling_factor"):
         return W_dec
     factors = checkpoint.vector("scaling_factor", length=len(W_dec))
@@ -212,7 +213,7 @@ def _normalization(checkpoint: Checkpoint, transcodes: bool) -> str | None:
 
 
 def _fold_scaler(checkpoint: Checkpoint, sae: SAEModel) -> None:
-    """A constant factor on the input, which SAELens keeps in a file of its own until training ends."""
+    """Fold a constant factor on the input, which SAELens keeps in a file of its own until training ends (in place)."""
     kind = checkpoint.config.get("normalize_activations")
     if kind not in (True, "expected_average_only_in"):
         return
@@ -235,7 +236,7 @@ def _fold_scaler(checkpoint: Checkpoint, sae: SAEModel) -> None:
 
 
 def _places(checkpoint: Checkpoint, transcodes: bool) -> dict[str, str | None]:
-    """Language model and hookpoints in our vocabulary."""
+    """Return language model and hookpoints in our vocabulary."""
     config = checkpoint.config
     metadata = config.get("metadata") or config
     model = hf_model_id(checkpoint.hints.base_model or metadata.get("model_name"))
@@ -259,7 +260,7 @@ def _places(checkpoint: Checkpoint, transcodes: bool) -> dict[str, str | None]:
 
 
 def objection(sae: SAEModel) -> str | None:
-    """Why SAELens has no SAE that computes this."""
+    """Return why SAELens has no SAE that computes this; `None` where it has one."""
     config = sae.config
     transcodes = config.output_hookpoint is not None
     return first_objection(
@@ -270,7 +271,7 @@ def objection(sae: SAEModel) -> str | None:
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """`cfg.json` and `sae_weights.safetensors` in a folder."""
+    """Write `cfg.json` and `sae_weights.safetensors` into a folder."""
     transcodes = sae.config.output_hookpoint is not None
     scaled = sae.config.activation_name == "topk" and sae.config.scale_by_decoder_norm
     sae = plain(sae, subtracts=False if transcodes else None, unit_rows=not scaled)

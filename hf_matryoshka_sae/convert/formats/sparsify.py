@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def claims(checkpoint: Checkpoint) -> bool:
-    """Whether the config has the fields of a sparse coder, or a linear encoder is beside a plain decoder."""
+    """Return whether the config has the fields of a sparse coder, or a linear encoder is beside a plain decoder."""
     return {"k", "d_in", "expansion_factor"} <= checkpoint.config.keys() or checkpoint.has("encoder.weight", "W_dec")
 
 
 def read(checkpoint: Checkpoint) -> SAEModel:
-    """The SAE of a hookpoint's folder."""
+    """Return the SAE of a hookpoint's folder."""
     config = checkpoint.config
     if not config:
         logger.warning("There is no cfg.json beside %s: it is taken for a TopK SAE.", checkpoint.name)
@@ -80,7 +80,7 @@ def _group_size(checkpoint: Checkpoint, num_latents: int, k: int | None) -> int:
 
 
 def _places(checkpoint: Checkpoint, transcodes: bool) -> dict[str, str | None]:
-    """The folder's name says where it reads, the run's config above it which model."""
+    """Return the hookpoints from the folder's name, and the model from the run's config above it."""
     run = checkpoint.json_beside("config.json", up=1)
     model = hf_model_id(checkpoint.hints.base_model or run.get("model"))
     name = Path(checkpoint.name).parent.name
@@ -98,7 +98,7 @@ def _places(checkpoint: Checkpoint, transcodes: bool) -> dict[str, str | None]:
 
 
 def objection(sae: SAEModel) -> str | None:
-    """Why sparsify has no sparse coder that computes this."""
+    """Return why sparsify has no sparse coder that computes this; `None` where it has one."""
     config = sae.config
     if config.activation_name != "topk":
         return f"its sparse coders are TopK, and this SAE is {config.activation_name}"
@@ -113,7 +113,7 @@ def objection(sae: SAEModel) -> str | None:
 
 
 def _groups(sae: SAEModel) -> tuple[int, bool] | None:
-    """How many groups there are, and whether each is a run of neighbours in its order."""
+    """Return how many groups there are, and whether each is a run of neighbours in its order."""
     group_size = getattr(sae.config, "group_size", None)
     if group_size is None:
         return None
@@ -124,7 +124,7 @@ def _groups(sae: SAEModel) -> tuple[int, bool] | None:
 
 
 def write(sae: SAEModel, path: Path) -> None:
-    """`cfg.json` and `sae.safetensors` in a folder, which sparsify expects to have the name of the hookpoint."""
+    """Write `cfg.json` and `sae.safetensors` into a folder, which sparsify expects to be named after the hookpoint."""
     transcodes, groups = sae.config.output_hookpoint is not None, _groups(sae)
     sae = plain(sae, subtracts=not transcodes)
     tensors, config = cpu_tensors(sae), sae.config

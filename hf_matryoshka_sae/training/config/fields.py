@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,10 +94,8 @@ def _first_that_fits(options: tuple, value: Any, where: str) -> Any:
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
     if isinstance(value, str) and hint in (int, float):
-        try:
+        with suppress(ValueError):
             value = float(value.replace("_", "")) if hint is float else int(float(value.replace("_", "")))
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and math.isfinite(value) and value == int(value):

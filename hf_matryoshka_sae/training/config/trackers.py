@@ -141,7 +141,7 @@ def open_trackers(accelerator: "Accelerator", names: Sequence[str], run: Tracked
         names = [*(name for name in names if name != ALL), *(name for name in _MODULES if _is_installed(name))]
     trackers = {}
     for name in dict.fromkeys(names):
-        cls, arguments = LOGGER_TYPE_TO_CLASS[name], _ARGUMENTS.get(name, lambda run: {})(run)
+        cls, arguments = LOGGER_TYPE_TO_CLASS[name], _ARGUMENTS.get(name, lambda _run: {})(run)
         if cls.requires_logging_directory:
             arguments.setdefault("logging_dir", str(run.folder))
         trackers[name] = cls(arguments.pop("run_name", run.project), **arguments)

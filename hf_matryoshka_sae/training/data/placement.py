@@ -67,13 +67,13 @@ class Processes:
 
     @classmethod
     def of(cls, config: RunConfig, rank: int = 0, world: int = 1, streams: int | None = None) -> "Processes":
-        """The processes of a run.
+        """Return the processes of a run.
 
         Args:
             config ([`RunConfig`]): The run.
-            rank (`int`, *optional*, defaults to 0), world (`int`, *optional*, defaults to 1): This process, and how
-                many there are.
-            streams (`int`, *optional*): With which the run began; by default as its fields say.
+            rank (`int`, *optional*, defaults to 0): Number of this process.
+            world (`int`, *optional*, defaults to 1): Number of processes.
+            streams (`int`, *optional*): Streams of text with which the run began; by default as its fields say.
 
         Raises:
             `ValueError`: if processes, shards, streams and batches do not divide, a process is not there, or none is

@@ -31,8 +31,10 @@ def build_learners(
     """Every dictionary that this process trains, or its part of it, at each of the run's hookpoints.
 
     Args:
-        config ([`RunConfig`]), accelerator (`Accelerator`), harvest ([`Harvest`]): The run.
-        placements (`list[Placement]`, *optional*): Of all dictionaries; by default all processes train each.
+        config ([`RunConfig`]): The run.
+        accelerator (`Accelerator`): Owner of devices and processes.
+        harvest ([`Harvest`]): Source of the hidden states.
+        placements (`list[Placement]`, *optional*): Places of all dictionaries; by default all processes train each.
 
     Raises:
         `ValueError`: if a spec does not fit its hookpoint, two dictionaries share a folder, or `init_from` or

@@ -20,7 +20,8 @@ def build(config: RunConfig, tokens: float | None, shard: int, of: int) -> None:
     Args:
         config ([`RunConfig`]): With `activation_cache`.
         tokens (`float`, *optional*): Rows of all parts; by default what the run trains and calibrates on.
-        shard (`int`), of (`int`): Which part of how many, each by a launch of its own.
+        shard (`int`): Number of this part.
+        of (`int`): Number of parts, each written by a launch of its own.
     """
     accelerator = make_accelerator(config)
     # Each part may itself be written by the processes of a launch.

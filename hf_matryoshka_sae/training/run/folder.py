@@ -254,8 +254,9 @@ def differing(before: dict[str, Any], fields: dict[str, Any]) -> list[str]:
     """Fields of a run that are not what they were, whatever processes it runs on.
 
     Args:
-        before (`dict`), fields (`dict`): As [`RunConfig.to_dict`] gives them. What `before` lacks, because the version
-            that wrote it did not know it, counts as the default.
+        before (`dict`): Fields of [`RunConfig.to_dict`] before. A field that is missing, because the version that
+            wrote them did not know it, has its default.
+        fields (`dict`): Fields of [`RunConfig.to_dict`] now.
     """
     entry = _defaults(SAESpec)
 

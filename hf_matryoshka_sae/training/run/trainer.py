@@ -119,7 +119,7 @@ class Trainer:
         config: RunConfig,
         accelerator: Accelerator | None = None,
         run_folder: RunFolder | None = None,
-        progress: Callable[[int, str], None] = lambda step, doing: None,
+        progress: Callable[[int, str], None] = lambda _step, _doing: None,
         states: Any = None,
         heldout: Any = None,
     ) -> None:
@@ -339,7 +339,7 @@ def _interrupt_flag() -> Iterator[threading.Event]:
         yield stop
         return
 
-    def ask(number: int, frame: Any) -> None:  # noqa: ARG001 (what a handler is called with)
+    def ask(_number: int, _frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

@@ -45,7 +45,7 @@ class _Terminated(SystemExit):
     """The process was asked to end."""
 
 
-def _leave(number: int, frame: Any) -> None:
+def _leave(number: int, _frame: Any) -> None:
     raise _Terminated(128 + number)
 
 
@@ -332,7 +332,7 @@ def whereabouts(thread: int) -> str:
     Args:
         thread (`int`): Its `threading.Thread.ident`.
     """
-    frame = innermost = sys._current_frames().get(thread)
+    frame = innermost = sys._current_frames().get(thread)  # noqa: SLF001  (no public way to another thread's frame)
     while frame is not None and _PACKAGE not in Path(frame.f_code.co_filename).parents:
         frame = frame.f_back
     if frame is None:

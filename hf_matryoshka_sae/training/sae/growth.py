@@ -131,15 +131,16 @@ def _at_inference(sae: SAEModel, x: Tensor) -> Any:
 def grown_start(
     start: SAEModel, spec: SAESpec, hookpoint: str, mean: Tensor, scale: float, sample: Tensor, seed: int
 ) -> tuple[MatryoshkaSAE, "FrozenBase | None"]:
-    """What a run with `grow_from` trains, in its units, and the base that it keeps.
+    """Return the SAE that a run with `grow_from` trains, in its units, and the base that it keeps.
 
     Args:
         start ([`SAEModel`]): The SAE to grow, taking raw hidden states; changed.
         spec ([`SAESpec`]): Size, k and objective.
-        hookpoint (`str`): Of the run.
-        mean (`Tensor` of shape `(D,)`), scale (`float`): The run's normalisation.
+        hookpoint (`str`): Hookpoint of the run.
+        mean (`Tensor` of shape `(D,)`): Mean of the run's normalisation.
+        scale (`float`): Scale of the run's normalisation.
         sample (`Tensor` of shape `(N, D)`): Some raw hidden states.
-        seed (`int`): Of the new latents.
+        seed (`int`): Seed of the new latents.
 
     Raises:
         `ValueError`: if the SAE is of another hookpoint or activation, cannot grow, or leaves no room for new latents.

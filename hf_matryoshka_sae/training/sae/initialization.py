@@ -95,6 +95,8 @@ def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1
 
     Args:
         points (`Tensor` of shape `(N, D)`): Rows; those that are not finite are left out.
+        iterations (`int`, *optional*, defaults to 100): Most steps of the iteration.
+        tolerance (`float`, *optional*, defaults to 1e-6): The iteration ends at a step of this share of the length.
 
     Returns:
         `Tensor` of shape `(D,)` in the type of `points`.

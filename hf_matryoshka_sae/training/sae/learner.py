@@ -51,6 +51,7 @@ class Learner(LearnerState):
 
     Args:
         name (`str`): Folder of the results, `<sae name>/<hookpoint>`.
+        hookpoint (`str`): Where in the language model its hidden states come from.
         sae ([`SAEModel`]): Initialised, in normalised units; of a sharded dictionary the latents of this process.
         spec ([`SAESpec`]): Objective and optimiser.
         mean (`Tensor` of shape `(D,)`), scale (`float`): The normalisation.
@@ -367,10 +368,10 @@ class Learner(LearnerState):
                     mean = mean.div_(mean.norm(dim=1, keepdim=True).clamp(min=1e-12))
                 parameter.copy_(mean)
         competing = sae.config.activation_name in ("topk", "batch_topk")
-        if not self.spec.unit_norm_decoder and (sae.config.scale_by_decoder_norm or not competing):
-            # Elsewhere it would change which latents win.
-            if self.base is None or not sae.config.scale_by_decoder_norm:
-                sae.fold_decoder_norm_()
+        scaled = sae.config.scale_by_decoder_norm
+        # Folding norms where latents compete by values without them would change which latents win.
+        if not self.spec.unit_norm_decoder and (self.base is None if scaled else not competing):
+            sae.fold_decoder_norm_()
         if self.base is not None:
             self.base.copy_rows(sae, self.sae)
         for parameter in sae.parameters():

@@ -20,10 +20,9 @@ _MAX_BYTES = "5GB"
 def save_own_rows(
     sae: SAEModel, config: SAEConfig, layout: Layout, folder: Path, max_bytes: int | str = _MAX_BYTES
 ) -> None:
-    """Save a dictionary of which every process of `layout` holds a part; all of them call this. (Where it is whole on
-    each, one does.)
+    """Save a dictionary of which every process of `layout` holds a part; all of them call this.
 
-    The files are those that one process with the whole dictionary would write.
+    Where each process holds the whole, one writes. The files are those that one process would write.
 
     Args:
         sae ([`SAEModel`]): The latents of this process.
@@ -59,7 +58,7 @@ def save_own_rows(
         dist.barrier(layout.group)
 
 
-def _agreed(layout: Layout, value, error: OSError | None) -> list:
+def _agreed(layout: Layout, value: Any, error: OSError | None) -> list:
     """What each process says; raises everywhere where one failed."""
     said = (value, None if error is None else str(error))
     told = [said] * layout.processes

@@ -119,7 +119,7 @@ def test_embedded_text_has_two_splits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "trian.parquet"}, "does not exist. Near it: train.parquet"),
+        ({"path": "trian.parquet"}, "does not exist. Near it: train.parquet"),  # codespell:ignore
         ({"path": "nowhere/train.parquet"}, "nor does the folder"),
         ({"column": "txt"}, "no column 'txt'; its columns are text, label. Did you mean 'text'"),
         ({"column": "label"}, "holds a int; expected text"),

@@ -185,7 +185,7 @@ def test_an_unfinished_index_is_refused(copy, tmp_path):
     about = json.loads((copy / "features" / INDEX).read_text())
     for text in ("", "{", "[]", json.dumps(about | {"done": False}), json.dumps(about | {"format": "other/2"})):
         (copy / "features" / INDEX).write_text(text)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="index"):
             FeatureIndex.open(copy)
     (copy / "features" / INDEX).unlink()
     with pytest.raises(ValueError, match="no finished feature index"):

@@ -128,7 +128,7 @@ def test_nothing_is_no_name(library, source):
 
 @pytest.mark.parametrize("source", ["a b/c/d", "x" * 5000, "a\0b", "~nobody-of-this-name/x", "../..//x", "\ud800"])
 def test_what_is_no_name_at_all_is_a_value_error(library, source):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=".+"):
         library.open(source)
 
 
@@ -180,9 +180,8 @@ def test_a_hookpoint_that_the_model_lacks_says_which_there_are(library, tmp_path
     ids=str,
 )
 def test_a_damaged_config_is_a_message(library, tmp_path, fields):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=".{11}"):
         library.open(with_config(tmp_path, **fields))
-    assert len(str(caught.value)) > 10
 
 
 def test_a_config_that_is_no_json_is_a_message(library, tmp_path):

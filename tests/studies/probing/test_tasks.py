@@ -67,7 +67,7 @@ def test_blank_texts_and_missing_labels_are_left_out():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (columns(a=30, b=30), {"label": "lable"}, "no column 'lable'.*Did you mean 'label'"),
+        (columns(a=30, b=30), {"label": "lable"}, "no column 'lable'.*Did you mean 'label'"),  # codespell:ignore
         (columns(a=30, b=30), {"text": "body"}, "Known: label, text"),
         (columns(a=30), {}, r"two classes .* 1: 'a' \(30\)"),
         (columns(a=30, b=3), {}, "at least 20 texts each"),

@@ -49,7 +49,7 @@ def test_underscored_numbers_are_numbers():
     ("fields", "message"),
     [
         (changed(batchsize=3), "batch_size"),
-        (changed(dataset={"path": "x", "colum": "y"}), "dataset.colum.*column"),
+        (changed(dataset={"path": "x", "colum": "y"}), "dataset.colum.*column"),  # codespell:ignore
         (changed(saes=[{"type": "matryoshka", "num_latent": 3}]), "saes.0.num_latent.*num_latents"),
         (changed(saes=[{"type": "matrioshka"}]), "matryoshka"),
         (changed(saes=[{"preset": "papr"}]), "paper"),
@@ -60,7 +60,7 @@ def test_underscored_numbers_are_numbers():
         (changed(tokens=100), "less than one batch"),
         (changed(pack="perhaps"), "pack.*bool"),
         (changed(batch_size=0), "batch_size"),
-        (changed(exclude="firts"), "exclude.*first"),
+        (changed(exclude="firts"), "exclude.*first"),  # codespell:ignore
         (changed(saes=[{"random_prefixes": 3, "type": "topk"}]), "matryoshka"),
         (changed(saes=[{"ema_decay": 1.0}]), "^`saes.0`: `ema_decay`"),
         (
