@@ -91,10 +91,11 @@ def _compared(sae: SAEModel, states: Tensor, k: int, kind: str) -> dict[str, obj
     b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
     W, b = sae.W_enc.double(), sae.b_enc.double()
     counts.__init__()
-    for x in tqdm(states.split(_ROWS), desc=f"{kind} {k}"):
+    for number, x in enumerate(tqdm(states.split(_ROWS), desc=f"{kind} {k}")):
         blocks = EncoderBlocks(x, sae.W_enc, sae.b_enc, b_dec)
         true = blocks.x.double() @ W.T + b
-        _check_bound(blocks, true, row)
+        if number % 8 == 0:  # an eighth of all pairs are held against their bounds
+            _check_bound(blocks, true, row)
         cut = {
             "topk": lambda t: t.topk(k, dim=1).values[:, -1:],
             "batch_topk": lambda t: t.flatten().topk(k * len(t)).values[-1],
