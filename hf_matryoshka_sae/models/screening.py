@@ -43,6 +43,7 @@ _COLUMNS = 6  # hi, mid and low part of the bias; r X; l T; d
 _UP = 1 + 2**-7  # a number times this, rounded to bf16, is not below the number
 _OUT = 2**-8  # twice what rounding U to bf16 may change, as a share of it
 _LEAST = 1e-17  # below this float32 squares vanish, and with them the lengths of rows
+_SAMPLED, _FAR = 64, 0.1  # tokens looked at, and the share of their squared length that makes a mean worth taking off
 _PIECE = {"cpu": 2**17}  # entries of the encoder that are rounded at once
 _SMALLEST = 2**22  # entries N F below which nothing is gained
 _state = threading.local()
@@ -139,13 +140,20 @@ class ScreenedBlock:
         bits = maxima.new_zeros(1, 1) if floor is None else _bits_below(floor)
         groups = (maxima >= bits).flatten().nonzero().squeeze(1)
         members = self.upper.view(torch.int16).view(-1, _GROUP).index_select(0, groups)
-        hit, place = (members >= (bits[groups // per_row] if len(bits) > 1 else bits)).nonzero(as_tuple=True)
-        group = groups[hit]
-        return group // per_row, self.start + group % per_row * _GROUP + place
+        hits = _positions(members >= (bits[groups // per_row] if len(bits) > 1 else bits))
+        group = groups[hits // _GROUP]
+        return group // per_row, self.start + group % per_row * _GROUP + hits % _GROUP
 
     def share_reaching(self) -> float:
         """About what share of the entries has an upper bound above 0."""
         return (self.upper[::64].view(torch.int16) >= 0).float().mean().item()
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Return the flat positions of the few true entries of `(M, 64)`, ascending, in half the time of `nonzero`."""
+    words = mask.view(torch.int64).flatten().nonzero().squeeze(1)  # eight entries each, of which most hold none
+    word, place = mask.view(-1, 8).index_select(0, words).nonzero(as_tuple=True)
+    return words[word] * 8 + place
 
 
 def _below(upper: Tensor) -> Tensor:
@@ -182,12 +190,13 @@ def screened(blocks: EncoderBlocks, limit: Tensor | float | None = None) -> Iter
     x, depth = blocks.x, blocks.x.shape[1]
     inner = whole_groups(depth + _COLUMNS, 32)
     kappa = inner * 2.0**-23
-    centre = x.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils none but itself
-    centred = x - centre
+    centre = _centre(x)
+    centred = x if centre is None else x - centre
     left = torch.zeros(len(x), inner, dtype=torch.bfloat16, device=x.device)
     rounded = left[:, :depth].copy_(centred)
     length = _lengths(centred)
-    noise = _lengths(centred.sub_(rounded)) * _UP + kappa * (length + _lengths(x) + _lengths(centre[None]))
+    lengths = length if centre is None else length + _lengths(x) + _lengths(centre[None])
+    noise = _lengths(centred - rounded) * _UP + kappa * (length + lengths)
     left[:, depth : depth + _COLUMNS] = 1
     left[:, depth + 3], left[:, depth + 4] = _up(length), _up(noise)
     of_tokens = left[:, depth + 3 : depth + _COLUMNS].float()
@@ -202,22 +211,32 @@ def screened(blocks: EncoderBlocks, limit: Tensor | float | None = None) -> Iter
     keep_buffer(buffer)
 
 
+def _centre(x: Tensor) -> Tensor | None:
+    """Return the mean hidden state `(D,)`, or `None` where taking it off would hardly shorten any."""
+    sample = x[:: max(1, len(x) // _SAMPLED)]
+    mean = sample.mean(0)
+    if x.device.type == "cpu" and mean.square().sum() < _FAR * sample.square().sum(1).mean():
+        return None
+    return x.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils none but itself
+
+
 def _latents(
-    blocks: EncoderBlocks, start: int, stop: int, limit: Tensor | float | None, centre: Tensor, inner: int
+    blocks: EncoderBlocks, start: int, stop: int, limit: Tensor | float | None, centre: Tensor | None, inner: int
 ) -> tuple[Tensor, Tensor]:
     """The latents of a block as bf16 rows with columns of the bound, `(B, inner)`; and those columns, `(3, B)`."""
     W_enc, bias = blocks.W_enc[start:stop].detach(), blocks.b_enc[start:stop].detach().float()
     scale = None if blocks.scale is None else blocks.scale[start:stop]
     depth = W_enc.shape[1]
     right = W_enc.new_empty(len(W_enc), inner, dtype=torch.bfloat16)
-    constant, residue, length = (W_enc.new_empty(len(W_enc)) for _ in range(3))
+    constant, residue, length = W_enc.new_zeros(3, len(W_enc)).unbind()
     size = max(1, _PIECE.get(W_enc.device.type, 2**26) // depth)
     for first in range(0, len(W_enc), size):  # in pieces that stay in a CPU's cache
         piece = slice(first, first + size)
         rows = W_enc[piece] if scale is None else W_enc[piece] * scale[piece, None]
         rounded = right[piece, :depth].copy_(rows)
-        constant[piece], length[piece] = rows @ centre, _lengths(rows)
-        residue[piece] = _lengths(rows - rounded)
+        length[piece], residue[piece] = _lengths(rows), _lengths(rows - rounded)
+        if centre is not None:
+            constant[piece] = rows @ centre
     if scale is not None:
         bias = bias * scale
     if limit is not None:

@@ -233,7 +233,7 @@ class Objective(nn.Module):
         statistics = {
             "sse": sse.float(),
             "mean": x.mean(0).float(),
-            "square": _mean_square(x).float(),
+            "square": torch.linalg.vector_norm(x, dim=1, dtype=at_least_float32(x.dtype)).square().mean().float(),
             "l0": active.sum().float() / pairs.num_rows,
             "fired": fired,
             "auxk": auxk.detach().float(),
