@@ -17,7 +17,7 @@ import torch
 
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, SAEModel, build_sae
 from hf_matryoshka_sae.models.screening import screening
-from hf_matryoshka_sae.training.run.checkpoints import write_json
+from hf_matryoshka_sae.common.files import write_json
 
 
 def main() -> None:
