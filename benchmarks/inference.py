@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, SAEModel, build_sae
 from hf_matryoshka_sae.models.screening import screening
-from hf_matryoshka_sae.common.files import write_json
 
 
 def main() -> None:
