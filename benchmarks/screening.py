@@ -112,7 +112,10 @@ def _compared(sae: SAEModel, states: Tensor, k: int, kind: str) -> dict[str, obj
         row["wrong"] += int(away.sum())
         row["near"] += int((~away).sum())
     row |= {"candidates for a winner": round(counts.candidates / max(1, counts.pairs), 4)}
-    row |= {"candidates for a token": round(counts.candidates / counts.tokens, 2), "fallbacks": counts.fallbacks}
+    row |= {
+        "candidates for a token": round(counts.candidates / max(1, counts.tokens - counts.fallbacks), 2),
+        "fallbacks": counts.fallbacks,
+    }
     return row
 
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from .encoder_blocks import EncoderBlocks, keep_buffer, take_buffer, whole_groups
 
@@ -46,7 +47,9 @@ _LEAST = 1e-17  # below this float32 squares vanish, and with them the lengths o
 _SAMPLED, _FAR = 64, 0.1  # tokens looked at, and the share of their squared length that makes a mean worth taking off
 _PIECE = {"cpu": 2**17}  # entries of the encoder that are rounded at once
 _SMALLEST = 2**22  # entries N F below which nothing is gained
+_MANY = 2**20  # tokens
 _state = threading.local()
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,6 +69,17 @@ class ScreeningCounts:
 
 
 counts = ScreeningCounts()
+
+
+def count_fallback(tokens: int) -> None:
+    """Count tokens of which bf16 could not tell; say so once, where it happens to most of many."""
+    counts.fallbacks += tokens
+    if counts.fallbacks > max(_MANY, counts.tokens // 2):
+        logger.warning_once(
+            "For most tokens bf16 products cannot tell which latents win (outlier dimensions, large biases, or many "
+            "latents that fire): float32 products decide, as without screening. `screening: false` in the SAE's config "
+            "saves the attempt."
+        )
 
 
 @contextmanager

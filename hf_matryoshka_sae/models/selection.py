@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cuts import Selection, cut_fixed, cut_list, fixed_candidates, listed_candidates, lower_bound
 from .encoder_blocks import GROUP, EncoderBlocks
-from .screening import above, counts, screened, screens
+from .screening import above, count_fallback, counts, screened, screens
 from .sharding import Layout, cut_of_batch, cut_of_rows
 
 
@@ -65,7 +65,7 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     for block in screened(blocks, threshold):
         counts.tokens += blocks.num_rows
         if block.share_reaching() > _DENSE:
-            counts.fallbacks += blocks.num_rows
+            count_fallback(blocks.num_rows)
             of_block = threshold[block.start : block.stop] if isinstance(threshold, Tensor) else threshold
             rows, cols, values = _above(blocks.latents(block.start, block.stop), of_block)
             parts.append((rows, cols + block.start, values))
@@ -205,7 +205,7 @@ def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bo
         chosen = _screened_static(blocks, count, bags) if static else _screened_list(blocks, count, bags)
         if chosen is not None:
             return chosen
-        counts.fallbacks += blocks.num_rows
+        count_fallback(blocks.num_rows)
         rows, cols, _ = _largest(blocks, count, bags, static)
         return rows, cols, blocks.exact(rows, cols)
     return _largest(blocks, count, bags, static)
@@ -255,7 +255,7 @@ def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | 
         chosen, floor = cut_list(found, bags, count)
     untold = (~told).flatten().nonzero().squeeze(1)
     if len(untold):
-        counts.fallbacks += len(untold)
+        count_fallback(len(untold))
         rows, cols, _ = _largest(blocks.rows(untold), count, len(untold), static=False)
         kept, rows = told[chosen[0], 0], untold[rows]
         chosen = _joined([tuple(part[kept] for part in chosen), (rows, cols, blocks.exact(rows, cols))])
