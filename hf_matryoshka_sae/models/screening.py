@@ -77,8 +77,8 @@ def count_fallback(tokens: int) -> None:
     if counts.fallbacks > max(_MANY, counts.tokens // 2):
         logger.warning_once(
             "For most tokens bf16 products cannot tell which latents win (outlier dimensions, large biases, or many "
-            "latents that fire): float32 products decide, as without screening. `screening: false` in the SAE's config "
-            "saves the attempt."
+            "latents that fire): float32 products decide, as without screening. `screening: false` in the SAE's "
+            "config saves the attempt."
         )
 
 
