@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 _ATTEMPTS, _PAUSE = 3, 0.4  # seconds between attempts
 _CONNECTED_WITHIN = 2.0  # seconds; on a slower network the library's own retries do better
-# Errors that mean that there is no network, rather than that something is slow or busy.
+# Errors after which another attempt is of no use: no way to the host, or nobody listens there.
 _NO_NETWORK = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ECONNREFUSED}
 
 
@@ -28,6 +28,7 @@ def check_reachable(repo_id: str, filename: str, revision: str | None = None, re
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
+    # A name with two slashes is a path, whether it exists or not: not for the Hub to answer.
     is_at_hand = Path(repo_id).exists() or constants.HF_HUB_OFFLINE or repo_id.count("/") > 1
     if is_at_hand or isinstance(
         try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type), str

@@ -71,12 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="file of weights, folder with one SAE, or Hub id")
     parser.add_argument("target", metavar="TARGET", help="folder (or file) to write")
     parser.add_argument("--to", default="hf_matryoshka_sae", metavar="FORMAT", help="to write (default: %(default)s)")
-    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="of SOURCE (default: found by looking)")
+    parser.add_argument(
+        "--from", dest="source_format", metavar="FORMAT", help="format of SOURCE (default: found from its files)"
+    )
     parser.add_argument("--subfolder", help="folder or file in SOURCE, where it holds several SAEs")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--prefix_widths", type=whole_numbers, help="such as 64,256,1024, where SOURCE does not say")
-    parser.add_argument("--k", type=float, help="latents per token, where SOURCE does not say")
-    parser.add_argument("--hookpoint", help="where it reads: a module's path in transformers (with ':input')")
+    parser.add_argument(
+        "--prefix_widths", type=whole_numbers, help="such as 64,256,1024; of a format that has no prefixes"
+    )
+    parser.add_argument("--k", type=float, help="latents per token, where the files of SOURCE do not hold it")
+    parser.add_argument(
+        "--hookpoint",
+        help="where it reads: a module's path in transformers (with ':input': the module's input)",
+    )
     parser.add_argument("--base_model", help="Hub id of the language model")
     parser.add_argument("--width", type=int, help="keep only the first latents")
     return parser

@@ -63,7 +63,7 @@ class HeldOut:
         return sum(int(batch.keep.sum()) for batch in self.batches)
 
     def share(self) -> Iterator[TokenBatch]:
-        """Yield this process's batches, on the model's device: every world-size-th of all."""
+        """Yield this process's batches, on the model's device: in a run of W processes every W-th batch."""
         rank, world = processes()
         for batch in self.batches[rank::world]:
             yield batch.to(self.device)
@@ -101,7 +101,7 @@ class HeldOut:
 
 
 def windows_of(batch: TokenBatch, chosen: Tensor | slice) -> TokenBatch:
-    """Return some windows of a batch: `chosen` is a mask `(B,)`, their numbers, or a slice."""
+    """Return some windows of a batch: `chosen` is a mask `(B,)`, a tensor of positions, or a slice."""
     return TokenBatch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.keep[chosen], batch.padded)
 
 
@@ -144,7 +144,7 @@ def open_heldout(
 
     Args:
         model (`str`, *optional*, defaults to `"embedded"`): Hub id, folder, or the model that ships with the package.
-        hookpoint (`str`): Hookpoint of the SAE, as in its config.
+        hookpoint (`str`): Hookpoint of the SAE, as in its config; there is no default.
         dataset (`str`, `dict` or [`DatasetConfig`], *optional*): Held-out text, as in a run's YAML; by default the
             embedded text.
         tokens (`int`, *optional*, defaults to 60,000): Kept tokens to read.

@@ -4,8 +4,12 @@ The encoder runs in blocks of latents. Of each block only what can still win is 
 latents, the maximum of each group bounds the cut from below (a group that holds one of the `count` largest entries is
 among the `count` groups of largest maximum), so one cheap reduction leaves few candidates, on which the cut is exact.
 
+Where bf16 products are fast, they say which pairs can win (`screening.py`, in groups of 64), and float32 dot products
+of these alone decide.
+
 Of equal entries the first wins, in the order of (token, latent); so does the group that comes first. That makes every
-result independent of the size of the blocks, the backend and the number of processes.
+selection independent of the size of the blocks and of the number of processes; across backends it is equal where their
+products are, bit for bit.
 
 Two ways, same results: where the host may look at the data (CPU), candidates are compressed to a list; on an
 accelerator every shape is known in advance (`static`), so that the host never waits.
@@ -23,8 +27,8 @@ from .screening import above, count_fallback, counts, screened, screens
 from .sharding import Layout, cut_of_batch, cut_of_rows
 
 
-# Screening gives up: where less than so many rows have a certain floor, where candidates are so many times the places,
-# where so large a share of a block is above its threshold.
+# Screening gives up where less than this share of the tokens has a floor above 0, where candidates are this many times
+# the places, where more than this share of a block is above its threshold.
 _TOLD, _CROWDED, _DENSE = 0.75, 4, 1 / 32
 
 
@@ -81,7 +85,7 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
 
 
 def _above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
-    """The same from float32 products."""
+    """Select the pairs above a threshold from float32 products."""
     found, mask = [], None
     for start, block in blocks:
         limit = threshold
@@ -212,7 +216,7 @@ def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bo
 
 
 def _largest(blocks: EncoderBlocks, count: int, bags: int, static: bool) -> Selection:
-    """The same from the products that `blocks` gives."""
+    """Select the largest entries from the products that `blocks` gives."""
     chosen = floor = None
     for start, block in blocks:
         maxima = block.view(blocks.num_rows, -1, GROUP).amax(-1)
@@ -230,13 +234,13 @@ def _largest(blocks: EncoderBlocks, count: int, bags: int, static: bool) -> Sele
 
 
 def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
-    """The same by way of bf16 products; `None` where they cannot tell."""
+    """Select the largest entries by way of bf16 products; `None` where they cannot tell."""
     chosen = floor = told = None
     for block in screened(blocks):
         maxima = block.group_maxima()
         if floor is None:
             floor = lower_bound(block.lower(maxima), lambda block=block: block.lower(None), bags, count)
-            told = floor > 0  # bits are in order only above 0; of NaN neither is true
+            told = floor > 0  # positive bf16 numbers alone are ordered as their bits; NaN is not above 0
             if told.sum() < _TOLD * bags:
                 return None
         rows, cols = block.reaching(maxima, torch.where(told, floor, torch.inf))
@@ -264,7 +268,10 @@ def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | 
 
 
 def _screened_static(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
-    """The same with shapes that are known in advance; the host waits once, to see whether it was certain."""
+    """Select the largest by way of bf16 products with shapes known in advance.
+
+    The host waits once, to see whether the selection was certain; `None` where it was not.
+    """
     chosen, missed = None, torch.full((bags, 1), -torch.inf, device=blocks.device)
     wanted = 2 * count + 16
     for block in screened(blocks):

@@ -20,7 +20,9 @@ from torch import Tensor
 from .rate import RAREST, CodeModel
 
 
-_GRID = 2**12  # probabilities of bins are rounded to this: other machines' logarithms differ in the last digit
+_GRID = (
+    2**12
+)  # probabilities are rounded to multiples of 1 / _GRID: other machines' logarithms differ in the last digit
 
 
 @dataclass
@@ -129,7 +131,7 @@ def _code(coder: _Writer | _Reader, model: CodeModel, packet: Packet, pairs: np.
 
 
 def _trees(tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield runs of 2^n tokens that make up a block, longest first: no tree has a place without a token."""
+    """Yield runs of 2^n tokens that make up a block, longest first, so that no tree has an empty place."""
     begin = 0
     for power in reversed(range(tokens.bit_length())):
         if tokens >> power & 1:

@@ -31,7 +31,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point that is pointed at: a series' name, its place, and what is written beside it."""
+    """A point of a series that is marked, and the label beside it."""
 
     series: str
     x: float
@@ -53,7 +53,7 @@ def line_chart(
             are points that have no place: NaN, infinities, and what is not positive on a logarithmic axis.
         x ([`Axis`]): The horizontal axis.
         y ([`Axis`]): The vertical axis.
-        marks (`Sequence[Mark]`, *optional*): Points to point at.
+        marks (`Sequence[Mark]`, *optional*): Points to mark.
         size (`tuple[int, int]`, *optional*): Of the drawing; the page scales it.
 
     Returns:

@@ -36,7 +36,7 @@ def compare(parsed: argparse.Namespace) -> None:
         target_l0 = PUBLISHED_L0 if published else tree.expected_l0
     folder = Path(parsed.output_dir)
     tree.save(folder / "tree.json")
-    accelerator = Accelerator(cpu=True)  # a dictionary of this size only waits on a GPU
+    accelerator = Accelerator(cpu=True)  # a GPU would mostly wait for the next launch with so small a dictionary
     results: list[dict[str, Any]] = []
     with tqdm(total=len(parsed.seeds) * len(FAMILIES) * parsed.steps, unit="step") as bar:
         for seed in parsed.seeds:

@@ -49,6 +49,7 @@ def probe_report(records: list[dict[str, Any]], about: dict[str, Any]) -> Report
         f"{about['hookpoint']}: {len(about['tasks'])} tasks, {examples}, {about['splits']} splits, test share "
         f"{about['test_share']:g}, selection {about['selection']}"
     )
+    # One k in the middle of those measured stands for all: more lines could not be told apart.
     plotted = ["probe_loss", *(f"accuracy_{k}" for k in ks[len(ks) // 2 :][:1])]
     return Report("probing", title, records, columns, about, plotted, about["notes"], intervals=_INTERVALS)
 

@@ -36,7 +36,7 @@ from ...training.sae.learner import Learner
 
 
 K = 4
-_SHARE = 4  # rows for each latent of the meta-SAE
+_SHARE = 4  # decoder rows for each latent of the meta-SAE
 _RECIPE = {"lr_warmup_steps": 0, "lr_decay_fraction": 0.0, "auxk_coefficient": 0.0}
 
 
@@ -70,7 +70,7 @@ def meta_sae(
 
     Args:
         saes (`dict[str, SAEModel]`, or one [`SAEModel`]): SAEs by name.
-        widths (`Sequence[int]`, *optional*): Widths of at least 8; by default each SAE's prefix widths.
+        widths (`Sequence[int]`, *optional*): Widths, each at least 8; by default each SAE's prefix widths.
         steps (`int`, *optional*, defaults to 1500): Training steps of each meta-SAE.
         batch_size (`int`, *optional*, defaults to 1024): Decoder rows in a step.
         lr (`float`, *optional*, defaults to 5e-4): Learning rate of Adam.
@@ -142,7 +142,7 @@ def explained_variance(
 ) -> float:
     """Train a meta-SAE; return the fraction of the variance of rows `(F, D)` about their mean that it explains.
 
-    Activations are chosen among all rows together, k of each on average, as in the batches of training.
+    Activations are chosen among all rows together, k of each on average: the meta-SAE stays in training mode.
 
     Args:
         rows (`Tensor` of shape `(F, D)`): Decoder rows.

@@ -63,14 +63,17 @@ def _weights_of(scheme: str | list[float], spec: SAESpec, count: int) -> list[fl
     return [weight / count for weight in weights] if spec.balance > 1 else weights
 
 
-# The share of the inner prefixes, and with what power of their number it falls or rises from one to the next. Found on
-# small models (benchmarks/README.md): where a run begins with the first and ends with the second, the whole dictionary
-# loses least for prefixes that are as good.
+# The share of the inner prefixes together, and the power of a prefix's place i that its part is proportional to. Found
+# on small models (benchmarks/README.md): where a run begins with the first and ends with the second, the whole
+# dictionary loses least for prefixes that are as good.
 _INNER_SHARES = {"inner": (0.68, -0.4), "whole": (0.35, 0.0)}
 
 
 def _shared(share: float, power: float, count: int) -> list[float]:
-    """`share` for the inner prefixes, as i^power; half for the last, which is most of the dictionary."""
+    """Return P weights that sum to 1: `share` over the inner prefixes, the i-th as i^power, the rest for the whole.
+
+    The last inner prefix gets half of its part: it is nearly half of the dictionary, and the whole holds it too.
+    """
     inner = [i**power for i in range(1, count)]
     inner[-1:] = [weight / 2 for weight in inner[-1:]]
     return [*(share * weight / sum(inner) for weight in inner), 1 - share] if inner else [1.0]
@@ -123,7 +126,7 @@ class Objective(nn.Module):
 
         Returns:
             The loss, and detached statistics of this process: `sse` (P,), `auxk`, `mean` (D,) and `square` of x; of
-            its latents alone `l0`, `fired` (F,), `energy` (F,): the mean of `(a * ||d||)^2`.
+            its latents alone `l0`, `fired` (F,) and, with `sort_every`, `energy` (F,): the mean of `(a * ||d||)^2`.
         """
         loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
         if isinstance(sparsity, Tensor) or sparsity:
@@ -153,7 +156,7 @@ class Objective(nn.Module):
         error = self._weighted(sse, x, weights)
         if spec.multi_topk:
             wider = self.sae.prefix_errors(wide, x, widths, layout=self.layout)[0]
-            error = error + self._weighted(wider, x, weights) / 8
+            error = error + self._weighted(wider, x, weights) / 8  # Multi-TopK: L(k) + L(4k) / 8
         return error, pairs, sse, residual
 
     def _weighted(self, sse: Tensor, x: Tensor, weights: list[float]) -> Tensor:
@@ -251,7 +254,8 @@ class Objective(nn.Module):
 # Up to so many times the places to be filled, all dead latents are computed: three small matmuls are cheaper than the
 # pairs, of which a token has half of D.
 _DENSE_AUXK = 4
-# Gao et al. give the dead half the capacity of the others: a token has more of them, which spread more evenly.
+# Half the capacity factor of the other latents: a token has more places for dead ones, so that the share of a shard
+# varies less.
 _AUXK_CAPACITY = 2.0
 
 
