@@ -33,6 +33,7 @@ _EVERY = 1.0  # seconds between looks
 _SILENT = 120.0  # seconds after which a machine of which nothing is heard counts as gone
 _SUSPICIOUS = 4.0  # the same where the loss of a process would explain an error of another
 _GRACE = 8.0  # seconds in which a process may end by itself
+_KEPT = 30.0  # seconds for which a process of this machine that is stopped can still read why the run ended
 _SLOWER = 5  # a step is late that takes so many times as long as the longest before it
 _PACKAGE = Path(__file__).parents[2]
 
@@ -160,10 +161,13 @@ class Watchdog:
 
     def _wait_for_others(self) -> None:
         """Keep the store until nobody needs it: its end looks like a loss to whoever does not know better."""
-        until = time.monotonic() + _GRACE
-        while time.monotonic() < until and self._board.refresh(_EVERY):
+        began, near = time.monotonic(), {peer.rank for peer in self._near}
+        while (waited := time.monotonic() - began) < _KEPT and self._board.refresh(_EVERY):
             gone = {peer.rank for peer in self._near if not peer.is_running()}
-            if all(beat.leaving or rank in gone for rank, beat in self._board.beats.items()):
+            given_up = (
+                gone if waited < _GRACE else gone | (self._board.beats.keys() - near)
+            )  # of far ones nobody knows
+            if all(beat.leaving or rank in given_up for rank, beat in self._board.beats.items()):
                 return
             time.sleep(0.1)
 
