@@ -253,9 +253,12 @@ def _latents(
             constant[piece] = rows @ centre
     if scale is not None:
         bias = bias * scale
+    size_of_sum = bias.abs() + constant.abs()
     if limit is not None:
-        bias = bias - (limit[start:stop] if isinstance(limit, Tensor) else limit)
-    d = (bias.abs() + constant.abs()) * (inner * 2.0**-23) + _LEAST**2
+        of_block = limit[start:stop].detach() if isinstance(limit, Tensor) else bias.new_full((), limit)
+        size_of_sum, bias = size_of_sum + of_block.abs(), bias - of_block
+    # Of what takes each other away float32 has rounded both: the bound knows their sizes, not that of the difference.
+    d = size_of_sum * (inner * 2.0**-23) + _LEAST**2
     bias = bias + constant
     for column in range(depth, depth + 3):  # the sum of three bf16 numbers is the bias to 24 bits
         right[:, column] = bias

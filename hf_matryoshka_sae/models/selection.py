@@ -29,7 +29,7 @@ from .sharding import Layout, cut_of_batch, cut_of_rows
 
 # Screening gives up where less than this share of the tokens has a floor above 0, where candidates are this many times
 # the places, where more than this share of a block is above its threshold.
-_TOLD, _CROWDED, _DENSE = 0.75, 4, 1 / 32
+_DECIDED, _CROWDED, _DENSE = 0.75, 4, 1 / 32
 
 
 def _host_may_look(device: torch.device) -> bool:
@@ -86,7 +86,7 @@ def select_above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
 
 def _above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
     """Select the pairs above a threshold from float32 products."""
-    found, mask = [], None
+    pairs, mask = [], None
     for start, block in blocks:
         limit = threshold
         if isinstance(threshold, Tensor):
@@ -97,8 +97,8 @@ def _above(blocks: EncoderBlocks, threshold: Tensor | float) -> Selection:
         mask = block.new_empty(block.numel(), dtype=torch.bool) if mask is None else mask
         above = torch.gt(block, limit, out=mask[: block.numel()].view_as(block))
         rows, cols = above.nonzero(as_tuple=True)
-        found.append((rows, cols + start, block[rows, cols]))
-    return _joined(found)
+        pairs.append((rows, cols + start, block[rows, cols]))
+    return _joined(pairs)
 
 
 def select_topk(
@@ -193,8 +193,8 @@ def select_batch_topk(
         if kept is None:
             capacity = count
             layout.fallbacks += 1
-    found = kept.nonzero().squeeze(1)
-    return tuple(part[found] for part in chosen)
+    pairs = kept.nonzero().squeeze(1)
+    return tuple(part[pairs] for part in chosen)
 
 
 def _select_largest(blocks: EncoderBlocks, count: int, per_row: bool, static: bool | None) -> Selection:
@@ -226,42 +226,42 @@ def _largest(blocks: EncoderBlocks, count: int, bags: int, static: bool) -> Sele
             if floor is None:
                 floor = lower_bound(maxima, lambda block=block: block, bags, count)
             rows, cols, values = listed_candidates(block, maxima, floor)
-        found = rows, cols + start, values
-        found = found if chosen is None else _joined([chosen, found])
-        chosen, floor = cut_fixed(found, bags, count) if static else cut_list(found, bags, count)
+        pairs = rows, cols + start, values
+        pairs = pairs if chosen is None else _joined([chosen, pairs])
+        chosen, floor = cut_fixed(pairs, bags, count) if static else cut_list(pairs, bags, count)
     assert chosen is not None
     return chosen
 
 
 def _screened_list(blocks: EncoderBlocks, count: int, bags: int) -> Selection | None:
     """Select the largest entries by way of bf16 products; `None` where they cannot tell."""
-    chosen = floor = told = None
+    chosen = floor = decided = None
     for block in screened(blocks):
         maxima = block.group_maxima()
         if floor is None:
             floor = lower_bound(block.lower(maxima), lambda block=block: block.lower(None), bags, count)
-            told = floor > 0  # positive bf16 numbers alone are ordered as their bits; NaN is not above 0
-            if told.sum() < _TOLD * bags:
+            decided = floor > 0  # positive bf16 numbers alone are ordered as their bits; NaN is not above 0
+            if decided.sum() < _DECIDED * bags:
                 return None
-        rows, cols = block.reaching(maxima, torch.where(told, floor, torch.inf))
+        rows, cols = block.reaching(maxima, torch.where(decided, floor, torch.inf))
         if len(rows) > _CROWDED * count * bags + blocks.num_rows:
             if bags == 1:
                 return None
             crowded = torch.bincount(rows, minlength=bags)[:, None] > _CROWDED * count
-            told &= ~crowded
-            if told.sum() < _TOLD * bags:
+            decided &= ~crowded
+            if decided.sum() < _DECIDED * bags:
                 return None
-            kept = told[rows, 0]
+            kept = decided[rows, 0]
             rows, cols = rows[kept], cols[kept]
         counts.candidates += len(rows)
         values = blocks.exact(rows, cols)
-        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
-        chosen, floor = cut_list(found, bags, count)
-    untold = (~told).flatten().nonzero().squeeze(1)
-    if len(untold):
-        count_fallback(len(untold))
-        rows, cols, _ = _largest(blocks.rows(untold), count, len(untold), static=False)
-        kept, rows = told[chosen[0], 0], untold[rows]
+        pairs = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, floor = cut_list(pairs, bags, count)
+    undecided = (~decided).flatten().nonzero().squeeze(1)
+    if len(undecided):
+        count_fallback(len(undecided))
+        rows, cols, _ = _largest(blocks.rows(undecided), count, len(undecided), static=False)
+        kept, rows = decided[chosen[0], 0], undecided[rows]
         chosen = _joined([tuple(part[kept] for part in chosen), (rows, cols, blocks.exact(rows, cols))])
     counts.pairs += len(chosen[0])
     return chosen
@@ -286,8 +286,8 @@ def _screened_static(blocks: EncoderBlocks, count: int, bags: int) -> Selection 
             missed = torch.maximum(missed, above(bound.amin(1, keepdim=True)))
         cols = (cols + block.start).clamp(max=block.stop - 1)  # of padding none can win
         values = blocks.exact(rows, cols).masked_fill(bound.flatten() == -torch.inf, -torch.inf)
-        found = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
-        chosen, _ = cut_fixed(found, bags, count)
+        pairs = (rows, cols, values) if chosen is None else _joined([chosen, (rows, cols, values)])
+        chosen, _ = cut_fixed(pairs, bags, count)
     certain = (chosen[2].view(bags, -1).amin(1, keepdim=True) > missed).all()
     return chosen if certain else None
 

@@ -97,6 +97,20 @@ def test_no_pre_activation_is_outside_its_bounds(states, block):
         assert (inside <= upper + rounding).all() and (inside >= upper - rounding - width).all()
 
 
+def test_a_threshold_that_takes_a_huge_bias_away_leaves_what_float32_has_rounded_inside_the_bounds():
+    small = plain()
+    encoder = {"x": 1e-3 * small["x"], "W_enc": 1e-3 * small["W_enc"], "b_enc": 1e4 + small["b_enc"]}
+    blocks, limit = EncoderBlocks(**encoder), encoder["b_enc"]
+    rows, cols = (part.flatten() for part in torch.meshgrid(torch.arange(N), torch.arange(F), indexing="ij"))
+    scored = blocks.exact(rows, cols).view(N, F).double() - limit.double()
+    (part,) = screened(blocks, limit)
+    upper = part.upper[:, :F].double()
+    width = 2 * (part.of_tokens.double() @ part.of_latents.double())[:, :F]
+    rounding = upper.abs() * 2.0**-8
+    assert (scored <= upper + rounding).all()
+    assert (scored >= upper - rounding - width).all()
+
+
 @each(
     states=STATES,
     static={"listed": False, "static": True},
