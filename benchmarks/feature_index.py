@@ -3,8 +3,9 @@
     python benchmarks/feature_index.py --sae runs/sae --model LM --dataset text.parquet [--tokens 1000000] [--tree]
 
 Build and bare forward pass (which stops at the hookpoint) go over the same batches, in turns, as do the build and a
-progressive curve with and without screening; medians and their ratio are printed, with the peak memory, the size on disk, the time to open the index and to read a latent, and how many of
-some latents' top contexts differ from sorting all their activations. All of it also goes to `runs/feature_index.json`.
+progressive curve with and without screening; medians and their ratio are printed, with the peak memory, the size on
+disk, the time to open the index and to read a latent, and how many of some latents' top contexts differ from sorting
+all their activations. All of it also goes to `runs/feature_index.json`.
 """
 
 import argparse
