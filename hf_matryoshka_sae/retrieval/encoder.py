@@ -1,0 +1,126 @@
+"""A sentence-transformers `SparseEncoder` whose dimensions are the latents of an SAE, and which says what they mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from torch import Tensor
+
+from ..common.files import write_json
+from ..convert import load as load_sae
+from ..models import SAEModel
+from .sparse_embedding import SparseEmbedding
+
+
+_PORTABLE = f"sparse_embedding.{SparseEmbedding.__name__}"  # the module's name where this package is not installed
+
+
+class LatentEncoder(SparseEncoder):
+    """A `SparseEncoder` with an SAE as its last module; arguments as of `SparseEncoder`.
+
+    What it saves opens as `SparseEncoder(folder, trust_remote_code=True)` without this package, and as
+    `LatentEncoder(folder)` with it. `encode`, `encode_query` and `encode_document` take `width=` and
+    `max_active_dims=`.
+    """
+
+    _module_classes = {_PORTABLE: SparseEmbedding}
+
+    @property
+    def latents(self) -> SparseEmbedding:
+        """The module with the SAE."""
+        return self[-1]
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Save the whole model; arguments as of `SparseEncoder.save`."""
+        super().save(path, *args, **kwargs)
+        modules = Path(path) / "modules.json"
+        entries = json.loads(modules.read_text(encoding="utf-8"))
+        own = f"{SparseEmbedding.__module__}.{SparseEmbedding.__name__}"
+        for entry in entries:
+            entry["type"] = _PORTABLE if entry["type"] == own else entry["type"]
+        write_json(modules, entries)
+
+    def decode(self, embeddings: Tensor, top_k: int | None = None) -> list:
+        """What the dimensions of embeddings mean, by descending value.
+
+        Args:
+            embeddings (`Tensor` of shape `(F,)` or `(N, F)`): What `encode` gives, sparse or dense.
+            top_k (`int`, *optional*): At most so many of each; by default all that are not 0.
+
+        Returns:
+            A list of `(name, value)`, for several embeddings a list of such; the name of a latent without one is
+            `"latent 17"`.
+
+        Raises:
+            `ValueError`: if the embeddings are not of this model's dimension.
+        """
+        dense = embeddings.to_dense() if embeddings.is_sparse else embeddings
+        if dense.shape[-1] != self.get_embedding_dimension() or dense.ndim > 2:
+            raise ValueError(
+                f"Embeddings must be (N, {self.get_embedding_dimension()}) or one row, got {tuple(dense.shape)}."
+            )
+        decoded = []
+        for row in dense.reshape(-1, dense.shape[-1]):
+            order = row.argsort(descending=True, stable=True)[: top_k or int((row > 0).sum())]
+            decoded.append([(self.name_of(int(latent)), float(row[latent])) for latent in order if row[latent] > 0])
+        return decoded[0] if dense.ndim == 1 else decoded
+
+    def name_of(self, latent: int) -> str:
+        """The name of a dimension: words of the texts that it stands for, or its number."""
+        number = int(self.latents.sae.latent_ids[latent])
+        entry = self.latents.names.get(str(number))
+        return ", ".join(entry["words"]) if entry and entry["words"] else f"latent {number}"
+
+
+def sparse_encoder(
+    model: str | Path | SentenceTransformer,
+    sae: str | Path | SAEModel,
+    width: int | None = None,
+    max_active_dims: int | None = None,
+    pooling: str = "embedding",
+    similarity: str = "cosine",
+) -> LatentEncoder:
+    """The `SparseEncoder` made of a sentence-transformers model and an SAE of its embeddings.
+
+    Args:
+        model (`str`, `Path` or `SentenceTransformer`): The dense model; a folder or Hub id is loaded.
+        sae (`str`, `Path` or [`SAEModel`]): An SAE, or where one lies, of any format that [`convert.load`] reads.
+        width (`int`, *optional*), max_active_dims (`int`, *optional*), pooling (`str`, *optional*): See
+            [`SparseEmbedding`].
+        similarity (`str`, *optional*, defaults to `"cosine"`): What compares two embeddings: `cosine` or `dot`.
+
+    Raises:
+        `ValueError`: if the SAE reads another width than the model's, or was trained on another model's embeddings
+            of another width.
+    """
+    dense = model if isinstance(model, SentenceTransformer) else SentenceTransformer(str(model))
+    loaded = sae if isinstance(sae, SAEModel) else load_sae(sae)
+    given = dense.get_embedding_dimension()
+    if loaded.config.d_in != given:
+        raise ValueError(
+            f"The SAE reads embeddings of width {loaded.config.d_in} (of {loaded.config.base_model or 'an unnamed '}"
+            f"{'' if loaded.config.base_model else 'model'}), and this model's have {given}."
+        )
+    module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling)
+    encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name=similarity)
+    return encoder.to(dense.device)
+
+
+@torch.no_grad()
+def reconstructed(encoder: LatentEncoder, embeddings: Tensor) -> Tensor:
+    """The dense embeddings `(N, D)` that codes `(N, F)` stand for.
+
+    Args:
+        encoder ([`LatentEncoder`]): Whose SAE decodes; with `pooling="max"` there is nothing to reconstruct.
+        embeddings (`Tensor` of shape `(N, F)`): Sparse or dense.
+
+    Raises:
+        `ValueError`: for an encoder that pools latents of tokens.
+    """
+    if encoder.latents.pooling != "embedding":
+        raise ValueError("Codes pooled over tokens stand for no single embedding: there is nothing to reconstruct.")
+    sae = encoder.latents.sae
+    dense = embeddings.to_dense() if embeddings.is_sparse else embeddings
+    return dense.to(sae.W_dec) @ sae.W_dec[: dense.shape[-1]] + sae.b_dec

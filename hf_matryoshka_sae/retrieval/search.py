@@ -1,0 +1,206 @@
+"""Search in sparse codes, coarse to fine: the first latents find candidates, more latents rank them.
+
+    score(q, d) = sum over latents i < width of q_i d_i              ("dot"; "cosine" divides by both lengths)
+
+One index serves every width: codes are stored by latent, so that a query reads the postings of its own latents alone,
+and of a prefix only those below it. The score is a sum over latents, so each hit says which of them it is made of.
+
+Shapes: N documents, Q queries, F latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+
+@dataclass
+class Hits:
+    """Documents found for each query, best first.
+
+    Args:
+        documents (`np.ndarray` of shape `(Q, K)`): Numbers of documents; -1 where fewer share a latent.
+        scores (`np.ndarray` of shape `(Q, K)`): Their scores; 0 there.
+        work (`float`): Products of a query's and a document's value, mean over queries.
+    """
+
+    documents: np.ndarray
+    scores: np.ndarray
+    work: float
+
+    def as_lists(self) -> list[list[dict[str, int | float]]]:
+        """The hits as sentence-transformers' search functions give them: `corpus_id` and `score` of each."""
+        return [
+            [{"corpus_id": int(d), "score": float(s)} for d, s in zip(row, values, strict=True) if d >= 0]
+            for row, values in zip(self.documents, self.scores, strict=True)
+        ]
+
+
+class SparseIndex:
+    """Codes of documents, searched at any width.
+
+    Args:
+        codes (`Tensor` of shape `(N, F)`, or a scipy sparse matrix): What `encode_document` gives.
+        similarity (`str`, *optional*, defaults to `"cosine"`): `cosine` or `dot`; lengths are those of whole codes.
+
+    Raises:
+        `ValueError`: if codes are not finite, no matrix, or the similarity is unknown.
+    """
+
+    def __init__(self, codes: Any, similarity: str = "cosine") -> None:
+        if similarity not in ("cosine", "dot"):
+            raise ValueError(f"`similarity` must be 'cosine' or 'dot', got {similarity!r}.")
+        self.similarity = similarity
+        self.by_document = self._rows(codes)
+        self.by_latent = self.by_document.tocsc()
+
+    def __len__(self) -> int:
+        return self.by_document.shape[0]
+
+    @property
+    def num_latents(self) -> int:
+        """F."""
+        return self.by_document.shape[1]
+
+    def search(
+        self,
+        queries: Any,
+        top_k: int = 10,
+        width: int | None = None,
+        coarse_width: int | None = None,
+        candidates: int = 100,
+    ) -> Hits:
+        """The documents of the highest scores.
+
+        Args:
+            queries (`Tensor` of shape `(Q, F)`, or a scipy sparse matrix): What `encode_query` gives, of any width.
+            top_k (`int`, *optional*, defaults to 10): Documents for each query.
+            width (`int`, *optional*): Only the first `width` latents count; by default all.
+            coarse_width (`int`, *optional*): Find `candidates` by the first so many latents, and rank these alone by
+                `width`.
+            candidates (`int`, *optional*, defaults to 100): Of the coarse search.
+
+        Returns:
+            [`Hits`]; of equal scores the first document stands first.
+
+        Raises:
+            `ValueError`: if queries are of another dimension, or a width is not between 1 and F.
+        """
+        rows = self._rows(queries)
+        if rows.shape[1] != self.num_latents:
+            raise ValueError(f"Queries have {rows.shape[1]} latents, the documents of this index {self.num_latents}.")
+        width = self._checked(width, "width")
+        if coarse_width is None:
+            scores, work = self._scored(rows, width)
+            return Hits(*_best(scores, top_k), work)
+        scores, work = self._scored(rows, self._checked(coarse_width, "coarse_width"))
+        chosen, _ = _best(scores, max(candidates, top_k))
+        fine = np.zeros(chosen.shape, np.float32)
+        for number, documents in enumerate(chosen):
+            rest = self.by_document[documents[documents >= 0], :width]
+            query = rows[number, :width]
+            fine[number, : rest.shape[0]] = (rest @ query.T).toarray()[:, 0]
+            beyond = query.indices[query.indices >= coarse_width]  # what the coarse search has multiplied already
+            work += float(np.isin(rest.indices, beyond).sum()) / len(chosen)
+        order = np.lexsort((chosen, -fine, chosen < 0), axis=1)[:, :top_k]
+        found = np.take_along_axis(chosen, order, 1)
+        return Hits(found, np.where(found >= 0, np.take_along_axis(fine, order, 1), 0.0), work)
+
+    def explain(self, query: Any, document: int, width: int | None = None) -> list[tuple[int, float]]:
+        """The latents that a query and a document share, with their share of the score, largest first.
+
+        Args:
+            query (`Tensor` of shape `(F,)`, or one row of a scipy sparse matrix): A query's code.
+            document (`int`): Number of the document.
+            width (`int`, *optional*): Only the first `width` latents.
+        """
+        width = self._checked(width, "width")
+        row = query[None] if isinstance(query, Tensor) and query.ndim == 1 else query
+        products = self._rows(row)[0, :width].multiply(self.by_document[document, :width]).tocoo()
+        total = products.data.sum()
+        parts = [(int(latent), float(value / total)) for latent, value in zip(products.col, products.data, strict=True)]
+        return sorted(parts, key=lambda part: (-part[1], part[0]))
+
+    def _scored(self, rows: sparse.csr_matrix, width: int) -> tuple[np.ndarray, float]:
+        """Scores `(Q, N)` by the first latents, and how many products they took for a query."""
+        postings = np.diff(self.by_latent.indptr)[:width]
+        first = rows[:, :width]
+        work = float(postings[first.indices].sum()) / max(1, first.shape[0])
+        return (first @ self.by_latent[:, :width].T).toarray(), work
+
+    def _checked(self, width: int | None, name: str) -> int:
+        if width is not None and not 1 <= width <= self.num_latents:
+            raise ValueError(f"`{name}` must be between 1 and {self.num_latents}, got {width}.")
+        return width or self.num_latents
+
+    def _rows(self, codes: Any) -> sparse.csr_matrix:
+        matrix = to_scipy(codes)
+        if not np.isfinite(matrix.data).all():
+            raise ValueError("Codes hold numbers that are not finite: a text's embedding was NaN or infinite.")
+        if self.similarity == "cosine":
+            lengths = np.sqrt(matrix.multiply(matrix).sum(1)).A1
+            matrix = sparse.diags(1 / np.maximum(lengths, np.finfo(np.float32).tiny)).dot(matrix).tocsr()
+        return matrix.astype(np.float32)
+
+
+def to_scipy(codes: Any) -> sparse.csr_matrix:
+    """Codes `(N, F)` as a scipy matrix by rows.
+
+    Args:
+        codes (`Tensor` of shape `(N, F)`, or a scipy sparse matrix): Sparse or dense.
+
+    Raises:
+        `ValueError`: if they are no matrix.
+    """
+    if sparse.issparse(codes):
+        return sparse.csr_matrix(codes)
+    if not isinstance(codes, Tensor) or codes.ndim != 2:
+        raise ValueError(f"Codes must be a tensor (N, F), got {getattr(codes, 'shape', type(codes).__name__)}.")
+    coo = codes.detach().cpu().float().to_sparse().coalesce()
+    rows, cols = coo.indices().numpy()
+    return sparse.csr_matrix((coo.values().numpy(), (rows, cols)), shape=tuple(codes.shape))
+
+
+def to_torch(codes: sparse.csr_matrix) -> Tensor:
+    """Codes of scipy as the sparse tensor that sentence-transformers' search functions take."""
+    coo = codes.tocoo()
+    return torch.sparse_coo_tensor(np.stack([coo.row, coo.col]), coo.data, coo.shape, check_invariants=True).coalesce()
+
+
+def qdrant_index(codes: Any, location: str = ":memory:") -> tuple[Any, str]:
+    """A collection of Qdrant with the codes of documents, for `semantic_search_qdrant(..., corpus_index=)`.
+
+    Args:
+        codes (see [`to_scipy`]): Codes of the documents; their numbers become ids.
+        location (`str`, *optional*, defaults to `":memory:"`): Where the client finds Qdrant.
+
+    Returns:
+        The client and the name of the collection.
+
+    Raises:
+        `ValueError`: if `qdrant-client` is not installed.
+    """
+    try:
+        from qdrant_client import QdrantClient, models
+    except ImportError as error:
+        raise ValueError("`qdrant_index` needs Qdrant's client: `pip install qdrant-client`.") from error
+    client, name, matrix = QdrantClient(location), "documents", to_scipy(codes)
+    client.create_collection(name, vectors_config={}, sparse_vectors_config={"text": models.SparseVectorParams()})
+    points = []
+    for number in range(matrix.shape[0]):
+        row = matrix[number]
+        vector = models.SparseVector(indices=row.indices.tolist(), values=row.data.tolist())
+        points.append(models.PointStruct(id=number, vector={"text": vector}))
+    client.upload_points(name, points)
+    return client, name
+
+
+def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and scores `(Q, K)` of the best documents; -1 and 0 where a score is not above 0."""
+    count = min(count, scores.shape[1])
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    best = np.take_along_axis(scores, chosen, 1)
+    return np.where(best > 0, chosen, -1), np.maximum(best, 0)
