@@ -76,9 +76,7 @@ def sentence_embeddings(
     documents, rows, count = load_documents(dataset, shuffle=True, seed=seed), [], 0
     with tqdm(desc="sentence embeddings", unit="texts", disable=not show) as bar:
         while count < most and (texts := documents.take(min(_READ, most - count))):
-            embedded = encoder.encode(
-                texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
-            )
+            embedded = encoder.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
             rows.append(embedded.float().cpu())
             count += len(texts)
             bar.update(len(texts))

@@ -32,6 +32,17 @@ class LatentEncoder(SparseEncoder):
         """The module with the SAE."""
         return self[-1]
 
+    def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in sentence-transformers.
+
+        Raises:
+            `ValueError`: where no text has a token, and the tokenizer adds none: transformers would stop deep inside.
+        """
+        features = super().preprocess(inputs, *args, **kwargs)
+        if "input_ids" in features and not features["input_ids"].numel():
+            raise ValueError("There is no token to read: the texts are empty, and this model's tokenizer adds none.")
+        return features
+
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Save the whole model; arguments as of `SparseEncoder.save`."""
         super().save(path, *args, **kwargs)

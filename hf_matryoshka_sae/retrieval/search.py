@@ -121,7 +121,9 @@ class SparseIndex:
         row = query[None] if isinstance(query, Tensor) and query.ndim == 1 else query
         products = self._rows(row)[0, :width].multiply(self.by_document[document, :width]).tocoo()
         total = products.data.sum()
-        parts = [(int(latent), float(value / total)) for latent, value in zip(products.col, products.data, strict=True)]
+        parts = [
+            (int(latent), float(value / total)) for latent, value in zip(products.col, products.data, strict=True)
+        ]
         return sorted(parts, key=lambda part: (-part[1], part[0]))
 
     def _scored(self, rows: sparse.csr_matrix, width: int) -> tuple[np.ndarray, float]:

@@ -108,7 +108,9 @@ class SparseEmbedding(Module):
     def _of_tokens(self, tokens: Tensor, mask: Tensor, width: int) -> Tensor:
         rows, _ = mask.bool().nonzero(as_tuple=True)
         latents = self._encoded(tokens[mask.bool()], width).log1p()
-        return latents.new_zeros(len(tokens), width).index_reduce_(0, rows, latents, "amax")
+        return latents.new_zeros(len(tokens), width).scatter_reduce_(
+            0, rows[:, None].expand_as(latents), latents, "amax"
+        )
 
     def get_embedding_dimension(self) -> int:
         """Dimensions of an embedding: the width, or F."""
