@@ -27,12 +27,14 @@ class Corpus:
 
     Args:
         queries (`list[str]`), documents (`list[str]`): The i-th document answers the i-th query.
-        training (`list[str]`): Texts of entries that are not searched.
+        pairs (`list[tuple[str, str]]`): Queries and documents of entries that are not searched.
+        others (`list[str]`): Documents without a query, which are not searched either.
     """
 
     queries: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
-    training: list[str] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 def load(name: str, folder: Path) -> Corpus:
@@ -48,10 +50,10 @@ def load(name: str, folder: Path) -> Corpus:
             continue
         seen |= {query, document}
         if not query:
-            corpus.training.append(document)
+            corpus.others.append(document)
             seen.discard(query)
         elif hashlib.sha256(document.encode()).digest()[0] % 2:
-            corpus.training += [query, document]
+            corpus.pairs.append((query, document))
         else:
             corpus.queries.append(query)
             corpus.documents.append(document)

@@ -9,7 +9,7 @@ from ..common.lazy import imports_on_use
 
 
 if TYPE_CHECKING:
-    from .encoder import LatentEncoder, reconstructed, sparse_encoder
+    from .encoder import LatentEncoder, sparse_encoder
     from .names import name_latents
     from .search import Hits, SparseIndex, qdrant_index, to_scipy, to_torch
     from .sparse_embedding import SparseEmbedding
@@ -22,7 +22,6 @@ __all__ = [
     "SparseIndex",
     "name_latents",
     "qdrant_index",
-    "reconstructed",
     "sparse_encoder",
     "to_scipy",
     "to_torch",

@@ -1,10 +1,9 @@
-"""A sentence-transformers `SparseEncoder` whose dimensions are the latents of an SAE, and which says what they mean."""
+"""A sentence-transformers `SparseEncoder` whose dimensions are an SAE's latents, and which says what they mean."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from torch import Tensor
 
@@ -25,7 +24,7 @@ class LatentEncoder(SparseEncoder):
     `max_active_dims=`.
     """
 
-    _module_classes = {_PORTABLE: SparseEmbedding}
+    _module_classes: ClassVar = {_PORTABLE: SparseEmbedding}
 
     @property
     def latents(self) -> SparseEmbedding:
@@ -91,16 +90,19 @@ def sparse_encoder(
     width: int | None = None,
     max_active_dims: int | None = None,
     pooling: str = "embedding",
-    similarity: str = "cosine",
+    queries: str | None = None,
 ) -> LatentEncoder:
     """The `SparseEncoder` made of a sentence-transformers model and an SAE of its embeddings.
 
     Args:
         model (`str`, `Path` or `SentenceTransformer`): The dense model; a folder or Hub id is loaded.
         sae (`str`, `Path` or [`SAEModel`]): An SAE, or where one lies, of any format that [`convert.load`] reads.
-        width (`int`, *optional*), max_active_dims (`int`, *optional*), pooling (`str`, *optional*): See
-            [`SparseEmbedding`].
-        similarity (`str`, *optional*, defaults to `"cosine"`): What compares two embeddings: `cosine` or `dot`.
+        width (`int`, *optional*): Only the first `width` latents, see [`SparseEmbedding`].
+        max_active_dims (`int`, *optional*): Keep only so many of a text's latents.
+        pooling (`str`, *optional*, defaults to `"embedding"`): What the SAE reads: the pooled `embedding`, or each
+            token, of whose latents the `max` is kept.
+        queries (`str`, *optional*): What `encode_query` gives: `codes`, or `projections` on all latents, which rank
+            better; see [`SparseEmbedding`].
 
     Raises:
         `ValueError`: if the SAE reads another width than the model's, or was trained on another model's embeddings
@@ -114,24 +116,6 @@ def sparse_encoder(
             f"The SAE reads embeddings of width {loaded.config.d_in} (of {loaded.config.base_model or 'an unnamed '}"
             f"{'' if loaded.config.base_model else 'model'}), and this model's have {given}."
         )
-    module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling)
-    encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name=similarity)
+    module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling, queries)
+    encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name="cosine")
     return encoder.to(dense.device)
-
-
-@torch.no_grad()
-def reconstructed(encoder: LatentEncoder, embeddings: Tensor) -> Tensor:
-    """The dense embeddings `(N, D)` that codes `(N, F)` stand for.
-
-    Args:
-        encoder ([`LatentEncoder`]): Whose SAE decodes; with `pooling="max"` there is nothing to reconstruct.
-        embeddings (`Tensor` of shape `(N, F)`): Sparse or dense.
-
-    Raises:
-        `ValueError`: for an encoder that pools latents of tokens.
-    """
-    if encoder.latents.pooling != "embedding":
-        raise ValueError("Codes pooled over tokens stand for no single embedding: there is nothing to reconstruct.")
-    sae = encoder.latents.sae
-    dense = embeddings.to_dense() if embeddings.is_sparse else embeddings
-    return dense.to(sae.W_dec) @ sae.W_dec[: dense.shape[-1]] + sae.b_dec

@@ -28,8 +28,8 @@ def name_latents(codes: Any, texts: list[str], latent_ids: list[int], examples: 
         words (`int`, *optional*, defaults to 3): Words of a name.
 
     Returns:
-        For each latent that fires, by its id as text: `words`, `texts` (the three largest), and `share` of the texts on
-        which it fires.
+        For each latent that fires, by its id as text: `words`, `texts` (the three largest), and the `share` of the
+        texts on which it fires.
 
     Raises:
         `ValueError`: if there are not as many texts as codes.

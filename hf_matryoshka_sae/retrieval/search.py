@@ -8,6 +8,7 @@ and of a prefix only those below it. The score is a sum over latents, so each hi
 Shapes: N documents, Q queries, F latents.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+
+
+_QUERIES = 256  # that are scored at once
 
 
 @dataclass
@@ -44,7 +48,8 @@ class SparseIndex:
 
     Args:
         codes (`Tensor` of shape `(N, F)`, or a scipy sparse matrix): What `encode_document` gives.
-        similarity (`str`, *optional*, defaults to `"cosine"`): `cosine` or `dot`; lengths are those of whole codes.
+        similarity (`str`, *optional*, defaults to `"cosine"`): `cosine` or `dot`. The cosine at
+            a width is that of codes cut to it.
 
     Raises:
         `ValueError`: if codes are not finite, no matrix, or the similarity is unknown.
@@ -54,8 +59,9 @@ class SparseIndex:
         if similarity not in ("cosine", "dot"):
             raise ValueError(f"`similarity` must be 'cosine' or 'dot', got {similarity!r}.")
         self.similarity = similarity
-        self.by_document = self._rows(codes)
+        self.by_document = _checked_codes(codes)
         self.by_latent = self.by_document.tocsc()
+        self._inverse: dict[int, np.ndarray] = {}  # of the documents' lengths, by width
 
     def __len__(self) -> int:
         return self.by_document.shape[0]
@@ -72,6 +78,7 @@ class SparseIndex:
         width: int | None = None,
         coarse_width: int | None = None,
         candidates: int = 100,
+        coarse_dims: int | None = None,
     ) -> Hits:
         """The documents of the highest scores.
 
@@ -82,6 +89,7 @@ class SparseIndex:
             coarse_width (`int`, *optional*): Find `candidates` by the first so many latents, and rank these alone by
                 `width`.
             candidates (`int`, *optional*, defaults to 100): Of the coarse search.
+            coarse_dims (`int`, *optional*): Only so many of a query's largest values take part in the coarse search.
 
         Returns:
             [`Hits`]; of equal scores the first document stands first.
@@ -89,25 +97,46 @@ class SparseIndex:
         Raises:
             `ValueError`: if queries are of another dimension, or a width is not between 1 and F.
         """
-        rows = self._rows(queries)
+        rows = _checked_codes(queries)
         if rows.shape[1] != self.num_latents:
             raise ValueError(f"Queries have {rows.shape[1]} latents, the documents of this index {self.num_latents}.")
         width = self._checked(width, "width")
         if coarse_width is None:
-            scores, work = self._scored(rows, width)
-            return Hits(*_best(scores, top_k), work)
-        scores, work = self._scored(rows, self._checked(coarse_width, "coarse_width"))
-        chosen, _ = _best(scores, max(candidates, top_k))
-        fine = np.zeros(chosen.shape, np.float32)
-        for number, documents in enumerate(chosen):
-            rest = self.by_document[documents[documents >= 0], :width]
-            query = rows[number, :width]
-            fine[number, : rest.shape[0]] = (rest @ query.T).toarray()[:, 0]
-            beyond = query.indices[query.indices >= coarse_width]  # what the coarse search has multiplied already
-            work += float(np.isin(rest.indices, beyond).sum()) / len(chosen)
-        order = np.lexsort((chosen, -fine, chosen < 0), axis=1)[:, :top_k]
-        found = np.take_along_axis(chosen, order, 1)
-        return Hits(found, np.where(found >= 0, np.take_along_axis(fine, order, 1), 0.0), work)
+            parts = [self._whole(part, width, top_k) for part in _pieces(rows)]
+        else:
+            coarse_width = self._checked(coarse_width, "coarse_width")
+            kept = max(candidates, top_k)
+            parts = [self._refined(part, width, top_k, coarse_width, kept, coarse_dims) for part in _pieces(rows)]
+        documents, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("documents", "scores"))
+        return Hits(documents, scores, sum(part.work * len(part.scores) for part in parts) / max(1, rows.shape[0]))
+
+    def _whole(self, rows: sparse.csr_matrix, width: int, top_k: int) -> Hits:
+        """The best by the first latents."""
+        first = rows[:, :width]
+        scores = (first @ self.by_latent[:, :width].T).toarray() * self._scale(first, width)
+        work = np.diff(self.by_latent.indptr)[first.indices].sum() / max(1, first.shape[0])
+        return Hits(*_best(scores, top_k), float(work))
+
+    def _refined(
+        self, rows: sparse.csr_matrix, width: int, top_k: int, coarse_width: int, kept: int, dims: int | None
+    ) -> Hits:
+        """The best by the first latents of those that a narrower prefix finds."""
+        coarse = _largest(rows[:, :coarse_width], dims)
+        found = self._whole(coarse, coarse_width, kept)
+        number, place = np.nonzero(found.documents >= 0)
+        document = found.documents[number, place]
+        postings = self.by_document[document, :width].tocoo()
+        query, done = rows[:, :width].toarray(), coarse.toarray()
+        values = query[number[postings.row], postings.col]
+        fine = np.full(found.documents.shape, -np.inf, np.float32)
+        fine[number, place] = np.bincount(postings.row, values * postings.data, len(number))
+        fine[number, place] *= self._scale(rows[:, :width], width)[number, document]
+        seen = postings.col < coarse_width  # what the coarse search has multiplied is not multiplied again
+        seen[seen] = done[number[postings.row[seen]], postings.col[seen]] != 0
+        work = found.work + float(((values != 0) & ~seen).sum()) / max(1, len(found.scores))
+        order = np.lexsort((found.documents, -fine), axis=1)[:, :top_k]
+        scores, documents = np.take_along_axis(fine, order, 1), np.take_along_axis(found.documents, order, 1)
+        return Hits(documents, np.where(documents >= 0, scores, 0), work)
 
     def explain(self, query: Any, document: int, width: int | None = None) -> list[tuple[int, float]]:
         """The latents that a query and a document share, with their share of the score, largest first.
@@ -119,33 +148,42 @@ class SparseIndex:
         """
         width = self._checked(width, "width")
         row = query[None] if isinstance(query, Tensor) and query.ndim == 1 else query
-        products = self._rows(row)[0, :width].multiply(self.by_document[document, :width]).tocoo()
+        products = _checked_codes(row)[0, :width].multiply(self.by_document[document, :width]).tocoo()
         total = products.data.sum()
         parts = [
             (int(latent), float(value / total)) for latent, value in zip(products.col, products.data, strict=True)
         ]
         return sorted(parts, key=lambda part: (-part[1], part[0]))
 
-    def _scored(self, rows: sparse.csr_matrix, width: int) -> tuple[np.ndarray, float]:
-        """Scores `(Q, N)` by the first latents, and how many products they took for a query."""
-        postings = np.diff(self.by_latent.indptr)[:width]
-        first = rows[:, :width]
-        work = float(postings[first.indices].sum()) / max(1, first.shape[0])
-        return (first @ self.by_latent[:, :width].T).toarray(), work
+    def _scale(self, rows: sparse.csr_matrix, width: int) -> np.ndarray:
+        """What products `(Q, N)` of the first latents are multiplied by to become scores."""
+        if self.similarity == "dot":
+            return np.ones((rows.shape[0], len(self)), np.float32)
+        if width not in self._inverse:
+            self._inverse[width] = _inverse_lengths(self.by_document[:, :width])
+        return np.outer(_inverse_lengths(rows), self._inverse[width])
 
     def _checked(self, width: int | None, name: str) -> int:
         if width is not None and not 1 <= width <= self.num_latents:
             raise ValueError(f"`{name}` must be between 1 and {self.num_latents}, got {width}.")
         return width or self.num_latents
 
-    def _rows(self, codes: Any) -> sparse.csr_matrix:
-        matrix = to_scipy(codes)
-        if not np.isfinite(matrix.data).all():
-            raise ValueError("Codes hold numbers that are not finite: a text's embedding was NaN or infinite.")
-        if self.similarity == "cosine":
-            lengths = np.sqrt(matrix.multiply(matrix).sum(1)).A1
-            matrix = sparse.diags(1 / np.maximum(lengths, np.finfo(np.float32).tiny)).dot(matrix).tocsr()
-        return matrix.astype(np.float32)
+
+def _checked_codes(codes: Any) -> sparse.csr_matrix:
+    matrix = to_scipy(codes).astype(np.float32)
+    if not np.isfinite(matrix.data).all():
+        raise ValueError("Codes hold numbers that are not finite: a text's embedding was NaN or infinite.")
+    return matrix
+
+
+def _inverse_lengths(rows: sparse.csr_matrix) -> np.ndarray:
+    lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
+    return (1 / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+def _pieces(rows: sparse.csr_matrix) -> list[sparse.csr_matrix]:
+    """Some queries at a time: scores of all documents are dense."""
+    return [rows[start : start + _QUERIES] for start in range(0, max(1, rows.shape[0]), _QUERIES)]
 
 
 def to_scipy(codes: Any) -> sparse.csr_matrix:
@@ -198,6 +236,19 @@ def qdrant_index(codes: Any, location: str = ":memory:") -> tuple[Any, str]:
         points.append(models.PointStruct(id=number, vector={"text": vector}))
     client.upload_points(name, points)
     return client, name
+
+
+def _largest(rows: sparse.csr_matrix, count: int | None) -> sparse.csr_matrix:
+    """The `count` values of each row that are largest in size, which are all where there are fewer."""
+    if count is None:
+        return rows
+    rows = rows.copy()
+    for start, stop in itertools.pairwise(rows.indptr):
+        size = np.abs(rows.data[start:stop])
+        if len(size) > count:
+            rows.data[start:stop][np.argsort(-size, kind="stable")[count:]] = 0
+    rows.eliminate_zeros()
+    return rows
 
 
 def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

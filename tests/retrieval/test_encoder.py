@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from hf_matryoshka_sae.assets import embedded_lm_path
 from hf_matryoshka_sae.models import BatchTopKSAEConfig, SAEModel, TopKSAEConfig, build_sae
-from hf_matryoshka_sae.retrieval import LatentEncoder, SparseEmbedding, reconstructed, sparse_encoder
+from hf_matryoshka_sae.retrieval import LatentEncoder, SparseEmbedding, sparse_encoder
 
 
 TEXTS = ["Return the number of items.", "A violin concert", "Rivers flood the valley after days of rain."]
@@ -55,8 +55,10 @@ def test_a_width_is_a_slice_of_the_code(dense, config) -> None:
     narrow = sparse_encoder(dense, sae, width=40)
     assert torch.equal(narrow.encode(TEXTS).to_dense(), whole[:, :40])
     assert narrow.get_embedding_dimension() == 40
-    asked = sparse_encoder(dense, sae).encode_query(TEXTS, width=40).to_dense()
-    assert torch.equal(asked[:, :40], whole[:, :40]) and not asked[:, 40:].any() and asked.shape == whole.shape
+    encoder = sparse_encoder(dense, sae)
+    for encode in (encoder.encode_document, encoder.encode_query):
+        asked, every = encode(TEXTS, width=40).to_dense(), encode(TEXTS).to_dense()
+        assert torch.equal(asked[:, :40], every[:, :40]) and not asked[:, 40:].any() and asked.shape == every.shape
 
 
 def test_the_largest_latents_stay(encoder, codes) -> None:
@@ -114,11 +116,15 @@ def test_decoding_names_the_latents(encoder, codes) -> None:
         encoder.decode(torch.zeros(2, 5))
 
 
-@torch.no_grad()
-def test_codes_stand_for_the_saes_reconstruction(dense, encoder, codes) -> None:
+def test_a_query_is_its_products_with_the_decoder(dense, encoder, codes) -> None:
     sae = encoder.latents.sae
-    expected = sae.decode(sae.encode(dense.encode(TEXTS, convert_to_tensor=True)))
-    torch.testing.assert_close(reconstructed(encoder, codes), expected, rtol=1e-4, atol=1e-5)
+    rows = dense.encode(TEXTS, convert_to_tensor=True).double() - sae.b_dec.double()
+    queries = encoder.encode_query(TEXTS).to_dense()
+    torch.testing.assert_close(queries, (rows @ sae.W_dec.double().T).float().detach(), rtol=1e-4, atol=1e-5)
+    # Its product with a document's code is that of the embedding with what the code stands for.
+    expected = rows.float() @ (codes @ sae.W_dec).T
+    torch.testing.assert_close(queries @ codes.T, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(sparse_encoder(dense, sae, queries="codes").encode_query(TEXTS).to_dense(), codes)
 
 
 @pytest.mark.parametrize("text", [" ", "word " * 5000])
@@ -138,5 +144,7 @@ def test_what_does_not_fit_is_refused(dense, encoder) -> None:
         sparse_encoder(dense, an_sae(), width=97)
     with pytest.raises(ValueError, match="must be one of embedding, max"):
         sparse_encoder(dense, an_sae(), pooling="mean")
+    with pytest.raises(ValueError, match="`projections` for an SAE that reads pooled embeddings"):
+        sparse_encoder(dense, an_sae(), pooling="max", queries="projections")
     with pytest.raises(ValueError, match="between 1 and 96, the latents of this encoder; got 0"):
         encoder.encode(TEXTS, width=0)

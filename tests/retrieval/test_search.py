@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_matryoshka_sae.retrieval import SparseIndex, qdrant_index, to_scipy, to_torch
+from hf_matryoshka_sae.retrieval import SparseIndex, qdrant_index, search, to_scipy, to_torch
 
 
 F, DOCUMENTS, QUERIES = 48, 70, 9
@@ -22,10 +22,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_scores(documents: torch.Tensor, queries: torch.Tensor, similarity: str, width: int) -> np.ndarray:
-    documents, queries = documents.double(), queries.double()
+    documents, queries = documents[:, :width].double(), queries[:, :width].double()
     if similarity == "cosine":
-        documents, queries = (x / x.norm(dim=1, keepdim=True) for x in (documents, queries))
-    return (queries[:, :width] @ documents[:, :width].T).numpy()
+        documents, queries = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-30) for x in (documents, queries))
+    return (queries @ documents.T).numpy()
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -40,8 +40,9 @@ def test_scores_are_those_of_dense_products(data, similarity: str, width: int) -
         np.testing.assert_allclose(row[found[found >= 0]], values[found >= 0], atol=1e-6)
 
 
-def test_a_coarse_search_that_keeps_every_document_changes_nothing(data) -> None:
+def test_a_coarse_search_that_keeps_every_document_changes_nothing(data, monkeypatch) -> None:
     documents, queries = data
+    monkeypatch.setattr(search, "_QUERIES", 4)  # in several pieces
     index, queries = SparseIndex(documents + 1e-3), queries + 1e-3  # every document shares a latent with every query
     whole = index.search(queries, top_k=6)
     fine = index.search(queries, top_k=6, coarse_width=5, candidates=DOCUMENTS)
@@ -106,3 +107,16 @@ def test_what_does_not_fit_is_refused(data, wrong, message: str) -> None:
     index = SparseIndex(data[0])
     with pytest.raises(ValueError, match=message):
         wrong(index)
+
+
+def test_a_query_that_is_cut_to_its_largest_values_still_is_ranked_by_all(data) -> None:
+    documents, queries = data
+    index = SparseIndex(documents, "dot")
+    hits = index.search(queries, top_k=2, coarse_width=F, candidates=6, coarse_dims=2)
+    fine, cut = dense_scores(documents, queries, "dot", F), queries.clone()
+    cut[cut < cut.topk(2, dim=1).values[:, -1:]] = 0
+    coarse = dense_scores(documents, cut, "dot", F)
+    for query in range(QUERIES):
+        candidates = [d for d in np.argsort(-coarse[query], kind="stable")[:6] if coarse[query, d] > 0]
+        best = sorted(candidates, key=lambda d: -fine[query, d])[:2]
+        assert [d for d in hits.documents[query] if d >= 0] == best
