@@ -26,7 +26,7 @@ _READ = 4096  # texts that are embedded between two looks at the data set
 
 
 def load_sentence_transformer(model: str, revision: str | None = None) -> "SentenceTransformer":
-    """A sentence-transformers model; a plain transformers model is pooled by the mean of its tokens.
+    """A sentence-transformers model; of a plain transformers model that library takes its own default pooling.
 
     Args:
         model (`str`): Folder or Hub id, or `"embedded"`.
