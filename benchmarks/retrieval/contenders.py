@@ -125,7 +125,7 @@ def csr_rows(name: str, module: torch.nn.Module, data: Embedded) -> Iterator[Row
 
 
 def bm25_scores(queries: list[str], documents: list[str]) -> tuple[Tensor, float]:
-    """BM25's scores `(Q, N)` (Lucene's variant, k1 1.5, b 0.75), and the bytes of a document's postings: 4 + 1 each."""
+    """BM25's scores `(Q, N)` (k1 1.5, b 0.75), and the bytes of a document's postings: 4 + 1 each."""
     import bm25s
 
     words = bm25s.tokenize(documents, stopwords="en", show_progress=False)

@@ -4,8 +4,8 @@
     python benchmarks/retrieval/mteb_run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora \
         --sae runs/retrieval/seed-0-k-32/matryoshka
 
-Prints nDCG@10 and recall@100 as MTEB measures them, beside those of sentence-transformers' own evaluator; writes MTEB's
-result files to `--output`.
+Prints nDCG@10 and recall@100 as MTEB measures them, beside those of sentence-transformers' own evaluator; writes
+MTEB's result files to `--output`.
 """
 
 import argparse
