@@ -199,15 +199,17 @@ def to_scipy(codes: Any) -> sparse.csr_matrix:
         return sparse.csr_matrix(codes)
     if not isinstance(codes, Tensor) or codes.ndim != 2:
         raise ValueError(f"Codes must be a tensor (N, F), got {getattr(codes, 'shape', type(codes).__name__)}.")
-    coo = codes.detach().cpu().float().to_sparse().coalesce()
-    rows, cols = coo.indices().numpy()
-    return sparse.csr_matrix((coo.values().numpy(), (rows, cols)), shape=tuple(codes.shape))
+    entries = codes.detach().cpu().float().to_sparse().coalesce()
+    rows, cols = entries.indices().numpy()
+    return sparse.csr_matrix((entries.values().numpy(), (rows, cols)), shape=tuple(codes.shape))
 
 
 def to_torch(codes: sparse.csr_matrix) -> Tensor:
     """Codes of scipy as the sparse tensor that sentence-transformers' search functions take."""
-    coo = codes.tocoo()
-    return torch.sparse_coo_tensor(np.stack([coo.row, coo.col]), coo.data, coo.shape, check_invariants=True).coalesce()
+    entries = codes.tocoo()
+    return torch.sparse_coo_tensor(
+        np.stack([entries.row, entries.col]), entries.data, entries.shape, check_invariants=True
+    ).coalesce()
 
 
 def qdrant_index(codes: Any, location: str = ":memory:") -> tuple[Any, str]:
