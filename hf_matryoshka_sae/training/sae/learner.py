@@ -63,6 +63,7 @@ class Learner(LearnerState):
             with the whole dictionary.
         config ([`SAEConfig`], *optional*): Of the whole dictionary; by default the SAE's.
         device (`torch.device`, *optional*): Where it is trained; by default the accelerator's.
+        first_threshold (`float`, *optional*): What [`start_at_target`] gave.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Learner(LearnerState):
         layout: Layout | None = None,
         config: SAEConfig | None = None,
         device: torch.device | None = None,
+        first_threshold: float | None = None,
     ) -> None:
         self.config = sae.config if config is None else config
         self.layout = layout = layout or _data_parallel(accelerator, self.config.num_latents)
@@ -126,7 +128,9 @@ class Learner(LearnerState):
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
         sparsity = spec.sparsity_coefficient or 0.0
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
+            # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit rows
+            # moves thresholds to l / 2 (soft thresholding), so that this one holds them where they begin.
+            sparsity = 0.1 if first_threshold is None else 2 * first_threshold
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
@@ -300,12 +304,19 @@ class Learner(LearnerState):
         self.dead = dead if self.num_dead else None
 
     def _control_sparsity(self, step: int, finite: Tensor) -> None:
-        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do (Nabeshima 2024)."""
+        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do.
+
+        The step of its logarithm is in proportion to the logarithm of L0 / target: integral control, which comes to
+        rest at the target, where steps of one size (Nabeshima 2024) swing around it or, smaller, come too late.
+        """
         spec = self.spec
-        controlled = spec.target_l0 is not None and self.sae.config.activation_name in ("relu", "gated")
-        if controlled and sparsity_warmup(spec, step, self.steps) >= 1:
-            rate = torch.where(self.last["l0"] >= spec.target_l0, spec.controller_rate, -spec.controller_rate)
-            self.sparsity = self.sparsity * torch.where(finite, 1 + rate, 1.0)
+        if spec.target_l0 is None or self.sae.config.activation_name not in ("relu", "gated"):
+            return
+        l0 = self.last["l0"]
+        error = (l0.clamp(min=1e-3) / spec.target_l0).log().clamp(-1, 1)
+        # In the warm-up L0 is still on its way down; what falls below the target then would go on falling.
+        acts = finite & (l0 < spec.target_l0) if sparsity_warmup(spec, step, self.steps) < 1 else finite
+        self.sparsity = self.sparsity * torch.where(acts, (spec.controller_rate * error).exp(), 1.0)
 
     @torch.no_grad()
     def _sort(self) -> None:

@@ -183,6 +183,8 @@ class Objective(nn.Module):
         strength = strength * self.sae.W_dec.norm(dim=1)[pairs.cols]
         if self.spec.sparsity_penalty == "log":
             strength = torch.log1p(strength / 0.1)
+        if not self.spec.nested_penalty:
+            return self._over_shards(strength.sum() / num_rows)
         # A latent pays in every prefix that holds it.
         levels = weights[-len(widths) :]
         own = zip(self.layout.own_widths(widths), levels, strict=True)
