@@ -193,8 +193,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ratio = " ".join(f"{value:.2f}" for value in row.get("ratio", []))
         off = row["l0"][-1] / row["target"] - 1
         lines.append(
-            f"| {row['setting']} | {row['recipe']} | {row['seeds']} | {fvu}{spread} | {row['l0'][-1]:.2f} | {off:+.1%} "
-            f"| {row['dead'][-1]:.2%} | {ratio} | {row['seconds']:.0f} |"
+            f"| {row['setting']} | {row['recipe']} | {row['seeds']} | {fvu}{spread} | {row['l0'][-1]:.2f} "
+            f"| {off:+.1%} | {row['dead'][-1]:.2%} | {ratio} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

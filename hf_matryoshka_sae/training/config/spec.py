@@ -100,10 +100,10 @@ class SAESpec:
     (`log`)."""
     target_l0: float | None = None
     """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2. At the end all
-    thresholds (`b_enc` of ReLU and Gated) move by one amount, found on `calibration_tokens`, with which it is met."""
+    thresholds (`-b_enc` of ReLU and Gated) move by one amount, solved for on `calibration_tokens`, that meets it."""
     start_at_target: bool = False
-    """ReLU, JumpReLU and Gated: begin with the threshold (`-b_enc` of ReLU and Gated) at which `target_l0` latents fire
-    on the first hidden states. By default a new SAE of these families does."""
+    """ReLU, JumpReLU and Gated: begin with the threshold (`-b_enc` of ReLU and Gated) at which `target_l0` latents
+    fire on the first hidden states. By default a new SAE of these families does."""
     controller_rate: float = 0.1
     """ReLU and Gated: what the logarithm of the coefficient changes by in a step, for each unit of log(L0 / target)."""
     nested_penalty: bool = True

@@ -113,7 +113,7 @@ def describe_sae(
     Args:
         learner ([`Learner`]): Trained it.
         folder (`Path`): Where it was saved.
-        solved (`dict[str, float]`): The `threshold` that was solved for, or the `threshold_shift`, in normalised units.
+        solved (`dict[str, float]`): The `threshold` or `threshold_shift` that was solved for, in normalised units.
         l0 (`float`, *optional*): Latents per token that it was solved for.
         tokens (`int`): That it was solved for on.
     """

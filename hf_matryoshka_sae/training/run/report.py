@@ -77,10 +77,11 @@ def missed_targets(learner: Learner, result: Mapping[str, Any], tokens: int) -> 
             f"{where}: {row['l0']:.1f} latents fire per held-out token, but `{field}` asks for {wanted:g}. "
             f"{_for_l0(learner, tokens)}"
         )
-    if not competing and wanted and learner.last and abs(learner.last["l0"].item() - wanted) > _LARGEST_SHIFT * wanted:
+    last = learner.last["l0"].item() if learner.last else wanted
+    if not competing and wanted and abs(last - wanted) > _LARGEST_SHIFT * wanted:
         missed.append(
-            f"{where}: training ended with {learner.last['l0'].item():.1f} latents per token, but `target_l0` asks for "
-            f"{wanted:g}; moving all thresholds to meet it costs FVU. {_for_control(learner, tokens)}"
+            f"{where}: training ended with {last:.1f} latents per token, but `target_l0` asks for {wanted:g}; moving "
+            f"all thresholds to meet it costs FVU. {_for_control(learner, tokens)}"
         )
     # A latent that fires rarely may be silent on little text, so the training has to agree.
     used = learner.updates - sum(learner.skipped()[:2])

@@ -1,8 +1,8 @@
 """Thresholds that are solved for on data, so that as many latents fire per token as was asked for.
 
 BatchTopK gets its inference threshold: the value above which k latents fire. A running mean of each batch's smallest
-kept value, as several libraries use it, depends on the batch size and lets more than k through. ReLU, JumpReLU and Gated
-have learnt theirs, and training has brought them close to the target: all of them move by one small amount.
+kept value, as several libraries use it, depends on the batch size and lets more than k through. ReLU, JumpReLU and
+Gated have learnt theirs, and training has brought them close to the target: all of them move by one small amount.
 """
 
 from collections.abc import Iterable
@@ -67,14 +67,15 @@ def calibrate_l0(
 ) -> float:
     """Move the thresholds of all latents by one amount so that `target_l0` of them fire per token, and return it.
 
-    These are JumpReLU's `threshold`, and `-b_enc` of ReLU, whose values move with it, and of Gated, whose magnitudes do
-    not know it. Latents keep the differences that they have learnt, in every prefix.
+    These are JumpReLU's `threshold`, and `-b_enc` of ReLU, whose values move with it, and of Gated, whose magnitudes
+    do not know it. Latents keep the differences that they have learnt, in every prefix.
 
     Args:
         sae ([`SAEModel`]): Of `activation_name` `"relu"`, `"jumprelu"` or `"gated"`, with unit decoder rows or without
             `scale_by_decoder_norm`; in the units of `batches`.
-        batches (`Iterable[Tensor]`), layout ([`Layout`], *optional*): As in [`calibrate_threshold`].
+        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`].
         target_l0 (`float`): Latents per token to aim at.
+        layout ([`Layout`], *optional*): As in [`calibrate_threshold`].
         base (`int`, *optional*, defaults to 0): The first so many latents keep their thresholds.
 
     Raises:
@@ -103,11 +104,12 @@ def calibrate_l0(
 def _solved(
     kept: list[Tensor], tokens: int, fixed: int, wanted: float, layout: Layout, lowest: float | None = None
 ) -> float:
-    """The number that `wanted` of all processes' values per token exceed, with the `fixed` that any number lets through.
+    """The number that `wanted` of all processes' values per token exceed, those counted that exceed any.
 
     Args:
         kept (`list[Tensor]`): The largest values of each batch of this process.
-        tokens (`int`), fixed (`int`): Of this process.
+        tokens (`int`): Of this process.
+        fixed (`int`): Pairs of this process that fire whatever the number.
         wanted (`float`): Values per token.
         layout ([`Layout`]): The processes.
         lowest (`float`, *optional*): Least result; by default the least value.

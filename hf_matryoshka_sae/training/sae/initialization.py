@@ -84,8 +84,8 @@ def start_at_target(
 
     Args:
         sae ([`SAEModel`]): Initialised; changed in place.
-        spec ([`SAESpec`]): Its `start_at_target`, `target_l0`, `initial_threshold`, `bandwidth` and the encoder's start
-            are read.
+        spec ([`SAESpec`]): Its `start_at_target`, `target_l0`, `initial_threshold`, `bandwidth` and how the encoder
+            begins are read.
         sample (`Tensor` of shape `(N, D)`): Normalised hidden states.
         seed (`int`): Of the random directions that stand for the latents.
         layout ([`Layout`], *optional*): Of a sharded dictionary.

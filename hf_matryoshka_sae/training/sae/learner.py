@@ -128,9 +128,10 @@ class Learner(LearnerState):
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
         sparsity = spec.sparsity_coefficient or 0.0
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit rows
-            # moves thresholds to l / 2 (soft thresholding), so that this one holds them where they begin.
-            sparsity = 0.1 if first_threshold is None else 2 * first_threshold
+            # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit
+            # rows moves thresholds to l / 2 (soft thresholding). Half of what would hold them where they begin: they
+            # come down as latents learn, and it is at first that too strong a penalty kills.
+            sparsity = 0.1 if first_threshold is None else first_threshold
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step

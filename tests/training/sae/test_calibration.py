@@ -78,15 +78,15 @@ def test_all_thresholds_move_alike_to_the_target(name, base):
     data = torch.randn(4000, 16)
     spoiled = torch.cat([data, torch.full((3, 16), torch.nan)])
     fired = sae.encode(data).to_dense() > 0
-    shift = calibrate_l0(sae, spoiled.split(500), 6.0, base=base)
+    shift = calibrate_l0(sae, spoiled.split(500), 14.0, base=base)
     with torch.no_grad():
         values = sae.encode(data).to_dense()
-    assert (values > 0).sum(1).float().mean().item() == pytest.approx(6.0, abs=2e-3)
+    assert (values > 0).sum(1).float().mean().item() == pytest.approx(14.0, abs=2e-3)
     assert torch.equal((values > 0)[:, :base], fired[:, :base])
     moved = "threshold" if "jumprelu" in (name, getattr(sae.config, "activation", None)) else "b_enc"
+    before[moved][base:] += shift if moved == "threshold" else -shift
     for key, value in sae.state_dict().items():
-        change = (shift if moved == "threshold" else -shift) * (key == moved)
-        assert torch.allclose(value[base:] - before[key][base:], torch.tensor(float(change)), atol=1e-6), key
+        assert torch.allclose(value, before[key], atol=1e-6), key
 
 
 def test_magnitudes_of_a_gated_sae_do_not_know_its_thresholds():
