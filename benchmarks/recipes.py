@@ -199,25 +199,30 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_courses(cells: dict[tuple[str, str], list[dict]], setting: str, path: Path) -> None:
-    """Draw dead share, L0 and FVU over the first steps, a line for each recipe (its first seed)."""
+def plot_courses(folders: dict[str, Path], setting: str, path: Path) -> None:
+    """Draw dead share, L0 and FVU over the first steps: a row for each folder of cells, a line for each recipe."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for number, name in enumerate(name for own, name in cells if own == setting):
-        course = cells[setting, name][0]["course"]
-        style = {"label": name, "color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-        for axis, key in zip(axes, ("dead", "l0", "fvu"), strict=True):
-            axis.plot([point["step"] for point in course], [point[key] for point in course], **style)
-    axes[0].set(title="dead latents", ylabel="share silent over the run's window")
-    axes[1].set(title="L0", yscale="log")
-    axes[1].axhline(SETTINGS[setting].target, color="black", linewidth=0.7)
-    axes[2].set(title="FVU of the batch, whole dictionary", yscale="log")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[2].legend(fontsize=7)
+    figure = Figure(figsize=(15, 4 * len(folders)), layout="constrained")
+    axes = figure.subplots(len(folders), 3, squeeze=False, sharex=True)
+    names = sorted(
+        {cell.parent.name for folder in folders.values() for cell in folder.glob(f"cells/{setting}/*/*.json")}
+    )
+    for row, (title, folder) in zip(axes, folders.items(), strict=True):
+        for number, name in enumerate(names):
+            for cell in sorted((folder / "cells" / setting / name).glob("seed-*.json"))[:1]:
+                course = json.loads(cell.read_text())["course"]
+                style = {"label": name, "color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+                for axis, key in zip(row, ("dead", "l0", "fvu"), strict=True):
+                    axis.plot([point["step"] for point in course], [point[key] for point in course], **style)
+        row[0].set(title=f"{title}: dead latents", ylabel="share silent over the run's window", ylim=(-0.02, 1))
+        row[1].set(title=f"{title}: L0", yscale="log", ylim=(0.5, 1000))
+        row[1].axhline(SETTINGS[setting].target, color="black", linewidth=0.7)
+        row[2].set(title=f"{title}: FVU of the batch, whole dictionary", yscale="log", ylim=(0.1, 1.2))
+        for axis in row:
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+    axes[0, 2].legend(fontsize=7)
     save_figure(figure, path)
 
 
@@ -237,6 +242,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--states", type=Path, help="folder of hidden states; by default <output>/states")
+    parser.add_argument("--before", type=Path, help="<output> of an earlier version, to be drawn above this one's")
     parser.add_argument("--fields", nargs="+", default=[], metavar="NAME=VALUE", help="of every entry of `saes`")
     parser.add_argument("--label", default="", help="added to the recipes' names; goes with --fields")
     known = parser.parse_args()
@@ -261,7 +267,8 @@ def main() -> int:
                 cells.setdefault((name, full), []).append(json.loads(path.read_text()))
         if known.label:
             _add_bars(cells, name, known)
-        plot_courses(cells, name, known.output / f"first-steps-{name}{'-' * bool(known.label)}{known.label}.png")
+        folders = {"before": known.before} if known.before else {}
+        plot_courses({**folders, "now": known.output}, name, known.output / f"first-steps-{name}.png")
     rows = summary(cells, known.seeds)
     suffix = f"-{known.label}" if known.label else ""
     write_json(known.output / f"recipes{suffix}.json", rows)

@@ -103,9 +103,9 @@ class SAESpec:
     thresholds (`-b_enc` of ReLU and Gated) move by one amount, solved for on `calibration_tokens`, that meets it."""
     start_at_target: bool = False
     """ReLU, JumpReLU and Gated: begin with the threshold (`-b_enc` of ReLU and Gated) at which `target_l0` latents
-    fire on the first hidden states. By default a new SAE of these families does."""
+    fire on the first hidden states. By default new SAEs do."""
     controller_rate: float = 0.1
-    """ReLU and Gated: what the logarithm of the coefficient changes by in a step, for each unit of log(L0 / target)."""
+    """ReLU and Gated: change of the coefficient's logarithm in a step, for each unit of log(L0 / target)."""
     nested_penalty: bool = True
     """Matryoshka over ReLU: a latent pays the penalty in every prefix that holds it, by the prefix's weight; otherwise
     all latents pay the same. By default they do, unless a preset says otherwise."""

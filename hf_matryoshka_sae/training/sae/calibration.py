@@ -89,9 +89,11 @@ def calibrate_l0(
         x = x[x.isfinite().all(-1)].to(sae.W_enc)
         blocks = EncoderBlocks(x, sae.W_enc, sae.b_enc - learnt.to(sae.b_enc), b_dec)
         if base:
-            fixed += len(select_above(blocks.latents(0, base), 0.0)[0])
+            _, cols, margins = select_above(blocks.latents(0, base), 0.0)
+            fixed += len(_with_magnitude(sae, cols, margins))
         # Each process keeps as many as all of them together may need.
-        kept.append(select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0)[2])
+        _, cols, margins = select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0)
+        kept.append(_with_magnitude(sae, cols + base, margins))
         tokens += len(x)
     shift = _solved(kept, tokens, fixed, target_l0, layout)
     if sae.config.activation_name == "jumprelu":
@@ -99,6 +101,13 @@ def calibrate_l0(
     else:
         sae.b_enc[base:] -= shift
     return shift
+
+
+def _with_magnitude(sae: SAEModel, cols: Tensor, margins: Tensor) -> Tensor:
+    """The margins of pairs that fire where their gate is open: a Gated SAE's magnitude may be 0 even then."""
+    if sae.config.activation_name != "gated":
+        return margins
+    return margins[sae.family.values(sae, margins, cols)[0] > 0]
 
 
 def _solved(

@@ -13,7 +13,7 @@ from ...models import SAEConfig, SAEModel
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
 from .growth import FrozenBase
-from .losses import Objective, level_weights
+from .losses import LOG_UNIT, Objective, level_weights
 from .optimizer import build_optimizer, store_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 from .state import LearnerState
@@ -23,6 +23,7 @@ from .state import LearnerState
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
 
 
+_KP = 0.0
 @dataclass
 class StepStatistics:
     """What a step tells about a dictionary, averaged over processes and micro-batches.
@@ -131,7 +132,10 @@ class Learner(LearnerState):
             # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit
             # rows moves thresholds to l / 2 (soft thresholding). Half of what would hold them where they begin: they
             # come down as latents learn, and it is at first that too strong a penalty kills.
-            sparsity = 0.1 if first_threshold is None else first_threshold
+            # `log` gets the slope at 0 that L1 would have.
+            unit = LOG_UNIT if spec.sparsity_penalty == "log" else 1.0
+            sparsity = 0.1 if first_threshold is None else first_threshold * unit
+        self.l0_error = torch.zeros((), device=device)  # log(L0 / target), at most 1, of the last step
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
@@ -315,9 +319,11 @@ class Learner(LearnerState):
             return
         l0 = self.last["l0"]
         error = (l0.clamp(min=1e-3) / spec.target_l0).log().clamp(-1, 1)
+        error = torch.where(finite, error, self.l0_error)
         # In the warm-up L0 is still on its way down; what falls below the target then would go on falling.
         acts = finite & (l0 < spec.target_l0) if sparsity_warmup(spec, step, self.steps) < 1 else finite
-        self.sparsity = self.sparsity * torch.where(acts, (spec.controller_rate * error).exp(), 1.0)
+        change = spec.controller_rate * error + _KP * (error - self.l0_error)
+        self.sparsity, self.l0_error = self.sparsity * torch.where(acts, change.exp(), 1.0), error
 
     @torch.no_grad()
     def _sort(self) -> None:

@@ -72,7 +72,7 @@ LEARNT = {
 def test_all_thresholds_move_alike_to_the_target(name, base):
     sae = build_sae(LEARNT[name]).eval()
     with torch.no_grad():
-        sae.b_enc.copy_(torch.randn(128) * 0.1)
+        sae.b_enc.copy_(torch.randn(128) * 0.1)  # of a Gated SAE some magnitudes are 0 though the gate is open
         sae.b_dec.copy_(torch.randn(16) * 0.1)
     before = {key: value.clone() for key, value in sae.state_dict().items()}
     data = torch.randn(4000, 16)
