@@ -104,7 +104,7 @@ class SAESpec:
     start_at_target: bool = False
     """ReLU, JumpReLU and Gated: begin with the threshold (`-b_enc` of ReLU and Gated) at which `target_l0` latents
     fire on the first hidden states. By default new SAEs do."""
-    controller_rate: float = 0.1
+    controller_rate: float = 0.03
     """ReLU and Gated: change of the coefficient's logarithm in a step, for each unit of log(L0 / target)."""
     nested_penalty: bool = True
     """Matryoshka over ReLU: a latent pays the penalty in every prefix that holds it, by the prefix's weight; otherwise

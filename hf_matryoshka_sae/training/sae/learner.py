@@ -23,7 +23,11 @@ from .state import LearnerState
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
 
 
-_KP = 0.0
+# Of the controller of L0: the coefficient follows each change of L0 / target in proportion, beside what
+# `controller_rate` adds up. Alone, that would go on long after L0 has begun to move, and overshoot.
+_PROPORTIONAL = 1.0
+
+
 @dataclass
 class StepStatistics:
     """What a step tells about a dictionary, averaged over processes and micro-batches.
@@ -135,7 +139,8 @@ class Learner(LearnerState):
             # `log` gets the slope at 0 that L1 would have.
             unit = LOG_UNIT if spec.sparsity_penalty == "log" else 1.0
             sparsity = 0.1 if first_threshold is None else first_threshold * unit
-        self.l0_error = torch.zeros((), device=device)  # log(L0 / target), at most 1, of the last step
+        # log(L0 / target) of the last step, from -1 to 1; NaN before there is one.
+        self.l0_error = torch.full((), torch.nan, device=device)
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
@@ -311,8 +316,9 @@ class Learner(LearnerState):
     def _control_sparsity(self, step: int, finite: Tensor) -> None:
         """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do.
 
-        The step of its logarithm is in proportion to the logarithm of L0 / target: integral control, which comes to
-        rest at the target, where steps of one size (Nabeshima 2024) swing around it or, smaller, come too late.
+        Its logarithm moves by the logarithm of L0 / target and by what that has changed since the last step:
+        proportional-integral control, which comes to rest at the target. Steps of one size (Nabeshima 2024) swing
+        around it or, smaller, come too late.
         """
         spec = self.spec
         if spec.target_l0 is None or self.sae.config.activation_name not in ("relu", "gated"):
@@ -320,9 +326,10 @@ class Learner(LearnerState):
         l0 = self.last["l0"]
         error = (l0.clamp(min=1e-3) / spec.target_l0).log().clamp(-1, 1)
         error = torch.where(finite, error, self.l0_error)
+        before = torch.where(self.l0_error.isfinite(), self.l0_error, error)
         # In the warm-up L0 is still on its way down; what falls below the target then would go on falling.
         acts = finite & (l0 < spec.target_l0) if sparsity_warmup(spec, step, self.steps) < 1 else finite
-        change = spec.controller_rate * error + _KP * (error - self.l0_error)
+        change = spec.controller_rate * error + _PROPORTIONAL * (error - before)
         self.sparsity, self.l0_error = self.sparsity * torch.where(acts, change.exp(), 1.0), error
 
     @torch.no_grad()
