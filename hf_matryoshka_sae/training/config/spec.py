@@ -64,9 +64,10 @@ class SAESpec:
     scale_by_decoder_norm: bool | None = None
     """Measure and select latents by their contribution, value times norm of the decoder row; by default no."""
     bandwidth: float | None = None
-    """JumpReLU: width of the straight-through gradient's kernel, in units of pre-activations; by default 0.05."""
+    """JumpReLU: width of the straight-through gradient's kernel, in units of pre-activations; by default half of the
+    first threshold, with `start_at_target`, or else 0.05."""
     initial_threshold: float | None = None
-    """JumpReLU: where every threshold starts; by default 0.01."""
+    """JumpReLU: where every threshold starts; by default where `start_at_target` says, or else at 0.01."""
 
     # The objective
     level_weights: str | list[float] = "mean"
@@ -92,14 +93,22 @@ class SAESpec:
     sparsity_coefficient: float | None = None
     """ReLU, JumpReLU and Gated: weight of the sparsity penalty; where it follows `target_l0`, where it begins."""
     sparsity_warmup_steps: int | None = None
-    """Steps over which the coefficient grows to its value; by default a fifth of the run."""
+    """Steps over which the coefficient grows to its value; by default a fifth of the run, or none with
+    `start_at_target`."""
     sparsity_penalty: Literal["l1", "log"] = "l1"
     """ReLU and Gated: of a latent's value times the norm of its decoder row, the sum (`l1`), or of log(1 + 10 x that)
     (`log`)."""
     target_l0: float | None = None
-    """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2."""
-    controller_rate: float = 0.01
-    """Relative change of the coefficient per step towards `target_l0`."""
+    """ReLU and Gated: the coefficient follows this L0. JumpReLU: the penalty is (L0 / target - 1)^2. At the end all
+    thresholds (`-b_enc` of ReLU and Gated) move by one amount, solved for on `calibration_tokens`, that meets it."""
+    start_at_target: bool = False
+    """ReLU, JumpReLU and Gated: begin with the threshold (`-b_enc` of ReLU and Gated) at which `target_l0` latents
+    fire on the first hidden states. By default new SAEs do."""
+    controller_rate: float = 0.03
+    """ReLU and Gated: change of the coefficient's logarithm in a step, for each unit of log(L0 / target)."""
+    nested_penalty: bool = True
+    """Matryoshka over ReLU: a latent pays the penalty in every prefix that holds it, by the prefix's weight; otherwise
+    all latents pay the same. By default they do, unless a preset says otherwise."""
     multi_topk: bool = False
     """TopK: add the loss at 4k latents, weighted 1/8."""
     auxk_coefficient: float = 1 / 32
@@ -213,6 +222,11 @@ class SAESpec:
                 f"`weights_dtype: {self.weights_dtype}` would round a frozen base. Leave it out, or set `freeze_base: "
                 "false`."
             )
+
+    @property
+    def starts_at_target(self) -> bool:
+        """Whether a new SAE begins with as many latents firing as `target_l0` asks for."""
+        return self.start_at_target and self.target_l0 is not None
 
     @classmethod
     def from_dict(cls, data: dict, where: str) -> "SAESpec":

@@ -17,7 +17,7 @@ from ..data.harvest import Harvest
 from ..data.placement import Meshes, Placement
 from ..data.text import usable_device
 from ..sae.growth import grown_start
-from ..sae.initialization import initialize, input_scaling
+from ..sae.initialization import initialize, input_scaling, start_at_target
 from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows
 
@@ -61,7 +61,7 @@ def _build(
     mean, scale = input_scaling(spec, statistics, sample)
     mean = mean.to(sample)
     d_in = len(mean)
-    source, base, start = spec.init_from or config.init_from, None, None
+    source, base, start, threshold = spec.init_from or config.init_from, None, None, None
     if spec.grow_from:
         grown = find_start(spec.grow_from, spec, hookpoint, d_in, "grow_from").load()
         sae, base = grown_start(grown, spec, hookpoint, mean, scale, sample, seed)
@@ -78,6 +78,7 @@ def _build(
         else:
             normalised = (sample - mean) / scale
             initialize(sae, spec, normalised, (statistics.mean.to(sample) - mean) / scale, seed, layout)
+            threshold = start_at_target(sae, spec, normalised, seed, layout)
     return Learner(
         spec.folder(whole),
         hookpoint,
@@ -92,6 +93,7 @@ def _build(
         base=base,
         layout=layout,
         config=whole,
+        first_threshold=threshold,
         device=None if spec.device is None else usable_device(spec.device, f"saes.{placement.index}.device"),
     )
 

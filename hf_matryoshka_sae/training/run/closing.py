@@ -22,7 +22,7 @@ from ..config.run import RunConfig, calibration_tokens
 from ..data.feed import EndOfStates, Feed
 from ..data.harvest import Harvest
 from ..data.placement import Placement
-from ..sae.calibration import calibrate_threshold
+from ..sae.calibration import calibrate_l0, calibrate_threshold
 from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows, save_own_rows
 from .provenance import Provenance, describe_sae
@@ -120,7 +120,7 @@ class Closing:
         """Batches for the thresholds of this process's dictionaries, and the tokens in all streams' batches."""
         rank, found = self.accelerator.process_index, {}
         mine = [(place, learner) for place, learner in self.own if learner is not None]
-        wanting = [(place, one) for place, one in mine if one.config.activation_name == "batch_topk"]
+        wanting = [(place, one) for place, one in mine if _wanted_l0(one) is not None]
         anyone = torch.tensor(float(bool(wanting)), device=self.accelerator.device)
         if not bool(self.accelerator.reduce(anyone)):
             return {}, 0
@@ -143,10 +143,12 @@ class Closing:
     def _save(self, learner: Learner, folder: Path, calibration: list[Tensor], tokens: int) -> dict[str, Any]:
         """Save a dictionary as it is used; what is to be said of it, by its path in the run's folder."""
         sae: SAEModel = learner.finished()
-        threshold, path = None, place_of(learner)
+        found, path, wanted = {}, place_of(learner), _wanted_l0(learner)
+        batches = ((rows.to(learner.mean).float() - learner.mean) / learner.scale for rows in calibration)
         if sae.config.activation_name == "batch_topk":
-            batches = ((rows.to(learner.mean).float() - learner.mean) / learner.scale for rows in calibration)
-            threshold = calibrate_threshold(sae, batches, learner.k, learner.layout)
+            found = {"threshold": calibrate_threshold(sae, batches, wanted, learner.layout)}
+        elif wanted is not None:
+            found = {"threshold_shift": calibrate_l0(sae, batches, wanted, learner.layout, learner.fixed)}
         sae.fold_normalization_(learner.mean, learner.scale)
         if learner.base is not None:
             learner.base.restore(sae)
@@ -159,7 +161,7 @@ class Closing:
                 sae.save_pretrained(folder / path)
             except SafetensorError as error:  # how that library tells of a full disk
                 raise OSError(f"{folder / path} could not be saved: {error}") from error
-        return {path: describe_sae(learner, folder / path, threshold, tokens)} if first else {}
+        return {path: describe_sae(learner, folder / path, found, wanted, tokens)} if first else {}
 
     def _evaluate_together(self, folder: Path) -> list[dict[str, Any]]:
         """All processes share the held-out tokens."""
@@ -203,6 +205,13 @@ def _write_collection(folder: Path) -> None:
     """Write the `config.json` by which `AutoModel` finds the SAEs of the run's folder; another's is left alone."""
     if is_collection(folder) or not (folder / "config.json").exists():
         write_json(folder / "config.json", collection_index(saes_below(folder)))
+
+
+def _wanted_l0(learner: Learner) -> float | None:
+    """The L0 that thresholds are solved for, where there are any."""
+    if learner.config.activation_name == "batch_topk":
+        return learner.k
+    return None if learner.config.activation_name == "topk" else learner.spec.target_l0
 
 
 def place_of(learner: Learner) -> str:

@@ -105,13 +105,16 @@ class Provenance:
             write_json(self.path, self.record)
 
 
-def describe_sae(learner: Learner, folder: Path, threshold: float | None, tokens: int) -> dict[str, Any]:
+def describe_sae(
+    learner: Learner, folder: Path, solved: dict[str, float], l0: float | None, tokens: int
+) -> dict[str, Any]:
     """What was folded into a saved SAE.
 
     Args:
         learner ([`Learner`]): Trained it.
         folder (`Path`): Where it was saved.
-        threshold (`float`, *optional*): That was solved for, in normalised units.
+        solved (`dict[str, float]`): The `threshold` or `threshold_shift` that was solved for, in normalised units.
+        l0 (`float`, *optional*): Latents per token that it was solved for.
         tokens (`int`): That it was solved for on.
     """
     found: dict[str, Any] = {
@@ -121,10 +124,10 @@ def describe_sae(learner: Learner, folder: Path, threshold: float | None, tokens
         "scale": float(learner.scale),
         "weights": folder_digest(folder),
     }
-    if threshold is not None:
+    if solved:
         found["calibration"] = {
-            "threshold": threshold * float(learner.scale),  # in the units of the saved SAE
-            "l0": float(learner.k),
+            **{name: value * float(learner.scale) for name, value in solved.items()},  # in the units of the saved SAE
+            "l0": float(l0),
             "tokens": tokens,
             "from_latent": learner.fixed,  # a frozen base keeps its own
         }

@@ -1,7 +1,8 @@
-"""The inference threshold of BatchTopK.
+"""Thresholds that are solved for on data, so that as many latents fire per token as was asked for.
 
-A single threshold is solved for on data: the value above which k latents fire per token on average. A running mean of
-each batch's smallest kept value, as several libraries use it, depends on the batch size and lets more than k through.
+BatchTopK gets its inference threshold: the value above which k latents fire. A running mean of each batch's smallest
+kept value, as several libraries use it, depends on the batch size and lets more than k through. ReLU, JumpReLU and
+Gated have learnt theirs, and training has brought them close to the target: all of them move by one small amount.
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...models import SAEModel
+from ...models.encoder_blocks import EncoderBlocks
+from ...models.selection import select_above, select_batch_topk
 from ...models.sharding import Layout, all_sum
 from .growth import BatchTopKOnBase
 
@@ -37,7 +40,7 @@ def calibrate_threshold(sae: SAEModel, batches: Iterable[Tensor], k: float, layo
         `ValueError`: if there is no finite hidden state.
     """
     base = sae.family.width if isinstance(sae.family, BatchTopKOnBase) else 0
-    kept, tokens, fixed = [], 0, 0
+    kept, tokens, fixed = [sae.b_enc.new_zeros(0)], 0, 0
     layout = layout or Layout(sae.config.num_latents)
     training, sae.k = sae.training, min(_MARGIN * k, layout.num_latents)
     sae.train()
@@ -53,25 +56,90 @@ def calibrate_threshold(sae: SAEModel, batches: Iterable[Tensor], k: float, layo
     finally:
         sae.train(training)
         sae.k = k
-    device = sae.W_enc.device
-    values = torch.cat(kept).sort().values if kept else torch.zeros(0, device=device)
-    counts = torch.tensor([tokens, fixed], dtype=torch.int64, device=device)
-    total, fixed = all_sum(counts, layout.replica_group).tolist()
-    if not total:
-        raise ValueError("No finite hidden states to calibrate the threshold on. Raise `calibration_tokens`.")
-    threshold = _value_with_count_above(values, k * total - fixed, layout.group)
+    threshold = _solved(kept, tokens, fixed, k, layout, lowest=0.0)
     sae.threshold[base:].fill_(threshold)
     return threshold
 
 
-def _value_with_count_above(values: Tensor, wanted: float, group: dist.ProcessGroup | None) -> float:
-    """The number that `wanted` of all processes' sorted positive values exceed, by bisection."""
-    largest = values[-1:].max().item() if len(values) else 0.0
+@torch.no_grad()
+def calibrate_l0(
+    sae: SAEModel, batches: Iterable[Tensor], target_l0: float, layout: Layout | None = None, base: int = 0
+) -> float:
+    """Move the thresholds of all latents by one amount so that `target_l0` of them fire per token, and return it.
+
+    These are JumpReLU's `threshold`, and `-b_enc` of ReLU, whose values move with it, and of Gated, whose magnitudes
+    do not know it. Latents keep the differences that they have learnt, in every prefix.
+
+    Args:
+        sae ([`SAEModel`]): Of `activation_name` `"relu"`, `"jumprelu"` or `"gated"`, with unit decoder rows or without
+            `scale_by_decoder_norm`; in the units of `batches`.
+        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`].
+        target_l0 (`float`): Latents per token to aim at.
+        layout ([`Layout`], *optional*): As in [`calibrate_threshold`].
+        base (`int`, *optional*, defaults to 0): The first so many latents keep their thresholds.
+
+    Raises:
+        `ValueError`: if there is no finite hidden state.
+    """
+    kept, tokens, fixed = [sae.b_enc.new_zeros(0)], 0, 0
+    layout = layout or Layout(sae.config.num_latents)
+    learnt = sae.threshold if sae.config.activation_name == "jumprelu" else torch.zeros_like(sae.b_enc)
+    b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
+    for x in batches:
+        x = x[x.isfinite().all(-1)].to(sae.W_enc)
+        blocks = EncoderBlocks(x, sae.W_enc, sae.b_enc - learnt.to(sae.b_enc), b_dec)
+        if base:
+            _, cols, margins = select_above(blocks.latents(0, base), 0.0)
+            fixed += len(_with_magnitude(sae, cols, margins))
+        # Each process keeps as many as all of them together may need.
+        _, cols, margins = select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0)
+        kept.append(_with_magnitude(sae, cols + base, margins))
+        tokens += len(x)
+    shift = _solved(kept, tokens, fixed, target_l0, layout)
+    if sae.config.activation_name == "jumprelu":
+        sae.threshold[base:] = (sae.threshold[base:] + shift).clamp(min=0)
+    else:
+        sae.b_enc[base:] -= shift
+    return shift
+
+
+def _with_magnitude(sae: SAEModel, cols: Tensor, margins: Tensor) -> Tensor:
+    """The margins of pairs that fire where their gate is open: a Gated SAE's magnitude may be 0 even then."""
+    if sae.config.activation_name != "gated":
+        return margins
+    return margins[sae.family.values(sae, margins, cols)[0] > 0]
+
+
+def _solved(
+    kept: list[Tensor], tokens: int, fixed: int, wanted: float, layout: Layout, lowest: float | None = None
+) -> float:
+    """The number that `wanted` of all processes' values per token exceed, those counted that exceed any.
+
+    Args:
+        kept (`list[Tensor]`): The largest values of each batch of this process.
+        tokens (`int`): Of this process.
+        fixed (`int`): Pairs of this process that fire whatever the number.
+        wanted (`float`): Values per token.
+        layout ([`Layout`]): The processes.
+        lowest (`float`, *optional*): Least result; by default the least value.
+    """
+    values = torch.cat(kept).sort().values
+    total, fixed = all_sum(torch.tensor([tokens, fixed], device=values.device), layout.replica_group).tolist()
+    if not total:
+        raise ValueError("No finite hidden states to calibrate the threshold on. Raise `calibration_tokens`.")
+    return _value_with_count_above(values, wanted * total - fixed, layout.group, lowest)
+
+
+def _value_with_count_above(
+    values: Tensor, wanted: float, group: dist.ProcessGroup | None, lowest: float | None
+) -> float:
+    """The number that `wanted` of all processes' sorted values exceed, by bisection from `lowest` or the least up."""
+    ends = torch.stack([values[-1], -values[0]]) if len(values) else values.new_full((2,), -torch.inf)
     if group is not None:
-        peak = torch.tensor(largest, device=values.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-        largest = peak.item()
-    low, high = 0.0, largest
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    high, least = ends[0].item(), -ends[1].item()
+    low = least if lowest is None else lowest
+    high = max(high, low)
     for _ in range(60):
         middle = (low + high) / 2
         above = len(values) - torch.searchsorted(values, values.new_tensor(middle), right=True)

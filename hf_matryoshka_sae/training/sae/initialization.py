@@ -14,6 +14,8 @@ from ..config.spec import SAESpec
 
 
 _BLOCK_ENTRIES = 2**26  # drawn at once
+_PROBES = 2048  # tokens, and directions, whose products the first threshold is a quantile of
+_RELATIVE_BANDWIDTH = 0.5  # of JumpReLU's kernel, in units of the first threshold
 
 
 def input_scaling(spec: SAESpec, statistics: ActivationStatistics, sample: Tensor) -> tuple[Tensor, float]:
@@ -69,6 +71,55 @@ def initialize(
         sae.b_dec.copy_(geometric_median(sample[:32768]))
     else:
         sae.b_dec.zero_()
+
+
+@torch.no_grad()
+def start_at_target(
+    sae: SAEModel, spec: SAESpec, sample: Tensor, seed: int, layout: Layout | None = None
+) -> float | None:
+    """Give all latents of a new SAE the threshold at which `target_l0` of them fire per token; equal in every process.
+
+    A ReLU or Gated SAE has it in `b_enc`. Without it half of the latents fire at first: the first steps undo what they
+    add up to, and many latents never fire again.
+
+    Args:
+        sae ([`SAEModel`]): Initialised; changed in place.
+        spec ([`SAESpec`]): Its `start_at_target`, `target_l0`, `initial_threshold`, `bandwidth` and how the encoder
+            begins are read.
+        sample (`Tensor` of shape `(N, D)`): Normalised hidden states.
+        seed (`int`): Of the random directions that stand for the latents.
+        layout ([`Layout`], *optional*): Of a sharded dictionary.
+
+    Returns:
+        `float`: The threshold, in normalised units; `None` where the spec wants none.
+    """
+    if not spec.starts_at_target:
+        return None
+    threshold = spec.initial_threshold
+    if threshold is None:
+        num_latents = sae.config.num_latents if layout is None else layout.num_latents
+        threshold = _threshold_of(spec.target_l0 / num_latents, sae, spec, sample, seed)
+    if sae.config.activation_name == "jumprelu":
+        sae.threshold.fill_(threshold)
+        sae.config.initial_threshold = threshold
+        if spec.bandwidth is None:
+            sae.config.bandwidth = _RELATIVE_BANDWIDTH * threshold
+    else:
+        sae.b_enc.fill_(-threshold)
+    return threshold
+
+
+def _threshold_of(share: float, sae: SAEModel, spec: SAESpec, sample: Tensor, seed: int) -> float:
+    """The number that this share of first pre-activations exceeds: a quantile over tokens and random directions."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "first threshold"))
+    directions = torch.randn(_PROBES, sae.config.d_in, generator=generator).to(sample)
+    norm = spec.encoder_init_scale * (spec.decoder_init_norm if spec.encoder_init == "decoder" else 1.0)
+    directions *= norm / directions.norm(dim=1, keepdim=True)
+    rows = sample[sample.isfinite().all(1)][:_PROBES]
+    rows = rows - sae.b_dec.to(rows) if sae.config.apply_b_dec_to_input else rows
+    values = (rows @ directions.T).flatten()
+    above = min(len(values) - 1, max(1, round(share * len(values))))
+    return max(values.kthvalue(len(values) - above).values.item(), torch.finfo(torch.float32).tiny)
 
 
 def _directions(layout: Layout, d_in: int, seed: int) -> Iterator[tuple[slice, Tensor]]:

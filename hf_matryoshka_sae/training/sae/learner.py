@@ -13,7 +13,7 @@ from ...models import SAEConfig, SAEModel
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
 from .growth import FrozenBase
-from .losses import Objective, level_weights
+from .losses import LOG_UNIT, Objective, level_weights
 from .optimizer import build_optimizer, store_weights
 from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
 from .state import LearnerState
@@ -21,6 +21,11 @@ from .state import LearnerState
 
 # Entries of the decoder that are projected at once: what fits a CPU's cache; few launches on a GPU.
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
+
+
+# Of the controller of L0: the coefficient follows each change of L0 / target in proportion, beside what
+# `controller_rate` adds up. Alone, that would go on long after L0 has begun to move, and overshoot.
+_PROPORTIONAL = 1.0
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Learner(LearnerState):
             with the whole dictionary.
         config ([`SAEConfig`], *optional*): Of the whole dictionary; by default the SAE's.
         device (`torch.device`, *optional*): Where it is trained; by default the accelerator's.
+        first_threshold (`float`, *optional*): What [`start_at_target`] gave.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Learner(LearnerState):
         layout: Layout | None = None,
         config: SAEConfig | None = None,
         device: torch.device | None = None,
+        first_threshold: float | None = None,
     ) -> None:
         self.config = sae.config if config is None else config
         self.layout = layout = layout or _data_parallel(accelerator, self.config.num_latents)
@@ -126,7 +133,14 @@ class Learner(LearnerState):
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
         sparsity = spec.sparsity_coefficient or 0.0
         if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            sparsity = 0.1  # in units where E||x||^2 = 1; the controller moves it from there
+            # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit
+            # rows moves thresholds to l / 2 (soft thresholding). Half of what would hold them where they begin: they
+            # come down as latents learn, and it is at first that too strong a penalty kills.
+            # `log` gets the slope at 0 that L1 would have.
+            unit = LOG_UNIT if spec.sparsity_penalty == "log" else 1.0
+            sparsity = 0.1 if first_threshold is None else first_threshold * unit
+        # log(L0 / target) of the last step, from -1 to 1; NaN before there is one.
+        self.l0_error = torch.full((), torch.nan, device=device)
         self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
@@ -300,12 +314,23 @@ class Learner(LearnerState):
         self.dead = dead if self.num_dead else None
 
     def _control_sparsity(self, step: int, finite: Tensor) -> None:
-        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do (Nabeshima 2024)."""
+        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do.
+
+        Its logarithm moves by the logarithm of L0 / target and by what that has changed since the last step:
+        proportional-integral control, which comes to rest at the target. Steps of one size (Nabeshima 2024) swing
+        around it or, smaller, come too late.
+        """
         spec = self.spec
-        controlled = spec.target_l0 is not None and self.sae.config.activation_name in ("relu", "gated")
-        if controlled and sparsity_warmup(spec, step, self.steps) >= 1:
-            rate = torch.where(self.last["l0"] >= spec.target_l0, spec.controller_rate, -spec.controller_rate)
-            self.sparsity = self.sparsity * torch.where(finite, 1 + rate, 1.0)
+        if spec.target_l0 is None or self.sae.config.activation_name not in ("relu", "gated"):
+            return
+        l0 = self.last["l0"]
+        error = (l0.clamp(min=1e-3) / spec.target_l0).log().clamp(-1, 1)
+        error = torch.where(finite, error, self.l0_error)
+        before = torch.where(self.l0_error.isfinite(), self.l0_error, error)
+        # In the warm-up L0 is still on its way down; what falls below the target then would go on falling.
+        acts = finite & (l0 < spec.target_l0) if sparsity_warmup(spec, step, self.steps) < 1 else finite
+        change = spec.controller_rate * error + _PROPORTIONAL * (error - before)
+        self.sparsity, self.l0_error = self.sparsity * torch.where(acts, change.exp(), 1.0), error
 
     @torch.no_grad()
     def _sort(self) -> None:

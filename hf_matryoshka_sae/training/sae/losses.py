@@ -27,6 +27,10 @@ from ...models.sparse_ops import LatentPairs, PairIndex, at_least_float32, encod
 from ..config.spec import SAESpec
 
 
+LOG_UNIT = 0.1
+"""Strength from which on the `log` penalty grows with its logarithm: log(1 + s / 0.1), as Nabeshima (2024) has it."""
+
+
 def level_weights(spec: SAESpec, num_prefixes: int, progress: float = 0.0) -> list[float]:
     """Weight of each prefix's error; with `bias_level` that of `b_dec` alone stands first.
 
@@ -182,7 +186,9 @@ class Objective(nn.Module):
         strength = torch.relu(pairs.gate) if name == "gated" else pairs.values
         strength = strength * self.sae.W_dec.norm(dim=1)[pairs.cols]
         if self.spec.sparsity_penalty == "log":
-            strength = torch.log1p(strength / 0.1)
+            strength = torch.log1p(strength / LOG_UNIT)
+        if not self.spec.nested_penalty:
+            return self._over_shards(strength.sum() / num_rows)
         # A latent pays in every prefix that holds it.
         levels = weights[-len(widths) :]
         own = zip(self.layout.own_widths(widths), levels, strict=True)

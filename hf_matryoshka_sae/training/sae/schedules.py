@@ -52,8 +52,14 @@ def annealed_k(spec: SAESpec, k: float | None, step: int, steps: int) -> float |
 
 
 def sparsity_warmup(spec: SAESpec, step: int, steps: int) -> float:
-    """Share of the sparsity coefficient in force at a step; a fifth of the run by default (Nabeshima 2024)."""
-    duration = spec.sparsity_warmup_steps if spec.sparsity_warmup_steps is not None else steps // 5
+    """Share of the sparsity coefficient in force at a step, which grows over `sparsity_warmup_steps`.
+
+    By default these are a fifth of the run (Nabeshima 2024). What begins at its target L0 needs none, and without a
+    penalty would soon be far above it.
+    """
+    duration = spec.sparsity_warmup_steps
+    if duration is None:
+        duration = 0 if spec.starts_at_target else steps // 5
     return min(1.0, (step + 1) / (duration + 1))
 
 

@@ -46,6 +46,7 @@ class LearnerState:
             "scale": self.scale,
             "bandwidth": getattr(self.sae.config, "bandwidth", None),
             "sparsity": self.sparsity.item(),
+            "l0_error": self.l0_error,
             "updates": self.updates,
             "skipped": self._skipped,
             "base": None if self.base is None else self.base.raw,
@@ -72,6 +73,8 @@ class LearnerState:
             self.sae.config.bandwidth = shared["bandwidth"]
         self.sparsity, self.updates = torch.tensor(shared["sparsity"], device=device), shared["updates"]
         self._skipped = shared["skipped"].to(device)
+        if "l0_error" in shared:  # an earlier version did not keep it
+            self.l0_error = shared["l0_error"].to(device)
         self._set_dead(
             torch.zeros_like(self.tokens_since_fired, dtype=torch.bool) if dead is None else dead.to(device)
         )

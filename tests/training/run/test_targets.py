@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from hf_matryoshka_sae.training import RunConfig, train
 from hf_matryoshka_sae.training.run.report import missed_targets
@@ -15,9 +16,9 @@ def found(l0, dead):
     return {"tokens": 60_000, "saes": {"sae": [narrow, {"width": 64, "l0": l0, "dead": dead}]}}
 
 
-def missed(fields, l0, dead=0.0, silent=None):
+def missed(fields, l0, dead=0.0, silent=None, in_training=16.0):
     one = learner(**fields)
-    one.updates = 1000
+    one.updates, one.last = 1000, {"l0": torch.tensor(in_training)}
     one.tokens_since_fired[: round(64 * (dead if silent is None else silent))] = 100_000
     return missed_targets(one, found(l0, dead), 300_000)
 
@@ -42,19 +43,8 @@ def test_a_target_that_is_met_is_no_warning(name):
 @pytest.mark.parametrize(
     ("name", "l0", "levers"),
     [
-        (
-            "relu",
-            30.7,
-            ("Raise `sparsity_coefficient` (0.1 at the start", "`controller_rate` (0.01", "`tokens` (300,000"),
-        ),
-        ("gated", 12.0, ("Lower `sparsity_coefficient`", "`controller_rate`", "`tokens`")),
-        ("nabeshima", 24.0, ("Raise `sparsity_coefficient` (1.2 here)", "`controller_rate` (0.0003")),
-        (
-            "jumprelu",
-            24.0,
-            ("Raise `initial_threshold` (0.1 here)", "`sparsity_coefficient` (10 here)", "`threshold_lr_scale`"),
-        ),
-        ("nested jumprelu", 9.0, ("Lower `initial_threshold`", "`threshold_lr_scale`")),
+        ("relu", 30.7, ("`calibration_tokens`",)),
+        ("nested jumprelu", 9.0, ("`calibration_tokens`",)),
         ("topk", 12.0, ("`tokens`", "smaller `k`")),
         ("batch_topk", 19.0, ("`calibration_tokens`",)),
     ],
@@ -67,11 +57,28 @@ def test_an_l0_that_is_off_is_told_with_what_turns_it(name, l0, levers):
 
 
 @pytest.mark.parametrize(
+    ("name", "levers"),
+    [
+        ("relu", ("`controller_rate` (0.03 here)", "`tokens` (300,000 here)")),
+        ("nabeshima", ("`controller_rate`",)),
+        ("nested jumprelu", ("`sparsity_coefficient` (10 here)", "`threshold_lr_scale` (0.3 here)")),
+    ],
+)
+def test_thresholds_that_had_to_move_far_at_the_end_are_told(name, levers):
+    assert missed(FAMILIES[name], 16.0, in_training=18.0) == []
+    (text,) = missed(FAMILIES[name], 16.0, in_training=24.0)
+    assert "training ended with 24.0 latents per token" in text
+    assert all(lever in text for lever in levers), text
+
+
+@pytest.mark.parametrize(
     ("fields", "lever"),
     [
-        ({**FAMILIES["gated"], "lr": 0.015}, "Lower `lr` (0.015 here), or set `auxk_coefficient`"),
+        (
+            {**FAMILIES["gated"], "lr": 0.015, "auxk_coefficient": 0.0},
+            "Lower `lr` (0.015 here), or set `auxk_coefficient`",
+        ),
         (FAMILIES["topk"], "Train on more `tokens` (300,000 here), raise `auxk_coefficient` (0.03125 here)"),
-        ({**FAMILIES["jumprelu"], "lr": 0.02}, "Lower `lr` (0.02 here) or `initial_threshold` (0.1 here)"),
     ],
     ids=str,
 )
@@ -93,7 +100,7 @@ def test_no_target_is_none_missed():
 
 def test_a_runs_last_lines_and_its_files_say_what_was_missed(tmp_path, caplog):
     saes = [
-        {"type": "relu", "name": "off", "num_latents": 64, "target_l0": 2.0},
+        {"type": "relu", "name": "off", "num_latents": 64, "target_l0": 2.0, "start_at_target": False},
         {"type": "batch_topk", "name": "met", "num_latents": 64, "k": 4},
     ]
     run = {
@@ -108,9 +115,11 @@ def test_a_runs_last_lines_and_its_files_say_what_was_missed(tmp_path, caplog):
         "saes": saes,
     }
     (result,) = train(RunConfig.from_dict({**run, "output_dir": str(tmp_path)}))
-    l0 = result["saes"]["off"][-1]["l0"]
+    assert result["saes"]["off"][-1]["l0"] == pytest.approx(2.0, rel=0.3)  # thresholds have moved, by a lot
     for name in ("results.json", "provenance.json"):
-        warnings = json.loads((tmp_path / name).read_text())["warnings"]
-        assert any(f"off at model.layers.1: {l0:.1f} latents fire" in text for text in warnings)
+        written = json.loads((tmp_path / name).read_text())
+        warnings = written["warnings"]
+        assert any("off at model.layers.1: training ended with" in text for text in warnings)
         assert not any("met at" in text and "fire per" in text for text in warnings)
+    assert written["saes"]["off/model.layers.1"]["calibration"]["threshold_shift"] > 0
     assert warnings[-1] in caplog.records[-1].message and caplog.records[-1].levelname == "WARNING"

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from hf_matryoshka_sae import BatchTopKSAEConfig, MatryoshkaSAEConfig, build_sae
-from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
+from hf_matryoshka_sae import (
+    BatchTopKSAEConfig,
+    GatedSAEConfig,
+    JumpReLUSAEConfig,
+    MatryoshkaSAEConfig,
+    ReluSAEConfig,
+    build_sae,
+)
+from hf_matryoshka_sae.training.sae.calibration import calibrate_l0, calibrate_threshold
 
 
 @pytest.mark.parametrize("batch", [64, 1000])
@@ -50,3 +57,44 @@ def test_rows_that_are_not_finite_are_left_out():
 def test_fewer_positive_values_than_k_give_a_threshold_of_zero():
     sae = build_sae(BatchTopKSAEConfig(d_in=4, num_latents=8, k=8)).eval()
     assert calibrate_threshold(sae, [torch.randn(50, 4)], 8) == pytest.approx(0.0, abs=1e-6)
+
+
+LEARNT = {
+    "relu": ReluSAEConfig(d_in=16, num_latents=128, apply_b_dec_to_input=False),
+    "jumprelu": JumpReLUSAEConfig(d_in=16, num_latents=128, initial_threshold=0.4),
+    "gated": GatedSAEConfig(d_in=16, num_latents=128),
+    "nested": MatryoshkaSAEConfig(d_in=16, num_latents=128, activation="jumprelu", initial_threshold=2.0),
+}
+
+
+@pytest.mark.parametrize("base", [0, 20])
+@pytest.mark.parametrize("name", LEARNT)
+def test_all_thresholds_move_alike_to_the_target(name, base):
+    sae = build_sae(LEARNT[name]).eval()
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.randn(128) * 0.1)  # of a Gated SAE some magnitudes are 0 though the gate is open
+        sae.b_dec.copy_(torch.randn(16) * 0.1)
+    before = {key: value.clone() for key, value in sae.state_dict().items()}
+    data = torch.randn(4000, 16)
+    spoiled = torch.cat([data, torch.full((3, 16), torch.nan)])
+    fired = sae.encode(data).to_dense() > 0
+    shift = calibrate_l0(sae, spoiled.split(500), 14.0, base=base)
+    with torch.no_grad():
+        values = sae.encode(data).to_dense()
+    assert (values > 0).sum(1).float().mean().item() == pytest.approx(14.0, abs=2e-3)
+    assert torch.equal((values > 0)[:, :base], fired[:, :base])
+    moved = "threshold" if "jumprelu" in (name, getattr(sae.config, "activation", None)) else "b_enc"
+    before[moved][base:] += shift if moved == "threshold" else -shift
+    for key, value in sae.state_dict().items():
+        assert torch.allclose(value, before[key], atol=1e-6), key
+
+
+def test_magnitudes_of_a_gated_sae_do_not_know_its_thresholds():
+    sae = build_sae(LEARNT["gated"]).eval()
+    data = torch.randn(500, 16)
+    before = sae.encode(data).to_dense()
+    calibrate_l0(sae, [data], 4.0)
+    after = sae.encode(data).to_dense()
+    both = (before > 0) & (after > 0)
+    assert both.sum() > 100
+    assert torch.allclose(before[both], after[both], atol=1e-6)

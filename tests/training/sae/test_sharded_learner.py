@@ -10,7 +10,7 @@ from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.data.placement import Meshes, Placement
 from hf_matryoshka_sae.training.run.building import own_config
-from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
+from hf_matryoshka_sae.training.sae.calibration import calibrate_l0, calibrate_threshold
 from hf_matryoshka_sae.training.sae.initialization import initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
 
@@ -85,6 +85,9 @@ def outcome(rank: int, replicas: int, shards: int, shape: str) -> dict[str, dict
         if one.config.activation_name == "batch_topk":
             batches = (data(step, shape).chunk(replicas)[layout.replica] for step in range(90, 96))
             result["threshold"] = torch.tensor(calibrate_threshold(sae, batches, 3, layout))
+        elif one.config.activation_name != "topk":
+            batches = (data(step, shape).chunk(replicas)[layout.replica] for step in range(90, 96))
+            result["shift"] = torch.tensor(calibrate_l0(sae, batches, 3, layout))
         found[name] = result
     return found
 
@@ -111,7 +114,7 @@ def outcomes(request):
 def joined(parts: list[dict[str, torch.Tensor]], key: str) -> torch.Tensor:
     """A tensor of the whole dictionary from those of its shards; what all of them know must be the same."""
     values = [part[key] for part in parts]
-    if key in ("weight b_dec", "losses", "threshold"):
+    if key in ("weight b_dec", "losses", "threshold", "shift"):
         assert all(torch.equal(value, values[0]) for value in values), key
         return values[0]
     return torch.cat(values)
