@@ -139,6 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What measures best for the families as this package trains them (benchmarks/quality.py). Short memories let Adam
 # follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive.
 _SELECTED = dict(
+    lr_steps=1500,
     betas=[0.7, 0.99],
     encoder_lr_scale=0.5,
     encoder_bias_lr_scale=0.15,

@@ -11,7 +11,7 @@ from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...evaluation.report import ABOUT, plot, table
 from ..data.harvest import HeldOutStates
 from ..sae.learner import Learner
-from ..sae.schedules import learning_rate
+from ..sae.schedules import peak_rate
 
 
 _TOLERANCE = 0.1  # of the wanted L0
@@ -113,7 +113,7 @@ def _for_l0(learner: Learner, too_many: bool, tokens: int) -> str:
 def _for_dead(learner: Learner, tokens: int) -> str:
     """What keeps latents alive, or revives them."""
     spec = learner.spec
-    rate = learning_rate(spec, learner.config, 0, 1)  # the peak
+    rate = peak_rate(spec, learner.config, learner.steps)
     lower = f"ower `lr` ({rate:.2g} here)"
     if not spec.auxk_coefficient:
         return f"L{lower}, or set `auxk_coefficient` (0 here; 0.03125 is usual), which revives dead latents."
