@@ -1,12 +1,13 @@
-"""Settings drawn by lot: ours beside dictionary-learning's trainers, on the same hidden states, tokens and L0.
+r"""Settings drawn by lot: ours beside dictionary-learning's trainers, on the same hidden states, tokens and L0.
 
-    .venv-benchmarks/bin/python benchmarks/drawn_settings.py --lot 29112026 --lm ../shared/lm --minilm MODEL --text ../shared/text
+    .venv-benchmarks/bin/python benchmarks/drawn_settings.py --lot 20261129 --lm ../shared/lm --minilm MODEL \
+        --text ../shared/text
 
-Model, layer, size, k and tokens of each setting are drawn with the seed `--lot`; prefixes are those of the default. In
-each, our Matryoshka and TopK SAEs with nothing but the defaults stand beside dictionary-learning's of both kinds at two
-learning rates (`--rates`), with a tenth of the steps to warm up and the last fifth to decay, and hidden states scaled
-to a root mean square norm of 1. All see the same rows once, in batches of 2,048. Thresholds of BatchTopK are solved
-for on the same other rows of training text, ours and theirs, and FVU is that of held-out rows, mask selection.
+Model, layer, size, k and tokens of each setting are drawn with the seed `--lot`; prefixes are the defaults.
+Our Matryoshka and TopK SAEs, with nothing but defaults, stand beside dictionary-learning's of both kinds at two
+learning rates (`--rates`), with a tenth of the steps to warm up, the last fifth to decay, and hidden states scaled to a
+root mean square norm of 1. All see the same rows once, in batches of 2,048. Thresholds of BatchTopK are solved for on
+the same other rows of training text, ours and theirs, and FVU is that of held-out rows, mask selection.
 
 A finished cell is a JSON file under `<output>/cells` and is not computed again. The exit status is 1 unless ours is at
 least as good as the best of theirs at every prefix in all settings but one, and there within 2%.

@@ -23,6 +23,7 @@ _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000
+LARGEST_CALIBRATION = 32_768  # they are part of every checkpoint
 
 
 @dataclass(kw_only=True)
@@ -111,7 +112,8 @@ class RunConfig:
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
     calibration_tokens: int | None = None
-    """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
+    """Hidden states to solve BatchTopK's threshold on, kept evenly over the run; by default a fifth of `tokens`, 4,096
+    to 32,768."""
 
     # Steps, checkpoints and logs
     seed: int = 0
@@ -245,8 +247,8 @@ def normalization_tokens(config: RunConfig) -> int:
 
 
 def calibration_tokens(config: RunConfig) -> int:
-    """Hidden states that thresholds are solved for on, over all processes; they are read for nothing else."""
-    return _size(config.calibration_tokens, config.tokens // 5, 200_000)
+    """Hidden states that thresholds are solved for on, over all processes: of those trained on, evenly."""
+    return _size(config.calibration_tokens, config.tokens // 5, LARGEST_CALIBRATION)
 
 
 def eval_tokens(config: RunConfig) -> int:

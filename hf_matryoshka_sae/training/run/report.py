@@ -96,7 +96,10 @@ def _for_l0(learner: Learner, too_many: bool, tokens: int) -> str:
     if kind == "topk":
         return f"Fewer than `k` latents have a positive value: {longer}, or ask for a smaller `k`."
     if kind == "batch_topk":
-        return "Raise `calibration_tokens`, and see that the held-out text is of the same kind as the training text."
+        return (
+            "The threshold is that of the text trained on, evenly over the run: see that the held-out text is of the "
+            "same kind, or raise `calibration_tokens`."
+        )
     start = f"{spec.sparsity_coefficient:g} here" if spec.sparsity_coefficient is not None else "0.1 at the start here"
     if kind == "jumprelu":
         nearer = "Raise" if too_many else "Lower"
