@@ -3,11 +3,11 @@ r"""Settings drawn by lot: ours beside dictionary-learning's trainers, on the sa
     .venv-benchmarks/bin/python benchmarks/drawn_settings.py --lot 20261129 --lm ../shared/lm --minilm MODEL \
         --text ../shared/text
 
-Model, layer, size, k and tokens of each setting are drawn with the seed `--lot`; prefixes are the defaults.
-Our Matryoshka and TopK SAEs, with nothing but defaults, stand beside dictionary-learning's of both kinds at two
-learning rates (`--rates`), with a tenth of the steps to warm up, the last fifth to decay, and hidden states scaled to a
-root mean square norm of 1. All see the same rows once, in batches of 2,048. Thresholds of BatchTopK are solved for on
-the same other rows of training text, ours and theirs, and FVU is that of held-out rows, mask selection.
+Model, layer, size, k and tokens of each setting are drawn with the seed `--lot`; prefixes are the defaults. Our
+Matryoshka and TopK SAEs, with nothing but defaults, stand beside those of dictionary-learning at two learning rates
+(`--rates`), with a tenth of the steps to warm up, the last fifth to decay, and hidden states scaled to a root mean
+square norm of 1. All see the same rows once, in batches of 2,048. Thresholds of BatchTopK are solved for on
+training text, ours and theirs, and FVU is that of held-out rows, mask selection.
 
 A finished cell is a JSON file under `<output>/cells` and is not computed again. The exit status is 1 unless ours is at
 least as good as the best of theirs at every prefix in all settings but one, and there within 2%.
@@ -127,6 +127,8 @@ def theirs(kind: str, rate: float, setting: Setting, rows: Tensor, heldout: Tens
     for step, batch in enumerate(tqdm(rows[: steps * _BATCH].split(_BATCH), desc=f"{kind} at {rate:g}", leave=False)):
         trainer.update(step, batch / scale)
     trainer.ae.scale_biases(scale.item())
+    if kind == "matryoshka":
+        trainer.ae.threshold.fill_(0.0)  # one that was never set is read as TopK
     with tempfile.TemporaryDirectory() as folder:
         config = {"trainer": {"dict_class": type(trainer.ae).__name__, "k": setting.k}}
         torch.save(trainer.ae.state_dict(), Path(folder) / "ae.pt")

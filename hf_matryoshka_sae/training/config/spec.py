@@ -76,6 +76,8 @@ class SAESpec:
     level_weights_end: str | list[float] | None = None
     """Move from `level_weights` to these, linearly over the run. Where neither is given, `type: matryoshka` moves from
     `inner` to `whole`."""
+    level_weights_steps: int = 0
+    """Move over at least so many steps: a shorter run ends on the way, nearer to `level_weights`."""
     balance: float = 1.0
     """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
     bias_level: bool = False
@@ -124,8 +126,8 @@ class SAESpec:
     """Learning rate of a dictionary of 16,384 latents; by default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 /
     sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
     lr_steps: int = 0
-    """Steps for which the default rate is meant: a shorter run gets it times the root of `lr_steps` / steps, at most
-    twice (0: the same for any run)."""
+    """Steps of a run for which the default rate is meant: a shorter one gets it times root(`lr_steps` / steps), at
+    most twice (0: all runs are alike)."""
     encoder_lr_scale: float = 1.0
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0
@@ -177,9 +179,6 @@ class SAESpec:
     """Factor on the encoder's rows at the start."""
     decoder_init_norm: float = 1.0
     """Length of the decoder's rows at the start."""
-    encoder_whitening: float = 0.0
-    """In training the encoder reads C^-p x for this p, with the covariance C of the hidden states: 0 is x itself, 0.5
-    whitens. Folded into `W_enc` at the end."""
     b_dec_init: Literal["mean", "geometric_median", "zero"] = "mean"
     """Where `b_dec` begins, of the normalised hidden states."""
 

@@ -17,7 +17,7 @@ from ..data.harvest import Harvest
 from ..data.placement import Meshes, Placement
 from ..data.text import usable_device
 from ..sae.growth import grown_start
-from ..sae.initialization import encoder_map, initialize, input_scaling
+from ..sae.initialization import initialize, input_scaling
 from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows
 
@@ -93,7 +93,6 @@ def _build(
         layout=layout,
         config=whole,
         device=None if spec.device is None else usable_device(spec.device, f"saes.{placement.index}.device"),
-        encoder_map=encoder_map(spec, (sample - mean) / scale),
     )
 
 

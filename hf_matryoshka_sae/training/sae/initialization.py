@@ -88,38 +88,6 @@ def _directions(layout: Layout, d_in: int, seed: int) -> Iterator[tuple[slice, T
             yield slice(low - start, high - start), block[low - first : high - first]
 
 
-# Of the mean of the covariance's eigenvalues: what lies below is noise of the sample.
-_FLOOR = 1e-3
-
-
-@torch.no_grad()
-def encoder_map(spec: SAESpec, sample: Tensor) -> Tensor | None:
-    """Return the symmetric map through which the encoder reads in training, or `None` where it reads x itself.
-
-    It is c C^-p, with the covariance C of the sample, p = `encoder_whitening` and c such that squared lengths stay the
-    same in the mean. A step of Adam changes each coordinate by about as much, and so pre-activations by as much as the
-    states vary along it: of states that vary a hundred times more in some directions than in others, the encoder
-    learns the first long before the others. It is a preconditioner: the SAE that is saved reads x.
-
-    Args:
-        spec ([`SAESpec`]): Its `encoder_whitening` is read.
-        sample (`Tensor` of shape `(N, D)`): Normalised hidden states; rows that are not finite are left out.
-
-    Returns:
-        `Tensor` of shape `(D, D)` in the type of the sample.
-    """
-    power = spec.encoder_whitening
-    if not power:
-        return None
-    rows = sample[sample.isfinite().all(-1)].double()
-    rows = rows - rows.mean(0)
-    spectrum, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
-    spectrum = spectrum.clamp(min=_FLOOR * spectrum.mean().clamp(min=1e-300))
-    gains = spectrum**-power
-    gains *= (spectrum.sum() / (spectrum * gains**2).sum()).sqrt()
-    return ((axes * gains) @ axes.T).to(sample)
-
-
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point with the least sum of distances to `points`, by Weiszfeld's iteration in float64.
 

@@ -15,7 +15,14 @@ from ..config.spec import SAESpec
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
+from .schedules import (
+    annealed_k,
+    dead_window,
+    learning_rate,
+    random_prefix_widths,
+    sparsity_warmup,
+    weights_progress,
+)
 from .state import LearnerState
 
 
@@ -63,8 +70,6 @@ class Learner(LearnerState):
             with the whole dictionary.
         config ([`SAEConfig`], *optional*): Of the whole dictionary; by default the SAE's.
         device (`torch.device`, *optional*): Where it is trained; by default the accelerator's.
-        encoder_map (`Tensor` of shape `(D, D)`, *optional*): Symmetric map through which the encoder reads in training;
-            not with a `base`.
     """
 
     def __init__(
@@ -84,7 +89,6 @@ class Learner(LearnerState):
         layout: Layout | None = None,
         config: SAEConfig | None = None,
         device: torch.device | None = None,
-        encoder_map: Tensor | None = None,
     ) -> None:
         self.config = sae.config if config is None else config
         self.layout = layout = layout or _data_parallel(accelerator, self.config.num_latents)
@@ -95,9 +99,6 @@ class Learner(LearnerState):
         self.accelerator, self.steps, self.batch_size, self.seed = accelerator, steps, batch_size, seed
         self.mean, self.scale = mean.to(device), scale
         self.sae = sae.to(device).train()
-        self.encoder_map = None if base is not None or encoder_map is None else encoder_map.to(self.mean)
-        if self.encoder_map is not None:
-            _read_through(self.sae, torch.linalg.inv(self.encoder_map.double()))
         store_weights(self.sae, spec)
         self.sae.b_enc.requires_grad_(spec.train_b_enc)
         self.base, self.fixed = base, 0 if base is None else base.width
@@ -168,13 +169,12 @@ class Learner(LearnerState):
         finite = torch.stack(x.aminmax()).isfinite().all()  # of NaN both are NaN
         x = torch.where(finite, x, 0.0).sub_(self.mean).div_(self.scale)
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
-        weights = level_weights(spec, len(widths), step / self.steps)
+        weights = level_weights(spec, len(widths), weights_progress(spec, step, self.steps))
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
-        read = None if self.encoder_map is None else x @ self.encoder_map
         with self.accelerator.autocast():
-            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead, read)
+            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 
@@ -374,8 +374,6 @@ class Learner(LearnerState):
                 if name == "W_dec" and self.spec.unit_norm_decoder:
                     mean = mean.div_(mean.norm(dim=1, keepdim=True).clamp(min=1e-12))
                 parameter.copy_(mean)
-        if self.encoder_map is not None:
-            _read_through(sae, self.encoder_map.double())
         competing = sae.config.activation_name in ("topk", "batch_topk")
         scaled = sae.config.scale_by_decoder_norm
         # Folding norms where latents compete by values without them would change which latents win.
@@ -386,16 +384,6 @@ class Learner(LearnerState):
         for parameter in sae.parameters():
             parameter.requires_grad_(True)
         return sae
-
-
-@torch.no_grad()
-def _read_through(sae: SAEModel, mapping: Tensor) -> None:
-    """Give an SAE that reads `x @ mapping`, for a symmetric `(D, D)` one, the weights with which it reads x."""
-    weights = sae.W_enc.double() @ mapping
-    if sae.config.apply_b_dec_to_input:  # it was taken off what is read
-        b_dec = sae.b_dec.double()
-        sae.b_enc += (weights @ b_dec - sae.W_enc.double() @ b_dec).to(sae.b_enc)
-    sae.W_enc.copy_(weights)
 
 
 def _piece_rows(matrix: Tensor) -> int:

@@ -33,7 +33,7 @@ def level_weights(spec: SAESpec, num_prefixes: int, progress: float = 0.0) -> li
     Args:
         spec ([`SAESpec`]): Its `level_weights`, `level_weights_end`, `balance` and `bias_level` are read.
         num_prefixes (`int`): P, without the bias level.
-        progress (`float`, *optional*, defaults to 0): Share of the run that is done.
+        progress (`float`, *optional*, defaults to 0): Share of the way to `level_weights_end`.
 
     Raises:
         `ValueError`: for a list of another length.
@@ -112,7 +112,6 @@ class Objective(nn.Module):
         weights: list[float],
         sparsity: Tensor | float,
         num_dead: int | None = None,
-        read: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch.
 
@@ -124,37 +123,35 @@ class Objective(nn.Module):
             weights (`list[float]`): What [`level_weights`] gives for them.
             sparsity (`Tensor` or `float`): Coefficient of the sparsity penalty.
             num_dead (`int`, *optional*): Dead latents of the whole dictionary; by default those of `dead`.
-            read (`Tensor` of shape `(N, D)`, *optional*): What the encoder reads in place of x.
 
         Returns:
             The loss, and detached statistics of this process: `sse` (P,), `auxk`, `mean` (D,) and `square` of x; of
             its latents alone `l0`, `fired` (F,) and, with `sort_every`, `energy` (F,): the mean of `(a * ||d||)^2`.
         """
-        read = x if read is None else read
-        loss, pairs, sse, residual = self._reconstruct(x, read, widths, weights)
+        loss, pairs, sse, residual = self._reconstruct(x, widths, weights)
         if isinstance(sparsity, Tensor) or sparsity:
             loss = loss + sparsity * self._penalty(pairs, widths, weights)
         if self.sae.config.activation_name == "gated":
             loss = loss + self._gate_error(x, pairs)
         auxk = loss.new_zeros(())
         if self.spec.auxk_coefficient and dead is not None:
-            auxk = self._auxk(read, residual, dead, len(dead) if num_dead is None else num_dead)
+            auxk = self._auxk(x, residual, dead, len(dead) if num_dead is None else num_dead)
             loss = loss + self.spec.auxk_coefficient * auxk
         return loss, self._statistics(pairs, sse.detach(), x, auxk)
 
     def _reconstruct(
-        self, x: Tensor, read: Tensor, widths: list[int], weights: list[float]
+        self, x: Tensor, widths: list[int], weights: list[float]
     ) -> tuple[Tensor, LatentPairs, Tensor, Tensor]:
         """The weighted error, the latents, the error of each prefix and the residual of the last."""
         spec = self.spec
         if spec.multi_topk:
             k = int(self.sae.k)
             with _annealed(self.sae, min(4 * k, widths[-1])):
-                wide = self.sae.encode_pairs(read, layout=self.layout)
+                wide = self.sae.encode_pairs(x, layout=self.layout)
         if spec.multi_topk and self.layout.shards == 1:
             pairs = wide.keep(_best(wide, k))
         else:
-            pairs = self.sae.encode_pairs(read, layout=self.layout)
+            pairs = self.sae.encode_pairs(x, layout=self.layout)
         sse, residual = self.sae.prefix_errors(pairs, x, widths, layout=self.layout)
         error = self._weighted(sse, x, weights)
         if spec.multi_topk:
@@ -203,13 +200,13 @@ class Objective(nn.Module):
         gate = pairs.with_values(torch.relu(pairs.gate))
         return self.sae.prefix_errors(gate, x, [self.layout.num_latents], frozen=True, layout=self.layout)[0][0]
 
-    def _auxk(self, read: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
+    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
         """What the dead latents that come nearest to firing leave of the residual (arXiv 2406.04093, section A.2).
 
         `residual` is x - reconstruction: b_dec is taken off once, and what is decoded here adds none.
         """
         spec, sae = self.spec, self.sae
-        wanted = spec.auxk_k or max(1, read.shape[1] // 2)
+        wanted = spec.auxk_k or max(1, x.shape[1] // 2)
         if spec.auxk_detach_residual:
             residual = residual.detach()
         # Sparse gradients: rows of latents that are alive are not touched.
@@ -220,14 +217,14 @@ class Objective(nn.Module):
             W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
         latents = _Dead(W_enc, b_enc, b_dec, W_dec, torch.relu if spec.auxk_rectify else torch.clone)
         if self.layout.shards == 1 and num_dead <= _DENSE_AUXK * wanted:
-            error = _few_dead(read, residual, latents, wanted)
+            error = _few_dead(x, residual, latents, wanted)
         else:
-            error = _many_dead(read, residual, latents, wanted, self.layout)
+            error = _many_dead(x, residual, latents, wanted, self.layout)
         if spec.error_unit == "mean":
-            error = error / read.shape[1]
+            error = error / x.shape[1]
         if spec.auxk_normalize:
             spread = variance(residual, self.layout.replica_group)
-            spread = spread / read.shape[1] if spec.error_unit == "mean" else spread
+            spread = spread / x.shape[1] if spec.error_unit == "mean" else spread
             error = torch.where(spread > 0, error / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
         return error * min(num_dead / wanted, 1.0) if spec.auxk_scale_by_dead else error
 

@@ -38,6 +38,15 @@ def peak_rate(spec: SAESpec, config: SAEConfig, steps: int) -> float:
     return haste * min(0.113 * growth, 0.25) / math.sqrt(config.d_in)
 
 
+def weights_progress(spec: SAESpec, step: int, steps: int) -> float:
+    """How far a step is on the way from `level_weights` to `level_weights_end`.
+
+    The whole dictionary gains on its inner prefixes only once these have converged: at the end of a short run it is
+    still they that lag (benchmarks/README.md).
+    """
+    return step / max(steps, spec.level_weights_steps)
+
+
 def dead_window(spec: SAESpec, tokens: int, batch_size: int) -> int:
     """Tokens of silence after which a latent counts as dead."""
     if spec.dead_tokens is not None:

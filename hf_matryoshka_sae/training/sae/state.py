@@ -44,7 +44,6 @@ class LearnerState:
             "average": None if self.average is None else self.average["b_dec"],
             "mean": self.mean,
             "scale": self.scale,
-            "encoder_map": self.encoder_map,
             "bandwidth": getattr(self.sae.config, "bandwidth", None),
             "sparsity": self.sparsity.item(),
             "updates": self.updates,
@@ -69,8 +68,6 @@ class LearnerState:
         if self.average is not None:
             self.average["b_dec"].copy_(shared["average"])
         self.mean, self.scale = shared["mean"].to(device), shared["scale"]
-        read_through = shared.get("encoder_map")  # a state of an earlier version has none
-        self.encoder_map = None if read_through is None else read_through.to(device)
         if shared["bandwidth"] is not None:
             self.sae.config.bandwidth = shared["bandwidth"]
         self.sparsity, self.updates = torch.tensor(shared["sparsity"], device=device), shared["updates"]

@@ -4,11 +4,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.nn.functional import linear
 
 from hf_matryoshka_sae.models import build_sae
 from hf_matryoshka_sae.training.config.spec import SAESpec
-from hf_matryoshka_sae.training.sae.initialization import encoder_map, geometric_median, initialize
+from hf_matryoshka_sae.training.sae.initialization import geometric_median, initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
 
 from ...axes import each
@@ -23,25 +22,13 @@ def learner(accumulation=1, steps=STEPS, d_in=D, device="cpu", mixed_precision=N
     if fields.get("k", K) is None:
         spec.k = None
     sae = build_sae(spec.sae_config(d_in, "lm", "layer"))
-    sample = torch.randn(64, d_in, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 2, d_in)
-    initialize(sae, spec, sample, torch.zeros(d_in), seed=0)
+    initialize(sae, spec, torch.randn(64, d_in), torch.zeros(d_in), seed=0)
     AcceleratorState._reset_state(reset_partial_state=True)  # each may be on another device, in another precision
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
     )
     mean, scale = (torch.full((D,), 0.5), 2.0) if d_in == D else (torch.zeros(d_in), 1.0)
-    return Learner(
-        "sae",
-        "layer",
-        sae,
-        spec,
-        mean,
-        scale,
-        accelerator,
-        steps=steps,
-        batch_size=N,
-        encoder_map=encoder_map(spec, sample),
-    )
+    return Learner("sae", "layer", sae, spec, mean, scale, accelerator, steps=steps, batch_size=N)
 
 
 def batches(count=STEPS, size=N):
@@ -196,7 +183,7 @@ def test_the_average_is_the_bias_corrected_running_mean_of_the_weights():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9, "encoder_whitening": 0.5},
+        {"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9},
         {"type": "jumprelu", "k": None},
         {"type": "matryoshka", "sort_every": 2, "ema_decay": 0.9, **SMALLEST},
         {"type": "jumprelu", "k": None, "optimizer_dtype": "bfloat16"},
@@ -213,32 +200,6 @@ def test_a_resumed_learner_goes_on_bit_for_bit(fields):
         whole.finished().named_parameters(), resumed.finished().named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
-
-
-def test_the_saved_encoder_reads_x_as_the_trained_one_reads_what_it_is_given():
-    one = train(learner(type="batch_topk", encoder_whitening=0.5))
-    x = torch.randn(32, D)
-    with torch.no_grad():
-        given = linear(x @ one.encoder_map - one.sae.b_dec, one.sae.W_enc, one.sae.b_enc)
-        saved = one.finished()
-        assert torch.allclose(linear(x - saved.b_dec, saved.W_enc, saved.b_enc), given, atol=1e-5)
-    assert one.sae.b_dec.abs().max() > 1e-3
-    start = learner(type="batch_topk", encoder_whitening=0.5).finished()  # there and back
-    assert torch.allclose(start.W_enc, start.W_dec, atol=1e-6)
-
-
-@pytest.mark.parametrize("power", [0.25, 0.5])
-def test_the_map_whitens_and_keeps_squared_lengths_in_the_mean(power):
-    sample = torch.randn(4000, D, dtype=torch.float64) @ torch.randn(D, D, dtype=torch.float64) + 3
-    rows = sample - sample.mean(0)
-    covariance = rows.T @ rows / len(rows)
-    mapping = encoder_map(SAESpec(encoder_whitening=power), sample)
-    mapped = mapping.T @ covariance @ mapping
-    assert torch.allclose(mapped.trace(), covariance.trace())
-    expected = torch.linalg.eigvalsh(covariance) ** (1 - 2 * power)
-    found = torch.linalg.eigvalsh(mapped)
-    assert torch.allclose(found / found.sum(), expected / expected.sum())
-    assert encoder_map(SAESpec(), sample) is None
 
 
 def test_geometric_median_survives_a_guess_on_a_data_point():

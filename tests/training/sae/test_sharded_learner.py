@@ -11,7 +11,7 @@ from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.data.placement import Meshes, Placement
 from hf_matryoshka_sae.training.run.building import own_config
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
-from hf_matryoshka_sae.training.sae.initialization import encoder_map, initialize
+from hf_matryoshka_sae.training.sae.initialization import initialize
 from hf_matryoshka_sae.training.sae.learner import Learner
 
 from ...processes import forget_accelerator
@@ -67,17 +67,7 @@ def outcome(rank: int, replicas: int, shards: int, shape: str) -> dict[str, dict
         initialize(sae, spec, sample, sample.mean(0), 0, layout)
         mean, length = torch.zeros(d_in, dtype=dtype), {"steps": 2 * steps, "batch_size": tokens, "seed": 3}
         one = Learner(
-            name,
-            "layer",
-            sae.to(dtype),
-            spec,
-            mean,
-            1.0,
-            accelerator,
-            layout=layout,
-            config=whole,
-            encoder_map=encoder_map(spec, sample),
-            **length,
+            name, "layer", sae.to(dtype), spec, mean, 1.0, accelerator, layout=layout, config=whole, **length
         )
         latents = torch.arange(*layout.rows)
         one.tokens_since_fired[(latents % 3 == 0) & (latents < num_latents // 2)] = tokens
