@@ -20,6 +20,7 @@ from .trackers import check_installed, check_names
 
 
 _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
+_SHORT_RUNS = {"lr_steps", "level_weights_steps"}
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000
@@ -274,9 +275,16 @@ def _size(given: int | None, share: int, largest: int) -> int:
 
 
 def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
-    """The run with the sizes that the fields of an earlier one state, where its own fields leave them open."""
+    """The run with the sizes that the fields of an earlier one state, where its own fields leave them open.
+
+    Of an SAE whose fields were written before short runs were trained otherwise, the schedules are those of that time.
+    """
     stated = {name: before[name] for name in _SIZES if getattr(config, name) is None and before.get(name) is not None}
-    return dataclasses.replace(config, **stated)
+    saes = [
+        dataclasses.replace(spec, **dict.fromkeys(_SHORT_RUNS - entry.keys(), 0)) if "betas" in entry else spec
+        for spec, entry in zip(config.saes, before.get("saes") or [], strict=False)
+    ]
+    return dataclasses.replace(config, **stated, saes=[*saes, *config.saes[len(saes) :]])
 
 
 def as_begun(config: RunConfig) -> RunConfig:

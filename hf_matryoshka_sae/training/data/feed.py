@@ -161,11 +161,14 @@ class Feed:
         """Go on from what [`state_dict`] gave, here or in the processes that owned these streams."""
         for number, stream in self.streams.items():
             stream.load_state_dict(states[number]["stream"])
-            kept = states[number].get("kept") or {"rows": {}, "seen": 0}  # an earlier version kept none
-            rows = {name: part.to(self._device) for name, part in kept["rows"].items()}
-            self._kept[number], self._seen[number] = [rows] if rows else [], kept["seen"]
             if states[number]["drawn"]:
                 self._drawn[number] = {name: rows.to(self._device) for name, rows in states[number]["drawn"].items()}
+            kept = states[number].get("kept")
+            if kept is None:  # a run of an earlier version reads on at its end
+                self._batches = 0
+                continue
+            rows = {name: part.to(self._device) for name, part in kept["rows"].items()}
+            self._kept[number], self._seen[number] = [rows] if rows else [], kept["seen"]
 
     def close(self) -> None:
         """End what runs in the background, and let go of the rows."""

@@ -25,9 +25,9 @@ def peak_rate(spec: SAESpec, config: SAEConfig, steps: int) -> float:
     """Highest learning rate of a run of so many steps.
 
     It is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3). Adam moves each
-    coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it, and a
-    small dictionary gets no rate that would turn rows by more than a quarter. Rows have to get from random directions
-    to where they belong in however few steps there are: a run shorter than `lr_steps` gets a higher rate.
+    coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it, and
+    a small dictionary gets no rate that would turn rows by more than a quarter. Rows have to turn from random
+    directions to where they belong in however few steps there are: a run shorter than `lr_steps` gets a higher rate.
     """
     growth = 1 / math.sqrt(config.num_latents / 16384)
     if spec.lr is not None:
