@@ -20,9 +20,11 @@ from .trackers import check_installed, check_names
 
 
 _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
+_SHORT_RUNS = {"lr_steps", "level_weights_steps"}
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000
+LARGEST_CALIBRATION = 32_768  # they are part of every checkpoint
 
 
 @dataclass(kw_only=True)
@@ -111,7 +113,8 @@ class RunConfig:
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
     calibration_tokens: int | None = None
-    """Hidden states to solve BatchTopK's threshold on; by default a fifth of `tokens`, 4,096 to 200,000."""
+    """Hidden states to solve BatchTopK's threshold on, kept evenly over the run; by default a fifth of `tokens`, 4,096
+    to 32,768."""
 
     # Steps, checkpoints and logs
     seed: int = 0
@@ -245,8 +248,8 @@ def normalization_tokens(config: RunConfig) -> int:
 
 
 def calibration_tokens(config: RunConfig) -> int:
-    """Hidden states that thresholds are solved for on, over all processes; they are read for nothing else."""
-    return _size(config.calibration_tokens, config.tokens // 5, 200_000)
+    """Hidden states that thresholds are solved for on, over all processes: of those trained on, evenly."""
+    return _size(config.calibration_tokens, config.tokens // 5, LARGEST_CALIBRATION)
 
 
 def eval_tokens(config: RunConfig) -> int:
@@ -272,9 +275,16 @@ def _size(given: int | None, share: int, largest: int) -> int:
 
 
 def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
-    """The run with the sizes that the fields of an earlier one state, where its own fields leave them open."""
+    """The run with the sizes that the fields of an earlier one state, where its own fields leave them open.
+
+    Of an SAE whose fields were written before short runs were trained otherwise, the schedules are those of that time.
+    """
     stated = {name: before[name] for name in _SIZES if getattr(config, name) is None and before.get(name) is not None}
-    return dataclasses.replace(config, **stated)
+    saes = [
+        dataclasses.replace(spec, **dict.fromkeys(_SHORT_RUNS - entry.keys(), 0)) if "betas" in entry else spec
+        for spec, entry in zip(config.saes, before.get("saes") or [], strict=False)
+    ]
+    return dataclasses.replace(config, **stated, saes=[*saes, *config.saes[len(saes) :]])
 
 
 def as_begun(config: RunConfig) -> RunConfig:

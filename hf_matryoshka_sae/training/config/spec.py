@@ -77,6 +77,8 @@ class SAESpec:
     level_weights_end: str | list[float] | None = None
     """Move from `level_weights` to these, linearly over the run. Where neither is given, `type: matryoshka` moves from
     `inner` to `whole`."""
+    level_weights_steps: int = 0
+    """Move over at least so many steps: a shorter run ends on the way, nearer to `level_weights`."""
     balance: float = 1.0
     """With `level_weights: balance`, prefix i of P weighs balance^(P-i); divided by P where balance > 1."""
     bias_level: bool = False
@@ -132,6 +134,9 @@ class SAESpec:
     lr_base: float | None = None
     """Learning rate of a dictionary of 16,384 latents; by default `0.113 / sqrt(d_in)`, and no `lr` above `0.25 /
     sqrt(d_in)`: a step turns a unit row by the same angle whatever its width."""
+    lr_steps: int = 0
+    """Steps of a run for which the default rate is meant: a shorter one gets it times root(`lr_steps` / steps), at
+    most twice (0: all runs are alike)."""
     encoder_lr_scale: float = 1.0
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0

@@ -30,6 +30,8 @@ class Feed:
         processes ([`Processes`]): Of the run.
         device (`torch.device`): Where received rows go.
         ahead (`bool`): Have the next batch on its way while one is trained on; for processes that only read.
+        keep (`int`, *optional*, defaults to 0): Rows of each stream to keep for [`replay`], evenly from all batches.
+        batches (`int`, *optional*, defaults to 0): How many batches these are.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Feed:
         processes: Processes,
         device: torch.device,
         ahead: bool = False,
+        keep: int = 0,
+        batches: int = 0,
     ) -> None:
         self.streams, self._iterators = streams, {number: iter(stream) for number, stream in streams.items()}
         rank = processes.rank
@@ -53,6 +57,10 @@ class Feed:
         # In one order everywhere, so that sends and receives meet.
         self._routes = sorted(route for route in wanted if route[2] != route[3] and rank in route[2:])
         self._own = [(number, name) for number, name, _, target in sorted(wanted) if target == rank]
+        self._keep, self._batches = min(keep, batches * processes.rows), batches
+        self._seen = dict.fromkeys(streams, 0)  # batches of each stream that were drawn
+        self._kept: dict[int, list[dict[str, Tensor]]] = {number: [] for number in streams}
+        self._replaying = False
         self._drawn: dict[int, dict[str, Tensor]] = {}  # rows of a saved state that were on their way
         self._pending: tuple[dict, list] | None = None
         self._batch: dict[tuple[int, str], Tensor] = {}
@@ -67,14 +75,44 @@ class Feed:
         self._pending = self._send() if self._ahead else None
 
     def _next(self, number: int) -> dict[str, Tensor]:
-        """A stream's next rows. Raises [`EndOfStates`] where it has no more."""
+        """A stream's next rows, or next kept ones. Raises [`EndOfStates`] where it has no more."""
+        if self._replaying:
+            joined, start = self._kept[number][0], self._seen[number] * self._rows
+            self._seen[number] += 1
+            return {name: rows[start : start + self._rows] for name, rows in joined.items()}
         rows = next(self._iterators[number], None)
         if rows is None or len(next(iter(rows.values()))) < self._rows:
             raise EndOfStates(
                 f"The hidden states are at their end after {self.streams[number].tokens_seen:,} rows. A run needs "
                 "`tokens`, and `eval_tokens` before them where no `heldout` is given: give more, or lower these."
             )
+        done, self._seen[number] = self._seen[number], self._seen[number] + 1
+        if done < self._batches:
+            # Rows are in random order: the first are as good as any.
+            wanted = (done + 1) * self._keep // self._batches - done * self._keep // self._batches
+            if wanted:
+                self._kept[number].append({name: states[:wanted].clone() for name, states in rows.items()})
         return rows
+
+    def replay(self) -> int:
+        """From now on give the rows that were kept, and return how many batches of them there are.
+
+        These are of the whole run, where later rows may be of other text. All processes call this.
+        """
+        for number, parts in self._kept.items():
+            self._kept[number] = [_joined(parts)] if parts else []
+        counts = [len(next(iter(parts[0].values()))) if parts else 0 for parts in self._kept.values()]
+        fewest = torch.tensor(min(counts, default=self._keep) // self._rows, device=self._device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        if int(fewest):
+            if self._pending is not None:
+                for work in self._pending[1]:
+                    work.wait()
+            self._replaying, self._pending, self._drawn = True, None, {}
+            self._seen = dict.fromkeys(self._seen, 0)
+            self._ahead = False
+        return int(fewest)
 
     def _send(self) -> tuple[dict, list]:
         """Draw from this process's streams, and have what others need on its way."""
@@ -115,7 +153,8 @@ class Feed:
         found = {}
         for number, stream in self.streams.items():
             drawn = {name: rows for (of, name), rows in on_the_way.items() if of == number}
-            found[number] = {"stream": stream.state_dict(), "drawn": drawn or self._drawn.get(number)}
+            kept = {"rows": _joined(self._kept[number]), "seen": self._seen[number]}
+            found[number] = {"stream": stream.state_dict(), "drawn": drawn or self._drawn.get(number), "kept": kept}
         return found
 
     def load_state_dict(self, states: dict[int, Any]) -> None:
@@ -124,6 +163,12 @@ class Feed:
             stream.load_state_dict(states[number]["stream"])
             if states[number]["drawn"]:
                 self._drawn[number] = {name: rows.to(self._device) for name, rows in states[number]["drawn"].items()}
+            kept = states[number].get("kept")
+            if kept is None:  # a run of an earlier version reads on at its end
+                self._batches = 0
+                continue
+            rows = {name: part.to(self._device) for name, part in kept["rows"].items()}
+            self._kept[number], self._seen[number] = [rows] if rows else [], kept["seen"]
 
     def close(self) -> None:
         """End what runs in the background, and let go of the rows."""
@@ -133,3 +178,8 @@ class Feed:
         self._pending, self._batch, self._joined = None, {}, {}
         for stream in self.streams.values():
             stream.close()
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of several batches together."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}

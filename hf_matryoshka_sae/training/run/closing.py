@@ -126,7 +126,8 @@ class Closing:
             return {}, 0
         keys = {(one.hookpoint, place.streams_of(rank)) for place, one in wanting}
         in_batch = self.harvest.processes.streams * self.harvest.processes.rows
-        batches = max(1, -(-calibration_tokens(self.config) // in_batch))
+        # The run's own rows, evenly; a run that began with an earlier version kept none, and reads on.
+        batches = feed.replay() or max(1, -(-calibration_tokens(self.config) // in_batch))
         hidden = not self.accelerator.is_main_process
         for number in tqdm(range(batches), desc="states for the thresholds", disable=hidden, leave=False):
             try:

@@ -11,7 +11,7 @@ from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...evaluation.report import ABOUT, plot, table
 from ..data.harvest import HeldOutStates
 from ..sae.learner import Learner
-from ..sae.schedules import learning_rate
+from ..sae.schedules import peak_rate
 
 
 _TOLERANCE = 0.1  # of the wanted L0
@@ -101,7 +101,10 @@ def _for_l0(learner: Learner, tokens: int) -> str:
     if learner.config.activation_name == "topk":
         longer = f"train on more `tokens` ({tokens:,} here)"
         return f"Fewer than `k` latents have a positive value: {longer}, or ask for a smaller `k`."
-    return "Raise `calibration_tokens`, and see that the held-out text is of the same kind as the training text."
+    return (
+        "Thresholds are those of the text trained on, evenly over the run: see that the held-out text is of the same "
+        "kind, or raise `calibration_tokens`."
+    )
 
 
 def _for_control(learner: Learner, tokens: int) -> str:
@@ -116,7 +119,7 @@ def _for_control(learner: Learner, tokens: int) -> str:
 def _for_dead(learner: Learner, tokens: int) -> str:
     """What keeps latents alive, or revives them."""
     spec = learner.spec
-    rate = learning_rate(spec, learner.config, 0, 1)  # the peak
+    rate = peak_rate(spec, learner.config, learner.steps)
     lower = f"ower `lr` ({rate:.2g} here)"
     if not spec.auxk_coefficient:
         return f"L{lower}, or set `auxk_coefficient` (0 here; 0.03125 is usual), which revives dead latents."

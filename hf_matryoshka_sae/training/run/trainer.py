@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from ...activations.sentences import SENTENCE_EMBEDDING
 from ...common.command import Interrupted
 from ...common.distributed import gathered
-from ..config.run import RunConfig, as_begun, check_ready
+from ..config.run import RunConfig, as_begun, calibration_tokens, check_ready
+from ..config.spec import SAESpec
 from ..config.trackers import check_access
 from ..data.feed import Feed
 from ..data.harvest import open_harvest
@@ -141,7 +142,17 @@ class Trainer:
         self.learners: list[Learner] = build_learners(config, accelerator, harvest, placements)
         self.streams_of_learners = [place.streams_of(rank) for place in placements if rank in place.ranks]
         ahead = config.lm_processes is not None
-        self.feed = Feed(harvest.streams, placements, harvest.shapes, processes, accelerator.device, ahead)
+        micro_batches = config.steps * config.gradient_accumulation_steps
+        self.feed = Feed(
+            harvest.streams,
+            placements,
+            harvest.shapes,
+            processes,
+            accelerator.device,
+            ahead,
+            keep=-(-calibration_tokens(config) // (processes.streams * processes.rows)) * processes.rows,
+            batches=micro_batches if any(map(_calibrated, config.saes)) else 0,
+        )
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
         self.left_out = 0  # hidden states that are not finite
         self.last_saved: int | None = None  # steps done at the newest checkpoint
@@ -330,6 +341,12 @@ class Trainer:
         raise Interrupted(
             f"Stopped after step {step} of {self.config.steps}; saved {path}. Run the same command again to go on."
         )
+
+
+def _calibrated(spec: SAESpec) -> bool:
+    """Whether a threshold is solved for at the end."""
+    activation = spec.activation or "batch_topk" if spec.type == "matryoshka" else spec.type
+    return activation == "batch_topk"
 
 
 @contextmanager

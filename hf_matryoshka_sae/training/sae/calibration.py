@@ -92,7 +92,7 @@ def calibrate_l0(
             _, cols, margins = select_above(blocks.latents(0, base), 0.0)
             fixed += len(_with_magnitude(sae, cols, margins))
         # Each process keeps as many as all of them together may need.
-        _, cols, margins = select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0)
+        _, cols, margins = select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0 * layout.replicas)
         kept.append(_with_magnitude(sae, cols + base, margins))
         tokens += len(x)
     shift = _solved(kept, tokens, fixed, target_l0, layout)

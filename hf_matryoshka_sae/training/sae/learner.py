@@ -15,7 +15,14 @@ from ..config.spec import SAESpec
 from .growth import FrozenBase
 from .losses import LOG_UNIT, Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup
+from .schedules import (
+    annealed_k,
+    dead_window,
+    learning_rate,
+    random_prefix_widths,
+    sparsity_warmup,
+    weights_progress,
+)
 from .state import LearnerState
 
 
@@ -176,7 +183,7 @@ class Learner(LearnerState):
         finite = torch.stack(x.aminmax()).isfinite().all()  # of NaN both are NaN
         x = torch.where(finite, x, 0.0).sub_(self.mean).div_(self.scale)
         sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
-        weights = level_weights(spec, len(widths), step / self.steps)
+        weights = level_weights(spec, len(widths), weights_progress(spec, step, self.steps))
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None

@@ -37,7 +37,7 @@ def level_weights(spec: SAESpec, num_prefixes: int, progress: float = 0.0) -> li
     Args:
         spec ([`SAESpec`]): Its `level_weights`, `level_weights_end`, `balance` and `bias_level` are read.
         num_prefixes (`int`): P, without the bias level.
-        progress (`float`, *optional*, defaults to 0): Share of the run that is done.
+        progress (`float`, *optional*, defaults to 0): Share of the way to `level_weights_end`.
 
     Raises:
         `ValueError`: for a list of another length.

@@ -8,25 +8,43 @@ from ...models import SAEConfig
 from ..config.spec import SAESpec
 
 
-def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> float:
-    """Learning rate of a step counted from 0: linear warm-up, constant, linear decay to `lr_end`.
+# Beyond twice the rate latents die, however short the run (benchmarks/README.md).
+_MOST_HASTE = 2.0
 
-    The peak is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3). Adam moves
-    each coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it,
-    and a small dictionary gets no rate that would turn rows by more than a quarter.
-    """
-    growth = 1 / math.sqrt(config.num_latents / 16384)
-    if spec.lr is not None:
-        peak = spec.lr
-    elif spec.lr_base is not None:
-        peak = spec.lr_base * growth
-    else:
-        peak = min(0.113 * growth, 0.25) / math.sqrt(config.d_in)
+
+def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> float:
+    """Learning rate of a step counted from 0: linear warm-up to the peak, constant, linear decay to `lr_end`."""
     warmup = warmup_steps(spec.lr_warmup_steps, steps)
     rate = min(1.0, (step + 1) / (warmup + 1))
     decay = spec.lr_decay_fraction * steps
     left = (steps - step) / decay if decay else math.inf
-    return peak * rate * (spec.lr_end + (1 - spec.lr_end) * min(1.0, left))
+    return peak_rate(spec, config, steps) * rate * (spec.lr_end + (1 - spec.lr_end) * min(1.0, left))
+
+
+def peak_rate(spec: SAESpec, config: SAEConfig, steps: int) -> float:
+    """Highest learning rate of a run of so many steps.
+
+    It is `lr`, or else `lr_base / sqrt(F / 16384)` (Gao et al. 2024, arXiv 2406.04093, section A.3). Adam moves each
+    coordinate by about the rate, so a unit row of width D turns by about rate * sqrt(D): `lr_base` falls with it, and
+    a small dictionary gets no rate that would turn rows by more than a quarter. Rows have to turn from random
+    directions to where they belong in however few steps there are: a run shorter than `lr_steps` gets a higher rate.
+    """
+    growth = 1 / math.sqrt(config.num_latents / 16384)
+    if spec.lr is not None:
+        return spec.lr
+    if spec.lr_base is not None:
+        return spec.lr_base * growth
+    haste = min(_MOST_HASTE, max(1.0, math.sqrt(spec.lr_steps / max(1, steps))))
+    return haste * min(0.113 * growth, 0.25) / math.sqrt(config.d_in)
+
+
+def weights_progress(spec: SAESpec, step: int, steps: int) -> float:
+    """How far a step is on the way from `level_weights` to `level_weights_end`.
+
+    The whole dictionary gains on its inner prefixes only once these have converged: at the end of a short run it is
+    still they that lag (benchmarks/README.md).
+    """
+    return step / max(steps, spec.level_weights_steps)
 
 
 def dead_window(spec: SAESpec, tokens: int, batch_size: int) -> int:

@@ -91,11 +91,11 @@ class Numbers:
         self.closed = True
 
 
-def feed(ahead=False):
+def feed(ahead=False, **kept):
     streams = {number: Numbers(number) for number in range(4)}
     placement = Placement(0, "a", (0,), 1, 4)
     processes = Processes(0, 1, 1, 4, 2, ())
-    return Feed(streams, [placement], {"a": (3, torch.float32)}, processes, torch.device("cpu"), ahead)
+    return Feed(streams, [placement], {"a": (3, torch.float32)}, processes, torch.device("cpu"), ahead, **kept)
 
 
 def seen(one):
@@ -116,6 +116,34 @@ def test_a_batch_is_all_streams_in_order_and_goes_on_where_it_was(ahead):
         assert seen(one) == seen(again)
     one.close()
     assert all(stream.closed for stream in one.streams.values())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_kept_rows_are_of_all_batches_evenly_and_survive_a_resume(ahead):
+    kept = {"keep": 4, "batches": 8}  # every other of 8 batches gives one of its two rows
+    one = feed(ahead, **kept)
+    for _ in range(5):
+        one.advance()
+    again = feed(not ahead, **kept)
+    again.load_state_dict(one.state_dict())
+    for whole in (one, again):
+        for _ in range(3):
+            whole.advance()
+        assert whole.replay() == 2
+        found = []
+        for _ in range(2):
+            whole.advance()
+            found += seen(whole)
+        expected = [[n * 100.0 + step for n in range(4) for step in steps] for steps in ((2, 4), (6, 8))]
+        assert found == [value for batch in expected for value in batch]
+
+
+def test_without_kept_rows_a_feed_reads_on():
+    one = feed()
+    one.advance()
+    assert one.replay() == 0
+    one.advance()
+    assert seen(one)[0] == 2.0
 
 
 def test_a_stream_that_ends_is_said():

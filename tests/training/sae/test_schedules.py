@@ -10,8 +10,10 @@ from hf_matryoshka_sae.training.sae.schedules import (
     annealed_k,
     dead_window,
     learning_rate,
+    peak_rate,
     random_prefix_widths,
     sparsity_warmup,
+    weights_progress,
 )
 
 
@@ -28,6 +30,24 @@ def test_default_learning_rate_turns_rows_by_the_same_angle_at_every_width():
     rates = [learning_rate(one, sizes(16384, d_in), 0, 100) for d_in in (64, 256)]
     assert rates[1] == pytest.approx(rates[0] / 2)
     assert learning_rate(one, sizes(64), 0, 100) == pytest.approx(0.25 / 8)
+
+
+def test_a_short_run_gets_a_higher_rate_but_not_one_that_kills():
+    one = SAESpec.from_dict({"type": "batch_topk"}, "")
+    usual = peak_rate(one, sizes(4096), 1400)
+    assert peak_rate(one, sizes(4096), 10**5) == usual
+    assert peak_rate(one, sizes(4096), 700) == pytest.approx(2**0.5 * usual)
+    assert peak_rate(one, sizes(4096), 350) == peak_rate(one, sizes(4096), 20) == pytest.approx(2 * usual)
+    assert peak_rate(spec(), sizes(4096), 20) == pytest.approx(3e-4)  # a published recipe stays as it is
+
+
+def test_level_weights_of_a_short_run_stay_near_their_beginning():
+    one = SAESpec.from_dict({}, "")
+    assert weights_progress(one, 350, 700) == pytest.approx(0.25)
+    assert weights_progress(one, 1500, 3000) == pytest.approx(0.5)
+    given = SAESpec.from_dict({"level_weights_end": "whole"}, "")
+    assert weights_progress(given, 350, 700) == pytest.approx(0.5)
+    assert weights_progress(spec(level_weights_end="whole"), 300, 600) == pytest.approx(0.5)
 
 
 def test_dead_window_is_a_share_of_the_run_and_bounded():
