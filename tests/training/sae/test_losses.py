@@ -213,7 +213,12 @@ def test_gated_loss_is_error_plus_gate_l1_plus_frozen_decoder_error():
 @pytest.mark.parametrize("nested", [1.0, 0.25, 0.0])
 def test_a_latent_pays_in_every_prefix_that_holds_it_and_once(nested):
     spec, sae, x = make(
-        type="matryoshka", activation="relu", k=None, nested_penalty=nested, level_weights=[0.5, 0.3, 0.2]
+        type="matryoshka",
+        activation="relu",
+        sparsity_penalty="l1",
+        k=None,
+        nested_penalty=nested,
+        level_weights=[0.5, 0.3, 0.2],
     )
     widths = [4, 9, F]
     a = reference.encode(x, sae.W_enc, sae.b_enc, sae.b_dec).clamp(min=0)
