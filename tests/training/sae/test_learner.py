@@ -90,16 +90,6 @@ def test_the_controller_comes_to_rest_at_the_target_l0(fields):
     assert sum(reached[-100:]) / 100 == pytest.approx(4.0, rel=0.1)  # it does not swing either
 
 
-def test_in_the_warm_up_of_the_penalty_the_controller_only_lowers_it():
-    one = learner(steps=100, type="relu", k=None, target_l0=4.0, sparsity_warmup_steps=50)
-    for l0, moved in ((40.0, False), (2.0, True)):
-        one.last, before = {"l0": torch.tensor(l0)}, one.sparsity.clone()
-        one._control_sparsity(3, torch.tensor(True))
-        assert (one.sparsity < before).item() is moved
-        one._control_sparsity(60, torch.tensor(False))  # a step that was left out
-        assert (one.sparsity < before).item() is moved
-
-
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_sorting_changes_nothing_but_the_order(ema):
     """With one prefix; needs the moments, averages and counters to move with the weights."""
