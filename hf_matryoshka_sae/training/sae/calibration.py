@@ -73,8 +73,8 @@ def calibrate_l0(
     Args:
         sae ([`SAEModel`]): Of `activation_name` `"relu"`, `"jumprelu"` or `"gated"`, with unit decoder rows or without
             `scale_by_decoder_norm`; in the units of `batches`.
-        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`], but no iterator: they are read again where some hold
-            far more of the pairs than others.
+        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`], but no iterator: they are read again where some
+            hold far more of the pairs than others.
         target_l0 (`float`): Latents per token to aim at.
         layout ([`Layout`], *optional*): As in [`calibrate_threshold`].
         base (`int`, *optional*, defaults to 0): The first so many latents keep their thresholds.
