@@ -150,7 +150,6 @@ _SELECTED = dict(
 _PENALISED = dict(
     target_l0=32.0,
     start_at_target=True,
-    nested_penalty=False,
     betas=[0.7, 0.99],
     encoder_lr_scale=0.5,
     encoder_bias_lr_scale=0.15,
@@ -159,7 +158,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
     "batch_topk": _SELECTED,
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
-    "relu": dict(_PENALISED, sparsity_penalty="log", auxk_rectify=False),
+    "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
     "jumprelu": dict(_PENALISED, sparsity_coefficient=10.0, threshold_lr_scale=0.3),
     "gated": _PENALISED,
 }

@@ -108,9 +108,9 @@ class SAESpec:
     fire on the first hidden states. By default new SAEs do."""
     controller_rate: float = 0.03
     """ReLU and Gated: change of the coefficient's logarithm in a step, for each unit of log(L0 / target)."""
-    nested_penalty: bool = True
-    """Matryoshka over ReLU: a latent pays the penalty in every prefix that holds it, by the prefix's weight; otherwise
-    all latents pay the same. By default they do, unless a preset says otherwise."""
+    nested_penalty: float = 1.0
+    """Matryoshka over ReLU: share of the penalty that a latent pays in every prefix that holds it, by the prefix's
+    weight; the rest is the same for all latents. By default 0.5, but for presets."""
     multi_topk: bool = False
     """TopK: add the loss at 4k latents, weighted 1/8."""
     auxk_coefficient: float = 1 / 32
@@ -203,6 +203,8 @@ class SAESpec:
                 )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        if not 0 <= self.nested_penalty <= 1:
+            raise ValueError(f"`nested_penalty` must lie between 0 and 1, got {self.nested_penalty}.")
         if not 0 <= self.lr_decay_fraction <= 1:
             raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
         if self.random_prefixes and self.type != "matryoshka":

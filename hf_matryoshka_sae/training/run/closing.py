@@ -1,6 +1,7 @@
 """The end of a run: thresholds solved for, normalisation folded in, dictionaries saved, loaded back and evaluated."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class Closing:
         """Save a dictionary as it is used; what is to be said of it, by its path in the run's folder."""
         sae: SAEModel = learner.finished()
         found, path, wanted = {}, place_of(learner), _wanted_l0(learner)
-        batches = ((rows.to(learner.mean).float() - learner.mean) / learner.scale for rows in calibration)
+        batches = _Normalised(calibration, learner)
         if sae.config.activation_name == "batch_topk":
             found = {"threshold": calibrate_threshold(sae, batches, wanted, learner.layout)}
         elif wanted is not None:
@@ -206,6 +207,17 @@ def _write_collection(folder: Path) -> None:
     """Write the `config.json` by which `AutoModel` finds the SAEs of the run's folder; another's is left alone."""
     if is_collection(folder) or not (folder / "config.json").exists():
         write_json(folder / "config.json", collection_index(saes_below(folder)))
+
+
+class _Normalised:
+    """Batches of raw rows in a dictionary's units, one at a time, as often as they are asked for."""
+
+    def __init__(self, rows: list[Tensor], learner: Learner) -> None:
+        self.rows, self.learner = rows, learner
+
+    def __iter__(self) -> Iterator[Tensor]:
+        mean, scale = self.learner.mean, self.learner.scale
+        return ((rows.to(mean).float() - mean) / scale for rows in self.rows)
 
 
 def _wanted_l0(learner: Learner) -> float | None:

@@ -73,7 +73,8 @@ def calibrate_l0(
     Args:
         sae ([`SAEModel`]): Of `activation_name` `"relu"`, `"jumprelu"` or `"gated"`, with unit decoder rows or without
             `scale_by_decoder_norm`; in the units of `batches`.
-        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`].
+        batches (`Iterable[Tensor]`): As in [`calibrate_threshold`], but no iterator: they are read again where some
+            hold far more of the pairs than others.
         target_l0 (`float`): Latents per token to aim at.
         layout ([`Layout`], *optional*): As in [`calibrate_threshold`].
         base (`int`, *optional*, defaults to 0): The first so many latents keep their thresholds.
@@ -81,8 +82,34 @@ def calibrate_l0(
     Raises:
         `ValueError`: if there is no finite hidden state.
     """
+    layout, share = layout or Layout(sae.config.num_latents), _MARGIN
+    while True:
+        kept, floor, tokens, fixed = _margins(sae, batches, share * target_l0, base)
+        shift = _solved(kept, tokens, fixed, target_l0, layout)
+        if layout.group is not None:
+            dist.all_reduce(floor, dist.ReduceOp.MAX, group=layout.group)
+        # Above the floor of every batch nothing was left out.
+        if shift >= floor.item() or share * target_l0 >= layout.num_latents:
+            break
+        share *= 2
+    if sae.config.activation_name == "jumprelu":
+        sae.threshold[base:] = (sae.threshold[base:] + shift).clamp(min=0)
+    else:
+        sae.b_enc[base:] -= shift
+    return shift
+
+
+def _margins(
+    sae: SAEModel, batches: Iterable[Tensor], per_token: float, base: int
+) -> tuple[list[Tensor], Tensor, int, int]:
+    """How far pairs are above their latents' thresholds: the `per_token` largest of each batch.
+
+    Returns:
+        The margins of each batch; the largest number below which a batch has pairs that are left out; tokens; pairs of
+        the first `base` latents that fire.
+    """
     kept, tokens, fixed = [sae.b_enc.new_zeros(0)], 0, 0
-    layout = layout or Layout(sae.config.num_latents)
+    floor = sae.b_enc.new_full((), -torch.inf)
     learnt = sae.threshold if sae.config.activation_name == "jumprelu" else torch.zeros_like(sae.b_enc)
     b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
     for x in batches:
@@ -91,16 +118,13 @@ def calibrate_l0(
         if base:
             _, cols, margins = select_above(blocks.latents(0, base), 0.0)
             fixed += len(_with_magnitude(sae, cols, margins))
-        # Each process keeps as many as all of them together may need.
-        _, cols, margins = select_batch_topk(blocks.latents(base, None), _MARGIN * target_l0 * layout.replicas)
+        outer = blocks.latents(base, None)
+        _, cols, margins = select_batch_topk(outer, per_token)
+        if 0 < len(margins) < outer.num_rows * outer.num_latents:
+            floor = torch.maximum(floor, margins.min().to(floor))
         kept.append(_with_magnitude(sae, cols + base, margins))
         tokens += len(x)
-    shift = _solved(kept, tokens, fixed, target_l0, layout)
-    if sae.config.activation_name == "jumprelu":
-        sae.threshold[base:] = (sae.threshold[base:] + shift).clamp(min=0)
-    else:
-        sae.b_enc[base:] -= shift
-    return shift
+    return kept, floor, tokens, fixed
 
 
 def _with_magnitude(sae: SAEModel, cols: Tensor, margins: Tensor) -> Tensor:

@@ -13,26 +13,15 @@ from ...models import SAEConfig, SAEModel
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
 from .growth import FrozenBase
-from .losses import LOG_UNIT, Objective, level_weights
+from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import (
-    annealed_k,
-    dead_window,
-    learning_rate,
-    random_prefix_widths,
-    sparsity_warmup,
-    weights_progress,
-)
+from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, weights_progress
+from .sparsity import SparsityCoefficient
 from .state import LearnerState
 
 
 # Entries of the decoder that are projected at once: what fits a CPU's cache; few launches on a GPU.
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
-
-
-# Of the controller of L0: the coefficient follows each change of L0 / target in proportion, beside what
-# `controller_rate` adds up. Alone, that would go on long after L0 has begun to move, and overshoot.
-_PROPORTIONAL = 1.0
 
 
 @dataclass
@@ -138,17 +127,7 @@ class Learner(LearnerState):
         self.dead, self.num_dead = None, 0
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.energy = torch.zeros(num_latents, device=device) if spec.sort_every else None
-        sparsity = spec.sparsity_coefficient or 0.0
-        if spec.sparsity_coefficient is None and spec.target_l0 is not None:
-            # In units where E||x||^2 = 1; the controller moves it from there. An L1 penalty l on latents with unit
-            # rows moves thresholds to l / 2 (soft thresholding). Half of what would hold them where they begin: they
-            # come down as latents learn, and it is at first that too strong a penalty kills.
-            # `log` gets the slope at 0 that L1 would have.
-            unit = LOG_UNIT if spec.sparsity_penalty == "log" else 1.0
-            sparsity = 0.1 if first_threshold is None else first_threshold * unit
-        # log(L0 / target) of the last step, from -1 to 1; NaN before there is one.
-        self.l0_error = torch.full((), torch.nan, device=device)
-        self.penalised, self.sparsity = sparsity != 0, torch.tensor(sparsity, device=device)
+        self.sparsity = SparsityCoefficient(spec, sae.config.activation_name, steps, device, first_threshold)
         self.average: dict[str, Tensor] | None = None
         if spec.ema_decay is not None:  # float32, whatever the weights are: it moves by a small share each step
             self.average = {
@@ -182,13 +161,12 @@ class Learner(LearnerState):
         x = x.to(self.mean, non_blocking=True)
         finite = torch.stack(x.aminmax()).isfinite().all()  # of NaN both are NaN
         x = torch.where(finite, x, 0.0).sub_(self.mean).div_(self.scale)
-        sparsity = self.sparsity * sparsity_warmup(spec, step, self.steps) if self.penalised else 0.0
         weights = level_weights(spec, len(widths), weights_progress(spec, step, self.steps))
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
         with self.accelerator.autocast():
-            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
+            loss, statistics = self.objective(x, self.dead, widths, weights, self.sparsity.at(step), num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 
@@ -287,7 +265,7 @@ class Learner(LearnerState):
         self._skipped = torch.stack(
             [self._skipped[0] + states, self._skipped[1] + (~finite & ~states), (self._skipped[2] + 1) * ~finite]
         )
-        self._control_sparsity(step, finite)
+        self.sparsity.follow(self.last["l0"], step, finite)
         if self.energy is not None:
             self.energy = torch.where(finite, torch.lerp(self.energy, mean["energy"], 0.05), self.energy)
             if (step + 1) % self.spec.sort_every == 0:
@@ -319,25 +297,6 @@ class Learner(LearnerState):
         if self.layout.shards > 1:
             self.num_dead = int(all_sum(silent.sum(), self.layout.shard_group))
         self.dead = dead if self.num_dead else None
-
-    def _control_sparsity(self, step: int, finite: Tensor) -> None:
-        """Raise the coefficient where more than `target_l0` latents fire, lower it where fewer do.
-
-        Its logarithm moves by the logarithm of L0 / target and by what that has changed since the last step:
-        proportional-integral control, which comes to rest at the target. Steps of one size (Nabeshima 2024) swing
-        around it or, smaller, come too late.
-        """
-        spec = self.spec
-        if spec.target_l0 is None or self.sae.config.activation_name not in ("relu", "gated"):
-            return
-        l0 = self.last["l0"]
-        error = (l0.clamp(min=1e-3) / spec.target_l0).log().clamp(-1, 1)
-        error = torch.where(finite, error, self.l0_error)
-        before = torch.where(self.l0_error.isfinite(), self.l0_error, error)
-        # In the warm-up L0 is still on its way down; what falls below the target then would go on falling.
-        acts = finite & (l0 < spec.target_l0) if sparsity_warmup(spec, step, self.steps) < 1 else finite
-        change = spec.controller_rate * error + _PROPORTIONAL * (error - before)
-        self.sparsity, self.l0_error = self.sparsity * torch.where(acts, change.exp(), 1.0), error
 
     @torch.no_grad()
     def _sort(self) -> None:
@@ -375,7 +334,7 @@ class Learner(LearnerState):
             l0=self.last["l0"].item(),
             dead=self.share_silent(self.dead_tokens),
             auxk=self.last["auxk"].item(),
-            sparsity=self.sparsity.item(),
+            sparsity=self.sparsity.value.item(),
             lr=learning_rate(self.spec, self.config, step, self.steps),
             grad_norm=float(self.grad_norm),
         )

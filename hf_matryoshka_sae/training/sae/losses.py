@@ -187,12 +187,10 @@ class Objective(nn.Module):
         strength = strength * self.sae.W_dec.norm(dim=1)[pairs.cols]
         if self.spec.sparsity_penalty == "log":
             strength = torch.log1p(strength / LOG_UNIT)
-        if not self.spec.nested_penalty:
-            return self._over_shards(strength.sum() / num_rows)
-        # A latent pays in every prefix that holds it.
-        levels = weights[-len(widths) :]
+        # A latent pays in every prefix that holds it; a share of the penalty may be the same for all.
+        nested, levels = self.spec.nested_penalty, weights[-len(widths) :]
         own = zip(self.layout.own_widths(widths), levels, strict=True)
-        share = sum((pairs.cols < width) * (level / sum(levels)) for width, level in own)
+        share = (1 - nested) + sum((pairs.cols < width) * (nested * level / sum(levels)) for width, level in own)
         return self._over_shards((strength * share).sum() / num_rows)
 
     def _over_shards(self, value: Tensor) -> Tensor:

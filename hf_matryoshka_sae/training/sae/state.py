@@ -45,8 +45,7 @@ class LearnerState:
             "mean": self.mean,
             "scale": self.scale,
             "bandwidth": getattr(self.sae.config, "bandwidth", None),
-            "sparsity": self.sparsity.item(),
-            "l0_error": self.l0_error,
+            **self.sparsity.state_dict(),
             "updates": self.updates,
             "skipped": self._skipped,
             "base": None if self.base is None else self.base.raw,
@@ -71,10 +70,9 @@ class LearnerState:
         self.mean, self.scale = shared["mean"].to(device), shared["scale"]
         if shared["bandwidth"] is not None:
             self.sae.config.bandwidth = shared["bandwidth"]
-        self.sparsity, self.updates = torch.tensor(shared["sparsity"], device=device), shared["updates"]
+        self.sparsity.load_state_dict(shared)
+        self.updates = shared["updates"]
         self._skipped = shared["skipped"].to(device)
-        if "l0_error" in shared:  # an earlier version did not keep it
-            self.l0_error = shared["l0_error"].to(device)
         self._set_dead(
             torch.zeros_like(self.tokens_since_fired, dtype=torch.bool) if dead is None else dead.to(device)
         )

@@ -98,3 +98,11 @@ def test_magnitudes_of_a_gated_sae_do_not_know_its_thresholds():
     both = (before > 0) & (after > 0)
     assert both.sum() > 100
     assert torch.allclose(before[both], after[both], atol=1e-6)
+
+
+def test_batches_that_hold_most_of_the_pairs_are_read_again():
+    sae, data = build_sae(LEARNT["jumprelu"]).eval(), torch.randn(1000, 16)
+    data[:100] *= 20  # of the first batch nearly half of the latents fire
+    calibrate_l0(sae, data.split(100), 6.0)
+    with torch.no_grad():
+        assert (sae.encode(data).to_dense() > 0).sum(1).float().mean().item() == pytest.approx(6.0, abs=0.01)

@@ -210,16 +210,20 @@ def test_gated_loss_is_error_plus_gate_l1_plus_frozen_decoder_error():
     same_gradients(sae, loss, expected)
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_a_latent_pays_in_every_prefix_that_holds_it_or_once(nested):
+@pytest.mark.parametrize("nested", [1.0, 0.25, 0.0])
+def test_a_latent_pays_in_every_prefix_that_holds_it_and_once(nested):
     spec, sae, x = make(
-        type="matryoshka", activation="relu", k=None, nested_penalty=nested, level_weights=[0.5, 0.3, 0.2]
+        type="matryoshka",
+        activation="relu",
+        sparsity_penalty="l1",
+        k=None,
+        nested_penalty=nested,
+        level_weights=[0.5, 0.3, 0.2],
     )
     widths = [4, 9, F]
     a = reference.encode(x, sae.W_enc, sae.b_enc, sae.b_dec).clamp(min=0)
-    paid = torch.ones(F)
-    if nested:
-        paid = torch.cat([torch.full((4,), 1.0), torch.full((5,), 0.5), torch.full((F - 9,), 0.2)])
+    paid = torch.cat([torch.full((4,), 1.0), torch.full((5,), 0.5), torch.full((F - 9,), 0.2)])
+    paid = nested * paid + 1 - nested
     expected = 0.7 * ((a * sae.W_dec.norm(dim=1)).sum(0) * paid).sum() / len(x)
     losses = [run(spec, sae, x, sparsity=strength, widths=widths)[0] for strength in (0.7, 0.0)]
     assert (losses[0] - losses[1]).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -86,7 +86,7 @@ def outcome(rank: int, replicas: int, shards: int, shape: str) -> dict[str, dict
             batches = (data(step, shape).chunk(replicas)[layout.replica] for step in range(90, 96))
             result["threshold"] = torch.tensor(calibrate_threshold(sae, batches, 3, layout))
         elif one.config.activation_name != "topk":
-            batches = (data(step, shape).chunk(replicas)[layout.replica] for step in range(90, 96))
+            batches = [data(step, shape).chunk(replicas)[layout.replica] for step in range(90, 96)]
             result["shift"] = torch.tensor(calibrate_l0(sae, batches, 3, layout))
         found[name] = result
     return found
