@@ -1,14 +1,22 @@
 """Neuron to Graph: can what a latent fires on be written down as patterns of tokens?
 
-After Foote et al. 2023 (arXiv 2305.19911), with the thresholds of Gao et al. 2024 (arXiv 2406.04093, section 4.3). For
-each example, a context that ends on a token where the latent fires:
+After Foote et al. 2023 (arXiv 2305.19911), with the thresholds of Gao et al. 2024 (arXiv 2406.04093, section 4.3). Of
+places where a latent fires:
 
-1. *prune*: keep the shortest run of last tokens on which the activation is at least half of what it was;
-2. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
-   but for the last, on which the latent fires;
-3. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
-4. *substitutes*: salient tokens are exchanged for what the language model itself finds likely there; where the
+1. *alone*: where the token by itself gives at least half of the activation, the token is the pattern;
+2. *prune*: else keep the shortest run of tokens around it on which the activation is at least half of what it was;
+3. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
+   but for the one on which the latent fires;
+4. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
+5. *substitutes*: salient tokens are exchanged for what the language model itself finds likely there; where the
    activation stays at least half, that is a pattern too.
+
+Runs end on the token where the latent fires; where the model sees what follows (an encoder), they reach to both sides,
+between the special tokens that the model expects around a text.
+
+How many places are looked at is in proportion to how often the latent fires, drawn evenly over the ranks of its
+activations. With a fixed number, latents that fire often are explained by too few examples, and the score measures
+frequency: a latent on 12% of tokens gets little recall from 16 examples of it.
 
 The patterns predict activations on other text; precision and recall are of firing, the correlation is Pearson's.
 
@@ -24,16 +32,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...activations import harvest
+from ...activations.text.tokens import frame_of
 from ...common.distributed import processes
 from ...evaluation.data import HeldOut
 from ...features.firings import Firings, joined, span, values_of
 from ...models import SAEModel
-from .n2g_trie import START, WILDCARD, PatternTrie
+from .n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 
 HALF = 0.5
-_LONGEST = 32
-_TOKENS_AT_ONCE = 2**14
+PLACES = 4096
+"""Most places of a latent that are tried with their token alone: each token costs one run of the model."""
+FOLLOWED, MOST_FOLLOWED, SHARE_FOLLOWED = 24, 192, 1 / 8
+"""Places whose context is followed: this share of those that need it, at least and at most so many."""
+_SIZES = (*range(2, 9), 10, 12, 16, 20, 26, 32)
+_TOKENS_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class Explained:
             precision is 0 where nothing is predicted, recall where it never fires.
         correlation (`float`): Pearson's, of predicted and actual activation; 0 where either does not vary.
         fired (`int`), predicted (`int`): Tokens of the test text.
-        examples (`int`), patterns (`int`): From which its graph is made, and how many are in it.
+        frequency (`float`): Share of the test text's tokens on which it fires.
+        examples (`int`), patterns (`int`): Places in the other text at which it was looked, and what came of them.
     """
 
     latent: int
@@ -56,6 +70,7 @@ class Explained:
     correlation: float
     fired: int
     predicted: int
+    frequency: float
     examples: int
     patterns: int
 
@@ -115,126 +130,229 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
     return Examples(firings.input_ids, torch.cat(keeps), firings.of_latents(wanted))
 
 
+Run = tuple[tuple[int, ...], int]
+"""Tokens, and how many of them stand after the one on which a latent is looked at."""
+
+
 class Explainer:
     """Writes down what latents fire on.
 
     Args:
         sae ([`SAEModel`]): Used as it is at inference.
         data ([`HeldOut`]): Its language model, tokenizer and hookpoint.
-        examples (`int`, *optional*, defaults to 16): For each latent; half of them where it fires most, half drawn.
         substitutes (`int`, *optional*, defaults to 5): Likely tokens that are tried in place of each salient one; 0
             for none.
-        seed (`int`, *optional*, defaults to 0): Of the drawn examples.
+        seed (`int`, *optional*, defaults to 0): Of the drawn places.
     """
 
-    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0) -> None:
-        if examples < 1 or substitutes < 0:
-            raise ValueError(f"Expected `examples` >= 1 and `substitutes` >= 0, got {examples} and {substitutes}.")
-        self.sae, self.data, self.count, self.substitutes, self.seed = sae.eval(), data, examples, substitutes, seed
+    def __init__(self, sae: SAEModel, data: HeldOut, substitutes: int = 5, seed: int = 0) -> None:
+        if substitutes < 0:
+            raise ValueError(f"Expected `substitutes` >= 0, got {substitutes}.")
+        self.sae, self.data, self.substitutes, self.seed = sae.eval(), data, substitutes, seed
         tokenizer = data.tokenizer
         if tokenizer is None:
             raise ValueError("Patterns need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
-        self.bos: int | None = tokenizer.bos_token_id
-        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, self.bos, 0)
-        self.pad = next(token for token in fillers if token is not None)
+        self.prefix, self.suffix = frame_of(tokenizer)
+        first = self.prefix[:1] or [None]
+        fillers = (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        self.pad = next(token for token in (*fillers, *first, 0) if token is not None)
+        self.sees_ahead = sees_ahead(data)
 
     def explain(self, latent: int, found: Examples) -> PatternTrie:
-        """The patterns of a latent.
+        """Return the patterns of a latent.
 
         Raises:
             `ValueError`: if there are no examples of it.
         """
-        trie = PatternTrie()
-        for tokens, value in self._chosen(latent, found):
-            self._add(trie, latent, tokens, value)
-        return trie
-
-    def _chosen(self, latent: int, found: Examples) -> list[tuple[list[int], float]]:
-        """Contexts `(tokens up to the one it fires on, activation)`: the strongest, and some of the others."""
         if latent not in found.fired or not len(found.fired[latent][0]):
             raise ValueError(f"There are no examples of latent {latent}: it does not fire, or was not looked for.")
-        places, values = found.fired[latent]
-        inside = (found.windows != (WILDCARD if self.bos is None else self.bos)).numpy()
-        order = values.argsort(descending=True, stable=True)
-        top = order[: -(-self.count // 2)]
-        rest = order[len(top) :]
-        generator = torch.Generator().manual_seed(self.seed + latent)
-        drawn = rest[torch.randperm(len(rest), generator=generator)[: self.count - len(top)]]
-        contexts = []
-        for index in torch.cat([top, drawn]).tolist():
-            row, column = divmod(int(places[index]), inside.shape[1])
-            # What stands before a separator is of another document.
-            start, stop = span(inside[row], column, _LONGEST - 1, 0)
-            contexts.append((found.windows[row, start:stop].tolist(), float(values[index])))
-        return contexts
+        places, values = (each.numpy() for each in found.fired[latent])
+        generator = np.random.default_rng([self.seed, latent])
+        trie = PatternTrie()
+        chosen = evenly(values, PLACES, generator)
+        left = self._alone(trie, latent, found.windows.reshape(-1).numpy(), places[chosen], values[chosen])
+        left = chosen[left]
+        count = min(MOST_FOLLOWED, max(FOLLOWED, round(SHARE_FOLLOWED * len(left))))
+        followed = left[evenly(values[left], count, generator)]
+        self._follow(trie, latent, [self._context(found, place) for place in places[followed]], values[followed])
+        return trie
 
-    def _add(self, trie: PatternTrie, latent: int, tokens: list[int], value: float) -> None:
-        runs = [tokens[-size:] for size in range(1, len(tokens) + 1)]
-        activations = self._activations(latent, runs)
-        size = next((n for n, found in enumerate(activations, start=1) if found >= HALF * value), None)
-        if size is None:  # what it saw reaches back further than the run
-            size = len(tokens)
-        run, whole = runs[size - 1], float(activations[size - 1])
-        if whole <= 0:
-            trie.add(run, value)
-            return
-        without = [[*run[:place], self.pad, *run[place + 1 :]] for place in range(size)]
-        *salient, padded = self._activations(latent, [*without, [self.pad, *run]])
-        pattern = [
-            token if 1 - float(left) / whole >= HALF else WILDCARD for token, left in zip(run, salient, strict=True)
+    def _alone(
+        self, trie: PatternTrie, latent: int, tokens: np.ndarray, places: np.ndarray, values: np.ndarray
+    ) -> np.ndarray:
+        """Add tokens that are enough by themselves; return the numbers of places whose tokens are not."""
+        kinds, which = np.unique(tokens[places], return_inverse=True)
+        alone = self._activations(latent, [((int(kind),), 0) for kind in kinds])
+        enough = alone[which] >= HALF * values
+        padded = alone.copy()
+        used = np.unique(which[enough])
+        padded[used] = self._activations(latent, [((self.pad, int(kinds[kind])), 0) for kind in used])
+        for kind, value in zip(which[enough].tolist(), values[enough].tolist(), strict=True):
+            front = [START] if padded[kind] < HALF * alone[kind] else []
+            trie.add([*front, int(kinds[kind])], value)
+        return np.flatnonzero(~enough)
+
+    def _context(self, found: Examples, place: int) -> tuple[list[int], list[int]]:
+        """Return the tokens up to a place, and those after it; what lies past a separator is of another document."""
+        row, column = divmod(int(place), found.windows.shape[1])
+        separators = torch.tensor([*self.prefix, *self.suffix], dtype=torch.long)
+        inside = ~torch.isin(found.windows[row], separators).numpy()
+        start, stop = span(inside, column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.sees_ahead else 0)
+        window = found.windows[row].tolist()
+        return window[start : column + 1], window[column + 1 : stop]
+
+    def _run(self, context: tuple[list[int], list[int]], size: int) -> Run:
+        before, after = context
+        behind = min(len(after), (size - 1) // 2) if self.sees_ahead else 0
+        return (*before[-max(1, size - behind) :], *after[:behind]), behind
+
+    def _follow(self, trie: PatternTrie, latent: int, contexts: list[tuple[list[int], list[int]]], values: Tensor) -> None:
+        """Add what comes of runs of several tokens."""
+        runs: list[Run] = [self._run(context, _SIZES[-1]) for context in contexts]  # what it saw may reach further back
+        wholes = self._activations(latent, runs)
+        waiting = np.arange(len(contexts))
+        for size in _SIZES[:-1]:
+            tried = [self._run(contexts[one], size) for one in waiting]
+            found = self._activations(latent, tried)
+            enough = found >= HALF * values[waiting]
+            for number in np.flatnonzero(enough):
+                runs[waiting[number]], wholes[waiting[number]] = tried[number], found[number]
+            waiting = waiting[~enough]
+        for run, value in zip(*(np.array(each, dtype=object)[wholes <= 0] for each in (runs, values)), strict=True):
+            trie.add(_written(run, list(run[0])), float(value))
+        kept = [number for number in range(len(runs)) if wholes[number] > 0]
+        self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept])
+
+    def _add_salient(
+        self, trie: PatternTrie, latent: int, runs: list[Run], wholes: np.ndarray, values: np.ndarray
+    ) -> None:
+        changed = [
+            variant
+            for tokens, behind in runs
+            for variant in (
+                *(((*tokens[:place], self.pad, *tokens[place + 1 :]), behind) for place in range(len(tokens))),
+                ((self.pad, *tokens), behind),
+            )
         ]
-        pattern[-1] = run[-1]  # a latent that fires on padding too would be said to fire on everything
-        front = [START] if padded < HALF * whole else []
-        trie.add([*front, *pattern], value)
-        self._add_substitutes(trie, latent, run, pattern, front, whole, value)
+        left = iter(self._activations(latent, changed).tolist())
+        patterns, fronts = [], []
+        for (tokens, behind), whole in zip(runs, wholes, strict=True):
+            salient = [token if 1 - next(left) / whole >= HALF else WILDCARD for token in tokens]
+            # A latent that fires on padding too would be said to fire on everything.
+            salient[-1 - behind] = tokens[-1 - behind]
+            patterns.append(salient)
+            fronts.append([START] if next(left) < HALF * whole else [])
+        for run, pattern, front, value in zip(runs, patterns, fronts, values, strict=True):
+            trie.add([*front, *_written(run, pattern)], float(value))
+        if self.substitutes and self.data.has_loss and not self.sees_ahead and runs:
+            self._add_substitutes(trie, latent, runs, patterns, fronts, wholes, values)
 
     def _add_substitutes(
         self,
         trie: PatternTrie,
         latent: int,
-        run: list[int],
-        pattern: list[int],
-        front: list[int],
-        whole: float,
-        value: float,
+        runs: list[Run],
+        patterns: list[list[int]],
+        fronts: list[list[int]],
+        wholes: np.ndarray,
+        values: np.ndarray,
     ) -> None:
-        places = [place for place, key in enumerate(pattern) if key != WILDCARD]
-        if not self.substitutes or not places or not self.data.has_loss:
-            return
-        likely = self._likely(run)
-        tried = [(place, token) for place in places for token in likely[place] if token != run[place]]
-        if not tried:  # what the model finds likely is what stands there
-            return
-        runs = [[*run[:place], token, *run[place + 1 :]] for place, token in tried]
-        for (place, token), found in zip(tried, self._activations(latent, runs), strict=True):
-            if found >= HALF * whole:
-                changed = [*pattern[:place], token, *pattern[place + 1 :]]
-                trie.add([*front, *changed], value * float(found) / whole)
+        likely = self._likely([tokens for tokens, _ in runs])
+        tried = [
+            (number, place, token)
+            for number, (tokens, _) in enumerate(runs)
+            for place, key in enumerate(patterns[number])
+            if key != WILDCARD
+            for token in likely[number][place]
+            if token != tokens[place]
+        ]
+        variants = [
+            ((*runs[number][0][:place], token, *runs[number][0][place + 1 :]), 0) for number, place, token in tried
+        ]
+        for (number, place, token), found in zip(tried, self._activations(latent, variants).tolist(), strict=True):
+            if found >= HALF * wholes[number]:
+                changed = [*patterns[number][:place], token, *patterns[number][place + 1 :]]
+                trie.add([*fronts[number], *changed], float(values[number] * found / wholes[number]))
 
-    def _likely(self, run: list[int]) -> list[list[int]]:
-        """The tokens that the language model finds likeliest at each place of a run."""
-        ids = torch.tensor([[self._front(), *run]], device=self.data.device)
-        logits = self.data.model(input_ids=ids).logits[0, :-1]
-        return logits.topk(self.substitutes).indices.tolist()
-
-    def _front(self) -> int:
-        return self.pad if self.bos is None else self.bos
-
-    def _activations(self, latent: int, runs: Sequence[Sequence[int]]) -> np.ndarray:
-        """The latent's activation on the last token of each run, read as the start of a context."""
-        front = [] if self.bos is None else [self.bos]
-        longest = max(map(len, runs)) + len(front)
-        found = []
-        at_once = max(1, _TOKENS_AT_ONCE // longest)
-        for start in range(0, len(runs), at_once):
-            part = [[*front, *run] for run in runs[start : start + at_once]]
-            # Padding stands behind: a token does not see what comes after it.
+    def _likely(self, runs: list[tuple[int, ...]]) -> list[list[list[int]]]:
+        """Return the tokens that the language model finds likeliest at each place of each run."""
+        front = self.prefix or [self.pad]
+        likely = []
+        for part in _in_parts([(*front, *run) for run in runs]):
+            longest = max(map(len, part))
             ids = torch.tensor([[*run, *[self.pad] * (longest - len(run))] for run in part], device=self.data.device)
-            states = harvest(self.data.model, ids, None, [self.data.hookpoint])[self.data.hookpoint]
-            last = torch.tensor([len(run) - 1 for run in part], device=states.device)
-            rows = states[torch.arange(len(part), device=states.device), last].float()
-            found.append(latent_values(self.sae, rows, latent))
-        return torch.cat(found).numpy()
+            with torch.no_grad():
+                logits = self.data.model(input_ids=ids).logits
+            best = logits[:, len(front) - 1 : -1].topk(self.substitutes).indices.tolist()
+            likely += [each[: len(run) - len(front)] for each, run in zip(best, part, strict=True)]
+        return likely
+
+    def _activations(self, latent: int, runs: Sequence[Run]) -> np.ndarray:
+        """Return the latent's activation on a token of each run, read as a whole text; equal runs are read once."""
+        distinct = sorted(set(runs), key=lambda run: len(run[0]))
+        found = []
+        for part in _in_parts([run[0] for run in distinct], len(self.prefix) + len(self.suffix)):
+            these = distinct[len(found) : len(found) + len(part)]
+            found += self._read(latent, these).tolist()
+        by_run = dict(zip(distinct, found, strict=True))
+        return np.array([by_run[run] for run in runs], dtype=np.float64)
+
+    @torch.no_grad()
+    def _read(self, latent: int, runs: Sequence[Run]) -> Tensor:
+        texts = [[*self.prefix, *tokens, *self.suffix] for tokens, _ in runs]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[self.pad] * (longest - len(text))] for text in texts], device=self.data.device)
+        mask = None
+        if self.sees_ahead and any(len(text) < longest for text in texts):
+            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=ids.device)
+        # Without a mask padding stands behind, where a token does not see it.
+        states = harvest(self.data.model, ids, mask, [self.data.hookpoint])[self.data.hookpoint]
+        read = [len(self.prefix) + len(tokens) - 1 - behind for tokens, behind in runs]
+        rows = states[torch.arange(len(runs), device=states.device), torch.tensor(read, device=states.device)]
+        return latent_values(self.sae, rows.float(), latent)
+
+
+@torch.no_grad()
+def sees_ahead(data: HeldOut) -> bool:
+    """Return whether hidden states at the hookpoint depend on tokens that follow, as those of an encoder do."""
+    batch = data.batches[0].to(data.device)
+    ids = batch.input_ids[:1]
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 100
+    first, second = (
+        harvest(data.model, each, batch.attention_mask[:1], [data.hookpoint])[data.hookpoint][:, :-1]
+        for each in (ids, other)
+    )
+    return bool((first - second).abs().max() > 1e-4 * first.abs().max())
+
+
+def evenly(values: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Return the numbers of `count` of the values, drawn evenly over their ranks from the largest; all if there are fewer."""
+    order = np.argsort(-values, kind="stable")
+    if len(order) <= count:
+        return order
+    ranks = (np.arange(count) + generator.uniform(size=count)) * len(order) / count
+    ranks[0] = 0  # the largest activation is always one of them
+    return order[ranks.astype(int)]
+
+
+def _written(run: Run, pattern: list[int]) -> list[int]:
+    """Return a pattern with `HERE` after the token on which it fires, unless that is the last."""
+    behind = run[1]
+    return [*pattern[: len(pattern) - behind], HERE, *pattern[len(pattern) - behind :]] if behind else pattern
+
+
+def _in_parts(runs: list[tuple[int, ...]], more: int = 0) -> list[list[tuple[int, ...]]]:
+    """Return runs in parts of few enough tokens for one pass of the model, each padded to its longest."""
+    parts: list[list[tuple[int, ...]]] = [[]]
+    longest = 0
+    for run in runs:
+        longest = max(longest, len(run) + more)
+        if parts[-1] and longest * (len(parts[-1]) + 1) > _TOKENS_AT_ONCE:
+            parts.append([])
+            longest = len(run) + more
+        parts[-1].append(run)
+    return parts if parts[0] else []
 
 
 @torch.no_grad()
@@ -250,7 +368,7 @@ def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> 
         latent (`int`): Which one; its firings are in `test`.
         trie ([`PatternTrie`]): Its patterns.
         test ([`Examples`]): Text that they were not made from.
-        examples (`int`, *optional*): From how many they were made.
+        examples (`int`, *optional*): From how many places they were made.
     """
     keep = test.keep.flatten().numpy()
     actual = test.dense(latent).flatten().numpy()[keep].astype(np.float64)
@@ -268,6 +386,7 @@ def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> 
         correlation=float(np.corrcoef(actual, predicted)[0, 1]) if varies else 0.0,
         fired=int(fires.sum()),
         predicted=int(said.sum()),
+        frequency=float(fires.mean()),
         examples=examples,
         patterns=trie.patterns,
     )
