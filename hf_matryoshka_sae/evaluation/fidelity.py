@@ -13,6 +13,7 @@ from ..common.distributed import processes, reduce_sum
 from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
 from .language_model import spliced_metrics
+from .pooled import pooled_metrics
 from .reconstruction import ReconstructionSums
 from .similarity import TokenSample, representational_similarity
 from .subjects import Dictionary, Subject
@@ -52,7 +53,8 @@ def evaluate_fidelity(
     Returns:
         `dict`: `tokens`, `variance`, `mean_norm`; `clean_ce`, `zero_ce`, `mean_ce` (`None` without losses); and under
         `subjects` a list of rows, one for each width, for each name. See [`ReconstructionSums`], [`FiringSums`],
-        [`spliced_metrics`] and [`representational_similarity`] for what the keys mean.
+        [`spliced_metrics`] and [`representational_similarity`] for what the keys mean. Of a model that predicts no
+        tokens, `pooled` and [`pooled_metrics`] instead of losses.
 
         Hidden states and logits of the language model that are NaN or infinite are in no figure, and are counted:
         `excluded_windows` of the held-out text have hidden states that are not finite, `excluded_predictions` of the
@@ -93,6 +95,12 @@ def evaluate_fidelity(
         spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
         spliced = {name: subject for name, subject in spliced.items() if subject.widths}
         _add_losses(result, data, spliced, rows, first.mean, show)
+    elif language_model and isinstance(data, HeldOut):
+        facts, metrics = pooled_metrics(data, first.mean, list(subjects.values()))
+        result["pooled"] = facts
+        for name, entries in zip(subjects, metrics, strict=True):
+            for row, entry in zip(rows[name], entries, strict=True):
+                row.update(entry)
     for row in chain.from_iterable(rows.values()):
         for key in ("ce", "recaptured_zero", "recaptured_mean"):
             row.setdefault(key, None)

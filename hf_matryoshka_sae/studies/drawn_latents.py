@@ -183,7 +183,9 @@ class DrawnLatents:
     def weights(self) -> dict[int, float]:
         """How many eligible latents each drawn one stands for."""
         return {
-            latent: count / len(group) for group, count in zip(self.groups, self.eligible, strict=True) for latent in group
+            latent: count / len(group)
+            for group, count in zip(self.groups, self.eligible, strict=True)
+            for latent in group
         }
 
     @property

@@ -55,7 +55,7 @@ def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
         return
     if parsed.suite == "full":
         path = write_report(output / FOLDER, places, parsed.minutes)
-        sys.stdout.write(f"{path.read_text(encoding='utf-8').split('### ')[0].strip()}\n\nSaved {path}\n")
+        sys.stdout.write(f"{path.read_text(encoding='utf-8').strip()}\n\nSaved {path}\n")
         return
     _write(results, output)
 

@@ -65,9 +65,13 @@ def test_labels_are_read_from_what_others_write(tmp_path, name):
     text = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records)
     if name.endswith("sv"):
         text = "Index\tDescription\n7\tno. 7, or so\n2\tno. 2, or so\n"
-        text = text if name == "a.tsv" else text.replace("\tno. 7, or so", ',"no. 7, or so"').replace(
-            "\tno. 2, or so", ',"no. 2, or so"'
-        ).replace("\t", ",")
+        text = (
+            text
+            if name == "a.tsv"
+            else text.replace("\tno. 7, or so", ',"no. 7, or so"')
+            .replace("\tno. 2, or so", ',"no. 2, or so"')
+            .replace("\t", ",")
+        )
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     assert read_labels(tmp_path / name) == read_labels(tmp_path) == {7: "no. 7, or so", 2: "no. 2, or so"}

@@ -288,9 +288,7 @@ def row_of_width(
             without.append(name)
             continue
         target = classes.targets[:, c]
-        main, curve = main_latents(
-            ranked[c], train, target[~heldout], tested, target[heldout], thresholds.min_gain
-        )
+        main, curve = main_latents(ranked[c], train, target[~heldout], tested, target[heldout], thresholds.min_gain)
         right, direction = classes.right[:, c], classes.probe.weight[c]
         own = states[right] if classes.origin is None else states[right] - classes.origin
         full, fraction = absorbed_words(own, _of_words(latents, right), decoder, direction, main, thresholds)

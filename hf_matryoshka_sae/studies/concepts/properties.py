@@ -166,7 +166,11 @@ class _Tokens:
             of_child: dict[str, list[bool]] = {}
             for at, fired in zip(members, fires.tolist(), strict=True):
                 child = self.children[at]
-                child = next((each for each in child if each.isdigit()), child) if "digit" in classes.names[number] else child
+                child = (
+                    next((each for each in child if each.isdigit()), child)
+                    if "digit" in classes.names[number]
+                    else child
+                )
                 of_child.setdefault(child, []).append(fired)
             common = {child: each for child, each in of_child.items() if len(each) >= _LEAST_OF_CHILD}
             total, hits = len(fires), int(fires.sum())

@@ -5,6 +5,7 @@ places where a latent fires:
 
 1. *alone*: where the token by itself gives at least half of the activation, the token is the pattern;
 2. *prune*: else keep the shortest run of tokens around it on which the activation is at least half of what it was;
+   where 16 tokens are not enough these are the pattern, as they are;
 3. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
    but for the one on which the latent fires;
 4. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
@@ -43,9 +44,9 @@ from .n2g_trie import HERE, START, WILDCARD, PatternTrie
 HALF = 0.5
 PLACES = 4096
 """Most places of a latent that are tried with their token alone: each token costs one run of the model."""
-FOLLOWED, MOST_FOLLOWED, SHARE_FOLLOWED = 24, 192, 1 / 8
-"""Places whose context is followed: this share of those that need it, at least and at most so many."""
-_SIZES = (*range(2, 9), 10, 12, 16, 20, 26, 32)
+FOLLOWED, SHARE_FOLLOWED = 16, 1 / 8
+"""Places whose context is followed: this share of those that need it, at least so many."""
+_SIZES = (*range(2, 9), 10, 12, 16)
 _TOKENS_AT_ONCE = 2**13
 
 
@@ -142,13 +143,17 @@ class Explainer:
         data ([`HeldOut`]): Its language model, tokenizer and hookpoint.
         substitutes (`int`, *optional*, defaults to 5): Likely tokens that are tried in place of each salient one; 0
             for none.
+        most_followed (`int`, *optional*, defaults to 96): Places of a latent whose context is followed, at most.
         seed (`int`, *optional*, defaults to 0): Of the drawn places.
     """
 
-    def __init__(self, sae: SAEModel, data: HeldOut, substitutes: int = 5, seed: int = 0) -> None:
-        if substitutes < 0:
-            raise ValueError(f"Expected `substitutes` >= 0, got {substitutes}.")
+    def __init__(
+        self, sae: SAEModel, data: HeldOut, substitutes: int = 5, most_followed: int = 96, seed: int = 0
+    ) -> None:
+        if substitutes < 0 or most_followed < 1:
+            raise ValueError(f"Expected `substitutes` >= 0, `most_followed` >= 1, got {substitutes}, {most_followed}.")
         self.sae, self.data, self.substitutes, self.seed = sae.eval(), data, substitutes, seed
+        self.most_followed = most_followed
         tokenizer = data.tokenizer
         if tokenizer is None:
             raise ValueError("Patterns need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
@@ -172,7 +177,7 @@ class Explainer:
         chosen = evenly(values, PLACES, generator)
         left = self._alone(trie, latent, found.windows.reshape(-1).numpy(), places[chosen], values[chosen])
         left = chosen[left]
-        count = min(MOST_FOLLOWED, max(FOLLOWED, round(SHARE_FOLLOWED * len(left))))
+        count = min(self.most_followed, max(FOLLOWED, round(SHARE_FOLLOWED * len(left))))
         followed = left[evenly(values[left], count, generator)]
         self._follow(trie, latent, [self._context(found, place) for place in places[followed]], values[followed])
         return trie
@@ -206,21 +211,24 @@ class Explainer:
         behind = min(len(after), (size - 1) // 2) if self.sees_ahead else 0
         return (*before[-max(1, size - behind) :], *after[:behind]), behind
 
-    def _follow(self, trie: PatternTrie, latent: int, contexts: list[tuple[list[int], list[int]]], values: Tensor) -> None:
+    def _follow(
+        self, trie: PatternTrie, latent: int, contexts: list[tuple[list[int], list[int]]], values: np.ndarray
+    ) -> None:
         """Add what comes of runs of several tokens."""
-        runs: list[Run] = [self._run(context, _SIZES[-1]) for context in contexts]  # what it saw may reach further back
-        wholes = self._activations(latent, runs)
+        runs: dict[int, Run] = {}
+        wholes = np.zeros(len(contexts))
         waiting = np.arange(len(contexts))
-        for size in _SIZES[:-1]:
+        for size in _SIZES:
             tried = [self._run(contexts[one], size) for one in waiting]
             found = self._activations(latent, tried)
             enough = found >= HALF * values[waiting]
             for number in np.flatnonzero(enough):
-                runs[waiting[number]], wholes[waiting[number]] = tried[number], found[number]
+                runs[int(waiting[number])], wholes[waiting[number]] = tried[number], found[number]
             waiting = waiting[~enough]
-        for run, value in zip(*(np.array(each, dtype=object)[wholes <= 0] for each in (runs, values)), strict=True):
-            trie.add(_written(run, list(run[0])), float(value))
-        kept = [number for number in range(len(runs)) if wholes[number] > 0]
+        for number in waiting:  # what it saw reaches further
+            run = self._run(contexts[number], _SIZES[-1])
+            trie.add(_written(run, list(run[0])), float(values[number]))
+        kept = sorted(runs)
         self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept])
 
     def _add_salient(

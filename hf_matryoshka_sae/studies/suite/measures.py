@@ -6,31 +6,24 @@ from typing import Any
 from ...common.report import Column, Report
 from ...evaluation import report
 from ...evaluation.core import IDENTITY, details, evaluate
+from ...evaluation.data import HeldOut
 from ..concepts.absorption import absorption_on_task
 from ..concepts.first_letter import NotDefined, first_letter_task
 from ..concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
+from ..concepts.properties import COLUMNS, property_absorption
 from ..concepts.report import HEADLINE, WARNING
 from ..drawn_latents import as_records
 from ..effects.ablation import ablation_sparsity
 from ..explanations.autointerp.interpretability import automated_interpretability
 from ..explanations.explainability import explainability
+from ..probing.logistic import f1_scores, fit_logistic
 from ..probing.probe_losses import probe_losses
 from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
 
 
-_ABSORPTION = (
-    Column("l0", "L0", "latents that fire on a word.", ".2f", table="nothing"),
-    Column(
-        "absorption_fraction",
-        "fraction",
-        "of a letter's direction that single words absorb.",
-        better="lower",
-    ),
-    Column("full_absorption", "full", "words whose letter is told by no latent of the letter.", better="lower"),
-    Column("split_latents", "latents a letter", "how many a letter is split into.", better="lower"),
-    Column("num_letters", "letters", "that the language model knows.", "d"),
-)
+_SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
+_WORDS_TO_CHECK, _SPELLS = 600, 0.5
 _REMOVAL = (
     Column("scr", "SCR", f"spurious correlation removal, {HEADLINE} latents taken out.", ".3f", "higher"),
     Column("tpp", "TPP", f"targeted probe perturbation, {HEADLINE} latents taken out.", ".3f", "higher"),
@@ -63,8 +56,9 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
 
 
 def probes(bench: Bench, tokens: int) -> Found:
-    """Probe loss and k-sparse probes."""
+    """Probe loss and k-sparse probes; on few tokens of one split."""
     options = {"selection": bench.selection, "max_tokens": tokens, "seed": bench.seed}
+    options["splits"] = 1 if tokens < _SEVERAL_SPLITS else 3
     return Found.of(probe_losses(bench.data, bench.saes, [None, *bench.labelled], bench.widths, **options))
 
 
@@ -90,29 +84,52 @@ def explanations(bench: Bench, per_group: int) -> Found:
 
 def ablation(bench: Bench, tokens: int) -> Found:
     """Ablation sparsity."""
+    if not bench.data.has_loss:
+        raise NotDefined("the language model predicts no tokens, so there are no logits for latents to act on")
     return Found.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
 
 
-def absorption(bench: Bench, size: int) -> Found:  # noqa: ARG001 (all sections have one signature)
+def absorption(bench: Bench, tokens: int) -> Found:
+    """Absorption and splitting of properties of tokens."""
+    return Found.of(property_absorption(bench.data, bench.saes, bench.widths, max_tokens=tokens, seed=bench.seed))
+
+
+def spelling(bench: Bench, words: int) -> Found:
     """Absorption and splitting of first letters, where the language model knows them."""
     data = bench.data
-    try:
-        task = first_letter_task(data.model, data.tokenizer, data.hookpoint, seed=bench.seed)
-    except NotDefined as error:
-        return Found({}, str(error), {"defined": False, "reason": str(error)}, notes=[str(error)])
+    _check_spelling(data, bench.seed)
+    task = first_letter_task(data.model, data.tokenizer, data.hookpoint, max_words=words, seed=bench.seed)
     results = {
         name: absorption_on_task(sae, task, bench.widths, selection="restrict") for name, sae in bench.saes.items()
     }
     first = next(iter(results.values()))
     if not first["defined"]:
-        return Found({}, first["reason"], results, notes=[first["reason"]])
-    keys = ("width", "reason", *(column.name for column in _ABSORPTION))
-    rows = {name: [{key: row.get(key) for key in keys} for row in found["rows"]] for name, found in results.items()}
+        raise NotDefined(first["reason"])
+    rows = {
+        name: [{k: v for k, v in row.items() if k != "letters"} for row in each["rows"]]
+        for name, each in results.items()
+    }
     notes = list(dict.fromkeys(note for found in results.values() for note in found["notes"]))
-    told = Report(
-        "absorption", "First letters", as_records(rows), _ABSORPTION, {}, ["absorption_fraction"], notes=notes
-    )
+    columns = [column for column in COLUMNS if column.name not in ("hole_share", "main_f1")]
+    told = Report("spelling", "First letters", as_records(rows), columns, {}, ["absorption_fraction"], notes=notes)
     return Found(rows, str(told), results, told.plot, notes)
+
+
+def _check_spelling(data: HeldOut, seed: int) -> None:
+    """Raise [`NotDefined`] where the first letters of bare words cannot be told; the task itself reads far more text."""
+    if data.tokenizer is None:
+        raise NotDefined("there is no tokenizer, so there are no words")
+    words = {"prompt": "{word}", "shots": 0, "max_words": _WORDS_TO_CHECK, "min_words": 8, "seed": seed}
+    task = first_letter_task(data.model, data.tokenizer, data.hookpoint, **words)
+    classes = task.letters.unique()
+    targets = task.letters[:, None] == classes
+    probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
+    f1 = f1_scores(probe.scores(task.states[task.heldout]) > 0, targets[task.heldout])
+    if f1.mean() < _SPELLS:
+        raise NotDefined(
+            f"the language model does not spell: a probe tells the first letter of words with a mean F1 of {f1.mean():.2f} "
+            f"over {len(classes)} letters"
+        )
 
 
 def removal(bench: Bench, tokens: int) -> Found:

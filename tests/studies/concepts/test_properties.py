@@ -24,7 +24,11 @@ def words() -> tuple[list[int], list[int], object]:
     tokenizer = load_embedded_lm()[1]
     texts = token_texts(tokenizer, range(len(tokenizer)))
     lexicon = set(" ".join(WORD_CLASSES.values()).split())
-    whole = {text[1:]: token for token, text in enumerate(texts) if text[:1] == " " and text[1:].isalpha() and text.islower()}
+    whole = {
+        text[1:]: token
+        for token, text in enumerate(texts)
+        if text[:1] == " " and text[1:].isalpha() and text.islower()
+    }
     function = [token for word, token in whole.items() if word in lexicon]
     others = [token for word, token in whole.items() if word not in lexicon and len(word) > 3]
     return function[:CHILDREN], others[:OTHERS], tokenizer
@@ -38,16 +42,26 @@ def world(words, absorbed: int, seed: int = 0) -> tuple[HeldOut, ReluSAE]:
     parent, own, rest = axes[0], axes[1 : CHILDREN + 1], axes[CHILDREN + 1 :]
     size = CHILDREN + 8
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4)
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
     ).eval()
     rows = 0.3 * torch.randn(len(tokenizer), len(rest), generator=generator) @ rest
     rows[function] = 0.01 * torch.randn(CHILDREN, len(rest), generator=generator) @ rest + 2 * parent + own
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(rows + 3 * rest[0])  # with a mean that is longer than the differences
+        model.get_input_embeddings().weight.copy_(
+            rows + 3 * rest[0]
+        )  # with a mean that is longer than the differences
     both = parent + own[:absorbed]
     encoder = torch.cat([parent[None] - 2 * own[:absorbed].sum(0), both])
     decoder = torch.cat([parent[None], both])
-    sae = ReluSAE(ReluSAEConfig(d_in=size, num_latents=len(encoder), hookpoint=HOOKPOINT, apply_b_dec_to_input=False)).eval()
+    sae = ReluSAE(
+        ReluSAEConfig(d_in=size, num_latents=len(encoder), hookpoint=HOOKPOINT, apply_b_dec_to_input=False)
+    ).eval()
     with torch.no_grad():
         sae.W_enc.copy_(encoder)
         sae.W_dec.copy_(decoder)

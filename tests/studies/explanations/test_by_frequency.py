@@ -53,7 +53,9 @@ def planted_texts() -> tuple[ReluSAE, HeldOut, HeldOut]:
 
 def test_equally_explainable_latents_score_the_same_at_every_frequency():
     sae, examples, test = planted_texts()
-    found = explainability({"planted": sae}, examples, test, per_group=10**6, baselines=False, least=1, least_test=1, show=False)
+    found = explainability(
+        {"planted": sae}, examples, test, per_group=10**6, baselines=False, least=1, least_test=1, show=False
+    )
     rows = [row for row in found.about["by_frequency"] if row["latents"] >= 8]
     scores = np.array([one.f1 for one in found.latents["planted"]]).reshape(len(FREQUENCIES), EACH)
     assert scores.shape == (6, 48)
@@ -121,7 +123,8 @@ def test_saes_compared_at_equal_frequency_differ_by_what_frequency_does_not_expl
         return [
             One(n, frequency, level + more)
             for n, (frequency, level) in enumerate(
-                pair for pair, count in zip([(0.2, 0.2), (0.05, 0.5), (0.002, 0.8)], shares, strict=True)
+                pair
+                for pair, count in zip([(0.2, 0.2), (0.05, 0.5), (0.002, 0.8)], shares, strict=True)
                 for pair in [pair] * count
             )
         ]

@@ -1,0 +1,34 @@
+"""The share of latents that hardly ever fire is about the same whatever the number of tokens."""
+
+import numpy as np
+import pytest
+
+from hf_matryoshka_sae.evaluation.rare import rare_share
+
+
+def rates(dead: float, size: int = 4000) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    logs = generator.normal(-2.8, 1.0, size=size)
+    logs = np.where(logs > -2.8, -2.8 + 0.5 * (logs + 2.8), logs)
+    drawn = 10 ** np.minimum(logs, -0.3)
+    drawn[: round(dead * size)] = 0
+    return drawn
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.1])
+def test_the_share_is_the_same_of_few_tokens_and_of_many(dead):
+    rate = rates(dead)
+    true = (rate < 1e-6).mean()
+    never = []
+    for tokens in (4_000, 60_000, 1_000_000):
+        fired = np.random.default_rng(tokens).poisson(rate * tokens)
+        never.append((fired == 0).mean())
+        share, (low, high) = rare_share(fired, tokens)
+        assert abs(share - true) < 0.03 and low <= share <= high
+    assert never[0] - never[2] > 0.2  # the plain share is a matter of how many tokens were looked at
+
+
+def test_all_dead_and_none_dead():
+    assert rare_share(np.zeros(100, dtype=int), 10**7, resamples=0)[0] > 0.95
+    assert rare_share(np.full(100, 500), 10_000, resamples=0)[0] < 0.001
+    assert rare_share(np.array([3, 4]), 1000)[1] is None
