@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..convert.places import SAEPlace, saes_in
 from ..models import SAEModel
+from .run_folder import own_model, run_of
 
 
 def open_saes(
@@ -14,7 +15,8 @@ def open_saes(
     Args:
         source (`str`): Folder of an SAE, folder that holds such folders, file of weights, Hub id, or `"embedded"`.
         subfolder (`str`, *optional*): Folder, or file of weights, in the source.
-        model (`str`, *optional*): Language model of all SAEs; by default that of each one's config.
+        model (`str`, *optional*): Language model of all SAEs; by default that of each one's config, or of the run in
+            whose folder they lie where the config has its bare name.
         hookpoint (`str`, *optional*): Hookpoint of all SAEs; by default that of each one's config.
 
     Returns:
@@ -28,14 +30,15 @@ def open_saes(
         saes = [(place, place.load()) for place in places.values()]
     except OSError as error:
         raise ValueError(f"No SAE can be loaded from {source!r}: {error}") from error
+    folder = Path(source).expanduser() / (subfolder or "")
+    run = run_of(folder if folder.exists() else None)
     groups: dict[tuple[str, str], list[tuple[SAEPlace, SAEModel]]] = {}
     for place, sae in saes:
-        where = {"model": model or sae.config.base_model, "hookpoint": hookpoint or sae.config.hookpoint}
+        where = {"model": model or own_model(sae.config.base_model, run), "hookpoint": hookpoint or sae.config.hookpoint}
         for flag, value in where.items():
             if value is None:
                 raise ValueError(f"The config of `{place.name}` names no {flag}; pass --{flag}.")
         groups.setdefault(tuple(where.values()), []).append((place, sae))
-    folder = Path(source).expanduser() / (subfolder or "")
     return {key: _named(group) for key, group in sorted(groups.items())}, folder if folder.is_dir() else None
 
 

@@ -15,7 +15,8 @@ from ..evaluation.data import HasActivations
 from ..evaluation.report import report_of
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
-from .rate import RateSums, bins
+from .coding.steps import read_back
+from .rate import RateSums
 from .statistics import LatentStatistics, latent_statistics
 
 
@@ -198,10 +199,5 @@ class _Coded(Dictionary):
 
     def decode(self, pairs: list[LatentPairs]) -> Tensor:
         """Return the reconstructions `(P, N, D)` from quantised latents."""
-        return super().decode([self._read(part) for part in pairs])
-
-    def _read(self, pairs: LatentPairs) -> LatentPairs:
-        fired = pairs.keep(pairs.values > 0)
-        step = self.sums.step
-        values = self.sums.model.to(fired.values.device).read(fired.cols, bins(fired.values, step), step)
-        return fired.with_values(values.to(fired.values.dtype))
+        fired = [part.keep(part.values > 0) for part in pairs]
+        return super().decode([read_back(part, self.sums.model, self.sums.step) for part in fired])

@@ -62,7 +62,7 @@ def explainability(
     widths: Sequence[int] | None = None,
     per_group: int = 48,
     substitutes: int = 2,
-    most_followed: int = 48,
+    effort: float = 0.5,
     least: int = 10,
     least_test: int = 5,
     baselines: bool = True,
@@ -79,7 +79,7 @@ def explainability(
         widths (`Sequence[int]`, *optional*): By default each SAE's prefix widths.
         per_group (`int`, *optional*, defaults to 48): Latents drawn from each group that a width adds.
         substitutes (`int`, *optional*, defaults to 2): Substitutes of each token; see [`Explainer`].
-        most_followed (`int`, *optional*, defaults to 48): Places of a latent whose context is followed, at most.
+        effort (`float`, *optional*, defaults to 0.5): Scales how many places of a latent are looked at.
         least (`int`, *optional*, defaults to 10): How often a latent has to fire in the text of examples.
         least_test (`int`, *optional*, defaults to 5): How often it has to fire in the other text.
         baselines (`bool`, *optional*, defaults to `True`): Also explain a random dictionary for each SAE, and the
@@ -109,7 +109,7 @@ def explainability(
             )
         from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
         explainer, tables = (
-            Explainer(sae, examples, substitutes, most_followed, seed),
+            Explainer(sae, examples, substitutes, effort, seed),
             LookupTables(from_text, on_text),
         )
         weights = drawn.weights
@@ -128,7 +128,7 @@ def explainability(
         "test_tokens": test.tokens,
         "per_group": per_group,
         "substitutes": substitutes,
-        "most_followed": most_followed,
+        "effort": effort,
         "least": least,
         "least_test": least_test,
         "seed": seed,

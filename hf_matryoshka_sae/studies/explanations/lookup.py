@@ -97,4 +97,4 @@ def best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
 def f1(said: np.ndarray, truth: np.ndarray) -> float:
     """Return F1 of what is said against the truth, both `(M,)` bool; 0 where nothing is right."""
     right = float((said & truth).sum())
-    return 2 * right / (said.sum() + truth.sum()) if right else 0.0
+    return 2 * right / float(said.sum() + truth.sum()) if right else 0.0

@@ -3,13 +3,12 @@
 After Foote et al. 2023 (arXiv 2305.19911), with the thresholds of Gao et al. 2024 (arXiv 2406.04093, section 4.3). Of
 places where a latent fires:
 
-1. *alone*: where the token by itself gives at least half of the activation, the token is the pattern;
-2. *prune*: else keep the shortest run of tokens around it on which the activation is at least half of what it was;
-   where 16 tokens are not enough these are the pattern, as they are;
-3. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
+1. *prune*: keep the shortest run of tokens around it on which the activation is at least half of what it was; where
+   16 tokens are not enough these are the pattern, as they are;
+2. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
    but for the one on which the latent fires;
-4. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
-5. *substitutes*: salient tokens are exchanged for what the language model itself finds likely there; where the
+3. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
+4. *substitutes*: salient tokens are exchanged for what the language model itself finds likely there; where the
    activation stays at least half, that is a pattern too.
 
 Runs end on the token where the latent fires; where the model sees what follows (an encoder), they reach to both sides,
@@ -17,7 +16,9 @@ between the special tokens that the model expects around a text.
 
 How many places are looked at is in proportion to how often the latent fires, drawn evenly over the ranks of its
 activations. With a fixed number, latents that fire often are explained by too few examples, and the score measures
-frequency: a latent on 12% of tokens gets little recall from 16 examples of it.
+frequency: a latent on 12% of tokens gets little recall from 16 examples of it. Runs of one and two tokens are cheap,
+as equal ones are read once: every firing is tried with them (up to 4,096 and 1,024). Of those that need more context
+one in eight is followed, up to 96; what fires often and needs long contexts is therefore still explained in part alone.
 
 The patterns predict activations on other text; precision and recall are of firing, the correlation is Pearson's.
 
@@ -42,11 +43,10 @@ from .n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 
 HALF = 0.5
-PLACES = 4096
-"""Most places of a latent that are tried with their token alone: each token costs one run of the model."""
-FOLLOWED, SHARE_FOLLOWED = 16, 1 / 8
-"""Places whose context is followed: this share of those that need it, at least so many."""
-_SIZES = (*range(2, 9), 10, 12, 16)
+PLACES, PAIRS, FOLLOWED = 4096, 1024, 96
+"""Most places of a latent that are tried with their token alone, with the one before, and with longer contexts."""
+_SHARE_FOLLOWED, _LEAST_FOLLOWED = 1 / 8, 16
+_SIZES = (*range(3, 9), 10, 12, 16)
 _TOKENS_AT_ONCE = 2**13
 
 
@@ -143,17 +143,17 @@ class Explainer:
         data ([`HeldOut`]): Its language model, tokenizer and hookpoint.
         substitutes (`int`, *optional*, defaults to 5): Likely tokens that are tried in place of each salient one; 0
             for none.
-        most_followed (`int`, *optional*, defaults to 96): Places of a latent whose context is followed, at most.
+        effort (`float`, *optional*, defaults to 1.0): Scales how many places are looked at.
         seed (`int`, *optional*, defaults to 0): Of the drawn places.
     """
 
     def __init__(
-        self, sae: SAEModel, data: HeldOut, substitutes: int = 5, most_followed: int = 96, seed: int = 0
+        self, sae: SAEModel, data: HeldOut, substitutes: int = 5, effort: float = 1.0, seed: int = 0
     ) -> None:
-        if substitutes < 0 or most_followed < 1:
-            raise ValueError(f"Expected `substitutes` >= 0, `most_followed` >= 1, got {substitutes}, {most_followed}.")
+        if substitutes < 0 or not effort > 0:
+            raise ValueError(f"Expected `substitutes` >= 0 and `effort` > 0, got {substitutes} and {effort}.")
         self.sae, self.data, self.substitutes, self.seed = sae.eval(), data, substitutes, seed
-        self.most_followed = most_followed
+        self.places, self.pairs, self.followed = (max(1, round(effort * most)) for most in (PLACES, PAIRS, FOLLOWED))
         tokenizer = data.tokenizer
         if tokenizer is None:
             raise ValueError("Patterns need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
@@ -162,6 +162,7 @@ class Explainer:
         fillers = (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
         self.pad = next(token for token in (*fillers, *first, 0) if token is not None)
         self.sees_ahead = sees_ahead(data)
+        self._text: tuple[Examples, np.ndarray, np.ndarray] | None = None  # windows, and where documents go on
 
     def explain(self, latent: int, found: Examples) -> PatternTrie:
         """Return the patterns of a latent.
@@ -174,37 +175,33 @@ class Explainer:
         places, values = (each.numpy() for each in found.fired[latent])
         generator = np.random.default_rng([self.seed, latent])
         trie = PatternTrie()
-        chosen = evenly(values, PLACES, generator)
-        left = self._alone(trie, latent, found.windows.reshape(-1).numpy(), places[chosen], values[chosen])
-        left = chosen[left]
-        count = min(self.most_followed, max(FOLLOWED, round(SHARE_FOLLOWED * len(left))))
+        left = evenly(values, self.places, generator)
+        for size, most in ((1, self.places), (2, self.pairs)):
+            left = left[evenly(values[left], most, generator)]
+            runs = [self._run(self._context(found, place), size) for place in places[left]]
+            left = left[self._short(trie, latent, runs, values[left])]
+        count = min(self.followed, max(_LEAST_FOLLOWED, round(_SHARE_FOLLOWED * len(left))))
         followed = left[evenly(values[left], count, generator)]
         self._follow(trie, latent, [self._context(found, place) for place in places[followed]], values[followed])
         return trie
 
-    def _alone(
-        self, trie: PatternTrie, latent: int, tokens: np.ndarray, places: np.ndarray, values: np.ndarray
-    ) -> np.ndarray:
-        """Add tokens that are enough by themselves; return the numbers of places whose tokens are not."""
-        kinds, which = np.unique(tokens[places], return_inverse=True)
-        alone = self._activations(latent, [((int(kind),), 0) for kind in kinds])
-        enough = alone[which] >= HALF * values
-        padded = alone.copy()
-        used = np.unique(which[enough])
-        padded[used] = self._activations(latent, [((self.pad, int(kinds[kind])), 0) for kind in used])
-        for kind, value in zip(which[enough].tolist(), values[enough].tolist(), strict=True):
-            front = [START] if padded[kind] < HALF * alone[kind] else []
-            trie.add([*front, int(kinds[kind])], value)
+    def _short(self, trie: PatternTrie, latent: int, runs: list[Run], values: np.ndarray) -> np.ndarray:
+        """Add runs of one or two tokens that are enough; return the numbers of those that are not."""
+        wholes = self._activations(latent, runs)
+        enough = (wholes >= HALF * values) & (wholes > 0)
+        kept = np.flatnonzero(enough)
+        self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept], substitutes=False)
         return np.flatnonzero(~enough)
 
     def _context(self, found: Examples, place: int) -> tuple[list[int], list[int]]:
         """Return the tokens up to a place, and those after it; what lies past a separator is of another document."""
-        row, column = divmod(int(place), found.windows.shape[1])
-        separators = torch.tensor([*self.prefix, *self.suffix], dtype=torch.long)
-        inside = ~torch.isin(found.windows[row], separators).numpy()
-        start, stop = span(inside, column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.sees_ahead else 0)
-        window = found.windows[row].tolist()
-        return window[start : column + 1], window[column + 1 : stop]
+        if self._text is None or self._text[0] is not found:
+            separators = [*self.prefix, *self.suffix]
+            self._text = found, found.windows.numpy(), ~np.isin(found.windows.numpy(), separators)
+        _, windows, inside = self._text
+        row, column = divmod(int(place), windows.shape[1])
+        start, stop = span(inside[row], column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.sees_ahead else 0)
+        return windows[row, start : column + 1].tolist(), windows[row, column + 1 : stop].tolist()
 
     def _run(self, context: tuple[list[int], list[int]], size: int) -> Run:
         before, after = context
@@ -232,27 +229,39 @@ class Explainer:
         self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept])
 
     def _add_salient(
-        self, trie: PatternTrie, latent: int, runs: list[Run], wholes: np.ndarray, values: np.ndarray
+        self,
+        trie: PatternTrie,
+        latent: int,
+        runs: list[Run],
+        wholes: np.ndarray,
+        values: np.ndarray,
+        substitutes: bool = True,
     ) -> None:
         changed = [
             variant
             for tokens, behind in runs
             for variant in (
-                *(((*tokens[:place], self.pad, *tokens[place + 1 :]), behind) for place in range(len(tokens))),
+                *(
+                    ((*tokens[:place], self.pad, *tokens[place + 1 :]), behind)
+                    for place in range(len(tokens))
+                    if place != len(tokens) - 1 - behind
+                ),
                 ((self.pad, *tokens), behind),
             )
         ]
         left = iter(self._activations(latent, changed).tolist())
         patterns, fronts = [], []
         for (tokens, behind), whole in zip(runs, wholes, strict=True):
-            salient = [token if 1 - next(left) / whole >= HALF else WILDCARD for token in tokens]
-            # A latent that fires on padding too would be said to fire on everything.
-            salient[-1 - behind] = tokens[-1 - behind]
+            own = len(tokens) - 1 - behind  # a latent that fires on padding too would be said to fire on everything
+            salient = [
+                token if place == own or 1 - next(left) / whole >= HALF else WILDCARD
+                for place, token in enumerate(tokens)
+            ]
             patterns.append(salient)
             fronts.append([START] if next(left) < HALF * whole else [])
         for run, pattern, front, value in zip(runs, patterns, fronts, values, strict=True):
             trie.add([*front, *_written(run, pattern)], float(value))
-        if self.substitutes and self.data.has_loss and not self.sees_ahead and runs:
+        if substitutes and self.substitutes and self.data.has_loss and not self.sees_ahead and runs:
             self._add_substitutes(trie, latent, runs, patterns, fronts, wholes, values)
 
     def _add_substitutes(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...common.report import Column, Report
+from ...common.report import Column, Report, text_table
 from ...evaluation import report
 from ...evaluation.core import IDENTITY, details, evaluate
 from ...evaluation.data import HeldOut
@@ -16,12 +16,14 @@ from ..drawn_latents import as_records
 from ..effects.ablation import ablation_sparsity
 from ..explanations.autointerp.interpretability import automated_interpretability
 from ..explanations.explainability import explainability
+from ..frontier import agreement, sparsity_frontier
 from ..probing.logistic import f1_scores, fit_logistic
 from ..probing.probe_losses import probe_losses
 from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
 
 
+_FEW_LATENTS, _LITTLE_EFFORT = 16, 0.08
 _SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
 _WORDS_TO_CHECK, _SPELLS = 600, 0.5
 _REMOVAL = (
@@ -63,8 +65,10 @@ def probes(bench: Bench, tokens: int) -> Found:
 
 
 def patterns(bench: Bench, per_group: int) -> Found:
-    """N2G."""
-    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, seed=bench.seed))
+    """N2G; of few latents with little effort."""
+    effort = _LITTLE_EFFORT if per_group <= _FEW_LATENTS else 0.5
+    options = {"effort": effort, "substitutes": 0 if effort == _LITTLE_EFFORT else 2, "seed": bench.seed}
+    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
 
 
 def explanations(bench: Bench, per_group: int) -> Found:
@@ -153,3 +157,18 @@ def removal(bench: Bench, tokens: int) -> Found:
 def composition(bench: Bench, seeds: int) -> Found:
     """Meta-SAEs."""
     return Found.of(meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds)))
+
+
+def comparison(bench: Bench, tokens: int) -> Found:
+    """Several SAEs at equal sparsity, and how alike their latents are."""
+    if len(bench.saes) < 2:
+        raise NotDefined("there is one SAE; name a folder of several to compare them")
+    found = sparsity_frontier(bench.tokens(tokens), bench.saes, seed=bench.seed)
+    lines = [["", "width", "matched cosine", "random rows"]]
+    for row in agreement(bench.saes):
+        names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]
+        lines.append([names, str(row["width"]), "-" if cosine is None else f"{cosine:.3f}", f"{row['random']:.3f}"])
+    found.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(text_table(*lines[:1], lines[1:]))
+    own = {record["subject"]: [record] for record in found.records if record["fvu_equal"] is not None}
+    rows = {name: [{key: row[key] for key in ("width", "own_l0", "fvu_equal")}] for name, (row,) in own.items()}
+    return Found(rows, str(found), found.to_dict(), found.plot, found.notes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ...evaluation.core import ABOUT_ALL
 from .bench import Bench, Found
-from .measures import ablation, absorption, composition, explanations, fidelity, patterns, probes, removal, spelling
+from .measures import ablation, absorption, comparison, composition, explanations, fidelity, patterns, probes, removal, spelling
 
 
 Column = tuple[str, str, str]
@@ -204,6 +204,22 @@ SECTIONS = (
         10_000,
         share=1,
         cost=5,
+        better="lower",
+    ),
+    Section(
+        "comparison",
+        "Which reconstructs best at equal sparsity?",
+        "SAEs on one frontier of sparsity and error",
+        "Each token's weakest latents are dropped by one threshold for all tokens until an SAE has the L0 of the "
+        "sparsest of them; own L0: without. Decoder rows of each two SAEs are matched one to one: 1 would be the same "
+        "latents.",
+        (("fvu_equal", "FVU at equal L0", ".4f"), ("own_l0", "own L0", ".2f")),
+        comparison,
+        "tokens",
+        4_096,
+        16_384,
+        share=1,
+        cost=6,
         better="lower",
     ),
     Section(

@@ -31,6 +31,7 @@ from .report import interpretability_report
 
 
 GREETING = [{"role": "user", "content": "Are you there? Answer with the word yes."}]
+_STAND_IN_EFFORT = 0.1
 _EXAMPLES, _TEST = 0, 1
 """What the passages of a latent are drawn for: each draws for itself."""
 
@@ -124,7 +125,7 @@ def automated_interpretability(
             )
         from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
         if judge is None:
-            explainer = Explainer(sae, examples, seed=seed)
+            explainer = Explainer(sae, examples, substitutes=0, effort=_STAND_IN_EFFORT, seed=seed)
             read = partial(_read_by_patterns, explainer, from_text, texts, on_text.windows.numpy())
         else:
             read = partial(
