@@ -34,7 +34,10 @@ def open_saes(
     run = run_of(folder if folder.exists() else None)
     groups: dict[tuple[str, str], list[tuple[SAEPlace, SAEModel]]] = {}
     for place, sae in saes:
-        where = {"model": model or own_model(sae.config.base_model, run), "hookpoint": hookpoint or sae.config.hookpoint}
+        where = {
+            "model": model or own_model(sae.config.base_model, run),
+            "hookpoint": hookpoint or sae.config.hookpoint,
+        }
         for flag, value in where.items():
             if value is None:
                 raise ValueError(f"The config of `{place.name}` names no {flag}; pass --{flag}.")

@@ -79,4 +79,4 @@ def _fit(
     begin = np.array(_START) if start is None else start
     point = minimize(loss, begin, method="L-BFGS-B", bounds=bounds, options=options).x
     weights = prior(point)
-    return point, float(weights[:-1][_RATES < limit].sum() + weights[-1])
+    return point, float(weights[:-1][limit > _RATES].sum() + weights[-1])

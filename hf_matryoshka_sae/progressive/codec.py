@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from ..common.distributed import processes
 from ..models import SAEModel, SparseLatents
 from ..models.sparse_ops import LatentPairs, PairIndex
+from .coding.steps import choose_step, step_cost
 from .packets import Packet, WholePackets, read_packet, write_packet
 from .rate import CodeModel, Moments, bins, checked_step, checked_widths
-from .coding.steps import choose_step, step_cost
 
 
 logger = logging.getLogger(__name__)

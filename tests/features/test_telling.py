@@ -4,11 +4,11 @@ import gzip
 import json
 
 import pytest
+from transformers import AutoModel
 
 from hf_matryoshka_sae.assets import embedded_sae_path, load_embedded_lm
 from hf_matryoshka_sae.common.token_text import token_texts
 from hf_matryoshka_sae.features import FeatureIndex, read_labels
-from transformers import AutoModel
 
 from . import small
 

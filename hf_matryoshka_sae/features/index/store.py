@@ -18,9 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ...common.files import write_json
 from ...models import SAEModel
 from ...models.configuration_sae import nearest
-from ..sizes import FOLDER
-from .about import read_about
 from ..labels import LABELS, read_labels
+from ..sizes import FOLDER
+from ..telling import Contexts, Spell, speller
+from .about import read_about
 from .layout import (
     CONTEXTS,
     INDEX,
@@ -35,7 +36,6 @@ from .layout import (
     is_hub_id,
 )
 from .sums import bin_edges
-from ..telling import Contexts, Spell, speller
 
 
 class FeatureIndex:
@@ -106,12 +106,10 @@ class FeatureIndex:
         labels = read_labels(labels) if labels is not None and labels.is_file() else {}
         return cls(about, _checked(locate, source), None, labels, speller(about.get("base_model"), tokenizer))
 
-    def save_labels(self, folder: str | os.PathLike) -> Path:
-        """Write the labels into the folder of the index (or of its SAE), where [`open`] finds them; return the file."""
-        folder = Path(folder)
-        folder = folder if (folder / INDEX).is_file() else folder / FOLDER
+    def save_labels(self, folder: str | os.PathLike) -> None:
+        """Write the labels into the folder of the index, or of its SAE, where [`open`] finds them."""
+        folder = Path(folder) / ("" if (Path(folder) / INDEX).is_file() else FOLDER)
         write_json(folder / LABELS, {str(key): label for key, label in self.labels.items()})
-        return folder / LABELS
 
     @cached_property
     def _latents(self) -> pq.ParquetFile:

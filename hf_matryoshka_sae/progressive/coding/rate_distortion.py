@@ -52,7 +52,9 @@ class QuantisedComponents:
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return what is decoded of hidden states `(N, D)` at each step, `(S, N, D)`."""
         scores = self._scores(x.cpu())
-        rows = [(scores / step).round() * step @ self.components.components + self.components.mean for step in self.steps]
+        rows = [
+            (scores / step).round() * step @ self.components.components + self.components.mean for step in self.steps
+        ]
         return torch.stack(rows).to(x)
 
     @torch.no_grad()

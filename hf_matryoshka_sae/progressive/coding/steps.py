@@ -58,7 +58,9 @@ class StepCost:
 
 
 @torch.no_grad()
-def step_cost(sae: SAEModel, x: Tensor, statistics: Moments, step: float, widths: Sequence[int] | None = None) -> StepCost:
+def step_cost(
+    sae: SAEModel, x: Tensor, statistics: Moments, step: float, widths: Sequence[int] | None = None
+) -> StepCost:
     """Measure what coding hidden states with a step costs.
 
     Args:

@@ -25,7 +25,7 @@ The patterns predict activations on other text; precision and recall are of firi
 Shapes: N windows of S tokens, D `d_in`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...activations import harvest
-from ...activations.text.tokens import frame_of
 from ...common.distributed import processes
 from ...evaluation.data import HeldOut
-from ...features.firings import Firings, joined, span, values_of
+from ...features.firings import Firings, joined, span
 from ...models import SAEModel
+from .n2g_runs import Run, RunReader
 from .n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 
@@ -47,7 +46,6 @@ PLACES, PAIRS, FOLLOWED = 4096, 1024, 96
 """Most places of a latent that are tried with their token alone, with the one before, and with longer contexts."""
 _SHARE_FOLLOWED, _LEAST_FOLLOWED = 1 / 8, 16
 _SIZES = (*range(3, 9), 10, 12, 16)
-_TOKENS_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True)
@@ -131,10 +129,6 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
     return Examples(firings.input_ids, torch.cat(keeps), firings.of_latents(wanted))
 
 
-Run = tuple[tuple[int, ...], int]
-"""Tokens, and how many of them stand after the one on which a latent is looked at."""
-
-
 class Explainer:
     """Writes down what latents fire on.
 
@@ -147,21 +141,12 @@ class Explainer:
         seed (`int`, *optional*, defaults to 0): Of the drawn places.
     """
 
-    def __init__(
-        self, sae: SAEModel, data: HeldOut, substitutes: int = 5, effort: float = 1.0, seed: int = 0
-    ) -> None:
+    def __init__(self, sae: SAEModel, data: HeldOut, substitutes: int = 5, effort: float = 1.0, seed: int = 0) -> None:
         if substitutes < 0 or not effort > 0:
             raise ValueError(f"Expected `substitutes` >= 0 and `effort` > 0, got {substitutes} and {effort}.")
         self.sae, self.data, self.substitutes, self.seed = sae.eval(), data, substitutes, seed
         self.places, self.pairs, self.followed = (max(1, round(effort * most)) for most in (PLACES, PAIRS, FOLLOWED))
-        tokenizer = data.tokenizer
-        if tokenizer is None:
-            raise ValueError("Patterns need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
-        self.prefix, self.suffix = frame_of(tokenizer)
-        first = self.prefix[:1] or [None]
-        fillers = (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-        self.pad = next(token for token in (*fillers, *first, 0) if token is not None)
-        self.sees_ahead = sees_ahead(data)
+        self.reader = RunReader(sae, data)
         self._text: tuple[Examples, np.ndarray, np.ndarray] | None = None  # windows, and where documents go on
 
     def explain(self, latent: int, found: Examples) -> PatternTrie:
@@ -187,25 +172,27 @@ class Explainer:
 
     def _short(self, trie: PatternTrie, latent: int, runs: list[Run], values: np.ndarray) -> np.ndarray:
         """Add runs of one or two tokens that are enough; return the numbers of those that are not."""
-        wholes = self._activations(latent, runs)
+        wholes = self.reader.activations(latent, runs)
         enough = (wholes >= HALF * values) & (wholes > 0)
         kept = np.flatnonzero(enough)
-        self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept], substitutes=False)
+        self._add_salient(
+            trie, latent, [runs[number] for number in kept], wholes[kept], values[kept], substitutes=False
+        )
         return np.flatnonzero(~enough)
 
     def _context(self, found: Examples, place: int) -> tuple[list[int], list[int]]:
         """Return the tokens up to a place, and those after it; what lies past a separator is of another document."""
         if self._text is None or self._text[0] is not found:
-            separators = [*self.prefix, *self.suffix]
+            separators = [*self.reader.prefix, *self.reader.suffix]
             self._text = found, found.windows.numpy(), ~np.isin(found.windows.numpy(), separators)
         _, windows, inside = self._text
         row, column = divmod(int(place), windows.shape[1])
-        start, stop = span(inside[row], column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.sees_ahead else 0)
+        start, stop = span(inside[row], column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.reader.sees_ahead else 0)
         return windows[row, start : column + 1].tolist(), windows[row, column + 1 : stop].tolist()
 
     def _run(self, context: tuple[list[int], list[int]], size: int) -> Run:
         before, after = context
-        behind = min(len(after), (size - 1) // 2) if self.sees_ahead else 0
+        behind = min(len(after), (size - 1) // 2) if self.reader.sees_ahead else 0
         return (*before[-max(1, size - behind) :], *after[:behind]), behind
 
     def _follow(
@@ -217,7 +204,7 @@ class Explainer:
         waiting = np.arange(len(contexts))
         for size in _SIZES:
             tried = [self._run(contexts[one], size) for one in waiting]
-            found = self._activations(latent, tried)
+            found = self.reader.activations(latent, tried)
             enough = found >= HALF * values[waiting]
             for number in np.flatnonzero(enough):
                 runs[int(waiting[number])], wholes[waiting[number]] = tried[number], found[number]
@@ -242,14 +229,14 @@ class Explainer:
             for tokens, behind in runs
             for variant in (
                 *(
-                    ((*tokens[:place], self.pad, *tokens[place + 1 :]), behind)
+                    ((*tokens[:place], self.reader.pad, *tokens[place + 1 :]), behind)
                     for place in range(len(tokens))
                     if place != len(tokens) - 1 - behind
                 ),
-                ((self.pad, *tokens), behind),
+                ((self.reader.pad, *tokens), behind),
             )
         ]
-        left = iter(self._activations(latent, changed).tolist())
+        left = iter(self.reader.activations(latent, changed).tolist())
         patterns, fronts = [], []
         for (tokens, behind), whole in zip(runs, wholes, strict=True):
             own = len(tokens) - 1 - behind  # a latent that fires on padding too would be said to fire on everything
@@ -261,7 +248,7 @@ class Explainer:
             fronts.append([START] if next(left) < HALF * whole else [])
         for run, pattern, front, value in zip(runs, patterns, fronts, values, strict=True):
             trie.add([*front, *_written(run, pattern)], float(value))
-        if substitutes and self.substitutes and self.data.has_loss and not self.sees_ahead and runs:
+        if substitutes and self.substitutes and self.data.has_loss and not self.reader.sees_ahead and runs:
             self._add_substitutes(trie, latent, runs, patterns, fronts, wholes, values)
 
     def _add_substitutes(
@@ -274,7 +261,7 @@ class Explainer:
         wholes: np.ndarray,
         values: np.ndarray,
     ) -> None:
-        likely = self._likely([tokens for tokens, _ in runs])
+        likely = self.reader.likely([tokens for tokens, _ in runs], self.substitutes)
         tried = [
             (number, place, token)
             for number, (tokens, _) in enumerate(runs)
@@ -286,61 +273,12 @@ class Explainer:
         variants = [
             ((*runs[number][0][:place], token, *runs[number][0][place + 1 :]), 0) for number, place, token in tried
         ]
-        for (number, place, token), found in zip(tried, self._activations(latent, variants).tolist(), strict=True):
+        for (number, place, token), found in zip(
+            tried, self.reader.activations(latent, variants).tolist(), strict=True
+        ):
             if found >= HALF * wholes[number]:
                 changed = [*patterns[number][:place], token, *patterns[number][place + 1 :]]
                 trie.add([*fronts[number], *changed], float(values[number] * found / wholes[number]))
-
-    def _likely(self, runs: list[tuple[int, ...]]) -> list[list[list[int]]]:
-        """Return the tokens that the language model finds likeliest at each place of each run."""
-        front = self.prefix or [self.pad]
-        likely = []
-        for part in _in_parts([(*front, *run) for run in runs]):
-            longest = max(map(len, part))
-            ids = torch.tensor([[*run, *[self.pad] * (longest - len(run))] for run in part], device=self.data.device)
-            with torch.no_grad():
-                logits = self.data.model(input_ids=ids).logits
-            best = logits[:, len(front) - 1 : -1].topk(self.substitutes).indices.tolist()
-            likely += [each[: len(run) - len(front)] for each, run in zip(best, part, strict=True)]
-        return likely
-
-    def _activations(self, latent: int, runs: Sequence[Run]) -> np.ndarray:
-        """Return the latent's activation on a token of each run, read as a whole text; equal runs are read once."""
-        distinct = sorted(set(runs), key=lambda run: len(run[0]))
-        found = []
-        for part in _in_parts([run[0] for run in distinct], len(self.prefix) + len(self.suffix)):
-            these = distinct[len(found) : len(found) + len(part)]
-            found += self._read(latent, these).tolist()
-        by_run = dict(zip(distinct, found, strict=True))
-        return np.array([by_run[run] for run in runs], dtype=np.float64)
-
-    @torch.no_grad()
-    def _read(self, latent: int, runs: Sequence[Run]) -> Tensor:
-        texts = [[*self.prefix, *tokens, *self.suffix] for tokens, _ in runs]
-        longest = max(map(len, texts))
-        ids = torch.tensor([[*text, *[self.pad] * (longest - len(text))] for text in texts], device=self.data.device)
-        mask = None
-        if self.sees_ahead and any(len(text) < longest for text in texts):
-            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=ids.device)
-        # Without a mask padding stands behind, where a token does not see it.
-        states = harvest(self.data.model, ids, mask, [self.data.hookpoint])[self.data.hookpoint]
-        read = [len(self.prefix) + len(tokens) - 1 - behind for tokens, behind in runs]
-        rows = states[torch.arange(len(runs), device=states.device), torch.tensor(read, device=states.device)]
-        return latent_values(self.sae, rows.float(), latent)
-
-
-@torch.no_grad()
-def sees_ahead(data: HeldOut) -> bool:
-    """Return whether hidden states at the hookpoint depend on tokens that follow, as those of an encoder do."""
-    batch = data.batches[0].to(data.device)
-    ids = batch.input_ids[:1]
-    other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % 100
-    first, second = (
-        harvest(data.model, each, batch.attention_mask[:1], [data.hookpoint])[data.hookpoint][:, :-1]
-        for each in (ids, other)
-    )
-    return bool((first - second).abs().max() > 1e-4 * first.abs().max())
 
 
 def evenly(values: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -357,25 +295,6 @@ def _written(run: Run, pattern: list[int]) -> list[int]:
     """Return a pattern with `HERE` after the token on which it fires, unless that is the last."""
     behind = run[1]
     return [*pattern[: len(pattern) - behind], HERE, *pattern[len(pattern) - behind :]] if behind else pattern
-
-
-def _in_parts(runs: list[tuple[int, ...]], more: int = 0) -> list[list[tuple[int, ...]]]:
-    """Return runs in parts of few enough tokens for one pass of the model, each padded to its longest."""
-    parts: list[list[tuple[int, ...]]] = [[]]
-    longest = 0
-    for run in runs:
-        longest = max(longest, len(run) + more)
-        if parts[-1] and longest * (len(parts[-1]) + 1) > _TOKENS_AT_ONCE:
-            parts.append([])
-            longest = len(run) + more
-        parts[-1].append(run)
-    return parts if parts[0] else []
-
-
-@torch.no_grad()
-def latent_values(sae: SAEModel, x: Tensor, latent: int) -> Tensor:
-    """One latent's values `(n,)` on hidden states `(n, D)`, at inference."""
-    return values_of(sae.encode_pairs(x.to(sae.W_enc)), torch.tensor([latent]))[:, 0]
 
 
 def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> Explained:

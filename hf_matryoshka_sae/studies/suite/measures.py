@@ -9,8 +9,8 @@ from ...evaluation.core import IDENTITY, details, evaluate
 from ...evaluation.data import HeldOut
 from ..concepts.absorption import absorption_on_task
 from ..concepts.first_letter import NotDefined, first_letter_task
-from ..concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
 from ..concepts.properties import COLUMNS, property_absorption
+from ..concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
 from ..concepts.report import HEADLINE, WARNING
 from ..drawn_latents import as_records
 from ..effects.ablation import ablation_sparsity
@@ -168,7 +168,9 @@ def comparison(bench: Bench, tokens: int) -> Found:
     for row in agreement(bench.saes):
         names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]
         lines.append([names, str(row["width"]), "-" if cosine is None else f"{cosine:.3f}", f"{row['random']:.3f}"])
-    found.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(text_table(*lines[:1], lines[1:]))
+    found.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(
+        text_table(*lines[:1], lines[1:])
+    )
     own = {record["subject"]: [record] for record in found.records if record["fvu_equal"] is not None}
     rows = {name: [{key: row[key] for key in ("width", "own_l0", "fvu_equal")}] for name, (row,) in own.items()}
     return Found(rows, str(found), found.to_dict(), found.plot, found.notes)

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from ...evaluation.core import ABOUT_ALL
 from .bench import Bench, Found
-from .measures import ablation, absorption, comparison, composition, explanations, fidelity, patterns, probes, removal, spelling
+from .measures import (
+    ablation,
+    absorption,
+    comparison,
+    composition,
+    explanations,
+    fidelity,
+    patterns,
+    probes,
+    removal,
+    spelling,
+)
 
 
 Column = tuple[str, str, str]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from hf_matryoshka_sae.evaluation import open_heldout
 from hf_matryoshka_sae.models import MatryoshkaSAEConfig, build_sae
 from hf_matryoshka_sae.progressive import (
     choose_step,
@@ -17,7 +18,6 @@ from hf_matryoshka_sae.progressive import (
 )
 
 from ...evaluation.planted import EMBEDDING
-from hf_matryoshka_sae.evaluation import open_heldout
 
 
 D, F = 16, 48

@@ -14,7 +14,8 @@ from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
 from hf_matryoshka_sae.models import TopKSAEConfig, build_sae
 from hf_matryoshka_sae.studies.drawn_latents import neuron_dictionary
 from hf_matryoshka_sae.studies.explanations.explainability import explainability
-from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, latent_values, score
+from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, score
+from hf_matryoshka_sae.studies.explanations.n2g_runs import latent_values
 from hf_matryoshka_sae.studies.explanations.n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 from ...evaluation.planted import frequent, planted
@@ -108,9 +109,9 @@ def test_activations_of_runs_are_those_of_the_model_alone(trained):
     explainer = Explainer(sae, data)
     ids = data.batches[0].input_ids[0, 1:20].tolist()
     runs = [ids[:3], ids[2:9], ids[5:6]]
-    found = explainer._activations(2, [(tuple(run), 0) for run in runs])
+    found = explainer.reader.activations(2, [(tuple(run), 0) for run in runs])
     for run, value in zip(runs, found, strict=True):
-        alone = torch.tensor([[*explainer.prefix, *run]])
+        alone = torch.tensor([[*explainer.reader.prefix, *run]])
         states = harvest(data.model, alone, None, ["model.layers.2"])["model.layers.2"][0, -1:]
         dense = sae.encode(states).to_dense()[0].detach()
         assert value == pytest.approx(float(dense[2]), abs=1e-4)
@@ -187,11 +188,11 @@ def encoder(text):
 def test_an_encoders_latents_do_not_depend_on_what_they_are_batched_with(encoder):
     sae, data = encoder
     explainer = Explainer(sae, data)
-    assert explainer.sees_ahead and (explainer.prefix, explainer.suffix) == ([1], [2])
+    assert explainer.reader.sees_ahead and (explainer.reader.prefix, explainer.reader.suffix) == ([1], [2])
     ids = data.batches[0].input_ids[0].tolist()
     runs = [(tuple(ids[3:4]), 0), (tuple(ids[5:9]), 1), (tuple(ids[2:30]), 10)]
     for latent in range(64):
-        together = explainer._activations(latent, runs)
+        together = explainer.reader.activations(latent, runs)
         for run, value in zip(runs, together, strict=True):
             # By hand: the whole text with its special tokens, alone.
             whole = torch.tensor([[1, *run[0], 2]])
@@ -202,7 +203,7 @@ def test_an_encoders_latents_do_not_depend_on_what_they_are_batched_with(encoder
 
 
 def test_a_causal_model_does_not_see_ahead(trained):
-    assert not Explainer(*trained[:2]).sees_ahead
+    assert not Explainer(*trained[:2]).reader.sees_ahead
 
 
 def test_an_encoders_patterns_have_what_follows(encoder):
