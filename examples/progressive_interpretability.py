@@ -10,11 +10,12 @@
     python examples/progressive_interpretability.py --tokens 999424 --per_group 48
 
 Peter & Søgaard (2025, arXiv 2505.00190) report a trade-off: a Matryoshka SAE reconstructs better at every width, a
-pruned plain SAE is the more interpretable. The first latents of a Matryoshka SAE fire more often than those of a pruned
-one, and what fires often is harder to say. For each seed this trains a Matryoshka, a TopK and a BatchTopK SAE on the
-same hidden states, prunes the plain ones by energy, and explains latents by patterns of tokens (N2G) made from training
-text and tested on other text, beside tables of the last token and of the last two from the same text: by width, by
-frequency, and at each width as if all fired equally often. Writes `interpretability.md`, `.json` and `.png`.
+pruned plain SAE is the more interpretable. The first latents of a Matryoshka SAE fire more often than those of a
+pruned one, and what fires often is harder to say. For each seed this trains a Matryoshka, a TopK and a BatchTopK SAE
+on the same hidden states, prunes the plain ones by energy, and explains latents by patterns of tokens (N2G) made from
+training text and tested on other text, beside tables of the last token and of the last two from the same text: by
+width, by frequency, and at each width as if all fired equally often. Writes `interpretability.md`, `.json` and
+`.png`.
 
 Without `--model`, and without the folder `../shared`, the embedded language model and smaller sizes are taken. What is
 done is not done again.
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="All other flags are those of progressive_coding.py; eval_tokens is the text that patterns are tested on.",
+        epilog="All other flags are those of progressive_coding.py; eval_tokens: text that patterns are tested on.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--per_group", type=int, default=48, help="latents drawn between two widths (%(default)s)")

@@ -100,6 +100,7 @@ class Splice:
         self.keep, self.replace, self.done = keep, replace, False
 
     def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
+        """Return a module's output with the kept positions replaced; `None` leaves it as it is."""
         if self.done:
             return None
         self.done = True

@@ -91,20 +91,30 @@ def evaluate_fidelity(
     }
     if sample is not None:
         _add_similarity(subjects, rows, sample.tokens(), seed)
-    if language_model and isinstance(data, HeldOut) and data.has_loss:
-        spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
-        spliced = {name: subject for name, subject in spliced.items() if subject.widths}
-        _add_losses(result, data, spliced, rows, first.mean, show)
-    elif language_model and isinstance(data, HeldOut):
-        facts, metrics = pooled_metrics(data, first.mean, list(subjects.values()))
-        result["pooled"] = facts
-        for name, entries in zip(subjects, metrics, strict=True):
-            for row, entry in zip(rows[name], entries, strict=True):
-                row.update(entry)
+    spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
+    spliced = {name: subject for name, subject in spliced.items() if subject.widths}
+    if language_model and isinstance(data, HeldOut):
+        (_add_losses if data.has_loss else _add_pooled)(result, data, spliced, rows, first.mean, show)
     for row in chain.from_iterable(rows.values()):
         for key in ("ce", "recaptured_zero", "recaptured_mean"):
             row.setdefault(key, None)
     return result | {"subjects": rows}
+
+
+def _add_pooled(
+    result: dict[str, Any],
+    data: HeldOut,
+    subjects: Mapping[str, Subject],
+    rows: dict[str, list[dict[str, Any]]],
+    mean: Tensor,
+    show: bool,  # noqa: ARG001 (as that of losses)
+) -> None:
+    """Add what becomes of whole texts, for a model without a loss."""
+    result["pooled"], metrics = pooled_metrics(data, mean, list(subjects.values()))
+    for (name, subject), entries in zip(subjects.items(), metrics, strict=True):
+        by_width = {row["width"]: row for row in rows[name]}
+        for width, entry in zip(subject.widths, entries, strict=True):
+            by_width[width].update(entry)
 
 
 def _check_tokens(sums: dict[str, ReconstructionSums], excluded: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What becomes of whole texts when reconstructions take the place of hidden states, for models without a loss.
 
-An encoder is used for the embedding of a text: the mean of its last hidden states. With e the embedding of a window and
-e^ that of the same window with hidden states at the hookpoint replaced at all kept tokens:
+An encoder is used for the embedding of a text: the mean of its last hidden states. With e the embedding of a window
+and e^ that of the same window with hidden states at the hookpoint replaced at all kept tokens:
 
     pooled_cosine   mean over windows of cos(e, e^)
     neighbours      share of the k nearest windows by cosine, among all others, that stay: k is 10, or a fifth of the

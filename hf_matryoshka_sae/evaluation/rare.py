@@ -1,10 +1,11 @@
-"""How many latents hardly ever fire, in one unit whatever the sample: the share that fires on less than one in a million.
+"""The share of latents that hardly ever fire, in one unit whatever the sample: on less than one token in a million.
 
-The share of latents that never fire depends on how many tokens were looked at: of one SAE .4% of 60,000, 11% of 10,000,
-31% of 4,000. Here rates of firing are taken to follow a normal distribution of their logarithms with a width of its own
-on either side of the middle, beside a share of latents that are dead; counts are Poisson. The three widths and the share
-are those of largest likelihood, and the share below the limit follows, extrapolated where the sample is smaller than a
-million tokens. The interval is over resamples of the latents; it says nothing of whether the distribution has that form.
+The share of latents that never fire depends on how many tokens were looked at: of one SAE .4% of 60,000, 11% of
+10,000, 31% of 4,000. Here rates of firing are taken to follow a normal distribution of their logarithms with a width
+of its own on either side of the middle, beside a share of latents that are dead; counts are Poisson. The widths, the
+middle and the share are those of largest likelihood, and the share below the limit follows, extrapolated where the
+sample is smaller than a million tokens. The interval is over resamples of the latents; it says nothing of whether the
+distribution has that form.
 
     L = sum over latents of log( d [count = 0] + (1 - d) sum over r of p(r) Poisson(count; n r) )
 

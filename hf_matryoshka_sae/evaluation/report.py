@@ -107,8 +107,8 @@ def _losses(result: dict[str, Any]) -> str:
         if not pooled or pooled["neighbours"] is None:
             return "no language-model loss"
         return (
-            f"no language-model loss; with the mean in place of hidden states, pooled cos {pooled['pooled_cosine']:.4f} "
-            f"and neighbours {pooled['neighbours']:.3f} over {pooled['windows']} texts"
+            f"no language-model loss; with the mean in place of hidden states, pooled cos "
+            f"{pooled['pooled_cosine']:.4f} and neighbours {pooled['neighbours']:.3f} over {pooled['windows']} texts"
         )
     clean, zero, mean = (format(result[f"{name}_ce"], ".4f") for name in ("clean", "zero", "mean"))
     return f"CE clean {clean}, zero-ablated {zero}, mean-ablated {mean}"

@@ -76,7 +76,7 @@ def reachable(path: str, folder: Path) -> str:
 
 
 def own_model(model: str | None, run: RunText | None) -> str | None:
-    """Return the language model an SAE names, or its run's where what it names is the bare name of the run's folder."""
+    """Return the language model an SAE names, or its run's where it names that by its last part alone."""
     if run is None or (model is not None and (model == EMBEDDED or Path(model).expanduser().exists())):
         return model
     same: Any = model is None or Path(model).name == Path(run.model).name

@@ -23,10 +23,10 @@ def read_labels(path: str | os.PathLike) -> dict[int, str]:
     """Read what latents are called, by the number each had before any sorting or pruning.
 
     Args:
-        path (`str` or `os.PathLike`): A `.csv` (or `.tsv`) with a column `latent_id` or `index` and a column `label` or
-            `description`; Neuronpedia's explanations, `.jsonl` or `.json`, with `index` and `description`; a JSON object
-            of numbers and labels; any of them as `.gz`; or a folder of such files. Of a latent with several labels the
-            last counts.
+        path (`str` or `os.PathLike`): A `.csv` (or `.tsv`) with a column `latent_id` or `index` and a column `label`
+            or `description`; Neuronpedia's explanations, `.jsonl` or `.json`, with `index` and `description`; a JSON
+            object of numbers and labels; any of them as `.gz`; or a folder of such files. Of a latent with several
+            labels the last counts.
 
     Raises:
         `ValueError`: if there is no such file, or it holds no labels.
@@ -46,7 +46,8 @@ def read_labels(path: str | os.PathLike) -> dict[int, str]:
             raise ValueError(f"The labels in {file} cannot be read: {error}") from error
     if not labels:
         raise ValueError(
-            f"{path} holds no labels. Expected records with one of {', '.join(_NUMBERS)} and one of {', '.join(_TEXTS)}."
+            f"{path} holds no labels. Expected records with one of {', '.join(_NUMBERS)} and one of "
+            f"{', '.join(_TEXTS)}."
         )
     return labels
 

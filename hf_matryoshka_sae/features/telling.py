@@ -1,7 +1,7 @@
 """What a latent is, in words: text of its contexts and tokens, and a sentence on what it fires on.
 
-An index holds token ids; the tokenizer of its language model gives them their text. Where that cannot be loaded, tokens
-are shown as `#id`.
+An index holds token ids; the tokenizer of its language model gives them their text. Where that cannot be loaded,
+tokens are shown as `#id`.
 """
 
 from collections import Counter

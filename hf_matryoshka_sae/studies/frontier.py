@@ -1,10 +1,10 @@
 """SAEs of any family on one frontier of sparsity and error, compared at equal L0; and what two of them have in common.
 
 Families differ in L0 even where the same was asked for, and FVU falls with L0, so FVUs side by side say little. Here
-each SAE is read at several L0: of each token's latents those with the smallest contribution a_i ||d_i|| are dropped, by
-one threshold over all tokens, so that an SAE has one curve from its own L0 downwards. At equal L0 means at the smallest
-L0 that any of the SAEs has of its own. A curve says what an SAE's own latents are worth, not what its recipe would give
-if it were trained for that L0.
+each SAE is read at several L0: of each token's latents those with the smallest contribution a_i ||d_i|| are dropped,
+by one threshold over all tokens, so that an SAE has one curve from its own L0 downwards. At equal L0 means at the
+smallest L0 that any of the SAEs has of its own. A curve says what an SAE's own latents are worth, not what its recipe
+would give if it were trained for that L0.
 
 Shapes: N tokens, D `d_in`, F latents, L values of L0.
 """
@@ -57,8 +57,8 @@ def sparsity_frontier(
         seed (`int`, *optional*, defaults to 0): Seed of the random directions.
 
     Returns:
-        [`Report`]: a row for each SAE and share, those of an SAE in the order of their L0; `fvu_equal` is in the row of
-        its own L0, `None` for an SAE whose curve does not reach there.
+        [`Report`]: a row for each SAE and share, in the order of L0; `fvu_equal` is in the row of an SAE's own L0, and
+        `None` where its curve does not reach there.
 
     Raises:
         `ValueError`: if there is no SAE, or one fires nowhere.

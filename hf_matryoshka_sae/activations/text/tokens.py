@@ -256,7 +256,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[l
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids of special tokens that stand before and after each window: `[BOS]` and none, `[CLS]` and `[SEP]`."""
+    """Return the special tokens before and after each window: `[BOS]` and none, or `[CLS]` and `[SEP]`."""
     frame = _Frame.of(tokenizer, True)
     return frame.prefix, frame.suffix
 

@@ -1,8 +1,8 @@
 """Rate against distortion: a dictionary's progressive code beside principal components with a uniform quantiser.
 
-The natural baseline of a code of hidden states is a linear transform code: principal components, all quantised with one
-step (which is optimal at high rate: reverse water-filling), and an ideal entropy code for each component's bins, whose
-probabilities are counted on other tokens. Distortion is FVU, and the language model's loss where there is one.
+The natural baseline of a code of hidden states is a linear transform code: principal components, all quantised with
+one step (which is optimal at high rate: reverse water-filling), and an ideal entropy code for each component's bins,
+whose probabilities are counted on other tokens. Distortion is FVU, and the language model's loss where there is one.
 
 Shapes: N tokens, D `d_in`, S steps.
 """

@@ -2,10 +2,10 @@
 
 First letters are a task for models that can spell, and most small ones cannot. Other properties have parents and
 children too: digit -> 0 to 9, punctuation -> each mark, capitalised, function word, quoted -> words. A latent of the
-parent is absorbed where a latent of a child carries the parent's direction in its own row and the parent's latent stays
-silent; the measures are those of `absorption.py`, over the held-out tokens that have the property and that its probe
-finds. Projections are measured from the mean hidden state, not from 0: a property of tokens is a difference, and hidden
-states have a mean that is longer than that.
+parent is absorbed where a latent of a child carries the parent's direction in its own row and the parent's latent
+stays silent; the measures are those of `absorption.py`, over the held-out tokens that have the property and that its
+probe finds. Projections are measured from the mean hidden state, not from 0: a property of tokens is a difference,
+and hidden states have a mean that is longer than that.
 
 A child here is what the token says, of a digit its first digit. A child is a *hole* of the parent where the parent's
 main latents fire on less than a fifth of its tokens, though on more than half of the parent's other tokens.

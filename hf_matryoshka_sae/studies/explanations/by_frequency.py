@@ -1,10 +1,10 @@
 """Scores of latents by how often they fire, and of SAEs at the same frequencies.
 
-A score of an explanation depends on how often a latent fires: what is rare is easier to say in a few patterns, and what
-fires often has a larger F1 by chance. A prefix of a Matryoshka SAE is full of frequent latents, so that SAEs compared
-width by width are compared by frequency as well. Here latents are sorted into bins of half a decade of frequency; SAEs
-are compared at a width by the mean over bins that each of them has latents in, every bin with the same weight for all:
-the mean of the SAEs' shares of latents in it (direct standardisation).
+A score of an explanation depends on how often a latent fires: what is rare is easier to say in a few patterns, and
+what fires often has a larger F1 by chance. A prefix of a Matryoshka SAE is full of frequent latents, so that SAEs
+compared width by width are compared by frequency as well. Here latents are sorted into bins of half a decade of
+frequency; SAEs are compared at a width by the mean over bins that each of them has latents in, every bin with the
+same weight for all: the mean of the SAEs' shares of latents in it (direct standardisation).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _LEAST_IN_BIN = 4
 
 
 def bin_of(frequency: np.ndarray) -> np.ndarray:
-    """Return the number of the half decade of each frequency: 0 for 10^-.5 and above, then -1, -2 and so on downwards."""
+    """Return the half decade of each frequency: 0 for 10^-.5 and above, then -1, -2 and so on downwards."""
     return np.minimum(0, np.floor(np.log10(np.maximum(frequency, 1e-12)) * BINS_A_DECADE).astype(int) + 1)
 
 

@@ -1,9 +1,9 @@
 """Tables of the last token, and of the last two, as the plainest explanation of a latent: what any other has to beat.
 
-From the text that examples come from: how often a latent fires, and how strongly on average, on each token; and on each
-pair of the token before and the token. A pair's figure leans on its token's, a token's on that of all tokens, by one
-occurrence each. A token is said to fire where its share reaches the threshold of the best F1 on that text, each token
-judged by all others (leave one out), so that tokens seen once do not vouch for themselves.
+From the text that examples come from: how often a latent fires, and how strongly on average, on each token; and on
+each pair of the token before and the token. A pair's figure leans on its token's, a token's on that of all tokens, by
+one occurrence each. A token is said to fire where its share reaches the threshold of the best F1 on that text, each
+token judged by all others (leave one out), so that tokens seen once do not vouch for themselves.
 
 Shapes: M positions that are read, V different tokens or pairs.
 """
@@ -31,7 +31,7 @@ class LookupTables:
         self._read = [np.flatnonzero(each.keep.numpy().reshape(-1)) for each in (seen, test)]
 
     def score(self, latent: int) -> dict[str, float]:
-        """Return `token_f1` and `pair_f1` on the test text, and correlations `token_correlation`, `pair_correlation`."""
+        """Return F1 and correlation on the test text: `token_f1`, `pair_f1`, `token_correlation`, `pair_correlation`."""
         seen, test = (
             part.dense(latent).reshape(-1).numpy()[read].astype(np.float64)
             for part, read in zip((self._seen, self._test), self._read, strict=True)

@@ -18,7 +18,8 @@ How many places are looked at is in proportion to how often the latent fires, dr
 activations. With a fixed number, latents that fire often are explained by too few examples, and the score measures
 frequency: a latent on 12% of tokens gets little recall from 16 examples of it. Runs of one and two tokens are cheap,
 as equal ones are read once: every firing is tried with them (up to 4,096 and 1,024). Of those that need more context
-one in eight is followed, up to 96; what fires often and needs long contexts is therefore still explained in part alone.
+one in eight is followed, up to 96; what fires often and needs long contexts is therefore still explained in part
+alone.
 
 The patterns predict activations on other text; precision and recall are of firing, the correlation is Pearson's.
 
@@ -282,7 +283,7 @@ class Explainer:
 
 
 def evenly(values: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the numbers of `count` of the values, drawn evenly over their ranks from the largest; all if there are fewer."""
+    """Return the numbers of `count` of the values, drawn evenly over their ranks; of all if there are fewer."""
     order = np.argsort(-values, kind="stable")
     if len(order) <= count:
         return order

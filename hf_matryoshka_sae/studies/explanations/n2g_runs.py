@@ -1,8 +1,8 @@
 """Runs of tokens read as whole texts: what a latent does on one of their tokens, and what the model finds likely.
 
 Each run stands between the special tokens that the model expects around a text. Runs that are shorter than the longest
-of their batch are padded behind; where the model sees what follows, the padding is masked, so that a latent's value does
-not depend on what else is in the batch.
+of their batch are padded behind; where the model sees what follows, the padding is masked, so that a latent's value
+does not depend on what else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -65,9 +65,7 @@ class RunReader:
         return likely
 
     def activations(self, latent: int, runs: Sequence[Run]) -> np.ndarray:
-        """Return the latent's activation on a token of each run, read as a whole text; equal runs are
-        read once.
-        """
+        """Return the latent's activation on a token of each run, a text of its own; equal runs are read once."""
         distinct = sorted(set(runs), key=lambda run: len(run[0]))
         found = []
         for part in _in_parts([run[0] for run in distinct], len(self.prefix) + len(self.suffix)):

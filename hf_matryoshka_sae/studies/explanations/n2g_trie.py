@@ -38,8 +38,8 @@ class PatternTrie:
         """Add a pattern, in the order of the text.
 
         Args:
-            pattern (`Sequence[int]`): Token ids, `WILDCARD`, `START` as its first entry or not at all, and `HERE` after
-                the token that it tells of, unless that is the last.
+            pattern (`Sequence[int]`): Token ids, `WILDCARD`, `START` as its first entry or not at all, and `HERE`
+                after the token that it tells of, unless that is the last.
             value (`float`): The activation on that token. A pattern that is there already predicts the mean.
 
         Raises:

@@ -120,7 +120,7 @@ def spelling(bench: Bench, words: int) -> Found:
 
 
 def _check_spelling(data: HeldOut, seed: int) -> None:
-    """Raise [`NotDefined`] where the first letters of bare words cannot be told; the task itself reads far more text."""
+    """Raise [`NotDefined`] where first letters of bare words cannot be told; the task reads far more text."""
     if data.tokenizer is None:
         raise NotDefined("there is no tokenizer, so there are no words")
     words = {"prompt": "{word}", "shots": 0, "max_words": _WORDS_TO_CHECK, "min_words": 8, "seed": seed}
@@ -131,8 +131,8 @@ def _check_spelling(data: HeldOut, seed: int) -> None:
     f1 = f1_scores(probe.scores(task.states[task.heldout]) > 0, targets[task.heldout])
     if f1.mean() < _SPELLS:
         raise NotDefined(
-            f"the language model does not spell: a probe tells the first letter of words with a mean F1 of {f1.mean():.2f} "
-            f"over {len(classes)} letters"
+            f"the language model does not spell: a probe tells the first letter of words with a mean F1 of "
+            f"{f1.mean():.2f} over {len(classes)} letters"
         )
 
 

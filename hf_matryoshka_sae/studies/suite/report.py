@@ -1,4 +1,4 @@
-"""The report of a full evaluation: `report.md`, a page of verdict; `details.md`, every table; `suite.json` for cards."""
+"""The report of a full evaluation: a page of verdict, a page with every table, and `suite.json` for cards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +90,7 @@ def _verdict_page(place: dict[str, Any], folder: Path) -> list[str]:
         parts += [verdict(place, name), questions(place, name)]
     if drawn:
         path = "/".join(filter(None, (place["folder"], OVERVIEW)))
-        _overview(drawn, place["saes"], folder / path)
+        _overview(drawn, folder / path)
         parts.append(f"![A panel for each question]({path})")
     lines = [f"- {line}" for line in cuts(place["sections"])]
     return [*parts, *(["Left out, or measured on less:\n\n" + "\n".join(lines)] if lines else [])]
@@ -125,8 +125,8 @@ def verdict(place: dict[str, Any], name: str) -> str:
     if "fidelity" in sections and rows[-1].get("rare") is not None:
         low, high = rows[-1]["rare_interval"] or (rows[-1]["rare"],) * 2
         told.append(
-            f"About {rows[-1]['rare']:.1%} of its latents ({low:.1%} to {high:.1%}) fire on less than one in a million "
-            f"tokens; {rows[-1]['dead']:.1%} on none of the {sections['fidelity']['facts']['tokens']:,} seen."
+            f"About {rows[-1]['rare']:.1%} of its latents ({low:.1%} to {high:.1%}) fire on less than one token in a "
+            f"million; {rows[-1]['dead']:.1%} on none of the {sections['fidelity']['facts']['tokens']:,} seen."
         )
     return " ".join(told)
 
@@ -199,7 +199,7 @@ def questions(place: dict[str, Any], name: str) -> str:
     return markdown_table(heads, lines, right=2)
 
 
-def _overview(sections: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+def _overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the main figure of each question against width, intervals and baselines with it."""
     from matplotlib.figure import Figure
 

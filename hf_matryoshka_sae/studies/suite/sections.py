@@ -109,8 +109,8 @@ SECTIONS = (
         "Explainability by patterns of tokens (N2G)",
         "Do patterns of tokens, made from examples of a latent's firing, say where it fires on other text? F1, "
         "precision and recall of firing, and Pearson's correlation with the activations; means over drawn latents, "
-        "intervals over them. token, 2 tokens: a table of the last token, and of the last two, made from the same text. "
-        "What fires often is harder to say than what fires seldom: see the scores by frequency before comparing widths. "
+        "intervals over them. token, 2 tokens: a table of the last token, and of the last two, made from the same "
+        "text. What fires often is harder to say than what fires seldom: see the scores by frequency. "
         "explainable: share of latents that fire often enough to be explained by examples.",
         (
             ("f1", "N2G, F1", ".3f"),

@@ -1,4 +1,4 @@
-"""Scores do not depend on how often a latent fires where it is as easy to explain; lookup tables against plain counts."""
+"""Scores do not depend on how often a latent fires where it is as easy to explain; lookup tables."""
 
 from dataclasses import dataclass
 

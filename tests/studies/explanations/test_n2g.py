@@ -181,7 +181,7 @@ def encoder(text):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), initializer_range=0.3)).eval()
     config = TopKSAEConfig(d_in=32, num_latents=64, k=4, hookpoint="encoder.layer.1")
-    batches = [batch for batch in text[0].batches[:2]]
+    batches = text[0].batches[:2]
     return build_sae(config).eval(), HeldOut(model, batches, "encoder.layer.1", None, tokenizer)
 
 
@@ -210,5 +210,5 @@ def test_an_encoders_patterns_have_what_follows(encoder):
     sae, data = encoder
     found = firing_examples(sae, data, range(8), show=False)
     latent = max(range(8), key=lambda one: len(found.fired[one][0]))
-    patterns = [pattern for pattern, _ in Explainer(sae, data, effort=0.05).explain(latent, found).items()]
+    patterns = [pattern for pattern, _ in list(Explainer(sae, data, effort=0.05).explain(latent, found).items())]
     assert any(HERE in pattern for pattern in patterns)
