@@ -31,7 +31,7 @@ class LookupTables:
         self._read = [np.flatnonzero(each.keep.numpy().reshape(-1)) for each in (seen, test)]
 
     def score(self, latent: int) -> dict[str, float]:
-        """Return F1 and correlation on the test text: `token_f1`, `pair_f1`, `token_correlation`, `pair_correlation`."""
+        """Return `token_f1`, `pair_f1`, `token_correlation` and `pair_correlation` on the test text."""
         seen, test = (
             part.dense(latent).reshape(-1).numpy()[read].astype(np.float64)
             for part, read in zip((self._seen, self._test), self._read, strict=True)
