@@ -4,8 +4,9 @@ The share of latents that never fire depends on how many tokens were looked at: 
 10,000, 31% of 4,000. Here rates of firing are taken to follow a normal distribution of their logarithms with a width
 of its own on either side of the middle, beside a share of latents that are dead; counts are Poisson. The widths, the
 middle and the share are those of largest likelihood, and the share below the limit follows, extrapolated where the
-sample is smaller than a million tokens. The interval is over resamples of the latents; it says nothing of whether the
-distribution has that form.
+sample is smaller than a million tokens. The interval holds every share of dead latents at which the likelihood is not
+smaller than 1 / 6.8 of the largest (95%, profile likelihood): of few tokens a dead latent cannot be told from a rare
+one, and the interval is wide. It says nothing of whether the distribution has that form.
 
     L = sum over latents of log( d [count = 0] + (1 - d) sum over r of p(r) Poisson(count; n r) )
 
@@ -14,36 +15,36 @@ Shapes: F latents, R rates.
 
 import numpy as np
 
-from ..common.intervals import middle_95, resampled_counts
-
 
 LIMIT = 1e-6
 _RATES = np.logspace(-9, 0, 109)
-_START = (-3.0, 0.8, 0.6, 0.01)
+_START = (-3.0, 0.8, 0.6)
+_BOUNDS = [(-7, -0.3), (0.05, 3), (0.05, 3)]
+_DROP = 1.92  # nats: half of the 95% point of chi-squared with one degree of freedom
+_TRIED = 9  # shares of dead latents
 
 
-def rare_share(
-    fired: np.ndarray, tokens: int, limit: float = LIMIT, resamples: int = 20, seed: int = 0
-) -> tuple[float, list[float] | None]:
+def rare_share(fired: np.ndarray, tokens: int, limit: float = LIMIT) -> tuple[float, list[float] | None]:
     """Return the share of latents that fire on less than `limit` of tokens, and its 95% interval.
 
     Args:
         fired (`np.ndarray` of shape `(F,)`): On how many tokens each latent fires.
         tokens (`int`): How many were looked at.
         limit (`float`, *optional*, defaults to 1e-6): The rate.
-        resamples (`int`, *optional*, defaults to 20): Of the interval, a bootstrap over latents; 0 for none.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+
+    Returns:
+        The share, and the ends of its interval; `None` of fewer than eight latents.
     """
     counts, members = np.unique(_rounded(np.asarray(fired)), return_counts=True)
     likelihood = _likelihoods(counts, tokens)
-    point, share = _fit(likelihood, members, limit, None)
-    if not resamples or len(fired) < 8:
-        return share, None
-    drawn = resampled_counts(len(fired), resamples, np.random.default_rng(seed))
-    group = np.repeat(np.arange(len(counts)), members)
-    samples = [_fit(likelihood, np.bincount(group, one, len(counts)), limit, point)[1] for one in drawn]
-    low, high = middle_95(np.array(samples))
-    return share, [min(low, share), max(high, share)]
+    never = float(members[counts == 0].sum() / members.sum())
+    tried, start = [], np.array(_START)
+    for dead in np.unique(never * np.linspace(0, 1, _TRIED) ** 1.5):
+        loss, share, start = _fit(likelihood, members, dead, limit, start)
+        tried.append((loss, share))
+    least, share = min(tried)
+    shares = [each for loss, each in tried if loss <= least + _DROP]
+    return share, None if len(fired) < 8 else [min(shares), max(shares)]
 
 
 def _rounded(fired: np.ndarray) -> np.ndarray:
@@ -60,14 +61,15 @@ def _likelihoods(counts: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _fit(
-    likelihood: np.ndarray, members: np.ndarray, limit: float, start: np.ndarray | None
-) -> tuple[np.ndarray, float]:
+    likelihood: np.ndarray, members: np.ndarray, dead: float, limit: float, start: np.ndarray
+) -> tuple[float, float, np.ndarray]:
+    """Return the least loss in nats with a share of dead latents, the share below the limit, and middle and widths."""
     from scipy.optimize import minimize
 
     logs = np.log10(_RATES)
 
     def prior(point: np.ndarray) -> np.ndarray:
-        middle, left, right, dead = point
+        middle, left, right = point
         z = (logs - middle) / np.where(logs < middle, left, right)
         weights = np.exp(-0.5 * z * z)
         return np.append((1 - dead) * weights / weights.sum(), dead)
@@ -75,9 +77,6 @@ def _fit(
     def loss(point: np.ndarray) -> float:
         return -(members * np.log(likelihood @ prior(point) + 1e-300)).sum() / members.sum()
 
-    bounds = [(-7, -0.3), (0.05, 3), (0.05, 3), (0, 1)]
-    options = {"maxiter": 200 if start is None else 40}
-    begin = np.array(_START) if start is None else start
-    point = minimize(loss, begin, method="L-BFGS-B", bounds=bounds, options=options).x
-    weights = prior(point)
-    return point, float(weights[:-1][limit > _RATES].sum() + weights[-1])
+    found = minimize(loss, start, method="L-BFGS-B", bounds=_BOUNDS, options={"maxiter": 100})
+    share = float(prior(found.x)[:-1][limit > _RATES].sum() + dead)
+    return float(found.fun * members.sum()), share, found.x

@@ -7,10 +7,11 @@ from hf_matryoshka_sae.evaluation.rare import rare_share
 
 
 def rates(dead: float, size: int = 4000) -> np.ndarray:
+    """Rates whose logarithms are normal, with a width of 1 below the middle and of 0.5 above it."""
     generator = np.random.default_rng(0)
-    logs = generator.normal(-2.8, 1.0, size=size)
-    logs = np.where(logs > -2.8, -2.8 + 0.5 * (logs + 2.8), logs)
-    drawn = 10 ** np.minimum(logs, -0.3)
+    below = generator.random(size) < 1 / 1.5
+    sizes = np.abs(generator.normal(size=size))
+    drawn = 10 ** np.minimum(np.where(below, -2.5 - sizes, -2.5 + 0.5 * sizes), -0.3)
     drawn[: round(dead * size)] = 0
     return drawn
 
@@ -24,11 +25,12 @@ def test_the_share_is_the_same_of_few_tokens_and_of_many(dead):
         fired = np.random.default_rng(tokens).poisson(rate * tokens)
         never.append((fired == 0).mean())
         share, (low, high) = rare_share(fired, tokens)
-        assert abs(share - true) < 0.03 and low <= share <= high
+        assert low <= share <= high and low - 0.005 <= true <= high + 0.005
+        assert abs(share - true) < (0.01 if tokens > 10_000 else 0.08)
     assert never[0] - never[2] > 0.2  # the plain share is a matter of how many tokens were looked at
 
 
 def test_all_dead_and_none_dead():
-    assert rare_share(np.zeros(100, dtype=int), 10**7, resamples=0)[0] > 0.95
-    assert rare_share(np.full(100, 500), 10_000, resamples=0)[0] < 0.001
+    assert rare_share(np.zeros(100, dtype=int), 10**7)[0] > 0.95
+    assert rare_share(np.full(100, 500), 10_000)[0] < 0.001
     assert rare_share(np.array([3, 4]), 1000)[1] is None
