@@ -38,12 +38,18 @@ def rare_share(fired: np.ndarray, tokens: int, limit: float = LIMIT) -> tuple[fl
     counts, members = np.unique(_rounded(np.asarray(fired)), return_counts=True)
     likelihood = _likelihoods(counts, tokens)
     never = float(members[counts == 0].sum() / members.sum())
-    tried, start = [], np.array(_START)
-    for dead in np.unique(never * np.linspace(0, 1, _TRIED) ** 1.5):
-        loss, share, start = _fit(likelihood, members, dead, limit, start)
-        tried.append((loss, share))
-    least, share = min(tried)
-    shares = [each for loss, each in tried if loss <= least + _DROP]
+    tried: list[tuple[float, float, float]] = []
+    grid = never * np.linspace(0, 1, _TRIED) ** 1.5
+    for _ in range(2):
+        start = np.array(_START)
+        for dead in np.unique(grid):
+            loss, share, start = _fit(likelihood, members, dead, limit, start)
+            tried.append((loss, share, dead))
+        best = min(tried)[2]  # then more closely around the best, as far as its neighbours
+        below, above = (grid[grid < best][-1:], grid[grid > best][:1])
+        grid = np.linspace(*(float(end[0]) if len(end) else best for end in (below, above)), _TRIED)
+    least, share, _ = min(tried)
+    shares = [each for loss, each, _ in tried if loss <= least + _DROP]
     return share, None if len(fired) < 8 else [min(shares), max(shares)]
 
 

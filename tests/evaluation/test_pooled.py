@@ -1,6 +1,5 @@
 """Pooled embeddings after splicing, against transformers alone."""
 
-
 import pytest
 import torch
 from transformers import BertConfig, BertModel

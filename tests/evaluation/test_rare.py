@@ -27,7 +27,7 @@ def test_the_share_is_the_same_of_few_tokens_and_of_many(dead):
         share, (low, high) = rare_share(fired, tokens)
         assert low <= share <= high and low - 0.005 <= true <= high + 0.005
         assert abs(share - true) < (0.01 if tokens > 10_000 else 0.08)
-    assert never[0] - never[2] > 0.2  # the plain share is a matter of how many tokens were looked at
+    assert never[0] - never[2] > 0.1  # the plain share is a matter of how many tokens were looked at
 
 
 def test_all_dead_and_none_dead():
