@@ -77,11 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--per_group", type=int, default=48, help="latents drawn between two widths (%(default)s)")
     parser.add_argument("--groups", type=int, nargs="+", help="widths between which latents are drawn (default: all)")
+    parser.add_argument("--effort", type=float, default=0.5, help="scales the places of a latent (%(default)s)")
     parser.add_argument("--example_tokens", type=int, default=30_000, help="text for patterns (%(default)s)")
     parsed, others = parser.parse_known_args(arguments)
     try:
         given = settings(["--output_dir", "runs/progressive_interpretability", *others])
-        asked = {"per_group": parsed.per_group, "example_tokens": parsed.example_tokens}
+        asked = {"per_group": parsed.per_group, "example_tokens": parsed.example_tokens, "effort": parsed.effort}
         run({**given, "separate": False}, asked | {"groups": parsed.groups or given["widths"]})
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. What was done is not done again.\n")
@@ -141,7 +142,7 @@ def explained(
     for method, name in (("topk", largest), ("batch_topk", "batch_topk")):
         order = rank_latents(saes[name], "energy", latent_statistics(saes[name], texts[0], neighbours=0))
         pruned[method] = sort_latents(saes[name], order=order, across_groups=True)
-    options = {"per_group": asked["per_group"], "substitutes": 0, "seed": seed}
+    options = {"per_group": asked["per_group"], "effort": asked["effort"], "substitutes": 0, "seed": seed}
     report = explainability(pruned, *texts, asked["groups"], baselines=False, **options)
     latents = dict(report.latents)
     if baselines:

@@ -9,10 +9,9 @@ from ..models import SAEModel
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut
 from .fidelity import evaluate_fidelity
-from .firing import FiringSums
+from .firing import FiringSums, rare_share
 from .geometry import density_metrics, weight_geometry
 from .language_model import LossScaling
-from .rare import rare_share
 from .report import ABOUT, records_of
 from .subjects import Dictionary, Subject
 

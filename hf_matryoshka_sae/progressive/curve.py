@@ -77,28 +77,36 @@ def curves_figure(curves: dict[str, ProgressiveCurve]) -> "Figure":
         ("width", "recaptured_zero", "width (latents)", "recaptured loss (zero ablation)"),
         ("width", "rsa", "width (latents)", "RSA (Spearman)"),
     ]
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for axis, (x_key, y_key, x_label, y_label) in zip(axes.flat, panels, strict=True):
-        for name, curve in curves.items():
-            points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]
-            points = [point for point in points if None not in point]
+    lines = {panel: {name: _points(curve, panel[0], panel[1]) for name, curve in curves.items()} for panel in panels}
+    drawn = [panel for panel in panels if any(lines[panel].values())]  # such as losses, of a model that has none
+    across = min(2, max(1, len(drawn)))
+    down = max(1, -(-len(drawn) // across))
+    figure = Figure(figsize=(5.5 * across, 4 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, panel in zip(axes, drawn, strict=False):
+        for name, points in lines[panel].items():
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
-        axis.set(xlabel=x_label, ylabel=y_label, xscale="log")
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name or None)
+        axis.set(xlabel=panel[2], ylabel=panel[3], xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a curve may span less than a power of ten
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
-        if y_key.startswith("fvu"):
+        if panel[1].startswith("fvu"):
+            axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="the mean")
             axis.set_ylim(0, min(1.2, axis.get_ylim()[1]))
-        elif axis.lines:
+        else:
             axis.set_ylim(max(-0.2, axis.get_ylim()[0]), 1)
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
-    if any(curves):
-        axes.flat[0].legend(fontsize=8)
+    if drawn:
+        axes[0].legend(fontsize=8)
+    for axis in axes[len(drawn) :]:
+        axis.remove()
     return figure
+
+
+def _points(curve: ProgressiveCurve, x_key: str, y_key: str) -> list[tuple[float, float]]:
+    points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]
+    return [point for point in points if None not in point]
 
 
 def _number(value: Any) -> float | None:

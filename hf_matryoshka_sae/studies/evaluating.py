@@ -15,9 +15,8 @@ from ..common.files import write_json
 from ..evaluation.core import ABOUT_ALL, IDENTITY, details, evaluate
 from ..evaluation.data import HeldOut, open_heldout
 from ..evaluation.language_model import LossScaling
-from ..evaluation.opening import open_saes
+from ..evaluation.opening import RunText, open_saes, run_of
 from ..evaluation.report import plot, table
-from ..evaluation.run_folder import RunText, run_of
 from ..models.digests import folder_digest, weights_digest
 from .explanations.autointerp.interpretability import greet
 from .explanations.autointerp.judges import open_judge

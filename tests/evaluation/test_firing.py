@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_matryoshka_sae.evaluation.rare import rare_share
+from hf_matryoshka_sae.evaluation.firing import rare_share
 
 
 def rates(dead: float, size: int = 4000) -> np.ndarray:
