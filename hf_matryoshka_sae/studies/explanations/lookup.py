@@ -13,6 +13,7 @@ import numpy as np
 from .n2g import Examples
 
 
+_ROUNDING = 1e-9
 _LEAN = 1.0  # occurrences by which a pair counts as its token, and a token as all of them
 
 
@@ -43,7 +44,7 @@ class LookupTables:
             shares, values = table.refined(shares, fires), table.refined(values, seen)
             said = shares.test >= best_threshold(shares.left_out, fires > 0)
             scores[f"{name}_f1"] = f1(said, test > 0)
-            varies = test.std() > 0 and values.test.std() > 0
+            varies = np.ptp(test) > 0 and np.ptp(values.test) > _ROUNDING * np.abs(values.test).max()
             scores[f"{name}_correlation"] = float(np.corrcoef(test, values.test)[0, 1]) if varies else 0.0
         return scores
 

@@ -164,7 +164,10 @@ class Explainer:
         left = evenly(values, self.places, generator)
         for size, most in ((1, self.places), (2, self.pairs)):
             left = left[evenly(values[left], most, generator)]
-            runs = [self._run(self._context(found, place), size) for place in places[left]]
+            if size == 1:
+                runs: list[Run] = [((token,), 0) for token in found.windows.flatten()[places[left]].tolist()]
+            else:
+                runs = [self._run(self._context(found, place), size) for place in places[left]]
             left = left[self._short(trie, latent, runs, values[left])]
         count = min(self.followed, max(_LEAST_FOLLOWED, round(_SHARE_FOLLOWED * len(left))))
         followed = left[evenly(values[left], count, generator)]

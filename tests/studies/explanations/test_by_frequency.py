@@ -18,7 +18,7 @@ from hf_matryoshka_sae.studies.explanations.n2g import Examples, evenly
 
 
 FREQUENCIES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
-EACH, WORDS, TOKENS = 48, 2000, 20_000
+EACH, WORDS, TOKENS = 48, 1000, 8_000
 
 
 def planted_texts() -> tuple[ReluSAE, HeldOut, HeldOut]:
