@@ -43,7 +43,7 @@ from hf_matryoshka_sae.activations.text.tokens import TokenStream
 from hf_matryoshka_sae.activations.text.windows import WindowShuffle
 from hf_matryoshka_sae.common.figures import save_figure
 from hf_matryoshka_sae.common.files import write_json, write_text
-from hf_matryoshka_sae.evaluation import HeldOut
+from hf_matryoshka_sae.evaluation import HeldOut, random_dictionary
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.progressive import latent_statistics, rank_latents, sort_latents
 from hf_matryoshka_sae.studies import explainability
@@ -147,8 +147,8 @@ def explained(
     latents = dict(report.latents)
     if baselines:
         few = {**options, "per_group": min(16, asked["per_group"])}
-        random = explainability({"matryoshka": saes["matryoshka"]}, *texts, asked["groups"], baselines=True, **few)
-        latents["random"] = random.latents["random (matryoshka)"]
+        random = {"random": random_dictionary(saes["matryoshka"], texts[0], asked["groups"], seed=seed)}
+        latents |= explainability(random, *texts, asked["groups"], baselines=False, **few).latents
     return {name: [asdict(one) for one in each] for name, each in latents.items()}
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..common.distributed import gathered
 from ..common.figures import figure_html, save_figure
 from ..common.files import write_json
 from ..common.report import Report
@@ -15,7 +17,7 @@ from ..evaluation.data import HasActivations
 from ..evaluation.report import report_of
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
-from .coding.steps import read_back
+from .coding.steps import SAMPLE, choose_step, read_back
 from .rate import RateSums
 from .statistics import LatentStatistics, latent_statistics
 
@@ -144,7 +146,7 @@ def progressive_curve(
             at each width.
         statistics ([`LatentStatistics`], *optional*): Statistics that encoder and decoder of the bit stream share; by
             default measured on `data` in another pass.
-        step (`float`, *optional*): Quantiser step of the bit stream; by default [`default_step`].
+        step (`float`, *optional*): Quantiser step of the bit stream; by default [`choose_step`].
         rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of the coded latents.
             An SAE that normalises each hidden state by itself has none: its latents alone decode to nothing.
         loss_widths (`Sequence[int]`, *optional*): Widths at which the language model's loss is measured, each by a
@@ -170,6 +172,7 @@ def progressive_curve(
             data = list(data)
         statistics = statistics or latent_statistics(sae, data)
         statistics.check(sae)
+        step = gathered([choose_step(sae, _some(data), statistics)])[0] if step is None else step
         sums = RateSums(statistics, plain.widths, step)
         coded = subjects["coded"] = _Coded(plain, sums)
 
@@ -196,6 +199,17 @@ def progressive_curve(
     hookpoint = data.hookpoint if isinstance(data, HeldOut) else sae.config.hookpoint or "activations"
     about = {"hookpoint": hookpoint, "selection": selection, "step": sums.step if sums else None}
     return ProgressiveCurve(rows, {**about, **result})
+
+
+def _some(data: HeldOut | HasActivations | Iterable[Tensor]) -> Tensor:
+    """Return the first hidden states of the data, as many as a step is tried on."""
+    parts, count = [], 0
+    for x in activation_batches(data):
+        parts.append(x)
+        count += len(x)
+        if count >= SAMPLE:
+            break
+    return torch.cat(parts)
 
 
 class _Coded(Dictionary):

@@ -20,7 +20,7 @@ from ..rate import CodeModel, Moments, RateSums, bins
 
 
 GROWTH, LEAST_FVU = 0.02, 0.001
-_SAMPLE = 4096  # tokens that steps are tried on
+SAMPLE = 4096  # tokens that steps are tried on
 _TRIALS = 9
 
 
@@ -88,7 +88,7 @@ def choose_step(sae: SAEModel, x: Tensor, statistics: Moments, growth: float = G
         statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): Statistics of the SAE's latents.
         growth (`float`, *optional*, defaults to 0.02): Largest growth of the squared error.
     """
-    x = x[:: -(-len(x) // _SAMPLE)]
+    x = x[:: -(-len(x) // SAMPLE)]
     pairs, model = _firing(sae, x), CodeModel.of(statistics)
     width = [sae.config.num_latents]
     (exact,) = _errors(sae, x, pairs, width)
