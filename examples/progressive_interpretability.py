@@ -41,7 +41,7 @@ from hf_matryoshka_sae.activations import DatasetConfig, TokenBatch, load_langua
 from hf_matryoshka_sae.activations.text.documents import load_documents
 from hf_matryoshka_sae.activations.text.tokens import TokenStream
 from hf_matryoshka_sae.activations.text.windows import WindowShuffle
-from hf_matryoshka_sae.common.figures import save_figure
+from hf_matryoshka_sae.common.figures import label_widths, save_figure
 from hf_matryoshka_sae.common.files import write_json, write_text
 from hf_matryoshka_sae.evaluation import HeldOut, random_dictionary
 from hf_matryoshka_sae.models import SAEModel
@@ -217,7 +217,9 @@ def write_report(root: Path, given: dict[str, Any], asked: dict[str, Any], seeds
         "t-interval over seeds; in brackets 95% bootstrap intervals over latents.",
         "## At equal frequency\n\nEach pruned SAE less the Matryoshka, as if the latents of both fired equally often. "
         "Above 0 the pruned is easier to say; sure where 0 is outside the interval over seeds:\n\n"
-        + difference_table(rows, widths),
+        + difference_table(rows, widths)
+        + "\n\n"
+        + covered_text(rows, widths),
         "## By frequency, all seeds together\n\n" + frequency_table(bins),
         *(f"## By width: {title}\n\n" + width_table(raw[score], widths) for score, title in TITLES.items()),
         "## By width: mean frequency\n\n" + width_table(raw["frequency"], widths, ".4f"),
@@ -241,6 +243,18 @@ def difference_table(rows: list[dict[str, Any]], widths: list[int]) -> str:
                 cells.append("-" if interval is None else interval.text("+.3f") + (" (sure)" if sure else ""))
             lines.append([METHODS[other], TITLES[score], *cells])
     return markdown(["", "", *map(str, widths)], lines)
+
+
+def covered_text(rows: list[dict[str, Any]], widths: list[int]) -> str:
+    """Say which share of each SAE's latents fires as often as some of the other's: only these are compared."""
+    told = []
+    for other in ("topk", "batch_topk"):
+        for width in widths:
+            found = [row["covered"] for row in rows if row["other"] == other and row["width"] == width]
+            if found:
+                own, nested = np.mean(found, axis=0)
+                told.append(f"{METHODS[other]} at {width}: {own:.0%} of its latents, {nested:.0%} of the Matryoshka's")
+    return f"Compared, as the others fire more or less often than any of the other SAE: {'; '.join(told)}."
 
 
 def frequency_table(bins: list[dict[str, Any]]) -> str:
@@ -288,7 +302,8 @@ def plot(bins: list[dict[str, Any]], rows: list[dict[str, Any]], widths: list[in
         places = [width * 1.03**number for width, _ in points]
         right.errorbar(places, middle, yerr=half, fmt="o-", capsize=3, color=f"C{number}", label=METHODS[other])
     right.axhline(0, color="black", linewidth=0.8)
-    right.set(xlabel="width (latents)", ylabel="F1 less the Matryoshka's, frequency held", xscale="log")
+    right.set(ylabel="F1 less the Matryoshka's, frequency held")
+    label_widths(right, set(widths))
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -24,6 +24,7 @@ from .bench import Bench, Found, Rows
 
 
 _FEW_LATENTS, _LITTLE_EFFORT = 16, 0.08
+_FULL_STEPS = 1500
 _SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
 _WORDS_TO_CHECK, _SPELLS = 600, 0.5
 _REMOVAL = (
@@ -154,9 +155,10 @@ def removal(bench: Bench, tokens: int) -> Found:
     return Found(merged.flat(), f"{scr}\n\n{tpp}", everything, merged.plot, [WARNING])
 
 
-def composition(bench: Bench, seeds: int) -> Found:
-    """Meta-SAEs."""
-    return Found.of(meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds)))
+def composition(bench: Bench, steps: int) -> Found:
+    """Meta-SAEs of one seed; on few steps those of an SAE and of random rows are both unfinished, and comparable."""
+    batch = 1024 if steps >= _FULL_STEPS else 512
+    return Found.of(meta_sae(bench.saes, bench.widths, steps=steps, batch_size=batch, seeds=[bench.seed]))
 
 
 def comparison(bench: Bench, tokens: int) -> Found:

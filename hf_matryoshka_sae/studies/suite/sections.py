@@ -238,15 +238,15 @@ SECTIONS = (
         "Are latents more than sums of others?",
         "Composition (meta-SAE)",
         "Share of the variance of decoder rows that a BatchTopK SAE of a quarter as many latents, 4 at a time, "
-        "explains; lower is less composed, and only the distance to random rows of the same shape says something. "
-        "Intervals over seeds, where there are several.",
+        "explains; lower is less composed, and only the distance to random rows of the same shape, of as many steps of "
+        "training, says something. One seed.",
         (("explained", "variance of rows explained", ".3f"),),
         composition,
-        "seeds",
-        1,
-        1,
+        "steps",
+        100,
+        1500,
         share=1.5,
-        cost=12,
+        cost=25,
         better="lower",
     ),
 )
