@@ -238,8 +238,8 @@ SECTIONS = (
         "Are latents more than sums of others?",
         "Composition (meta-SAE)",
         "Share of the variance of decoder rows that a BatchTopK SAE of a quarter as many latents, 4 at a time, "
-        "explains; lower is less composed, and only the distance to random rows of the same shape and as many steps of "
-        "training, says something. One seed.",
+        "explains; lower is less composed, and only the distance to random rows of the same shape, trained on as "
+        "long, says something. One seed.",
         (("explained", "variance of rows explained", ".3f"),),
         composition,
         "steps",
