@@ -100,7 +100,7 @@ SECTIONS = (
         1_000,
         10_000,
         share=2.5,
-        cost=40,
+        cost=8,
         better="lower",
     ),
     Section(
@@ -122,7 +122,7 @@ SECTIONS = (
         8,
         48,
         share=4,
-        cost=40,
+        cost=25,
         better="higher",
     ),
     Section(
