@@ -144,7 +144,8 @@ def run(given: dict[str, Any]) -> None:
 def run_config(given: dict[str, Any], seed: int, folder: Path) -> RunConfig:
     """The run of one seed: all SAEs from one pass of the language model, each with its family's default recipe."""
     k, largest = given["k"], given["widths"][-1]
-    saes = [{"type": "topk", "name": f"topk-{width}", "num_latents": width, "k": k} for width in given["widths"]]
+    separate = given["widths"] if given.get("separate", True) else [largest]
+    saes = [{"type": "topk", "name": f"topk-{width}", "num_latents": width, "k": k} for width in separate]
     saes.append({"type": "batch_topk", "name": "batch_topk", "num_latents": largest, "k": k})
     nested = {"type": "matryoshka", "activation": "batch_topk", "prefix_widths": given["widths"]}
     saes.append({**nested, "name": "matryoshka", "num_latents": largest, "k": k})

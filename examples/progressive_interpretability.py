@@ -5,57 +5,62 @@
 # [tool.uv.sources]
 # hf_matryoshka_sae = {path = "..", editable = true}
 # ///
-"""Are the latents of a Matryoshka SAE, of a pruned and of a separately trained one as easy to understand?
+"""Are the latents of a Matryoshka SAE and of a pruned one as easy to understand, where they fire equally often?
 
-    python examples/progressive_coding.py                                    # trains the SAEs
-    python examples/progressive_interpretability.py --run runs/progressive_coding
+    python examples/progressive_interpretability.py --tokens 999424 --per_group 48
 
 Peter & Søgaard (2025, arXiv 2505.00190) report a trade-off: a Matryoshka SAE reconstructs better at every width, a
-pruned plain SAE is the more interpretable. For the SAEs of each seed this measures, at every width: how well patterns
-of tokens (N2G) say where latents fire (F1) and simulate how strongly (Pearson's correlation), on held-out text; the
-probe loss and k-sparse probes on properties of tokens and on labels of texts. Writes `interpretability.md`, `.csv`,
-`.json` and `.png` into the run's folder. What is done is not done again.
+pruned plain SAE is the more interpretable. The first latents of a Matryoshka SAE fire more often than those of a
+pruned one, and what fires often is harder to say. For each seed this trains a Matryoshka, a TopK and a BatchTopK SAE
+on the same hidden states, prunes the plain ones by energy, and explains latents by patterns of tokens (N2G) made from
+training text and tested on other text, beside tables of the last token and of the last two from the same text: by
+width, by frequency, and at each width as if all fired equally often. Writes `interpretability.md`, `.json` and
+`.png`.
+
+Without `--model`, and without the folder `../shared`, the embedded language model and smaller sizes are taken. What is
+done is not done again.
 """
 
 import argparse
-import csv
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from progressive_coding import run_config
-from progressive_coding_judge import dataset_fields, load_saes, training_batches
-from progressive_coding_report import STYLES, markdown
+from progressive_coding import run_config, settings, train_once
+from progressive_coding_judge import dataset_fields, load_saes
+from progressive_coding_report import markdown
 from progressive_coding_results import Interval
 
-from hf_matryoshka_sae.activations import DatasetConfig, heldout_batches, load_language_model, resolve_hookpoints
-from hf_matryoshka_sae.common.figures import save_figure
-from hf_matryoshka_sae.common.files import write_json
-from hf_matryoshka_sae.evaluation import HeldOut
+from hf_matryoshka_sae.activations import DatasetConfig, TokenBatch, load_language_model, resolve_hookpoints
+from hf_matryoshka_sae.activations.text.documents import load_documents
+from hf_matryoshka_sae.activations.text.tokens import TokenStream
+from hf_matryoshka_sae.activations.text.windows import WindowShuffle
+from hf_matryoshka_sae.common.figures import label_widths, save_figure
+from hf_matryoshka_sae.common.files import write_json, write_text
+from hf_matryoshka_sae.evaluation import HeldOut, random_dictionary
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.progressive import latent_statistics, rank_latents, sort_latents
-from hf_matryoshka_sae.studies import LabelledTask, explainability, probe_losses
+from hf_matryoshka_sae.studies import explainability
+from hf_matryoshka_sae.studies.explanations.by_frequency import by_frequency, matched
 
 
-EXAMPLE_TOKENS = 150_000  # of training text, from which patterns are made
-RANDOM = "random directions (of the Matryoshka's shape)"
 METHODS = {
     "matryoshka": "Matryoshka",
     "topk": "TopK, pruned by energy",
     "batch_topk": "BatchTopK, pruned by energy",
-    "separate": "TopK trained at the width",
 }
-METRICS = {
-    "f1": ("N2G, F1", 1, ".3f"),
-    "correlation": ("simulation by N2G, Pearson's r", 1, ".3f"),
-    "probe_loss": ("probe loss, nats", -1, ".4f"),
-    "accuracy_1": ("balanced accuracy of a probe on 1 latent", 1, ".4f"),
-    "accuracy_2": ("... on 2 latents", 1, ".4f"),
-    "accuracy_5": ("... on 5 latents", 1, ".4f"),
+SCORES = ("f1", "token_f1", "pair_f1", "correlation")
+TITLES = {
+    "f1": "N2G, F1",
+    "token_f1": "table of the last token, F1",
+    "pair_f1": "table of the last two tokens, F1",
+    "correlation": "simulation by N2G, Pearson's r",
 }
 logger = logging.getLogger("progressive_interpretability")
 
@@ -63,15 +68,22 @@ logger = logging.getLogger("progressive_interpretability")
 def main(arguments: list[str] | None = None) -> int:
     """Measure from command-line arguments; returns the exit status."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/progressive_coding", help="folder of the comparison (%(default)s)")
-    parser.add_argument("--per_group", type=int, default=16, help="latents drawn between two widths (%(default)s)")
-    parser.add_argument("--labelled", help="data set of texts with labels (default: the comparison's held-out text)")
-    parser.add_argument("--label", help="its column of labels (default: tasks from properties of tokens alone)")
-    parsed = parser.parse_args(arguments)
+    for name in ("hf_matryoshka_sae", "progressive_coding", "progressive_interpretability"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="All other flags are those of progressive_coding.py; eval_tokens: text that patterns are tested on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--per_group", type=int, default=48, help="latents drawn between two widths (%(default)s)")
+    parser.add_argument("--groups", type=int, nargs="+", help="widths between which latents are drawn (default: all)")
+    parser.add_argument("--effort", type=float, default=0.5, help="scales the places of a latent (%(default)s)")
+    parser.add_argument("--example_tokens", type=int, default=30_000, help="text for patterns (%(default)s)")
+    parsed, others = parser.parse_known_args(arguments)
     try:
-        run(Path(parsed.run), parsed.per_group, parsed.labelled, parsed.label)
+        given = settings(["--output_dir", "runs/progressive_interpretability", *others])
+        asked = {"per_group": parsed.per_group, "example_tokens": parsed.example_tokens, "effort": parsed.effort}
+        run({**given, "separate": False}, asked | {"groups": parsed.groups or given["widths"]})
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. What was done is not done again.\n")
         return 130
@@ -81,199 +93,220 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(root: Path, per_group: int, labelled: str | None, label: str | None) -> None:
-    """Measure every seed of a comparison, then report on all of them."""
-    folders = sorted(path.parent for path in root.glob("seed-*/comparison.json"))
-    if not folders:
-        raise ValueError(f"'{root}' holds no comparison. Run examples/progressive_coding.py first.")
-    rows = []
-    for folder in folders:
-        comparison = json.loads((folder / "comparison.json").read_text())
-        given, seed = comparison["settings"], comparison["seed"]
-        asked = {"per_group": per_group, "label": label, "labelled": labelled, "example_tokens": EXAMPLE_TOKENS}
+def run(given: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Train and measure every seed, then report on all of them."""
+    root, texts, seeds = Path(given["output_dir"]), None, []
+    for seed in given["seeds"]:
+        folder = root / f"seed-{seed}"
+        config = run_config({**given, "eval_tokens": 4096}, seed, folder)
+        train_once(config, folder)
         path = folder / "interpretability.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         if found.get("asked") != asked:
-            found = {"asked": asked}
-        if "probes" not in found:
-            examples, test = open_text(given)
-            saes = of_seed(given, seed, folder, examples)
-            for part, measure in (("patterns", patterns), ("probes", probes)):
-                if part not in found:
-                    logger.info("Seed %d: %s.", seed, part)
-                    found[part] = measure(saes, examples, test, given, asked, seed)
-                    write_json(path, found)
-        rows += [{"seed": seed, **row} for row in merged(found["patterns"], found["probes"])]
-    write_report(root, rows, given, asked)
+            texts = texts or open_texts(given, asked)
+            logger.info("Explaining the latents of seed %d.", seed)
+            first = seed == given["seeds"][0]
+            found = {"asked": asked, "seed": seed, "latents": explained(config, folder, texts, asked, seed, first)}
+            write_json(path, found)
+        seeds.append(found)
+    write_report(root, given, asked, seeds)
     logger.info("Wrote %s", root / "interpretability.md")
 
 
-def open_text(given: dict[str, Any]) -> tuple[HeldOut, HeldOut]:
-    """Training text to make patterns from, and held-out text to test them on."""
+def open_texts(given: dict[str, Any], asked: dict[str, Any]) -> tuple[HeldOut, HeldOut]:
+    """Open training text to make patterns from and held-out text to test them on, windows from all over each."""
     model, tokenizer = load_language_model(given["model"])
     (hookpoint,) = resolve_hookpoints(model, [given["hookpoint"]])
-    dataset, size = DatasetConfig(**dataset_fields(given, "heldout")), given["context_length"]
-    test = heldout_batches(dataset, tokenizer, size, given["eval_tokens"], 8, exclude=given["exclude"])
-    examples = list(training_batches({**given, "statistics_tokens": EXAMPLE_TOKENS}, tokenizer))
-    both = (HeldOut(model, part, hookpoint, tokenizer.mask_token_id, tokenizer) for part in (examples, test))
-    return tuple(both)
+
+    def windows(which: str, tokens: int) -> Iterator[TokenBatch]:
+        documents = load_documents(DatasetConfig(**dataset_fields(given, which)), tokenizer, shuffle=True)
+        stream = TokenStream(documents, tokenizer, given["context_length"], 8, exclude=given["exclude"])
+        shuffled = WindowShuffle(stream, 2**17, 0)
+        while tokens > 0:
+            batch = next(shuffled)
+            tokens -= int(batch.keep.sum())
+            yield batch
+
+    sizes = {"train": asked["example_tokens"], "heldout": given["eval_tokens"]}
+    parts = (list(windows(which, size)) for which, size in sizes.items())
+    return tuple(HeldOut(model, part, hookpoint, tokenizer.mask_token_id, tokenizer, {}) for part in parts)
 
 
-def of_seed(given: dict[str, Any], seed: int, folder: Path, examples: HeldOut) -> dict[str, SAEModel]:
-    """The SAEs of a seed; the plain ones of the largest width sorted by energy."""
-    saes = load_saes(run_config(given, seed, folder), folder, examples.hookpoint, examples.device)
-    for name in (f"topk-{given['widths'][-1]}", "batch_topk"):
-        statistics = latent_statistics(saes[name], examples, neighbours=0)
-        order = rank_latents(saes[name], "energy", statistics)
-        saes[name] = sort_latents(saes[name], order=order, across_groups=True)
-    saes["topk"] = saes.pop(f"topk-{given['widths'][-1]}")
-    return saes
-
-
-def patterns(saes: dict, examples: HeldOut, test: HeldOut, given: dict, asked: dict, seed: int) -> list[dict]:
-    """N2G at each width; a separately trained SAE is drawn from as often as a prefix of its width."""
-    rows, widths, count = [], given["widths"], asked["per_group"]
-    for method in ("matryoshka", "topk", "batch_topk"):
-        found = explainability(
-            {method: saes[method]}, examples, test, widths, count, seed=seed, baselines=method == "matryoshka"
-        )
-        for name, of_widths in found.subjects().items():
-            kind = {f"random ({method})": "random", "neurons": "neurons"}.get(name, method)
-            rows += [{"method": kind, **row} for row in of_widths]
-    for number, width in enumerate(widths[:-1], start=1):
-        sae = {"separate": saes[f"topk-{width}"]}
-        found = explainability(sae, examples, test, [width], count * number, seed=seed, baselines=False)
-        rows += [{"method": "separate", **row} for row in found.subject("separate")]
-    full = next(row for row in rows if row["method"] == "topk" and row["width"] == widths[-1])
-    return [*rows, {**full, "method": "separate"}]
-
-
-def probes(saes: dict, examples: HeldOut, test: HeldOut, given: dict, asked: dict, seed: int) -> list[dict]:
-    """Probe loss and k-sparse probes at each width."""
-    tasks: list[Any] = [None]
-    if asked["label"]:
-        fields = dataset_fields(given, "heldout") if asked["labelled"] is None else {"path": asked["labelled"]}
-        dataset = Dataset.from_parquet(fields["path"])
-        tasks.append(LabelledTask.from_dataset(dataset, text=given["column"], label=asked["label"]))
-    rows = []
-    for name, sae in saes.items():
-        method = "separate" if name.startswith("topk-") else name
-        widths = [sae.config.num_latents] if method == "separate" else given["widths"]
-        report = probe_losses(test, {name: sae}, tasks, widths, baselines=method == "matryoshka", seed=seed)
-        kinds = {"dictionary": method, "all channels": "all channels", "channels": "channels", "random": "random"}
-        rows += [{**row, "method": kinds[row["kind"]]} for row in report.records if row["kind"] in kinds]
-    full = next(row for row in rows if row["method"] == "topk" and row["width"] == given["widths"][-1])
-    kept = ("method", "width", "probe_loss")
-    return [
-        {key: row[key] for key in kept}
-        | {f"accuracy_{k}": row["k_sparse"].get(k, {}).get("accuracy") for k in ("1", "2", "5")}
-        for row in [*rows, {**full, "method": "separate"}]
-    ]
-
-
-def merged(patterns: list[dict], probes: list[dict]) -> list[dict[str, Any]]:
-    """One row for each method and width."""
-    rows: dict[tuple, dict[str, Any]] = {}
-    for row in [*patterns, *probes]:
-        key = row["method"], row["width"]
-        kept = {name: row[name] for name in ("explainable", "latents", *METRICS) if name in row}
-        rows.setdefault(key, {"method": row["method"], "width": row["width"]}).update(kept)
-    return list(rows.values())
+def explained(
+    config: Any, folder: Path, texts: tuple[HeldOut, HeldOut], asked: dict[str, Any], seed: int, baselines: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the scores of the drawn latents of each SAE; with baselines of random directions too."""
+    saes = load_saes(config, folder, texts[0].hookpoint, texts[0].device)
+    largest = next(name for name in saes if name.startswith("topk-"))
+    pruned: dict[str, SAEModel] = {"matryoshka": saes["matryoshka"]}
+    for method, name in (("topk", largest), ("batch_topk", "batch_topk")):
+        order = rank_latents(saes[name], "energy", latent_statistics(saes[name], texts[0], neighbours=0))
+        pruned[method] = sort_latents(saes[name], order=order, across_groups=True)
+    options = {"per_group": asked["per_group"], "effort": asked["effort"], "substitutes": 0, "seed": seed}
+    report = explainability(pruned, *texts, asked["groups"], baselines=False, **options)
+    latents = dict(report.latents)
+    if baselines:
+        few = {**options, "per_group": min(16, asked["per_group"])}
+        random = {"random": random_dictionary(saes["matryoshka"], texts[0], asked["groups"], seed=seed)}
+        latents |= explainability(random, *texts, asked["groups"], baselines=False, **few).latents
+    return {name: [asdict(one) for one in each] for name, each in latents.items()}
 
 
 # The report
 
 
-def values(rows: list[dict], method: str, width: int | None, metric: str) -> np.ndarray:
-    """One number for each seed, in their order."""
-    found = [row for row in rows if row["method"] == method and width in (row["width"], None)]
-    return np.array([row[metric] for row in sorted(found, key=lambda row: row["seed"]) if row.get(metric) is not None])
+def objects(latents: list[dict[str, Any]]) -> list[SimpleNamespace]:
+    """Return records as objects, as the functions of the package take them."""
+    return [SimpleNamespace(**one) for one in latents]
 
 
-def write_report(root: Path, rows: list[dict], given: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Tables, paired differences, what they say, a plot, and every number."""
-    widths = given["widths"]
-    seeds = sorted({row["seed"] for row in rows})
-    parts = [
-        "# Interpretability against width: Matryoshka, pruned and separately trained SAEs",
-        f"Language model `{given['model']}`, {given['hookpoint']}; k = {given['k']}; seeds {seeds}. Patterns of "
-        f"tokens (N2G) from {asked['example_tokens']:,} tokens of training text, tested on {given['eval_tokens']:,} "
-        f"held-out tokens; {asked['per_group']} latents drawn from each group between two widths (selection mask), "
-        "from separate SAEs as many as from a prefix of their width. Probes on properties of tokens"
-        + (f" and on the texts' `{asked['label']}`" if asked["label"] else "")
-        + ". A pruned SAE's latents are those of the whole. Mean over seeds ± half of the 95% t-interval.",
-        "## Is the trade-off there?\n\nA pruned plain SAE would be the more interpretable. Differences in favour of "
-        "the pruned, paired over seeds; undecided where 0 is in the 95% interval:\n\n"
-        + "\n".join(verdict(rows, widths)),
-        *(table(rows, widths, metric) for metric in METRICS),
-        "![Interpretability against width](interpretability.png)",
-    ]
-    plot(rows, widths, root / "interpretability.png")
-    write_json(root / "interpretability.json", {"settings": given, "asked": asked, "rows": rows})
-    temporary = root / "interpretability.csv.tmp"
-    with open(temporary, "w", newline="") as file:
-        out = csv.DictWriter(file, ["seed", "method", "width", "latents", "explainable", *METRICS])
-        out.writeheader()
-        out.writerows(rows)
-    temporary.replace(root / "interpretability.csv")
-    temporary = root / "interpretability.md.tmp"
-    temporary.write_text("\n\n".join(parts) + "\n")
-    temporary.replace(root / "interpretability.md")
+def by_width(latents: list[dict[str, Any]], width: int, score: str) -> float:
+    """Return the mean of a score over the first latents of an SAE, each weighed by those that it was drawn for."""
+    own = [one for one in latents if one["latent"] < width]
+    weights = np.array([one["weight"] for one in own])
+    return float(weights @ np.array([one[score] for one in own]) / weights.sum())
 
 
-def verdict(rows: list[dict], widths: list[int]) -> list[str]:
-    """For each metric at which widths a pruned SAE is better than the Matryoshka, and at which worse."""
-    lines = []
-    for metric, (title, sign, form) in METRICS.items():
-        for base in ("topk", "batch_topk"):
-            told, found = [], {"the pruned is better": [], "the Matryoshka is better": [], "undecided": []}
+def at_equal_frequency(seeds: list[dict[str, Any]], widths: list[int]) -> list[dict[str, Any]]:
+    """Return each plain SAE's difference to the Matryoshka, frequency held, by seed, width and score."""
+    rows = []
+    for found in seeds:
+        for other in ("topk", "batch_topk"):
+            pair = {name: objects(found["latents"][name]) for name in (other, "matryoshka")}
             for width in widths:
-                gain = sign * (values(rows, base, width, metric) - values(rows, "matryoshka", width, metric))
-                interval = Interval.of(gain)
-                told.append(f"{interval.text('+' + form)} at {width}")
-                sure = interval.half is not None and abs(interval.mean) > interval.half
-                better = "the pruned is better" if interval.mean > 0 else "the Matryoshka is better"
-                found[better if sure else "undecided"].append(str(width))
-            said = "; ".join(f"{what} at {', '.join(where)}" for what, where in found.items() if where)
-            lines.append(f"- **{title}**, {METHODS[base]}: {said}. By width {', '.join(told)}.")
-    return lines
+                both = {row["subject"]: row for row in matched(pair, SCORES, [width], resamples=400)}
+                if both:
+                    rows.append(
+                        {
+                            "seed": found["seed"],
+                            "other": other,
+                            "width": width,
+                            "latents": [both[name]["latents"] for name in (other, "matryoshka")],
+                            "covered": [both[name]["covered"] for name in (other, "matryoshka")],
+                            **{score: both[other][score] - both["matryoshka"][score] for score in SCORES},
+                        }
+                    )
+    return rows
 
 
-def table(rows: list[dict], widths: list[int], metric: str) -> str:
-    """One metric of every method at every width."""
-    title, _, form = METRICS[metric]
+def pooled(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the scores by frequency of each method, latents of all seeds together."""
+    names = dict.fromkeys(name for found in seeds for name in found["latents"])
+    latents = {name: objects([one for found in seeds for one in found["latents"].get(name, [])]) for name in names}
+    return by_frequency(latents, SCORES)
+
+
+def write_report(root: Path, given: dict[str, Any], asked: dict[str, Any], seeds: list[dict[str, Any]]) -> None:
+    """Write tables, differences at equal frequency, what they say, a plot, and every number."""
+    widths, rows, bins = asked["groups"], at_equal_frequency(seeds, asked["groups"]), pooled(seeds)
+    raw = {
+        score: {
+            method: [
+                Interval.of(np.array([by_width(each["latents"][method], w, score) for each in seeds])) for w in widths
+            ]
+            for method in METHODS
+        }
+        for score in (*SCORES, "frequency")
+    }
+    parts = [
+        "# Interpretability against width and frequency: Matryoshka and pruned SAEs",
+        f"Language model `{Path(given['model']).name}`, {given['hookpoint']}; F = {given['widths'][-1]}, "
+        f"k = {given['k']}, {given['tokens']:,} training tokens; seeds {[each['seed'] for each in seeds]}. Patterns "
+        f"from {asked['example_tokens']:,} tokens of training text, tested on {given['eval_tokens']:,} of held-out "
+        f"text; {asked['per_group']} latents drawn from each group between the widths {widths}. ± is half of the 95% "
+        "t-interval over seeds; in brackets 95% bootstrap intervals over latents.",
+        "## At equal frequency\n\nEach pruned SAE less the Matryoshka, as if the latents of both fired equally often. "
+        "Above 0 the pruned is easier to say; sure where 0 is outside the interval over seeds:\n\n"
+        + difference_table(rows, widths)
+        + "\n\n"
+        + covered_text(rows, widths),
+        "## By frequency, all seeds together\n\n" + frequency_table(bins),
+        *(f"## By width: {title}\n\n" + width_table(raw[score], widths) for score, title in TITLES.items()),
+        "## By width: mean frequency\n\n" + width_table(raw["frequency"], widths, ".4f"),
+        "![By frequency, and differences at equal frequency](interpretability.png)",
+    ]
+    write_json(root / "interpretability.json", {"settings": given, "asked": asked, "differences": rows, "bins": bins})
+    write_text(root / "interpretability.md", "\n\n".join(parts) + "\n")
+    plot(bins, rows, widths, root / "interpretability.png")
+
+
+def difference_table(rows: list[dict[str, Any]], widths: list[int]) -> str:
+    """Return the paired differences of every score at every width."""
     lines = []
-    for method in (*METHODS, "random"):
-        found = [values(rows, method, width, metric) for width in widths]
-        if all(map(len, found)):
-            cells = [Interval.of(each).text(form) for each in found]
-            lines.append([METHODS.get(method, RANDOM), *cells])
-    for method in ("neurons", "channels", "all channels"):
-        found = values(rows, method, None, metric)
-        if len(found):
-            lines.append([method, *["-"] * (len(widths) - 1), Interval.of(found).text(form)])
-    return f"## {title}\n\n" + markdown(["", *map(str, widths)], lines)
+    for other in ("topk", "batch_topk"):
+        for score in SCORES:
+            cells = []
+            for width in widths:
+                found = np.array([row[score] for row in rows if row["other"] == other and row["width"] == width])
+                interval = Interval.of(found) if len(found) else None
+                sure = interval is not None and interval.half is not None and abs(interval.mean) > interval.half
+                cells.append("-" if interval is None else interval.text("+.3f") + (" (sure)" if sure else ""))
+            lines.append([METHODS[other], TITLES[score], *cells])
+    return markdown(["", "", *map(str, widths)], lines)
 
 
-def plot(rows: list[dict], widths: list[int], path: Path) -> None:
-    """Four metrics against width."""
+def covered_text(rows: list[dict[str, Any]], widths: list[int]) -> str:
+    """Say which share of each SAE's latents fires as often as some of the other's: only these are compared."""
+    told = []
+    for other in ("topk", "batch_topk"):
+        for width in widths:
+            found = [row["covered"] for row in rows if row["other"] == other and row["width"] == width]
+            if found:
+                own, nested = np.mean(found, axis=0)
+                told.append(f"{METHODS[other]} at {width}: {own:.0%} of its latents, {nested:.0%} of the Matryoshka's")
+    return f"Compared, as the others fire more or less often than any of the other SAE: {'; '.join(told)}."
+
+
+def frequency_table(bins: list[dict[str, Any]]) -> str:
+    """Return every score in every bin, with the number of latents."""
+    lines = []
+    for row in bins:
+        cells = []
+        for score in SCORES:
+            bounds = row[f"{score}_interval"]
+            cells.append(f"{row[score]:.3f}" + (f" [{bounds[0]:.3f} {bounds[1]:.3f}]" if bounds else ""))
+        lines.append([METHODS.get(row["subject"], row["subject"]), row["frequency"], row["latents"], *cells])
+    return markdown(["", "fires on", "latents", *(TITLES[score] for score in SCORES)], lines)
+
+
+def width_table(rows: dict[str, list[Interval]], widths: list[int], form: str = ".3f") -> str:
+    """Return one score of every method at every width."""
+    lines = [[METHODS[method], *(each.text(form) for each in intervals)] for method, intervals in rows.items()]
+    return markdown(["", *map(str, widths)], lines)
+
+
+def plot(bins: list[dict[str, Any]], rows: list[dict[str, Any]], widths: list[int], path: Path) -> None:
+    """Draw F1 by frequency, with the tables of the last two tokens, and the differences at equal frequency."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    drawn = ["f1", "correlation", "probe_loss", "accuracy_1"]
-    axes = figure.subplots(1, len(drawn))
-    styles = {"topk": STYLES["energy"], "batch_topk": STYLES["frequency"], "random": STYLES["random"]}
-    for axis, metric in zip(axes, drawn, strict=True):
-        for method in (*METHODS, "random"):
-            points = [Interval.of(values(rows, method, width, metric)) for width in widths]
-            style = STYLES.get(method) or styles[method]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, method in enumerate([*METHODS, "random"]):
+        own = sorted((row["bin"], row) for row in bins if row["subject"] == method and row["f1_interval"])
+        if own:
+            places = [10 ** ((place - 0.5) / 2) for place, _ in own]
+            middle = [row["f1"] for _, row in own]
+            ends = np.array([row["f1_interval"] for _, row in own]).T
             label = METHODS.get(method, "random directions")
-            axis.errorbar(widths, [p.mean for p in points], yerr=[p.half or 0 for p in points], label=label, **style)
-        axis.set(xlabel="width (latents)", ylabel=METRICS[metric][0], xscale="log")
-        axis.set_xticks(widths, [str(width) for width in widths], rotation=45)
-        axis.minorticks_off()
+            left.errorbar(
+                places, middle, yerr=np.abs(ends - middle), fmt="o-", capsize=3, color=f"C{number}", label=label
+            )
+            left.plot(places, [row["pair_f1"] for _, row in own], ":", color=f"C{number}")
+    left.set(xlabel="share of tokens it fires on", ylabel="F1 (dotted: table of the last two tokens)", xscale="log")
+    for number, other in enumerate(("topk", "batch_topk"), start=1):
+        points = []
+        for width in widths:
+            found = np.array([row["f1"] for row in rows if row["other"] == other and row["width"] == width])
+            points += [(width, Interval.of(found))] if len(found) else []
+        middle, half = [each.mean for _, each in points], [each.half or 0 for _, each in points]
+        places = [width * 1.03**number for width, _ in points]
+        right.errorbar(places, middle, yerr=half, fmt="o-", capsize=3, color=f"C{number}", label=METHODS[other])
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(ylabel="F1 less the Matryoshka's, frequency held")
+    label_widths(right, set(widths))
+    for axis in (left, right):
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+        axis.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -63,6 +63,19 @@ def load_language_model(
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> object:
+    """Load the tokenizer of a language model alone; `name` and errors are those of [`load_language_model`]."""
+    if name == EMBEDDED:
+        from ..assets import load_embedded_lm
+
+        return load_embedded_lm()[1]
+    try:
+        check_reachable(name, "config.json", revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+
+
 def model_class(config: PreTrainedConfig) -> type:
     """Return the auto class whose models have the head of a checkpoint."""
     architecture = (config.architectures or [""])[0]

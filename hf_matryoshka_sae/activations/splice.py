@@ -87,19 +87,20 @@ def spliced_logits(
         raise ValueError(f"{type(model).__name__} has no language-model head, so there is no loss to measure.")
     batch = batch.to(next(model.parameters()).device)
     input_ids, scored, targets = _task(model, batch, mask_token_id, seed)
-    hooks = [] if replace is None else [(hookpoint, _Splice(batch.keep, replace))]
+    hooks = [] if replace is None else [(hookpoint, Splice(batch.keep, replace))]
     with hooked(model, hooks), torch.no_grad():
         logits = run_model(model, input_ids, batch.attention_mask if batch.padded else None).logits
     return logits[scored.to(logits.device)], targets[scored].to(logits.device)
 
 
-class _Splice:
+class Splice:
     """Puts new hidden states at the kept positions, the first time the module runs."""
 
     def __init__(self, keep: Tensor, replace: Callable[[Tensor], Tensor]) -> None:
         self.keep, self.replace, self.done = keep, replace, False
 
     def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
+        """Return a module's output with the kept positions replaced; `None` leaves it as it is."""
         if self.done:
             return None
         self.done = True

@@ -11,6 +11,9 @@ Point = tuple[int | None, float, Sequence[float] | None]
 """Width, value, and the ends of the value's interval where it has one."""
 
 
+_SHAPES = "sD^vPX*p"
+
+
 def draw_widths(
     axis: Any, lines: dict[str, list[Point]], flat: Sequence[str] = (), dashed: Sequence[str] = ()
 ) -> None:
@@ -36,6 +39,9 @@ def draw_widths(
             below = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
             above = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
             style |= {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "--" if name in dashed else "-"}
+            if len(points) == 1:  # a dot alone: large, hollow and of a shape of its own, so that none hides another
+                style |= {"marker": _SHAPES[number % len(_SHAPES)], "markersize": 8, "markerfacecolor": "none"}
+                style["markeredgewidth"] = 1.5
             axis.errorbar(widths, values, yerr=[below, above], **style)
     label_widths(axis, {width for name, points in lines.items() if name not in flat for width, *_ in points})
 

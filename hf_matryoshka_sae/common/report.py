@@ -88,6 +88,7 @@ class Report:
         latents (`dict`, *optional*): Results of single latents, by subject.
         grouped (`bool`, *optional*, defaults to `False`): In JSON, records are listed by subject as `saes`, not as
             `rows`.
+        more (`str`, *optional*): Plain text below the table, such as another table.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Report:
     intervals: str = ""
     latents: dict[str, Any] = field(default_factory=dict)
     grouped: bool = False
+    more: str = ""
 
     @property
     def rows(self) -> "DataFrame":
@@ -199,13 +201,15 @@ class Report:
 
     def __str__(self) -> str:
         warning = [f"warning: {self.warning}"] if self.warning else []
-        return "\n".join([self.title, *warning, *text_table(*self._cells(arrows=False)), *self._remarks()])
+        more = ["", self.more] if self.more else []
+        return "\n".join([self.title, *warning, *text_table(*self._cells(arrows=False)), *self._remarks(), *more])
 
     def markdown(self) -> str:
         """Return the table as Markdown; arrows say which way is better."""
         warning = [f"**{self.warning}**"] if self.warning else []
         remarks = ["\n".join(f"- {line}" for line in self._remarks())]
-        parts = [self.title, *warning, markdown_table(*self._cells(arrows=True)), *remarks, self.explanation]
+        more = f"```text\n{self.more}\n```" if self.more else ""
+        parts = [self.title, *warning, markdown_table(*self._cells(arrows=True)), *remarks, more, self.explanation]
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def table_html(self) -> str:

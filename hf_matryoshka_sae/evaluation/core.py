@@ -9,6 +9,7 @@ from ..models import SAEModel
 from .baselines import Identity, PrincipalComponents, random_dictionary
 from .data import HeldOut
 from .fidelity import evaluate_fidelity
+from .firing import FiringSums, rare_share
 from .geometry import density_metrics, weight_geometry
 from .language_model import LossScaling
 from .report import ABOUT, records_of
@@ -17,12 +18,13 @@ from .subjects import Dictionary, Subject
 
 ABOUT_ALL = (
     f"{ABOUT} random: directions drawn at random, in the shape of the SAE above it, as many firing at each width "
-    "under selection mask. principal components: that many dense numbers per token, fitted to these tokens; left out "
-    "from d_in on, where they are the identity. identity: the hidden states themselves. geometry: cosines between the "
+    "under selection mask. principal components: that many dense numbers per token, fitted to these tokens; they "
+    "end at d_in, where they are the identity. identity: the hidden states themselves. geometry: cosines between the "
     "weights of each prefix's latents. density: how often they fire."
 )
 
 IDENTITY = "identity"
+_LEAST_COMPONENTS = 2  # widths of principal components
 
 _COSINE = "mean over latents of the largest cosine to another's {} row."
 _DETAILS = (
@@ -72,8 +74,10 @@ def evaluate(
     if baselines:
         every = sorted({width for subject in subjects.values() for width in subject.widths})
         (d_in,) = {sae.config.d_in for sae in saes.values()}
-        if every[0] < d_in:
-            subjects["principal components"] = PrincipalComponents.fit(data, [w for w in every if w < d_in])
+        below = [width for width in every if width < d_in]
+        # They end at d_in: where SAEs are wider than that, a few smaller numbers show how they get there.
+        below += [max(1, d_in // part) for part in (8, 4, 2)] if len(below) < _LEAST_COMPONENTS else []
+        subjects["principal components"] = PrincipalComponents.fit(data, sorted(set(below)))
         subjects[IDENTITY] = Identity(every[-1:])
     result = evaluate_fidelity(data, subjects)
     rows = result.pop("subjects")
@@ -93,6 +97,16 @@ def _add_details(rows: list[dict[str, Any]], dictionary: Dictionary) -> None:
     shapes = weight_geometry(dictionary.sae, dictionary.widths)
     for row, shape, density in zip(rows, shapes, densities, strict=True):
         row.update(geometry=shape, density=density)
+    for row, firing in zip(rows, _firing_of_widths(dictionary), strict=True):
+        row["rare"], row["rare_interval"] = rare_share(
+            firing.fired[: row["width"]].cpu().numpy(), max(1, int(firing.tokens))
+        )
+
+
+def _firing_of_widths(dictionary: Dictionary) -> list[FiringSums]:
+    """Return the firings of each width: of the one encoding, or of each."""
+    each = zip(dictionary.firing, dictionary.encodings, strict=True)
+    return [firing for firing, widths in each for _ in widths]
 
 
 def details(results: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,8 @@ class HeldOut:
         hookpoint (`str`): A module path, or `"path:input"`.
         mask_token_id (`int`, *optional*): Id of the mask token, for a masked language model.
         tokenizer (`Any`, *optional*): Tokenizer, for studies of words.
+        kept_states (`dict`, *optional*): Where hidden states are kept for studies that read the same batches again; by
+            default they are harvested anew each time.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class HeldOut:
     hookpoint: str
     mask_token_id: int | None = None
     tokenizer: Any = None
+    kept_states: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +73,15 @@ class HeldOut:
 
     def states(self, batch: TokenBatch) -> Tensor:
         """Return hidden states at the kept positions of a batch, `(n, D)` in float32."""
-        states = harvest(self.model, batch.input_ids, batch.attention_mask, [self.hookpoint])[self.hookpoint]
-        return states[batch.keep].float()
+        ids = batch.input_ids
+        key = (self.hookpoint, ids.data_ptr(), ids.shape, ids.stride(), batch.keep.data_ptr())
+        if self.kept_states is not None and key in self.kept_states:
+            return self.kept_states[key][0]
+        states = harvest(self.model, ids, batch.attention_mask, [self.hookpoint])[self.hookpoint]
+        states = states[batch.keep].float()
+        if self.kept_states is not None:
+            self.kept_states[key] = states, batch  # the batch as well, so that no other gets its address
+        return states
 
     def finite(self, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
         """Return the windows of a batch whose hidden states are all finite, and these states, `(n, D)` in float32.

@@ -13,6 +13,7 @@ from ..common.distributed import processes, reduce_sum
 from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
 from .language_model import spliced_metrics
+from .pooled import pooled_metrics
 from .reconstruction import ReconstructionSums
 from .similarity import TokenSample, representational_similarity
 from .subjects import Dictionary, Subject
@@ -52,7 +53,8 @@ def evaluate_fidelity(
     Returns:
         `dict`: `tokens`, `variance`, `mean_norm`; `clean_ce`, `zero_ce`, `mean_ce` (`None` without losses); and under
         `subjects` a list of rows, one for each width, for each name. See [`ReconstructionSums`], [`FiringSums`],
-        [`spliced_metrics`] and [`representational_similarity`] for what the keys mean.
+        [`spliced_metrics`] and [`representational_similarity`] for what the keys mean. Of a model that predicts no
+        tokens, `pooled` and [`pooled_metrics`] instead of losses.
 
         Hidden states and logits of the language model that are NaN or infinite are in no figure, and are counted:
         `excluded_windows` of the held-out text have hidden states that are not finite, `excluded_predictions` of the
@@ -89,14 +91,30 @@ def evaluate_fidelity(
     }
     if sample is not None:
         _add_similarity(subjects, rows, sample.tokens(), seed)
-    if language_model and isinstance(data, HeldOut) and data.has_loss:
-        spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
-        spliced = {name: subject for name, subject in spliced.items() if subject.widths}
-        _add_losses(result, data, spliced, rows, first.mean, show)
+    spliced = {name: _at(subject, (loss_widths or {}).get(name)) for name, subject in subjects.items()}
+    spliced = {name: subject for name, subject in spliced.items() if subject.widths}
+    if language_model and isinstance(data, HeldOut):
+        (_add_losses if data.has_loss else _add_pooled)(result, data, spliced, rows, first.mean, show)
     for row in chain.from_iterable(rows.values()):
         for key in ("ce", "recaptured_zero", "recaptured_mean"):
             row.setdefault(key, None)
     return result | {"subjects": rows}
+
+
+def _add_pooled(
+    result: dict[str, Any],
+    data: HeldOut,
+    subjects: Mapping[str, Subject],
+    rows: dict[str, list[dict[str, Any]]],
+    mean: Tensor,
+    show: bool,  # noqa: ARG001 (as that of losses)
+) -> None:
+    """Add what becomes of whole texts, for a model without a loss."""
+    result["pooled"], metrics = pooled_metrics(data, mean, list(subjects.values()))
+    for (name, subject), entries in zip(subjects.items(), metrics, strict=True):
+        by_width = {row["width"]: row for row in rows[name]}
+        for width, entry in zip(subject.widths, entries, strict=True):
+            by_width[width].update(entry)
 
 
 def _check_tokens(sums: dict[str, ReconstructionSums], excluded: Tensor) -> None:

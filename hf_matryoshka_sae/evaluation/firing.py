@@ -1,13 +1,35 @@
-"""How often and how strongly latents fire: sums over batches, and L0, L1 and dead share of every prefix."""
+"""How often and how strongly latents fire: sums over batches, L0, L1 and dead share of every prefix, and rare latents.
+
+The share of latents that never fire depends on how many tokens were looked at: of one SAE .4% of 60,000, 11% of
+10,000, 31% of 4,000. Here rates of firing are taken to follow a normal distribution of their logarithms with a width
+of its own on either side of the middle, beside a share of latents that are dead; counts are Poisson. The widths, the
+middle and the share are those of largest likelihood, and the share below the limit follows, extrapolated where the
+sample is smaller than a million tokens. The interval holds every share of dead latents at which the likelihood is not
+smaller than 1 / 6.8 of the largest (95%, profile likelihood): of few tokens a dead latent cannot be told from a rare
+one, and the interval is wide. It says nothing of whether the distribution has that form.
+
+    L = sum over latents of log( d [count = 0] + (1 - d) sum over r of p(r) Poisson(count; n r) )
+
+Shapes: F latents, R rates.
+"""
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.distributed import reduce_sum
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
+
+
+LIMIT = 1e-6
+_RATES = np.logspace(-9, 0, 109)
+_START = (-3.0, 0.8, 0.6)
+_BOUNDS = [(-7, -0.3), (0.05, 3), (0.05, 3)]
+_DROP = 1.92  # nats: half of the 95% point of chi-squared with one degree of freedom
+_TRIED = 9  # shares of dead latents
 
 
 def add_moments(moments: Tensor, cols: Tensor, values: Tensor) -> None:
@@ -81,3 +103,67 @@ class FiringSums:
                 }
             )
         return rows
+
+
+def rare_share(fired: np.ndarray, tokens: int, limit: float = LIMIT) -> tuple[float, list[float] | None]:
+    """Return the share of latents that fire on less than `limit` of tokens, and its 95% interval.
+
+    Args:
+        fired (`np.ndarray` of shape `(F,)`): On how many tokens each latent fires.
+        tokens (`int`): How many were looked at.
+        limit (`float`, *optional*, defaults to 1e-6): The rate.
+
+    Returns:
+        The share, and the ends of its interval; `None` of fewer than eight latents.
+    """
+    counts, members = np.unique(_rounded(np.asarray(fired)), return_counts=True)
+    likelihood = _likelihoods(counts, tokens)
+    never = float(members[counts == 0].sum() / members.sum())
+    tried: list[tuple[float, float, float]] = []
+    grid = never * np.linspace(0, 1, _TRIED) ** 1.5
+    for _ in range(2):
+        start = np.array(_START)
+        for dead in np.unique(grid):
+            loss, share, start = _fit(likelihood, members, dead, limit, start)
+            tried.append((loss, share, dead))
+        best = min(tried)[2]  # then more closely around the best, as far as its neighbours
+        below, above = (grid[grid < best][-1:], grid[grid > best][:1])
+        grid = np.linspace(*(float(end[0]) if len(end) else best for end in (below, above)), _TRIED)
+    least, share, _ = min(tried)
+    shares = [each for loss, each, _ in tried if loss <= least + _DROP]
+    return share, None if len(fired) < 8 else [min(shares), max(shares)]
+
+
+def _rounded(fired: np.ndarray) -> np.ndarray:
+    """Return counts with large ones to two digits, so that there are few different ones."""
+    unit = 10 ** np.floor(np.log10(np.maximum(fired, 10)) - 1)
+    return np.where(fired < 30, fired, np.round(fired / unit) * unit).astype(np.int64)
+
+
+def _likelihoods(counts: np.ndarray, tokens: int) -> np.ndarray:
+    """Return the probability of each count at each rate `(C, R)`, and last, at a rate of 0."""
+    from scipy.stats import poisson
+
+    return np.concatenate([poisson.pmf(counts[:, None], tokens * _RATES), (counts == 0)[:, None]], axis=1)
+
+
+def _fit(
+    likelihood: np.ndarray, members: np.ndarray, dead: float, limit: float, start: np.ndarray
+) -> tuple[float, float, np.ndarray]:
+    """Return the least loss in nats with a share of dead latents, the share below the limit, and middle and widths."""
+    from scipy.optimize import minimize
+
+    logs = np.log10(_RATES)
+
+    def prior(point: np.ndarray) -> np.ndarray:
+        middle, left, right = point
+        z = (logs - middle) / np.where(logs < middle, left, right)
+        weights = np.exp(-0.5 * z * z)
+        return np.append((1 - dead) * weights / weights.sum(), dead)
+
+    def loss(point: np.ndarray) -> float:
+        return -(members * np.log(likelihood @ prior(point) + 1e-300)).sum() / members.sum()
+
+    found = minimize(loss, start, method="L-BFGS-B", bounds=_BOUNDS, options={"maxiter": 100})
+    share = float(prior(found.x)[:-1][limit > _RATES].sum() + dead)
+    return float(found.fun * members.sum()), share, found.x

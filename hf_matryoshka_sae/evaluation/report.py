@@ -26,6 +26,14 @@ _COLUMNS = (
         "training compute of a model of that loss, as a share of this one's, by the scaling law that was given.",
         ".2%",
     ),
+    Column(
+        "pooled_cosine",
+        "pooled cos",
+        "cosine of pooled embeddings of texts with the reconstruction in the place of the hidden states, for models "
+        "without a loss.",
+        better="higher",
+    ),
+    Column("neighbours", "neighbours", "share of each text's nearest texts that stay.", ".3f", better="higher"),
     Column("kl", "KL", "from the clean model's predictions, in nats."),
     Column(
         "rsa",
@@ -35,6 +43,12 @@ _COLUMNS = (
         table="value",
     ),
     Column("dead", "dead", "share of the prefix's latents that never fire on the held-out tokens.", ".2%"),
+    Column(
+        "rare",
+        "under 1e-6",
+        "share of the prefix's latents that fire on less than one token in a million, extrapolated.",
+        ".2%",
+    ),
     Column("bits", "bits", "per token, of the progressive code.", ".2f"),
     Column("fvu_coded", "FVU coded", "of the reconstruction from that code."),
 )
@@ -68,7 +82,11 @@ def report_of(result: dict[str, Any]) -> Report:
 
 
 def _report(title: str, records: list[dict[str, Any]], notes: list[str]) -> Report:
-    plotted = [name for name in ("fvu", "recaptured_zero") if any(record.get(name) is not None for record in records)]
+    plotted = [
+        name
+        for name in ("fvu", "recaptured_zero", "neighbours")
+        if any(record.get(name) is not None for record in records)
+    ]
     return Report("evaluation", title, records, _COLUMNS, {}, plotted or ["fvu"], notes)
 
 
@@ -85,7 +103,13 @@ def excluded(result: dict[str, Any]) -> list[str]:
 
 def _losses(result: dict[str, Any]) -> str:
     if result["clean_ce"] is None:
-        return "no language-model loss"
+        pooled = result.get("pooled")
+        if not pooled or pooled["neighbours"] is None:
+            return "no language-model loss"
+        return (
+            f"no language-model loss; with the mean in place of hidden states, pooled cos "
+            f"{pooled['pooled_cosine']:.4f} and neighbours {pooled['neighbours']:.3f} over {pooled['windows']} texts"
+        )
     clean, zero, mean = (format(result[f"{name}_ce"], ".4f") for name in ("clean", "zero", "mean"))
     return f"CE clean {clean}, zero-ablated {zero}, mean-ablated {mean}"
 

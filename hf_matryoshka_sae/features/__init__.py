@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .index.layout import Context, Feature
     from .index.neuronpedia import export_neuronpedia
     from .index.store import FeatureIndex
+    from .labels import read_labels
     from .logits import LogitEffects, logit_effects
     from .patterns.matching import TokenPattern
     from .patterns.search import PatternHit, search_latents, search_words
@@ -34,6 +35,7 @@ __all__ = [
     "build_tree",
     "export_neuronpedia",
     "logit_effects",
+    "read_labels",
     "search_latents",
     "search_words",
     "text_features",

@@ -2,6 +2,8 @@
 
 from .budget import Budget, width_for_budget
 from .codec import decode_latents, decode_progressive, encode_progressive
+from .coding.rate_distortion import rate_distortion
+from .coding.steps import StepCost, choose_step, step_cost
 from .curve import ProgressiveCurve, curves_figure, default_widths, plot_curves, progressive_curve
 from .greedy import GreedyOrder, greedy_order
 from .merging import Merged, merge_latents
@@ -25,8 +27,10 @@ __all__ = [
     "ProgressiveCurve",
     "RateSums",
     "Refit",
+    "StepCost",
     "bits_per_token",
     "calibrate_thresholds",
+    "choose_step",
     "curves_figure",
     "decode_latents",
     "decode_progressive",
@@ -44,8 +48,10 @@ __all__ = [
     "progressive_curve",
     "prune",
     "rank_latents",
+    "rate_distortion",
     "refit",
     "sort_latents",
+    "step_cost",
     "width_for_budget",
     "with_threshold",
 ]

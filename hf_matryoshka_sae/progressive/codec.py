@@ -6,6 +6,7 @@ the latents are not part of a code: encoder and decoder both have them, beside t
 """
 
 import hashlib
+import logging
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +21,12 @@ from tqdm.auto import tqdm
 from ..common.distributed import processes
 from ..models import SAEModel, SparseLatents
 from ..models.sparse_ops import LatentPairs, PairIndex
+from .coding.steps import choose_step, step_cost
 from .packets import Packet, WholePackets, read_packet, write_packet
-from .rate import CodeModel, Moments, bins, checked_step, checked_widths, default_step
+from .rate import CodeModel, Moments, bins, checked_step, checked_widths
 
+
+logger = logging.getLogger(__name__)
 
 _MAGIC = b"HMSP"
 _VERSION = 1
@@ -50,7 +54,9 @@ def encode_progressive(
         statistics (any object with `tokens`, `frequency`, `mean`, `mean_square`): Statistics of this SAE's latents on
             other data; the decoder needs the same.
         step (`float`, *optional*): Width of a bin, in the units of the latents' values. A value is off by less than
-            this, and adds about `step^2 / 12` to the squared error, less for large steps. Default: [`default_step`].
+            this, and adds about `step^2 / 12` to the squared error, less for large steps. By default the largest step
+            by which the squared error grows by at most 2% ([`choose_step`]). What the step costs is logged;
+            [`step_cost`] measures it at every width.
         groups (`Sequence[int]`, *optional*): Widths at which a group ends, increasing to F. Default: the SAE's prefix
             widths, or powers of two.
         block (`int`, *optional*, defaults to 256): Tokens per packet. Longer blocks have less overhead (about 4 bytes
@@ -66,8 +72,11 @@ def encode_progressive(
     """
     constriction = _constriction()
     model = _model(sae, statistics)
-    step = default_step(statistics) if step is None else checked_step(step)
+    flat = x.reshape(-1, x.shape[-1])
     pairs = _firing(sae, x)
+    step = choose_step(sae, flat, statistics) if step is None else checked_step(step)
+    widths = tuple(_default_groups(sae) if groups is None else _checked_groups(groups, len(model)))
+    logger.info("%s", step_cost(sae, flat[:_TOKENS_AT_ONCE], statistics, step, widths))
     numbers = bins(pairs.values, step)
     header = _Header(
         shape=tuple(x.shape[:-1]),
@@ -75,7 +84,7 @@ def encode_progressive(
         step=step,
         block=_checked_block(block),
         depth=_depth(numbers, step),
-        groups=tuple(_default_groups(sae) if groups is None else _checked_groups(groups, len(model))),
+        groups=widths,
         fingerprint=_fingerprint(sae, statistics),
     )
     of_packets = _by_packet(header, pairs.rows.numpy(), pairs.cols.numpy(), numbers.long().numpy())

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..common.distributed import gathered
 from ..common.figures import figure_html, save_figure
 from ..common.files import write_json
 from ..common.report import Report
@@ -15,7 +17,8 @@ from ..evaluation.data import HasActivations
 from ..evaluation.report import report_of
 from ..models import SAEModel
 from ..models.sparse_ops import LatentPairs
-from .rate import RateSums, bins
+from .coding.steps import SAMPLE, choose_step, read_back
+from .rate import RateSums
 from .statistics import LatentStatistics, latent_statistics
 
 
@@ -76,28 +79,36 @@ def curves_figure(curves: dict[str, ProgressiveCurve]) -> "Figure":
         ("width", "recaptured_zero", "width (latents)", "recaptured loss (zero ablation)"),
         ("width", "rsa", "width (latents)", "RSA (Spearman)"),
     ]
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for axis, (x_key, y_key, x_label, y_label) in zip(axes.flat, panels, strict=True):
-        for name, curve in curves.items():
-            points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]
-            points = [point for point in points if None not in point]
+    lines = {panel: {name: _points(curve, panel[0], panel[1]) for name, curve in curves.items()} for panel in panels}
+    drawn = [panel for panel in panels if any(lines[panel].values())]  # such as losses, of a model that has none
+    across = min(2, max(1, len(drawn)))
+    down = max(1, -(-len(drawn) // across))
+    figure = Figure(figsize=(5.5 * across, 4 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, panel in zip(axes, drawn, strict=False):
+        for name, points in lines[panel].items():
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
-        axis.set(xlabel=x_label, ylabel=y_label, xscale="log")
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name or None)
+        axis.set(xlabel=panel[2], ylabel=panel[3], xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a curve may span less than a power of ten
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
-        if y_key.startswith("fvu"):
+        if panel[1].startswith("fvu"):
+            axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="the mean")
             axis.set_ylim(0, min(1.2, axis.get_ylim()[1]))
-        elif axis.lines:
+        else:
             axis.set_ylim(max(-0.2, axis.get_ylim()[0]), 1)
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
-    if any(curves):
-        axes.flat[0].legend(fontsize=8)
+    if drawn:
+        axes[0].legend(fontsize=8)
+    for axis in axes[len(drawn) :]:
+        axis.remove()
     return figure
+
+
+def _points(curve: ProgressiveCurve, x_key: str, y_key: str) -> list[tuple[float, float]]:
+    points = [(row.get(x_key), _number(row.get(y_key))) for row in curve.rows]
+    return [point for point in points if None not in point]
 
 
 def _number(value: Any) -> float | None:
@@ -135,7 +146,7 @@ def progressive_curve(
             at each width.
         statistics ([`LatentStatistics`], *optional*): Statistics that encoder and decoder of the bit stream share; by
             default measured on `data` in another pass.
-        step (`float`, *optional*): Quantiser step of the bit stream; by default [`default_step`].
+        step (`float`, *optional*): Quantiser step of the bit stream; by default [`choose_step`].
         rate (`bool`, *optional*, defaults to `True`): Measure bits per token, and the distortion of the coded latents.
             An SAE that normalises each hidden state by itself has none: its latents alone decode to nothing.
         loss_widths (`Sequence[int]`, *optional*): Widths at which the language model's loss is measured, each by a
@@ -161,6 +172,7 @@ def progressive_curve(
             data = list(data)
         statistics = statistics or latent_statistics(sae, data)
         statistics.check(sae)
+        step = gathered([choose_step(sae, _some(data), statistics)])[0] if step is None else step
         sums = RateSums(statistics, plain.widths, step)
         coded = subjects["coded"] = _Coded(plain, sums)
 
@@ -189,6 +201,17 @@ def progressive_curve(
     return ProgressiveCurve(rows, {**about, **result})
 
 
+def _some(data: HeldOut | HasActivations | Iterable[Tensor]) -> Tensor:
+    """Return the first hidden states of the data, as many as a step is tried on."""
+    parts, count = [], 0
+    for x in activation_batches(data):
+        parts.append(x)
+        count += len(x)
+        if count >= SAMPLE:
+            break
+    return torch.cat(parts)
+
+
 class _Coded(Dictionary):
     """A dictionary with the values of the bit stream, which are quantised."""
 
@@ -198,10 +221,5 @@ class _Coded(Dictionary):
 
     def decode(self, pairs: list[LatentPairs]) -> Tensor:
         """Return the reconstructions `(P, N, D)` from quantised latents."""
-        return super().decode([self._read(part) for part in pairs])
-
-    def _read(self, pairs: LatentPairs) -> LatentPairs:
-        fired = pairs.keep(pairs.values > 0)
-        step = self.sums.step
-        values = self.sums.model.to(fired.values.device).read(fired.cols, bins(fired.values, step), step)
-        return fired.with_values(values.to(fired.values.dtype))
+        fired = [part.keep(part.values > 0) for part in pairs]
+        return super().decode([read_back(part, self.sums.model, self.sums.step) for part in fired])

@@ -25,11 +25,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--subfolder", help="of the repository or folder")
     parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
     parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
-    parser.add_argument("--dataset", metavar="PATH", help="held-out text: file, folder or Hub id")
+    parser.add_argument(
+        "--dataset", metavar="PATH", help="held-out text: file, folder or Hub id (default: that of the SAE's run)"
+    )
     parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
     parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=60_000, help="of it, to measure on (default: %(default)s)")
-    parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
+    parser.add_argument("--context_length", type=int, help="in tokens (default: that of the SAE's run, else 128)")
     parser.add_argument("--widths", type=whole_numbers, help="such as 64,128,256 (default: the SAE's prefix widths)")
     parser.add_argument(
         "--selection",
@@ -64,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    check_at_least(1, tokens=parsed.tokens, context_length=parsed.context_length)
+    check_at_least(1, tokens=parsed.tokens)
+    if parsed.context_length is not None:
+        check_at_least(1, context_length=parsed.context_length)
     if parsed.suite == "core" and (parsed.minutes or parsed.labelled or parsed.judge or parsed.prompts):
         raise ValueError("--minutes, --labelled, --judge and --prompts belong to --suite full.")
     if parsed.minutes is not None and not parsed.minutes > 0:

@@ -24,6 +24,7 @@ from ..models import SAEModel, TopKSAE, TopKSAEConfig
 
 
 RANDOM, NEURONS = "random", "neurons"
+_LEAST = 8  # latents, over which an interval is drawn
 
 
 def with_baselines(
@@ -179,6 +180,15 @@ class DrawnLatents:
         return cls(widths, groups, counts)
 
     @property
+    def weights(self) -> dict[int, float]:
+        """How many eligible latents each drawn one stands for."""
+        return {
+            latent: count / len(group)
+            for group, count in zip(self.groups, self.eligible, strict=True)
+            for latent in group
+        }
+
+    @property
     def latents(self) -> list[int]:
         """Latents of all groups, in order."""
         return [latent for group in self.groups for latent in group]
@@ -196,8 +206,8 @@ class DrawnLatents:
 
         Returns:
             `list[dict]`: `width`, `latents` (drawn), `explainable` (share that is eligible), each score's mean by its
-            name, and its interval as `<name>_interval`: `None` where one latent was drawn from a group of more. Zeros
-            where nothing is eligible.
+            name, and its interval as `<name>_interval`: `None` where fewer than eight latents were drawn in all, or
+            from a group of more. Zeros where nothing is eligible.
         """
         size = len(names)
         tables = [np.array([values[latent] for latent in group]).reshape(-1, size) for group in self.groups]
@@ -210,12 +220,14 @@ class DrawnLatents:
             weights /= max(1.0, weights.sum())
             scores = np.tensordot(weights, means[:number], 1)
             intervals = middle_95(np.tensordot(weights, samples[:number], 1))
-            if any(len(group) == 1 < count for group, count in zip(self.groups[:number], self.eligible, strict=False)):
-                intervals = [None] * size  # a single latent says nothing about the spread of its group
+            drawn = sum(map(len, self.groups[:number]))
+            groups = zip(self.groups[:number], self.eligible, strict=False)
+            if drawn < _LEAST or any(len(group) < min(count, _LEAST) for group, count in groups):
+                intervals = [None] * size  # so few say little about the spread of their group
             rows.append(
                 {
                     "width": width,
-                    "latents": sum(map(len, self.groups[:number])),
+                    "latents": drawn,
                     "explainable": sum(self.eligible[:number]) / width,
                     **dict(zip(names, scores.tolist(), strict=True)),
                     **{f"{name}_interval": bounds for name, bounds in zip(names, intervals, strict=True)},

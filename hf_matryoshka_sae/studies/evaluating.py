@@ -15,7 +15,7 @@ from ..common.files import write_json
 from ..evaluation.core import ABOUT_ALL, IDENTITY, details, evaluate
 from ..evaluation.data import HeldOut, open_heldout
 from ..evaluation.language_model import LossScaling
-from ..evaluation.opening import open_saes
+from ..evaluation.opening import RunText, open_saes, run_of
 from ..evaluation.report import plot, table
 from ..models.digests import folder_digest, weights_digest
 from .explanations.autointerp.interpretability import greet
@@ -36,14 +36,16 @@ def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
     output = Path(parsed.output_dir) if parsed.output_dir else folder or Path("runs/evaluate")
     if judge is not None and accelerator.is_main_process:
         greet(judge, output / FOLDER / "answers.jsonl")  # a judge that cannot be reached shall fail now, not in hours
+    run = run_of(folder)
     heldout: dict[str, HeldOut] = {}
     results, places = [], []
     for (model, hookpoint), group in groups.items():
         if model not in heldout:
-            heldout = {model: _open(parsed, model, hookpoint, accelerator.device)}  # one language model at a time
+            heldout = {model: _open(parsed, run, model, hookpoint, accelerator.device)}  # one language model at a time
         (place,) = resolve_hookpoints(heldout[model].model, [hookpoint])
         data = replace(heldout[model], hookpoint=place)
-        about = {"model": model, "dataset": parsed.dataset or EMBEDDED}
+        own = EMBEDDED if run is None or run.dataset is None else Path(run.dataset.path).name
+        about = {"model": model, "dataset": parsed.dataset or own}
         if parsed.suite == "core":
             result = evaluate(data, group, parsed.widths, parsed.selection, not parsed.no_baselines, scaling)
             results.append({**about, **result})
@@ -55,7 +57,7 @@ def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
         return
     if parsed.suite == "full":
         path = write_report(output / FOLDER, places, parsed.minutes)
-        sys.stdout.write(f"{path.read_text(encoding='utf-8').split('### ')[0].strip()}\n\nSaved {path}\n")
+        sys.stdout.write(f"{path.read_text(encoding='utf-8').strip()}\n\nSaved {path}\n")
         return
     _write(results, output)
 
@@ -86,13 +88,19 @@ def _suite(parsed: argparse.Namespace, bench: Bench, about: dict[str, Any], outp
     }
 
 
-def _open(parsed: argparse.Namespace, model: str, hookpoint: str, device: torch.device) -> HeldOut:
+def _open(
+    parsed: argparse.Namespace, run: RunText | None, model: str, hookpoint: str, device: torch.device
+) -> HeldOut:
+    """Open the text that the arguments name, else the run's own held-out text, else the embedded one."""
+    options: dict[str, Any] = {"context_length": parsed.context_length or (run.context_length if run else 128)}
     dataset = None
     if parsed.dataset is not None:
         dataset = DatasetConfig(parsed.dataset, split=parsed.split, column=parsed.column)
+    elif run is not None and run.dataset is not None:
+        dataset, options["exclude"] = run.dataset, run.exclude
     elif model != EMBEDDED:
         raise ValueError(f"Name held-out text for {model!r} with --dataset: a file, a folder or a Hub id.")
-    return open_heldout(model, hookpoint, dataset, parsed.tokens, parsed.context_length, device=device)
+    return open_heldout(model, hookpoint, dataset, parsed.tokens, device=device, **options)
 
 
 def _write(results: list[dict[str, Any]], folder: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...common.files import as_json
 from ...models import SAEModel
+from ..telling import Spell, feature_html, feature_text
 
 
 INDEX, LATENTS, CONTEXTS = "index.json", "latents.parquet", "contexts.parquet"
@@ -96,9 +97,9 @@ class Context:
     position: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Feature:
-    """One latent in an index. Latents are numbered by their position in the SAE.
+    """One latent in an index; it prints as text. Latents are numbered by their position in the SAE.
 
     Args:
         latent (`int`): Position in the SAE.
@@ -120,6 +121,8 @@ class Feature:
         parent_score (`float`, *optional*): Score of the parent.
         children (`list[int]`): Latents of the next level that refine it.
         contexts (`list[Context]`): Strongest contexts first, then those of each quantile.
+        label (`str`, *optional*): What somebody called it; see [`read_labels`].
+        spell (`Callable`, *optional*): From token ids to their texts, for printing.
     """
 
     latent: int
@@ -140,6 +143,14 @@ class Feature:
     parent_score: float | None
     children: list[int]
     contexts: list[Context] = field(default_factory=list)
+    label: str | None = None
+    spell: Spell | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return feature_text(self)
+
+    def _repr_html_(self) -> str:
+        return feature_html(self)
 
     @property
     def top_contexts(self) -> list[Context]:

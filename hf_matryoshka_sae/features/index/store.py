@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ...common.files import write_json
 from ...models import SAEModel
 from ...models.configuration_sae import nearest
+from ..labels import LABELS, read_labels
 from ..sizes import FOLDER
+from ..telling import Contexts, Spell, speller
 from .about import read_about
 from .layout import (
     CONTEXTS,
@@ -43,19 +46,36 @@ class FeatureIndex:
     Attributes:
         about (`dict[str, Any]`): Content of `index.json`: `base_model`, `hookpoint`, `dataset`, `tokens`,
             `context_length`, `weights`, `versions`, ...
+        labels (`dict[int, str]`): What latents are called, by the id each had before any sorting or pruning
+            (`latent_ids` of the SAE); add others with `index.labels |= read_labels(path)`, keep them with
+            [`save_labels`].
+        spell (`Callable`): From token ids to their texts, by the tokenizer of `base_model`, which is loaded when it is
+            first needed.
     """
 
     def __init__(
-        self, about: dict[str, Any], locate: Callable[[str, int], Path], places: np.ndarray | None = None
+        self,
+        about: dict[str, Any],
+        locate: Callable[[str, int], Path],
+        places: np.ndarray | None = None,
+        labels: dict[int, str] | None = None,
+        spell: Spell | None = None,
     ) -> None:
         self.about = about
+        self.labels = {} if labels is None else labels
+        self.spell = spell or speller(about.get("base_model"))
         self._locate = locate
         self._places = places
         self._reading = threading.Lock()
 
     @classmethod
     def open(
-        cls, source: str | os.PathLike, subfolder: str = "", revision: str | None = None, token: str | None = None
+        cls,
+        source: str | os.PathLike,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | None = None,
+        tokenizer: Any = None,
     ) -> "FeatureIndex":
         """Open the index beside an SAE.
 
@@ -65,6 +85,8 @@ class FeatureIndex:
             subfolder (`str`, *optional*): Folder of the SAE in the folder or repository.
             revision (`str`, *optional*): Branch, tag or commit.
             token (`str`, *optional*): Token of the Hub; by default the one huggingface_hub knows.
+            tokenizer (*optional*): The language model's, for the texts of tokens; by default that of the model which
+                the index names is loaded.
 
         Raises:
             `ValueError`: if there is no finished index, it is damaged, or of a newer format.
@@ -79,7 +101,15 @@ class FeatureIndex:
             locate = _in_folder(folder)
         else:
             locate = _on_hub(str(source), subfolder, revision, token)
-        return cls(read_about(locate(INDEX), source), _checked(locate, source))
+        about = read_about(locate(INDEX), source)
+        labels = locate(LABELS) if local.is_dir() or about.get("labels") else None
+        labels = read_labels(labels) if labels is not None and labels.is_file() else {}
+        return cls(about, _checked(locate, source), None, labels, speller(about.get("base_model"), tokenizer))
+
+    def save_labels(self, folder: str | os.PathLike) -> None:
+        """Write the labels into the folder of the index, or of its SAE, where [`open`] finds them."""
+        folder = Path(folder) / ("" if (Path(folder) / INDEX).is_file() else FOLDER)
+        write_json(folder / LABELS, {str(key): label for key, label in self.labels.items()})
 
     @cached_property
     def _latents(self) -> pq.ParquetFile:
@@ -141,26 +171,20 @@ class FeatureIndex:
         """
         place = self._place(latent)
         feature = self._feature(place)
+        feature.label, feature.spell = self.labels.get(feature.latent_id), self.spell
         if contexts:
             feature.contexts = self.contexts(latent)
         return feature if self._places is None else self._moved(feature, latent)
 
-    def contexts(self, latent: int) -> list[Context]:
-        """Return only the contexts of a latent; raise `ValueError` as [`feature`] does."""
+    def contexts(self, latent: int) -> Contexts:
+        """Return only the contexts of a latent, a list that prints as text; raise `ValueError` as [`feature`] does."""
         place = self._place(latent)
         group = place // LATENTS_PER_GROUP[CONTEXTS]
         table = self._read(lambda: self._contexts.read_row_group(group))
         rows = table.filter(pc.equal(table["latent"], place)).drop_columns("latent").to_pylist()
-        return [
-            Context(
-                **row
-                | {
-                    "token_ids": np.array(row["token_ids"], np.int32),
-                    "activations": np.array(row["activations"], np.float32),
-                }
-            )
-            for row in rows
-        ]
+        arrays = {"token_ids": np.int32, "activations": np.float32}
+        found = (Context(**row | {key: np.array(row[key], kind) for key, kind in arrays.items()}) for row in rows)
+        return Contexts(found, self.spell)
 
     def peak_tokens(self) -> list[list[int]]:
         """Return for each latent the token ids at the peaks of its top contexts, strongest first.
@@ -251,9 +275,8 @@ class FeatureIndex:
                 f"{missing} of the SAE's {len(rows)} latents are not those of this index: it is of another SAE, or "
                 "they were merged or trained further. Build an index of this SAE."
             )
-        return FeatureIndex(
-            self.about, self._locate, places_in_file if self._places is None else self._places[places_in_file]
-        )
+        places = places_in_file if self._places is None else self._places[places_in_file]
+        return FeatureIndex(self.about, self._locate, places, self.labels, self.spell)
 
     @cached_property
     def _numbers(self) -> np.ndarray:

@@ -20,7 +20,7 @@ it ranks latents without bringing them to one scale.
 Shapes: N words, D width of the hidden states, F latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from ...activations import hookpoint_widths, resolve_hookpoints
 from ...common.distributed import processes
 from ...evaluation.geometry import checked_widths
-from ...features.firings import joined_pairs
+from ...features.firings import joined_pairs, values_of
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs, PairIndex, row_norms
 from ..probing.logistic import LogisticProbe, f1_scores, fit_logistic, main_latents, rank_latents
@@ -165,9 +165,9 @@ def absorption_on_task(
     if usable.sum() < thresholds.min_letters:
         return _undefined(_reason(task, f1, usable, thresholds), task.source, thresholds) | facts
     probe = LogisticProbe(probe.weight[usable], probe.bias[usable])
-    selected = _Letters([LETTERS[c] for c in classes[usable].tolist()], targets[:, usable], right[:, usable], probe)
+    selected = Classes([LETTERS[c] for c in classes[usable].tolist()], targets[:, usable], right[:, usable], probe)
     rows = [
-        _row(sae, task, selected, width, selection, thresholds)
+        row_of_width(sae, task.states, task.heldout, selected, width, selection, thresholds)
         for width in tqdm(widths, desc="absorption", leave=False, disable=processes()[0] != 0)
     ]
     notes = []
@@ -246,49 +246,63 @@ def absorbed_words(
 
 
 @dataclass
-class _Letters:
-    """The letters that count: names, their words `(N, C)`, the words the probe gets right `(N, C)`, the probe."""
+class Classes:
+    """The classes that count: letters of words, or properties of tokens.
+
+    Args:
+        names (`list[str]`): Their names.
+        targets (`Tensor` of shape `(N, C)`): bool; members of each.
+        right (`Tensor` of shape `(N, C)`): bool; held-out members that the probe gets right.
+        probe ([`LogisticProbe`]): Of each class.
+        origin (`Tensor` of shape `(D,)`, *optional*): Hidden state from which projections are measured; by default 0.
+    """
 
     names: list[str]
     targets: Tensor
     right: Tensor
     probe: LogisticProbe
+    origin: Tensor | None = None
 
 
-def _row(
+Watch = Callable[[int, Tensor], dict[str, Any]]
+"""Takes a class's number and on which of its held-out members `(n,)` a main latent fires; returns further figures."""
+
+
+def row_of_width(
     sae: SAEModel,
-    task: FirstLetterTask,
-    letters: _Letters,
+    states: Tensor,
+    heldout: Tensor,
+    classes: Classes,
     width: int,
     selection: str,
     thresholds: AbsorptionThresholds,
+    watch: Watch = lambda _number, _fires: {},
 ) -> dict[str, Any]:
-    """Return the row of one prefix width."""
-    latents, decoder = _unit_latents(sae, task.states, width, selection)
-    train, heldout = (_of_words(latents, part) for part in (~task.heldout, task.heldout))
-    ranked = rank_latents(train, letters.targets[~task.heldout], thresholds.max_main)
+    """Return the row of one prefix width: means over classes, and under `letters` each class's own figures."""
+    latents, decoder = _unit_latents(sae, states, width, selection)
+    train, tested = (_of_words(latents, part) for part in (~heldout, heldout))
+    ranked = rank_latents(train, classes.targets[~heldout], thresholds.max_main)
     scores, without = {}, []
-    for c, letter in enumerate(letters.names):
+    for c, name in enumerate(classes.names):
         if not len(ranked[c]):
-            without.append(letter)
+            without.append(name)
             continue
-        target = letters.targets[:, c]
-        main, curve = main_latents(
-            ranked[c], train, target[~task.heldout], heldout, target[task.heldout], thresholds.min_gain
-        )
-        right, direction = letters.right[:, c], letters.probe.weight[c]
-        full, fraction = absorbed_words(
-            task.states[right], _of_words(latents, right), decoder, direction, main, thresholds
-        )
-        scores[letter] = {
+        target = classes.targets[:, c]
+        main, curve = main_latents(ranked[c], train, target[~heldout], tested, target[heldout], thresholds.min_gain)
+        right, direction = classes.right[:, c], classes.probe.weight[c]
+        own = states[right] if classes.origin is None else states[right] - classes.origin
+        full, fraction = absorbed_words(own, _of_words(latents, right), decoder, direction, main, thresholds)
+        fires = (values_of(_of_words(latents, heldout & target), main) > thresholds.silent).any(1)
+        scores[name] = {
             "full_absorption": full.double().mean().item(),
             "absorption_fraction": fraction.mean().item(),
             "split_latents": len(main),
             "words": int(right.sum()),
             "main_latents": main.tolist(),
             "main_f1": curve[len(main) - 1],
+            **watch(c, fires),
         }
-    row = {"width": width, "l0": (latents.values > 0).sum().item() / len(task.states)}
+    row = {"width": width, "l0": (latents.values > 0).sum().item() / len(states)}
     return row | _means(scores, without, thresholds.min_letters) | {"letters": scores}
 
 

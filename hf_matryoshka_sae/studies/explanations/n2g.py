@@ -1,21 +1,32 @@
 """Neuron to Graph: can what a latent fires on be written down as patterns of tokens?
 
-After Foote et al. 2023 (arXiv 2305.19911), with the thresholds of Gao et al. 2024 (arXiv 2406.04093, section 4.3). For
-each example, a context that ends on a token where the latent fires:
+After Foote et al. 2023 (arXiv 2305.19911), with the thresholds of Gao et al. 2024 (arXiv 2406.04093, section 4.3). Of
+places where a latent fires:
 
-1. *prune*: keep the shortest run of last tokens on which the activation is at least half of what it was;
+1. *prune*: keep the shortest run of tokens around it on which the activation is at least half of what it was; where
+   16 tokens are not enough these are the pattern, as they are;
 2. *saliency*: 1 - activation with the token replaced by padding / activation; a token below 0.5 becomes a wildcard,
-   but for the last, on which the latent fires;
+   but for the one on which the latent fires;
 3. *start*: if padding before the run halves the activation, the run has to stand at the start of a context;
 4. *substitutes*: salient tokens are exchanged for what the language model itself finds likely there; where the
    activation stays at least half, that is a pattern too.
+
+Runs end on the token where the latent fires; where the model sees what follows (an encoder), they reach to both sides,
+between the special tokens that the model expects around a text.
+
+How many places are looked at is in proportion to how often the latent fires, drawn evenly over the ranks of its
+activations. With a fixed number, latents that fire often are explained by too few examples, and the score measures
+frequency: a latent on 12% of tokens gets little recall from 16 examples of it. Runs of one and two tokens are cheap,
+as equal ones are read once: every firing is tried with them (up to 4,096 and 1,024). Of those that need more context
+one in eight is followed, up to 96; what fires often and needs long contexts is therefore still explained in part
+alone.
 
 The patterns predict activations on other text; precision and recall are of firing, the correlation is Pearson's.
 
 Shapes: N windows of S tokens, D `d_in`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,17 +34,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...activations import harvest
 from ...common.distributed import processes
 from ...evaluation.data import HeldOut
-from ...features.firings import Firings, joined, span, values_of
+from ...features.firings import Firings, joined, span
 from ...models import SAEModel
-from .n2g_trie import START, WILDCARD, PatternTrie
+from .n2g_runs import Run, RunReader
+from .n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 
 HALF = 0.5
-_LONGEST = 32
-_TOKENS_AT_ONCE = 2**14
+PLACES, PAIRS, FOLLOWED = 4096, 1024, 96
+"""Most places of a latent that are tried with their token alone, with the one before, and with longer contexts."""
+_SHARE_FOLLOWED, _LEAST_FOLLOWED = 1 / 8, 16
+_SIZES = (*range(3, 9), 10, 12, 16)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class Explained:
             precision is 0 where nothing is predicted, recall where it never fires.
         correlation (`float`): Pearson's, of predicted and actual activation; 0 where either does not vary.
         fired (`int`), predicted (`int`): Tokens of the test text.
-        examples (`int`), patterns (`int`): From which its graph is made, and how many are in it.
+        frequency (`float`): Share of the test text's tokens on which it fires.
+        examples (`int`), patterns (`int`): Places in the other text at which it was looked, and what came of them.
     """
 
     latent: int
@@ -56,6 +70,7 @@ class Explained:
     correlation: float
     fired: int
     predicted: int
+    frequency: float
     examples: int
     patterns: int
 
@@ -121,126 +136,169 @@ class Explainer:
     Args:
         sae ([`SAEModel`]): Used as it is at inference.
         data ([`HeldOut`]): Its language model, tokenizer and hookpoint.
-        examples (`int`, *optional*, defaults to 16): For each latent; half of them where it fires most, half drawn.
         substitutes (`int`, *optional*, defaults to 5): Likely tokens that are tried in place of each salient one; 0
             for none.
-        seed (`int`, *optional*, defaults to 0): Of the drawn examples.
+        effort (`float`, *optional*, defaults to 1.0): Scales how many places are looked at.
+        seed (`int`, *optional*, defaults to 0): Of the drawn places.
     """
 
-    def __init__(self, sae: SAEModel, data: HeldOut, examples: int = 16, substitutes: int = 5, seed: int = 0) -> None:
-        if examples < 1 or substitutes < 0:
-            raise ValueError(f"Expected `examples` >= 1 and `substitutes` >= 0, got {examples} and {substitutes}.")
-        self.sae, self.data, self.count, self.substitutes, self.seed = sae.eval(), data, examples, substitutes, seed
-        tokenizer = data.tokenizer
-        if tokenizer is None:
-            raise ValueError("Patterns need the language model's tokenizer: `HeldOut(..., tokenizer=...)`.")
-        self.bos: int | None = tokenizer.bos_token_id
-        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, self.bos, 0)
-        self.pad = next(token for token in fillers if token is not None)
+    def __init__(self, sae: SAEModel, data: HeldOut, substitutes: int = 5, effort: float = 1.0, seed: int = 0) -> None:
+        if substitutes < 0 or not effort > 0:
+            raise ValueError(f"Expected `substitutes` >= 0 and `effort` > 0, got {substitutes} and {effort}.")
+        self.sae, self.data, self.substitutes, self.seed = sae.eval(), data, substitutes, seed
+        self.places, self.pairs, self.followed = (max(1, round(effort * most)) for most in (PLACES, PAIRS, FOLLOWED))
+        self.reader = RunReader(sae, data)
+        self._text: tuple[Examples, np.ndarray, np.ndarray] | None = None  # windows, and where documents go on
 
     def explain(self, latent: int, found: Examples) -> PatternTrie:
-        """The patterns of a latent.
+        """Return the patterns of a latent.
 
         Raises:
             `ValueError`: if there are no examples of it.
         """
-        trie = PatternTrie()
-        for tokens, value in self._chosen(latent, found):
-            self._add(trie, latent, tokens, value)
-        return trie
-
-    def _chosen(self, latent: int, found: Examples) -> list[tuple[list[int], float]]:
-        """Contexts `(tokens up to the one it fires on, activation)`: the strongest, and some of the others."""
         if latent not in found.fired or not len(found.fired[latent][0]):
             raise ValueError(f"There are no examples of latent {latent}: it does not fire, or was not looked for.")
-        places, values = found.fired[latent]
-        inside = (found.windows != (WILDCARD if self.bos is None else self.bos)).numpy()
-        order = values.argsort(descending=True, stable=True)
-        top = order[: -(-self.count // 2)]
-        rest = order[len(top) :]
-        generator = torch.Generator().manual_seed(self.seed + latent)
-        drawn = rest[torch.randperm(len(rest), generator=generator)[: self.count - len(top)]]
-        contexts = []
-        for index in torch.cat([top, drawn]).tolist():
-            row, column = divmod(int(places[index]), inside.shape[1])
-            # What stands before a separator is of another document.
-            start, stop = span(inside[row], column, _LONGEST - 1, 0)
-            contexts.append((found.windows[row, start:stop].tolist(), float(values[index])))
-        return contexts
+        places, values = (each.numpy() for each in found.fired[latent])
+        generator = np.random.default_rng([self.seed, latent])
+        trie = PatternTrie()
+        left = evenly(values, self.places, generator)
+        for size, most in ((1, self.places), (2, self.pairs)):
+            left = left[evenly(values[left], most, generator)]
+            if size == 1:
+                runs: list[Run] = [((token,), 0) for token in found.windows.flatten()[places[left]].tolist()]
+            else:
+                runs = [self._run(self._context(found, place), size) for place in places[left]]
+            left = left[self._short(trie, latent, runs, values[left])]
+        count = min(self.followed, max(_LEAST_FOLLOWED, round(_SHARE_FOLLOWED * len(left))))
+        followed = left[evenly(values[left], count, generator)]
+        self._follow(trie, latent, [self._context(found, place) for place in places[followed]], values[followed])
+        return trie
 
-    def _add(self, trie: PatternTrie, latent: int, tokens: list[int], value: float) -> None:
-        runs = [tokens[-size:] for size in range(1, len(tokens) + 1)]
-        activations = self._activations(latent, runs)
-        size = next((n for n, found in enumerate(activations, start=1) if found >= HALF * value), None)
-        if size is None:  # what it saw reaches back further than the run
-            size = len(tokens)
-        run, whole = runs[size - 1], float(activations[size - 1])
-        if whole <= 0:
-            trie.add(run, value)
-            return
-        without = [[*run[:place], self.pad, *run[place + 1 :]] for place in range(size)]
-        *salient, padded = self._activations(latent, [*without, [self.pad, *run]])
-        pattern = [
-            token if 1 - float(left) / whole >= HALF else WILDCARD for token, left in zip(run, salient, strict=True)
+    def _short(self, trie: PatternTrie, latent: int, runs: list[Run], values: np.ndarray) -> np.ndarray:
+        """Add runs of one or two tokens that are enough; return the numbers of those that are not."""
+        wholes = self.reader.activations(latent, runs)
+        enough = (wholes >= HALF * values) & (wholes > 0)
+        kept = np.flatnonzero(enough)
+        self._add_salient(
+            trie, latent, [runs[number] for number in kept], wholes[kept], values[kept], substitutes=False
+        )
+        return np.flatnonzero(~enough)
+
+    def _context(self, found: Examples, place: int) -> tuple[list[int], list[int]]:
+        """Return the tokens up to a place, and those after it; what lies past a separator is of another document."""
+        if self._text is None or self._text[0] is not found:
+            separators = [*self.reader.prefix, *self.reader.suffix]
+            self._text = found, found.windows.numpy(), ~np.isin(found.windows.numpy(), separators)
+        _, windows, inside = self._text
+        row, column = divmod(int(place), windows.shape[1])
+        start, stop = span(inside[row], column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.reader.sees_ahead else 0)
+        return windows[row, start : column + 1].tolist(), windows[row, column + 1 : stop].tolist()
+
+    def _run(self, context: tuple[list[int], list[int]], size: int) -> Run:
+        before, after = context
+        behind = min(len(after), (size - 1) // 2) if self.reader.sees_ahead else 0
+        return (*before[-max(1, size - behind) :], *after[:behind]), behind
+
+    def _follow(
+        self, trie: PatternTrie, latent: int, contexts: list[tuple[list[int], list[int]]], values: np.ndarray
+    ) -> None:
+        """Add what comes of runs of several tokens."""
+        runs: dict[int, Run] = {}
+        wholes = np.zeros(len(contexts))
+        waiting = np.arange(len(contexts))
+        for size in _SIZES:
+            tried = [self._run(contexts[one], size) for one in waiting]
+            found = self.reader.activations(latent, tried)
+            enough = found >= HALF * values[waiting]
+            for number in np.flatnonzero(enough):
+                runs[int(waiting[number])], wholes[waiting[number]] = tried[number], found[number]
+            waiting = waiting[~enough]
+        for number in waiting:  # what it saw reaches further
+            run = self._run(contexts[number], _SIZES[-1])
+            trie.add(_written(run, list(run[0])), float(values[number]))
+        kept = sorted(runs)
+        self._add_salient(trie, latent, [runs[number] for number in kept], wholes[kept], values[kept])
+
+    def _add_salient(
+        self,
+        trie: PatternTrie,
+        latent: int,
+        runs: list[Run],
+        wholes: np.ndarray,
+        values: np.ndarray,
+        substitutes: bool = True,
+    ) -> None:
+        changed = [
+            variant
+            for tokens, behind in runs
+            for variant in (
+                *(
+                    ((*tokens[:place], self.reader.pad, *tokens[place + 1 :]), behind)
+                    for place in range(len(tokens))
+                    if place != len(tokens) - 1 - behind
+                ),
+                ((self.reader.pad, *tokens), behind),
+            )
         ]
-        pattern[-1] = run[-1]  # a latent that fires on padding too would be said to fire on everything
-        front = [START] if padded < HALF * whole else []
-        trie.add([*front, *pattern], value)
-        self._add_substitutes(trie, latent, run, pattern, front, whole, value)
+        left = iter(self.reader.activations(latent, changed).tolist())
+        patterns, fronts = [], []
+        for (tokens, behind), whole in zip(runs, wholes, strict=True):
+            own = len(tokens) - 1 - behind  # a latent that fires on padding too would be said to fire on everything
+            salient = [
+                token if place == own or 1 - next(left) / whole >= HALF else WILDCARD
+                for place, token in enumerate(tokens)
+            ]
+            patterns.append(salient)
+            fronts.append([START] if next(left) < HALF * whole else [])
+        for run, pattern, front, value in zip(runs, patterns, fronts, values, strict=True):
+            trie.add([*front, *_written(run, pattern)], float(value))
+        if substitutes and self.substitutes and self.data.has_loss and not self.reader.sees_ahead and runs:
+            self._add_substitutes(trie, latent, runs, patterns, fronts, wholes, values)
 
     def _add_substitutes(
         self,
         trie: PatternTrie,
         latent: int,
-        run: list[int],
-        pattern: list[int],
-        front: list[int],
-        whole: float,
-        value: float,
+        runs: list[Run],
+        patterns: list[list[int]],
+        fronts: list[list[int]],
+        wholes: np.ndarray,
+        values: np.ndarray,
     ) -> None:
-        places = [place for place, key in enumerate(pattern) if key != WILDCARD]
-        if not self.substitutes or not places or not self.data.has_loss:
-            return
-        likely = self._likely(run)
-        tried = [(place, token) for place in places for token in likely[place] if token != run[place]]
-        if not tried:  # what the model finds likely is what stands there
-            return
-        runs = [[*run[:place], token, *run[place + 1 :]] for place, token in tried]
-        for (place, token), found in zip(tried, self._activations(latent, runs), strict=True):
-            if found >= HALF * whole:
-                changed = [*pattern[:place], token, *pattern[place + 1 :]]
-                trie.add([*front, *changed], value * float(found) / whole)
-
-    def _likely(self, run: list[int]) -> list[list[int]]:
-        """The tokens that the language model finds likeliest at each place of a run."""
-        ids = torch.tensor([[self._front(), *run]], device=self.data.device)
-        logits = self.data.model(input_ids=ids).logits[0, :-1]
-        return logits.topk(self.substitutes).indices.tolist()
-
-    def _front(self) -> int:
-        return self.pad if self.bos is None else self.bos
-
-    def _activations(self, latent: int, runs: Sequence[Sequence[int]]) -> np.ndarray:
-        """The latent's activation on the last token of each run, read as the start of a context."""
-        front = [] if self.bos is None else [self.bos]
-        longest = max(map(len, runs)) + len(front)
-        found = []
-        at_once = max(1, _TOKENS_AT_ONCE // longest)
-        for start in range(0, len(runs), at_once):
-            part = [[*front, *run] for run in runs[start : start + at_once]]
-            # Padding stands behind: a token does not see what comes after it.
-            ids = torch.tensor([[*run, *[self.pad] * (longest - len(run))] for run in part], device=self.data.device)
-            states = harvest(self.data.model, ids, None, [self.data.hookpoint])[self.data.hookpoint]
-            last = torch.tensor([len(run) - 1 for run in part], device=states.device)
-            rows = states[torch.arange(len(part), device=states.device), last].float()
-            found.append(latent_values(self.sae, rows, latent))
-        return torch.cat(found).numpy()
+        likely = self.reader.likely([tokens for tokens, _ in runs], self.substitutes)
+        tried = [
+            (number, place, token)
+            for number, (tokens, _) in enumerate(runs)
+            for place, key in enumerate(patterns[number])
+            if key != WILDCARD
+            for token in likely[number][place]
+            if token != tokens[place]
+        ]
+        variants = [
+            ((*runs[number][0][:place], token, *runs[number][0][place + 1 :]), 0) for number, place, token in tried
+        ]
+        for (number, place, token), found in zip(
+            tried, self.reader.activations(latent, variants).tolist(), strict=True
+        ):
+            if found >= HALF * wholes[number]:
+                changed = [*patterns[number][:place], token, *patterns[number][place + 1 :]]
+                trie.add([*fronts[number], *changed], float(values[number] * found / wholes[number]))
 
 
-@torch.no_grad()
-def latent_values(sae: SAEModel, x: Tensor, latent: int) -> Tensor:
-    """One latent's values `(n,)` on hidden states `(n, D)`, at inference."""
-    return values_of(sae.encode_pairs(x.to(sae.W_enc)), torch.tensor([latent]))[:, 0]
+def evenly(values: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Return the numbers of `count` of the values, drawn evenly over their ranks; of all if there are fewer."""
+    order = np.argsort(-values, kind="stable")
+    if len(order) <= count:
+        return order
+    ranks = (np.arange(count) + generator.uniform(size=count)) * len(order) / count
+    ranks[0] = 0  # the largest activation is always one of them
+    return order[ranks.astype(int)]
+
+
+def _written(run: Run, pattern: list[int]) -> list[int]:
+    """Return a pattern with `HERE` after the token on which it fires, unless that is the last."""
+    behind = run[1]
+    return [*pattern[: len(pattern) - behind], HERE, *pattern[len(pattern) - behind :]] if behind else pattern
 
 
 def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> Explained:
@@ -250,7 +308,7 @@ def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> 
         latent (`int`): Which one; its firings are in `test`.
         trie ([`PatternTrie`]): Its patterns.
         test ([`Examples`]): Text that they were not made from.
-        examples (`int`, *optional*): From how many they were made.
+        examples (`int`, *optional*): From how many places they were made.
     """
     keep = test.keep.flatten().numpy()
     actual = test.dense(latent).flatten().numpy()[keep].astype(np.float64)
@@ -268,6 +326,7 @@ def score(latent: int, trie: PatternTrie, test: Examples, examples: int = 0) -> 
         correlation=float(np.corrcoef(actual, predicted)[0, 1]) if varies else 0.0,
         fired=int(fires.sum()),
         predicted=int(said.sum()),
+        frequency=float(fires.mean()),
         examples=examples,
         patterns=trie.patterns,
     )

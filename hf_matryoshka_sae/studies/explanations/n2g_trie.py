@@ -1,7 +1,8 @@
 """The graph of a latent: patterns of tokens that end where it fires, as a trie read from the last token backwards.
 
-A pattern is a run of tokens, some of which may be anything; it may have to stand at the start of a context. Matching
-looks along every branch, a literal one and the wildcard beside it, so that no match is missed.
+A pattern is a run of tokens, some of which may be anything; it may have to stand at the start of a context. Where a
+model sees what follows, `HERE` comes after the token on which the latent fires, and tokens after it. Matching looks
+along every branch, a literal one and the wildcard beside it, so that no match is missed.
 
 Shapes: N windows of S tokens.
 """
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-WILDCARD, START = -1, -2
-"""Keys of the trie that stand for any token, and for the place before the first token of a context."""
+WILDCARD, START, HERE = -1, -2, -3
+"""Keys of the trie: any token, the place before the first token of a context, and "the token before this fires"."""
 
 
 @dataclass
@@ -37,14 +38,18 @@ class PatternTrie:
         """Add a pattern, in the order of the text.
 
         Args:
-            pattern (`Sequence[int]`): Token ids, `WILDCARD`, and `START` as its first entry or not at all.
-            value (`float`): The activation on its last token. A pattern that is there already predicts the mean.
+            pattern (`Sequence[int]`): Token ids, `WILDCARD`, `START` as its first entry or not at all, and `HERE`
+                after the token that it tells of, unless that is the last.
+            value (`float`): The activation on that token. A pattern that is there already predicts the mean.
 
         Raises:
-            `ValueError`: if it has no token, or `START` inside it.
+            `ValueError`: if it has no token, `START` inside it, or `HERE` first, last or twice.
         """
-        if START in pattern[1:] or not len(pattern) or pattern[-1] == START:
-            raise ValueError(f"A pattern is tokens, with START before the first at most; got {list(pattern)}.")
+        pattern = list(pattern)
+        tokens = [key for key in pattern if key not in (START, HERE)]
+        ends = pattern[:1] == [HERE] or pattern[-1:] == [HERE] or pattern[:2] == [START, HERE]
+        if START in pattern[1:] or not tokens or ends or pattern.count(HERE) > 1:
+            raise ValueError(f"A pattern is tokens, with START before the first at most; got {pattern}.")
         node = self._root
         for key in reversed(pattern):
             node = node.children.setdefault(int(key), _Node())
@@ -78,19 +83,26 @@ class PatternTrie:
         stack = [(self._root, positions, positions, 0, 0)]
         while stack:
             node, ends, now, depth, literal = stack.pop()
+            here = padded[now]
+            order = here.argsort(kind="stable")
+            ordered = here[order]
             for key, child in node.children.items():
                 if not len(now):
                     break
+                if key == HERE:  # what was walked over so far comes after the token on which it fires
+                    stack.append((child, now, now, depth, literal))
+                    continue
                 # A wildcard stands for a token, and what is before START belongs to another window.
-                here = padded[now]
-                fits = here != START if key == WILDCARD else here == key
+                bounds = [0, len(order)] if key == WILDCARD else ordered.searchsorted([key, key + 1])
+                fits = order[slice(*bounds)]
+                fits = fits[here[fits] != START] if key == WILDCARD else fits
                 chosen = ends[fits]
                 level, literals = depth + 1, literal + (key != WILDCARD)
                 if child.values and len(chosen):
-                    value, order = float(np.mean(child.values)), level * 1000 + literals
-                    better = (order > rank[chosen]) | ((order == rank[chosen]) & (value > found[chosen]))
+                    value, score = float(np.mean(child.values)), level * 1000 + literals
+                    better = (score > rank[chosen]) | ((score == rank[chosen]) & (value > found[chosen]))
                     found[chosen[better]] = value
-                    rank[chosen[better]] = order
+                    rank[chosen[better]] = score
                 if child.children and key != START:
                     stack.append((child, chosen, now[fits] - 1, level, literals))
         return found.reshape(rows, length + 1)[:, 1:]

@@ -9,7 +9,7 @@ Shapes: B windows, S tokens in a window, T properties.
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -73,17 +73,22 @@ def property_names() -> list[str]:
     return list(_PROPERTIES)
 
 
-def property_labels(batch: TokenBatch, reader: "TokenReader") -> Tensor:
+def property_labels(
+    batch: TokenBatch, reader: "TokenReader", properties: Mapping[str, "Property"] | None = None
+) -> Tensor:
     """Return which token has which property, `(B, S, T)` bool; padding and special tokens have none.
 
     Args:
         batch ([`TokenBatch`]): Windows of tokens.
         reader ([`TokenReader`]): Reader of the tokenizer's tokens.
+        properties (`Mapping[str, Property]`, *optional*): Functions from a part to a bool for each of its tokens; by
+            default those of [`property_names`].
     """
-    labels = torch.zeros(*batch.input_ids.shape, len(_PROPERTIES), dtype=torch.bool)
+    properties = _PROPERTIES if properties is None else properties
+    labels = torch.zeros(*batch.input_ids.shape, len(properties), dtype=torch.bool)
     for row, (ids, mask) in enumerate(zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)):
         for part in reader.parts(ids, mask):
-            for number, of in enumerate(_PROPERTIES.values()):
+            for number, of in enumerate(properties.values()):
                 true = [position for position, value in zip(part.positions, of(part), strict=True) if value]
                 labels[row, true, number] = True
     return labels
@@ -252,3 +257,12 @@ _PROPERTIES: dict[str, Property] = {
     **{name: _with_suffix(suffix) for name, suffix in _SUFFIXES.items()},
     **{f"first letter {letter}": _with_letter(letter) for letter in LETTERS},
 }
+
+
+PARENTS: dict[str, Property] = {
+    **{name: _PROPERTIES[name] for name in ("digit", "punctuation", "capitalised", "all capitals")},
+    **{name: _PROPERTIES[name] for name in ("in double quotes", "in brackets")},
+    "indentation": _says(r"(^|\n)[ \t]{2,}|\n[ \t]+"),
+    "function word": _of_class(" ".join(WORD_CLASSES.values())),
+}
+"""Properties whose tokens are of many kinds: digits, marks, words. A latent of the whole has them as children."""

@@ -46,6 +46,11 @@ class Bench:
     answers: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # Sections read the same text: its hidden states are harvested once.
+        if isinstance(self.data, HeldOut) and self.data.kept_states is None:
+            self.data = replace(self.data, kept_states={})
+
     def tokens(self, count: int) -> HeldOut:
         """About so many of the tokens, from all over the text."""
         return replace(self.data, batches=_spread(self.data.batches, count))

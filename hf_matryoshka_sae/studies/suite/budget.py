@@ -1,8 +1,10 @@
 """Running the sections: what is done is kept, what time is left is shared out, and what was cut is told.
 
-With a budget each section is run at its least size first. If by that the time it may take allows a larger one, it is
-run again at the size that fits; else the first result stands. Sections without a size are run if any time is left. A
-section that runs is not cut off, so a budget far below what the least sizes need is overrun, and the report says so.
+With a budget every section is first run at its least size, cheap ones first: no section gets more before each has had
+its least. Then the time that is left is shared among those that a larger size would do good, and what one does not use
+goes to the others; a section is run again at the size that fits, if that is half as much again, else the first result
+stands. A section that runs is not cut off, so a budget below what the least sizes need leaves out the dear ones, and
+the report says so. What is not defined for these SAEs or this text says so itself, and costs next to nothing.
 """
 
 import hashlib
@@ -52,23 +54,92 @@ def run_sections(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be above 0, got {minutes:g}.")
-    main, several = processes()[0] == 0, processes()[1] > 1
-    kept = {section.name: _read(folder, section, key) for section in sections} if main else {}
-    (kept,) = broadcast_object_list([kept]) if several else [kept]
-    spent = sum(found["seconds"] for found in kept.values() if found)
-    results: list[dict[str, Any]] = []
-    bar = tqdm(sections, disable=not (show and main), unit="section")
-    for number, section in enumerate(bar):
+    run = _Run(bench, folder, key, minutes)
+    kept = {section.name: _read(folder, section, key) for section in sections} if run.main else {}
+    (kept,) = broadcast_object_list([kept]) if run.several else [kept]
+    run.results = {name: found for name, found in kept.items() if found}
+    show = show and run.main
+    bar = tqdm(sorted(sections, key=lambda section: section.cost), disable=not show, unit="section")
+    for section in bar:
         bar.set_description(section.title)
-        found = kept[section.name]
-        if found is None:
-            waiting = sum(each.share for each in sections[number:] if kept[each.name] is None)
-            allowed = None if minutes is None else (minutes * 60 - spent) * section.share / waiting
+        if section.name not in run.results:
             # What the first section refuses is refused; a later one may not be defined for these SAEs and this text.
-            found = _run(bench, section, allowed, folder, key, several, needed=number == 0)
-            spent += found["seconds"]
-        results.append(found)
-    return results
+            run.least(section, needed=section is sections[0])
+    if minutes is not None:
+        growing = [section for section in sections if run.can_grow(section)]
+        bar = tqdm(growing, disable=not show, unit="section")
+        for number, section in enumerate(bar):
+            bar.set_description(section.title)
+            run.grow(section, sum(each.share for each in growing[number:]))
+    return [run.results[section.name] for section in sections]
+
+
+class _Run:
+    """What was found so far, and what may still be spent."""
+
+    def __init__(self, bench: Bench, folder: Path, key: dict[str, Any], minutes: float | None) -> None:
+        self.bench, self.folder, self.key, self.minutes = bench, folder, key, minutes
+        self.main, self.several = processes()[0] == 0, processes()[1] > 1
+        self.results: dict[str, dict[str, Any]] = {}
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are not spent; the main process's clock counts."""
+        spent = sum(found["seconds"] for found in self.results.values())
+        return _told(60 * (self.minutes or 0) - spent, self.several)
+
+    def least(self, section: Section, needed: bool) -> None:
+        """Run a section at its least size, or without a budget at its full one."""
+        if self.minutes is not None and self.left <= 0:
+            self.results[section.name] = self._about(section, 0, 0.0) | {"rows": {}, "left_out": "no time was left"}
+            return
+        began = time.monotonic()
+        size = section.full if self.minutes is None else section.least
+        try:
+            found = section.run(self.bench, size)
+        except ValueError as error:
+            if needed:
+                raise
+            taken = time.monotonic() - began
+            self.results[section.name] = self._about(section, 0, taken) | {"rows": {}, "left_out": str(error)}
+            return
+        self._keep(section, size, time.monotonic() - began, found, grown=self.minutes is None or size == section.full)
+
+    def can_grow(self, section: Section) -> bool:
+        """Return whether a section has been run at its least size alone."""
+        found = self.results[section.name]
+        return not found.get("left_out") and not found["grown"]
+
+    def grow(self, section: Section, waiting: float) -> None:
+        """Run a section again at the size that its share of the time allows; `waiting` shares are not spent yet."""
+        found = self.results[section.name]
+        allowed = self.left * section.share / waiting
+        larger = min(section.full, int(found["size"] * allowed / max(found["seconds"], 1e-9)))
+        if larger >= _WORTH_IT * found["size"]:
+            began = time.monotonic()
+            anew = section.run(self.bench, larger)
+            self._keep(section, larger, found["seconds"] + time.monotonic() - began, anew, grown=True)
+
+    def _about(self, section: Section, size: int, seconds: float) -> dict[str, Any]:
+        return {
+            "key": digest(self.key, section),
+            "name": section.name,
+            "title": section.title,
+            "question": section.question,
+            "about": section.about,
+            "columns": section.columns,
+            "better": section.better,
+            "unit": section.unit,
+            "full": section.full,
+            "size": size,
+            "seconds": seconds,
+        }
+
+    def _keep(self, section: Section, size: int, seconds: float, found: Found, grown: bool) -> None:
+        result = self._about(section, size, seconds) | {"grown": grown}
+        if self.main:
+            _write(self.folder, result, found)
+        self.results[section.name] = {**result, **_kept(result, found)}
 
 
 def _read(folder: Path, section: Section, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -88,46 +159,6 @@ def digest(key: dict[str, Any], section: Section) -> str:
     """Of what a section's result depends on."""
     told = json.dumps([key, section.name, section.least, section.full], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _run(
-    bench: Bench,
-    section: Section,
-    allowed: float | None,
-    folder: Path,
-    key: dict[str, Any],
-    several: bool,
-    needed: bool,
-) -> dict[str, Any]:
-    """One section at the size that the time allows; written down."""
-    about = {
-        "key": digest(key, section),
-        "name": section.name,
-        "title": section.title,
-        "about": section.about,
-        "columns": section.columns,
-        "unit": section.unit,
-        "full": section.full,
-    }
-    began = time.monotonic()
-    if _told(allowed is not None and allowed <= 0, several):
-        return {**about, "size": 0, "seconds": 0.0, "rows": {}, "left_out": "no time was left"}
-    size = section.full if allowed is None else section.least
-    try:
-        found = section.run(bench, size)
-    except ValueError as error:
-        if needed:
-            raise
-        return {**about, "size": 0, "seconds": time.monotonic() - began, "rows": {}, "left_out": str(error)}
-    taken = time.monotonic() - began
-    larger = min(section.full, int(section.least * (allowed - taken) / taken)) if allowed is not None else 0
-    larger = _told(larger, several)
-    if larger >= _WORTH_IT * size:
-        size, found = larger, section.run(bench, larger)
-    result = {**about, "size": size, "seconds": time.monotonic() - began}
-    if processes()[0] == 0:
-        _write(folder, result, found)
-    return {**result, **_kept(result, found)}
 
 
 def _told(value: Any, several: bool) -> Any:

@@ -3,34 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...common.report import Column, Report
+from ...common.report import Column, Report, text_table
 from ...evaluation import report
 from ...evaluation.core import IDENTITY, details, evaluate
+from ...evaluation.data import HeldOut
 from ..concepts.absorption import absorption_on_task
 from ..concepts.first_letter import NotDefined, first_letter_task
+from ..concepts.properties import COLUMNS, property_absorption
 from ..concepts.removal import spurious_correlation_removal, targeted_probe_perturbation
 from ..concepts.report import HEADLINE, WARNING
 from ..drawn_latents import as_records
 from ..effects.ablation import ablation_sparsity
 from ..explanations.autointerp.interpretability import automated_interpretability
 from ..explanations.explainability import explainability
+from ..frontier import agreement, sparsity_frontier
+from ..probing.logistic import f1_scores, fit_logistic
 from ..probing.probe_losses import probe_losses
 from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
 
 
-_ABSORPTION = (
-    Column("l0", "L0", "latents that fire on a word.", ".2f", table="nothing"),
-    Column(
-        "absorption_fraction",
-        "fraction",
-        "of a letter's direction that single words absorb.",
-        better="lower",
-    ),
-    Column("full_absorption", "full", "words whose letter is told by no latent of the letter.", better="lower"),
-    Column("split_latents", "latents a letter", "how many a letter is split into.", better="lower"),
-    Column("num_letters", "letters", "that the language model knows.", "d"),
-)
+_FEW_LATENTS, _LITTLE_EFFORT = 16, 0.08
+_FULL_STEPS = 1500
+_SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
+_WORDS_TO_CHECK, _SPELLS = 600, 0.5
 _REMOVAL = (
     Column("scr", "SCR", f"spurious correlation removal, {HEADLINE} latents taken out.", ".3f", "higher"),
     Column("tpp", "TPP", f"targeted probe perturbation, {HEADLINE} latents taken out.", ".3f", "higher"),
@@ -63,14 +59,17 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
 
 
 def probes(bench: Bench, tokens: int) -> Found:
-    """Probe loss and k-sparse probes."""
+    """Probe loss and k-sparse probes; on few tokens of one split."""
     options = {"selection": bench.selection, "max_tokens": tokens, "seed": bench.seed}
+    options["splits"] = 1 if tokens < _SEVERAL_SPLITS else 3
     return Found.of(probe_losses(bench.data, bench.saes, [None, *bench.labelled], bench.widths, **options))
 
 
 def patterns(bench: Bench, per_group: int) -> Found:
-    """N2G."""
-    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, seed=bench.seed))
+    """N2G; of few latents with little effort."""
+    effort = _LITTLE_EFFORT if per_group <= _FEW_LATENTS else 0.5
+    options = {"effort": effort, "substitutes": 0 if effort == _LITTLE_EFFORT else 2, "seed": bench.seed}
+    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
 
 
 def explanations(bench: Bench, per_group: int) -> Found:
@@ -90,29 +89,52 @@ def explanations(bench: Bench, per_group: int) -> Found:
 
 def ablation(bench: Bench, tokens: int) -> Found:
     """Ablation sparsity."""
+    if not bench.data.has_loss:
+        raise NotDefined("the language model predicts no tokens, so there are no logits for latents to act on")
     return Found.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
 
 
-def absorption(bench: Bench, size: int) -> Found:  # noqa: ARG001 (all sections have one signature)
+def absorption(bench: Bench, tokens: int) -> Found:
+    """Absorption and splitting of properties of tokens."""
+    return Found.of(property_absorption(bench.data, bench.saes, bench.widths, max_tokens=tokens, seed=bench.seed))
+
+
+def spelling(bench: Bench, words: int) -> Found:
     """Absorption and splitting of first letters, where the language model knows them."""
     data = bench.data
-    try:
-        task = first_letter_task(data.model, data.tokenizer, data.hookpoint, seed=bench.seed)
-    except NotDefined as error:
-        return Found({}, str(error), {"defined": False, "reason": str(error)}, notes=[str(error)])
+    _check_spelling(data, bench.seed)
+    task = first_letter_task(data.model, data.tokenizer, data.hookpoint, max_words=words, seed=bench.seed)
     results = {
         name: absorption_on_task(sae, task, bench.widths, selection="restrict") for name, sae in bench.saes.items()
     }
     first = next(iter(results.values()))
     if not first["defined"]:
-        return Found({}, first["reason"], results, notes=[first["reason"]])
-    keys = ("width", "reason", *(column.name for column in _ABSORPTION))
-    rows = {name: [{key: row.get(key) for key in keys} for row in found["rows"]] for name, found in results.items()}
+        raise NotDefined(first["reason"])
+    rows = {
+        name: [{k: v for k, v in row.items() if k != "letters"} for row in each["rows"]]
+        for name, each in results.items()
+    }
     notes = list(dict.fromkeys(note for found in results.values() for note in found["notes"]))
-    told = Report(
-        "absorption", "First letters", as_records(rows), _ABSORPTION, {}, ["absorption_fraction"], notes=notes
-    )
+    columns = [column for column in COLUMNS if column.name not in ("hole_share", "main_f1")]
+    told = Report("spelling", "First letters", as_records(rows), columns, {}, ["absorption_fraction"], notes=notes)
     return Found(rows, str(told), results, told.plot, notes)
+
+
+def _check_spelling(data: HeldOut, seed: int) -> None:
+    """Raise [`NotDefined`] where first letters of bare words cannot be told; the task reads far more text."""
+    if data.tokenizer is None:
+        raise NotDefined("there is no tokenizer, so there are no words")
+    words = {"prompt": "{word}", "shots": 0, "max_words": _WORDS_TO_CHECK, "min_words": 8, "seed": seed}
+    task = first_letter_task(data.model, data.tokenizer, data.hookpoint, **words)
+    classes = task.letters.unique()
+    targets = task.letters[:, None] == classes
+    probe = fit_logistic(task.states[~task.heldout], targets[~task.heldout])
+    f1 = f1_scores(probe.scores(task.states[task.heldout]) > 0, targets[task.heldout])
+    if f1.mean() < _SPELLS:
+        raise NotDefined(
+            f"the language model does not spell: a probe tells the first letter of words with a mean F1 of "
+            f"{f1.mean():.2f} over {len(classes)} letters"
+        )
 
 
 def removal(bench: Bench, tokens: int) -> Found:
@@ -133,6 +155,24 @@ def removal(bench: Bench, tokens: int) -> Found:
     return Found(merged.flat(), f"{scr}\n\n{tpp}", everything, merged.plot, [WARNING])
 
 
-def composition(bench: Bench, seeds: int) -> Found:
-    """Meta-SAEs."""
-    return Found.of(meta_sae(bench.saes, bench.widths, seeds=range(bench.seed, bench.seed + seeds)))
+def composition(bench: Bench, steps: int) -> Found:
+    """Meta-SAEs of one seed; on few steps those of an SAE and of random rows are both unfinished, and comparable."""
+    batch = 1024 if steps >= _FULL_STEPS else 512
+    return Found.of(meta_sae(bench.saes, bench.widths, steps=steps, batch_size=batch, seeds=[bench.seed]))
+
+
+def comparison(bench: Bench, tokens: int) -> Found:
+    """Several SAEs at equal sparsity, and how alike their latents are."""
+    if len(bench.saes) < 2:
+        raise NotDefined("there is one SAE; name a folder of several to compare them")
+    found = sparsity_frontier(bench.tokens(tokens), bench.saes, seed=bench.seed)
+    lines = [["", "width", "matched cosine", "random rows"]]
+    for row in agreement(bench.saes):
+        names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]
+        lines.append([names, str(row["width"]), "-" if cosine is None else f"{cosine:.3f}", f"{row['random']:.3f}"])
+    found.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(
+        text_table(*lines[:1], lines[1:])
+    )
+    own = {record["subject"]: [record] for record in found.records if record["fvu_equal"] is not None}
+    rows = {name: [{key: row[key] for key in ("width", "own_l0", "fvu_equal")}] for name, (row,) in own.items()}
+    return Found(rows, str(found), found.to_dict(), found.plot, found.notes)

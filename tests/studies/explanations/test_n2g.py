@@ -1,17 +1,22 @@
 """Patterns of tokens: the trie against plain matching, the steps against runs of the model, planted latents."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, BertConfig, BertModel
 
 from hf_matryoshka_sae.activations import harvest
 from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.evaluation import open_heldout
+from hf_matryoshka_sae.evaluation import HeldOut, open_heldout
+from hf_matryoshka_sae.models import TopKSAEConfig, build_sae
 from hf_matryoshka_sae.studies.drawn_latents import neuron_dictionary
 from hf_matryoshka_sae.studies.explanations.explainability import explainability
-from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, latent_values, score
-from hf_matryoshka_sae.studies.explanations.n2g_trie import START, WILDCARD, PatternTrie
+from hf_matryoshka_sae.studies.explanations.n2g import Explainer, firing_examples, score
+from hf_matryoshka_sae.studies.explanations.n2g_runs import latent_values
+from hf_matryoshka_sae.studies.explanations.n2g_trie import HERE, START, WILDCARD, PatternTrie
 
 from ...evaluation.planted import frequent, planted
 
@@ -104,9 +109,9 @@ def test_activations_of_runs_are_those_of_the_model_alone(trained):
     explainer = Explainer(sae, data)
     ids = data.batches[0].input_ids[0, 1:20].tolist()
     runs = [ids[:3], ids[2:9], ids[5:6]]
-    found = explainer._activations(2, runs)
+    found = explainer.reader.activations(2, [(tuple(run), 0) for run in runs])
     for run, value in zip(runs, found, strict=True):
-        alone = torch.tensor([[explainer.bos, *run]])
+        alone = torch.tensor([[*explainer.reader.prefix, *run]])
         states = harvest(data.model, alone, None, ["model.layers.2"])["model.layers.2"][0, -1:]
         dense = sae.encode(states).to_dense()[0].detach()
         assert value == pytest.approx(float(dense[2]), abs=1e-4)
@@ -150,5 +155,60 @@ def test_what_cannot_be_explained_is_said(text):
         explainability({"a": sae}, examples, test, least=10**6, baselines=False, show=False)
     with pytest.raises(ValueError, match="no examples of latent 1"):
         Explainer(sae, examples).explain(1, firing_examples(sae, examples, [0], show=False))
-    with pytest.raises(ValueError, match="`examples` >= 1"):
-        Explainer(sae, examples, examples=0)
+    with pytest.raises(ValueError, match="`effort` > 0"):
+        Explainer(sae, examples, effort=0)
+
+
+def test_a_pattern_may_reach_behind_the_token_it_tells_of():
+    trie = PatternTrie()
+    trie.add([1, 5, HERE, 2], 3.0)
+    trie.add([START, 5, HERE, WILDCARD, 4], 2.0)
+    windows = np.array([[1, 5, 2, 1, 5, 3], [5, 7, 4, 1, 5, 2]])
+    assert trie.predict(windows).tolist() == [[0, 3.0, 0, 0, 0, 0], [2.0, 0, 0, 0, 3.0, 0]]
+    for wrong in ([HERE, 1], [1, HERE], [1, HERE, 2, HERE, 3], [START, HERE, 1]):
+        with pytest.raises(ValueError, match="A pattern is tokens"):
+            trie.add(wrong, 1.0)
+
+
+@pytest.fixture(scope="module")
+def encoder(text):
+    """A small encoder with the embedded tokenizer's words, and an SAE of its states."""
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(text[0].tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<cls> $A <sep>", special_tokens=[("<cls>", 1), ("<sep>", 2)]
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), initializer_range=0.3)).eval()
+    config = TopKSAEConfig(d_in=32, num_latents=64, k=4, hookpoint="encoder.layer.1")
+    batches = text[0].batches[:2]
+    return build_sae(config).eval(), HeldOut(model, batches, "encoder.layer.1", None, tokenizer)
+
+
+def test_an_encoders_latents_do_not_depend_on_what_they_are_batched_with(encoder):
+    sae, data = encoder
+    explainer = Explainer(sae, data)
+    assert explainer.reader.sees_ahead and (explainer.reader.prefix, explainer.reader.suffix) == ([1], [2])
+    ids = data.batches[0].input_ids[0].tolist()
+    runs = [(tuple(ids[3:4]), 0), (tuple(ids[5:9]), 1), (tuple(ids[2:30]), 10)]
+    for latent in range(64):
+        together = explainer.reader.activations(latent, runs)
+        for run, value in zip(runs, together, strict=True):
+            # By hand: the whole text with its special tokens, alone.
+            whole = torch.tensor([[1, *run[0], 2]])
+            with torch.no_grad():
+                states = data.model(whole, output_hidden_states=True).hidden_states[2][:, len(run[0]) - run[1]]
+            dense = sae.encode(states).to_dense()[0, latent]
+            assert value == pytest.approx(float(dense), abs=1e-5)
+
+
+def test_a_causal_model_does_not_see_ahead(trained):
+    assert not Explainer(*trained[:2]).reader.sees_ahead
+
+
+def test_an_encoders_patterns_have_what_follows(encoder):
+    sae, data = encoder
+    found = firing_examples(sae, data, range(8), show=False)
+    latent = max(range(8), key=lambda one: len(found.fired[one][0]))
+    patterns = [pattern for pattern, _ in list(Explainer(sae, data, effort=0.05).explain(latent, found).items())]
+    assert any(HERE in pattern for pattern in patterns)

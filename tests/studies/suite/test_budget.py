@@ -24,7 +24,16 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def section(clock: Clock, name: str, seconds: float, least: int = 1, full: int = 100, share: float = 1.0, calls=None):
+def section(
+    clock: Clock,
+    name: str,
+    seconds: float,
+    least: int = 1,
+    full: int = 100,
+    share: float = 1.0,
+    calls=None,
+    cost: float = 1.0,
+):
     """A section that takes `seconds` for each unit of its size."""
 
     def run(bench, size):
@@ -37,7 +46,7 @@ def section(clock: Clock, name: str, seconds: float, least: int = 1, full: int =
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"picture")
 
-    return Section(name, name.title(), "", (("score", "score", ".1f"),), run, "units", least, full, share)
+    return Section(name, "?", name.title(), "", (("score", "score", ".1f"),), run, "units", least, full, share, cost)
 
 
 def test_without_a_budget_everything_is_full(clock, tmp_path):
@@ -49,7 +58,7 @@ def test_without_a_budget_everything_is_full(clock, tmp_path):
     assert [each["seconds"] for each in found] == [500, 500]
 
 
-def test_time_is_shared_out_and_what_is_left_goes_to_those_that_follow(clock, tmp_path):
+def test_least_sizes_come_first_and_what_is_left_is_shared_out(clock, tmp_path):
     calls = []
     sections = [
         section(clock, "cheap", 0.1, calls=calls),
@@ -57,10 +66,34 @@ def test_time_is_shared_out_and_what_is_left_goes_to_those_that_follow(clock, tm
         section(clock, "last", 1.0, share=2, calls=calls),
     ]
     found = run_sections(None, tmp_path, sections, {}, minutes=1, show=False)
-    # cheap may take 15 s and takes 0.1 + 10; dear a third of the other 49.9 s, of which one goes for its first run.
+    # Of the 57.9 s after the least sizes a quarter for cheap, which takes 10; dear a third of what is left then.
     assert [each["size"] for each in found] == [100, 15, 32]
-    assert calls == [("cheap", 1), ("cheap", 100), ("dear", 1), ("dear", 15), ("last", 1), ("last", 32)]
+    least = [("cheap", 1), ("dear", 1), ("last", 1)]
+    assert calls == [*least, ("cheap", 100), ("dear", 15), ("last", 32)]
     assert clock.now <= 60
+
+
+def test_cheap_sections_run_before_dear_ones_and_are_reported_in_their_order(clock, tmp_path):
+    calls = []
+    sections = [
+        section(clock, "dear", 50.0, calls=calls, cost=50),
+        section(clock, "dearest", 70.0, calls=calls, cost=70),
+        section(clock, "cheap", 1.0, calls=calls, cost=1),
+    ]
+    found = run_sections(None, tmp_path, sections, {}, minutes=1, show=False)
+    assert [name for name, _ in calls[:3]] == ["cheap", "dear", "dearest"]
+    assert [each["name"] for each in found] == ["dear", "dearest", "cheap"]
+    assert not any(each.get("left_out") for each in found)
+
+
+def test_what_is_not_defined_costs_nothing_and_leaves_its_time_to_others(clock, tmp_path):
+    def undefined(bench, size):
+        raise ValueError("There are no digits.")
+
+    first = section(clock, "a", 1.0)
+    second = Section(**{**vars(section(clock, "b", 1.0)), "run": undefined})
+    done, left = run_sections(None, tmp_path, [first, second], {}, minutes=1, show=False)
+    assert done["size"] == 59 and left["left_out"] == "There are no digits." and left["seconds"] == 0
 
 
 def test_a_first_run_that_takes_too_long_stands_and_the_rest_is_left_out(clock, tmp_path):

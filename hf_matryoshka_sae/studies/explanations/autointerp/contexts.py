@@ -15,7 +15,7 @@ from scipy.ndimage import maximum_filter1d
 
 from ....common.token_text import texts_in_place
 from ....features.firings import span
-from ..n2g import Examples
+from ..n2g import Examples, evenly
 
 
 BUFFER = 10
@@ -71,6 +71,16 @@ class LatentContexts:
         clocks = generator.exponential(size=len(places)) / values
         chosen = self._apart(strongest, [], top)
         return [self._around(place) for place in self._apart(places[np.argsort(clocks)], chosen, top + weighted)]
+
+    def spread(self, top: int, more: int, generator: np.random.Generator) -> list[Context]:
+        """Passages around its `top` strongest activations, then around `more` drawn evenly over the ranks of all."""
+        places = np.flatnonzero(self._active)
+        values = self._values.reshape(-1)[places]
+        strongest = places[np.argsort(-values, kind="stable")]
+        drawn = places[evenly(values, 2 * more, generator)]  # twice as many, as some overlap
+        chosen = self._apart(strongest, [], top)
+        mixed = generator.permutation(drawn)
+        return [self._around(place) for place in self._apart(np.concatenate([mixed, strongest]), chosen, top + more)]
 
     def silent(self, count: int, generator: np.random.Generator) -> tuple[list[Context], bool]:
         """Passages drawn from those in which it is not active, and whether there are enough.

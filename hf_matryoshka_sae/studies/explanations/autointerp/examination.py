@@ -18,13 +18,17 @@ SCORES = {
 """Of each kind of question the numbers, the one it is named after first."""
 
 
+_FIRINGS_A_PASSAGE, _MOST_SPREAD = 50, 5
+
+
 @dataclass(frozen=True)
 class PassageCounts:
     """How many passages of a latent are shown; SAEBench's where it has them.
 
     Args:
-        examples_top (`int`, *optional*, defaults to 10), examples_weighted (`int`, *optional*, defaults to 5): To
-            explain from: around the strongest activations, and importance-weighted.
+        examples_top (`int`, *optional*, defaults to 10), examples_spread (`int`, *optional*, defaults to 5): To
+            explain from: around the strongest activations, and drawn evenly over the ranks of all; of the latter one
+            more for every 50 firings, up to five times as many, as what fires often is not explained by few examples.
         top (`int`, *optional*, defaults to 2), weighted (`int`, *optional*, defaults to 2): The same, to tell from
             others.
         silent (`int`, *optional*, defaults to 10): Others, in which it is not active.
@@ -35,7 +39,7 @@ class PassageCounts:
     """
 
     examples_top: int = 10
-    examples_weighted: int = 5
+    examples_spread: int = 5
     top: int = 2
     weighted: int = 2
     silent: int = 10
@@ -44,6 +48,10 @@ class PassageCounts:
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 1 or self.fuzzed < max(2, self.top):
             raise ValueError(f"Passages must number at least 1, and `fuzzed` at least 2 and `top`; got {self}.")
+
+    def spread(self, fired: int) -> int:
+        """Return how many passages over the whole range explain a latent that fires so many times."""
+        return min(_MOST_SPREAD * self.examples_spread, self.examples_spread + fired // _FIRINGS_A_PASSAGE)
 
     @property
     def firing(self) -> int:
@@ -63,6 +71,7 @@ class Interpreted:
             form than asked for; the latter two count as having said nothing.
         constant (`int`): 1 where simulated or actual activations do not vary, so that the correlation counts as 0.
         crowded (`int`): 1 where fewer passages without it exist than asked for; those where it is weakest fill up.
+        frequency (`float`): Share of the test text's tokens on which it fires.
     """
 
     latent: int
@@ -73,6 +82,7 @@ class Interpreted:
     malformed: int
     constant: int
     crowded: int
+    frequency: float = 0.0
 
 
 COUNTS = ("questions", "refusals", "malformed", "constant", "crowded")

@@ -7,6 +7,7 @@ made from the examples and answer the same questions about the same passages.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .report import interpretability_report
 
 
 GREETING = [{"role": "user", "content": "Are you there? Answer with the word yes."}]
+_STAND_IN_EFFORT = 0.1
 _EXAMPLES, _TEST = 0, 1
 """What the passages of a latent are drawn for: each draws for itself."""
 
@@ -124,7 +126,7 @@ def automated_interpretability(
             )
         from_text, on_text = (firing_examples(sae, data, drawn.latents, show) for data in (examples, test))
         if judge is None:
-            explainer = Explainer(sae, examples, seed=seed)
+            explainer = Explainer(sae, examples, substitutes=0, effort=_STAND_IN_EFFORT, seed=seed)
             read = partial(_read_by_patterns, explainer, from_text, texts, on_text.windows.numpy())
         else:
             read = partial(
@@ -171,7 +173,7 @@ def _read_by_judge(
 ) -> Reader:
     contexts = LatentContexts(from_text, latent, _least_active(from_text, latent))
     generator = np.random.default_rng([seed, latent, _EXAMPLES])
-    return reader(contexts.firing(counts.examples_top, counts.examples_weighted, generator))
+    return reader(contexts.spread(counts.examples_top, counts.spread(len(from_text.fired[latent][0])), generator))
 
 
 def _examined(
@@ -185,7 +187,8 @@ def _examined(
 ) -> Interpreted:
     contexts = LatentContexts(on_text, latent, _least_active(from_text, latent))
     generator = np.random.default_rng([seed, latent, _TEST])
-    return examine(latent, read(latent), contexts, scores, counts, generator)
+    found = examine(latent, read(latent), contexts, scores, counts, generator)
+    return replace(found, frequency=len(on_text.fired[latent][0]) / int(on_text.keep.sum()))
 
 
 def _least_active(from_text: Examples, latent: int) -> float:

@@ -1,10 +1,12 @@
 """What the explanations of several dictionaries are worth, as a report."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from ....common.report import Column, Report
 from ...drawn_latents import as_records
+from ..by_frequency import by_frequency, frequency_text
 from .examination import COUNTS, SCORES, Interpreted
 
 
@@ -25,7 +27,7 @@ _MEANINGS = {
 }
 _INTERVALS = (
     "Passages with ten tokens on either side, from other text than the explanations. Intervals: 95%, bootstrap over "
-    "the drawn latents within groups."
+    "the drawn latents within groups; none over fewer than eight."
 )
 
 
@@ -46,7 +48,13 @@ def interpretability_report(
     columns += [Column(name, name, _MEANINGS[name], "d") for name in COUNTS]
     judge = f"{'' if about['stand_in'] else 'judge: '}{about['judge']}"
     title = f"{about['hookpoint']}: automated interpretability ({judge})"
-    options = {"intervals": _INTERVALS, "latents": dict(latents), "grouped": True}
+    plain = {
+        name: [SimpleNamespace(frequency=one.frequency, **one.scores) for one in found]
+        for name, found in latents.items()
+    }
+    about["by_frequency"] = by_frequency(plain, scores, seed=about["seed"])
+    more = frequency_text(about["by_frequency"], columns, scores)
+    options = {"intervals": _INTERVALS, "latents": dict(latents), "grouped": True, "more": more}
     return Report("autointerp", title, as_records(rows), columns, about, scores, _notes(rows, about), **options)
 
 
