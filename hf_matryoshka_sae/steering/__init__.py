@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from .adapters import to_peft
     from .artefact import Steering, steered
     from .continuation import Steered, steer
-    from .measuring import auto_dose, dose_report
-    from .report import DoseReport
     from .exporting import FORMATS, export
+    from .measuring import auto_dose, dose_report
     from .parts import Part
     from .reconstructed import ReconstructedText, reconstruct_text
+    from .report import DoseReport
 
 
 __all__ = [

@@ -54,7 +54,6 @@ def export(steering: "Steering", folder: Path, format: str, model: nn.Module | N
             raise ValueError("The SAE names no language model: pass the `model` whose blocks are steered.")
         model, _ = load_language_model(name)
     steering.check(model)
-    folder.mkdir(parents=True, exist_ok=True)
     return FORMATS[format](steering, folder, model)
 
 
@@ -63,6 +62,7 @@ def _peft(steering: "Steering", folder: Path, model: nn.Module) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         adapted.save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
         for path in partial.iterdir():
             path.replace(folder / path.name)
     finally:

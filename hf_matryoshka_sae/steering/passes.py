@@ -82,8 +82,10 @@ class Passes:
 
     def begin(self, given: dict[str, Any]) -> None:
         """Note what the model is given, before it runs."""
-        cache, mask, self.running = given.get("past_key_values"), given.get("attention_mask"), True
-        self.past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        # Its argument has had several names.
+        cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
+        mask, self.running = given.get("attention_mask"), True
+        self.past = 0 if cache is None else int(cache.get_seq_length())
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.position_ids = given.get("position_ids")
         tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)

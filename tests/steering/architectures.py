@@ -1,7 +1,14 @@
 """Small random models of many architectures, and an SAE whose vectors matter to them."""
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hf_matryoshka_sae.models import MatryoshkaSAE, MatryoshkaSAEConfig
 
