@@ -88,7 +88,7 @@ def dose_report(
     Raises:
         `ValueError`: if the model has no loss, a factor is not above 0, or `wanted` matches no token.
     """
-    steering = steering.ready(encoding=True)
+    steering = _prepared(steering, data, encoding=True)
     chosen = _Wanted(steering, data, wanted)
     sampling = (prompts if getattr(data.model, "can_generate", lambda: False)() else 0, new_tokens, seed)
     plain = _effect(None, steering, data, chosen, *sampling)
@@ -138,7 +138,7 @@ def auto_dose(steering: "Steering", data: HeldOut, max_cost: float = 0.1, show: 
         raise ValueError("Removal and erasure have no value that could be larger or smaller: leave `dose` away.")
     if not max_cost > 0:
         raise ValueError(f"`max_cost` must be above 0 nats, got {max_cost!r}.")
-    steering = steering.ready()
+    steering = _prepared(steering, data)
     plain = _effect(None, steering, data)
 
     def costs_too_much(factor: float) -> bool:
@@ -162,6 +162,13 @@ def auto_dose(steering: "Steering", data: HeldOut, max_cost: float = 0.1, show: 
             middle = (low * high) ** 0.5
             low, high = (low, middle) if costs_too_much(middle) else (middle, high)
     return low
+
+
+def _prepared(steering: "Steering", data: HeldOut, encoding: bool = False) -> "Steering":
+    """Return a steering with its SAEs, once it is known to fit: what looks for that runs the model."""
+    steering = steering.ready(encoding)
+    with steering.applied(data.model, quiet=True):
+        return steering
 
 
 # Wanted tokens
@@ -223,11 +230,15 @@ def _effect(
     """Measure a steering, or with `None` the plain model at the hookpoint of another one."""
     doses = _Doses()
     total, count = 0.0, 0
+    erased = [] if steering is None else [part for part in steering.parts if part.mode == "erase"]
     for batch in data.share():
         with doses.measured(data.model, steering, of.parts[0].hookpoint, batch.keep):
             logits, targets = spliced_logits(
                 data.model, batch, of.parts[0].hookpoint, None, mask_token_id=data.mask_token_id
             )
+        if erased:  # long before the hookpoint; how much of a plain state that is
+            states = data.states(batch)
+            doses.add(states, sum((part.difference(states) for part in erased), torch.zeros_like(states)))
         total += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
         count += len(targets)
     counts = None
@@ -264,9 +275,13 @@ class _Doses:
                 stack.enter_context(steering.applied(model, quiet=True))
                 stack.enter_context(hooked(model, [(hookpoint, look)]))
             yield
-        before, after = seen[0], seen[-1]
-        norms = before.norm(dim=-1).clamp(min=1e-30)
-        self.sums[0] += float(((after - before).norm(dim=-1) / norms).sum())
+        if steering is None or all(part.mode != "erase" for part in steering.parts):
+            self.add(seen[0], seen[-1] - seen[0])
+
+    def add(self, states: Tensor, change: Tensor) -> None:
+        """Take in hidden states `(M, D)` and what is added to them."""
+        norms = states.norm(dim=-1).clamp(min=1e-30)
+        self.sums[0] += float((change.norm(dim=-1) / norms).sum())
         self.sums[1] += float(norms.sum())
         self.tokens += len(norms)
 

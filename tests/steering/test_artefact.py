@@ -78,7 +78,7 @@ def test_a_repository_holds_no_paths_of_this_machine(llama, hub, tmp_path):
 
 def test_another_model_is_named(llama, caplog):
     model, sae = llama
-    model.config._name_or_path = "user/small"
+    model.name_or_path = "user/small"
     made = Steering.from_latents(sae, {3: 1.5})
     named = Steering((replace(made.parts[0], base_model="somebody/large"),))
     with named.applied(model):
