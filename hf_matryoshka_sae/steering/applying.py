@@ -7,6 +7,7 @@ differences add up: two nested contexts do what one with both changes does.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import hookpoint_widths, resolve_hookpoints
-from ..activations.hookpoints import first_tensor, hooked
+from ..activations.hookpoints import first_tensor, hooked, split_hookpoint
 from ..models.sparse_ops import at_least_float32
 from .parts import Part
 from .passes import Passes, eager, shared, unwrapped, watched
@@ -57,23 +58,27 @@ def applied(model: nn.Module, parts: Sequence[Part], quiet: bool = False) -> Ite
 
 
 def _places(model: nn.Module, part: Part) -> list[tuple[str, Part]]:
-    """Return the hookpoints at which a change is made."""
+    """Return the hookpoints at which a change is made, with its vectors where the hidden states are."""
     if part.mode == "erase":
-        return [(name, part) for name in writers_of(model)]
-    hookpoints = resolve_hookpoints(model, [part.hookpoint])
-    if len(hookpoints) > 1:
-        raise ValueError(f"The hookpoint {part.hookpoint!r} names {len(hookpoints)} modules; steering needs one.")
+        hookpoints = writers_of(model)
+    else:
+        hookpoints = resolve_hookpoints(model, [part.hookpoint])
+        if len(hookpoints) > 1:
+            raise ValueError(f"The hookpoint {part.hookpoint!r} names {len(hookpoints)} modules; steering needs one.")
     check_width(model, part)
-    return [(hookpoints[0], part)]
+    weight = next(model.get_submodule(split_hookpoint(hookpoints[0])[0]).parameters(), None)
+    if weight is not None and weight.device.type != "meta":  # otherwise they are copied in each pass
+        part = replace(part, vectors=part.vectors.to(weight.device))
+    return [(hookpoint, part) for hookpoint in hookpoints]
 
 
 def check_width(model: nn.Module, part: Part) -> None:
     """Raise `ValueError` if a model's hidden states at a hookpoint have another width than the vectors."""
     widths = _WIDTHS.setdefault(model, {})
-    if part.hookpoint not in widths:
+    if part.mode != "erase" and part.hookpoint not in widths:
         with torch.random.fork_rng(enabled=model.training):  # dropout must not move what is sampled later
             widths |= hookpoint_widths(model, [part.hookpoint])
-    width = widths[part.hookpoint]
+    width = model.get_input_embeddings().weight.shape[1] if part.mode == "erase" else widths[part.hookpoint]
     if width != part.vectors.shape[1]:
         raise ValueError(
             f"The SAE's latents have width {part.vectors.shape[1]}, and {type(model).__name__} has hidden states of "

@@ -167,8 +167,7 @@ class Steering:
         """Raise `ValueError` if the steering does not fit a model; arguments are those of [`applied`]."""
         inner = unwrapped(model)[-1]
         for part in self.parts:
-            if part.mode != "erase":
-                check_width(inner, part)
+            check_width(inner, part)
             made_for, name = part.base_model, getattr(inner, "name_or_path", "")
             path = str(embedded_lm_path()) if made_for == EMBEDDED else made_for or ""
             if path and name and Path(path).name != Path(name).name:  # a repository may lie in a folder of its name

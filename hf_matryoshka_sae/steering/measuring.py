@@ -5,8 +5,8 @@
     wanted          share of the wanted tokens among those that the steered model samples
     fires           share of sampled tokens on which the latents fire when the plain model reads them
 
-A random direction has the norm of the latent's and is put at the same tokens. Of a useful dose the effect is above both
-that of the plain model and that of the random direction, by their intervals, at a cost within the bound.
+A random direction has the norm of the latent's and is put at the same tokens. Of a useful dose the effect is above
+both that of the plain model and that of the random direction, by their intervals, at a cost within the bound.
 
 Shapes: P prompts, S tokens, V vocabulary.
 """

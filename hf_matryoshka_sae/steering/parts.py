@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -92,6 +93,11 @@ class Part:
         """Return the sum of the decoder rows times their values, `(D,)`: what `"add"` adds."""
         return self.vectors.new_tensor(self.values) @ self.vectors
 
+    @cached_property
+    def basis(self) -> Tensor:
+        """Return an orthonormal basis of the decoder rows, `(D, n)`: what `"erase"` takes out."""
+        return torch.linalg.qr(self.vectors.T.double()).Q.to(self.vectors)
+
     def facts(self) -> dict[str, Any]:
         """Return everything but tensors, JSON-able."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("vectors", "sae")}
@@ -108,7 +114,7 @@ class Part:
         """
         vectors = self.vectors.to(x.device, torch.promote_types(self.vectors.dtype, x.dtype))
         if self.mode == "erase":
-            basis = torch.linalg.qr(vectors.T.double()).Q.to(vectors)
+            basis = self.basis.to(vectors)
             return -(x.to(vectors) @ basis) @ basis.T
         values = vectors.new_tensor(self.values)
         fires = None

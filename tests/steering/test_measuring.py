@@ -87,11 +87,11 @@ def test_wanted_and_firing_tokens_are_counted_in_what_is_sampled(data, steering)
 
 
 def test_an_auto_dose_is_the_largest_within_the_cost(data, steering):
-    factor = auto_dose(steering, data, max_cost=0.05, show=False)
+    factor = auto_dose(steering, data, max_cost=0.01, show=False)
     plain, _ = loss_and_dose(data, torch.zeros(16))
     within, beyond = (loss_and_dose(data, f * steering.parts[0].vector)[0] - plain for f in (factor, 1.03 * factor))
-    assert within <= 0.05 < beyond
-    made = Steering.from_latents(steering.parts[0].sae, {LATENT: 0.1}, dose="auto", data=data, max_cost=0.05)
+    assert within <= 0.01 < beyond
+    made = Steering.from_latents(steering.parts[0].sae, {LATENT: 0.1}, dose="auto", data=data, max_cost=0.01)
     assert made.parts[0].values[0] == pytest.approx(0.1 * factor)
 
 
