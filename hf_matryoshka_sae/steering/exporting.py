@@ -61,7 +61,7 @@ def _peft(steering: "Steering", folder: Path, model: nn.Module) -> Path:
     adapted = steering.to_peft(model)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        adapted.save_pretrained(partial)
+        adapted.save_pretrained(partial, save_embedding_layers=False)  # they are as they were
         folder.mkdir(exist_ok=True)
         for path in partial.iterdir():
             path.replace(folder / path.name)
