@@ -37,8 +37,9 @@ _EXACT_IN_HALF = 0.1  # half precision rounds more than that of a small effect
 def to_peft(steering: "Steering", model: nn.Module, adapter_name: str = "default") -> "PeftModel":
     """Make a PEFT model whose adapter does what the steering does in place, or refuse.
 
-    The adapter saves, loads, hot-swaps and merges as PEFT's own do. PEFT merges a bias only into a projection that has
-    one: Llama's, Qwen's and Mistral's have none, so that the adapter of an addition stays beside them.
+    The adapter saves, loads and switches as PEFT's own do. PEFT merges a bias only into a projection that has one:
+    Llama's, Qwen's and Mistral's have none, so that the adapter of an addition stays beside them. PEFT hot-swaps LoRA
+    of projections alone, not that of embeddings (erased directions) or LN tuning (BERT).
 
     Args:
         steering ([`Steering`]): Additions to every token, or erased directions.

@@ -78,7 +78,7 @@ def test_peft_saves_loads_and_swaps_it(name, mode, tmp_path):
 
     loaded = peft.PeftModel.from_pretrained(model_of(name)[0], tmp_path / "0")
     torch.testing.assert_close(logits(loaded, ids), expected[0], rtol=0, atol=1e-4)
-    if name != "bert":  # PEFT hot-swaps LoRA alone
+    if name != "bert" and mode == "add":  # PEFT hot-swaps LoRA alone, and not that of embeddings
         hotswap_adapter(loaded, tmp_path / "1", "default")
         torch.testing.assert_close(logits(loaded, ids), expected[1], rtol=0, atol=1e-4)
     loaded.load_adapter(tmp_path / "0", "other")
