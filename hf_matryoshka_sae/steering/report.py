@@ -136,13 +136,15 @@ class DoseReport:
             if name == "cost":
                 axis.axhline(self.about["max_cost"], color="tab:red", linestyle=":", linewidth=1, label="bound")
                 axis.set_yscale("symlog", linthresh=self.about["max_cost"])
+                axis.set_ylim(bottom=min(0.0, *(record[name] for record in self.of("latent") + self.of("random"))))
             if self.useful:
                 axis.axvspan(*(self.useful[end]["relative_dose"] for end in (0, -1)), color="tab:green", alpha=0.08)
             axis.set(xlabel="relative dose", ylabel=titles[name])
             if len(self.of("latent")) > 1:
                 axis.set_xscale("log")
             axis.grid(alpha=0.3)
-        figure.axes[0].legend(fontsize=8)
+        for axis in figure.axes[:2]:  # the bound, and the plain model, are each in one of them
+            axis.legend(fontsize=8)
         return figure
 
 
