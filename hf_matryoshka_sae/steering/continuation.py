@@ -1,11 +1,7 @@
-"""Generate text with one latent changed, beside the plain text.
-
-At the hookpoint the hidden states are encoded, the latent's value a is changed to a', and the difference of the two
-reconstructions, (a' - a) d with d the latent's decoder row, is added to the hidden states. The error of the
-reconstruction stays in them, and hidden states at which the value does not change are not touched.
-"""
+"""Generate text with one latent changed, beside the plain text: [`steered`] on one prompt."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -15,12 +11,16 @@ from torch import Tensor, nn
 
 from ..activations import resolve_hookpoints
 from ..activations.hookpoints import first_tensor, hooked
+from ..features.firings import values_of
 from ..features.text import checked_latent, longest, own_hookpoint, read_text
 from ..models import SAEModel
-from ..models.sparse_ops import row_norms
+from ..progressive.statistics import encoded
+from .applying import applied
+from .parts import part_of
 
 
 MODES = ("add", "clamp", "remove")
+"""What the page offers; `"erase"` is no change of one latent's value."""
 
 
 @dataclass(frozen=True)
@@ -102,86 +102,39 @@ def steer(
     (hookpoint,) = resolve_hookpoints(model, [own_hookpoint(sae, hookpoint)])
     ids = prompt_tokens(tokenizer, prompt, longest(model) - max_new_tokens).to(next(model.parameters()).device)
 
-    def generate(hook: "LatentHook | None") -> list[int]:
-        with hooked(model, [] if hook is None else [(hookpoint, hook)]):
+    def generate(context: AbstractContextManager) -> list[int]:
+        with context:
             return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
 
     if mode == "remove" or unit is not None:
-        plain = generate(None)
+        plain = generate(nullcontext())
     else:
-        watch = LatentHook(sae, latent)
-        plain, unit = generate(watch), watch.largest
+        watch = _Watch(sae, latent)
+        plain, unit = generate(hooked(model, [(hookpoint, watch)])), watch.largest
         if not unit > 0:
             raise ValueError(
                 f"Latent {latent} does not fire on this prompt or its continuation, so its own activation is not "
                 "known there: pass `unit`, its largest activation on data."
             )
     amount = 0.0 if mode == "remove" else strength * unit
-    steered = generate(LatentHook(sae, latent, mode, amount, ids.shape[1] - 1 if positions == "new" else 0))
+    part = part_of(sae, {latent: amount}, mode, hookpoint, positions=positions)
+    steered = generate(applied(model, [part], quiet=True))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (plain, steered)]
     return Steered(prompt, *texts, plain, steered, latent, mode, amount)
 
 
-class LatentHook:
-    """A hook for [`hooked`] that changes one latent in the hidden states, or only records its largest value.
+class _Watch:
+    """A hook for [`hooked`] that records the largest activation of a latent."""
 
-    Args:
-        sae ([`SAEModel`]): The SAE.
-        latent (`int`): Position of the latent in the SAE.
-        mode (`str`, *optional*): One of `MODES`; `None` changes nothing.
-        amount (`float`, *optional*, defaults to 0.0): Value to add or to set, in units of the latent's activation.
-        start (`int`, *optional*, defaults to 0): First position that is changed.
+    def __init__(self, sae: SAEModel, latent: int) -> None:
+        self.sae, self.latent, self.largest = sae, torch.tensor([latent]), 0.0
 
-    Attributes:
-        largest (`float`): Largest activation of the latent so far, before any change.
-    """
-
-    def __init__(
-        self, sae: SAEModel, latent: int, mode: str | None = None, amount: float = 0.0, start: int = 0
-    ) -> None:
-        self.sae, self.latent, self.mode, self.amount, self.start = sae, latent, mode, amount, start
-        self.largest = 0.0
-        row = sae.W_dec.detach()[latent].float()
-        self.row = row / row_norms(row[None]) if sae.config.scale_by_decoder_norm else row
-
-    @torch.no_grad()
-    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
-        """Return changed hidden states in place of a module's output; `None` leaves the output as it is."""
+    def __call__(self, hookpoint: str, value: Any) -> None:
         states = first_tensor(value)
         if states is None or states.ndim != 3:
             raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
-        # The prompt comes in one piece (in every step where the model has no cache), new tokens one by one.
-        start = self.start if states.shape[1] > self.start else 0
-        flat = states[:, start:].reshape(-1, states.shape[-1]).to(self.sae.W_enc)
-        before = self._values(flat)
-        self.largest = max(self.largest, float(before.max()))
-        if self.mode is None:
-            return None
-        after = before + self.amount if self.mode == "add" else torch.full_like(before, self.amount)
-        changed = after != before
-        if not changed.any():
-            return None
-        _, norm = self.sae.normalized(flat)
-        difference = (after - before)[:, None] * self.row.to(before)
-        difference = difference if norm is None else difference * norm[1]
-        states = states.clone()  # the same tensor may go on elsewhere as the residual stream
-        part = states[:, start:]
-        moved = part + difference.view(part.shape).to(part)
-        states[:, start:] = torch.where(changed.view(*part.shape[:2], 1).to(part.device), moved, part)
-        return states
-
-    def _values(self, flat: Tensor) -> Tensor:
-        """Return the latent's values `(n,)` at inference."""
-        training = self.sae.training
-        self.sae.eval()
-        try:
-            pairs = self.sae.encode_pairs(flat)
-        finally:
-            self.sae.train(training)
-        chosen = pairs.cols == self.latent
-        values = flat.new_zeros(len(flat))
-        values[pairs.rows[chosen]] = pairs.values[chosen].to(values)
-        return values
+        pairs = encoded(self.sae, states.flatten(0, 1))
+        self.largest = max(self.largest, float(values_of(pairs, self.latent).max()))
 
 
 def _check_numbers(strength: float, unit: float | None, max_new_tokens: int, temperature: float, seed: int) -> None:

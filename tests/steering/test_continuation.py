@@ -1,14 +1,14 @@
 """Against hidden states changed by hand, and the language model's own generation."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from hf_matryoshka_sae.activations import load_language_model
-from hf_matryoshka_sae.activations.hookpoints import hooked
 from hf_matryoshka_sae.models import MatryoshkaSAE, MatryoshkaSAEConfig, TopKSAE, TopKSAEConfig
-from hf_matryoshka_sae.steering.continuation import LatentHook, steer
+from hf_matryoshka_sae.steering import Part, steer, steered
 
 
 HOOKPOINT = "model.layers.1"
@@ -40,10 +40,10 @@ def generated(model, ids, count=8, **options) -> list[int]:
     ].tolist()
 
 
-def states_of(model, ids, hook=None):
-    """What the next layer is given."""
+def states_of(model, ids, *change, **options):
+    """What the next layer is given, steered by `change`."""
     seen = []
-    with hooked(model, [(HOOKPOINT, hook)] if hook else []), torch.no_grad():
+    with steered(model, *change, **options) if change else nullcontext(), torch.no_grad():
         handle = model.model.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         model(ids)
         handle.remove()
@@ -69,7 +69,7 @@ def test_the_difference_of_the_decodes_is_added(lm, mode, amount, scaled):
         changed[..., latent] = changed[..., latent] + amount if mode == "add" else amount
         rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True) if scaled else sae.W_dec
         expected = states + (changed - acts) @ rows  # and the SAE's error stays in
-    found = states_of(model, ids, LatentHook(sae, latent, mode, amount))
+    found = states_of(model, ids, sae, {latent: amount}, mode)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     untouched = (changed == acts).all(-1)
     assert torch.equal(found[untouched], states[untouched])
@@ -81,7 +81,7 @@ def test_an_sae_that_normalises_moves_states_in_their_units(lm):
     sae = TopKSAE(TopKSAEConfig(d_in=128, num_latents=64, k=8, input_normalization="constant_norm")).eval()
     ids = prompt_ids(tokenizer)
     states = states_of(model, ids)
-    found = states_of(model, ids, LatentHook(sae, 3, "add", 2.0))
+    found = states_of(model, ids, sae, {3: 2.0}, hookpoint=HOOKPOINT)
     scale = states.norm(dim=-1, keepdim=True) / 128**0.5
     torch.testing.assert_close(found, states + 2.0 * scale * sae.W_dec[3], rtol=1e-5, atol=1e-5)
 
@@ -90,10 +90,8 @@ def test_only_new_positions_change(lm):
     model, tokenizer = lm
     ids = prompt_ids(tokenizer)
     start = ids.shape[1] - 1
-    hook = LatentHook(build(), 5, "add", 4.0, start)
-    before, after = states_of(model, ids), states_of(model, ids, hook)
+    before, after = states_of(model, ids), states_of(model, ids, build(), {5: 4.0}, positions="new")
     assert torch.equal(after[:, :start], before[:, :start]) and not torch.equal(after[:, start], before[:, start])
-    assert not torch.equal(states_of(model, ids[:, :1], hook), states_of(model, ids[:, :1]))  # a new token, cached
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -114,8 +112,7 @@ def test_steered_tokens_are_those_of_steering_without_a_cache(lm, positions):
     latent = firing_latent(sae, states_of(model, ids))
     found = steer(sae, *lm, PROMPT, latent, "clamp", 40.0, unit=1.0, positions=positions, max_new_tokens=8)
     assert found.amount == 40.0 and found.plain_ids != found.steered_ids
-    start = ids.shape[1] - 1 if positions == "new" else 0
-    with hooked(model, [(HOOKPOINT, LatentHook(sae, latent, "clamp", 40.0, start))]):
+    with steered(model, sae, {latent: 40.0}, "clamp", positions=positions):
         assert generated(model, ids, use_cache=False) == found.steered_ids
 
 
@@ -139,7 +136,7 @@ def test_hooks_go_after_an_exception(lm, monkeypatch):
     model, _ = lm
     before = count_hooks(model)
     with monkeypatch.context() as patched:
-        patched.setattr(LatentHook, "_values", lambda *_: 1 / 0)
+        patched.setattr(Part, "difference", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             steer(build(), *lm, PROMPT, 5, unit=1.0)
     assert count_hooks(model) == before
