@@ -2,8 +2,8 @@
 
     python benchmarks/family_frontiers.py --lm ../shared/lm --text ../shared/text --output runs/frontiers
 
-In the environment of `make_environment.sh`, with the setting `lm` of recipes.py (or `--setting`), whose files of states
-it shares. Two SAEs are compared at one L0 only by accident, since the L0 of the others follows from a coefficient or
+In the environment of `make_environment.sh`, with the setting `lm` of recipes.py (or `--setting`), whose states it
+shares. Two SAEs are compared at one L0 only by accident, since the L0 of the others follows from a coefficient or
 misses its target. So each library trains several, and FVU is drawn against the L0 that was reached: below and to the
 left is better. A trained SAE is a line of `<output>/frontiers.json`, which is not trained again.
 

@@ -102,6 +102,9 @@ def test_a_run_shows_every_field_once_and_those_that_are_used_most_first():
 
 def test_defaults_are_those_of_the_families():
     defaults = {text.name: text.default for text in described(SAESpec)}
-    assert defaults["betas"] == "default [0.9, 0.999]; [0.7, 0.99] for relu, topk, batch_topk, jumprelu, gated, matryoshka"
+    assert (
+        defaults["betas"]
+        == "default [0.9, 0.999]; [0.7, 0.99] for relu, topk, batch_topk, jumprelu, gated, matryoshka"
+    )
     assert defaults["target_l0"] == "default 32.0 for relu, jumprelu, gated"
     assert (defaults["lr"], defaults["train_b_enc"]) == ("", "default true")
