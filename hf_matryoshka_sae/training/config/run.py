@@ -111,7 +111,7 @@ class RunConfig:
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
     calibration_tokens: int | None = None
-    """Hidden states to solve thresholds on (all families but TopK); by default a fifth of `tokens`, 4,096 to 200,000."""
+    """Hidden states to solve thresholds on (of all but TopK); by default a fifth of `tokens`, 4,096 to 200,000."""
 
     # Steps, checkpoints and logs
     seed: int = 0
