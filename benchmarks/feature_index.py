@@ -2,9 +2,10 @@
 
     python benchmarks/feature_index.py --sae runs/sae --model LM --dataset text.parquet [--tokens 1000000] [--tree]
 
-Build and bare forward pass (which stops at the hookpoint) go over the same batches, in turns; medians and their ratio
-are printed, with the peak memory, the size on disk, the time to open the index and to read a latent, and how many of
-some latents' top contexts differ from sorting all their activations. All of it also goes to `runs/feature_index.json`.
+Build and bare forward pass (which stops at the hookpoint) go over the same batches, in turns, as do the build and a
+progressive curve with and without screening; medians and their ratio are printed, with the peak memory, the size on
+disk, the time to open the index and to read a latent, and how many of some latents' top contexts differ from sorting
+all their activations. All of it also goes to `runs/feature_index.json`.
 """
 
 import argparse
@@ -23,8 +24,11 @@ from transformers import AutoModel
 
 from hf_matryoshka_sae.activations import DatasetConfig, TokenBatch, harvest, heldout_batches, load_language_model
 from hf_matryoshka_sae.common.files import write_json
+from hf_matryoshka_sae.evaluation import HeldOut
 from hf_matryoshka_sae.features import FeatureIndex, IndexSizes, build_index
 from hf_matryoshka_sae.models import SAEModel
+from hf_matryoshka_sae.models.screening import screening
+from hf_matryoshka_sae.progressive import progressive_curve
 
 
 _WINDOWS = 32  # in a batch
@@ -75,16 +79,25 @@ def main() -> int:
             )
 
         forward_times, build_times, before = [], [], 0.0
+        data = HeldOut(lm, batches, hookpoint, None, tokenizer)
+        others: dict[str, list[float]] = {}
         for _ in range(options.turns):
             forward_times.append(_timed(forward))
             before = before or _peak()
             build_times.append(_timed(build))
+            for name, enabled in (("", None), ("_with_float32_products", False)):
+                with screening(enabled):
+                    if name:
+                        others.setdefault(f"build{name}", []).append(_timed(build))
+                    curve = _timed(lambda: progressive_curve(sae, data, sae.prefix_widths))
+                    others.setdefault(f"curve{name}", []).append(curve)
         ratios = [bare / whole for bare, whole in zip(forward_times, build_times, strict=True)]
         result = {
             "tokens": tokens,
             "threads": torch.get_num_threads(),
             "forward_tokens_per_second": tokens / statistics.median(forward_times),
             "build_tokens_per_second": tokens / statistics.median(build_times),
+            **{f"{name}_tokens_per_second": tokens / statistics.median(times) for name, times in others.items()},
             "ratio": statistics.median(ratios),
             "ratios": ratios,
             "peak_memory_mb": _peak(),

@@ -98,7 +98,7 @@ def _compared(sae: SAEModel, states: Tensor, k: int, kind: str) -> dict[str, obj
             _check_bound(blocks, true, row)
         cut = {
             "topk": lambda t: t.topk(k, dim=1).values[:, -1:],
-            "batch_topk": lambda t: t.flatten().topk(k * len(t)).values[-1],
+            "batch_topk": lambda t: t.flatten().kthvalue(t.numel() - k * len(t) + 1).values,
         }[kind](true)
         with screening(True):
             select = select_topk if kind == "topk" else select_batch_topk

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..activations.hookpoints import split_hookpoint
 from ..activations.language_model import EMBEDDED
+from ..activations.sentences import SENTENCE_EMBEDDING
 from .card_data import RunFacts, SAEFacts
 from .card_text import base_model, language_model
 
@@ -32,12 +33,18 @@ def with_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
     model = id or (EMBEDDED if base_model(run) == EMBEDDED else None)
     hookpoint, where = sae.config.hookpoint, _where(repo_id, sae)
     known = model is not None and bool(hookpoint)
+    of_texts = known and hookpoint == SENTENCE_EMBEDDING
     imports = ["import hf_matryoshka_sae  # registers the classes: no remote code is run"]
-    imports += ["from hf_matryoshka_sae.activations import harvest, load_language_model"] * known
+    if of_texts:
+        imports += ["from hf_matryoshka_sae.activations.sentences import load_sentence_transformer"]
+    elif known:
+        imports += ["from hf_matryoshka_sae.activations import harvest, load_language_model"]
     lines = ["import torch"] * (not known) + ["from transformers import AutoModel", "", *imports, ""]
-    if known:
-        revision = run.config.model_revision if run.config else None
-        revision = f', revision="{revision}"' if revision else ""
+    revision = run.config.model_revision if run.config else None
+    revision = f', revision="{revision}"' if revision else ""
+    if of_texts:
+        lines += _embedded_texts(f'load_sentence_transformer("{model}"{revision})')
+    elif known:
         lines += [
             f'model, tokenizer = load_language_model("{model}"{revision})',
             f'tokens = tokenizer({_TEXT}, return_tensors="pt")',
@@ -70,6 +77,9 @@ def without_package(run: RunFacts, sae: SAEFacts, repo_id: str) -> str:
     where, hookpoint = _where(repo_id, sae), sae.config.hookpoint
     if id is None or not hookpoint:
         lines = ["import torch", "from transformers import AutoModel", "", *_random_states(sae)]
+    elif hookpoint == SENTENCE_EMBEDDING:
+        lines = ["from sentence_transformers import SentenceTransformer", "from transformers import AutoModel", ""]
+        lines += _embedded_texts(f'SentenceTransformer("{id}")')
     else:
         lines = _hooked(run, id, hookpoint)
     return "\n".join(
@@ -91,6 +101,11 @@ def _load(name: str, *arguments: str) -> str:
     """Return a call of `from_pretrained`, in two lines where one would be too long for a card."""
     call = f"{name} = AutoModel.from_pretrained({', '.join(arguments)})"
     return call if len(call) <= _ROOM else f"{name} = AutoModel.from_pretrained(\n    {', '.join(arguments)}\n)"
+
+
+def _embedded_texts(model: str) -> list[str]:
+    """Return code that embeds a text; the copy is no inference tensor, which autograd would refuse."""
+    return [f"model = {model}", f"hidden_states = model.encode([{_TEXT}], convert_to_tensor=True).clone()"]
 
 
 def _random_states(sae: SAEFacts) -> list[str]:

@@ -113,8 +113,8 @@ def take_buffer(entries: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def keep_buffer(buffer: Tensor) -> None:
-    """Leave a buffer to this thread's next step."""
-    if buffer.device.type == "cpu":
+    """Leave a buffer to this thread's next step; one made in inference mode cannot be written to outside it."""
+    if buffer.device.type == "cpu" and not buffer.is_inference():
         if not hasattr(_kept, "buffers"):
             _kept.buffers = {}
         _kept.buffers[buffer.dtype] = buffer

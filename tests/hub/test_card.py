@@ -321,6 +321,15 @@ def test_an_sae_from_memory_says_what_its_config_knows():
     assert "subfolder" not in text and "width=" in snippets(text)[0]
 
 
+def test_an_sae_of_sentence_embeddings_is_shown_with_texts():
+    fields = {"base_model": "org/encoder", "hookpoint": "sentence_embedding"}
+    ours, alone = snippets(str(sae_card(TopKSAE(TopKSAEConfig(d_in=8, num_latents=32, k=2, **fields)), REPO)))
+    assert 'model = load_sentence_transformer("org/encoder")' in ours and "harvest" not in ours
+    assert 'model = SentenceTransformer("org/encoder")' in alone and "register_forward_hook" not in alone
+    for each in (ours, alone):
+        ast.parse(each)
+
+
 def test_an_sae_without_model_and_hookpoint_has_a_card_too():
     text = str(sae_card(TopKSAE(TopKSAEConfig(d_in=8, num_latents=32, k=2)), REPO))
     assert_clean(text)

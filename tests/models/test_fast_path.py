@@ -1,5 +1,7 @@
 """What the sparse path promises as a whole: results do not depend on blocks, ties are decided, nothing is N x F."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,3 +174,12 @@ def test_any_number_of_latents_trains(variant, num_latents):
     for key, expected in dense.items():
         if expected is not None:
             assert_close(ours[key], expected)
+
+
+def test_inference_mode_leaves_nothing_that_another_call_cannot_use(monkeypatch) -> None:
+    monkeypatch.setattr(encoder_blocks, "_kept", threading.local())
+    sae = make_sae("topk", num_latents=64, d_in=8, k=3)
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        inside = sae.encode(x).to_dense()
+    assert torch.equal(sae.encode(x).to_dense(), inside)

@@ -28,6 +28,8 @@ from ...activations import (
     resolve_hookpoints,
     wait_for_cache,
 )
+from ...activations.sentences import SENTENCE_EMBEDDING, load_sentence_transformer, sentence_embeddings
+from ...common.logs import is_first_process
 from ...evaluation import HeldOut
 from ..config.run import LARGEST_POOL, RunConfig, calibration_tokens, eval_tokens, shuffle_tokens, window_pool_tokens
 from .placement import Processes
@@ -227,3 +229,19 @@ def open_heldout_text(config: RunConfig, tokenizer: Any, processes: int = 1) -> 
         raise ValueError(
             f"No held-out text: {error} Name an `eval_dataset`, or raise `eval_fraction` ({config.eval_fraction:g})."
         ) from error
+
+
+def sentence_rows(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The embeddings of a run's texts, `(N, D)`, and of its held-out ones where it names any; in every process.
+
+    Raises:
+        `ValueError`: if the run has other hookpoints too, or the model or its text cannot be read.
+    """
+    if len(config.hookpoints) > 1:
+        raise ValueError(f"`{SENTENCE_EMBEDDING}` must be a run's only hookpoint, got {config.hookpoints}.")
+    model = load_sentence_transformer(config.model, config.model_revision)
+    options = {"seed": config.seed, "batch_size": config.lm_batch_size, "show": is_first_process()}
+    rows = sentence_embeddings(model, config.dataset, config.tokens, **options)
+    if config.eval_dataset is None:
+        return rows, None
+    return rows, sentence_embeddings(model, config.eval_dataset, eval_tokens(config), **options)

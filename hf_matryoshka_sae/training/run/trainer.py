@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ...activations.sentences import SENTENCE_EMBEDDING
 from ...common.command import Interrupted
 from ...common.distributed import gathered
 from ..config.run import RunConfig, as_begun, check_ready
@@ -24,6 +25,7 @@ from ..config.trackers import check_access
 from ..data.feed import Feed
 from ..data.harvest import open_harvest
 from ..data.placement import Processes
+from ..data.text import sentence_rows
 from ..sae.learner import Learner
 from .building import build_learners
 from .checkpoints import Checkpoint
@@ -74,6 +76,8 @@ def train(config: RunConfig, states: Any = None, heldout: Any = None) -> list[di
         check_ready(config)
         if heldout is not None:
             raise ValueError("`heldout` rows go with `states`; held-out text is the config's `eval_dataset`.")
+        if SENTENCE_EMBEDDING in config.hookpoints:
+            states, heldout = sentence_rows(config)
     config = as_begun(config)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":

@@ -1,0 +1,202 @@
+"""Retrieval with fewer bytes a document: ours beside dense, quantised and sparse ways of storing an embedding.
+
+    pip install faiss-cpu bm25s           # beside the package's extra `retrieval`
+    python benchmarks/retrieval/run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora
+
+corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
+and CSR learn from the half that is not searched, with each seed. Prints nDCG@10 and recall@100 (one right document
+for each query) with half of the 95% interval over seeds, against bytes; writes `retrieval.json`, `.md` and `.png`.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import torch
+from contenders import (
+    Embedded,
+    Row,
+    bm25_scores,
+    byte_code_rows,
+    csr_rows,
+    dense_rows,
+    pq_rows,
+    sae_rows,
+)
+from corpora import Corpus, load
+from csr import trained_csr
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModel
+
+from hf_matryoshka_sae.activations.sentences import load_sentence_transformer
+from hf_matryoshka_sae.common.files import write_json
+from hf_matryoshka_sae.models import SAEModel
+from hf_matryoshka_sae.progressive import latent_statistics, prune, rank_latents
+from hf_matryoshka_sae.training import RunConfig, train
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+CORPORA = ("python", "wordnet")
+MOST_QUERIES, MOST_OTHERS = 4000, 20_000
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def main() -> None:
+    """Embed, learn, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="sentence-transformers model: folder or Hub id")
+    parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
+    parser.add_argument("--num_latents", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--more_ks", type=int, nargs="*", default=[16, 72], help="measured with the first seed alone")
+    parser.add_argument("--tokens", type=int, default=200_000, help="embeddings that an SAE learns from, with repeats")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/retrieval"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    corpora = {name: load(name, options.corpora) for name in CORPORA}
+    data, pairs = embedded(corpora, options.model, options.output)
+    points: list[dict] = []
+    for name, corpus in corpora.items():
+        kept = slice(0, MOST_QUERIES)
+        scores, size = bm25_scores(corpus.queries[kept], corpus.documents[kept])
+        fixed = [*dense_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
+        points += [point(row, name, None) for row in tqdm(fixed, desc=name)]
+    for seed in options.seeds:
+        for row, name in learnt_rows(data, pairs, options, seed):
+            points.append(point(row, name, seed))
+    write_json(options.output / "retrieval.json", points)
+    table = summary(points)
+    (options.output / "retrieval.md").write_text(table, encoding="utf-8")
+    plot(points, options.output / "retrieval.png")
+    sys.stdout.write(table)
+
+
+def embedded(
+    corpora: dict[str, Corpus], model: str, folder: Path
+) -> tuple[dict[str, Embedded], tuple[Tensor, Tensor]]:
+    """Embeddings of each corpus, and of the pairs that CSR's contrastive loss learns from; kept in `folder`."""
+    path = folder / "embeddings.pt"
+    rows: dict[str, Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
+    wanted: dict[str, list[str]] = {"others": []}
+    for name, corpus in corpora.items():
+        kept = slice(0, MOST_QUERIES)
+        wanted |= {f"{name} queries": corpus.queries[kept], f"{name} documents": corpus.documents[kept]}
+        wanted[f"{name} left"], wanted[f"{name} right"] = (list(part) for part in zip(*corpus.pairs, strict=True))
+        wanted["others"] += corpus.others
+    wanted["others"] = wanted["others"][:: max(1, len(wanted["others"]) // MOST_OTHERS)]
+    missing = [key for key, texts in wanted.items() if len(rows.get(key, ())) != len(texts)]
+    encoder = load_sentence_transformer(model) if missing else None
+    for key in missing:
+        rows[key] = encoder.encode(wanted[key], batch_size=64, convert_to_tensor=True, show_progress_bar=True).clone()
+        torch.save(rows, path)
+    pairs = tuple(torch.cat([rows[f"{name} {side}"] for name in corpora]) for side in ("left", "right"))
+    training = torch.cat([*pairs, rows["others"]])
+    return {n: Embedded(rows[f"{n} queries"], rows[f"{n} documents"], training) for n in corpora}, pairs
+
+
+def learnt_rows(
+    data: dict[str, Embedded], pairs: tuple[Tensor, Tensor], options: argparse.Namespace, seed: int
+) -> Iterator[tuple[Row, str]]:
+    """What is learnt with a seed: our SAEs, the plain one pruned, its byte code, CSR."""
+    training = next(iter(data.values())).training
+    for k in [options.k, *(options.more_ks if seed == options.seeds[0] else [])]:
+        saes = trained(training, options, k, seed)
+        nested, plain = saes["matryoshka"], saes["topk"]
+        ranked = rank_latents(latent_statistics(plain, [training], neighbours=0), "energy")
+        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed)
+        for name, part in data.items():
+            rows = [*sae_rows(f"ours, k {k}", nested, part, nested.prefix_widths)]
+            rows += [*csr_rows(f"CSR, k {k}", csr, part)]
+            for width in nested.prefix_widths:
+                pruned = prune(plain, width, ranked) if width < options.num_latents else plain
+                rows += [
+                    Row(f"TopK pruned, k {k}", f"{width}", r.bytes, r.scores) for r in _first(pruned, part, width)
+                ]
+            if k == options.k:
+                rows += [*byte_code_rows(nested, part)]
+            yield from ((row, name) for row in rows)
+
+
+def _first(sae: SAEModel, part: Embedded, width: int) -> list[Row]:
+    return [next(iter(sae_rows("", sae, part, [width])))]
+
+
+def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int) -> dict[str, SAEModel]:
+    """A Matryoshka and a TopK SAE of the training embeddings; kept in the output folder."""
+    folder = options.output / f"seed-{seed}-k-{k}"
+    specs = [
+        {"type": kind, "name": kind, "num_latents": options.num_latents, "k": k} for kind in ("matryoshka", "topk")
+    ]
+    fields = {"saes": specs, "tokens": options.tokens, "batch_size": 512, "seed": seed, "output_dir": str(folder)}
+    if not (folder / "results.json").exists():
+        train(
+            RunConfig.from_dict(fields | {"hookpoints": ["sentence_embedding"], "checkpoint_every": 0}),
+            states=training,
+        )
+    return {kind: AutoModel.from_pretrained(folder / kind / "sentence_embedding") for kind in ("matryoshka", "topk")}
+
+
+def point(row: Row, corpus: str, seed: int | None) -> dict:
+    """Figures of a row: the i-th document is the right one of the i-th query; ties count against it."""
+    right = row.scores.diagonal()[:, None]
+    rank = (row.scores >= right).sum(1) - 1
+    gain = torch.where(rank < 10, 1 / torch.log2(rank + 2.0), 0.0)
+    figures = {"ndcg": gain.mean().item(), "recall": (rank < 100).float().mean().item()}
+    return {"corpus": corpus, "seed": seed, "name": row.name, "size": row.size, "bytes": row.bytes, **figures}
+
+
+def grouped(points: list[dict]) -> Iterator[tuple[tuple, dict[str, tuple[float, float]]]]:
+    """Mean and half of the 95% interval over seeds of each row's figures."""
+    keys = list(dict.fromkeys((p["corpus"], p["name"], p["size"]) for p in points))
+    for key in keys:
+        same = [p for p in points if (p["corpus"], p["name"], p["size"]) == key]
+        figures = {}
+        for name in ("bytes", "ndcg", "recall"):
+            values = [p[name] for p in same]
+            half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            figures[name] = statistics.mean(values), half
+        yield key, figures
+
+
+def summary(points: list[dict]) -> str:
+    """A table in markdown for each corpus."""
+    lines = []
+    for corpus in CORPORA:
+        lines += [f"\n## {corpus}\n", "| | size | bytes | nDCG@10 | recall@100 |", "|---|---|---:|---:|---:|"]
+        for (name_of_corpus, name, size), figures in grouped(points):
+            if name_of_corpus == corpus:
+                told = [
+                    f"{mean:.4f}" + (f" ± {half:.4f}" if half else "") for mean, half in list(figures.values())[1:]
+                ]
+                lines.append(f"| {name} | {size} | {figures['bytes'][0]:.0f} | {told[0]} | {told[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(points: list[dict], path: Path) -> None:
+    """NDCG against bytes of a document, a line for each method."""
+    figure, axes = plt.subplots(1, len(CORPORA), figsize=(13, 5), sharey=True)
+    for axis, corpus in zip(axes, CORPORA, strict=True):
+        lines: dict[str, list] = {}
+        for (name_of_corpus, name, _), figures in grouped(points):
+            if name_of_corpus == corpus:
+                lines.setdefault(name, []).append((figures["bytes"][0], *figures["ndcg"]))
+        for name, line in lines.items():
+            sizes, means, halves = zip(*sorted(line), strict=True)
+            style = "--" if "queries as codes" in name else "-"
+            axis.errorbar(sizes, means, yerr=halves, marker="o", markersize=3, linestyle=style, label=name)
+        axis.set(xscale="log", xlabel="bytes of a document", ylabel="nDCG@10", title=corpus)
+    axes[-1].legend(fontsize=6, ncol=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
