@@ -1,1 +1,1 @@
-"""How one SAE learns: losses, optimizer, schedules, initialisation, growth, thresholds."""
+"""How one SAE learns: losses, optimizer, schedules, penalty, initialisation, growth, thresholds."""
