@@ -1,6 +1,6 @@
 """Coarse to fine on one index, and other engines: quality, work and time of a query.
 
-    python benchmarks/retrieval/engines.py --output runs/retrieval --corpora corpora       # after run.py, with its files
+    python benchmarks/retrieval/engines.py --output runs/retrieval --corpora corpora    # after run.py, with its files
 
 Work is products of a query's and a document's numbers, as a share of what ranking every document by its whole code
 takes. Prints a table for each corpus, and for ten queries what was found and because of which latents.
