@@ -66,12 +66,12 @@ def dense_rows(data: Embedded) -> Iterator[Row]:
 
 
 def pq_rows(data: Embedded) -> Iterator[Row]:
-    """Product quantisation with 256 centres a part (Jegou et al. 2011), after a learnt rotation (OPQ), by faiss."""
+    """Product quantisation with 256 centres a part (Jegou et al. 2011), after a random rotation, by faiss."""
     import faiss
 
     sample = data.training[:: max(1, len(data.training) // 10_000)].numpy()  # enough for 256 centres
     for parts in (16, 48, 96):
-        index = faiss.index_factory(data.queries.shape[1], f"OPQ{parts},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(data.queries.shape[1], f"RR{data.queries.shape[1]},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
         index.train(sample)
         documents = torch.from_numpy(index.sa_decode(index.sa_encode(data.documents.numpy())))
         yield Row("product quantisation", f"{parts}", parts, data.queries @ unit(documents).T)
