@@ -1,6 +1,6 @@
 """Retrieval with fewer bytes a document: ours beside dense, quantised and sparse ways of storing an embedding.
 
-    pip install faiss-cpu bm25s           # beside the package's extra `retrieval`
+    pip install bm25s           # beside the package's extra `retrieval`
     python benchmarks/retrieval/run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora
 
 corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
