@@ -21,7 +21,7 @@ def trained_csr(
         training (`Tensor` of shape `(N, D)`): All embeddings, for the reconstruction; a batch has as many of them as
             of pairs.
         num_latents (`int`), k (`int`), tokens (`int`), seed (`int`): Size, sparsity, embeddings seen, and seed.
-        lr (`float`, *optional*, defaults to 1e-3): The best of 1e-4, 3e-4, 1e-3 and 3e-3.
+        lr (`float`, *optional*, defaults to 1e-3): Highest learning rate, not tuned.
     """
     torch.manual_seed(seed)
     module = SparseAutoEncoder(training.shape[1], num_latents, k=k)

@@ -1,6 +1,6 @@
 """Retrieval with fewer bytes a document: ours beside dense, quantised and sparse ways of storing an embedding.
 
-    pip install faiss-cpu bm25s           # beside the package's extra `retrieval`
+    pip install bm25s           # beside the package's extra `retrieval`
     python benchmarks/retrieval/run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora
 
 corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
@@ -35,7 +35,7 @@ from transformers import AutoModel
 from hf_matryoshka_sae.activations.sentences import load_sentence_transformer
 from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.models import SAEModel
-from hf_matryoshka_sae.progressive import latent_statistics, prune, rank_latents
+from hf_matryoshka_sae.progressive import latent_statistics, prune
 from hf_matryoshka_sae.training import RunConfig, train
 
 
@@ -72,11 +72,10 @@ def main() -> None:
     for seed in options.seeds:
         for row, name in learnt_rows(data, pairs, options, seed):
             points.append(point(row, name, seed))
-    write_json(options.output / "retrieval.json", points)
-    table = summary(points)
-    (options.output / "retrieval.md").write_text(table, encoding="utf-8")
-    plot(points, options.output / "retrieval.png")
-    sys.stdout.write(table)
+        write_json(options.output / "retrieval.json", points)
+        (options.output / "retrieval.md").write_text(summary(points), encoding="utf-8")
+        plot(points, options.output / "retrieval.png")
+    sys.stdout.write(summary(points))
 
 
 def embedded(
@@ -110,13 +109,13 @@ def learnt_rows(
     for k in [options.k, *(options.more_ks if seed == options.seeds[0] else [])]:
         saes = trained(training, options, k, seed)
         nested, plain = saes["matryoshka"], saes["topk"]
-        ranked = rank_latents(latent_statistics(plain, [training], neighbours=0), "energy")
-        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed)
+        measured = latent_statistics(plain, [training], neighbours=0)
+        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed) if k == options.k else None
         for name, part in data.items():
             rows = [*sae_rows(f"ours, k {k}", nested, part, nested.prefix_widths)]
-            rows += [*csr_rows(f"CSR, k {k}", csr, part)]
+            rows += [] if csr is None else [*csr_rows(f"CSR, k {k}", csr, part)]
             for width in nested.prefix_widths:
-                pruned = prune(plain, width, ranked) if width < options.num_latents else plain
+                pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
                 rows += [
                     Row(f"TopK pruned, k {k}", f"{width}", r.bytes, r.scores) for r in _first(pruned, part, width)
                 ]

@@ -1,0 +1,109 @@
+"""Coarse to fine on one index, and other engines: quality, work and time of a query.
+
+    python benchmarks/retrieval/engines.py --output runs/retrieval --corpora corpora    # after run.py, with its files
+
+Work is products of a query's and a document's numbers, as a share of what ranking every document by its whole code
+takes. Prints a table for each corpus, and for ten queries what was found and because of which latents.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from corpora import load
+from run import CORPORA, MOST_QUERIES
+from transformers import AutoModel
+
+from hf_matryoshka_sae.common.files import write_json
+from hf_matryoshka_sae.models import SAEModel
+from hf_matryoshka_sae.retrieval import SparseIndex, name_latents, to_scipy
+
+
+WAYS = {
+    "coarse {}, 100 candidates": {"candidates": 100},
+    "coarse {}, 200 candidates": {"candidates": 200},
+    "coarse {}, 64 values, 200 candidates": {"candidates": 200, "coarse_dims": 64},
+    "coarse {}, 128 values, 400 candidates": {"candidates": 400, "coarse_dims": 128},
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
+    parser.add_argument("--output", type=Path, default=Path("runs/retrieval"))
+    parser.add_argument("--sae", default="seed-0-k-32/matryoshka/sentence_embedding", help="below the output folder")
+    options = parser.parse_args()
+    rows = torch.load(options.output / "embeddings.pt", weights_only=True)
+    sae = AutoModel.from_pretrained(options.output / options.sae)
+    result = {}
+    for name in CORPORA:
+        queries, documents = rows[f"{name} queries"], rows[f"{name} documents"]
+        codes = to_scipy(sae.encode(documents, selection="mask").to_dense())
+        index, asked = SparseIndex(codes), (queries - sae.b_dec) @ sae.W_dec.T
+        result[name] = _engines(index, asked, queries, documents, sae)
+        sys.stdout.write(f"\n{name}: {len(queries)} queries, {len(documents)} documents\n")
+        for way, (ndcg, work, milliseconds) in result[name].items():
+            sys.stdout.write(f"{way:<44} nDCG@10 {ndcg:.4f}  work {work:7.1%}  {milliseconds:8.3f} ms a query\n")
+    write_json(options.output / "engines.json", result)
+    corpus = load("wordnet", options.corpora)
+    _show(corpus.queries[:MOST_QUERIES], corpus.documents[:MOST_QUERIES], rows, sae)
+
+
+def _engines(
+    index: SparseIndex, asked: torch.Tensor, queries: torch.Tensor, documents: torch.Tensor, sae: SAEModel
+) -> dict[str, tuple[float, float, float]]:
+    """What each way to search gives: nDCG@10, share of the work, milliseconds of a query."""
+    whole = index.search(asked, top_k=10).work
+    searches: dict[str, Callable] = {"whole code": lambda: index.search(asked, top_k=10)}
+    for width in sae.prefix_widths[:-1]:
+        searches[f"first {width} alone"] = lambda width=width: index.search(asked, top_k=10, width=width)
+        for way, fields in WAYS.items():
+            searches[way.format(width)] = lambda width=width, fields=fields: index.search(
+                asked, top_k=10, coarse_width=width, **fields
+            )
+    searches["whole code, 128 values, 400 candidates"] = lambda: index.search(
+        asked, top_k=10, coarse_width=index.num_latents, coarse_dims=128, candidates=400
+    )
+    found = {}
+    for way, search in searches.items():
+        began = time.perf_counter()
+        hits = search()
+        seconds = time.perf_counter() - began
+        found[way] = _ndcg(hits.documents), hits.work / whole, 1000 * seconds / len(asked)
+    began = time.perf_counter()
+    numbers = (queries @ documents.T).topk(10).indices.numpy()
+    seconds = time.perf_counter() - began
+    work = documents.numel() / whole
+    found["dense, one matmul"] = _ndcg(numbers), work, 1000 * seconds / len(queries)
+    return found
+
+
+def _ndcg(documents: np.ndarray) -> float:
+    rank = np.where(documents == np.arange(len(documents))[:, None], np.arange(documents.shape[1]), 1e9).min(1)
+    return float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean())
+
+
+def _show(queries: list[str], documents: list[str], rows: dict[str, torch.Tensor], sae: SAEModel) -> None:
+    """Ten queries: what was found, and because of which latents."""
+    texts = [*documents, *queries]
+    embedded = torch.cat([rows["wordnet documents"], rows["wordnet queries"]])
+    codes = to_scipy(sae.encode(embedded, selection="mask").to_dense())
+    names = name_latents(codes, texts, sae.latent_ids.tolist())
+    index = SparseIndex(codes[: len(documents)])
+    asked = (rows["wordnet queries"] - sae.b_dec) @ sae.W_dec.T
+    for number in range(0, 400, 40):
+        best = int(index.search(asked[number : number + 1], top_k=1).documents[0, 0])
+        sys.stdout.write(f"\nQ {queries[number]}\n{'=' if best == number else 'x'} {documents[best]}\n")
+        for latent, share in index.explain(asked[number], best)[:4]:
+            words = names.get(str(int(sae.latent_ids[latent])), {}).get("words", [])
+            sys.stdout.write(f"    {share:5.0%}  latent {latent}: {', '.join(words)}\n")
+
+
+if __name__ == "__main__":
+    main()
