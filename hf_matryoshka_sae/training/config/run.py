@@ -113,8 +113,8 @@ class RunConfig:
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
     calibration_tokens: int | None = None
-    """Hidden states to solve thresholds on (of all but TopK), kept evenly over the run; by default a fifth of `tokens`,
-    4,096 to 32,768."""
+    """Hidden states to solve thresholds on (of all but TopK), kept evenly over the run; by default a fifth of
+    `tokens`, 4,096 to 32,768."""
 
     # Steps, checkpoints and logs
     seed: int = 0

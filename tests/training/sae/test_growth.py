@@ -23,6 +23,7 @@ from hf_matryoshka_sae import (
     TopKSAEConfig,
     build_sae,
 )
+from hf_matryoshka_sae.evaluation import open_heldout
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.sae.calibration import calibrate_threshold
@@ -131,8 +132,12 @@ def test_new_thresholds_are_one_number_for_the_l0_of_base_and_new_latents(runs):
         threshold = load(runs[0] / "grown", name).threshold
         assert len(threshold[:32].unique()) == len(threshold[32:].unique()) == 1
         assert threshold[0] != threshold[-1]
-        assert runs[2][name][-1]["l0"] == pytest.approx(10, rel=0.15)
-        assert runs[2][name][-2]["l0"] == pytest.approx(6, rel=0.15)
+        # On the text that they were solved on: a module of 300 tokens that is held out fires more or less by itself.
+        grown = load(runs[0] / "grown", name)
+        data = open_heldout("embedded", HOOKPOINT, RUN["dataset"], tokens=5000, context_length=32)
+        states = torch.cat(list(data.activations()))
+        assert grown.encode(states).l0.float().mean().item() == pytest.approx(10, rel=0.1)
+        assert grown.encode(states, width=32).l0.float().mean().item() == pytest.approx(6, rel=0.1)
 
 
 def test_a_base_that_is_not_frozen_trains_along(runs, tmp_path):
