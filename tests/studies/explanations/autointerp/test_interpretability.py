@@ -85,9 +85,12 @@ def test_an_oracle_is_perfect(sae, text):
 
 def test_what_is_shown_is_as_many_passages_as_said(sae, text):
     judge = Called(oracle)
-    run(sae, text, judge, passages=PassageCounts(4, 3, 1, 2, 5, 6), per_group=1, workers=1)
+    found = run(sae, text, judge, passages=PassageCounts(4, 3, 1, 2, 5, 6), per_group=1, workers=1)
     _, explain, detection, fuzzing, *simulation = judge.asked
-    assert len(re.findall("^- .*«", explain, re.MULTILINE)) == 7 and len(simulation) == 8
+    token = words(text[0], 3)[found.latents["planted"][0].latent]
+    fired = sum(int((batch.input_ids[batch.keep] == token).sum()) for batch in text[0].batches)
+    # Four around the strongest, three over the whole range and one more for every fifty firings.
+    assert len(re.findall("^- .*«", explain, re.MULTILINE)) == 4 + min(15, 3 + fired // 50) and len(simulation) == 8
     for question, count in ((detection, 8), (fuzzing, 6)):
         assert (
             f"Below are {count} passages" in question and len(re.findall(r"^\d+: ", question, re.MULTILINE)) == count
