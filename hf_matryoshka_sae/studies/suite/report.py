@@ -12,7 +12,11 @@ from ...common.report import markdown_table
 FOLDER = "evaluation_suite"
 SUITE_FILE, DETAILS, OVERVIEW = "suite.json", "details.md", "overview.png"
 
-FLAT = {"neurons": "neurons", "channels": "channels", "all channels": "all channels"}
+FLAT = {
+    "neurons": "neurons",
+    "hidden-state channels": "channels",
+    "all channels together": "all channels",
+}
 """Baselines that have one number for all widths, and what the tables call them."""
 
 _LESS = 90  # per cent of the full size: below that a cut is told
@@ -102,7 +106,7 @@ def verdict(place: dict[str, Any], name: str) -> str:
     told = [f"**{name}.**"]
     if "fidelity" in sections:
         rows = sections["fidelity"]["rows"][name]
-        told.append(_keeps(rows[-1], f"With all {rows[-1]['width']:,} latents"))
+        told.append(_keeps(rows[-1], f"All {rows[-1]['width']:,} latents"))
         if len(rows) > 1:
             told.append(_keeps(rows[0], f"Its first {rows[0]['width']:,} alone"))
     words: dict[str, list[str]] = {}
@@ -174,9 +178,9 @@ def questions(place: dict[str, Any], name: str) -> str:
         first, last = measured[0], measured[-1]
         random = _last(section["rows"].get(f"random ({name})", []), key)
         others = [
-            f"{FLAT.get(other, other)} {cell(row, key, form, False)}"
+            f"{FLAT.get(other, other)}{_of_width(row, other)} {cell(row, key, form, False)}"
             for other, of_other in section["rows"].items()
-            if other not in place["saes"] and not other.startswith("random (")
+            if other not in (*place["saes"], "identity") and not other.startswith("random (")
             for row in [_last(of_other, key)]
             if row is not None
         ]
@@ -199,6 +203,11 @@ def questions(place: dict[str, Any], name: str) -> str:
     return markdown_table(heads, lines, right=2)
 
 
+def _of_width(row: dict[str, Any], name: str) -> str:
+    """Return the width of a baseline that has several, in brackets."""
+    return "" if name in FLAT or row["width"] is None else f" ({row['width']:,})"
+
+
 def _overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the main figure of each question against width, intervals and baselines with it."""
     from matplotlib.figure import Figure
@@ -215,7 +224,8 @@ def _overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
             if subject != "identity"
         }
         random = [subject for subject in lines if subject.startswith("random (")]
-        draw_widths(axis, lines, [subject for subject in lines if subject in FLAT], random)
+        flat = [subject for subject, points in lines.items() if subject in FLAT or any(w is None for w, *_ in points)]
+        draw_widths(axis, lines, flat, random)
         axis.set_title(section["question"], fontsize=10)
         axis.set_ylabel(f"{title} ({section.get('better', 'higher')} is better)", fontsize=8)
         axis.legend(fontsize=7)

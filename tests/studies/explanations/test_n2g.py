@@ -124,7 +124,7 @@ def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons():
     text = {"path": "embedded", "split": "train"}
     examples = open_heldout("embedded", "model.layers.2", text, tokens=20_000)
     test = open_heldout("embedded", "model.layers.2", tokens=8_000)
-    found = explainability({"demo": demo}, examples, test, [448, 2048], per_group=6, substitutes=1, show=False)
+    found = explainability({"demo": demo}, examples, test, [448, 2048], per_group=8, substitutes=1, show=False)
     last = {name: rows[-1]["f1"] for name, rows in found.subjects().items()}
     assert last["demo"] > 1.5 * last["random (demo)"] and last["demo"] > 1.5 * last["neurons"]
     for rows in found.subjects().values():

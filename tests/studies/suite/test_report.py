@@ -37,7 +37,8 @@ def place():
         {"width": 32, "f1": 0.4, "token_f1": 0.45, "pair_f1": 0.55, "f1_interval": [0.35, 0.45]},
     ]
     random = [{"width": 32, "f1": 0.2, "f1_interval": [0.15, 0.25], "token_f1": 0.1, "pair_f1": 0.1}]
-    effects = {"it": [{"width": 32, "share": 0.3}], "random (it)": [{"width": 32, "share": 0.301}]}
+    channels = {"all channels": [{"width": None, "share": 0.2}], "channels (16)": [{"width": None, "share": 0.6}]}
+    effects = channels | {"it": [{"width": 32, "share": 0.3}], "random (it)": [{"width": 32, "share": 0.301}]}
     sections = [
         section("fidelity", (("l0", "L0", ".2f"), ("fvu", "FVU", ".4f")), {"it": fidelity}, "lower"),
         section("patterns", (("f1", "F1", ".3f"),), {"it": patterns, "random (it)": random}),
@@ -59,7 +60,7 @@ def place():
 
 def test_the_paragraph_says_what_the_numbers_say(place):
     told = verdict(place, "it")
-    assert "With all 32 latents, 4.0 of them on a token, leave 10.0% of the variance unexplained" in told
+    assert "All 32 latents, 4.0 of them on a token, leave 10.0% of the variance unexplained" in told
     assert "recapture 95.0% of the language model's loss" in told and "Its first 8 alone" in told
     assert "better than random directions in the patterns" in told
     assert "no clear difference from them in the effects" in told

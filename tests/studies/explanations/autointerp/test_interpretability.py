@@ -73,7 +73,7 @@ def test_an_oracle_is_perfect(sae, text):
     found = run(sae, text, judge, price=(2.0, 10.0))
     (row,) = found.subject("planted")
     for score in ("detection", "detection_f1", "detection_accuracy", "fuzzing", "simulation"):
-        assert row[score] == pytest.approx(1.0) and row[f"{score}_interval"] == pytest.approx([1.0, 1.0])
+        assert row[score] == pytest.approx(1.0) and row[f"{score}_interval"] is None  # over three latents
     assert row["detection_all_no"] == pytest.approx(10 / 14)
     assert row["latents"] == 3 and row["questions"] == 3 * 17 == len(judge.asked) - 1  # and whether it is there
     assert row["refusals"] == row["malformed"] == row["constant"] == row["crowded"] == 0
@@ -85,9 +85,12 @@ def test_an_oracle_is_perfect(sae, text):
 
 def test_what_is_shown_is_as_many_passages_as_said(sae, text):
     judge = Called(oracle)
-    run(sae, text, judge, passages=PassageCounts(4, 3, 1, 2, 5, 6), per_group=1, workers=1)
+    found = run(sae, text, judge, passages=PassageCounts(4, 3, 1, 2, 5, 6), per_group=1, workers=1)
     _, explain, detection, fuzzing, *simulation = judge.asked
-    assert len(re.findall("^- .*«", explain, re.MULTILINE)) == 7 and len(simulation) == 8
+    token = words(text[0], 3)[found.latents["planted"][0].latent]
+    fired = sum(int((batch.input_ids[batch.keep] == token).sum()) for batch in text[0].batches)
+    # Four around the strongest, three over the whole range and one more for every fifty firings.
+    assert len(re.findall("^- .*«", explain, re.MULTILINE)) == 4 + min(15, 3 + fired // 50) and len(simulation) == 8
     for question, count in ((detection, 8), (fuzzing, 6)):
         assert (
             f"Below are {count} passages" in question and len(re.findall(r"^\d+: ", question, re.MULTILINE)) == count
@@ -288,7 +291,7 @@ def test_baselines_stand_beside_and_are_worse(text):
 @pytest.mark.slow
 def test_a_trained_sae_is_interpreted_better_than_random_directions_and_neurons(trained):
     demo, *texts = trained
-    found = automated_interpretability({"demo": demo}, *texts, widths=[64, 448], per_group=4, show=False)
+    found = automated_interpretability({"demo": demo}, *texts, widths=[64, 448], per_group=8, show=False)
     for score in ("detection", "simulation"):
         last = {name: rows[-1][score] for name, rows in found.subjects().items()}
         assert last["demo"] > last["random (demo)"] and last["demo"] > last["neurons"]
