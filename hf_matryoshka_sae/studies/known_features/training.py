@@ -41,6 +41,7 @@ def toy_spec(family: str, num_latents: int, target_l0: float = PUBLISHED_L0) -> 
     if family not in FAMILIES:
         raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
     fields = dict(preset="nabeshima", num_latents=num_latents, target_l0=target_l0, sparsity_coefficient=0.2)
+    fields["lr"] = 3e-2  # published; the preset's own suits runs that are shorter than this toy's
     return SAESpec.from_dict({**fields, **FAMILIES[family]}, "")
 
 
