@@ -85,6 +85,4 @@ def _first(spec: SAESpec, threshold: float | None) -> float:
     hold them where they begin: they come down as latents learn, and it is at first that too strong a penalty kills. A
     `log` penalty gets the slope at 0 that L1 would have.
     """
-    if threshold is None:
-        return 0.1
-    return threshold * (LOG_UNIT if spec.sparsity_penalty == "log" else 1.0)
+    return (0.1 if threshold is None else threshold) * (LOG_UNIT if spec.sparsity_penalty == "log" else 1.0)

@@ -70,4 +70,4 @@ def test_it_goes_on_from_its_state_and_from_that_of_an_earlier_version():
 @pytest.mark.parametrize(("penalty", "expected"), [("l1", 0.3), ("log", 0.03)])
 def test_a_start_at_the_target_sets_the_scale(penalty, expected):
     assert coefficient(first_threshold=0.3, sparsity_penalty=penalty).value.item() == pytest.approx(expected)
-    assert coefficient(sparsity_penalty=penalty).value.item() == pytest.approx(0.1)
+    assert coefficient(sparsity_penalty=penalty).value.item() == pytest.approx(expected / 3)
