@@ -15,14 +15,7 @@ from ..config.spec import SAESpec
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import (
-    annealed_k,
-    dead_window,
-    learning_rate,
-    random_prefix_widths,
-    sparsity_warmup,
-    weights_progress,
-)
+from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, sparsity_warmup, weights_progress
 from .state import LearnerState
 
 
