@@ -15,7 +15,7 @@ from ..sae.schedules import learning_rate
 
 
 _TOLERANCE = 0.1  # of the wanted L0
-LARGEST_SHIFT = 0.2  # of it too: from how far off thresholds that training has learnt are moved at the end, unasked
+LARGEST_SHIFT = 0.2  # of it too: training that ends further off is told of
 _MOST_DEAD = 0.1  # of the latents
 _LOOK_BACK = 100_000  # tokens of training
 
