@@ -27,7 +27,7 @@ from ..sae.calibration import calibrate_l0, calibrate_threshold
 from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows, save_own_rows
 from .provenance import Provenance, describe_sae
-from .report import evaluate, missed_targets, write_report
+from .report import LARGEST_SHIFT, evaluate, missed_targets, write_report
 
 
 class Closing:
@@ -149,7 +149,7 @@ class Closing:
         batches = _Normalised(calibration, learner)
         if sae.config.activation_name == "batch_topk":
             found = {"threshold": calibrate_threshold(sae, batches, wanted, learner.layout)}
-        elif wanted is not None:
+        elif wanted is not None and _may_move(learner, wanted):
             found = {"threshold_shift": calibrate_l0(sae, batches, wanted, learner.layout, learner.fixed)}
         sae.fold_normalization_(learner.mean, learner.scale)
         if learner.base is not None:
@@ -218,6 +218,13 @@ class _Normalised:
     def __iter__(self) -> Iterator[Tensor]:
         mean, scale = self.learner.mean, self.learner.scale
         return ((rows.to(mean).float() - mean) / scale for rows in self.rows)
+
+
+def _may_move(learner: Learner, wanted: float) -> bool:
+    """Whether thresholds may be moved to meet an L0: a ReLU's activations move along, so only by little."""
+    if learner.config.activation_name != "relu" or not learner.last:
+        return True
+    return abs(learner.last["l0"].item() - wanted) <= LARGEST_SHIFT * wanted
 
 
 def _wanted_l0(learner: Learner) -> float | None:

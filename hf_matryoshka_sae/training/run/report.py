@@ -15,7 +15,7 @@ from ..sae.schedules import peak_rate
 
 
 _TOLERANCE = 0.1  # of the wanted L0
-_LARGEST_SHIFT = 0.2  # of it too: what thresholds that training has learnt are moved by at the end
+LARGEST_SHIFT = 0.2  # of it too: training that ends further off is told of
 _MOST_DEAD = 0.1  # of the latents
 _LOOK_BACK = 100_000  # tokens of training
 
@@ -78,7 +78,7 @@ def missed_targets(learner: Learner, result: Mapping[str, Any], tokens: int) -> 
             f"{_for_l0(learner, tokens)}"
         )
     last = learner.last["l0"].item() if learner.last else wanted
-    if not competing and wanted and abs(last - wanted) > _LARGEST_SHIFT * wanted:
+    if not competing and wanted and abs(last - wanted) > LARGEST_SHIFT * wanted:
         missed.append(
             f"{where}: training ended with {last:.1f} latents per token, but `target_l0` asks for {wanted:g}; moving "
             f"all thresholds to meet it costs FVU. {_for_control(learner, tokens)}"

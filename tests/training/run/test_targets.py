@@ -100,7 +100,7 @@ def test_no_target_is_none_missed():
 
 def test_a_runs_last_lines_and_its_files_say_what_was_missed(tmp_path, caplog):
     saes = [
-        {"type": "relu", "name": "off", "num_latents": 64, "target_l0": 2.0, "start_at_target": False},
+        {"type": "gated", "name": "off", "num_latents": 64, "target_l0": 2.0, "start_at_target": False},
         {"type": "batch_topk", "name": "met", "num_latents": 64, "k": 4},
     ]
     run = {
