@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from torch import Tensor
 
+from ..activations.sentences import SENTENCE_EMBEDDING
 from ..common.files import write_json
 from ..convert import load as load_sae
 from ..models import SAEModel
@@ -78,7 +79,16 @@ class LatentEncoder(SparseEncoder):
         return decoded[0] if dense.ndim == 1 else decoded
 
     def name_of(self, latent: int) -> str:
-        """The name of a dimension: words of the texts that it stands for, or its number."""
+        """The name of a dimension: words of the texts that it stands for, or its number.
+
+        Args:
+            latent (`int`): Its number, from 0.
+
+        Raises:
+            `ValueError`: if there is no such dimension.
+        """
+        if not 0 <= latent < self.get_embedding_dimension():
+            raise ValueError(f"Latents are numbered 0 to {self.get_embedding_dimension() - 1} here, got {latent}.")
         number = int(self.latents.sae.latent_ids[latent])
         entry = self.latents.names.get(str(number))
         return ", ".join(entry["words"]) if entry and entry["words"] else f"latent {number}"
@@ -105,8 +115,7 @@ def sparse_encoder(
             better; see [`SparseEmbedding`].
 
     Raises:
-        `ValueError`: if the SAE reads another width than the model's, or was trained on another model's embeddings
-            of another width.
+        `ValueError`: if the SAE reads another width than the model's, or something else than embeddings of texts.
     """
     dense = model if isinstance(model, SentenceTransformer) else SentenceTransformer(str(model))
     loaded = sae if isinstance(sae, SAEModel) else load_sae(sae)
@@ -115,6 +124,11 @@ def sparse_encoder(
         raise ValueError(
             f"The SAE reads embeddings of width {loaded.config.d_in} (of {loaded.config.base_model or 'an unnamed '}"
             f"{'' if loaded.config.base_model else 'model'}), and this model's have {given}."
+        )
+    if pooling == "embedding" and loaded.config.hookpoint not in (None, "", SENTENCE_EMBEDDING):
+        raise ValueError(
+            f"This SAE reads {loaded.config.hookpoint} of {loaded.config.base_model}, not the embeddings of whole texts."
+            f" Train one with `hookpoints: [{SENTENCE_EMBEDDING}]`, or take its latents of tokens with `pooling='max'`."
         )
     module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling, queries)
     encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name="cosine")

@@ -95,12 +95,14 @@ class SparseIndex:
             [`Hits`]; of equal scores the first document stands first.
 
         Raises:
-            `ValueError`: if queries are of another dimension, or a width is not between 1 and F.
+            `ValueError`: if queries are of another dimension, a width is not between 1 and F, or nothing is asked for.
         """
         rows = _checked_codes(queries)
         if rows.shape[1] != self.num_latents:
             raise ValueError(f"Queries have {rows.shape[1]} latents, the documents of this index {self.num_latents}.")
         width = self._checked(width, "width")
+        if top_k < 1 or candidates < 1:
+            raise ValueError(f"`top_k` and `candidates` must be at least 1, got {top_k} and {candidates}.")
         if coarse_width is None:
             parts = [self._whole(part, width, top_k) for part in _pieces(rows)]
         else:
@@ -145,7 +147,12 @@ class SparseIndex:
             query (`Tensor` of shape `(F,)`, or one row of a scipy sparse matrix): A query's code.
             document (`int`): Number of the document.
             width (`int`, *optional*): Only the first `width` latents.
+
+        Raises:
+            `ValueError`: if there is no such document.
         """
+        if not 0 <= document < len(self):
+            raise ValueError(f"Documents are numbered 0 to {len(self) - 1} here, got {document}.")
         width = self._checked(width, "width")
         row = query[None] if isinstance(query, Tensor) and query.ndim == 1 else query
         products = _checked_codes(row)[0, :width].multiply(self.by_document[document, :width]).tocoo()

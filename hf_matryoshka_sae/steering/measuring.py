@@ -86,7 +86,7 @@ def dose_report(
         show (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
-        `ValueError`: if the model has no loss, a factor is not above 0, or `wanted` matches no token.
+        `ValueError`: if the model has no loss, a factor is not above 0, or `wanted` is no pattern or matches no token.
     """
     steering = _prepared(steering, data, encoding=True)
     chosen = _Wanted(steering, data, wanted)
@@ -182,7 +182,10 @@ class _Wanted:
         self.firing = [part for part in steering.parts if part.sae is not None and part.mode != "erase"]
         self.ids = torch.zeros(size, dtype=torch.bool)
         if isinstance(wanted, str):
-            pattern, count = re.compile(wanted), min(size, len(data.tokenizer))
+            try:
+                pattern, count = re.compile(wanted), min(size, len(data.tokenizer))
+            except re.error as error:
+                raise ValueError(f"`wanted` is no regular expression: {wanted!r} has an {error}.") from error
             texts = token_texts(data.tokenizer, range(count))
             ids = [token for token, text in enumerate(texts) if pattern.fullmatch(text)]
             self.words = f"tokens that match {wanted!r}"

@@ -140,6 +140,12 @@ def test_texts_without_a_token_are_refused(encoder) -> None:
 def test_what_does_not_fit_is_refused(dense, encoder) -> None:
     with pytest.raises(ValueError, match="reads embeddings of width 64 .* this model's have 128"):
         sparse_encoder(dense, build_sae(TopKSAEConfig(d_in=64, num_latents=F, k=8)))
+    with pytest.raises(ValueError, match=r"reads model.layers.1 of lm, not the embeddings of whole texts"):
+        sparse_encoder(
+            dense, build_sae(TopKSAEConfig(d_in=128, num_latents=F, k=8, hookpoint="model.layers.1", base_model="lm"))
+        )
+    with pytest.raises(ValueError, match="numbered 0 to 95 here, got -1"):
+        encoder.name_of(-1)
     with pytest.raises(ValueError, match="`width` must be between 1 and the SAE's 96 latents, got 97"):
         sparse_encoder(dense, an_sae(), width=97)
     with pytest.raises(ValueError, match="must be one of embedding, max"):

@@ -98,6 +98,8 @@ def test_qdrant_finds_the_same_through_sentence_transformers(data) -> None:
     [
         (lambda index: index.search(torch.zeros(1, F + 1)), "Queries have 49 latents"),
         (lambda index: index.search(torch.zeros(1, F), width=0), "between 1 and 48, got 0"),
+        (lambda index: index.search(torch.zeros(1, F), top_k=0), "`top_k` and `candidates` must be at least 1"),
+        (lambda index: index.explain(torch.zeros(F), DOCUMENTS), "Documents are numbered 0 to 69 here, got 70"),
         (lambda index: SparseIndex(torch.full((1, F), torch.nan)), "not finite"),
         (lambda index: SparseIndex(torch.zeros(F)), r"must be a tensor \(N, F\)"),
         (lambda index: SparseIndex(torch.zeros(1, F), "l2"), "'cosine' or 'dot'"),
