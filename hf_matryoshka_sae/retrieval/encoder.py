@@ -127,8 +127,9 @@ def sparse_encoder(
         )
     if pooling == "embedding" and loaded.config.hookpoint not in (None, "", SENTENCE_EMBEDDING):
         raise ValueError(
-            f"This SAE reads {loaded.config.hookpoint} of {loaded.config.base_model}, not the embeddings of whole texts."
-            f" Train one with `hookpoints: [{SENTENCE_EMBEDDING}]`, or take its latents of tokens with `pooling='max'`."
+            f"This SAE reads {loaded.config.hookpoint} of {loaded.config.base_model}, not the embeddings of whole "
+            f"texts. Train one with `hookpoints: [{SENTENCE_EMBEDDING}]`, or take its latents of tokens with "
+            "`pooling='max'`."
         )
     module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling, queries)
     encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name="cosine")

@@ -141,6 +141,7 @@ def test_what_cannot_be_measured_is_said(data, steering):
     for options, message in [
         (dict(factors=[0.0]), "`factors`"),
         (dict(wanted="nothing of the kind"), "No token is wanted"),
+        (dict(wanted="["), "no regular expression"),
     ]:
         with pytest.raises(ValueError, match=message):
             dose_report(steering, data, prompts=2, show=False, **options)
