@@ -9,6 +9,7 @@
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def _peft(steering: "Steering", folder: Path, model: nn.Module) -> Path:
     adapted = steering.to_peft(model)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        adapted.save_pretrained(partial, save_embedding_layers=False)  # they are as they were
+        with warnings.catch_warnings():  # PEFT takes a bias for a shard that was not gathered
+            warnings.filterwarnings("ignore", message=".*have invalid shape.*lora_B.bias.*")
+            adapted.save_pretrained(partial, save_embedding_layers=False)  # they are as they were
         folder.mkdir(exist_ok=True)
         for path in partial.iterdir():
             path.replace(folder / path.name)
