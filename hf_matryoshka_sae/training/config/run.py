@@ -280,11 +280,19 @@ def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
     Of an SAE whose fields were written before short runs were trained otherwise, the schedules are those of that time.
     """
     stated = {name: before[name] for name in _SIZES if getattr(config, name) is None and before.get(name) is not None}
-    saes = [
-        dataclasses.replace(spec, **dict.fromkeys(_SHORT_RUNS - entry.keys(), 0)) if "betas" in entry else spec
-        for spec, entry in zip(config.saes, before.get("saes") or [], strict=False)
-    ]
+    saes = [_as_of_then(spec, entry) for spec, entry in zip(config.saes, before.get("saes") or [], strict=False)]
     return dataclasses.replace(config, **stated, saes=[*saes, *config.saes[len(saes) :]])
+
+
+def _as_of_then(spec: SAESpec, entry: Mapping[str, Any]) -> SAESpec:
+    """An SAE's fields with what an earlier version took where its entry, all of whose fields it wrote, lacks some."""
+    missing = _SHORT_RUNS - entry.keys()
+    if "betas" not in entry or not missing:
+        return spec
+    stated = dict.fromkeys(missing, 0)
+    if spec.controller_rate == SAESpec.controller_rate and "controller_rate" in entry:
+        stated["controller_rate"] = entry["controller_rate"]
+    return dataclasses.replace(spec, **stated)
 
 
 def as_begun(config: RunConfig) -> RunConfig:

@@ -119,7 +119,8 @@ def _threshold_of(share: float, sae: SAEModel, spec: SAESpec, sample: Tensor, se
     rows = rows - sae.b_dec.to(rows) if sae.config.apply_b_dec_to_input else rows
     values = (rows @ directions.T).flatten()
     above = min(len(values) - 1, max(1, round(share * len(values))))
-    return max(values.kthvalue(len(values) - above).values.item(), torch.finfo(torch.float32).tiny)
+    threshold = max(values.kthvalue(len(values) - above).values.item(), torch.finfo(torch.float32).tiny)
+    return float(f"{threshold:.5g}")  # any number of processes, whose sums round otherwise, begins with the same
 
 
 def _directions(layout: Layout, d_in: int, seed: int) -> Iterator[tuple[slice, Tensor]]:

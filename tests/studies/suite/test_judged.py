@@ -32,7 +32,7 @@ def test_a_judge_is_asked_once_and_its_silence_is_counted(server, tmp_path, monk
     asked = len(server.requests)
     assert asked > 4
     folder = tmp_path / "evaluation_suite"
-    text = (folder / "report.md").read_text()
+    text = "".join((folder / name).read_text() for name in ("report.md", "details.md"))
     assert server.url in text and "## embedded" in text
     result = json.loads((folder / "model.layers.2/autointerp.json").read_text())
     for row in result["rows"]["it"]:
