@@ -51,7 +51,8 @@ class Reshaping:
         if hasattr(self, "threshold"):
             self.threshold.mul_(scale)
         if hasattr(self.config, "bandwidth"):
-            self.config.bandwidth = float(self.config.bandwidth * scale)
+            # Nine digits, as float32 has: the last ones of a scale hang on how many processes summed it.
+            self.config.bandwidth = float(f"{self.config.bandwidth * scale:.9g}")
 
     @torch.no_grad()
     def fold_decoder_norm_(self) -> None:
