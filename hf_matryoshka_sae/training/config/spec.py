@@ -235,6 +235,12 @@ class SAESpec:
         """Whether a new SAE begins with as many latents firing as `target_l0` asks for."""
         return self.start_at_target and self.target_l0 is not None
 
+    @property
+    def solves_thresholds(self) -> bool:
+        """Whether thresholds are solved for when a run ends: BatchTopK's, and those that are to meet `target_l0`."""
+        activation = self.activation or "batch_topk" if self.type == "matryoshka" else self.type
+        return activation == "batch_topk" or (activation != "topk" and self.target_l0 is not None)
+
     @classmethod
     def from_dict(cls, data: dict, where: str) -> "SAESpec":
         """A spec with the preset's, then the family's, values where `data` gives none."""

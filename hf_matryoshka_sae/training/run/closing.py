@@ -229,9 +229,9 @@ def _may_move(learner: Learner, wanted: float) -> bool:
 
 def _wanted_l0(learner: Learner) -> float | None:
     """The L0 that thresholds are solved for, where there are any."""
-    if learner.config.activation_name == "batch_topk":
-        return learner.k
-    return None if learner.config.activation_name == "topk" else learner.spec.target_l0
+    if not learner.spec.solves_thresholds:
+        return None
+    return learner.k if learner.config.activation_name == "batch_topk" else learner.spec.target_l0
 
 
 def place_of(learner: Learner) -> str:

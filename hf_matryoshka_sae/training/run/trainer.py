@@ -21,7 +21,6 @@ from ...activations.sentences import SENTENCE_EMBEDDING
 from ...common.command import Interrupted
 from ...common.distributed import gathered
 from ..config.run import RunConfig, as_begun, calibration_tokens, check_ready
-from ..config.spec import SAESpec
 from ..config.trackers import check_access
 from ..data.feed import Feed
 from ..data.harvest import open_harvest
@@ -151,7 +150,7 @@ class Trainer:
             accelerator.device,
             ahead,
             keep=-(-calibration_tokens(config) // (processes.streams * processes.rows)) * processes.rows,
-            batches=micro_batches if any(map(_calibrated, config.saes)) else 0,
+            batches=micro_batches if any(spec.solves_thresholds for spec in config.saes) else 0,
         )
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
         self.left_out = 0  # hidden states that are not finite
@@ -341,12 +340,6 @@ class Trainer:
         raise Interrupted(
             f"Stopped after step {step} of {self.config.steps}; saved {path}. Run the same command again to go on."
         )
-
-
-def _calibrated(spec: SAESpec) -> bool:
-    """Whether a threshold is solved for at the end."""
-    activation = spec.activation or "batch_topk" if spec.type == "matryoshka" else spec.type
-    return activation == "batch_topk"
 
 
 @contextmanager

@@ -126,3 +126,19 @@ def test_the_file_is_json_without_places_of_this_machine(finished_run):
     text = (finished_run / "provenance.json").read_text()
     assert json.loads(text)["format"] == 1
     assert str(finished_run) not in text
+
+
+@pytest.mark.parametrize("family", [{"type": "batch_topk", "k": 3}, {"type": "jumprelu", "target_l0": 3.0}])
+def test_thresholds_are_solved_for_on_rows_of_the_run_and_no_others(family, tmp_path):
+    rows = torch.randn(1100, 8, generator=torch.Generator().manual_seed(0))
+    fields = {"saes": [{"num_latents": 32, **family}], "tokens": 1024, "batch_size": 64, "shuffle_tokens": 128}
+    fields |= {
+        "normalization_tokens": 512,
+        "calibration_tokens": 192,
+        "output_dir": str(tmp_path),
+        "checkpoint_every": 0,
+    }
+    train(RunConfig.from_dict(fields), states=iter(rows[:1024].split(64)), heldout=rows[1024:])
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    (sae,) = record["saes"].values()
+    assert sae["calibration"]["tokens"] == 192
