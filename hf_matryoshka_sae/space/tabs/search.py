@@ -7,8 +7,7 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told
-from .features import opens_latents
-from .inputs import BARS, HEAVY, Shown, area
+from .inputs import BARS, HEAVY, LIGHT, Shown, area
 
 
 EXAMPLES = (
@@ -29,10 +28,9 @@ class SearchTab:
     Args:
         endpoints ([`Endpoints`]): Answers.
         shown ([`Shown`]): What is open.
-        feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -56,8 +54,13 @@ class SearchTab:
             self.hits,
             **HEAVY,
         )
-        searched.then(None, [self.query, self.kind], None, js="(q, kind) => showInLink({q, kind, tab: 'search'})")
-        opens_latents(self.hits, endpoints, shown, feature)
+        searched.then(None, [self.query, self.kind], None, js="(q, kind) => nested.show({q, kind, tab: 'search'})")
+        linked = shown.opened.change(told(self.refresh), shown.opened, [self.query, self.kind, self.hits], **LIGHT)
+        linked.success(told(self.find_linked), [shown.current, self.query, self.kind], self.hits, **HEAVY)
+
+    def refresh(self, opened: dict[str, Any]) -> tuple[str, str, str]:
+        """The search of a link, and no hits of the SAE before."""
+        return opened["q"], opened["kind"], ""
 
     def find_linked(self, current: tuple[str, str], query: str, kind: str) -> str:
         """What a link searches for, if it does."""

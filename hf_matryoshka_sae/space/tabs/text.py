@@ -9,7 +9,6 @@ from ...steering.continuation import MODES
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told
-from .features import opens_latents
 from .inputs import HEAVY, Shown, area
 from .prune import SAMPLE
 
@@ -20,16 +19,14 @@ class TextTab:
     Args:
         endpoints ([`Endpoints`]): Answers.
         shown ([`Shown`]): What is open.
-        feature (`gr.HTML`): Where a latent that is chosen is shown.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown, feature: gr.HTML) -> None:
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints = endpoints
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self.text = gr.Textbox(SAMPLE, label="Your text", lines=4, max_lines=12)
             with gr.Column(scale=2, min_width=280):
-                self.width = gr.Slider(1, 2048, 2048, step=1, label="Width: only the first latents")
                 self.read = gr.Button("Show its features", variant="primary")
         self.found = area("text-features")
         with gr.Row():
@@ -53,20 +50,20 @@ class TextTab:
                 self.seed = gr.Number(0, precision=0, label="Seed")
         self.steer = gr.Button("Continue both ways", variant="primary")
         self.steered = area("steered")
-        self._wire(shown, feature)
+        self._wire(shown)
 
-    def _wire(self, shown: Shown, feature: gr.HTML) -> None:
+    def _wire(self, shown: Shown) -> None:
         gr.on(
             [self.read.click, self.text.submit],
             told(self.show),
-            [shown.current, self.text, self.width],
+            [shown.current, self.text, shown.width],
             self.found,
             **HEAVY,
         )
         gr.on(
             [self.follow.click, self.one.submit],
             told(self.show_one),
-            [shown.current, self.text, self.width, self.one],
+            [shown.current, self.text, shown.width, self.one],
             self.along,
             **HEAVY,
         )
@@ -75,7 +72,7 @@ class TextTab:
             [
                 shown.current,
                 self.text,
-                self.width,
+                shown.width,
                 self.latent,
                 self.mode,
                 self.strength,
@@ -86,7 +83,6 @@ class TextTab:
             self.steered,
             **HEAVY,
         )
-        opens_latents(self.found, self.endpoints, shown, feature)
 
     def show(self, current: tuple[str, str], text: str, width: float) -> str:
         """The strongest latents of a text and of each of its tokens."""
