@@ -27,7 +27,7 @@ def feature_page(
         _widths(feature, prefix_widths),
         '<div class="wide"><section>',
         "<h3>How strongly it fires</h3>",
-        bar_chart(histogram["edges"], histogram["counts"], Axis("activation", log=True), "tokens", (380, 200)),
+        bar_chart(histogram["edges"], histogram["counts"], Axis("activation", log=True), "tokens"),
         "</section><section>",
         _logits(feature),
         "</section></div>",
