@@ -17,6 +17,7 @@ share the machine. The parts:
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -110,7 +111,7 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
     }
 
 
-def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:  # noqa: ARG001 (as the other parts)
+def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
     """Seconds until a visitor sees what is open and its figures, and those of another width."""
     chromium = shutil.which("chromium")
     try:
@@ -132,7 +133,8 @@ def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:  # noq
                 found[f"{name}: {shown}"] = time.perf_counter() - began
             tab.wait_for_timeout(2000)
             if name == "later visit":
-                found["slider's release to its figures"] = seconds(lambda: _slide(tab, widths[len(widths) // 2] + 1))
+                slide = functools.partial(_slide, tab, widths[len(widths) // 2] + 1)
+                found["slider's release to its figures"] = seconds(slide)
             tab.close()
         window.close()
     return found
@@ -143,7 +145,8 @@ def _slide(tab: Any, width: int) -> None:
     slider.evaluate(
         """(slider, width) => {
             slider.value = width;
-            for (const event of ['input', 'pointerup', 'change']) slider.dispatchEvent(new Event(event, {bubbles: true}));
+            const happened = name => slider.dispatchEvent(new Event(name, {bubbles: true}));
+            ['input', 'pointerup', 'change'].forEach(happened);
         }""",
         width,
     )

@@ -5,6 +5,8 @@ from typing import Any
 
 import gradio as gr
 
+from .subject.lanes import LANES, MOST_WAITING
+
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:
     """Start a page, as `gr.Blocks.launch` does, with its looks.
@@ -18,4 +20,7 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         "css": (here / "page.css").read_text(encoding="utf-8"),
         "js": (here / "page.js").read_text(encoding="utf-8"),
     }
-    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})
+    # A visitor who waits for a language model holds a thread: see `subject/lanes.py`.
+    threads = len(LANES) * (MOST_WAITING + 1) + 40
+    queue = blocks.queue(max_size=100)
+    return queue.launch(**{"footer_links": ["api", "settings"], "max_threads": threads, **looks, **options})

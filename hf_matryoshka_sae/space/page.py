@@ -75,7 +75,7 @@ class Page:
     def _endpoint(self, name: str) -> None:
         limits: dict[str, Any] = {"queue": False}  # answered at once
         if name in _HEAVY:
-            limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+            limits = {"concurrency_limit": None}
         method = getattr(self.endpoints, name)
         gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 
