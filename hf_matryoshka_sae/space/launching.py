@@ -1,25 +1,12 @@
 """Starting a page with the looks that all pages of this package share."""
 
-from importlib.resources import files
 from typing import Any
 
 import gradio as gr
 
+from .looks.theme import looks
+from .subject.lanes import LANES, MOST_WAITING
 
-TITLE = "Matryoshka SAEs: dictionaries nested in each other"
-ABOUT = "How many latents of a sparse autoencoder are enough, what each fires on, and which refines which."
-CARD = "".join(
-    f'<meta property="{name}" content="{content}">'
-    for name, content in {
-        "og:type": "website",
-        "og:title": TITLE,
-        "og:description": ABOUT,
-        "twitter:card": "summary",
-        "twitter:title": TITLE,
-        "twitter:description": ABOUT,
-    }.items()
-)
-"""What a link to the page shows of it elsewhere."""
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:
     """Start a page, as `gr.Blocks.launch` does, with its looks.
@@ -28,35 +15,7 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         blocks (`gr.Blocks`): For example from [`build_demo`].
         options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
     """
-    started = "".join(f"({script})();\n" for script in _all_of("js"))
-    looks = {"css": "\n".join(_all_of("css")), "js": f"() => {{ {started} }}", "head": CARD, "theme": theme()}
-    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})
-
-
-def theme() -> gr.themes.Base:
-    """Return the colours of the pages: text and buttons have a contrast of at least 4.5 to 1, light and dark."""
-    return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", text_size="md").set(
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
-        block_label_text_color="*neutral_600",
-        block_label_text_color_dark="*neutral_200",
-        block_title_text_color="*neutral_700",
-        block_title_text_color_dark="*neutral_200",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_text_color="white",
-        slider_color="*primary_500",
-        link_text_color="*primary_700",
-        link_text_color_dark="*primary_300",
-    )
-
-
-def _all_of(kind: str) -> list[str]:
-    """Read the package's scripts or styles; `page` comes first, as the others build on it."""
-    found = sorted(files(__package__).iterdir(), key=lambda file: (not file.name.startswith("page."), file.name))
-    return [file.read_text(encoding="utf-8") for file in found if file.name.endswith(f".{kind}")]
+    # A visitor who waits for a language model holds a thread: see `subject/lanes.py`.
+    threads = len(LANES) * (MOST_WAITING + 1) + 40
+    queue = blocks.queue(max_size=100)
+    return queue.launch(**{"footer_links": ["api", "settings"], "max_threads": threads, **looks(), **options})

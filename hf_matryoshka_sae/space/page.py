@@ -13,6 +13,7 @@ from .limits import UNREACHABLE, typed
 from .looks.html import escape
 from .looks.links import View
 from .looks.messages import told, warn
+from .looks.theme import TITLE
 from .subject.library import Library
 from .tabs.compare import CompareTab
 from .tabs.drawer import Drawer
@@ -23,7 +24,6 @@ from .tabs.search import SearchTab
 from .tabs.text import TextTab
 
 
-TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"
 WARMING = "warming"
 """Name of the thread that opens what is shown at first."""
 
@@ -80,7 +80,7 @@ class Page:
     def _endpoint(self, name: str) -> None:
         limits: dict[str, Any] = {"queue": False}  # answered at once
         if name in _HEAVY:
-            limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+            limits = {"concurrency_limit": None}
         method = getattr(self.endpoints, name)
         gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 

@@ -3,8 +3,10 @@
 Many visitors look at the same SAE: it is not changed, and what was measured is kept.
 """
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from ...activations import TokenBatch
 from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...features import FeatureIndex
 from ...models import SAEModel
@@ -28,9 +31,10 @@ from ...progressive import (
 )
 from ...progressive.ranking import sorting_order
 from ...progressive.statistics import STATISTICS_FILE
-from ..limits import UNREACHABLE
+from ..limits import UNREACHABLE, wanted
 from ..looks.labels import Labels
 from .indexes import FoundIndex, find_index
+from .lanes import NoLongerWantedError
 from .trees import IndexTree
 
 
@@ -61,6 +65,17 @@ class Pruning:
     k: int | None = None
 
 
+class Watched(HeldOut):
+    """A language model with text, whose run ends where nobody wants its result any more."""
+
+    def share(self) -> Iterator[TokenBatch]:
+        """Yield the batches as long as the result is wanted."""
+        for batch in super().share():
+            if not wanted():
+                raise NoLongerWantedError
+            yield batch
+
+
 class Opened:
     """An SAE with what it is shown with. Made by [`Library.open`].
 
@@ -71,6 +86,7 @@ class Opened:
         data ([`HeldOut`]): Its language model with held-out tokens, at its hookpoint.
         library ([`Library`]): That it belongs to.
         siblings (`list[str]`): Places of all SAEs of its source, its own among them.
+        revision (`str`, *optional*): Commit of a repository.
     """
 
     def __init__(
@@ -83,12 +99,33 @@ class Opened:
         data: HeldOut,
         library: "Library",
         siblings: list[str],
+        revision: str | None = None,
     ) -> None:
         self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
         self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
+        self.revision = revision
         self.num_latents: int = sae.config.num_latents
         self._kept: dict[Any, Any] = {}
-        self._reading = threading.RLock()  # held by what needs no language model, which does not wait for one
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Take a new lock that nobody holds."""
+        # Held by what needs no language model, which does not wait for one; nothing that takes a lane runs under it.
+        self._reading = threading.RLock()
+
+    @contextmanager
+    def running(self, lane: str) -> Iterator[HeldOut]:
+        """Hold a lane in which the language model runs; gives the model with the text.
+
+        Args:
+            lane (`str`): One of `LANES`.
+
+        Raises:
+            `ValueError`: if too many wait for it.
+            [`NoLongerWantedError`]: if nobody wants the result any more.
+        """
+        with self.library.lanes[lane].turn(wanted):
+            yield Watched(**vars(self.data))
 
     def to(self, device: str) -> None:
         """Move the SAE and the language model."""
@@ -146,12 +183,12 @@ class Opened:
     def tree(self) -> IndexTree:
         """Parents and children of its latents; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)), lock=self._reading)
+        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)))
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("columns", lambda: _arrays(index), lock=self._reading)
+        return self._once("columns", lambda: _arrays(index))
 
     # Rankings
 
@@ -179,7 +216,9 @@ class Opened:
         """What each latent does: as saved beside the SAE, else measured on the held-out text."""
         if self._saved_statistics is not None:
             return self._saved_statistics
-        return self._once("statistics", lambda: latent_statistics(self.sae, self.data, attribution=self.data.has_loss))
+        return self._measured_once(
+            "statistics", lambda data: latent_statistics(self.sae, data, attribution=data.has_loss)
+        )
 
     @cached_property
     def _saved_statistics(self) -> LatentStatistics | None:
@@ -196,7 +235,7 @@ class Opened:
         if Path(self.where).is_dir():
             return Path(self.where) / self.subfolder / name
         place = f"{self.subfolder}/{name}" if self.subfolder else name
-        return Path(hf_hub_download(self.where, place, revision=self.library.revision))
+        return Path(hf_hub_download(self.where, place, revision=self.revision))
 
     def places(self, latent: int) -> dict[str, int]:
         """A latent's place in each ranking that needs no measuring first; a width above it holds the latent."""
@@ -211,41 +250,28 @@ class Opened:
         if ranking == "trained":
             return torch.arange(self.num_latents)
         statistics = self.statistics()
-        return self._once(("order", ranking), lambda: sorting_order(self.sae, ranking, statistics), lock=self._reading)
+        return self._once(("order", ranking), lambda: sorting_order(self.sae, ranking, statistics))
 
     def ranked(self, ranking: str) -> SAEModel:
         """The SAE with its latents in the order of a ranking."""
         if ranking == "trained":
             return self.sae
-        return self._once(("ranked", ranking), lambda: sort_latents(self.sae, order=self.order(ranking)))
+        order = self.order(ranking)
+        return self._once(("ranked", ranking), lambda: sort_latents(self.sae, order=order))
 
     # Prunings
 
     def pruned(self, pruning: Pruning) -> SAEModel:
         """The SAE that a pruning leaves."""
-        return self._once(("pruned", pruning), lambda: self._pruned(pruning), most=8)
-
-    def _pruned(self, pruning: Pruning) -> SAEModel:
-        ranked = self.ranked(pruning.ranking)
-        if pruning.k is None:
-            return ranked if pruning.width == self.num_latents else ranked.truncate(pruning.width).eval()
-        if ranked.config.activation_name == "batch_topk":
-            threshold = calibrate_thresholds(ranked, self.data, float(pruning.k), [pruning.width])[pruning.width]
-            smaller = with_threshold(ranked, pruning.width, threshold)
-        else:
-            smaller = ranked.truncate(pruning.width).eval()
-        smaller.config.k = smaller.k = pruning.k  # the config is saved, the other is used
-        return smaller
+        ranked, width, k = self.ranked(pruning.ranking), pruning.width, pruning.k
+        if k is not None and ranked.config.activation_name == "batch_topk":
+            return self._measured_once(("pruned", pruning), lambda data: _at_k(ranked, data, width, k), most=8)
+        return self._once(("pruned", pruning), lambda: _cut(ranked, width, k), most=8)
 
     def measured(self, pruning: Pruning) -> dict[str, Any]:
         """What a pruning is worth: the figures that `matryoshka-sae evaluate` gives for the SAE it leaves."""
-        return self._once(("measured", pruning), lambda: self._measured(pruning))
-
-    def _measured(self, pruning: Pruning) -> dict[str, Any]:
         sae = self.pruned(pruning)
-        fidelity = evaluate_fidelity(self.data, {"sae": Dictionary(sae, [pruning.width], SELECTION)})
-        (row,) = fidelity.pop("subjects")["sae"]
-        return {**fidelity, **row, "size_mb": size_mb(sae)}
+        return self._measured_once(("measured", pruning), lambda data: _worth(sae, data))
 
     def figures(self, pruning: Pruning) -> dict[str, Any]:
         """The figures of a pruning in plain values."""
@@ -258,38 +284,103 @@ class Opened:
         """The same where they are measured already."""
         return self.figures(pruning) if ("measured", pruning) in self._kept else None
 
+    def compute(self, kind: str, pruning: Pruning) -> Any:
+        """Measure what of this SAE needs a language model, as values that any process can keep.
+
+        Args:
+            kind (`str`): `measured` (figures of a pruning), `curve` (FVU along all widths of its ranking),
+                `statistics` (of all latents, for rankings) or `pruned` (the SAE that it leaves).
+            pruning ([`Pruning`]): Which.
+        """
+        if kind == "measured":
+            return self.measured(pruning)
+        if kind == "curve":
+            return self.fvu_curve(pruning.ranking)
+        if kind == "statistics":
+            return self.statistics()
+        return self.pruned(pruning).to("cpu") if os.environ.get("SPACES_ZERO_GPU") else self.pruned(pruning)
+
+    def has(self, kind: str, pruning: Pruning) -> bool:
+        """Whether that is there already, or needs no language model."""
+        if kind == "statistics":
+            return self._saved_statistics is not None or "statistics" in self._kept
+        if kind == "pruned" and pruning.k is None:
+            return True
+        return _key(kind, pruning) in self._kept
+
+    def keep(self, kind: str, pruning: Pruning, value: Any) -> None:
+        """Keep it, wherever it was computed."""
+        self._kept.setdefault(_key(kind, pruning), value)
+
     def curve(self, ranking: str, k: int | None = None) -> list[dict[str, Any]]:
         """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured.
 
         With another k than the SAE was trained with, widths that were not measured have a width alone.
         """
-        if k is None:
-            rows = self._once(("curve", ranking), lambda: self._curve(ranking))
-        else:
-            rows = [{"width": width} for width in default_widths(self.sae)]
+        rows = self.fvu_curve(ranking) if k is None else [{"width": width} for width in default_widths(self.sae)]
         known = [self._kept.get(("measured", self.check(Pruning(ranking, row["width"], k)))) for row in rows]
         return [row | (measured or {}) for row, measured in zip(rows, known, strict=True)]
 
-    def _curve(self, ranking: str) -> list[dict[str, Any]]:
-        subject = Dictionary(self.ranked(ranking), default_widths(self.sae), SELECTION)
-        return evaluate_fidelity(self.data, {"sae": subject}, language_model=False)["subjects"]["sae"]
+    def fvu_curve(self, ranking: str) -> list[dict[str, Any]]:
+        """FVU, L0 and RSA along the curve."""
+        ranked = self.ranked(ranking)
+        return self._measured_once(("curve", ranking), lambda data: _fvu_curve(ranked, data))
 
-    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None, lock: Any = None) -> Any:
-        """What `make` gives, made by the first who asks; at most `most` of a kind are kept.
-
-        The lock is the library's, as language models run one at a time, but for what needs none.
-        """
+    def _measured_once(self, key: Any, make: Callable[[HeldOut], Any], most: int | None = None) -> Any:
+        """What `make` gives with the language model, in the lane of what is measured."""
         if key in self._kept:
             return self._kept[key]
-        with lock or self.library.lock:
+        with self.running("measure") as data:
+            return self._once(key, lambda: make(data), most, nullcontext())
+
+    def _once(self, key: Any, make: Callable[[], Any], most: int | None = None, lock: Any = None) -> Any:
+        """What `make` gives, made by the first who asks; at most `most` of a kind are kept."""
+        if key in self._kept:
+            return self._kept[key]
+        with lock or self._reading:
             if key not in self._kept:
                 made = make()
-                of_kind = [other for other in self._kept if isinstance(other, tuple) and other[0] == key[0]]
+                of_kind = [other for other in list(self._kept) if isinstance(other, tuple) and other[0] == key[0]]
                 if most is not None and len(of_kind) >= most:
-                    del self._kept[of_kind[0]]
+                    self._kept.pop(of_kind[0], None)
                 self._kept[key] = made
                 return made
             return self._kept[key]
+
+
+def _key(kind: str, pruning: Pruning) -> Any:
+    if kind == "statistics":
+        return kind
+    return kind, pruning.ranking if kind == "curve" else pruning
+
+
+def _cut(ranked: SAEModel, width: int, k: int | None) -> SAEModel:
+    """The first latents of an SAE, and the k strongest of them."""
+    if k is None:
+        return ranked if width == ranked.config.num_latents else ranked.truncate(width).eval()
+    return _with_k(ranked.truncate(width).eval(), k)
+
+
+def _at_k(ranked: SAEModel, data: HeldOut, width: int, k: int) -> SAEModel:
+    """The first latents of an SAE whose threshold lets k through per token, on average."""
+    threshold = calibrate_thresholds(ranked, data, float(k), [width])[width]
+    return _with_k(with_threshold(ranked, width, threshold), k)
+
+
+def _with_k(smaller: SAEModel, k: int) -> SAEModel:
+    smaller.config.k = smaller.k = k  # the config is saved, the other is used
+    return smaller
+
+
+def _worth(sae: SAEModel, data: HeldOut) -> dict[str, Any]:
+    fidelity = evaluate_fidelity(data, {"sae": Dictionary(sae, [sae.config.num_latents], SELECTION)})
+    (row,) = fidelity.pop("subjects")["sae"]
+    return {**fidelity, **row, "size_mb": size_mb(sae)}
+
+
+def _fvu_curve(ranked: SAEModel, data: HeldOut) -> list[dict[str, Any]]:
+    subject = Dictionary(ranked, default_widths(ranked), SELECTION)
+    return evaluate_fidelity(data, {"sae": subject}, language_model=False)["subjects"]["sae"]
 
 
 def _arrays(index: FeatureIndex) -> dict[str, np.ndarray]:

@@ -40,7 +40,9 @@ class PruneTab:
         self.curve = area("curve")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                gr.HTML("<nested-answer></nested-answer>", elem_id="answer", elem_classes="space-html", js_on_load=None)
+                gr.HTML(
+                    "<nested-answer></nested-answer>", elem_id="answer", elem_classes="space-html", js_on_load=None
+                )
                 with gr.Row():
                     self.whole_curve = gr.Button("Measure the curve", size="sm", visible=False, min_width=120)
                     self.stop = gr.Button("Stop", size="sm", visible=False, min_width=80)
