@@ -14,8 +14,10 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
     """
     here = files(__package__)
+    styles, scripts = ([here.joinpath(f"{name}.{kind}") for name in ("page", "latent")] for kind in ("css", "js"))
+    started = "".join(f"({script.read_text(encoding='utf-8')})();\n" for script in scripts)
     looks = {
-        "css": (here / "page.css").read_text(encoding="utf-8"),
-        "js": (here / "page.js").read_text(encoding="utf-8"),
+        "css": "\n".join(style.read_text(encoding="utf-8") for style in styles),
+        "js": f"() => {{ {started} }}",
     }
     return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})
