@@ -1,4 +1,4 @@
-// <nested-chart data-spec="{...}">: lines or bars as SVG, in the page's colours and at the size the screen gives it.
+// <nested-chart data-spec="{...}">: lines as SVG, in the page's colours and at the size the screen gives it.
 // looks/charts.py writes the specification and, in words, what the chart shows.
 () => {
   const LEFT = 54, RIGHT = 14, TOP = 14, BOTTOM = 42;
@@ -76,13 +76,10 @@
       const height = spec.height ?? Math.round(Math.min(300, Math.max(200, width * 0.5)));
       this.svg = element("svg", { width: String(width), height: String(height), "aria-hidden": "true" });
       const points = spec.series.flatMap(one => one.points);
-      const xs = spec.bars ? spec.bars.edges : points.map(([x]) => x);
-      const ys = spec.bars ? [0, ...spec.bars.counts] : points.map(([, y]) => y);
-      this.x = scale(spec.x, xs, LEFT, width - RIGHT);
-      this.y = scale(spec.y, ys, height - BOTTOM, TOP);
+      this.x = scale(spec.x, points.map(([x]) => x), LEFT, width - RIGHT);
+      this.y = scale(spec.y, points.map(([, y]) => y), height - BOTTOM, TOP);
       this.bottom = height - BOTTOM;
       this.frame(width, height);
-      if (spec.bars) this.bars(spec.bars);
       spec.series.forEach((one, number) => this.line(one, number));
       this.svg.append((this.moving = element("g", { class: "moving" })), (this.over = element("g", { class: "over" })));
       this.replaceChildren(this.svg, ...this.legend());
@@ -116,16 +113,6 @@
         const at = y.at(spec.target);
         svg.append(element("line", { class: "target", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
       }
-    }
-
-    bars({ edges, counts }) {
-      const { x, y, svg } = this;
-      const group = element("g", { class: "bars s0" });
-      counts.forEach((count, n) => {
-        const left = x.at(edges[n]), wide = Math.max(1, x.at(edges[n + 1]) - left - 1);
-        group.append(element("rect", { x: left, y: y.at(count), width: wide, height: y.at(0) - y.at(count) }));
-      });
-      svg.append(group);
     }
 
     line({ points }, number) {
@@ -189,12 +176,6 @@
     hover(event) {
       const x = this.place(event), { spec } = this;
       this.over.replaceChildren();
-      if (spec.bars) {
-        const { edges, counts } = spec.bars, n = Math.max(0, edges.findIndex(edge => edge > x) - 1);
-        if (counts[n] === undefined) return;
-        this.point(this.over, (edges[n] + edges[n + 1]) / 2, counts[n], `${written(edges[n])} to ${written(edges[n + 1])}: ${written(counts[n])}`, "hover s0");
-        return;
-      }
       spec.series.forEach(({ points, notes }, number) => {
         if (!points.length) return;
         const far = points.map(([a]) => Math.abs(this.x.at(a) - this.x.at(x)));

@@ -69,6 +69,8 @@ class Page:
                 with self._view("Compare", "compare"):
                     self.compare = CompareTab(self.endpoints, shown)
             self.drawer = Drawer(self.endpoints, shown)
+            self.search.connect(self.drawer)
+            self.text.connect(self.drawer, shown)
             self._wire()
 
     @staticmethod

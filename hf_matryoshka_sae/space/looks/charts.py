@@ -77,19 +77,6 @@ def line_chart(
     )
 
 
-def bar_chart(edges: Sequence[float], counts: Sequence[float], x: Axis, y: str) -> str:
-    """Return a histogram, counts between edges on an axis that may be logarithmic, as HTML."""
-    if not len(counts) or max(counts) <= 0:
-        return '<p class="quiet">It never fired.</p>'
-    most = max(range(len(counts)), key=lambda i: counts[i])
-    said = (
-        f"{y} by {x.label}, from {_number(edges[0])} to {_number(edges[-1])}; most ({counts[most]:,.0f}) between "
-        f"{_number(edges[most])} and {_number(edges[most + 1])}"
-    )
-    bars = {"edges": [float(edge) for edge in edges], "counts": [float(count) for count in counts]}
-    return _chart(said, x=asdict(x), y=asdict(Axis(y, low=0.0)), series=[], bars=bars)
-
-
 def _chart(said: str, **spec: Any) -> str:
     data = escape(json.dumps(spec), quote=True)
     return f'<nested-chart role="img" aria-label="{escape(said, quote=True)}" data-spec="{data}"></nested-chart>'

@@ -47,5 +47,7 @@ def theme() -> gr.themes.Base:
 
 def _all_of(kind: str) -> list[str]:
     """Read the package's scripts or styles; `page` comes first, as the others build on it."""
-    found = sorted(files(__package__).joinpath("..").iterdir(), key=lambda file: (file.name[:5] != "page.", file.name))
+    found = sorted(
+        files(__package__.rpartition(".")[0]).iterdir(), key=lambda file: (file.name[:5] != "page.", file.name)
+    )
     return [file.read_text(encoding="utf-8") for file in found if file.name.endswith(f".{kind}")]

@@ -17,7 +17,7 @@ from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 SAMPLE = "The module defines a function that returns the number of items in the list."
 _STEPS = 12
-"""Widths of a curve that is measured from the page: so many, evenly spaced in their logarithm, besides the prefixes."""
+"""So many widths of a curve measured from the page, evenly spaced in their logarithm, besides the prefixes."""
 
 _QUEUED: dict[str, Any] = HEAVY | {"show_progress": "minimal", "trigger_mode": "always_last"}
 
@@ -51,9 +51,7 @@ class PruneTab:
         self.picture = area("picture")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self.figures = gr.HTML(
-                    "<nested-figures></nested-figures>", elem_id="figures", elem_classes="space-html", js_on_load=None
-                )
+                self.figures = area("figures", "<nested-figures></nested-figures>")
             with gr.Column(scale=2, min_width=300):
                 self.measure = gr.Button("Measure this width", size="sm")
                 self.download = gr.Button("Download these latents", variant="primary", elem_id="download")
