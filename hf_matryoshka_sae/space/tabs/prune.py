@@ -19,6 +19,9 @@ SAMPLE = "The module defines a function that returns the number of items in the 
 _STEPS = 12
 """So many widths of a curve measured from the page, evenly spaced in their logarithm, besides the prefixes."""
 
+PARENT = 0.6
+"""Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
+
 _QUEUED: dict[str, Any] = HEAVY | {"show_progress": "minimal", "trigger_mode": "always_last"}
 
 
@@ -163,7 +166,7 @@ class PruneTab:
             k = chosen
         rest = self.start_over(current, opened["ranking"], k or 0)
         sample = "" if showcase is None else sample_html(showcase)
-        picture = self.endpoints.picture(*current) if about["index_tokens"] is not None else ""
+        picture = self.endpoints.picture(*current, PARENT) if about["index_tokens"] is not None else ""
         return opened["ranking"], control, *rest, sample, html.picture(picture)
 
     def start_over(self, current: tuple[str, str], ranking: str, k: int) -> tuple[Any, ...]:
