@@ -231,7 +231,7 @@
       if (sample.continuations) {
         const list = document.createElement("dl");
         const pairs = [["The model goes on", sample.plain], [`and with ${whole(sample.widths[at])} latents`, sample.continuations[at]]];
-        for (const [name, words] of pairs) list.append(text("dt", name), text("dd", words ?? "", "tokens"));
+        for (const [name, words] of pairs) list.append(text("dt", name), text("dd", (words ?? "").trim() || "(nothing)", "tokens"));
         parts.push(list);
       }
       this.replaceChildren(...parts);

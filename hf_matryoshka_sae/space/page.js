@@ -71,6 +71,7 @@
     }
     if (!first) fields.tab = tab;
     nested.show(fields, !first);
+    nested.chooseWidth(view.width || view.latents);
   };
 
   // The width that all views are at: each listens for "width" and shows what it knows of it without asking the server.

@@ -1,6 +1,7 @@
 """Prune: how many latents keep how much, what that is worth, and taking the pruned SAE along. The first screen."""
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -303,8 +304,16 @@ def sample_html(showcase: dict[str, Any]) -> str:
     sample = showcase.get("sample")
     if not sample:
         return ""
-    given = {**sample, "largest": showcase["largest"], "labels": showcase.get("labels", {})}
-    return data("nested-sample", given | {"tokens": [html.visible(token) for token in sample["tokens"]]})
+    # A beginning-of-text token is not text.
+    start = int(bool(re.fullmatch(r"<\S+>|\[\S+\]", sample["tokens"][0])))
+    given = {
+        **sample,
+        "tokens": [html.visible(token) for token in sample["tokens"][start:]],
+        "firings": [tokens[start:] for tokens in sample["firings"]],
+        "largest": showcase["largest"],
+        "labels": showcase.get("labels", {}),
+    }
+    return data("nested-sample", given)
 
 
 def reconstructed_text(text: dict[str, Any], width: int) -> str:
