@@ -234,7 +234,7 @@ def _candidate(node: dict[str, Any]) -> int:
 
 
 def _check_nodes(nodes: list[dict[str, Any]], starts: list[int]) -> None:
-    """Raise `ValueError` where nodes are no tree: each parent is in a narrower level, so there are no cycles either."""
+    """Raise `ValueError` where nodes are no tree; a parent is in a narrower level, so that there are no cycles."""
     if not nodes or not isinstance(nodes, list):
         raise ValueError("there are no nodes")
     for place, node in enumerate(nodes):
