@@ -69,19 +69,24 @@
     if (event.target.closest("[data-do=save-names]")) names.save();
   });
 
-  // The drawer is open while the body says so; what opened it gets the focus back.
+  // The drawer; what opened it gets the focus back.
   let opener = null;
   const drawer = (window.latentDrawer = {
     element: () => document.getElementById("drawer"),
+    isOpen: () => drawer.element().classList.contains("open"),
+    open: state => {
+      drawer.element().classList.toggle("open", state);
+      drawer.element().closest("main").classList.toggle("beside-drawer", state);
+    },
     opening: latent => {
       const none = latent === null || latent === undefined || latent === "";
       if (none) return drawer.close();
       drawer.element().classList.add("waiting");
-      document.body.dataset.drawer = "open";
+      drawer.open(true);
     },
     opened: latent => {
       if (latent === null || latent === undefined) return drawer.close();
-      document.body.dataset.drawer = "open";
+      drawer.open(true);
       const element = drawer.element();
       element.classList.remove("waiting");
       element.scrollTop = 0;
@@ -91,8 +96,8 @@
       for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("opened");
     },
     close: () => {
-      if (!document.body.dataset.drawer) return;
-      delete document.body.dataset.drawer;
+      if (!drawer.isOpen()) return;
+      drawer.open(false);
       nested.set("latent", "", false);
       nested.show({ latent: null });
       if (opener && opener.isConnected) opener.focus();
@@ -116,7 +121,7 @@
     if (named && !drawer.element()?.contains(named)) opener = named;
   }, true);
   document.addEventListener("keydown", event => {
-    if (event.key === "Escape" && document.body.dataset.drawer) drawer.close();
+    if (event.key === "Escape" && drawer.isOpen()) drawer.close();
   });
 
   // Relatives below the score that is asked for are hidden.

@@ -19,7 +19,7 @@ from .inputs import BARS, HEAVY, LIGHT, Shown, area
 
 _ROWS = 1000
 _MOST_BYTES = 20_000_000
-_HEAD = ["latent", "fires on", "of tokens", "energy", "from width"]
+_HEAD = ["latent", "fires on", "share", "energy", "width"]
 _NAMES = """<p class="quiet">Names are kept in your browser and shown wherever a latent is: change one on a latent's
 page, or take those of a CSV (<code>latent_id,label</code>) or of Neuronpedia's export.</p>
 <button type="button" class="small" data-do="save-names">Save my names as CSV</button>"""
@@ -59,6 +59,7 @@ class ExploreTab:
                     show_search="search",
                     interactive=False,
                     max_height=420,
+                    column_widths=["17%", "35%", "16%", "16%", "16%"],
                     elem_id="latents",
                     label="All latents: press one to open it",
                 )
