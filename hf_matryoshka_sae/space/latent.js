@@ -78,6 +78,10 @@
       drawer.element().classList.toggle("open", state);
       drawer.element().closest("main").classList.toggle("beside-drawer", state);
     },
+    openLatent: latent => {
+      nested.set("latent", latent, false);
+      nested.show({ latent }, true);
+    },
     opening: latent => {
       const none = latent === null || latent === undefined || latent === "";
       if (none) return drawer.close();
