@@ -7,6 +7,7 @@ from typing import Any
 
 from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
+from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
 from .subject.answers import feature_of, list_latents
@@ -297,15 +298,14 @@ class Endpoints:
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
         """What is stored with the index for a first look, and what its latents are called; `None` without it."""
         opened = self.library.open(sae, place)
-        read = getattr(opened.index, "showcase", lambda: None)
-        stored = read()
-        return stored and stored | {
-            "labels": {int(latent): opened.labels[int(latent)] for latent in stored["largest"]}
-        }
+        stored = None if opened.index is None else opened.index.showcase()
+        return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
     def picture(self, sae: str, place: str, threshold: float) -> str:
         """The picture of the prefixes, nested in each other, as SVG."""
-        return ""
+        opened = self.library.open(sae, place)
+        tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
+        return nested_picture(tree, opened.labels)
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

@@ -69,19 +69,28 @@
     if (event.target.closest("[data-do=save-names]")) names.save();
   });
 
-  // The drawer is open while the body says so; what opened it gets the focus back.
+  // The drawer; what opened it gets the focus back.
   let opener = null;
   const drawer = (window.latentDrawer = {
     element: () => document.getElementById("drawer"),
+    isOpen: () => drawer.element().classList.contains("open"),
+    open: state => {
+      drawer.element().classList.toggle("open", state);
+      drawer.element().closest("main").classList.toggle("beside-drawer", state);
+    },
+    openLatent: latent => {
+      nested.set("latent", latent, false);
+      nested.show({ latent }, true);
+    },
     opening: latent => {
       const none = latent === null || latent === undefined || latent === "";
       if (none) return drawer.close();
       drawer.element().classList.add("waiting");
-      document.body.dataset.drawer = "open";
+      drawer.open(true);
     },
     opened: latent => {
       if (latent === null || latent === undefined) return drawer.close();
-      document.body.dataset.drawer = "open";
+      drawer.open(true);
       const element = drawer.element();
       element.classList.remove("waiting");
       element.scrollTop = 0;
@@ -91,8 +100,8 @@
       for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("opened");
     },
     close: () => {
-      if (!document.body.dataset.drawer) return;
-      delete document.body.dataset.drawer;
+      if (!drawer.isOpen()) return;
+      drawer.open(false);
       nested.set("latent", "", false);
       nested.show({ latent: null });
       if (opener && opener.isConnected) opener.focus();
@@ -116,7 +125,7 @@
     if (named && !drawer.element()?.contains(named)) opener = named;
   }, true);
   document.addEventListener("keydown", event => {
-    if (event.key === "Escape" && document.body.dataset.drawer) drawer.close();
+    if (event.key === "Escape" && drawer.isOpen()) drawer.close();
   });
 
   // Relatives below the score that is asked for are hidden.
@@ -125,12 +134,11 @@
     if (!slider) return;
     const least = Number(slider.value);
     slider.nextElementSibling.textContent = least.toFixed(2);
-    for (const line of all("p:not(.chain):not(.none)", family)) {
-      const chips = all(".chip", line);
-      for (const one of chips) one.hidden = Number(one.dataset.score) < least - 1e-9;
-      line.hidden = chips.every(one => one.hidden);
+    for (const line of all("p:not(.none)", family)) {
+      for (const one of all("[data-score]", line)) one.hidden = Number(one.dataset.score) < least - 1e-9;
+      line.hidden = !line.querySelector(".chip:not([hidden])");
     }
-    family.querySelector(".none").hidden = !all("p:not(.chain):not(.none)", family).every(line => line.hidden);
+    family.querySelector(".none").hidden = Boolean(family.querySelector("[data-score]:not([hidden])"));
   };
   document.addEventListener("input", event => {
     const family = event.target.closest(".family");

@@ -3,7 +3,7 @@
   // the address follows it, and on the Hub, where the page is in a frame, so does the frame around it.
   const OF_TAB = { q: "search", kind: "search", text: "text", ranking: "prune", k: "prune", other: "compare",
     other_place: "compare", other_ranking: "compare", other_width: "compare" };
-  const DEFAULTS = { tab: "prune", ranking: "trained", kind: "pattern", k: 0, width: 0 };
+  const DEFAULTS = { tab: "prune", ranking: "trained", kind: "", k: 0, width: 0 };
   const nested = (window.nested = { view: {}, latents: 0 });
 
   nested.query = () => {

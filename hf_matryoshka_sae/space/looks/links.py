@@ -36,7 +36,7 @@ class View:
     k: int = 0
     latent: int | None = None
     q: str = ""
-    kind: str = "pattern"
+    kind: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str], default: str = EMBEDDED) -> tuple["View", list[str]]:

@@ -14,12 +14,12 @@ from ..limits import UNREACHABLE
 from ..looks.chips import problem
 from ..looks.messages import told
 from ..subject.answers import SORTS
-from .inputs import BARS, HEAVY, LIGHT, Shown, area
+from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 
 
 _ROWS = 1000
 _MOST_BYTES = 20_000_000
-_HEAD = ["latent", "fires on", "of tokens", "energy", "from width"]
+_HEAD = ["latent", "fires on", "share", "energy", "width"]
 _NAMES = """<p class="quiet">Names are kept in your browser and shown wherever a latent is: change one on a latent's
 page, or take those of a CSV (<code>latent_id,label</code>) or of Neuronpedia's export.</p>
 <button type="button" class="small" data-do="save-names">Save my names as CSV</button>"""
@@ -59,6 +59,7 @@ class ExploreTab:
                     show_search="search",
                     interactive=False,
                     max_height=420,
+                    column_widths=["17%", "35%", "16%", "16%", "16%"],
                     elem_id="latents",
                     label="All latents: press one to open it",
                 )
@@ -74,7 +75,9 @@ class ExploreTab:
         for moved in (self.threshold.release, self.threshold.input):
             moved(self.draw, [current, self.threshold], self.picture, trigger_mode="always_last", **LIGHT)
         self.sort.input(told(self.list), [current, self.sort], self.table, **LIGHT)
-        self.table.select(self.pick, None, shown.latent, **LIGHT)
+        self.table.select(self.pick, None, shown.latent, **LIGHT).then(
+            None, shown.latent, None, js="latent => latentDrawer.openLatent(latent)", **BROWSER
+        )
         self.names_file.upload(self.read_names, [current, self.names_file], self.names, **LIGHT).then(
             None, None, None, js="() => latentNames.take()"
         )

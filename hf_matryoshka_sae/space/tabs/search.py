@@ -47,7 +47,7 @@ class SearchTab:
 
     def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="ask-row"):
             self.query = gr.Textbox(
                 label="Words or a pattern", placeholder="return, returns", max_lines=6, scale=4, min_width=240
             )

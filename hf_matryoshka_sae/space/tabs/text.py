@@ -31,13 +31,13 @@ class TextTab:
 
     def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints = endpoints
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="ask-row"):
             self.text = gr.Textbox(SAMPLE, label="Text", lines=2, max_lines=10, scale=5, min_width=260, elem_id="text")
             self.read = gr.Button("Read it", variant="primary", scale=0, min_width=110)
         self.found = area("text-features")
         with gr.Column(elem_id="steering") as self.steering:
             gr.HTML("<h2>Steer</h2>", elem_classes="space-html", js_on_load=None)
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_classes="ask-row"):
                 self.latent = gr.Number(
                     None, precision=0, minimum=0, label="Latent", min_width=110, scale=1, elem_id="steer-latent"
                 )
@@ -64,7 +64,10 @@ class TextTab:
                     0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest token", buttons=[]
                 )
                 self.seed = gr.Number(0, precision=0, label="Seed", min_width=90)
-            self.steer = gr.Button("Write on with and without", variant="primary", elem_id="steer")
+            with gr.Row():
+                self.steer = gr.Button(
+                    "Continue with and without it", variant="primary", scale=0, min_width=240, elem_id="steer"
+                )
             self.steered = area("steered")
         self._wire(shown)
 
