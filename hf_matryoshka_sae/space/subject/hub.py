@@ -82,6 +82,7 @@ class Repository:
             place = PurePosixPath(place).parent.as_posix().removeprefix(".")
         else:
             weights = [file for file in self._in(place) if file.endswith(_WEIGHTS)]
+            weights = [file for file in weights if is_weights(PurePosixPath(file).name)] or weights
         above = {"", *(parent.as_posix().removeprefix(".") for parent in PurePosixPath(place or ".").parents), place}
         beside = [file for folder in above for file in self._in(folder) if self._describes(file)]
         return [*weights, *sorted(beside)]
