@@ -71,6 +71,7 @@ class Endpoints:
             "num_latents": opened.num_latents,
             "prefix_widths": list(opened.sae.prefix_widths),
             "k": config.k if opened.counts else None,
+            "generates": bool(getattr(opened.data.model, "can_generate", lambda: False)()),
             "base_model": config.base_model,
             "hookpoint": opened.data.hookpoint,
             "tokens": opened.data.tokens,
@@ -152,7 +153,8 @@ class Endpoints:
         features = self.runner.read(opened.source, opened.place, text, chosen, top)
         for row in features["latents"]:
             row["label"] = opened.labels[row["latent"]]
-        return features
+        fires = {latent for token in features["top"] for latent, _ in token}
+        return features | {"labels": {str(latent): opened.labels[latent] for latent in fires}}
 
     def activations(
         self, text: str, latent: int, sae: str = "embedded", place: str = "", width: int = 0
@@ -242,11 +244,6 @@ class Endpoints:
 
     # What the tabs ask besides; no endpoints of the API
 
-    def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
-        """What the first screen shows, as it is stored with the feature index; `None` where it is not."""
-        index = self.library.open(sae, place).index
-        return None if index is None else index.showcase()
-
     def curve_point(self, sae: str, place: str, ranking: str, width: int) -> dict[str, Any]:
         """The figures of one width of a curve, measured in a turn of its own, so that others come in between."""
         return self.measure(sae, place, ranking, width)
@@ -296,6 +293,19 @@ class Endpoints:
         """A latent with all that is below it in the tree."""
         opened = self.library.open(sae, place)
         return opened.tree().branch(latent, opened.labels)
+
+    def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
+        """What is stored with the index for a first look, and what its latents are called; `None` without it."""
+        opened = self.library.open(sae, place)
+        read = getattr(opened.index, "showcase", lambda: None)
+        stored = read()
+        return stored and stored | {
+            "labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}
+        }
+
+    def picture(self, sae: str, place: str, threshold: float) -> str:
+        """The picture of the prefixes, nested in each other, as SVG."""
+        raise ValueError("Not drawn yet.")
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

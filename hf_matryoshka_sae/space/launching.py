@@ -16,9 +16,11 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
     """
     here = files(__package__)
+    styles, scripts = ([here.joinpath(f"{name}.{kind}") for name in ("page", "latent")] for kind in ("css", "js"))
+    started = "".join(f"({script.read_text(encoding='utf-8')})();\n" for script in scripts)
     looks = {
-        "css": (here / "page.css").read_text(encoding="utf-8"),
-        "js": (here / "page.js").read_text(encoding="utf-8"),
+        "css": "\n".join(style.read_text(encoding="utf-8") for style in styles),
+        "js": f"() => {{ {started} }}",
     }
     # A visitor who waits for a language model holds a thread: see `subject/lanes.py`.
     threads = len(LANES) * (MOST_WAITING + 1) + 40

@@ -8,16 +8,6 @@ from typing import Any
 from .links import latent_link
 
 
-SELECTS = """
-element.addEventListener('click', event => {
-  const link = event.target.closest('a[data-latent]');
-  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  trigger('select', {index: Number(link.dataset.latent), value: link.dataset.latent});
-});
-"""
-"""For `gr.HTML(js_on_load=...)`: a click on a latent's link selects it; elsewhere, and in a new tab, it is a link."""
-
 _SHOWN = str.maketrans({"\n": "↵\n", "\t": "⇥\t", "\r": "␍"})
 
 

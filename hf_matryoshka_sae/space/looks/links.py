@@ -9,7 +9,10 @@ from ...activations.language_model import EMBEDDED
 from ..subject.opened import RANKINGS
 
 
-TABS = ("prune", "features", "search", "tree", "try", "compare")
+TABS = ("prune", "explore", "search", "text", "compare")
+_FORMER_TABS = {"features": "explore", "tree": "explore", "try": "text"}
+"""Names of tabs in links that were sent on before."""
+
 _CHOICES = {"tab": TABS, "ranking": RANKINGS, "kind": ("pattern", "words")}
 
 
@@ -33,7 +36,7 @@ class View:
     k: int = 0
     latent: int | None = None
     q: str = ""
-    kind: str = "pattern"
+    kind: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str], default: str = EMBEDDED) -> tuple["View", list[str]]:
@@ -50,12 +53,14 @@ class View:
                     problems.append(f"{field.name} should be a whole number, got '{text[:40]}'")
                     continue
                 values[field.name] = int(text[:18])
-            elif field.name in _CHOICES and text not in _CHOICES[field.name]:
+                continue
+            text = _FORMER_TABS.get(text, text) if field.name == "tab" else text
+            if field.name in _CHOICES and text not in _CHOICES[field.name]:
                 problems.append(f"there is no {field.name} '{text[:40]}'; there are {', '.join(_CHOICES[field.name])}")
             else:
                 values[field.name] = text
         if values.get("latent") is not None and "tab" not in values:
-            values["tab"] = "features"
+            values["tab"] = "explore"
         return cls(**values), problems
 
     def query(self) -> str:
@@ -67,4 +72,4 @@ class View:
 
 def latent_link(sae: str, place: str, latent: int) -> str:
     """Where a link to a latent leads."""
-    return View(sae, place, "features", latent=latent).query()
+    return View(sae, place, "explore", latent=latent).query()

@@ -51,11 +51,24 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "cofiring": named(feature.cofiring),
         "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
         "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "family": family_of(opened, latent),
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),
         "contexts": [shown(context) for context in feature.top_contexts],
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
+
+
+def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
+    """A latent's relatives in the tree, each with its label and the score by which it hangs on its parent."""
+    tree = opened.tree()
+
+    def named(latents: list[int]) -> list[dict[str, Any]]:
+        return [{"latent": one, "label": opened.labels[one], "score": tree.score(one)} for one in latents]
+
+    above = tree.ancestors(latent)
+    siblings = [one for one in tree.children(above[0]) if one != latent] if above else []
+    return {"ancestors": named(above), "siblings": named(siblings), "children": named(tree.children(latent))}
 
 
 def list_latents(

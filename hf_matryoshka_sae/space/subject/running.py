@@ -59,6 +59,7 @@ class Runner:
             return {"tokens": features.tokens, "activations": features.activations(latent).tolist()}
         return {
             "tokens": features.tokens,
+            "read": features.read.tolist(),
             "top": [[[latent, value] for latent, value in token] for token in features.top],
             "latents": [
                 {"latent": latent, "max": value, "activations": features.activations(latent).tolist()}

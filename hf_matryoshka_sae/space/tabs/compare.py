@@ -9,7 +9,7 @@ from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
 from ..looks.messages import told
 from ..subject.opened import RANKINGS
-from .inputs import BARS, HEAVY, area
+from .inputs import BARS, HEAVY, Shown, area
 
 
 _ROWS = (
@@ -28,16 +28,17 @@ class CompareTab:
 
     Args:
         endpoints ([`Endpoints`]): Answers.
+        shown ([`Shown`]): What is open.
     """
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:  # noqa: ARG002
         self.endpoints = endpoints
         with gr.Row():
             self.left = self._side("A", "trained")
             self.right = self._side("B", "energy")
         self.compare = gr.Button("Compare", variant="primary")
         # Links to latents lead where they say: those of B may be of another SAE than the one that is open.
-        self.outcome = area("comparison", selects=False)
+        self.outcome = area("comparison")
         self.compare.click(
             told(self.show),
             [*self.left, *self.right],

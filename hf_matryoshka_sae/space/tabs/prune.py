@@ -11,9 +11,9 @@ import numpy as np
 from ..endpoints import Curve, Endpoints
 from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
-from ..looks.messages import told
+from ..looks.messages import told, warn
 from ..subject.opened import RANKINGS
-from .inputs import BAR, BARS, HEAVY, Shown, area, on_a_space
+from .inputs import BAR, BARS, HEAVY, LIGHT, Shown, area, on_a_space
 
 
 SAMPLE = "The module defines a function that returns the number of items in the list."
@@ -44,7 +44,6 @@ class PruneTab:
         self.scratch = tempfile.TemporaryDirectory(prefix="hf_matryoshka_sae-")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                self.width = gr.Slider(1, 2048, 2048, step=1, label="Width: latents that are kept")
                 self.k = gr.Slider(1, 64, 16, step=1, label="k: latents per token", visible=False)
                 self.ranking = gr.Radio(
                     list(RANKINGS),
@@ -85,18 +84,21 @@ class PruneTab:
         self._wire()
 
     def _wire(self) -> None:
-        pruning = [self.shown.current, self.ranking, self.width, self.k]
+        pruning = [self.shown.current, self.ranking, self.shown.width, self.k]
         outcome = [self.chart, self.figures]
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         # By hand alone: while another SAE is being opened, a slider has the value of the one before.
-        for moved in (self.width.input, self.k.input):
+        for moved in (self.shown.width.input, self.k.input):
             moved(told(self.show), pruning, outcome, trigger_mode="always_last", **quick)
-        for chosen in (self.width.release, self.k.release, self.ranking.input, self.measure.click):
+        for chosen in (self.shown.width.release, self.k.release, self.ranking.input, self.measure.click):
             chosen(told(self.show_measured), pruning, outcome, trigger_mode="always_last", **HEAVY)
         self.whole_curve.click(told(self.measure_curve), pruning, outcome, **HEAVY)
-        self.width.input(None, self.width, None, js="width => showInLink({width})")
-        self.k.input(None, self.k, None, js="k => showInLink({k})")
-        self.ranking.input(None, self.ranking, None, js="ranking => showInLink({ranking})")
+        opened = self.shown.opened.change(
+            told(self.refresh), [self.shown.current, self.shown.opened], [self.ranking, self.k], **LIGHT
+        )
+        opened.success(told(self.show_measured), pruning, outcome, **HEAVY)
+        self.k.input(None, self.k, None, js="k => nested.show({k})")
+        self.ranking.input(None, self.ranking, None, js="ranking => nested.show({ranking})")
         gr.on(
             [self.read.click, self.text.submit],
             told(self.reconstruct),
@@ -107,6 +109,18 @@ class PruneTab:
         self.export.click(told(self.make_download), pruning, self.file, **HEAVY)
         pushing = self.push_logged_in if on_a_space() else self.push_with_token
         self.push.click(told(pushing), [*pruning, self.repo, self.token, self.private], self.pushed, **HEAVY)
+
+    def refresh(self, current: tuple[str, str], opened: dict[str, Any]) -> tuple[str, Any]:
+        """What the controls say of an SAE that was just opened."""
+        about = self.endpoints.describe(*current)
+        k = about["k"]
+        if k is None:
+            return opened["ranking"], gr.update(visible=False)
+        most = min(about["num_latents"], 4 * int(k))
+        if opened["k"] > most:
+            warn(f"k goes up to {most} here, so the k of the link, {opened['k']:,}, is left out.")
+        chosen = opened["k"] if 1 <= opened["k"] <= most else k
+        return opened["ranking"], gr.update(maximum=most, value=chosen, visible=True)
 
     # What is measured
 
