@@ -80,7 +80,7 @@ def test_many_who_come_at_once_open_it_once(monkeypatch):
     library, opened, start = Library(), [], threading.Barrier(8)
 
     class Found:
-        place = ROOT
+        place, reader, load = ROOT, None, lambda self: None
 
     def slow(source, place):
         opened.append((source, place))
