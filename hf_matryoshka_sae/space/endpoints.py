@@ -282,13 +282,14 @@ class Endpoints:
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
         """What is stored with the index for a first look, and what its latents are called; `None` without it."""
         opened = self.library.look(sae, place)
-        read = getattr(opened.index, "showcase", lambda: None)
-        stored = read()
+        stored = None if opened.index is None else opened.index.showcase()
         return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
     def picture(self, sae: str, place: str, threshold: float) -> str:
         """The picture of the prefixes, nested in each other, as SVG."""
-        raise ValueError("Not drawn yet.")
+        opened = self.library.open(sae, place)
+        tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
+        raise ValueError(f"Not drawn yet: {len(tree)} latents.")
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

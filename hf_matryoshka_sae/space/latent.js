@@ -78,6 +78,10 @@
       drawer.element().classList.toggle("open", state);
       drawer.element().closest("main").classList.toggle("beside-drawer", state);
     },
+    openLatent: latent => {
+      nested.set("latent", latent, false);
+      nested.show({ latent }, true);
+    },
     opening: latent => {
       const none = latent === null || latent === undefined || latent === "";
       if (none) return drawer.close();
@@ -130,12 +134,11 @@
     if (!slider) return;
     const least = Number(slider.value);
     slider.nextElementSibling.textContent = least.toFixed(2);
-    for (const line of all("p:not(.chain):not(.none)", family)) {
-      const chips = all(".chip", line);
-      for (const one of chips) one.hidden = Number(one.dataset.score) < least - 1e-9;
-      line.hidden = chips.every(one => one.hidden);
+    for (const line of all("p:not(.none)", family)) {
+      for (const one of all("[data-score]", line)) one.hidden = Number(one.dataset.score) < least - 1e-9;
+      line.hidden = !line.querySelector(".chip:not([hidden])");
     }
-    family.querySelector(".none").hidden = !all("p:not(.chain):not(.none)", family).every(line => line.hidden);
+    family.querySelector(".none").hidden = Boolean(family.querySelector("[data-score]:not([hidden])"));
   };
   document.addEventListener("input", event => {
     const family = event.target.closest(".family");

@@ -10,10 +10,7 @@ from .links import latent_link
 from .reading import shown_token
 
 
-BANDS = 5
-_EXAMPLES = 3
-"""Shown of each band of activation."""
-
+_BANDS, _STRONGEST = 5, 6
 _BEFORE, _AFTER = 70, 40  # characters of a context
 _MOST_CHIPS = 24
 Current = tuple[str, str]
@@ -28,15 +25,8 @@ def feature_head(feature: dict[str, Any], current: Current) -> str:
         f'<h2 tabindex="-1">Latent {latent}</h2>'
         f'<input class="naming" data-of="{latent}" value="{escape(feature["label"] or "", quote=True)}" maxlength="80" '
         f'placeholder="give it a name" aria-label="Name of latent {latent}, kept in your browser">'
-        f'<p class="verdict">{escape(verdict_of(feature))}</p></div>'
+        f'<p class="verdict">{escape(feature["verdict"])}</p></div>'
     )
-
-
-def verdict_of(feature: dict[str, Any]) -> str:
-    """The verdict that is stored with the index, or what an older index lets one say."""
-    if not feature["count"]:
-        return "It never fired on the text of this index."
-    return feature.get("verdict") or f"It fires on {percent(feature['frequency'])} of tokens."
 
 
 def feature_page(feature: dict[str, Any], prefix_widths: list[int], current: Current) -> str:
@@ -66,30 +56,18 @@ def feature_page(feature: dict[str, Any], prefix_widths: list[int], current: Cur
 
 
 def _examples(feature: dict[str, Any]) -> str:
-    """A few contexts of each band of activation, strongest first."""
-    largest, bands = feature["max"], [[] for _ in range(BANDS)]
-    stored = [*feature["contexts"], *(row for part in feature["quantile_contexts"] for row in part)]
-    for row in stored:
-        band = bands[band_of(row["value"], largest)]
-        if row["value"] > 0 and len(band) < _EXAMPLES and all(row["tokens"] != other["tokens"] for other in band):
-            band.append(row)
+    """A few contexts of each band of activation, strongest first; of an older index its strongest alone."""
+    bands = feature["bands"] or [{"low": 0.0, "high": 1.0, "contexts": feature["contexts"][:_STRONGEST]}]
     parts = []
-    for number in reversed(range(BANDS)):
-        if bands[number]:
-            rows = "".join(f"<li>{context(row, largest)}</li>" for row in bands[number])
-            parts.append(f'<h4>{band_name(number)}</h4><ol class="contexts">{rows}</ol>')
+    for band in reversed(bands):
+        if band["contexts"]:
+            rows = "".join(f"<li>{context(row, feature['max'])}</li>" for row in band["contexts"])
+            parts.append(f'<h4>{_band_name(band)} of its largest activation</h4><ol class="contexts">{rows}</ol>')
     return f'<section class="examples"><h3>Examples, strongest first</h3>{"".join(parts)}</section>' if parts else ""
 
 
-def band_of(value: float, largest: float) -> int:
-    """The band of an activation: 0 is up to a fifth of the largest."""
-    return min(BANDS - 1, max(0, int(value / largest * BANDS))) if largest > 0 else 0
-
-
-def band_name(number: int) -> str:
-    """A band in words."""
-    low, high = 100 * number // BANDS, 100 * (number + 1) // BANDS
-    return f"{low}–{high}% of its largest activation"
+def _band_name(band: dict[str, Any]) -> str:
+    return f"{100 * band['low']:.0f}–{100 * band['high']:.0f}%"
 
 
 def context(row: dict[str, Any], largest: float) -> str:
@@ -109,20 +87,25 @@ def context(row: dict[str, Any], largest: float) -> str:
 
 def _family(feature: dict[str, Any], current: Current) -> str:
     """Ancestors, siblings and children as chips; those of low scores come with the threshold."""
-    family = feature["family"]
-    above = list(reversed(family["ancestors"]))
+    family, candidates = feature["family"], feature["candidates"]
     here = f'<b class="chip">{feature["latent"]} <span class="label" data-of="{feature["latent"]}">'
     here += f"{escape(feature['label'] or '')}</span></b>"
-    chain = " › ".join([*(_chip(one, current) for one in above), here])
+    above = [_chip(one, current) for one in reversed(family["ancestors"])]
+    known = {one["latent"] for one in family["ancestors"]}
+    others = [
+        {"latent": latent, "score": score, "label": label}
+        for latent, score, label in candidates
+        if latent not in known
+    ]
     lines = [
-        ("Other parents it could have", family.get("could_refine", [])),
+        ("Other parents it could have", others),
         ("Siblings", family["siblings"]),
         ("Refined by", family["children"]),
-        ("Could refine it", family.get("could_be_refined_by", [])),
     ]
     chips = "".join(f"<p><span>{title}</span> {_chips(ones, current)}</p>" for title, ones in lines if ones)
     if not above and not chips:
         return '<section class="family"><h3>Family</h3><p class="quiet">No parent and no children.</p></section>'
+    chain = "".join(f"{one} " for one in above) + here
     slider = (
         '<label>Score of at least <input type="range" min="0.2" max="0.95" step="0.05" value="0.6">'
         "<output>0.60</output></label>"
@@ -150,19 +133,20 @@ def _is_it_real(feature: dict[str, Any]) -> str:
     if not feature["count"]:
         return ""
     rows = []
-    for number, band in reversed(list(enumerate(feature.get("bands") or []))):
-        low, high = 100 * number // BANDS, 100 * (number + 1) // BANDS
-        measured = band["precision"] is not None and band["firings"]
-        share = bar(band["precision"], "", band["random"], "a random latent") if measured else "none"
+    for band in reversed(feature["bands"]):
+        measured = band["precision"] is not None
+        share = bar(band["precision"], "", band["base"], "a random latent") if measured else "none looked at"
         rows.append(
-            f"<tr><th scope=row>{low}–{high}%</th><td class=number>{band['firings']:,.0f}</td><td>{share}</td>"
-            f"<td class=number>{percent(band['random']) if measured else ''}</td></tr>"
+            f"<tr><th scope=row>{_band_name(band)}</th><td class=number>{band['firings']:,}</td><td>{share}</td>"
+            f"<td class=number>{percent(band['base'])}</td></tr>"
         )
     table = ""
     if rows:
+        own = ", ".join(f"<code>{_token(text)}</code>" for text in feature["own_tokens"])
+        own = f": {own}" if own else ""
         table = (
-            '<p class="quiet">Share of its firings on its own tokens: those of its strongest firings on one half of '
-            "the text, counted on the other half.</p><table><thead><tr><th scope=col>of its largest</th>"
+            f'<p class="quiet">Its own tokens are those of its strongest firings on one half of the text{own}; how many '
+            "of its firings are on them is counted on the other half.</p><table><thead><tr><th scope=col>of its largest</th>"
             "<th scope=col class=number>firings</th><th scope=col>on its own tokens</th>"
             f"<th scope=col class=number>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
@@ -176,7 +160,7 @@ def _histogram(feature: dict[str, Any]) -> str:
         return ""
     step, high = 300 / len(counts), max(counts)
     bars = "".join(
-        f'<rect class="band{band_of((left + right) / 2, feature["max"])}" x="{number * step:.1f}" '
+        f'<rect class="band{_band((left + right) / 2, feature["max"])}" x="{number * step:.1f}" '
         f'y="{80 - 76 * count / high:.1f}" width="{max(0.5, step - 0.8):.1f}" height="{76 * count / high:.1f}">'
         f"<title>{left:.3g} to {right:.3g}: {count:,.0f} tokens</title></rect>"
         for number, (left, right, count) in enumerate(zip(edges[:-1], edges[1:], counts, strict=True))
@@ -189,6 +173,11 @@ def _histogram(feature: dict[str, Any]) -> str:
         f"<figcaption><span>{edges[0]:.3g}</span><span>activation (logarithmic), darker is a stronger band</span>"
         f"<span>{edges[-1]:.3g}</span></figcaption></figure>"
     )
+
+
+def _band(value: float, largest: float) -> int:
+    """The band of an activation: 0 is up to a fifth of the largest."""
+    return min(_BANDS - 1, int(value / largest * _BANDS)) if largest > 0 else 0
 
 
 # Logits and numbers

@@ -14,7 +14,7 @@ from ..limits import UNREACHABLE
 from ..looks.chips import problem
 from ..looks.messages import told
 from ..subject.answers import SORTS
-from .inputs import BARS, HEAVY, LIGHT, Shown, area
+from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 
 
 _ROWS = 1000
@@ -75,7 +75,9 @@ class ExploreTab:
         for moved in (self.threshold.release, self.threshold.input):
             moved(self.draw, [current, self.threshold], self.picture, trigger_mode="always_last", **LIGHT)
         self.sort.input(told(self.list), [current, self.sort], self.table, **LIGHT)
-        self.table.select(self.pick, None, shown.latent, **LIGHT)
+        self.table.select(self.pick, None, shown.latent, **LIGHT).then(
+            None, shown.latent, None, js="latent => latentDrawer.openLatent(latent)", **BROWSER
+        )
         self.names_file.upload(self.read_names, [current, self.names_file], self.names, **LIGHT).then(
             None, None, None, js="() => latentNames.take()"
         )
