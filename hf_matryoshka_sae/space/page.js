@@ -31,9 +31,36 @@
   };
   window.addEventListener("popstate", () => location.reload());
 
+  // Say something short beside a button, and to those who hear the page.
+  const say = (button, words) => {
+    const before = button.textContent;
+    button.textContent = words;
+    setTimeout(() => { button.textContent = before; }, 2000);
+  };
+  nested.copy = async (button, words) => {
+    try {
+      await navigator.clipboard.writeText(words);
+      say(button, "Copied");
+    } catch {
+      window.prompt("Copy this:", words);
+    }
+  };
+  const toggle = (name, open) => {
+    document.body.classList.toggle(`open-${name}`, open);
+    const button = document.querySelector(`[data-toggle=${name}]`);
+    button?.setAttribute("aria-expanded", document.body.classList.contains(`open-${name}`));
+  };
+  document.addEventListener("click", event => {
+    const button = event.target.closest("[data-share], [data-toggle]");
+    if (!button) return;
+    if (button.dataset.toggle) toggle(button.dataset.toggle);
+    else nested.copy(button, location.href);
+  });
+
   // An SAE was opened: nothing of the one before stays in the link.
   nested.opened = view => {
     const first = !nested.latents, { tab } = nested.view;
+    toggle("another", false);
     nested.latents = view.latents;
     nested.view = {};
     const fields = {};
@@ -61,6 +88,9 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
     if (done) field.dispatchEvent(new Event("pointerup", { bubbles: true }));
   };
+
+  // Follow the link of a download button that is not to be seen.
+  nested.download = id => document.querySelector(`#${id} a, a#${id}, #${id} button, button#${id}`)?.click();
 
   // A click on anything that names a latent opens it; in a new tab or with a key held, a link stays a link.
   document.addEventListener("click", event => {

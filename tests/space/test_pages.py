@@ -190,7 +190,7 @@ def test_a_latents_name_is_a_link_to_it():
     link = root.find("a")
     assert link.get("data-latent") == "7" and root.find("span").text == HOSTILE
     view, problems = View.of(dict(parse_qsl(link.get("href").lstrip("?"))))
-    assert (view.sae, view.place, view.tab, view.latent, problems) == ("a/b&c", "x y", "features", 7, [])
+    assert (view.sae, view.place, view.tab, view.latent, problems) == ("a/b&c", "x y", "explore", 7, [])
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -205,8 +205,8 @@ def test_no_number_is_a_dash(value):
     "view",
     [
         View(),
-        View("a/b", "model.layers.3", "tree", "energy", 512, 8, 0, "[re `\\s?\\d+`] &=+#%"),
-        View(latent=0, tab="features"),
+        View("a/b", "model.layers.3", "explore", "energy", 512, 8, 0, "[re `\\s?\\d+`] &=+#%"),
+        View(latent=0, tab="explore"),
         View("C:\\x y", "(the root)", q=" the"),
         View("a/b", q="☃ 日本"),
     ],
@@ -218,8 +218,8 @@ def test_a_link_opens_what_it_was_made_of(view):
 
 def test_a_latents_link_has_the_latent_even_if_it_is_0():
     assert dict(parse_qsl(latent_link("a/b", "p", 0).lstrip("?")))["latent"] == "0"
-    assert View.of({"latent": "0"})[0] == View(latent=0, tab="features")
-    assert View.of({"latent": "3", "tab": "tree"})[0].tab == "tree"
+    assert View.of({"latent": "0"})[0] == View(latent=0, tab="explore")
+    assert View.of({"latent": "3", "tab": "tree"})[0].tab == "explore"
 
 
 @pytest.mark.parametrize("text", ["x", "1.5", "-1", "+1", "1e3", "٣", "²", "0x1", "1 2", HOSTILE, "nan"])

@@ -98,3 +98,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 def number(value: float | None, form: str = ".4g") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def picture(svg: str) -> str:
+    """Return the picture of the prefixes as the page shows it: what is past the page's width is dimmed."""
+    return f'<nested-picture class="scroll">{svg}</nested-picture>' if svg else ""

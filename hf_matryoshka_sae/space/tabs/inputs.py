@@ -40,9 +40,9 @@ BROWSER: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_pr
 BARS, BAR = gr.Progress(track_tqdm=True), gr.Progress()
 
 
-def area(name: str) -> gr.HTML:
+def area(name: str, value: str = "") -> gr.HTML:
     """Return a place for HTML. A click on a latent's link in it opens the latent in the drawer."""
-    return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=None)
+    return gr.HTML(value, elem_id=name, elem_classes="space-html", js_on_load=None)
 
 
 def on_a_space() -> bool:
