@@ -16,11 +16,6 @@ from .subject.exporting import export, push
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
-from .subject.trees import Branch, Families
-
-
-_DRAWN = 1500
-"""Latents of a tree that are shown at once."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Endpoints:
 
     def describe(self, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """What an SAE is: its family, sizes, language model and hookpoint, and whether it has a feature index."""
-        opened = self.library.open(sae, place)
+        opened = self.library.look(sae, place)
         config = opened.sae.config
         index = opened.index
         return {
@@ -72,10 +67,10 @@ class Endpoints:
             "num_latents": opened.num_latents,
             "prefix_widths": list(opened.sae.prefix_widths),
             "k": config.k if opened.counts else None,
-            "generates": bool(getattr(opened.data.model, "can_generate", lambda: False)()),
+            "generates": opened.reader.generates,
             "base_model": config.base_model,
-            "hookpoint": opened.data.hookpoint,
-            "tokens": opened.data.tokens,
+            "hookpoint": opened.hookpoint,
+            "tokens": opened.tokens,
             "index_tokens": None if index is None else index.about["tokens"],
             "index_problem": opened.index_problem if index is None else "",
         }
@@ -99,7 +94,7 @@ class Endpoints:
 
     def feature(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """All that the feature index knows of a latent: contexts, histogram, logit effects, neighbours, family."""
-        return feature_of(self.library.open(sae, place), latent)
+        return feature_of(self.library.look(sae, place), latent)
 
     def latents(
         self,
@@ -112,7 +107,7 @@ class Endpoints:
         count: int = 50,
     ) -> list[dict[str, Any]]:
         """Latents with what they fire on, how often and how strongly, in an order; `contains` looks at the tokens."""
-        return list_latents(self.library.open(sae, place), sort, descending, contains, start, count)
+        return list_latents(self.library.look(sae, place), sort, descending, contains, start, count)
 
     def search(
         self, query: str, kind: str = "pattern", sae: str = "embedded", place: str = "", width: int = 0, top: int = 20
@@ -132,7 +127,7 @@ class Endpoints:
 
     def family(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """A latent's place in the tree: its parents up to the smallest prefix, and what is below it, by level."""
-        opened = self.library.open(sae, place)
+        opened = self.library.look(sae, place)
         tree = opened.tree()
         tree.check(latent)
         return {
@@ -155,7 +150,7 @@ class Endpoints:
         for row in features["latents"]:
             row["label"] = opened.labels[row["latent"]]
         fires = {latent for token in features["top"] for latent, _ in token}
-        return features | {"labels": {latent: opened.labels[latent] for latent in fires}}
+        return features | {"labels": {str(latent): opened.labels[latent] for latent in fires}}
 
     def activations(
         self, text: str, latent: int, sae: str = "embedded", place: str = "", width: int = 0
@@ -251,7 +246,7 @@ class Endpoints:
 
     def num_latents(self, sae: str, place: str) -> int:
         """How many latents an SAE has."""
-        return self.library.open(sae, place).num_latents
+        return self.library.look(sae, place).num_latents
 
     def curve(
         self,
@@ -281,23 +276,13 @@ class Endpoints:
             pruning,
             opened.known_figures(pruning),
             opened.known_figures(whole),
-            opened.data.hookpoint,
+            opened.hookpoint,
             command,
         )
 
-    def families(self, sae: str, place: str) -> Families:
-        """The largest families of latents."""
-        opened = self.library.open(sae, place)
-        return opened.tree().largest(opened.labels, _DRAWN)
-
-    def branch(self, latent: int, sae: str, place: str) -> Branch:
-        """A latent with all that is below it in the tree."""
-        opened = self.library.open(sae, place)
-        return opened.tree().branch(latent, opened.labels)
-
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
         """What is stored with the index for a first look, and what its latents are called; `None` without it."""
-        opened = self.library.open(sae, place)
+        opened = self.library.look(sae, place)
         stored = None if opened.index is None else opened.index.showcase()
         return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
@@ -306,6 +291,13 @@ class Endpoints:
         opened = self.library.open(sae, place)
         tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
         return nested_picture(tree, opened.labels)
+
+    def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
+        """The latents that a pruning keeps, by their numbers as trained."""
+        opened, pruning = self._pruning(sae, place, ranking, width)
+        if pruning.ranking != "trained":
+            self.runner.have(opened, "statistics")
+        return opened.order(pruning.ranking)[: pruning.width].tolist()
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

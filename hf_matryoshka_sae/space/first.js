@@ -243,8 +243,21 @@
   class Picture extends Live {
     static events = ["width"];
     update() {
-      for (const block of this.querySelectorAll("a.block")) block.classList.toggle("beyond", Number(block.dataset.latent) >= this.width);
+      const kept = this.given && new Set(this.given);  // of two prunings; else those of the page's width
+      for (const block of this.querySelectorAll("a.block")) {
+        const latent = Number(block.dataset.latent);
+        block.classList.toggle("dim", kept ? !kept.has(latent) : latent >= this.width);
+      }
     }
   }
   customElements.define("nested-picture", Picture);
+
+  // What the server said of one width: hidden as soon as the page is at another.
+  class Of extends Live {
+    static events = ["width"];
+    update() {
+      this.hidden = this.given !== this.width;
+    }
+  }
+  customElements.define("nested-of", Of);
 }

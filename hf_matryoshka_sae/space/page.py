@@ -68,7 +68,7 @@ class Page:
                 with self._view("Text and steer", "text"):
                     self.text = TextTab(self.endpoints, shown)
                 with self._view("Compare", "compare"):
-                    self.compare = CompareTab(self.endpoints, shown)
+                    self.compare = CompareTab(self.endpoints, shown, self.prune.ranking)
             self.drawer = Drawer(self.endpoints, shown)
             self.search.connect(self.drawer)
             self.text.connect(self.drawer, shown)

@@ -273,19 +273,6 @@ def test_the_tree_is_what_the_index_says(index):
     assert set(families) == roots and len(families) == len(roots)
     keys = [(tree.level[root], -len(below(root))) for root in families]
     assert keys == sorted(keys)
-    labels = {latent: str(latent) for latent in range(2048)}
-    whole, part = tree.largest(labels, 10**6), tree.largest(labels, 100)
-    assert (whole.latents, whole.joined) == (2048, sum(parent >= 0 for parent in parents)) and whole.joined > 100
-    assert [root.latent for _, _, roots in whole.levels for root in roots] == families
-    counted = Counter(tree.level[root] for root in families)
-    assert [(width, count) for width, count, _ in part.levels] == [(WIDTHS[n], counted[n]) for n in sorted(counted)]
-    drawn = [root.latent for _, _, roots in part.levels for root in roots]
-    assert drawn == families[: len(drawn)] and 50 < sum(1 + tree.size(root) for root in drawn) <= 100
-    for root in whole.levels[0][2]:
-        assert root.label == str(root.latent) and root.score is None
-        assert [(one.latent, one.score) for one in root.children] == [
-            (child, tree.score(child)) for child in tree.children(root.latent)
-        ]
 
 
 @pytest.mark.parametrize("latent", [-1, 2048, 1.5, True, "7", None, math.nan])
@@ -407,8 +394,7 @@ def test_saes_of_other_widths_are_not_compared(library):
     opened = library.open("embedded")
 
     class Other:
-        def pruned(self, pruning):
-            return sae_of(torch.randn(8, 64))
+        sae = sae_of(torch.randn(8, 64))
 
     with pytest.raises(ValueError, match="width 128, the other of 64"):
         compare((opened, Pruning(width=64)), (Other(), Pruning(width=8)))

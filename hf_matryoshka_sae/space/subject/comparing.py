@@ -37,8 +37,7 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
     comparison: dict[str, Any] = {
         "figures": [_figures(one, first), _figures(other, second)],
         "same_sae": same,
-        "same_place": (one.data.hookpoint, one.sae.config.base_model)
-        == (other.data.hookpoint, other.sae.config.base_model),
+        "same_place": (one.hookpoint, one.sae.config.base_model) == (other.hookpoint, other.sae.config.base_model),
     }
     if same:
         comparison["kept"] = _kept(one, first, second, shown)

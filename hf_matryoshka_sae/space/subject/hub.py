@@ -82,17 +82,19 @@ class Repository:
             place = PurePosixPath(place).parent.as_posix().removeprefix(".")
         else:
             weights = [file for file in self._in(place) if file.endswith(_WEIGHTS)]
+            weights = [file for file in weights if is_weights(PurePosixPath(file).name)] or weights
         above = {"", *(parent.as_posix().removeprefix(".") for parent in PurePosixPath(place or ".").parents), place}
         beside = [file for folder in above for file in self._in(folder) if self._describes(file)]
         return [*weights, *sorted(beside)]
 
-    def files_of_model(self) -> list[str]:
-        """Return the paths of what a language model and its tokenizer are loaded from."""
+    def files_of_model(self, weights: bool = True) -> list[str]:
+        """Return the paths of what a language model is loaded from, its `weights` among them."""
         here = self._in("")
+        beside = [file for file in here if self._describes(file)]
         whole = [file for file in _MODEL if file in here or f"{file}.index.json" in here]
         ending = PurePosixPath(whole[0]).suffix if whole else ".safetensors"
-        weights = [file for file in here if file.endswith(ending) and (is_weights(file) or ending == ".bin")]
-        return [*weights, *(file for file in here if self._describes(file))]
+        large = [file for file in here if file.endswith(ending) and (is_weights(file) or ending == ".bin")]
+        return [*large, *beside] if weights else beside
 
     def bytes_of(self, files: Iterable[str]) -> int:
         """Return how large some of its files are in all."""

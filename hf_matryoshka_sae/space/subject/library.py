@@ -10,28 +10,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ...activations import (
-    DatasetConfig,
-    heldout_batches,
-    hookpoint_widths,
-    load_language_model,
-    resolve_hookpoints,
-)
+from ...activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
 from ...activations.language_model import EMBEDDED
-from ...assets import embedded_sae_path
+from ...assets import embedded_lm_path, embedded_sae_path
 from ...convert.places import SAEPlace, saes_in
 from ...evaluation import HeldOut
-from ...evaluation.data import as_config
 from ...models import SAEModel
 from ..limits import UNREACHABLE
 from .hub import Hub, Repository
 from .lanes import LANES, Keyed, Lane
 from .opened import Opened
+from .reader import LOADING, Reader
 
 
 ROOT = "(the root)"
@@ -40,9 +33,7 @@ ROOT = "(the root)"
 MOST_GIGABYTES = 4.0
 """Of an SAE and of its language model each, where strangers open them."""
 
-_WINDOWS = 32  # of text in a batch, as in `matryoshka-sae evaluate`
 _OPENING, _PATIENCE = 8, 20.0  # SAEs that are opened at once; seconds to wait until there are fewer
-_KEPT_STATES = 25_000_000  # numbers of the hidden states of the held-out text that are kept
 
 
 class Library:
@@ -90,7 +81,7 @@ class Library:
         self.device = "cpu" if os.environ.get("SPACES_ZERO_GPU") or not torch.cuda.is_available() else "cuda"
         self.hub = Hub()
         self._opened: OrderedDict[tuple[str, str], Opened] = OrderedDict()
-        self._texts: dict[str, HeldOut] = {}
+        self._readers: dict[str, Reader] = {}
         self._opening_at_once = threading.BoundedSemaphore(_OPENING)
         self.renew_locks()
 
@@ -98,8 +89,6 @@ class Library:
         """Take new locks, none of them held: in a process that was forked while somebody held one."""
         self.lanes = {name: Lane(name) for name in LANES}
         self._opening = Keyed()  # by source and by model
-        # transformers' `from_pretrained` is not made for threads. Files are fetched before.
-        self._loading = threading.RLock()
         self._guard = threading.Lock()  # of what is open
         for opened in self._opened.values():
             opened.renew_lock()
@@ -159,6 +148,16 @@ class Library:
         Raises:
             `ValueError`: if something is missing or does not fit together; the message says what to do.
         """
+        opened = self.look(source, place)
+        opened.load()
+        return opened
+
+    def look(self, source: str, place: str = "") -> Opened:
+        """The same, whose language model is loaded when something runs it: what is stored can be looked at before.
+
+        Raises:
+            `ValueError`: as [`open`], but for what the language model's weights would show.
+        """
         key = (source or "").strip(), place or ""
         opened = self._known(key)
         if opened is None:
@@ -194,8 +193,8 @@ class Library:
             while len({id(one) for one in self._opened.values()}) > self.keep:
                 self._opened.popitem(last=False)
             # A model stays as long as an SAE of it is open.
-            used = {id(one.data.model) for one in self._opened.values() if isinstance(one, Opened)}
-            self._texts = {name: text for name, text in self._texts.items() if id(text.model) in used}
+            used = {id(one.reader) for one in self._opened.values()}
+            self._readers = {name: reader for name, reader in self._readers.items() if id(reader) in used}
 
     def _open(self, source: str, place: str) -> Opened:
         repository, saes = self._listed(source)
@@ -212,21 +211,11 @@ class Library:
                 f"The config of '{source}' does not say which language model and hookpoint it is of, so nothing can "
                 "be measured. Convert it with `--base_model` and `--hookpoint`, or start the page with `--model`."
             )
-        with self._opening.held(("model", model)):
-            data = self._heldout(model, hookpoint, ours=self.model is not None or source in self.shown)
-        width = hookpoint_widths(data.model, [data.hookpoint])[data.hookpoint]
-        if width != sae.config.d_in:
-            raise ValueError(
-                f"This SAE reads hidden states of width {sae.config.d_in}, but '{hookpoint}' of '{model}' gives "
-                f"{width}: it is the SAE of another model. Start the page with the right `--model`."
-            )
+        reader = self._reader(model, ours=self.model is not None or source in self.shown)
         if self.model is not None:
             sae.config.base_model = self.model
-        revision = None if repository is None else repository.commit
-        where = saes[place].source
-        return Opened(
-            source, place, where, saes[place].subfolder, sae.to(data.device), data, self, list(saes), revision
-        )
+        revision, there = None if repository is None else repository.commit, saes[place]
+        return Opened(source, place, there.source, there.subfolder, sae, reader, self, list(saes), revision)
 
     def _sae(self, source: str, repository: Repository | None, place: SAEPlace) -> SAEModel:
         """Load an SAE, whose files are fetched first."""
@@ -235,7 +224,7 @@ class Library:
                 files = repository.files_of_sae(place.subfolder)
                 self._check_size(repository, files, f"'{source}'")
                 repository.fetch(files)
-            with self._loading:
+            with LOADING:
                 return place.load()
         except (*UNREACHABLE, StrictDataclassError) as error:
             raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
@@ -248,54 +237,47 @@ class Library:
                 "page of your own for it: `matryoshka-sae space`."
             )
 
-    def _heldout(self, model: str, hookpoint: str, ours: bool) -> HeldOut:
-        """The text, tokenised once for each model, at a hookpoint."""
-        data = self._texts.get(model) or self._text(model, ours)
-        (place,) = resolve_hookpoints(data.model, [hookpoint])
-        return replace(data, hookpoint=place)
+    def _reader(self, name: str, ours: bool) -> Reader:
+        """A language model, so far without its weights."""
+        with self._opening.held(("model", name)):
+            if name not in self._readers:
+                try:
+                    self._readers[name] = self._read(name, ours)
+                except (ValueError, *UNREACHABLE) as error:
+                    raise ValueError(
+                        f"The language model '{name[:80]}' cannot be loaded: {_first_line(error)}"
+                    ) from error
+            return self._readers[name]
 
-    def _text(self, name: str, ours: bool) -> HeldOut:
-        """Load a language model, whose files are fetched first, and the text in its tokens."""
-        folder = name if name == EMBEDDED else self._folder(name, ours)
+    def _read(self, name: str, ours: bool) -> Reader:
+        folder = str(embedded_lm_path()) if name == EMBEDDED else self._folder(name, ours)
+        if folder is not None:
+            return Reader(name, folder)
+        repository = self.hub.repository(name)
+        if not ours:
+            self._check_size(repository, repository.files_of_model(), f"The language model '{name}'")
+        return Reader(name, str(repository.fetch(repository.files_of_model(weights=False))), repository)
+
+    def heldout(self, opened: Opened) -> HeldOut:
+        """Load the language model of an SAE, and the text in its tokens, at the SAE's hookpoint.
+
+        Raises:
+            `ValueError`: if that cannot be, or the SAE is of another model.
+        """
+        name = opened.reader.name
         try:
-            if folder is None:
-                repository = self.hub.repository(name)
-                files = repository.files_of_model()
-                if not ours:
-                    self._check_size(repository, files, f"The language model '{name}'")
-                folder = str(repository.fetch(files))
-        except (ValueError, *UNREACHABLE) as error:
+            data = opened.reader.text(self.dataset, self.tokens, self.context_length, self.device)
+        except UNREACHABLE as error:
             raise ValueError(f"The language model '{name[:80]}' cannot be loaded: {_first_line(error)}") from error
-        with self._loading:
-            model, tokenizer = _in_own_type(folder, self.device)
-        if name != EMBEDDED:  # what is built of it names it, and not the cache
-            model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name  # noqa: SLF001
-        batches = heldout_batches(
-            as_config(self.dataset), tokenizer, self.context_length, self.tokens, _WINDOWS, exclude="special"
-        )
-        batches = [batch.to(torch.device(self.device)) for batch in batches]
-        width = model.get_input_embeddings().weight.shape[1]
-        keeps = self.tokens * width <= _KEPT_STATES and not os.environ.get("SPACES_ZERO_GPU")
-        self._texts[name] = HeldOut(model, batches, "", tokenizer.mask_token_id, tokenizer, {} if keeps else None)
-        return self._texts[name]
-
-
-def _in_own_type(folder: str, device: str) -> tuple[Any, Any]:
-    """Load a language model and tokenizer; the model in the type of its checkpoint.
-
-    transformers builds a model of another type than float32 by changing torch's default type, which is that of all
-    threads: computations that run meanwhile would change. So it is built in float32 and its parameters are rounded.
-    """
-    if folder == EMBEDDED:
-        return load_language_model(EMBEDDED, device=device)
-    from transformers import AutoConfig
-
-    kind = getattr(AutoConfig.from_pretrained(folder), "dtype", None)
-    model, tokenizer = load_language_model(folder, dtype="float32", device=device)
-    if isinstance(kind, torch.dtype) and kind != torch.float32:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(kind)
-    return model, tokenizer
+        hookpoint, d_in = opened.sae.config.hookpoint, opened.sae.config.d_in
+        (place,) = resolve_hookpoints(data.model, [hookpoint])
+        width = hookpoint_widths(data.model, [place])[place]
+        if width != d_in:
+            raise ValueError(
+                f"This SAE reads hidden states of width {d_in}, but '{hookpoint}' of '{name}' gives {width}: it is "
+                "the SAE of another model. Start the page with the right `--model`."
+            )
+        return replace(data, hookpoint=place)
 
 
 def _here(source: str) -> Path | None:

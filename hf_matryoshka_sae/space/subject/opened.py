@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,14 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ...activations import TokenBatch
-from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
+from ...evaluation import HeldOut
 from ...features import FeatureIndex
 from ...models import SAEModel
 from ...progressive import (
     LatentStatistics,
-    calibrate_thresholds,
     default_widths,
     latent_statistics,
     sort_latents,
-    with_threshold,
 )
 from ...progressive.ranking import sorting_order
 from ...progressive.statistics import STATISTICS_FILE
@@ -35,6 +32,8 @@ from ..limits import UNREACHABLE, wanted
 from ..looks.labels import Labels
 from .indexes import FoundIndex, find_index
 from .lanes import NoLongerWantedError
+from .prunings import Pruning, at_k, cut, fvu_curve, worth
+from .reader import Reader
 from .trees import IndexTree
 
 
@@ -43,26 +42,8 @@ if TYPE_CHECKING:
 
 
 RANKINGS = ("trained", "energy", "frequency", "attribution")
-SELECTION = "restrict"
-"""A pruned SAE never sees the latents it lacks: what is measured is what is downloaded."""
-
 FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb", "recaptured_mean", "dead", "tokens")
 _COUNTED = ("topk", "batch_topk")
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What to keep of an SAE.
-
-    Args:
-        ranking (`str`): One of `RANKINGS`; a Matryoshka SAE is sorted within its groups.
-        width (`int`): So many latents.
-        k (`int`, *optional*): Latents per token, where that can be chosen; by default as trained.
-    """
-
-    ranking: str = "trained"
-    width: int = 0
-    k: int | None = None
 
 
 class Watched(HeldOut):
@@ -83,7 +64,7 @@ class Opened:
         source (`str`), place (`str`): As the visitor named it, and which of its SAEs.
         where (`str`), subfolder (`str`): Folder or id on the Hub, and the folder in it.
         sae ([`SAEModel`]): In `eval` mode.
-        data ([`HeldOut`]): Its language model with held-out tokens, at its hookpoint.
+        reader ([`Reader`]): Its language model, loaded when it is run for the first time.
         library ([`Library`]): That it belongs to.
         siblings (`list[str]`): Places of all SAEs of its source, its own among them.
         revision (`str`, *optional*): Commit of a repository.
@@ -96,14 +77,15 @@ class Opened:
         where: str,
         subfolder: str,
         sae: SAEModel,
-        data: HeldOut,
+        reader: Reader,
         library: "Library",
         siblings: list[str],
         revision: str | None = None,
     ) -> None:
         self.source, self.place, self.where, self.subfolder = source, place, where, subfolder
-        self.sae, self.data, self.library, self.siblings = sae, data, library, siblings
+        self.sae, self.reader, self.library, self.siblings = sae, reader, library, siblings
         self.revision = revision
+        self._data: HeldOut | None = None
         self.num_latents: int = sae.config.num_latents
         self._kept: dict[Any, Any] = {}
         self.renew_lock()
@@ -127,15 +109,40 @@ class Opened:
         with self.library.lanes[lane].turn(wanted):
             yield Watched(**vars(self.data))
 
+    @property
+    def data(self) -> HeldOut:
+        """Its language model with the held-out text, at its hookpoint; loaded by the first who asks."""
+        self.load()
+        assert self._data is not None
+        return self._data
+
+    def load(self) -> None:
+        """Load the language model, unless it is there; raises `ValueError` as [`Library.heldout`]."""
+        if self._data is None:
+            data = self.library.heldout(self)
+            self.sae.to(data.device)
+            self._data = data
+
     def to(self, device: str) -> None:
-        """Move the SAE and the language model."""
+        """Move the SAE and, if it is there, the language model."""
         self.sae.to(device)
-        self.data.model.to(device)
+        if self._data is not None:
+            self._data.model.to(device)
 
     @property
     def tokenizer(self) -> Any:
         """Of the language model."""
-        return self.data.tokenizer
+        return self.reader.tokenizer
+
+    @property
+    def hookpoint(self) -> str:
+        """Where it reads."""
+        return self.sae.config.hookpoint if self._data is None else self._data.hookpoint
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it is measured on; before the text is there, for how many it is asked."""
+        return self.library.tokens if self._data is None else self._data.tokens
 
     @property
     def counts(self) -> bool:
@@ -201,7 +208,7 @@ class Opened:
         width = pruning.width or self.num_latents
         if pruning.ranking not in RANKINGS:
             raise ValueError(f"Rankings are {', '.join(RANKINGS)}; got '{pruning.ranking}'.")
-        if pruning.ranking == "attribution" and not self.data.has_loss:
+        if pruning.ranking == "attribution" and not self.reader.has_loss:
             raise ValueError("Attribution needs a language model that predicts tokens; take energy or frequency.")
         if not 1 <= width <= self.num_latents:
             raise ValueError(f"The width must lie between 1 and {self.num_latents}, got {width}.")
@@ -228,7 +235,7 @@ class Opened:
             statistics.check(self.sae)
         except (ValueError, *UNREACHABLE):
             return None
-        return None if statistics.attribution is None and self.data.has_loss else statistics
+        return None if statistics.attribution is None and self.reader.has_loss else statistics
 
     def _file(self, name: str) -> Path:
         """A file beside the SAE, downloaded if it is on the Hub."""
@@ -241,7 +248,7 @@ class Opened:
         """A latent's place in each ranking that needs no measuring first; a width above it holds the latent."""
         known = self._saved_statistics is not None or "statistics" in self._kept
         rankings = RANKINGS if known else RANKINGS[:1]
-        if not self.data.has_loss:
+        if not self.reader.has_loss:
             rankings = tuple(ranking for ranking in rankings if ranking != "attribution")
         return {ranking: int((self.order(ranking) == latent).nonzero()) for ranking in rankings}
 
@@ -265,13 +272,13 @@ class Opened:
         """The SAE that a pruning leaves."""
         ranked, width, k = self.ranked(pruning.ranking), pruning.width, pruning.k
         if k is not None and ranked.config.activation_name == "batch_topk":
-            return self._measured_once(("pruned", pruning), lambda data: _at_k(ranked, data, width, k), most=8)
-        return self._once(("pruned", pruning), lambda: _cut(ranked, width, k), most=8)
+            return self._measured_once(("pruned", pruning), lambda data: at_k(ranked, data, width, k), most=8)
+        return self._once(("pruned", pruning), lambda: cut(ranked, width, k), most=8)
 
     def measured(self, pruning: Pruning) -> dict[str, Any]:
         """What a pruning is worth: the figures that `matryoshka-sae evaluate` gives for the SAE it leaves."""
         sae = self.pruned(pruning)
-        return self._measured_once(("measured", pruning), lambda data: _worth(sae, data))
+        return self._measured_once(("measured", pruning), lambda data: worth(sae, data))
 
     def figures(self, pruning: Pruning) -> dict[str, Any]:
         """The figures of a pruning in plain values."""
@@ -324,7 +331,7 @@ class Opened:
     def fvu_curve(self, ranking: str) -> list[dict[str, Any]]:
         """FVU, L0 and RSA along the curve."""
         ranked = self.ranked(ranking)
-        return self._measured_once(("curve", ranking), lambda data: _fvu_curve(ranked, data))
+        return self._measured_once(("curve", ranking), lambda data: fvu_curve(ranked, data))
 
     def _measured_once(self, key: Any, make: Callable[[HeldOut], Any], most: int | None = None) -> Any:
         """What `make` gives with the language model, in the lane of what is measured."""
@@ -354,40 +361,6 @@ def _key(kind: str, pruning: Pruning) -> Any:
     return kind, pruning.ranking if kind == "curve" else pruning
 
 
-def _cut(ranked: SAEModel, width: int, k: int | None) -> SAEModel:
-    """The first latents of an SAE, and the k strongest of them."""
-    if k is None:
-        return ranked if width == ranked.config.num_latents else ranked.truncate(width).eval()
-    return _with_k(ranked.truncate(width).eval(), k)
-
-
-def _at_k(ranked: SAEModel, data: HeldOut, width: int, k: int) -> SAEModel:
-    """The first latents of an SAE whose threshold lets k through per token, on average."""
-    threshold = calibrate_thresholds(ranked, data, float(k), [width])[width]
-    return _with_k(with_threshold(ranked, width, threshold), k)
-
-
-def _with_k(smaller: SAEModel, k: int) -> SAEModel:
-    smaller.config.k = smaller.k = k  # the config is saved, the other is used
-    return smaller
-
-
-def _worth(sae: SAEModel, data: HeldOut) -> dict[str, Any]:
-    fidelity = evaluate_fidelity(data, {"sae": Dictionary(sae, [sae.config.num_latents], SELECTION)})
-    (row,) = fidelity.pop("subjects")["sae"]
-    return {**fidelity, **row, "size_mb": size_mb(sae)}
-
-
-def _fvu_curve(ranked: SAEModel, data: HeldOut) -> list[dict[str, Any]]:
-    subject = Dictionary(ranked, default_widths(ranked), SELECTION)
-    return evaluate_fidelity(data, {"sae": subject}, language_model=False)["subjects"]["sae"]
-
-
 def _arrays(index: FeatureIndex) -> dict[str, np.ndarray]:
     table = index.table(["latent", "frequency", "mean_square", "max"])
     return {name: table[name].to_numpy() for name in table.column_names}
-
-
-def size_mb(sae: SAEModel) -> float:
-    """Megabytes (10^6 bytes) of an SAE's tensors, which is its file but for the header."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in sae.state_dict().values()) / 1e6
