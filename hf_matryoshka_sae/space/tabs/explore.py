@@ -105,7 +105,7 @@ class ExploreTab:
                 "SAE, or prefix widths given when it was converted.</p>"
             )
         try:
-            return self.endpoints.picture(*current, threshold)
+            return html.picture(self.endpoints.picture(*current, threshold))
         except (ValueError, *UNREACHABLE) as error:
             return problem(error)
 
