@@ -11,6 +11,7 @@ import gradio as gr
 from ...features.labels import read_labels
 from ..endpoints import Endpoints
 from ..limits import UNREACHABLE
+from ..looks import html
 from ..looks.chips import problem
 from ..looks.messages import told
 from ..subject.answers import SORTS
