@@ -49,7 +49,7 @@ _SPAN = 64  # the narrowest width is at most this part of the whole
 _NEW_TOKENS, _LATENTS_OF_TOKEN, _LONGEST = 24, 3, 96
 _ROW = ("fvu", "l0", "recaptured_zero", "recaptured_mean", "ce", "kl", "pooled_cosine", "neighbours")
 _SENTENCE = 140  # characters of the sample
-_PLAIN = re.compile(r"\w[a-z ,'’]{50,}[.!?]")
+_PLAIN = re.compile(r"\w[a-z ,']{50,}[.!?]")
 
 
 def showcase_widths(sae: SAEModel, count: int = WIDTHS) -> list[int]:
