@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.activations import DatasetConfig
 from hf_matryoshka_sae.assets.sparse_autoencoder import embedded_sae_path
-from hf_matryoshka_sae import MatryoshkaSAE
 from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout
 from hf_matryoshka_sae.evaluation.sources import (
     figures_by_source,

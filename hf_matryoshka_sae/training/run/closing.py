@@ -16,8 +16,8 @@ from ...common.distributed import among
 from ...common.files import write_json
 from ...evaluation import Dictionary, HeldOut
 from ...evaluation.report import excluded
-from ...evaluation.sharded import ShardedDictionary
 from ...evaluation.sources import figures_by_source, heldout_by_source, off_target
+from ...evaluation.subjects import ShardedDictionary
 from ...models import SAEModel
 from ...models.places import collection_index, is_collection, saes_below
 from ..config.run import RunConfig, calibration_tokens, eval_tokens
