@@ -58,8 +58,8 @@ def nested_picture(
     """Return a tree as SVG: each row is a prefix, and each block lies under the latent that it refines.
 
     A block is as wide as what is below it; the darker it is, the higher is the score of its parent. It is a link
-    `?latent=N` with `data-latent` and, below another, `data-parent`. The first block of a family is in the order of the
-    tabulator key; the others are for a script to reach.
+    `?latent=N` with `data-latent` and, below another, `data-parent`. The tabulator key goes from family to family;
+    within one a script has to move the focus.
 
     Args:
         tree ([`LatentTree`]): The tree.
@@ -78,13 +78,13 @@ def nested_picture(
     parts, top = [], 0
     for shelf in layout.shelves:
         rows = shelf.rows
+        above = top - rows.start * _ROW
         for row in rows:
-            y = top + (row - rows.start) * _ROW + 20
+            y = above + row * _ROW + 20
             parts.append(
                 f'<text class="quiet" x="{_LEFT - 8}" y="{y}" text-anchor="end">{_row_name(tree, row)}</text>'
             )
-        for block in shelf.blocks:
-            parts.append(_block(tree, labels, block, top + (block.row - rows.start) * _ROW, open_latent))
+        parts += [_block(tree, labels, block, above + block.row * _ROW, open_latent) for block in shelf.blocks]
         top += len(rows) * _ROW + _GAP
     parts.append(f'<text class="quiet" x="{_LEFT}" y="{top + 12}">{caption(tree, layout)}</text>')
     width, height = _LEFT + _COLUMNS * _COLUMN, top + _LINE
