@@ -1,4 +1,4 @@
-"""A text coloured by the latents that fire on it; the page's script shows a token's latents and colours by one of them."""
+"""A text coloured by the latents that fire on it; a script shows a token's latents, and colours by one of them."""
 
 import difflib
 import json

@@ -82,7 +82,7 @@ class TextTab:
             js="(current, text, width) => { nested.show({text, tab: 'text'}); return [current, text, width]; }",
             **HEAVY,
         )
-        shown.width.release(self.again, [*reading_of, shown.opened], self.found, trigger_mode="always_last", **HEAVY)
+        shown.width.release(self.again, reading_of, self.found, trigger_mode="always_last", **HEAVY)
         how = [self.mode, self.new_tokens, self.temperature, self.seed]
         steering = self.steer.click(
             self.continue_all,
@@ -124,7 +124,7 @@ class TextTab:
             return problem(error)
         return text_html(features, current)
 
-    def again(self, current: tuple[str, str], text: str, width: float, view: dict[str, Any]) -> Any:
+    def again(self, current: tuple[str, str], text: str, width: float) -> Any:
         """The same at another width; the stored sample has its widths with it."""
         stored = self.endpoints.showcase(*current)
         if stored is not None and text == stored["sample"]["text"]:
