@@ -1,16 +1,16 @@
 () => {
   // The one state that all views share, on the browser's side. `nested.view` is what a link to what is shown would say;
   // the address follows it, and on the Hub, where the page is in a frame, so does the frame around it.
-  const OF_TAB = { q: "search", kind: "search", text: "text", ranking: "prune", k: "prune", other: "compare",
+  const OF_TAB = { q: "search", kind: "search", text: "text", ranking: "prune compare", k: "prune", other: "compare",
     other_place: "compare", other_ranking: "compare", other_width: "compare" };
-  const DEFAULTS = { tab: "prune", ranking: "trained", kind: "", k: 0, width: 0 };
+  const DEFAULTS = { tab: "prune", ranking: "trained", other_ranking: "trained", other_width: 0, kind: "", k: 0, width: 0 };
   const nested = (window.nested = { view: {}, latents: 0 });
 
   nested.query = () => {
     const query = new URLSearchParams();
     const { view } = nested;
     for (const [name, value] of Object.entries(view)) {
-      const elsewhere = OF_TAB[name] && OF_TAB[name] !== (view.tab || "prune");
+      const elsewhere = OF_TAB[name] && !OF_TAB[name].split(" ").includes(view.tab || "prune");
       if ([null, undefined, "", DEFAULTS[name]].includes(value) || elsewhere) continue;
       query.set(name, typeof value === "number" ? Math.round(value) : value);
     }
@@ -31,9 +31,36 @@
   };
   window.addEventListener("popstate", () => location.reload());
 
+  // Say something short beside a button, and to those who hear the page.
+  const say = (button, words) => {
+    const before = button.textContent;
+    button.textContent = words;
+    setTimeout(() => { button.textContent = before; }, 2000);
+  };
+  nested.copy = async (button, words) => {
+    try {
+      await navigator.clipboard.writeText(words);
+      say(button, "Copied");
+    } catch {
+      window.prompt("Copy this:", words);
+    }
+  };
+  const toggle = (name, open) => {
+    document.body.classList.toggle(`open-${name}`, open);
+    const button = document.querySelector(`[data-toggle=${name}]`);
+    button?.setAttribute("aria-expanded", document.body.classList.contains(`open-${name}`));
+  };
+  document.addEventListener("click", event => {
+    const button = event.target.closest("[data-share], [data-toggle]");
+    if (!button) return;
+    if (button.dataset.toggle) toggle(button.dataset.toggle);
+    else nested.copy(button, location.href);
+  });
+
   // An SAE was opened: nothing of the one before stays in the link.
   nested.opened = view => {
     const first = !nested.latents, { tab } = nested.view;
+    toggle("another", false);
     nested.latents = view.latents;
     nested.view = {};
     const fields = {};
@@ -44,6 +71,7 @@
     }
     if (!first) fields.tab = tab;
     nested.show(fields, !first);
+    nested.chooseWidth(view.width || view.latents);
   };
 
   // The width that all views are at: each listens for "width" and shows what it knows of it without asking the server.
@@ -61,6 +89,9 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
     if (done) field.dispatchEvent(new Event("pointerup", { bubbles: true }));
   };
+
+  // Follow the link of a download button that is not to be seen.
+  nested.download = id => document.querySelector(`#${id} a, a#${id}, #${id} button, button#${id}`)?.click();
 
   // A click on anything that names a latent opens it; in a new tab or with a key held, a link stays a link.
   document.addEventListener("click", event => {

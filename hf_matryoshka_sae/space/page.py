@@ -1,6 +1,7 @@
 """The page: what is open, six tabs, the endpoints, and links that open all of it."""
 
 import inspect
+import re
 import threading
 import time
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from .limits import UNREACHABLE, typed
 from .looks.html import escape
 from .looks.links import View
 from .looks.messages import told, warn
+from .looks.theme import TITLE
 from .subject.library import Library
 from .tabs.compare import CompareTab
 from .tabs.drawer import Drawer
@@ -23,7 +25,6 @@ from .tabs.search import SearchTab
 from .tabs.text import TextTab
 
 
-TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"
 WARMING = "warming"
 """Name of the thread that opens what is shown at first."""
 
@@ -47,7 +48,7 @@ class Page:
             for name in (*_LIGHT, *_HEAVY):  # first: a handler of the same name would take it
                 self._endpoint(name)
             self.about = area("about")
-            with gr.Accordion("Open another SAE", open=False, elem_id="another"), gr.Row(equal_height=True):
+            with gr.Row(equal_height=True, elem_id="another"):
                 self.source = gr.Textbox(
                     default, label="SAE: a repository on the Hub, a folder, or “embedded”", scale=4, min_width=240
                 )
@@ -67,7 +68,7 @@ class Page:
                 with self._view("Text and steer", "text"):
                     self.text = TextTab(self.endpoints, shown)
                 with self._view("Compare", "compare"):
-                    self.compare = CompareTab(self.endpoints, shown)
+                    self.compare = CompareTab(self.endpoints, shown, self.prune.ranking)
             self.drawer = Drawer(self.endpoints, shown)
             self.search.connect(self.drawer)
             self.text.connect(self.drawer, shown)
@@ -82,7 +83,7 @@ class Page:
     def _endpoint(self, name: str) -> None:
         limits: dict[str, Any] = {"queue": False}  # answered at once
         if name in _HEAVY:
-            limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+            limits = {"concurrency_limit": None}
         method = getattr(self.endpoints, name)
         gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 
@@ -159,16 +160,28 @@ class Page:
 
 
 def describe_html(about: dict[str, Any]) -> str:
-    """What is open, in a line."""
-    widths = about["prefix_widths"]
-    prefixes = f", prefixes {', '.join(f'{width:,}' for width in widths)}" if len(widths) > 1 else ""
-    model = f"<code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code>"
-    known = "no feature index yet" if about["index_tokens"] is None else f"index of {about['index_tokens']:,} tokens"
-    known = f"its feature index cannot be read: {escape(about['index_problem'])}" if about["index_problem"] else known
-    return (
-        f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} "
-        f"latents{prefixes}, on {model} (width {about['d_in']}); {known}.</p>"
+    """What is open, in a line, with what shares it and what opens another."""
+    name = about["sae"] if about["sae"].count("/") < 2 else about["sae"].rstrip("/").rpartition("/")[2]
+    place = "" if len(about["places"]) < 2 else f" · {about['place']}"
+    layer = re.search(r"(?:layers?|h|blocks?)\.(\d+)$", about["hookpoint"] or "")
+    where = f"layer {layer[1]}" if layer else str(about["hookpoint"])
+    widths = ", ".join(f"{width:,}" for width in about["prefix_widths"])
+    more = (
+        f"{about['type']} ({about['activation']}), prefixes {widths}, at {about['hookpoint']} of {about['base_model']}"
     )
+    index = "no feature index yet" if about["index_tokens"] is None else f"{_short(about['index_tokens'])} tokens"
+    index = f"its feature index cannot be read: {about['index_problem']}" if about["index_problem"] else index
+    return (
+        f'<div class="line"><h1>{escape(name + place)}</h1>'
+        f'<span title="{more}">{about["num_latents"]:,} latents, {escape(where)}, {escape(index)}</span>'
+        '<button type="button" class="small" data-share>Copy link</button>'
+        '<button type="button" class="small" data-toggle="another" aria-expanded="false" aria-controls="another">'
+        "Open another</button></div>"
+    )
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10_000 else f"{count // 1000:,}k" if count < 10_000_000 else f"{count // 10**6:,}M"
 
 
 def build_demo(library: Library | None = None, default: str = "embedded", warm: bool = False) -> gr.Blocks:

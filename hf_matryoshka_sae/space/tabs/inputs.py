@@ -29,9 +29,10 @@ class Shown:
     tabs: gr.Tabs
 
 
-# How handlers run: many at once where they only read an index, one at a time where they run a language model.
+# How handlers run. Those that run a language model start at once too: what they were given is checked, and an SAE
+# opened, before they wait in a lane for those before them (see `subject/lanes.py`).
 LIGHT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 20}
-HEAVY: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+HEAVY: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
 BROWSER: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 """For events that a script in the browser answers alone."""
 
@@ -39,9 +40,9 @@ BROWSER: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_pr
 BARS, BAR = gr.Progress(track_tqdm=True), gr.Progress()
 
 
-def area(name: str) -> gr.HTML:
+def area(name: str, value: str = "") -> gr.HTML:
     """Return a place for HTML. A click on a latent's link in it opens the latent in the drawer."""
-    return gr.HTML(elem_id=name, elem_classes="space-html", js_on_load=None)
+    return gr.HTML(value, elem_id=name, elem_classes="space-html", js_on_load=None)
 
 
 def on_a_space() -> bool:
