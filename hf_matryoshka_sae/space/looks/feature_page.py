@@ -1,6 +1,5 @@
 """A latent's page as HTML: examples, family, whether it is real, tokens it promotes; numbers at the end."""
 
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -9,13 +8,10 @@ from ...features.tree.sums import LEAST, THRESHOLD
 from . import html
 from .chips import bar, chip, percent
 from .links import latent_link
-from .reading import shown_token
+from .reading import SPECIAL, shown_token
 
 
 _BANDS, _STRONGEST, _RELATIVES = 5, 6, 6
-_SPECIAL = re.compile(r"<\|.*\|>|</?s>|\[(CLS|SEP|PAD)\]")
-"""Between documents, or around them: what is beyond is another text."""
-
 _BEFORE, _AFTER = 70, 40  # characters of a context
 _MOST_CHIPS = 24
 Current = tuple[str, str]
@@ -86,7 +82,7 @@ def context(row: dict[str, Any], largest: float) -> str:
 def _reach(texts: Sequence[str], peak: int, step: int, most: int) -> int:
     """The last token that is shown on one side of the peak: of the same document, and within so many characters."""
     place, length = peak, 0
-    while 0 <= (after := place + step) < len(texts) and not _SPECIAL.fullmatch(texts[after]):
+    while 0 <= (after := place + step) < len(texts) and not SPECIAL.fullmatch(texts[after]):
         length += len(texts[after])
         if length > most:
             break
@@ -167,7 +163,8 @@ def _is_it_real(feature: dict[str, Any]) -> str:
         table = (
             f'<p class="quiet">Its own tokens are those of its strongest firings on one half of the text{own}; how '
             "many of its firings are on them is counted on the other half.</p><table><thead><tr>"
-            "<th scope=col>of its largest</th><th scope=col class=number>firings</th><th scope=col>on its own tokens</th>"
+            "<th scope=col>of its largest</th><th scope=col class=number>firings</th>"
+            "<th scope=col>on its own tokens</th>"
             f"<th scope=col class=number>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
     return f'<section class="real"><h3>Is it real?</h3>{table}{_histogram(feature)}</section>'

@@ -11,6 +11,7 @@ import gradio as gr
 from ...features.labels import read_labels
 from ..endpoints import Endpoints
 from ..limits import UNREACHABLE
+from ..looks import html
 from ..looks.chips import problem
 from ..looks.messages import told
 from ..subject.answers import SORTS
@@ -42,7 +43,7 @@ class ExploreTab:
             self.problem = area("index-problem")
         with gr.Row() as self.known:
             with gr.Column(scale=3, min_width=380):
-                self.picture = area("nested")
+                self.picture = area("explore-picture")
                 self.threshold = gr.Slider(
                     0.2,
                     0.95,
@@ -105,7 +106,7 @@ class ExploreTab:
                 "SAE, or prefix widths given when it was converted.</p>"
             )
         try:
-            return self.endpoints.picture(*current, threshold)
+            return html.picture(self.endpoints.picture(*current, threshold))
         except (ValueError, *UNREACHABLE) as error:
             return problem(error)
 

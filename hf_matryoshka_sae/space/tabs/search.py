@@ -108,7 +108,7 @@ class SearchTab:
             return ""  # an index of very many latents
         chips = " ".join(chip(current, row["latent"], row["label"]) for row in rows)
         return (
-            f'<p class="chips"><span>From the index: latents whose strongest firings hold “{_QUICK}”</span> {chips}</p>'
+            f'<p class="chips"><span>From the index: latents that fire most on “{_QUICK}”</span> {chips}</p>'
             '<p class="quiet">A search runs over held-out text and says how exactly each latent fires there.</p>'
         )
 
