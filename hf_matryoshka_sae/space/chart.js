@@ -29,12 +29,12 @@
       const value = on(low) + (place - start) / (stop - start) * (on(high) - on(low));
       return Math.min(Math.max(axis.log ? Math.exp(value) : value, low), high);
     };
-    return { at, back, low, high, ticks: ticks(axis, low, high, Math.abs(stop - start)) };
+    return { at, back, low, high, ticks: ticks(axis, low, high, start < stop ? (stop - start) / 60 : (start - stop) / 36) };
   };
 
   // Round numbers between the ends, as many as there is room for.
   const ticks = (axis, low, high, room) => {
-    const most = Math.max(2, Math.floor(room / 60));
+    const most = Math.max(2, Math.floor(room));
     const candidates = [];
     if (axis.log) {
       const powers = [];

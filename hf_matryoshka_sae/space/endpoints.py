@@ -286,11 +286,11 @@ class Endpoints:
         stored = None if opened.index is None else opened.index.showcase()
         return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
-    def picture(self, sae: str, place: str, threshold: float) -> str:
-        """The picture of the prefixes, nested in each other, as SVG."""
+    def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
+        """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
         opened = self.library.open(sae, place)
         tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
-        return nested_picture(tree, opened.labels)
+        return nested_picture(tree, opened.labels, most=most)
 
     def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
         """The latents that a pruning keeps, by their numbers as trained."""

@@ -74,6 +74,15 @@
     nested.chooseWidth(view.width || view.latents);
   };
 
+  class Opened extends HTMLElement {
+    static get observedAttributes() {
+      return ["data-given"];
+    }
+    attributeChangedCallback() {
+      nested.opened(JSON.parse(this.dataset.given));
+    }
+  }
+
   // The width that all views are at: each listens for "width" and shows what it knows of it without asking the server.
   nested.chooseWidth = width => {
     document.body.dataset.width = width;
@@ -111,4 +120,6 @@
       event.target.dispatchEvent(new Event("pointerup", { bubbles: true }));
     }
   });
+
+  customElements.define("nested-opened", Opened);
 }

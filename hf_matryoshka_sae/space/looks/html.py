@@ -102,6 +102,11 @@ def number(value: float | None, form: str = ".4g") -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
+def data(name: str, given: Any) -> str:
+    """Return one of the page's own elements, with what it shows."""
+    return f'<{name} data-given="{escape(json.dumps(given), quote=True)}"></{name}>'
+
+
 def picture(svg: str, kept: set[int] | None = None) -> str:
     """Return the picture of the prefixes as the page shows it.
 

@@ -1,5 +1,6 @@
 """Compare: the open SAE, as Prune has it, beside another pruning of it or another SAE."""
 
+import math
 from typing import Any
 
 import gradio as gr
@@ -10,7 +11,7 @@ from ..looks.charts import Axis, Mark, line_chart
 from ..looks.messages import told
 from ..subject.opened import RANKINGS
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
-from .prune import PARENT
+from .prune import LARGEST, PARENT
 
 
 _ROWS = (
@@ -71,8 +72,10 @@ class CompareTab:
 
     def refresh(self, current: tuple[str, str], opened: dict[str, Any]) -> tuple[Any, ...]:
         """The other side of a link; else the open SAE at a quarter."""
-        latents = self.endpoints.num_latents(*current)
-        width = opened["other_width"] or (0 if opened["other"] else max(1, latents // 4))
+        quarter = max(1, self.endpoints.num_latents(*current) // 4)
+        stored = [row["width"] for row in self._rows((*current, "trained", 0))]
+        near = min(stored or [quarter], key=lambda width: abs(math.log(width / quarter)))
+        width = opened["other_width"] or (0 if opened["other"] else near)
         return opened["other"], opened["other_place"], opened["other_ranking"], width
 
     def _sides(
@@ -167,8 +170,9 @@ class CompareTab:
             for letter, latents in (("A", only_left), ("B", only_right))
             if latents
         )
-        indexed = self.endpoints.describe(*side[:2])["index_tokens"] is not None
-        picture = html.picture(self.endpoints.picture(*side[:2], PARENT), both) if indexed else ""
+        about = self.endpoints.describe(*side[:2])
+        indexed = about["index_tokens"] is not None and len(about["prefix_widths"]) > 1
+        picture = html.picture(self.endpoints.picture(*side[:2], PARENT, LARGEST), both) if indexed else ""
         return f"{counted}{picture}<details><summary>Their numbers</summary>{names}</details>"
 
 
