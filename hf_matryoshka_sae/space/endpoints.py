@@ -10,9 +10,11 @@ from ..features.text import checked_latent
 from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
+from .looks.family_card import family_card
 from .subject.answers import feature_of, list_latents
 from .subject.comparing import check_comparable, compare
 from .subject.exporting import export, push
+from .subject.families import family_tree
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
@@ -291,6 +293,15 @@ class Endpoints:
         opened = self.library.open(sae, place)
         tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
         return nested_picture(tree, opened.labels, most=most)
+
+    def family_card(self, latent: int, sae: str, place: str, threshold: float, address: str) -> str:
+        """A latent's family as a picture to send on, as SVG; `address` is where its page is."""
+        opened = self.library.look(sae, place)
+        index, feature = opened.require_index(), feature_of(opened, latent)
+        tree = family_tree(index, tuple(opened.sae.prefix_widths), latent, threshold)
+        picture = nested_picture(tree, opened.labels, open_latent=latent, alone=True)
+        title = f"Latent {latent}" + (f": {feature['label']}" if feature["label"] else "")
+        return family_card(picture, title, feature["verdict"], address)
 
     def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
         """The latents that a pruning keeps, by their numbers as trained."""

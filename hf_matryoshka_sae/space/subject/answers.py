@@ -1,13 +1,11 @@
 """What is known of the latents of an open SAE, in plain values."""
 
-from functools import lru_cache
 from typing import Any
 
-from ...features import Context, Feature, FeatureIndex
+from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
 from ...features.telling import verdict
-from ...features.tree.sums import LEAST
-from ...features.tree.tree import LatentTree
+from .families import family_of
 from .opened import Opened
 
 
@@ -71,54 +69,6 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "candidates": named(feature.candidates),
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
-
-
-def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
-    """A latent's relatives with their labels, down to low scores: who shows them, says from which score on.
-
-    A relative's score is the least of the links that lead to it; a link's is that of a latent with its parent.
-    """
-    tree = _tree(opened.require_index(), tuple(opened.sae.prefix_widths))
-
-    def named(relatives: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        return [{"latent": one, "label": opened.labels[one], "score": score} for one, score in relatives]
-
-    def link(one: int) -> float:
-        return float(tree.score[one])
-
-    above: list[tuple[int, float]] = []
-    below, least = latent, 1.0
-    for ancestor in tree.ancestors(latent):
-        least = min(least, link(below))
-        above.append((ancestor, least))
-        below = ancestor
-    siblings = tree.children(above[0][0]) if above else []
-    siblings = [(one, min(score, link(latent))) for one, score in siblings if one != latent]
-    children = tree.children(latent)
-    taken = {one for one, _ in children}
-    others = [(one, score) for one, score in _candidates(opened.require_index()).get(latent, []) if one not in taken]
-    return {
-        "ancestors": named(above),
-        "siblings": named(siblings),
-        "children": named(children),
-        "could_refine": named(others),
-    }
-
-
-@lru_cache(maxsize=4)
-def _candidates(index: FeatureIndex) -> dict[int, list[tuple[int, float]]]:
-    """For each latent those that have it among the candidates for their parent, highest score first."""
-    below: dict[int, list[tuple[int, float]]] = {}
-    table = index.table(["candidates", "candidate_scores"])
-    for latent, (parents, scores) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
-        for parent, score in zip(parents or [], scores or [], strict=True):
-            below.setdefault(parent, []).append((latent, score))
-    return {parent: sorted(ones, key=lambda one: -one[1]) for parent, ones in below.items()}
-
-
-@lru_cache(maxsize=4)
-def _tree(index: FeatureIndex, widths: tuple[int, ...]) -> LatentTree:
-    return index.tree(widths, LEAST)
 
 
 def list_latents(
