@@ -128,13 +128,16 @@ class Endpoints:
         """A latent's place in the tree: its parents up to the smallest prefix, and what is below it, by level."""
         opened = self.library.look(sae, place)
         tree = opened.tree()
-        tree.check(latent)
+        levels, below = [], tree.children(checked_latent(latent, len(tree)))
+        while below:
+            levels.append(below)
+            below = [child for one, _ in below for child in tree.children(one)]
         return {
             "latent": latent,
             "ancestors": tree.ancestors(latent),
             "below": [
-                [{"latent": one, "score": tree.score(one), "label": opened.labels[one]} for one in level]
-                for level in tree.levels_below(latent)
+                [{"latent": one, "score": score, "label": opened.labels[one]} for one, score in level]
+                for level in levels
             ],
         }
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from ...activations import TokenBatch
 from ...evaluation import HeldOut
 from ...features import FeatureIndex
+from ...features.tree.sums import LEAST, THRESHOLD
+from ...features.tree.tree import LatentTree
 from ...models import SAEModel
 from ...progressive import (
     LatentStatistics,
@@ -34,7 +36,6 @@ from .indexes import FoundIndex, find_index
 from .lanes import NoLongerWantedError
 from .prunings import Pruning, at_k, cut, fvu_curve, worth
 from .reader import Reader
-from .trees import IndexTree
 
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Opened:
     def forget_index(self) -> None:
         """Look for the index anew: one was built."""
         self.__dict__.pop("_found", None)
-        for key in ("tree", "columns"):
+        for key in [key for key in list(self._kept) if key == "columns" or key[0] == "tree"]:
             self._kept.pop(key, None)
 
     def require_index(self) -> FeatureIndex:
@@ -187,10 +188,11 @@ class Opened:
             )
         return self.index
 
-    def tree(self) -> IndexTree:
-        """Parents and children of its latents; raises `ValueError` without an index."""
+    def tree(self, threshold: float = THRESHOLD) -> LatentTree:
+        """Parents and children of its latents, with this least score of a parent; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)))
+        whole = self._once(("tree", LEAST), lambda: index.tree(list(self.sae.prefix_widths), LEAST))
+        return self._once(("tree", threshold), lambda: whole.at(threshold), most=8)
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
