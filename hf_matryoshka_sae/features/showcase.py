@@ -18,6 +18,7 @@ are dropped.
 import logging
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,20 @@ WIDTHS, TOKENS = 12, 4096
 _SPAN = 64  # the narrowest width is at most this part of the whole
 _NEW_TOKENS, _LATENTS_OF_TOKEN, _LONGEST = 24, 3, 96
 _ROW = ("fvu", "l0", "recaptured_zero", "recaptured_mean", "ce", "kl", "pooled_cosine", "neighbours")
-_SENTENCE = (50, 140)  # characters of the sample, least and most
+_SENTENCE = 140  # characters of the sample
+_PLAIN = re.compile(r"\w[a-z ,']{50,}[.!?]")
 
 
 def showcase_widths(sae: SAEModel, count: int = WIDTHS) -> list[int]:
-    """Return every prefix width and, between and before them, widths on about a logarithmic scale, the whole last."""
+    """Return every prefix width and others between on about a logarithmic scale, from a 64th to the whole."""
     whole = sae.config.num_latents
     widths = sorted({max(1, whole // _SPAN), *sae.prefix_widths, whole})
-    while len(widths) < min(count, whole):
-        gaps = [(high / low, low, high) for low, high in zip([0.5, *widths], widths, strict=False) if high - low > 1]
+    while len(widths) < count:
+        gaps = [(high / low, low, high) for low, high in pairwise(widths) if high - low > 1]
+        if not gaps:
+            break
         _, low, high = max(gaps)
-        between = round((low * high) ** 0.5)
-        widths = sorted({*widths, min(max(between, int(low) + 1), high - 1)})
+        widths = sorted([*widths, min(max(round((low * high) ** 0.5), low + 1), high - 1)])
     return widths
 
 
@@ -163,8 +166,9 @@ def index_showcase(
 
 def _sample(sae: SAEModel, data: HeldOut, widths: list[int]) -> dict[str, Any]:
     """Return a text of the held-out ones with its latents and the model's continuation at each width."""
-    text = _sentence(_texts(data))
-    most = min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    text, most = _sentence(_texts(data)), min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    while len(data.tokenizer(text)["input_ids"]) > most and " " in text:
+        text = text.rpartition(" ")[0]
     features = text_features(sae, data.model, data.tokenizer, text, data.hookpoint, top=1, max_tokens=most)
     firings = []
     for width in widths:
@@ -188,16 +192,14 @@ def _texts(data: HeldOut) -> Iterable[str]:
 
 
 def _sentence(texts: Iterable[str]) -> str:
-    """Return the first sentence that is whole and plain; where there is none, the beginning of the first text."""
-    beginning = ""
+    """Return the longest plain sentence that is not too long; where there is none, the beginning of the first text."""
+    beginning, plain = "", []
     for text in texts:
         sentences = [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", text)]
-        beginning = beginning or " ".join(sentences)[: _SENTENCE[1]].rpartition(" ")[0]
-        for sentence in sentences[1:-1]:  # windows begin and end anywhere
-            plain = sum(char.isalpha() or char in " ,'" for char in sentence)
-            if _SENTENCE[0] <= len(sentence) <= _SENTENCE[1] and plain >= 0.97 * len(sentence):
-                return sentence
-    return beginning
+        beginning = beginning or " ".join(sentences)[:_SENTENCE].rpartition(" ")[0]
+        # Windows begin and end anywhere, so that the first and the last are not whole.
+        plain += [sentence for sentence in sentences[1:-1] if _PLAIN.fullmatch(sentence)]
+    return max((sentence for sentence in plain if len(sentence) <= _SENTENCE), key=len, default=beginning)
 
 
 def _continuations(sae: SAEModel, data: HeldOut, text: str, widths: list[int]) -> tuple[str | None, list[str] | None]:
