@@ -29,12 +29,12 @@
       const value = on(low) + (place - start) / (stop - start) * (on(high) - on(low));
       return Math.min(Math.max(axis.log ? Math.exp(value) : value, low), high);
     };
-    return { at, back, low, high, ticks: ticks(axis, low, high, Math.abs(stop - start)) };
+    return { at, back, low, high, ticks: ticks(axis, low, high, start < stop ? (stop - start) / 60 : (start - stop) / 36) };
   };
 
   // Round numbers between the ends, as many as there is room for.
   const ticks = (axis, low, high, room) => {
-    const most = Math.max(2, Math.floor(room / 60));
+    const most = Math.max(2, Math.floor(room));
     const candidates = [];
     if (axis.log) {
       const powers = [];
@@ -98,13 +98,16 @@
       for (const at of spec.prefixes ?? []) {
         svg.append(element("line", { class: "prefix", x1: x.at(at), x2: x.at(at), y1: TOP, y2: bottom }));
       }
-      // Where the prefixes are marked they are the ticks, as far as their numbers do not run into each other.
+      // The numbers are those of the prefixes, and round ones before the first, as far as they do not run together.
+      const prefixes = spec.prefixes ?? [];
+      const ticks = [...x.ticks.filter(tick => !prefixes.length || x.at(tick) < x.at(prefixes[0]) - 30), ...prefixes];
       let free = -Infinity;
-      for (const tick of spec.prefixes?.length ? spec.prefixes : x.ticks) {
+      for (const tick of ticks) {
         if (x.at(tick) < free) continue;
         free = x.at(tick) + 14 + 7 * written(tick).length;
-        const anchor = x.at(tick) > width - RIGHT - 18 ? "end" : "middle";
-        svg.append(element("text", { x: anchor === "end" ? width - 2 : x.at(tick), y: bottom + 16, "text-anchor": anchor }, written(tick)));
+        const end = x.at(tick) > width - RIGHT - 18;
+        const place = { x: end ? width - 2 : x.at(tick), y: bottom + 16, "text-anchor": end ? "end" : "middle" };
+        svg.append(element("text", place, written(tick)));
       }
       svg.append(element("text", { class: "label", x: (LEFT + width) / 2, y: height - 6, "text-anchor": "middle" }, spec.x.label));
       const middle = (TOP + bottom) / 2, turned = `rotate(-90 12 ${middle})`;
@@ -141,8 +144,9 @@
       const at = this.x.at(x), up = this.y.at(y), wide = this.svg.clientWidth || this.clientWidth;
       const group = element("g", { class: name });
       group.append(element("line", { x1: at, x2: at, y1: TOP, y2: this.bottom }), element("circle", { cx: at, cy: up, r: 6 }));
-      const end = at > wide * 0.6, below = up < TOP + 34;
-      const place = { x: at + (end ? -10 : 10), y: below ? up + 24 : up - 12, "text-anchor": end ? "end" : "start" };
+      // Beside the line, at the end of it that is farther from the curve.
+      const end = at > wide * 0.6, low = up < (TOP + this.bottom) / 2;
+      const place = { x: at + (end ? -8 : 8), y: low ? this.bottom - 8 : TOP + 10, "text-anchor": end ? "end" : "start" };
       group.append(element("text", place, text));
       into.append(group);
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
+from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
 from .subject.answers import feature_of, list_latents
@@ -288,9 +289,18 @@ class Endpoints:
         stored = None if opened.index is None else opened.index.showcase()
         return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
-    def picture(self, sae: str, place: str, threshold: float) -> str:
-        """The picture of the prefixes, nested in each other, as SVG."""
-        return ""
+    def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
+        """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
+        opened = self.library.open(sae, place)
+        tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
+        return nested_picture(tree, opened.labels, most=most)
+
+    def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
+        """The latents that a pruning keeps, by their numbers as trained."""
+        opened, pruning = self._pruning(sae, place, ranking, width)
+        if pruning.ranking != "trained":
+            self.runner.have(opened, "statistics")
+        return opened.order(pruning.ranking)[: pruning.width].tolist()
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""

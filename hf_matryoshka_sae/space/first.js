@@ -136,7 +136,7 @@
       const words = [text("b", `The first ${whole(this.width)}`), ` keep ${measured ? "" : "about "}`, text("b", share(kept)), ` of the ${of}`];
       if (after) {
         const buys = (after.kept - before.kept) / (after.width - before.width);
-        words.push(`; one more latent ${buys > 0 ? `adds about ${buys.toPrecision(2)} points` : "adds nothing"}.`);
+        words.push(`; one more latent ${buys > 0 ? `adds about ${buys.toPrecision(2)} percentage points` : "adds nothing"}.`);
       } else words.push(", which is all there are.");
       this.here.replaceChildren(...words);
     }
@@ -159,8 +159,8 @@
   customElements.define("nested-answer", Answer);
 
   const FIGURES = [
-    ["loss kept (1: as the model alone, 0: as with zeros here)", "recaptured_zero", 4],
-    ["loss kept, against the mean instead of zeros", "recaptured_mean", 4],
+    ["loss kept: 1 is the model alone, 0 is zeros in this place", "recaptured_zero", 4],
+    ["loss kept, against the mean in this place", "recaptured_mean", 4],
     ["cross-entropy, nats per token", "ce", 4],
     ["KL to the plain model, nats", "kl", 4],
     ["FVU: variance left unexplained", "fvu", 4],
@@ -177,7 +177,7 @@
       const curve = nested.curve;
       if (!curve) return;
       const here = curve.rows.find(row => row.width === this.width), all = curve.rows.find(row => row.width === curve.latents);
-      this.toggleAttribute("data-unknown", !here);
+      document.body.classList.toggle("measured", Boolean(here));
       if (!here) {
         this.replaceChildren(text("p", `Width ${whole(this.width)} has not been measured yet.`, "quiet"));
         return;
@@ -194,13 +194,14 @@
         row.append(Object.assign(text("th", title), { scope: "row" }));
         for (const column of columns) row.append(text("td", column[name] == null ? "–" : column[name].toFixed(digits), "number"));
       }
-      const about = `On ${whole(here.tokens ?? curve.tokens)} tokens of held-out text at ${curve.hookpoint}, ${curve.about}.`;
-      this.replaceChildren(table, text("p", about, "quiet"), ...(curve.command ? [this.command(curve.command)] : []));
-    }
-    command(words) {
-      const line = text("p", "The same from the shell: ", "quiet");
-      line.append(text("code", words.replace("{width}", this.width)));
-      return line;
+      const tokens = here.tokens ?? curve.tokens, selection = here.selection ?? curve.selection;
+      const parts = [table, text("p", `On ${whole(tokens)} tokens of held-out text at ${curve.hookpoint}, ${curve.about}.`, "quiet")];
+      if (curve.command) {
+        const line = text("p", "The same from the shell: ", "quiet");
+        line.append(text("code", `${curve.command} --widths ${this.width} --tokens ${tokens} --selection ${selection}`));
+        parts.push(line);
+      }
+      this.replaceChildren(...parts);
     }
   }
   customElements.define("nested-figures", Figures);
@@ -231,7 +232,7 @@
       if (sample.continuations) {
         const list = document.createElement("dl");
         const pairs = [["The model goes on", sample.plain], [`and with ${whole(sample.widths[at])} latents`, sample.continuations[at]]];
-        for (const [name, words] of pairs) list.append(text("dt", name), text("dd", words ?? "", "tokens"));
+        for (const [name, words] of pairs) list.append(text("dt", name), text("dd", (words ?? "").trim() || "(nothing)", "tokens"));
         parts.push(list);
       }
       this.replaceChildren(...parts);
@@ -243,8 +244,21 @@
   class Picture extends Live {
     static events = ["width"];
     update() {
-      for (const block of this.querySelectorAll("a.block")) block.classList.toggle("beyond", Number(block.dataset.latent) >= this.width);
+      const kept = this.given && new Set(this.given);  // of two prunings; else those of the page's width
+      for (const block of this.querySelectorAll("a.block")) {
+        const latent = Number(block.dataset.latent);
+        block.classList.toggle("dim", kept ? !kept.has(latent) : latent >= this.width);
+      }
     }
   }
   customElements.define("nested-picture", Picture);
+
+  // What the server said of one width: hidden as soon as the page is at another.
+  class Of extends Live {
+    static events = ["width"];
+    update() {
+      this.hidden = this.given !== this.width;
+    }
+  }
+  customElements.define("nested-of", Of);
 }

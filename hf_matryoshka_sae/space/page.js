@@ -1,16 +1,16 @@
 () => {
   // The one state that all views share, on the browser's side. `nested.view` is what a link to what is shown would say;
   // the address follows it, and on the Hub, where the page is in a frame, so does the frame around it.
-  const OF_TAB = { q: "search", kind: "search", text: "text", ranking: "prune", k: "prune", other: "compare",
+  const OF_TAB = { q: "search", kind: "search", text: "text", ranking: "prune compare", k: "prune", other: "compare",
     other_place: "compare", other_ranking: "compare", other_width: "compare" };
-  const DEFAULTS = { tab: "prune", ranking: "trained", kind: "", k: 0, width: 0 };
+  const DEFAULTS = { tab: "prune", ranking: "trained", other_ranking: "trained", other_width: 0, kind: "", k: 0, width: 0 };
   const nested = (window.nested = { view: {}, latents: 0 });
 
   nested.query = () => {
     const query = new URLSearchParams();
     const { view } = nested;
     for (const [name, value] of Object.entries(view)) {
-      const elsewhere = OF_TAB[name] && OF_TAB[name] !== (view.tab || "prune");
+      const elsewhere = OF_TAB[name] && !OF_TAB[name].split(" ").includes(view.tab || "prune");
       if ([null, undefined, "", DEFAULTS[name]].includes(value) || elsewhere) continue;
       query.set(name, typeof value === "number" ? Math.round(value) : value);
     }
@@ -71,7 +71,17 @@
     }
     if (!first) fields.tab = tab;
     nested.show(fields, !first);
+    nested.chooseWidth(view.width || view.latents);
   };
+
+  class Opened extends HTMLElement {
+    static get observedAttributes() {
+      return ["data-given"];
+    }
+    attributeChangedCallback() {
+      nested.opened(JSON.parse(this.dataset.given));
+    }
+  }
 
   // The width that all views are at: each listens for "width" and shows what it knows of it without asking the server.
   nested.chooseWidth = width => {
@@ -110,4 +120,6 @@
       event.target.dispatchEvent(new Event("pointerup", { bubbles: true }));
     }
   });
+
+  customElements.define("nested-opened", Opened);
 }

@@ -11,7 +11,7 @@ import gradio as gr
 
 from .endpoints import Endpoints
 from .limits import UNREACHABLE, typed
-from .looks.html import escape
+from .looks.html import data, escape
 from .looks.links import View
 from .looks.messages import told, warn
 from .looks.theme import TITLE
@@ -68,7 +68,7 @@ class Page:
                 with self._view("Text and steer", "text"):
                     self.text = TextTab(self.endpoints, shown)
                 with self._view("Compare", "compare"):
-                    self.compare = CompareTab(self.endpoints, shown)
+                    self.compare = CompareTab(self.endpoints, shown, self.prune.ranking)
             self.drawer = Drawer(self.endpoints, shown)
             self.search.connect(self.drawer)
             self.text.connect(self.drawer, shown)
@@ -95,8 +95,7 @@ class Page:
         self.blocks.load(told(self.start), None, [*everything, shown.tabs], **options)
         gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options)
         self.place.input(told(self.open_place), [shown.current, self.place], everything, **options)
-        shown.opened.change(told(self.describe), shown.current, self.about, **LIGHT)
-        shown.opened.change(None, shown.opened, None, js="view => nested.opened(view)", **BROWSER)
+        shown.opened.change(told(self.describe), [shown.current, shown.opened], self.about, **LIGHT)
         shown.width.change(None, shown.width, None, js="width => nested.chooseWidth(width)", **BROWSER)
 
     def warm(self) -> None:
@@ -124,9 +123,12 @@ class Page:
             updates = self._opened(view)
         return *updates, gr.update(selected=view.tab)
 
-    def describe(self, current: tuple[str, str]) -> str:
-        """What is open, in a line."""
-        return describe_html(self.endpoints.describe(*current))
+    def describe(self, current: tuple[str, str], opened: dict[str, Any]) -> str:
+        """What is open, in a line, and for the page's script: all that a link to it says."""
+        about = self.endpoints.describe(*current)
+        place = "" if about["place"] == about["places"][0] else about["place"]
+        given = opened | {"place": place, "default": self.default, "latents": about["num_latents"]}
+        return data("nested-opened", given) + describe_html(about)
 
     def open_source(self, source: str) -> tuple[Any, ...]:
         """Open a repository or folder."""
@@ -142,20 +144,15 @@ class Page:
         if view.width > latents:
             warn(f"This SAE has {latents:,} latents, so the width {view.width:,} of the link is left out.")
         width = view.width if 1 <= view.width <= latents else latents
+        opened = asdict(view) | {"sae": about["sae"], "place": about["place"], "time": time.time()}
+        current = about["sae"], about["place"]
         return (
             about["sae"],
             gr.update(choices=about["places"], value=about["place"], interactive=len(about["places"]) > 1),
-            describe_html(about),
-            (about["sae"], about["place"]),
+            self.describe(current, opened),
+            current,
             gr.update(maximum=latents, value=width),
-            asdict(view)
-            | {
-                "sae": about["sae"],
-                "place": about["place"],
-                "default": self.default,
-                "latents": latents,
-                "time": time.time(),
-            },
+            opened,
         )
 
 

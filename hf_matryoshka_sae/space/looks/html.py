@@ -1,6 +1,8 @@
 """Pieces of the page as HTML: latents as links, tokens, contexts, tables. Everything that is text is escaped."""
 
+import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -100,6 +102,20 @@ def number(value: float | None, form: str = ".4g") -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def picture(svg: str) -> str:
-    """Return the picture of the prefixes as the page shows it: what is past the page's width is dimmed."""
-    return f'<nested-picture class="scroll">{svg}</nested-picture>' if svg else ""
+def data(name: str, given: Any) -> str:
+    """Return one of the page's own elements, with what it shows."""
+    return f'<{name} data-given="{escape(json.dumps(given), quote=True)}"></{name}>'
+
+
+def picture(svg: str, kept: set[int] | None = None) -> str:
+    """Return the picture of the prefixes as the page shows it.
+
+    Args:
+        svg (`str`): The picture.
+        kept (`set[int]`, *optional*): Latents that are not dimmed; by default those of the page's width, live.
+    """
+    if not svg:
+        return ""
+    drawn = {int(latent) for latent in re.findall(r'data-latent="(\d+)"', svg)}
+    given = "" if kept is None else f' data-given="{json.dumps(sorted(drawn & kept))}"'
+    return f'<nested-picture class="scroll"{given}>{svg}</nested-picture>'

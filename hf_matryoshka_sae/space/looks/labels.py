@@ -31,6 +31,9 @@ class Labels:
             self._all = [self.given.get(latent) or short for latent, short in enumerate(spelled)]
         self._one = lru_cache(maxsize=4096)(self._read)
 
+    def __contains__(self, latent: int) -> bool:
+        return self.index is not None and 0 <= latent < len(self.index)
+
     def __getitem__(self, latent: int) -> str:
         if self.index is None:
             return ""

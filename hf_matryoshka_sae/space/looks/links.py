@@ -13,7 +13,8 @@ TABS = ("prune", "explore", "search", "text", "compare")
 _FORMER_TABS = {"features": "explore", "tree": "explore", "try": "text"}
 """Names of tabs in links that were sent on before."""
 
-_CHOICES = {"tab": TABS, "ranking": RANKINGS, "kind": ("pattern", "words")}
+_NUMBERS = ("width", "k", "latent", "other_width")
+_CHOICES = {"tab": TABS, "ranking": RANKINGS, "other_ranking": RANKINGS, "kind": ("pattern", "words")}
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class View:
         tab (`str`): One of `TABS`.
         ranking (`str`), width (`int`), k (`int`): Of the pruning; 0 is all latents, and k as trained.
         latent (`int`, *optional*): The feature that is shown.
+        other (`str`), other_place (`str`), other_ranking (`str`), other_width (`int`): What it is compared with.
         q (`str`), kind (`str`): What is searched for, and whether that is a `"pattern"` or `"words"`.
     """
 
@@ -35,6 +37,10 @@ class View:
     width: int = 0
     k: int = 0
     latent: int | None = None
+    other: str = ""
+    other_place: str = ""
+    other_ranking: str = "trained"
+    other_width: int = 0
     q: str = ""
     kind: str = ""
 
@@ -48,7 +54,7 @@ class View:
             text = text if field.name == "q" else text.strip()  # in a pattern a leading space counts
             if not text.strip():
                 continue
-            if field.name in ("width", "k", "latent"):
+            if field.name in _NUMBERS:
                 if not text.isdecimal() or not text.isascii():
                     problems.append(f"{field.name} should be a whole number, got '{text[:40]}'")
                     continue

@@ -11,6 +11,7 @@ import gradio as gr
 from ...features.labels import read_labels
 from ..endpoints import Endpoints
 from ..limits import UNREACHABLE
+from ..looks import html
 from ..looks.chips import problem
 from ..looks.messages import told
 from ..subject.answers import SORTS
@@ -105,7 +106,7 @@ class ExploreTab:
                 "SAE, or prefix widths given when it was converted.</p>"
             )
         try:
-            return self.endpoints.picture(*current, threshold)
+            return html.picture(self.endpoints.picture(*current, threshold))
         except (ValueError, *UNREACHABLE) as error:
             return problem(error)
 

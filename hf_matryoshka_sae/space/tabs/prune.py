@@ -1,6 +1,6 @@
 """Prune: how many latents keep how much, what that is worth, and taking the pruned SAE along. The first screen."""
 
-import json
+import re
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -11,7 +11,7 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told, warn
-from ..subject.opened import RANKINGS
+from ..subject.opened import RANKINGS, SELECTION
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
@@ -21,6 +21,9 @@ _STEPS = 12
 
 PARENT = 0.6
 """Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
+
+LARGEST = 260
+"""Latents that the picture shows here, of the largest families; Explore shows more."""
 
 _QUEUED: dict[str, Any] = HEAVY | {"show_progress": "minimal", "trigger_mode": "always_last"}
 
@@ -56,7 +59,7 @@ class PruneTab:
             with gr.Column(scale=3, min_width=300):
                 self.figures = area("figures", "<nested-figures></nested-figures>")
             with gr.Column(scale=2, min_width=300):
-                self.measure = gr.Button("Measure this width", size="sm")
+                self.measure = gr.Button("Measure this width", size="sm", elem_id="measure")
                 self.download = gr.Button("Download these latents", variant="primary", elem_id="download")
                 self.file = gr.DownloadButton("The pruned SAE", visible="hidden", elem_id="zip")
                 with gr.Accordion("Order and number of latents", open=False):
@@ -166,7 +169,8 @@ class PruneTab:
             k = chosen
         rest = self.start_over(current, opened["ranking"], k or 0)
         sample = "" if showcase is None else sample_html(showcase)
-        picture = self.endpoints.picture(*current, PARENT) if about["index_tokens"] is not None else ""
+        indexed = about["index_tokens"] is not None and len(about["prefix_widths"]) > 1
+        picture = self.endpoints.picture(*current, PARENT, LARGEST) if indexed else ""
         return opened["ranking"], control, *rest, sample, html.picture(picture)
 
     def start_over(self, current: tuple[str, str], ranking: str, k: int) -> tuple[Any, ...]:
@@ -180,13 +184,14 @@ class PruneTab:
         """What is measured, for the browser."""
         about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
         trained_k = int(k) in (0, about["k"] or 0)
-        return data(
+        return html.data(
             "nested-curve",
             {
                 "latents": about["num_latents"],
                 "prefixes": about["prefix_widths"],
                 "rows": rows,
                 "tokens": about["tokens"] if showcase is None else showcase["tokens"],
+                "selection": SELECTION if showcase is None else showcase["selection"],
                 "hookpoint": about["hookpoint"],
                 "about": f"{ranking} ranking" + ("" if trained_k else f", k = {int(k)}"),
                 "command": self._command(about) if ranking == "trained" and trained_k else "",
@@ -197,10 +202,7 @@ class PruneTab:
         """What measures the same in a shell; nothing for a folder of the machine that serves strangers."""
         if self.endpoints.library.dataset is not None or self.endpoints.library.public:
             return ""
-        return (
-            f"matryoshka-sae evaluate {about['sae']} --widths {{width}} --tokens {about['tokens']} "
-            "--selection restrict"
-        )
+        return f"matryoshka-sae evaluate {about['sae']}"
 
     # What is measured
 
@@ -217,7 +219,7 @@ class PruneTab:
         if any(row["width"] == int(width) for row in rows):
             return gr.skip(), gr.skip()
         chosen = self._chosen(current, ranking, width, k)
-        rows = with_row(rows, self.endpoints.measure(*chosen))
+        rows = with_row(rows, self.endpoints.measure(*chosen) | {"selection": SELECTION})
         return rows, self._curve(current, ranking, k, rows)
 
     def plan(self, current: tuple[str, str], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
@@ -238,7 +240,7 @@ class PruneTab:
             row = self.endpoints.curve_point(*current, ranking, todo[0])
         else:
             row = self.endpoints.measure(*current, ranking, todo[0], int(k))
-        rows = with_row(rows, row)
+        rows = with_row(rows, row | {"selection": SELECTION})
         return rows, self._curve(current, ranking, k, rows), todo[1:], gr.update(visible=len(todo) > 1)
 
     def _chosen(self, current: tuple[str, str], ranking: str, width: int, k: int) -> tuple[str, str, str, int, int]:
@@ -281,11 +283,6 @@ class PruneTab:
         return self.push_with_token(current, ranking, width, k, repo, visitor.token, private)
 
 
-def data(name: str, given: Any) -> str:
-    """Return one of the page's own elements, with what it shows."""
-    return f'<{name} data-given="{escape(json.dumps(given), quote=True)}"></{name}>'
-
-
 def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return rows by width, with another that replaces one of its width."""
     return sorted([*(one for one in rows if one["width"] != row["width"]), row], key=lambda one: one["width"])
@@ -303,8 +300,16 @@ def sample_html(showcase: dict[str, Any]) -> str:
     sample = showcase.get("sample")
     if not sample:
         return ""
-    given = {**sample, "largest": showcase["largest"], "labels": showcase.get("labels", {})}
-    return data("nested-sample", given | {"tokens": [html.visible(token) for token in sample["tokens"]]})
+    # A beginning-of-text token is not text.
+    start = int(bool(re.fullmatch(r"<\S+>|\[\S+\]", sample["tokens"][0])))
+    given = {
+        **sample,
+        "tokens": [html.visible(token) for token in sample["tokens"][start:]],
+        "firings": [tokens[start:] for tokens in sample["firings"]],
+        "largest": showcase["largest"],
+        "labels": showcase.get("labels", {}),
+    }
+    return html.data("nested-sample", given)
 
 
 def reconstructed_text(text: dict[str, Any], width: int) -> str:
