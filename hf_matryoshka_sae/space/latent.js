@@ -76,7 +76,8 @@
     isOpen: () => drawer.element().classList.contains("open"),
     open: state => {
       drawer.element().classList.toggle("open", state);
-      drawer.element().closest("main").classList.toggle("beside-drawer", state);
+      // Beside the drawer where there is room; on a phone it is a sheet over the page.
+      drawer.element().closest("main").style.paddingRight = state ? "max(0px, min(29rem, 100vw - 42rem))" : "";
     },
     openLatent: latent => {
       nested.set("latent", latent, false);
@@ -96,8 +97,8 @@
       element.scrollTop = 0;
       if (opener) element.querySelector(".latent-head h2")?.focus({ preventScroll: true });
       threshold(element.querySelector(".family"));
-      for (const one of all("a.block.opened")) one.classList.remove("opened");
-      for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("opened");
+      for (const one of all("a.block.open")) one.classList.remove("open");
+      for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("open");
     },
     close: () => {
       if (!drawer.isOpen()) return;
