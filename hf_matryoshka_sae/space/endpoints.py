@@ -7,7 +7,6 @@ from typing import Any
 
 from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
-from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
 from .subject.answers import feature_of, list_latents
@@ -291,9 +290,7 @@ class Endpoints:
 
     def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
         """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
-        opened = self.library.open(sae, place)
-        tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
-        return nested_picture(tree, opened.labels, most=most)
+        return self.library.look(sae, place).picture(threshold, most)
 
     def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
         """The latents that a pruning keeps, by their numbers as trained."""

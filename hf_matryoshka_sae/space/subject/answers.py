@@ -1,8 +1,9 @@
 """What is known of the latents of an open SAE, in plain values."""
 
+from functools import lru_cache
 from typing import Any
 
-from ...features import Context, Feature
+from ...features import Context, Feature, FeatureIndex
 from ...features.patterns.vocabulary import vocabulary_of
 from ...features.telling import verdict
 from ...features.tree.sums import LEAST

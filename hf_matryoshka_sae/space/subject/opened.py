@@ -19,6 +19,7 @@ from torch import Tensor
 from ...activations import TokenBatch
 from ...evaluation import HeldOut
 from ...features import FeatureIndex
+from ...features.tree.picture import nested_picture
 from ...features.tree.sums import LEAST, THRESHOLD
 from ...features.tree.tree import LatentTree
 from ...models import SAEModel
@@ -172,7 +173,7 @@ class Opened:
     def forget_index(self) -> None:
         """Look for the index anew: one was built."""
         self.__dict__.pop("_found", None)
-        for key in [key for key in list(self._kept) if key == "columns" or key[0] == "tree"]:
+        for key in [key for key in list(self._kept) if key == "columns" or key[0] in ("tree", "picture")]:
             self._kept.pop(key, None)
 
     def require_index(self) -> FeatureIndex:
@@ -189,10 +190,16 @@ class Opened:
         return self.index
 
     def tree(self, threshold: float = THRESHOLD) -> LatentTree:
-        """Parents and children of its latents, with this least score of a parent; raises `ValueError` without an index."""
+        """Parents and children of its latents at a least score of a parent; raises `ValueError` without an index."""
         index = self.require_index()
         whole = self._once(("tree", LEAST), lambda: index.tree(list(self.sae.prefix_widths), LEAST))
         return self._once(("tree", threshold), lambda: whole.at(threshold), most=8)
+
+    def picture(self, threshold: float, most: int) -> str:
+        """The tree as SVG, of at most so many latents; raises `ValueError` without an index, or for a threshold."""
+        tree = self.tree(threshold)
+        key = ("picture", threshold, most)
+        return self._once(key, lambda: nested_picture(tree, self.labels, most=most), most=8)
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
