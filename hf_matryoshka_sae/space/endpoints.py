@@ -1,7 +1,5 @@
 """What can be asked of an open SAE, in plain values: the endpoints of the API, and what the tabs show."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,6 @@ from .subject.exporting import export, push
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What is known of an SAE at all widths, and of one pruning of it.
-
-    Args:
-        rows (`list[dict]`): Widths from a 64th of the dictionary to all of it, each with the figures that are known.
-        pruning ([`Pruning`]): With its defaults filled in.
-        figures (`dict`, *optional*), whole (`dict`, *optional*): Of the pruning, and of the SAE as it was trained,
-            where they are measured.
-        hookpoint (`str`): Where the SAE reads.
-        command (`str`): What measures the same in a shell; empty where nothing does.
-    """
-
-    rows: list[dict[str, Any]]
-    pruning: Pruning
-    figures: dict[str, Any] | None
-    whole: dict[str, Any] | None
-    hookpoint: str
-    command: str
 
 
 class Endpoints:
@@ -249,38 +226,6 @@ class Endpoints:
     def num_latents(self, sae: str, place: str) -> int:
         """How many latents an SAE has."""
         return self.library.look(sae, place).num_latents
-
-    def curve(
-        self,
-        sae: str,
-        place: str = "",
-        ranking: str = "trained",
-        width: int = 0,
-        k: int = 0,
-        measure: Sequence[int] = (),
-    ) -> Curve:
-        """What is known of an SAE at all widths, with the losses of the whole and at the widths in `measure`."""
-        opened, pruning = self._pruning(sae, place, ranking, width, k)
-        whole = opened.check(Pruning())
-        for chosen in measure:
-            self.runner.have(opened, "measured", opened.check(Pruning(ranking, chosen, pruning.k)))
-            self.runner.have(opened, "measured", whole)
-        if pruning.k is None:
-            self.runner.have(opened, "curve", pruning)
-        command = ""
-        if pruning.ranking == "trained" and pruning.k is None and self.library.dataset is None:
-            command = (
-                f"matryoshka-sae evaluate {opened.source} --widths {pruning.width} --tokens {self.library.tokens} "
-                "--selection restrict"
-            )
-        return Curve(
-            opened.curve(ranking, pruning.k),
-            pruning,
-            opened.known_figures(pruning),
-            opened.known_figures(whole),
-            opened.hookpoint,
-            command,
-        )
 
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
         """What is stored with the index for a first look, and what its latents are called; `None` without it."""

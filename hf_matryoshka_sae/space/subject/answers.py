@@ -1,9 +1,8 @@
 """What is known of the latents of an open SAE, in plain values."""
 
-from functools import lru_cache
 from typing import Any
 
-from ...features import Context, Feature, FeatureIndex
+from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
 from ...features.telling import verdict
 from ...features.tree.sums import LEAST
@@ -95,24 +94,13 @@ def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
     siblings = [(one, min(score, link(latent))) for one, score in siblings if one != latent]
     children = tree.children(latent)
     taken = {one for one, _ in children}
-    others = [(one, score) for one, score in _candidates(opened.require_index()).get(latent, []) if one not in taken]
+    others = [(one, score) for one, score in opened.could_refine().get(latent, []) if one not in taken]
     return {
         "ancestors": named(above),
         "siblings": named(siblings),
         "children": named(children),
         "could_refine": named(others),
     }
-
-
-@lru_cache(maxsize=4)
-def _candidates(index: FeatureIndex) -> dict[int, list[tuple[int, float]]]:
-    """For each latent those that have it among the candidates for their parent, highest score first."""
-    below: dict[int, list[tuple[int, float]]] = {}
-    table = index.table(["candidates", "candidate_scores"])
-    for latent, (parents, scores) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
-        for parent, score in zip(parents or [], scores or [], strict=True):
-            below.setdefault(parent, []).append((latent, score))
-    return {parent: sorted(ones, key=lambda one: -one[1]) for parent, ones in below.items()}
 
 
 def list_latents(
