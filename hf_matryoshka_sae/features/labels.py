@@ -103,5 +103,5 @@ def short_labels(index: "FeatureIndex") -> dict[int, str]:
 
 
 def shown_token(text: str) -> str:
-    """Return the text of a token as a label shows it: without spaces around it, or with a mark where it has no more."""
+    """Return the text of a token as a label shows it: without spaces around it, which are marks if it has no more."""
     return text.strip() or repr(text)[1:-1].replace(" ", "␣")

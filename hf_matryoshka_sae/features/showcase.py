@@ -166,8 +166,9 @@ def index_showcase(
 
 def _sample(sae: SAEModel, data: HeldOut, widths: list[int]) -> dict[str, Any]:
     """Return a text of the held-out ones with its latents and the model's continuation at each width."""
-    text = _sentence(_texts(data))
-    most = min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    text, most = _sentence(_texts(data)), min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    while len(data.tokenizer(text)["input_ids"]) > most and " " in text:
+        text = text.rpartition(" ")[0]
     features = text_features(sae, data.model, data.tokenizer, text, data.hookpoint, top=1, max_tokens=most)
     firings = []
     for width in widths:

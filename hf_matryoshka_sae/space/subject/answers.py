@@ -56,7 +56,7 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "neighbours": named(feature.neighbours),
         "cofiring": named(feature.cofiring),
         "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
-        "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "children": named([(child, float(opened.tree().score[child])) for child in feature.children]),
         "family": family_of(opened, latent),
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),

@@ -1,12 +1,10 @@
 """A latent's family: its relatives down to low scores, and the part of the tree that a picture of it shows."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ...features import FeatureIndex
 from ...features.tree.sums import LEAST
 from ...features.tree.tree import LatentTree
 from .opened import Opened
@@ -21,7 +19,7 @@ def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
         `dict[str, list[dict]]`: `ancestors`, nearest first; `siblings`; `children`; and `could_refine`, latents that
         have it among the candidates for their parent but are better explained by another. Highest scores first.
     """
-    tree, candidates = _relations(opened.require_index(), tuple(opened.sae.prefix_widths))
+    tree, candidates = opened.tree(LEAST), opened.could_refine()
 
     def named(relatives: list[tuple[int, float]]) -> list[dict[str, Any]]:
         return [{"latent": one, "label": opened.labels[one], "score": score} for one, score in relatives]
@@ -43,14 +41,13 @@ def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def family_tree(index: FeatureIndex, widths: tuple[int, ...], latent: int, threshold: float) -> LatentTree:
+def family_tree(opened: Opened, latent: int, threshold: float) -> LatentTree:
     """The tree with a latent's ancestors and all below it alone; what could refine it counts as below it.
 
     Raises:
         `ValueError`: if the threshold is out of range, or there is no such latent.
     """
-    whole, candidates = _relations(index, widths)
-    tree = whole.at(threshold)
+    tree, candidates = opened.tree(threshold), opened.could_refine()
     tree.node(latent)  # or there is none
     parent, score = tree.parent.clone(), tree.score.clone()
     could = {one: value for one, value in candidates.get(latent, []) if value >= threshold}
@@ -62,14 +59,3 @@ def family_tree(index: FeatureIndex, widths: tuple[int, ...], latent: int, thres
     alone = torch.full_like(parent, -1)
     alone[kept] = parent[kept]
     return replace(tree, parent=alone, candidate=alone)
-
-
-@lru_cache(maxsize=4)
-def _relations(index: FeatureIndex, widths: tuple[int, ...]) -> tuple[LatentTree, dict[int, list[tuple[int, float]]]]:
-    """The tree down to low scores, and for each latent those that have it among the candidates for their parent."""
-    below: dict[int, list[tuple[int, float]]] = {}
-    table = index.table(["candidates", "candidate_scores"])
-    for latent, (parents, scores) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
-        for parent, score in zip(parents or [], scores or [], strict=True):
-            below.setdefault(parent, []).append((latent, score))
-    return index.tree(widths, LEAST), {parent: sorted(ones, key=lambda one: -one[1]) for parent, ones in below.items()}
