@@ -5,6 +5,7 @@ from typing import Any
 
 from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
+from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
 from .looks.family_card import family_card
