@@ -43,7 +43,7 @@ class ExploreTab:
             self.problem = area("index-problem")
         with gr.Row() as self.known:
             with gr.Column(scale=3, min_width=380):
-                self.picture = area("nested")
+                self.picture = area("explore-picture")
                 self.threshold = gr.Slider(
                     0.2,
                     0.95,
