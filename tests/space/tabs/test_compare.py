@@ -14,7 +14,7 @@ def test_two_prunings_are_compared(desktop):
     choose_tab(page, "Compare")
     outcome = page.locator("#comparison")
     outcome.locator("p", has_text="448 are in both; A alone keeps 1,600, B alone 0").wait_for()
-    assert [text[0] for text in outcome.locator("nested-chart .mark text").all_inner_texts()] == ["A", "B"]
+    assert [text[0] for text in outcome.locator("nested-chart .mark text").all_text_contents()] == ["A", "B"]
     kept = outcome.locator("a.block").evaluate_all(
         "blocks => blocks.every(block => block.classList.contains('dim') == block.dataset.latent >= 448)"
     )
