@@ -24,9 +24,10 @@
     disconnectedCallback() {
       for (const name of this.constructor.events) document.removeEventListener(name, this.again);
     }
-    attributeChangedCallback() {
-      this.read = null;
-      if (this.isConnected) this.update();
+    attributeChangedCallback(name, before) {
+      if (before === null) return;
+      this.read = this.at = null;
+      setTimeout(() => this.update());  // once Gradio, which changes elements rather than making them anew, is done
     }
     get given() {
       return (this.read ??= JSON.parse(this.dataset.given || "null"));

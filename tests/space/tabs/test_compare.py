@@ -19,7 +19,7 @@ def test_two_prunings_are_compared(desktop):
         "blocks => blocks.every(block => block.classList.contains('dim') == block.dataset.latent >= 448)"
     )
     assert kept
-    page.get_by_label("Order of B").get_by_role("radio", name="energy").click()
+    page.locator("#other-order").get_by_role("radio", name="energy").click()
     outcome.locator("th", has_text="B: 448, energy").wait_for()
     rest(page)
     page.get_by_role("button", name="Measure and compare").click()
