@@ -224,12 +224,28 @@ def test_what_is_no_tree_is_said():
         build_tree(build(), [], show=False)
     with pytest.raises(ValueError, match="d_in 12"):
         build_tree(build(), states(), other=TopKSAE(TopKSAEConfig(d_in=8, num_latents=9, k=3)), show=False)
-    sums = EdgeSums(build(), max_edges=3)
-    with pytest.raises(ValueError, match="More than 3 pairs"):
-        sums.add(build().encode_pairs(states()[0]))
-        sums.parents()
+    sums = EdgeSums(build())
     with pytest.raises(ValueError, match="latents of 1 SAEs"):
         sums.add(*[build().encode_pairs(states()[0])] * 2)
+
+
+def test_above_the_limit_the_weakest_pairs_are_dropped(caplog, monkeypatch):
+    """Memory stays bounded, and planted parents are found all the same."""
+    monkeypatch.setattr(tree_sums, "_PRODUCTS_AT_ONCE", 200)
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.rand(800, 40, generator=generator) * (torch.rand(800, 40, generator=generator) < 0.1)
+    for child in range(16, 28):
+        acts[:, child] = acts[:, child % 6] * (torch.rand(800, generator=generator) < 0.5)
+    whole, bounded = EdgeSums(build()), EdgeSums(build(), max_edges=300)
+    for rows in acts.split(100):
+        whole.add(_pairs(rows))
+        bounded.add(_pairs(rows))
+        assert bounded._kept <= 300 + 200
+    assert len(whole.scores()[0]) > 400 and len(bounded.scores()[0]) <= 300
+    assert caplog.text.count("More than 300 pairs") == 1
+    for sums in (whole, bounded):
+        best, score = sums.best()
+        assert best[16:28].tolist() == [child % 6 for child in range(16, 28)] and score[16:28].min() > 0.9
 
 
 def test_sums_go_on_from_a_state():
