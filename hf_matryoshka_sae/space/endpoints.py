@@ -5,11 +5,14 @@ from typing import Any
 
 from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
+from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
+from .looks.family_card import family_card
 from .subject.answers import feature_of, list_latents
 from .subject.comparing import check_comparable, compare
 from .subject.exporting import export, push
+from .subject.families import family_tree
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
@@ -236,6 +239,14 @@ class Endpoints:
     def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
         """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
         return self.library.look(sae, place).picture(threshold, most)
+
+    def family_card(self, latent: int, sae: str, place: str, threshold: float, address: str) -> str:
+        """A latent's family as a picture to send on, as SVG; `address` is where its page is."""
+        opened = self.library.look(sae, place)
+        feature = feature_of(opened, latent)
+        picture = nested_picture(family_tree(opened, latent, threshold), opened.labels, open_latent=latent, alone=True)
+        title = f"Latent {latent}" + (f": {feature['label']}" if feature["label"] else "")
+        return family_card(picture, title, feature["verdict"], address)
 
     def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
         """The latents that a pruning keeps, by their numbers as trained."""

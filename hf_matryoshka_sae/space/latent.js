@@ -240,6 +240,26 @@
     }
   });
 
-  // The picture of a family: the drawing of the drawer, or of the page, as SVG and PNG.
-  drawer.savePicture = async () => {};
+  // The picture of a family: asked for at the score that the drawer shows, saved as it is or drawn on a canvas.
+  drawer.card = () => {
+    const head = drawer.element().querySelector(".latent-head"), slider = drawer.element().querySelector(".family input");
+    return [Number(slider?.value || 0.6), new URL(head.dataset.link, location.href).href];
+  };
+  document.addEventListener("click", event => {
+    const kind = event.target.closest("[data-save]")?.dataset.save;
+    if (!kind) return;
+    const svg = document.querySelector("#family-card svg"), name = `latent-${drawer.element().querySelector(".latent-head").dataset.of}`;
+    const text = new XMLSerializer().serializeToString(svg);
+    if (kind === "svg") return download(new Blob([text], { type: "image/svg+xml" }), `${name}.svg`);
+    const image = new Image();
+    image.onload = () => {
+      const canvas = make("canvas", { width: 2 * svg.width.baseVal.value, height: 2 * svg.height.baseVal.value });
+      const brush = canvas.getContext("2d");
+      brush.fillStyle = "white";
+      brush.fillRect(0, 0, canvas.width, canvas.height);
+      brush.drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob(blob => download(blob, `${name}.png`));
+    };
+    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text.replaceAll("prefers-color-scheme:dark", "width:0"));
+  });
 }

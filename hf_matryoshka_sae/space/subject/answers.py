@@ -5,7 +5,7 @@ from typing import Any
 from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
 from ...features.telling import verdict
-from ...features.tree.sums import LEAST
+from .families import family_of
 from .opened import Opened
 
 
@@ -68,38 +68,6 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "verdict": verdict(feature, feature.spell),
         "candidates": named(feature.candidates),
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
-    }
-
-
-def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
-    """A latent's relatives with their labels, down to low scores: who shows them, says from which score on.
-
-    A relative's score is the least of the links that lead to it; a link's is that of a latent with its parent.
-    """
-    tree = opened.tree(LEAST)
-
-    def named(relatives: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        return [{"latent": one, "label": opened.labels[one], "score": score} for one, score in relatives]
-
-    def link(one: int) -> float:
-        return float(tree.score[one])
-
-    above: list[tuple[int, float]] = []
-    below, least = latent, 1.0
-    for ancestor in tree.ancestors(latent):
-        least = min(least, link(below))
-        above.append((ancestor, least))
-        below = ancestor
-    siblings = tree.children(above[0][0]) if above else []
-    siblings = [(one, min(score, link(latent))) for one, score in siblings if one != latent]
-    children = tree.children(latent)
-    taken = {one for one, _ in children}
-    others = [(one, score) for one, score in opened.could_refine().get(latent, []) if one not in taken]
-    return {
-        "ancestors": named(above),
-        "siblings": named(siblings),
-        "children": named(children),
-        "could_refine": named(others),
     }
 
 

@@ -11,7 +11,8 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told, warn
-from ..subject.opened import RANKINGS, SELECTION
+from ..subject.opened import RANKINGS
+from ..subject.prunings import SELECTION
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
