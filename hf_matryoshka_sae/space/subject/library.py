@@ -71,6 +71,8 @@ class Library:
                 f"`tokens`, `context_length` and `keep` must be at least 1, 2 and 1; got {tokens}, {context_length} "
                 f"and {keep}."
             )
+        if most_gigabytes is not None and not most_gigabytes > 0:
+            raise ValueError(f"`most_gigabytes` must be more than 0, got {most_gigabytes}.")
         self.dataset = DatasetConfig(dataset) if isinstance(dataset, str) else dataset
         self.tokens, self.context_length, self.model, self.keep = tokens, context_length, model, keep
         self.revision, self.public, self.shown = revision, public, frozenset(shown)

@@ -12,6 +12,7 @@ from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told, warn
 from ..subject.opened import RANKINGS
+from ..subject.prunings import SELECTION
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
@@ -21,9 +22,6 @@ _STEPS = 12
 
 PARENT = 0.6
 """Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
-
-SELECTION = "restrict"
-"""How the page measures: a pruned SAE never sees the latents it lacks, as what is downloaded does not."""
 
 LARGEST = 260
 """Latents that the picture shows here, of the largest families; Explore shows more."""
