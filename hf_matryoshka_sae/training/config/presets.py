@@ -156,7 +156,7 @@ _PENALISED = dict(
 )
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
-    "batch_topk": _SELECTED,
+    "batch_topk": dict(_SELECTED, topk_fraction=0.2),
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
     "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
     "jumprelu": dict(_PENALISED, sparsity_coefficient=10.0, threshold_lr_scale=0.3),
@@ -184,7 +184,8 @@ def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     activation = fields.get("activation") or "batch_topk" if family == "matryoshka" else family
     defaults = dict(_FAMILY_DEFAULTS.get(activation, {}))
     if not new:
-        defaults.pop("start_at_target", None)
+        for start in ("start_at_target", "topk_fraction"):
+            defaults.pop(start, None)
     if family != "matryoshka":
         return defaults
     if fields.get("level_weights") is None and fields.get("level_weights_end") is None:

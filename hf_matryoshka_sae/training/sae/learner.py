@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...models import SAEConfig, SAEModel
+from ...models.families import FAMILIES
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, weights_progress
+from .schedules import (
+    annealed_k,
+    dead_window,
+    learning_rate,
+    random_prefix_widths,
+    selects_per_token,
+    weights_progress,
+)
 from .sparsity import SparsityCoefficient
 from .state import LearnerState
 
@@ -165,10 +174,21 @@ class Learner(LearnerState):
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._selection(step):
             loss, statistics = self.objective(x, self.dead, widths, weights, self.sparsity.at(step), num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
+
+    @contextmanager
+    def _selection(self, step: int) -> Iterator[None]:
+        """Let each token keep its own k largest where BatchTopK begins so."""
+        sae, family, k = self.sae, self.sae.family, self.sae.k
+        if sae.config.activation_name == "batch_topk" and selects_per_token(self.spec, step, self.steps):
+            sae.family, sae.k = FAMILIES["topk"], max(1, round(k))
+        try:
+            yield
+        finally:
+            sae.family, sae.k = family, k
 
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
