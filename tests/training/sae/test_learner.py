@@ -132,6 +132,29 @@ def test_decoder_rows_stay_unit_and_the_gradient_has_no_part_along_them():
     assert along.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("fields", [{"type": "batch_topk"}, {"type": "matryoshka"}], ids=str)
+def test_batch_topk_begins_with_places_for_each_token_and_goes_on_with_those_of_the_batch(fields, monkeypatch):
+    one, counts = learner(steps=4, topk_fraction=0.5, lr=1e-6, **fields), []
+    statistics = one.objective._statistics
+
+    def counted(pairs, *rest):
+        counts.append(torch.bincount(pairs.rows, minlength=N))
+        return statistics(pairs, *rest)
+
+    monkeypatch.setattr(one.objective, "_statistics", counted)
+    (x,) = batches(1)
+    x[: N // 2] = x[: N // 2] * 4  # of a large norm: with places of the batch these take most
+    for step in range(4):
+        one.accumulate(x, step)
+        one.step(step)
+    for begun in counts[:2]:
+        assert (begun == K).all()
+    for later in counts[2:]:
+        assert later.sum() == K * N
+        assert later[: N // 2].sum() > later[N // 2 :].sum() + N
+    assert one.sae.k == K and one.finished().family is learner(**fields).sae.family
+
+
 def test_accumulation_of_two_halves_is_one_step_where_tokens_do_not_compete():
     x = next(batches(1))
     whole = learner(type="topk", auxk_coefficient=0.0)
