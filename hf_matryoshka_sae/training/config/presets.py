@@ -159,7 +159,9 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "batch_topk": dict(_SELECTED, topk_fraction=0.2),
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
     "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
-    "jumprelu": dict(_PENALISED, sparsity_coefficient=10.0, threshold_lr_scale=0.3),
+    "jumprelu": dict(
+        _PENALISED, lr_steps=_FEW_STEPS, topk_fraction=0.7, sparsity_coefficient=10.0, threshold_lr_scale=0.3
+    ),
     "gated": _PENALISED,
 }
 

@@ -14,6 +14,7 @@ from ...models import SAEConfig, SAEModel
 from ...models.families import FAMILIES
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
+from .calibration import calibrate_l0
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
@@ -174,21 +175,40 @@ class Learner(LearnerState):
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
+        sparsity = 0.0 if self._competes(step) else self.sparsity.at(step)
+        self._begin_thresholds(x, step)
         with self.accelerator.autocast(), self._selection(step):
-            loss, statistics = self.objective(x, self.dead, widths, weights, self.sparsity.at(step), num_dead)
+            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 
+    def _competes(self, step: int) -> bool:
+        """Whether each token keeps its own largest latents at a step, where later a threshold decides."""
+        return self._places() is not None and selects_per_token(self.spec, step, self.steps)
+
+    def _places(self) -> float | None:
+        """How many latents of each token a threshold is to let through; `None` where that is not its family's way."""
+        return {"batch_topk": self.sae.k, "jumprelu": self.spec.target_l0}.get(self.config.activation_name)
+
     @contextmanager
     def _selection(self, step: int) -> Iterator[None]:
-        """Let each token keep its own k largest where BatchTopK begins so."""
-        sae, family, k = self.sae, self.sae.family, self.sae.k
-        if sae.config.activation_name == "batch_topk" and selects_per_token(self.spec, step, self.steps):
-            sae.family, sae.k = FAMILIES["topk"], max(1, round(k))
+        """Let each token keep its own k largest latents where BatchTopK and JumpReLU begin so."""
+        sae = self.sae
+        if not self._competes(step):
+            yield
+            return
+        family, k = sae.family, sae.k
+        sae.family, sae.k = FAMILIES["topk"], max(1, round(self._places()))
         try:
             yield
         finally:
             sae.family, sae.k = family, k
+
+    def _begin_thresholds(self, x: Tensor, step: int) -> None:
+        """Set JumpReLU's thresholds where they take over: `target_l0` latents fire as before, of the batch at large."""
+        takes_over = step > 0 and self._competes(step - 1) and not self._competes(step)
+        if takes_over and self.config.activation_name == "jumprelu" and not self._micro:
+            calibrate_l0(self.sae, [x], self.spec.target_l0, self.layout, self.fixed)
 
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
