@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...models import SAEConfig, SAEModel
-from ...models.families import FAMILIES
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
-from .calibration import calibrate_l0
+from .competition import Competition
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import (
-    annealed_k,
-    dead_window,
-    learning_rate,
-    random_prefix_widths,
-    selects_per_token,
-    weights_progress,
-)
+from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, weights_progress
 from .sparsity import SparsityCoefficient
 from .state import LearnerState
 
@@ -129,6 +120,7 @@ class Learner(LearnerState):
             self.objective = accelerator.prepare(self.objective)
 
         num_latents = sae.config.num_latents
+        self.competition = Competition(self.sae, spec, steps, layout, self.fixed)
         self.k = getattr(self.config, "k", None)
         self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
         # To know whether any latent is dead the host must wait for the device: not at every step of a long window.
@@ -175,40 +167,11 @@ class Learner(LearnerState):
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
-        sparsity = 0.0 if self._competes(step) else self.sparsity.at(step)
-        self._begin_thresholds(x, step)
-        with self.accelerator.autocast(), self._selection(step):
+        sparsity = 0.0 if self.competition.holds(step) else self.sparsity.at(step)
+        with self.accelerator.autocast(), self.competition.at(step, x, first=not self._micro):
             loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
-
-    def _competes(self, step: int) -> bool:
-        """Whether each token keeps its own largest latents at a step, where later a threshold decides."""
-        return self._places() is not None and selects_per_token(self.spec, step, self.steps)
-
-    def _places(self) -> float | None:
-        """How many latents of each token a threshold is to let through; `None` where that is not its family's way."""
-        return {"batch_topk": self.sae.k, "jumprelu": self.spec.target_l0}.get(self.config.activation_name)
-
-    @contextmanager
-    def _selection(self, step: int) -> Iterator[None]:
-        """Let each token keep its own k largest latents where BatchTopK and JumpReLU begin so."""
-        sae = self.sae
-        if not self._competes(step):
-            yield
-            return
-        family, k = sae.family, sae.k
-        sae.family, sae.k = FAMILIES["topk"], max(1, round(self._places()))
-        try:
-            yield
-        finally:
-            sae.family, sae.k = family, k
-
-    def _begin_thresholds(self, x: Tensor, step: int) -> None:
-        """Set JumpReLU's thresholds where they take over: `target_l0` latents fire as before, of the batch at large."""
-        takes_over = step > 0 and self._competes(step - 1) and not self._competes(step)
-        if takes_over and self.config.activation_name == "jumprelu" and not self._micro:
-            calibrate_l0(self.sae, [x], self.spec.target_l0, self.layout, self.fixed)
 
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""
