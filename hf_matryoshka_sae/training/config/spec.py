@@ -164,7 +164,8 @@ class SAESpec:
     k_anneal_steps: int | None = None
     """Reach `k` after so many steps; a tenth of the run by default."""
     topk_fraction: float = 0.0
-    """BatchTopK: share of the steps, from the first on, in which each token keeps its own `k` largest, as in TopK."""
+    """BatchTopK, and JumpReLU with a `target_l0`: share of the steps, from the first on, in which each token keeps its
+    own `k` or `target_l0` largest, as in TopK."""
     ema_decay: float | None = None
     """Save an average of the weights that decays by this factor each step; by default the weights themselves."""
     unit_norm_decoder: bool = True

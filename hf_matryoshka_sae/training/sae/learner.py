@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...models import SAEConfig, SAEModel
-from ...models.families import FAMILIES
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
+from .competition import Competition
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
-from .schedules import (
-    annealed_k,
-    dead_window,
-    learning_rate,
-    random_prefix_widths,
-    selects_per_token,
-    weights_progress,
-)
+from .schedules import annealed_k, dead_window, learning_rate, random_prefix_widths, weights_progress
 from .sparsity import SparsityCoefficient
 from .state import LearnerState
 
@@ -128,6 +120,7 @@ class Learner(LearnerState):
             self.objective = accelerator.prepare(self.objective)
 
         num_latents = sae.config.num_latents
+        self.competition = Competition(self.sae, spec, steps, layout, self.fixed)
         self.k = getattr(self.config, "k", None)
         self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
         # To know whether any latent is dead the host must wait for the device: not at every step of a long window.
@@ -174,21 +167,11 @@ class Learner(LearnerState):
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
-        with self.accelerator.autocast(), self._selection(step):
-            loss, statistics = self.objective(x, self.dead, widths, weights, self.sparsity.at(step), num_dead)
+        sparsity = 0.0 if self.competition.holds(step) else self.sparsity.at(step)
+        with self.accelerator.autocast(), self.competition.at(step, x, first=not self._micro):
+            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
-
-    @contextmanager
-    def _selection(self, step: int) -> Iterator[None]:
-        """Let each token keep its own k largest where BatchTopK begins so."""
-        sae, family, k = self.sae, self.sae.family, self.sae.k
-        if sae.config.activation_name == "batch_topk" and selects_per_token(self.spec, step, self.steps):
-            sae.family, sae.k = FAMILIES["topk"], max(1, round(k))
-        try:
-            yield
-        finally:
-            sae.family, sae.k = family, k
 
     def step(self, step: int) -> None:
         """Apply the accumulated gradients and update every counter; a gradient that is not finite changes nothing."""

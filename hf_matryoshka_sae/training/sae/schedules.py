@@ -69,15 +69,6 @@ def annealed_k(spec: SAESpec, k: float | None, step: int, steps: int) -> float |
     return value if isinstance(k, float) or left else k
 
 
-def selects_per_token(spec: SAESpec, step: int, steps: int) -> bool:
-    """Whether BatchTopK gives every token `k` places of its own at a step, as TopK does.
-
-    From random directions the largest values of a batch are those of tokens with a large norm: these would take the
-    places of all others, and latents that the others need would die before they have turned (benchmarks/README.md).
-    """
-    return step < spec.topk_fraction * steps
-
-
 def sparsity_warmup(spec: SAESpec, step: int, steps: int) -> float:
     """Share of the sparsity coefficient in force at a step, which grows over `sparsity_warmup_steps`.
 

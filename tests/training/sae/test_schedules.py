@@ -12,7 +12,6 @@ from hf_matryoshka_sae.training.sae.schedules import (
     learning_rate,
     peak_rate,
     random_prefix_widths,
-    selects_per_token,
     sparsity_warmup,
     weights_progress,
 )
@@ -82,12 +81,6 @@ def test_k_anneals_linearly_and_ends_exactly():
     assert annealed_k(one, 16, 10, 100) == 16
     assert isinstance(annealed_k(one, 16, 50, 100), int)
     assert annealed_k(spec(), 16, 0, 100) == 16
-
-
-def test_tokens_have_places_of_their_own_in_the_first_share_of_the_steps():
-    assert [selects_per_token(spec(topk_fraction=0.2), step, 10) for step in range(10)] == [True] * 2 + [False] * 8
-    assert not selects_per_token(spec(), 0, 10)
-    assert all(selects_per_token(spec(topk_fraction=1.0), step, 10) for step in range(10))
 
 
 def test_sparsity_warms_up():
