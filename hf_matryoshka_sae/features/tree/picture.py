@@ -122,11 +122,18 @@ def _shade(tree: "LatentTree", block: Block) -> str:
     return f"s{min(int(share * _SHADES), _SHADES - 1)}"
 
 
+def _label(labels: Mapping[int, str], latent: int) -> str:
+    try:
+        return str(labels[latent])
+    except KeyError:
+        return ""
+
+
 def _texts(tree: "LatentTree", labels: Mapping[int, str], block: Block) -> tuple[str, str]:
     """Return the two lines on a block."""
     letters = int((block.columns * _COLUMN - 5) / _LETTER)
     name = latent_name(tree, block.latent)
-    label = str(labels[block.latent]) if block.latent in labels else ""
+    label = _label(labels, block.latent)
     if block.columns == 1:
         label = label[:_FEW]
     return (label if len(label) <= max(letters, _FEW) else f"{label[: letters - 1]}…"), name if len(
@@ -139,7 +146,7 @@ def _block(tree: "LatentTree", labels: Mapping[int, str], block: Block, y: int, 
     name = latent_name(tree, block.latent)
     if block.more:
         return f'<text class="quiet" x="{x + 4}" y="{y + 20}">…<title>{block.more:,} more below {name}</title></text>'
-    label = str(labels[block.latent]) if block.latent in labels else ""
+    label = _label(labels, block.latent)
     title = f"{name}: {label}" if label else name
     about = "" if block.parent is None else f", refines {latent_name(tree, block.parent)}"
     score = "" if block.parent is None else f", score {float(tree.score[block.latent]):.2f}"
