@@ -24,9 +24,10 @@
     disconnectedCallback() {
       for (const name of this.constructor.events) document.removeEventListener(name, this.again);
     }
-    attributeChangedCallback() {
-      this.read = null;
-      if (this.isConnected) this.update();
+    attributeChangedCallback(name, before) {
+      if (before === null) return;
+      this.read = this.at = null;
+      setTimeout(() => this.update());  // once Gradio, which changes elements rather than making them anew, is done
     }
     get given() {
       return (this.read ??= JSON.parse(this.dataset.given || "null"));
@@ -41,11 +42,13 @@
     update() {
       const given = this.given;
       if (!given) return;
+      if (given.first) nested.key = given.key;
+      else if (given.key !== nested.key) return;  // of a ranking or an SAE that is left
       const kept = given.rows.some(row => row.recaptured_zero != null)
         ? row => 100 * row.recaptured_zero : row => 100 * (1 - row.fvu);
       const of = given.rows.some(row => row.recaptured_zero != null) ? "loss" : "variance";
       const rows = given.rows.filter(row => Number.isFinite(kept(row)) && row.fvu != null);
-      nested.curve = { ...given, of, rows: rows.map(row => ({ ...row, kept: kept(row) })) };
+      nested.curve = { ...given, of, rows: rows.map(row => ({ tokens: given.tokens, ...row, kept: kept(row) })) };
       document.dispatchEvent(new CustomEvent("curve"));
     }
   }
@@ -168,6 +171,7 @@
     ["RSA: similarities kept (Spearman)", "rsa", 4],
     ["latents that never fire", "dead", 4],
     ["size in MB", "size_mb", 2],
+    ["held-out tokens", "tokens", 0],
   ];
 
   // What was measured at the page's width, beside the whole.
@@ -192,10 +196,10 @@
         if (here[name] == null) continue;
         const row = body.insertRow();
         row.append(Object.assign(text("th", title), { scope: "row" }));
-        for (const column of columns) row.append(text("td", column[name] == null ? "–" : column[name].toFixed(digits), "number"));
+        for (const column of columns) row.append(text("td", column[name] == null ? "–" : digits ? column[name].toFixed(digits) : whole(column[name]), "number"));
       }
-      const tokens = here.tokens ?? curve.tokens, selection = here.selection ?? curve.selection;
-      const parts = [table, text("p", `On ${whole(tokens)} tokens of held-out text at ${curve.hookpoint}, ${curve.about}.`, "quiet")];
+      const { tokens } = here, selection = here.selection ?? curve.selection;
+      const parts = [table, text("p", `Measured at ${curve.hookpoint}, ${curve.about}.`, "quiet")];
       if (curve.command) {
         const line = text("p", "The same from the shell: ", "quiet");
         line.append(text("code", `${curve.command} --widths ${this.width} --tokens ${tokens} --selection ${selection}`));

@@ -15,7 +15,17 @@ def test_help_says_what_can_be_given(capsys):
         cli.main(["space", "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("REPO_OR_DIR", "--model", "--dataset", "--tokens", "--port", "--host", "--share", "--mcp", "--most_gigabytes"):
+    for option in (
+        "REPO_OR_DIR",
+        "--model",
+        "--dataset",
+        "--tokens",
+        "--port",
+        "--host",
+        "--share",
+        "--mcp",
+        "--most_gigabytes",
+    ):
         assert option in printed
 
 

@@ -168,6 +168,9 @@ def test_labels_read_one_by_one_are_the_same(index, monkeypatch):
     _, tokenizer = load_embedded_lm()
     at_once = Labels(index, tokenizer)
     monkeypatch.setattr("hf_matryoshka_sae.space.looks.labels._ALL_AT_ONCE", 10)
+    texts, feature = vocabulary_of(tokenizer).texts, index.feature(42)
+    assert Labels(index, tokenizer)[42] == " · ".join(texts[token].strip() for token in feature.own_tokens[:3])
+    monkeypatch.setitem(index.__dict__, "columns", index.columns - {"own_tokens"})  # of an earlier version
     one_by_one = Labels(index, tokenizer)
     assert [one_by_one[latent] for latent in range(0, 2048, 201)] == [at_once[n] for n in range(0, 2048, 201)]
     with pytest.raises(ValueError, match="at most"):

@@ -25,7 +25,7 @@ def feature_head(feature: dict[str, Any], current: Current) -> str:
         f'<div class="latent-head" data-of="{latent}" data-id="{feature["latent_id"]}" data-link="{address}">'
         f'<h2 tabindex="-1">Latent {latent}</h2>'
         f'<input class="naming" data-of="{latent}" value="{escape(feature["label"] or "", quote=True)}" '
-        f'maxlength="80" placeholder="give it a name" aria-label="Name of latent {latent}, kept in your browser">'
+        f'maxlength="80" placeholder="give it a name" aria-label="Name of latent {latent}, kept in your browser"/>'
         f'<p class="verdict">{escape(feature["verdict"])}</p></div>'
     )
 
@@ -117,12 +117,12 @@ def _family(feature: dict[str, Any], current: Current) -> str:
     chain = "".join(f"{one} " for one in above) + here
     least = _first_threshold([one["score"] for _, ones in lines for one in ones])
     slider = (
-        f'<label>Score of at least <input type="range" min="0.2" max="0.95" step="0.05" value="{least:.2f}">'
+        f'<label>Score of at least <input type="range" min="0.2" max="0.95" step="0.05" value="{least:.2f}"/>'
         f"<output>{least:.2f}</output></label>"
     )
     return (
         f'<section class="family" data-of="{feature["latent"]}"><h3>Family</h3><p class="chain">{chain}</p>{chips}'
-        f'<p class="none quiet" hidden>None with such a score.</p>{slider}</section>'
+        f'<p class="none quiet" hidden="">None with such a score.</p>{slider}</section>'
     )
 
 

@@ -356,6 +356,8 @@ def _key(kind: str, pruning: Pruning) -> Any:
 
 def _below(index: FeatureIndex) -> dict[int, list[tuple[int, float]]]:
     below: dict[int, list[tuple[int, float]]] = {}
+    if "candidates" not in index.columns:
+        return below  # an index of an earlier version
     table = index.table(["candidates", "candidate_scores"])
     for latent, (parents, scores) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
         for parent, score in zip(parents or [], scores or [], strict=True):
