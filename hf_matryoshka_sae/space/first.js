@@ -111,14 +111,14 @@
       const most = Math.max(...rows.map(row => row.kept)), least = Math.min(...rows.map(row => row.kept));
       const start = most >= 95 ? 95 : 5 * Math.floor(most / 5);
       const low = Math.floor(least), high = Math.floor(most * 10) / 10;
-      nested.target = Math.min(Math.max(nested.target ?? start, low), high);
+      const target = (this.target = Math.min(Math.max(nested.target ?? start, low), high));
       if (this.slider.min !== String(low) || this.slider.max !== String(high)) {
         Object.assign(this.slider, { min: String(low), max: String(high) });
       }
-      if (document.activeElement !== this.slider || this.slider.value === "") this.slider.value = nested.target;
-      const { width, from, to } = widthFor(nested.target), exact = width === to.width;
+      if (document.activeElement !== this.slider || this.slider.value === "") this.slider.value = target;
+      const { width, from, to } = widthFor(target), exact = width === to.width;
       this.sentence.replaceChildren(
-        text("b", whole(width)), ` of ${whole(latents)} latents keep `, text("b", `${nested.target.toFixed(1).replace(".0", "")}%`),
+        text("b", whole(width)), ` of ${whole(latents)} latents keep `, text("b", `${target.toFixed(1).replace(".0", "")}%`),
         ` of the ${of}`,
       );
       const how = exact ? (from ? "Measured." : "The smallest width that was measured.")
@@ -144,7 +144,7 @@
       this.here.replaceChildren(...words);
     }
     draw({ rows, latents, prefixes, of }) {
-      const key = JSON.stringify([rows, nested.target]);
+      const key = JSON.stringify([rows, this.target]);
       if (key === this.drawn) return;
       this.drawn = key;
       const notes = rows.map(row => `${whole(row.width)}: ${share(row.kept)}, FVU ${row.fvu.toFixed(3)}`);
@@ -155,7 +155,7 @@
         y: { label: `${of} kept`, unit: "%", low, high: 100 },
         series: [{ name: "", points: rows.map(row => [row.width, row.kept]), notes }],
         prefixes: prefixes.length > 1 ? prefixes.filter(prefix => prefix >= rows[0].width) : [],
-        target: nested.target, follow: true, pick: true,
+        target: this.target, follow: true, pick: true,
       };
     }
   }
