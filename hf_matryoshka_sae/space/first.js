@@ -166,6 +166,8 @@
     ["loss kept, against the mean in this place", "recaptured_mean", 4],
     ["cross-entropy, nats per token", "ce", 4],
     ["KL to the plain model, nats", "kl", 4],
+    ["cosine of pooled embeddings with the model's own", "pooled_cosine", 4],
+    ["nearest neighbours of embeddings that stay", "neighbours", 4],
     ["FVU: variance left unexplained", "fvu", 4],
     ["L0: latents that fire per token", "l0", 2],
     ["RSA: similarities kept (Spearman)", "rsa", 4],

@@ -65,9 +65,7 @@ def test_an_sae_without_an_index_says_so(endpoints, bare):
         lambda: endpoints.latents(bare),
         lambda: endpoints.family(3, bare),
     ):
-        with pytest.raises(
-            ValueError, match="no feature index yet. Build it under Explore, or with `matryoshka"
-        ):
+        with pytest.raises(ValueError, match="no feature index yet. Build it under Explore, or with `matryoshka"):
             ask()
 
 
