@@ -17,12 +17,15 @@ from pathlib import Path
 import matplotlib
 import torch
 from contenders import (
+    HALF,
     Embedded,
     Row,
     bm25_scores,
     byte_code_rows,
     csr_rows,
-    dense_rows,
+    cut_rows,
+    half_whitened,
+    plain_rows,
     pq_rows,
     sae_rows,
 )
@@ -53,9 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="sentence-transformers model: folder or Hub id")
     parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
-    parser.add_argument("--num_latents", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--more_ks", type=int, nargs="*", default=[16, 72], help="measured with the first seed alone")
+    parser.add_argument("--num_latents", type=int, default=1024)
+    parser.add_argument("--ks", type=int, nargs="+", default=[84, 24], help="latents of a document")
     parser.add_argument("--tokens", type=int, default=200_000, help="embeddings that an SAE learns from, with repeats")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/retrieval"))
@@ -67,7 +69,8 @@ def main() -> None:
     for name, corpus in corpora.items():
         kept = slice(0, MOST_QUERIES)
         scores, size = bm25_scores(corpus.queries[kept], corpus.documents[kept])
-        fixed = [*dense_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
+        fixed = [*plain_rows(data[name]), *cut_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
+        fixed += plain_rows(half_whitened(data[name]), HALF)
         points += [point(row, name, None) for row in tqdm(fixed, desc=name)]
     for seed in options.seeds:
         for row, name in learnt_rows(data, pairs, options, seed):
@@ -105,42 +108,36 @@ def learnt_rows(
     data: dict[str, Embedded], pairs: tuple[Tensor, Tensor], options: argparse.Namespace, seed: int
 ) -> Iterator[tuple[Row, str]]:
     """What is learnt with a seed: our SAEs, the plain one pruned, its byte code, CSR."""
-    training = next(iter(data.values())).training
-    for k in [options.k, *(options.more_ks if seed == options.seeds[0] else [])]:
-        saes = trained(training, options, k, seed)
-        nested, plain = saes["matryoshka"], saes["topk"]
+    training, whitened = next(iter(data.values())).training, {name: half_whitened(part) for name, part in data.items()}
+    for k in options.ks:
+        folder = options.output / f"seed-{seed}-k-{k}"
+        nested, plain = trained(training, options, k, seed, folder, ("matryoshka", "topk"))
+        (half,) = trained(next(iter(whitened.values())).training, options, k, seed, folder / "half", ("matryoshka",))
         measured = latent_statistics(plain, [training], neighbours=0)
-        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed) if k == options.k else None
+        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed)
         for name, part in data.items():
             rows = [*sae_rows(f"ours, k {k}", nested, part, nested.prefix_widths)]
-            rows += [] if csr is None else [*csr_rows(f"CSR, k {k}", csr, part)]
+            rows += sae_rows(f"{HALF}ours, k {k}", half, whitened[name], half.prefix_widths)
+            rows += csr_rows(f"CSR, k {k}", csr, part)
             for width in nested.prefix_widths:
                 pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
-                rows += [
-                    Row(f"TopK pruned, k {k}", f"{width}", r.bytes, r.scores) for r in _first(pruned, part, width)
-                ]
-            if k == options.k:
-                rows += [*byte_code_rows(nested, part)]
+                rows += sae_rows(f"TopK pruned, k {k}", pruned, part, [width])
+            rows += byte_code_rows(f"byte code, k {k}", nested, part)
             yield from ((row, name) for row in rows)
 
 
-def _first(sae: SAEModel, part: Embedded, width: int) -> list[Row]:
-    return [next(iter(sae_rows("", sae, part, [width])))]
-
-
-def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int) -> dict[str, SAEModel]:
-    """A Matryoshka and a TopK SAE of the training embeddings; kept in the output folder."""
-    folder = options.output / f"seed-{seed}-k-{k}"
-    specs = [
-        {"type": kind, "name": kind, "num_latents": options.num_latents, "k": k} for kind in ("matryoshka", "topk")
-    ]
+def trained(
+    training: Tensor, options: argparse.Namespace, k: int, seed: int, folder: Path, kinds: tuple[str, ...]
+) -> list[SAEModel]:
+    """SAEs of the training embeddings; kept in the folder."""
+    specs = [{"type": kind, "name": kind, "num_latents": options.num_latents, "k": k} for kind in kinds]
     fields = {"saes": specs, "tokens": options.tokens, "batch_size": 512, "seed": seed, "output_dir": str(folder)}
     if not (folder / "results.json").exists():
         train(
             RunConfig.from_dict(fields | {"hookpoints": ["sentence_embedding"], "checkpoint_every": 0}),
             states=training,
         )
-    return {kind: AutoModel.from_pretrained(folder / kind / "sentence_embedding") for kind in ("matryoshka", "topk")}
+    return [AutoModel.from_pretrained(folder / kind / "sentence_embedding") for kind in kinds]
 
 
 def point(row: Row, corpus: str, seed: int | None) -> dict:
@@ -188,8 +185,10 @@ def plot(points: list[dict], path: Path) -> None:
             if name_of_corpus == corpus:
                 lines.setdefault(name, []).append((figures["bytes"][0], *figures["ndcg"]))
         for name, line in lines.items():
+            if "not refined" in name or "as codes" in name:
+                continue  # in the table
             sizes, means, halves = zip(*sorted(line), strict=True)
-            style = "--" if "queries as codes" in name else "-"
+            style = "--" if name.startswith(HALF) else "-"
             axis.errorbar(sizes, means, yerr=halves, marker="o", markersize=3, linestyle=style, label=name)
         axis.set(xscale="log", xlabel="bytes of a document", ylabel="nDCG@10", title=corpus)
     axes[-1].legend(fontsize=6, ncol=2)

@@ -10,7 +10,7 @@ the decoder, W_dec (q - b_dec) ("projections"); documents are as sparse as ever,
 An encoder finds a document's latents in one product, not the best ones. `refine` steps of normalised iterative hard
 thresholding (Blumensath & Davies 2010) start from its code a and keep the number of latents that are not 0:
 
-    a <- largest entries of max(0, a + mu W_dec (x - x^)),    mu = |g|^2 / |W_dec^T g|^2, g = W_dec (x - x^) where a > 0
+    a <- largest entries of max(0, a + mu W_dec (x - x^)),   mu = |g|^2 / |W_dec^T g|^2, g = W_dec (x - x^) where a > 0
 
 A folder that holds this module carries this file and those of `models/` in its root, so that
 `SparseEncoder(folder, trust_remote_code=True)` opens it where this package is not installed; what a saved module is

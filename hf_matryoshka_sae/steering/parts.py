@@ -154,8 +154,8 @@ def part_of(sae: SAEModel, values: Mapping[int, float] | Iterable[int], change: 
         raise ValueError(f"Mode {change.mode!r} needs a value for each latent, such as {{1203: 4.0}}, got {values!r}.")
     if change.needs_sae and config.output_hookpoint not in (None, config.hookpoint):
         raise ValueError(
-            f"This SAE reads {config.hookpoint} and writes {config.output_hookpoint}; what fires is not seen where the "
-            "change is made. Use mode 'add' without a condition."
+            f"This SAE reads {config.hookpoint} and writes {config.output_hookpoint}: what fires is not seen where "
+            "the change is made. Use mode 'add' without a condition."
         )
     sae = sae if change.width is None else sae.truncate(change.width)
     latents = [checked_latent(latent, sae.config.num_latents) for latent in values]
