@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--max_cost", type=float, default=0.2)
     parser.add_argument("--only", nargs="+", choices=CONCEPTS, help="some of the concepts")
+    parser.add_argument("--alone", action="store_true", help="without the latents' parents and children")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/steering"))
     options = parser.parse_args()
@@ -125,7 +126,7 @@ def latents(options: argparse.Namespace) -> None:
         sys.stdout.write(
             f"\n# {concept}: cosine {hit.cosine:.2f}, precision {hit.precision:.2f}, recall {hit.recall:.2f}\n"
         )
-        for role, latent in family(tree, hit.latent):
+        for role, latent in family(tree, hit.latent)[: 1 if options.alone else None]:
             node = tree.node(latent)
             report = dose_report(
                 Steering.from_latents(sae, {latent: node.maximum}),
