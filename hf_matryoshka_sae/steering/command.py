@@ -134,14 +134,14 @@ def _steer(
 
 
 def _continue(steering: "Steering", data: "HeldOut", prompt: str, new_tokens: int) -> None:
+    from ..features.continuing import continued, prompt_tokens
     from ..features.text import longest
-    from .continuation import continued, prompt_tokens
 
     ids = prompt_tokens(data.tokenizer, prompt, longest(data.model) - new_tokens).to(data.device)
     given = (data.model, data.tokenizer, ids, new_tokens, 0.0, 0)
-    plain = continued(*given)
+    (plain,) = continued(*given)
     with steering.applied(data.model):
-        steered = continued(*given)
+        (steered,) = continued(*given)
     for name, tokens in (("plain", plain), ("steered", steered)):
         _say(f"{name:>8}: {prompt}{data.tokenizer.decode(tokens, skip_special_tokens=True)}")
 

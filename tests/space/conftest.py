@@ -95,7 +95,7 @@ class Visits:
         for ended in ("requestfinished", "requestfailed"):
             page.on(ended, lambda request: streams.discard(request))
         page.goto(self.url + query)
-        page.locator("#about p").wait_for()
+        page.locator("#about h1").wait_for()
         return page
 
     def shared(self, width: int):
@@ -115,16 +115,22 @@ class Visits:
 
 
 @pytest.fixture(scope="session")
-def visits(space):
-    """Chromium, driven by Playwright."""
+def chromium():
+    """Tabs of Chromium, driven by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs a chromium on the path")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield Visits(browser.new_context(), space)
+        yield browser.new_context(accept_downloads=True, permissions=["clipboard-read", "clipboard-write"])
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def visits(chromium, space):
+    """Visits to the page."""
+    return Visits(chromium, space)
 
 
 @pytest.fixture

@@ -1,22 +1,14 @@
 """Pieces of the page as HTML: latents as links, tokens, contexts, tables. Everything that is text is escaped."""
 
+import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from .links import latent_link
 
-
-SELECTS = """
-element.addEventListener('click', event => {
-  const link = event.target.closest('a[data-latent]');
-  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  trigger('select', {index: Number(link.dataset.latent), value: link.dataset.latent});
-});
-"""
-"""For `gr.HTML(js_on_load=...)`: a click on a latent's link selects it; elsewhere, and in a new tab, it is a link."""
 
 _SHOWN = str.maketrans({"\n": "↵\n", "\t": "⇥\t", "\r": "␍"})
 
@@ -108,3 +100,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 def number(value: float | None, form: str = ".4g") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def data(name: str, given: Any) -> str:
+    """Return one of the page's own elements, with what it shows."""
+    return f'<{name} data-given="{escape(json.dumps(given), quote=True)}"></{name}>'
+
+
+def picture(svg: str, kept: set[int] | None = None) -> str:
+    """Return the picture of the prefixes as the page shows it.
+
+    Args:
+        svg (`str`): The picture.
+        kept (`set[int]`, *optional*): Latents that are not dimmed; by default those of the page's width, live.
+    """
+    if not svg:
+        return ""
+    drawn = {int(latent) for latent in re.findall(r'data-latent="(\d+)"', svg)}
+    given = "" if kept is None else f' data-given="{json.dumps(sorted(drawn & kept))}"'
+    return f'<nested-picture class="scroll"{given}>{svg}</nested-picture>'

@@ -1,11 +1,18 @@
 """What is known of the latents of an open SAE, in plain values."""
 
+from functools import lru_cache
 from typing import Any
 
-from ...features import Context, Feature
+from ...features import Context, Feature, FeatureIndex
 from ...features.patterns.vocabulary import vocabulary_of
+from ...features.telling import verdict
+from ...features.tree.sums import LEAST
+from ...features.tree.tree import LatentTree
 from .opened import Opened
 
+
+_EXAMPLES = 3
+"""Contexts of each band of activation."""
 
 SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation": "max", "number": "latent"}
 
@@ -34,6 +41,7 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
             "value": float(context.value),
         }
 
+    bands = zip(feature.bands, feature.band_contexts, strict=False)
     return {
         "latent": latent,
         "latent_id": feature.latent_id,
@@ -51,11 +59,47 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "cofiring": named(feature.cofiring),
         "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
         "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "family": family_of(opened, latent),
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),
         "contexts": [shown(context) for context in feature.top_contexts],
+        "bands": [
+            {**vars(band), "contexts": [shown(one) for one in contexts[:_EXAMPLES]]} for band, contexts in bands
+        ],
+        "own_tokens": [texts[token] for token in feature.own_tokens],
+        "verdict": verdict(feature, feature.spell),
+        "candidates": named(feature.candidates),
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
+
+
+def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
+    """A latent's relatives with their labels, down to low scores: who shows them, says from which score on.
+
+    A relative's score is the least of the links that lead to it; a link's is that of a latent with its parent.
+    """
+    tree = _tree(opened.require_index(), tuple(opened.sae.prefix_widths))
+
+    def named(relatives: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{"latent": one, "label": opened.labels[one], "score": score} for one, score in relatives]
+
+    def link(one: int) -> float:
+        return float(tree.score[one])
+
+    above: list[tuple[int, float]] = []
+    below, least = latent, 1.0
+    for ancestor in tree.ancestors(latent):
+        least = min(least, link(below))
+        above.append((ancestor, least))
+        below = ancestor
+    siblings = tree.children(above[0][0]) if above else []
+    siblings = [(one, min(score, link(latent))) for one, score in siblings if one != latent]
+    return {"ancestors": named(above), "siblings": named(siblings), "children": named(tree.children(latent))}
+
+
+@lru_cache(maxsize=4)
+def _tree(index: FeatureIndex, widths: tuple[int, ...]) -> LatentTree:
+    return index.tree(widths, LEAST)
 
 
 def list_latents(

@@ -1,44 +1,10 @@
 """The tree of latents as an index has it: parents, scores, levels."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
 
 from ...features import FeatureIndex
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A latent and those that refine it.
-
-    Args:
-        latent (`int`), label (`str`), frequency (`float`): What it fires on, and on which share of tokens.
-        score (`float`, *optional*): How well its parent explains it, if it has one.
-        children (`list[Branch]`): Highest score first.
-    """
-
-    latent: int
-    label: str
-    frequency: float
-    score: float | None
-    children: list["Branch"]
-
-
-@dataclass(frozen=True)
-class Families:
-    """Families of latents by the prefix in which they begin.
-
-    Args:
-        latents (`int`), joined (`int`): How many there are, and how many have a parent.
-        levels (`list[tuple[int, int, list[Branch]]]`): Width of a prefix, how many families begin in it, and the
-            largest of them.
-    """
-
-    latents: int
-    joined: int
-    levels: list[tuple[int, int, list[Branch]]]
 
 
 class IndexTree:
@@ -101,23 +67,3 @@ class IndexTree:
         """Latents without a parent and with children, by level, the largest families of each first."""
         roots = [latent for latent in self._children if self.parent[latent] < 0]
         return sorted(roots, key=lambda latent: (self.level[latent], -self.size(latent), latent))
-
-    def branch(self, latent: int, labels: Mapping[int, str]) -> Branch:
-        """A latent with all that is below it."""
-        score = None if self.parent[latent] < 0 else self.score(latent)
-        below = [self.branch(child, labels) for child in self.children(latent)]
-        return Branch(latent, labels[latent], float(self.frequency[latent]), score, below)
-
-    def largest(self, labels: Mapping[int, str], most: int) -> Families:
-        """The largest families of each prefix, of about `most` latents in all."""
-        roots, levels, drawn = self.families(), [], 0
-        for level, width in enumerate(self.widths):
-            here, chosen = [root for root in roots if self.level[root] == level], []
-            for root in here:
-                drawn += 1 + self.size(root)
-                if drawn > most:
-                    break
-                chosen.append(self.branch(root, labels))
-            if here:
-                levels.append((width, len(here), chosen))
-        return Families(len(self), int((self.parent >= 0).sum()), levels)

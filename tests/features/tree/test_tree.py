@@ -38,7 +38,7 @@ def score_by_hand(a: torch.Tensor, b: torch.Tensor) -> float:
 def parents_by_hand(acts: torch.Tensor, level: list[int], threshold: float):
     parents, scores = [], []
     for child in range(acts.shape[1]):
-        candidates = [latent for latent in range(acts.shape[1]) if level[latent] == level[child] - 1]
+        candidates = [latent for latent in range(acts.shape[1]) if level[latent] < level[child]]
         found = [score_by_hand(acts[:, latent], acts[:, child]) for latent in candidates]
         best = max(found, default=0.0)
         scores.append(best)
@@ -153,7 +153,7 @@ def test_saved_trees_come_back(tmp_path):
         (2, {"parent": 0.5}, "parent 0.5"),
         (2, {"parent": True}, "parent True"),
         (2, {"parent": 3}, "latent 2 is in level 1, its parent 3 in 1"),
-        (4, {"parent": 0}, "its parent 0 in 0"),
+        (2, {"candidate": 4}, "latent 2 is in level 1, its parent 4 in 2"),
         (0, {"parent": 3}, "latent 0 is in level 0"),  # a cycle: 3 is below 0
         (3, {"parent": 3}, "its parent 3 in 1"),
         (1, {"level": -1}, "level -1"),

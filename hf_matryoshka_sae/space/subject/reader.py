@@ -1,0 +1,81 @@
+"""A language model of SAEs that are open: its tokenizer and config at once, its weights when something runs it."""
+
+import os
+import threading
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from ...activations import DatasetConfig, heldout_batches
+from ...activations.language_model import model_class
+from ...evaluation import HeldOut
+from ...evaluation.data import as_config
+from .hub import Repository
+
+
+_WINDOWS = 32  # of text in a batch, as in `matryoshka-sae evaluate`
+_KEPT_STATES = 25_000_000  # numbers of the hidden states of the held-out text that are kept
+
+LOADING = threading.RLock()
+"""Held while transformers builds a model, which is not made for threads. Files are fetched before."""
+
+
+class Reader:
+    """A language model with the held-out text, tokenised for it.
+
+    Args:
+        name (`str`): As SAEs name it.
+        folder (`str`): Where its config and tokenizer are.
+        repository ([`Repository`], *optional*): From which its weights are fetched; by default they are in the folder.
+
+    Raises:
+        `ValueError`, `OSError`: if its config or tokenizer cannot be read.
+    """
+
+    def __init__(self, name: str, folder: str, repository: Repository | None = None) -> None:
+        self.name, self._folder, self._repository = name, folder, repository
+        with LOADING:
+            self._config = AutoConfig.from_pretrained(folder)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer.name_or_path = name
+        kind = model_class(self._config)
+        self.generates, self.has_loss = kind is AutoModelForCausalLM, kind is not AutoModel
+        self._lock = threading.Lock()
+        self._text: HeldOut | None = None
+
+    def text(self, dataset: DatasetConfig | None, tokens: int, context_length: int, device: str) -> HeldOut:
+        """Return the model with the text, loaded and tokenised by the first who asks; at no hookpoint yet.
+
+        Raises:
+            `ValueError`, `OSError`, `httpx.HTTPError`: if it cannot be fetched or loaded.
+        """
+        with self._lock:
+            if self._text is None:
+                if self._repository is not None:
+                    self._repository.fetch(self._repository.files_of_model())
+                model = self._model(device)
+                batches = heldout_batches(
+                    as_config(dataset), self.tokenizer, context_length, tokens, _WINDOWS, exclude="special"
+                )
+                batches = [batch.to(torch.device(device)) for batch in batches]
+                width = model.get_input_embeddings().weight.shape[1]
+                keeps = tokens * width <= _KEPT_STATES and not os.environ.get("SPACES_ZERO_GPU")
+                mask = self.tokenizer.mask_token_id
+                self._text = HeldOut(model, batches, "", mask, self.tokenizer, {} if keeps else None)
+            return self._text
+
+    def _model(self, device: str) -> Any:
+        """Load the model in the type of its checkpoint.
+
+        transformers builds a model of another type than float32 by changing torch's default type, which is that of
+        all threads: computations that run meanwhile would change. So it is built in float32, its parameters rounded.
+        """
+        with LOADING:
+            model = model_class(self._config).from_pretrained(self._folder, dtype=torch.float32)
+        kind = getattr(self._config, "dtype", None)
+        if isinstance(kind, torch.dtype) and kind != torch.float32:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(kind)
+        model.name_or_path = model.config._name_or_path = self.name  # noqa: SLF001 (what is built of it names it)
+        return model.eval().requires_grad_(False).to(device)
