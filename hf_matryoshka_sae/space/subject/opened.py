@@ -34,6 +34,7 @@ from .indexes import FoundIndex, find_index
 from .lanes import NoLongerWantedError
 from .prunings import Pruning, at_k, cut, fvu_curve, worth
 from .reader import Reader
+from .texts import coded
 from .trees import IndexTree
 
 
@@ -196,6 +197,10 @@ class Opened:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
         index = self.require_index()
         return self._once("columns", lambda: _arrays(index))
+
+    def texts(self, texts: tuple[str, ...]) -> tuple[Any, Any, dict[str, Any]]:
+        """Texts as its latents code them, see [`coded`]; the last few are kept."""
+        return self._once(("texts", texts), lambda: coded(self, texts), most=4)
 
     # Rankings
 
