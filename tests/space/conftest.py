@@ -19,7 +19,7 @@ from ..conftest import SERVER
 
 
 TOKENS = 2_000
-_SECONDS = 180  # until the page answers
+_SECONDS = 300  # until the page answers
 _REST = 20  # seconds until it is at rest
 
 
@@ -186,3 +186,17 @@ def rest(page) -> bool:
         page.wait_for_timeout(50)
         quiet = 0 if _STREAMS[page] else quiet + 1
     return quiet == 4
+
+
+def set_width(page, width: int, tab: str = "Prune") -> None:
+    """Choose a width for the whole page, as by typing it."""
+    choose_tab(page, tab)
+    field = page.get_by_label("number input for Width: the first n latents")
+    field.fill(str(width))
+    field.press("Enter")
+
+
+def figures(page) -> dict[str, str]:
+    """The figures of Prune at the page's width, by title."""
+    rows = page.locator("#figures tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").nth(0).inner_text() for row in rows}

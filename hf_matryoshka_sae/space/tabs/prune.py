@@ -11,7 +11,7 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told, warn
-from ..subject.opened import RANKINGS, SELECTION
+from ..subject.opened import RANKINGS
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
@@ -21,6 +21,9 @@ _STEPS = 12
 
 PARENT = 0.6
 """Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
+
+SELECTION = "restrict"
+"""How the page measures: a pruned SAE never sees the latents it lacks, as what is downloaded does not."""
 
 LARGEST = 260
 """Latents that the picture shows here, of the largest families; Explore shows more."""

@@ -76,7 +76,8 @@ def drawn(chromium):
                 points: all('.series circle').map(dot => [number(dot, 'cx'), number(dot, 'cy')]),
                 line: document.querySelector('polyline').getAttribute('points'),
                 across: all('svg > text[text-anchor=middle]:not(.label)').map(t => [number(t, 'x'), t.textContent]),
-                up: all('svg > text[text-anchor=end]').filter(t => number(t, 'x') < 60).map(t => [number(t, 'y') - 4, t.textContent]),
+                up: all('svg > text[text-anchor=end]').filter(t => number(t, 'x') < 60)
+                  .map(t => [number(t, 'y') - 4, t.textContent]),
                 marks: all('.mark circle').map(dot => [number(dot, 'cx'), number(dot, 'cy')]),
                 text: document.body.innerText, scripts: all('nested-chart script').length,
                 inside: all('text').every(text => {
