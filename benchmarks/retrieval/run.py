@@ -9,6 +9,7 @@ for each query) with half of the 95% interval over seeds, against bytes; writes 
 """
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="sentence-transformers model: folder or Hub id")
     parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
     parser.add_argument("--num_latents", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=84, help="latents of a document")
+    parser.add_argument("--k", type=int, default=85, help="latents of a document")
     parser.add_argument("--more_ks", type=int, nargs="*", default=[24], help="measured with the first seed alone")
     parser.add_argument("--csr_lr", type=float, default=1e-3, help="CSR's highest learning rate")
     parser.add_argument("--tokens", type=int, default=200_000, help="embeddings that an SAE learns from, with repeats")
@@ -67,20 +68,33 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     corpora = {name: load(name, options.corpora) for name in CORPORA}
     data, pairs = embedded(corpora, options.model, options.output)
-    points: list[dict] = []
-    for name, corpus in corpora.items():
-        kept = slice(0, MOST_QUERIES)
-        scores, size = bm25_scores(corpus.queries[kept], corpus.documents[kept])
-        fixed = [*plain_rows(data[name]), *cut_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
-        fixed += plain_rows(half_whitened(data[name]), HALF)
-        points += [point(row, name, None) for row in tqdm(fixed, desc=name)]
-    sizes = [(options.k, seed) for seed in options.seeds] + [(k, options.seeds[0]) for k in options.more_ks]
-    for k, seed in sizes:
-        points += [point(row, name, seed) for row, name in learnt_rows(data, pairs, options, k, seed)]
+    whitened = {name: half_whitened(part) for name, part in data.items()}
+    points = fixed_points(corpora, data, options.output)
+    points += [point(row, name, None) for name, part in whitened.items() for row in plain_rows(part, HALF)]
+    first = options.seeds[0]
+    steps = [(our_rows, options.k, seed) for seed in options.seeds]
+    steps += [(csr_and_pruned_rows, options.k, seed) for seed in options.seeds]
+    steps += [(make, k, first) for k in options.more_ks for make in (our_rows, csr_and_pruned_rows)]
+    for make, k, seed in tqdm(steps):
+        points += [point(row, name, seed) for row, name in make(data, whitened, pairs, options, k, seed)]
         write_json(options.output / "retrieval.json", points)
         (options.output / "retrieval.md").write_text(summary(points), encoding="utf-8")
         plot(points, options.output / "retrieval.png")
     sys.stdout.write(summary(points))
+
+
+def fixed_points(corpora: dict[str, Corpus], data: dict[str, Embedded], folder: Path) -> list[dict]:
+    """Figures of what is the same with every seed; kept in `folder`."""
+    path = folder / "fixed.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    points = []
+    for name, corpus in corpora.items():
+        scores, size = bm25_scores(corpus.queries[:MOST_QUERIES], corpus.documents[:MOST_QUERIES])
+        rows = [*plain_rows(data[name]), *cut_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
+        points += [point(row, name, None) for row in tqdm(rows, desc=name)]
+    write_json(path, points)
+    return points
 
 
 def embedded(
@@ -106,39 +120,58 @@ def embedded(
     return {n: Embedded(rows[f"{n} queries"], rows[f"{n} documents"], training) for n in corpora}, pairs
 
 
-def learnt_rows(
-    data: dict[str, Embedded], pairs: tuple[Tensor, Tensor], options: argparse.Namespace, k: int, seed: int
+Data = dict[str, Embedded]
+Pairs = tuple[Tensor, Tensor]
+
+
+def our_rows(
+    data: Data, whitened: Data, _: Pairs, options: argparse.Namespace, k: int, seed: int
 ) -> Iterator[tuple[Row, str]]:
-    """What is learnt with a seed: our SAEs, the plain one pruned, its byte code, CSR."""
-    training, whitened = next(iter(data.values())).training, {name: half_whitened(part) for name, part in data.items()}
+    """Our SAEs of the embeddings and of the half-whitened ones; with the first seed also their byte code."""
     folder = options.output / f"seed-{seed}-k-{k}"
-    nested, plain = trained(training, options, k, seed, folder, ("matryoshka", "topk"))
-    (half,) = trained(next(iter(whitened.values())).training, options, k, seed, folder / "half", ("matryoshka",))
-    measured = latent_statistics(plain, [training], neighbours=0)
+    for prefix, corpora in (("", data), (HALF, whitened)):
+        place = folder / "half" if prefix else folder
+        sae = trained(next(iter(corpora.values())).training, options, k, seed, place, "matryoshka")
+        for name, part in corpora.items():
+            yield from ((row, name) for row in sae_rows(f"{prefix}ours, k {k}", sae, part, sae.prefix_widths))
+            if seed == options.seeds[0]:
+                yield from ((row, name) for row in byte_code_rows(f"{prefix}byte code, k {k}", sae, part))
+
+
+def csr_and_pruned_rows(
+    data: Data, _: Data, pairs: Pairs, options: argparse.Namespace, k: int, seed: int
+) -> Iterator[tuple[Row, str]]:
+    """CSR, and with the first seed a plain TopK SAE that is sorted and pruned."""
+    training = next(iter(data.values())).training
     csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed, options.csr_lr)
     for name, part in data.items():
-        rows = [*sae_rows(f"ours, k {k}", nested, part, nested.prefix_widths)]
-        rows += sae_rows(f"{HALF}ours, k {k}", half, whitened[name], half.prefix_widths)
-        rows += csr_rows(f"CSR, k {k}", csr, part)
-        for width in nested.prefix_widths:
-            pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
-            rows += sae_rows(f"TopK pruned, k {k}", pruned, part, [width])
-        rows += byte_code_rows(f"byte code, k {k}", nested, part)
-        yield from ((row, name) for row in rows)
+        yield from ((row, name) for row in csr_rows(f"CSR, k {k}", csr, part))
+    if seed != options.seeds[0]:
+        return
+    plain = trained(training, options, k, seed, options.output / f"seed-{seed}-k-{k}" / "plain", "topk")
+    measured = latent_statistics(plain, [training], neighbours=0)
+    for width in our_widths(options, k, seed):
+        pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
+        for name, part in data.items():
+            yield from ((row, name) for row in sae_rows(f"TopK pruned, k {k}", pruned, part, [width]))
 
 
-def trained(
-    training: Tensor, options: argparse.Namespace, k: int, seed: int, folder: Path, kinds: tuple[str, ...]
-) -> list[SAEModel]:
-    """SAEs of the training embeddings; kept in the folder."""
-    specs = [{"type": kind, "name": kind, "num_latents": options.num_latents, "k": k} for kind in kinds]
+def our_widths(options: argparse.Namespace, k: int, seed: int) -> list[int]:
+    """The prefix widths of our SAE of a seed."""
+    place = options.output / f"seed-{seed}-k-{k}" / "matryoshka" / "sentence_embedding"
+    return AutoModel.from_pretrained(place).prefix_widths
+
+
+def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int, folder: Path, kind: str) -> SAEModel:
+    """An SAE of the training embeddings; kept in the folder."""
+    specs = [{"type": kind, "name": kind, "num_latents": options.num_latents, "k": k}]
     fields = {"saes": specs, "tokens": options.tokens, "batch_size": 512, "seed": seed, "output_dir": str(folder)}
     if not (folder / "results.json").exists():
         train(
             RunConfig.from_dict(fields | {"hookpoints": ["sentence_embedding"], "checkpoint_every": 0}),
             states=training,
         )
-    return [AutoModel.from_pretrained(folder / kind / "sentence_embedding") for kind in kinds]
+    return AutoModel.from_pretrained(folder / kind / "sentence_embedding")
 
 
 def point(row: Row, corpus: str, seed: int | None) -> dict:
