@@ -16,7 +16,6 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ...activations import DatasetConfig, hookpoint_widths, resolve_hookpoints
 from ...activations.language_model import EMBEDDED
-from ...activations.sentences import SENTENCE_EMBEDDING
 from ...assets import embedded_lm_path, embedded_sae_path
 from ...convert.places import SAEPlace, saes_in
 from ...evaluation import HeldOut
@@ -266,11 +265,6 @@ class Library:
             `ValueError`: if that cannot be, or the SAE is of another model.
         """
         name = opened.reader.name
-        if opened.sae.config.hookpoint == SENTENCE_EMBEDDING:
-            raise ValueError(
-                "This SAE reads embeddings of whole texts: nothing happens token by token, and no text is continued. "
-                "Search texts with it on the tab “Texts”."
-            )
         try:
             data = opened.reader.text(self.dataset, self.tokens, self.context_length, self.device)
         except UNREACHABLE as error:

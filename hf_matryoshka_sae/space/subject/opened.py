@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ...activations import TokenBatch
+from ...activations.sentences import SENTENCE_EMBEDDING
 from ...evaluation import HeldOut
 from ...features import FeatureIndex
 from ...models import SAEModel
@@ -112,14 +113,29 @@ class Opened:
 
     @property
     def data(self) -> HeldOut:
-        """Its language model with the held-out text, at its hookpoint; loaded by the first who asks."""
+        """Its language model with the held-out text, at its hookpoint; loaded by the first who asks.
+
+        Raises:
+            `ValueError`: if it reads embeddings of whole texts.
+        """
         self.load()
-        assert self._data is not None
+        if self._data is None:
+            raise ValueError(
+                "This SAE reads embeddings of whole texts: nothing happens token by token, and no text is continued. "
+                "Search texts with it on the tab “Texts”."
+            )
         return self._data
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether it reads embeddings of whole texts."""
+        return self.sae.config.hookpoint == SENTENCE_EMBEDDING
 
     def load(self) -> None:
         """Load the language model, unless it is there; raises `ValueError` as [`Library.heldout`]."""
-        if self._data is None:
+        if self.of_texts:
+            self.reader.encoder()
+        elif self._data is None:
             data = self.library.heldout(self)
             self.sae.to(data.device)
             self._data = data

@@ -1,5 +1,6 @@
 """Texts that a visitor pastes, searched by the latents of their embeddings; of each hit which latents answered."""
 
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ...activations.sentences import SENTENCE_EMBEDDING
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
 MOST_TEXTS = 500
 _REFINE = 10  # steps by which codes are fitted to embeddings; they rank better
 _SHOWN, _EXAMPLES = 5, 5  # latents of a hit; texts by whose words a latent is named
+_ENOUGH, _QUOTED = 40, 32  # texts whose words can name latents; characters of a text that stands for one
 
 
 def check_reads_texts(opened: "Opened") -> None:
     """Raise `ValueError` if an open SAE reads something else than embeddings of whole texts."""
-    if opened.hookpoint != SENTENCE_EMBEDDING:
+    if not opened.of_texts:
         raise ValueError(
             f"This SAE reads {opened.hookpoint}, token by token. Texts are searched with one that was trained on "
             f"embeddings of whole texts (`hookpoints: [{SENTENCE_EMBEDDING}]`)."
@@ -46,7 +48,7 @@ def search_texts(opened: "Opened", texts: tuple[str, ...], query: str, width: in
 
     Returns:
         `list[dict]`: Of each hit its `number` among the texts, `text`, `score` (the cosine), and `latents`: number,
-        words and share of the score of those that made most of it.
+        name and share of the score of those that made most of it.
     """
     encoder, index, names = opened.texts(texts)
     asked = encoder.encode_query([query]).to_dense()
@@ -57,7 +59,7 @@ def search_texts(opened: "Opened", texts: tuple[str, ...], query: str, width: in
             "text": texts[document],
             "score": float(score),
             "latents": [
-                [latent, _name(opened, names, latent), share]
+                [latent, _name(opened, names, latent, len(texts)), share]
                 for latent, share in index.explain(asked[0], int(document), width)[:_SHOWN]
             ],
         }
@@ -66,7 +68,11 @@ def search_texts(opened: "Opened", texts: tuple[str, ...], query: str, width: in
     ]
 
 
-def _name(opened: "Opened", names: dict[str, Any], latent: int) -> str:
-    """Return what the index calls a latent, else the words of the texts on which it is largest."""
-    own = names.get(str(int(opened.sae.latent_ids[latent])), {})
-    return opened.labels[latent] or ", ".join(own.get("words", []))
+def _name(opened: "Opened", names: dict[str, Any], latent: int, count: int) -> str:
+    """Return what the index calls a latent; else of many texts the words that its own share, of few the largest."""
+    own = names.get(str(int(opened.sae.latent_ids[latent])))
+    if opened.labels[latent] or own is None:
+        return opened.labels[latent]
+    if count < _ENOUGH:  # what a few texts share says nothing
+        return f"“{shorten(own['texts'][0], _QUOTED, placeholder='…')}”"
+    return ", ".join(own["words"])

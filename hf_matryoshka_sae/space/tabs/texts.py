@@ -37,7 +37,7 @@ class TextsTab:
         self.texts = gr.Textbox(SAMPLE, label="Texts, one in each line", lines=7, max_lines=14, elem_id="texts")
         with gr.Row(elem_classes="ask-row"):
             self.query = gr.Textbox(_QUERY, label="What to look for", scale=5, min_width=260)
-            self.search = gr.Button("Search them", variant="primary", scale=0, min_width=130)
+            self.search = gr.Button("Search", variant="primary", scale=0, min_width=130)
         self.hits = area("text-hits")
         asked = [shown.current, self.texts, self.query, shown.width]
         searching = gr.on(
@@ -90,7 +90,8 @@ def hits_html(hits: list[dict[str, Any]], current: tuple[str, str], query: str, 
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Texts found"><table class="hits"><caption>'
         f"Texts by their cosine with “{escape(query)}”, by the first {width:,} latents. It is a sum over them: beside "
-        "each its share, and the words that the texts on which it is largest have in common.</caption><thead><tr>"
+        "each its share, and what it stands for: of few texts the one on which it is largest, of many the words that such "
+        "texts have in common.</caption><thead><tr>"
         "<th scope=col>text</th><th scope=col class=number>cosine</th><th scope=col>latents that answered</th></tr>"
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
