@@ -90,8 +90,8 @@ def hits_html(hits: list[dict[str, Any]], current: tuple[str, str], query: str, 
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Texts found"><table class="hits"><caption>'
         f"Texts by their cosine with “{escape(query)}”, by the first {width:,} latents. It is a sum over them: beside "
-        "each its share, and what it stands for: of few texts the one on which it is largest, of many the words that such "
-        "texts have in common.</caption><thead><tr>"
+        "each its share, and what it stands for: of few texts the one on which it is largest, of many the words that "
+        "such texts have in common.</caption><thead><tr>"
         "<th scope=col>text</th><th scope=col class=number>cosine</th><th scope=col>latents that answered</th></tr>"
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
