@@ -74,7 +74,7 @@ def main() -> None:
     first = options.seeds[0]
     steps = [(our_rows, options.k, seed) for seed in options.seeds]
     steps += [(csr_and_pruned_rows, options.k, seed) for seed in options.seeds]
-    steps += [(make, k, first) for k in options.more_ks for make in (our_rows, csr_and_pruned_rows)]
+    steps += [(our_rows, k, first) for k in options.more_ks]
     for make, k, seed in tqdm(steps):
         points += [point(row, name, seed) for row, name in make(data, whitened, pairs, options, k, seed)]
         write_json(options.output / "retrieval.json", points)
@@ -127,21 +127,19 @@ Pairs = tuple[Tensor, Tensor]
 def our_rows(
     data: Data, whitened: Data, _: Pairs, options: argparse.Namespace, k: int, seed: int
 ) -> Iterator[tuple[Row, str]]:
-    """Our SAEs of the embeddings and of the half-whitened ones; with the first seed also their byte code."""
+    """Our SAEs of the embeddings and of the half-whitened ones."""
     folder = options.output / f"seed-{seed}-k-{k}"
     for prefix, corpora in (("", data), (HALF, whitened)):
         place = folder / "half" if prefix else folder
         sae = trained(next(iter(corpora.values())).training, options, k, seed, place, "matryoshka")
         for name, part in corpora.items():
             yield from ((row, name) for row in sae_rows(f"{prefix}ours, k {k}", sae, part, sae.prefix_widths))
-            if seed == options.seeds[0]:
-                yield from ((row, name) for row in byte_code_rows(f"{prefix}byte code, k {k}", sae, part))
 
 
 def csr_and_pruned_rows(
     data: Data, _: Data, pairs: Pairs, options: argparse.Namespace, k: int, seed: int
 ) -> Iterator[tuple[Row, str]]:
-    """CSR, and with the first seed a plain TopK SAE that is sorted and pruned."""
+    """CSR, and with the first seed a plain TopK SAE that is sorted and pruned, and its byte code."""
     training = next(iter(data.values())).training
     csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed, options.csr_lr)
     for name, part in data.items():
@@ -154,6 +152,8 @@ def csr_and_pruned_rows(
         pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
         for name, part in data.items():
             yield from ((row, name) for row in sae_rows(f"TopK pruned, k {k}", pruned, part, [width]))
+    for name, part in data.items():
+        yield from ((row, name) for row in byte_code_rows(f"TopK byte code, k {k}", plain, part))
 
 
 def our_widths(options: argparse.Namespace, k: int, seed: int) -> list[int]:
