@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from ...common.files import write_json
 from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...evaluation.report import ABOUT, plot, table
+from ...evaluation.sources import sources_report
 from ..data.harvest import HeldOutStates
 from ..sae.learner import Learner
 from ..sae.schedules import peak_rate
@@ -55,6 +56,8 @@ def write_report(
     write_json(folder / "results.json", found)
     plot(results, folder / "results.png")
     accelerator.print(table(results))
+    for rows in (result["sources"] for result in results if result.get("sources")):
+        accelerator.print(sources_report(rows))
     accelerator.print(f"Saved {folder / 'results.json'} and {folder / 'results.png'}")
 
 
