@@ -26,10 +26,8 @@ from hf_matryoshka_sae.retrieval.sparse_embedding import refined
 
 
 WAYS = {
-    "coarse {}, 100 candidates": {"candidates": 100},
     "coarse {}, 200 candidates": {"candidates": 200},
     "coarse {}, 64 values, 200 candidates": {"candidates": 200, "coarse_dims": 64},
-    "coarse {}, 128 values, 400 candidates": {"candidates": 400, "coarse_dims": 128},
 }
 
 
@@ -42,24 +40,24 @@ def main() -> None:
     parser.add_argument(
         "--sae", default="seed-0-k-85/half/matryoshka/sentence_embedding", help="of half-whitened embeddings"
     )
+    parser.add_argument("--only", nargs="+", choices=CORPORA, default=CORPORA)
     parser.add_argument("--model", help="sentence-transformers model, where embeddings.pt has to be made")
     options = parser.parse_args()
     corpora = {name: load(name, options.corpora) for name in CORPORA}
     data, _ = embedded(corpora, options.model, options.output)
-    sae, result, indexes = AutoModel.from_pretrained(options.output / options.sae), {}, {}
-    for name, part in data.items():
-        plain, part = part, half_whitened(part)
+    sae, result = AutoModel.from_pretrained(options.output / options.sae), {}
+    for name in options.only:
+        plain, part = data[name], half_whitened(data[name])
         codes = sae.encode(part.documents, selection="mask").to_dense()
         codes = refined(codes, part.documents - sae.b_dec, sae.W_dec, REFINE)
         index, asked = SparseIndex(codes, decoder=sae.W_dec), (part.queries - sae.b_dec) @ sae.W_dec.T
-        indexes[name] = index, asked
+        _show(corpora[name], index, asked, sae)
+        sys.stdout.flush()
         result[name] = _engines(index, asked, plain.queries, plain.documents, sae)
         sys.stdout.write(f"\n{name}: {len(asked)} queries, {len(codes)} documents\n")
         for way, (ndcg, work, milliseconds) in result[name].items():
             sys.stdout.write(f"{way:<44} nDCG@10 {ndcg:.4f}  work {work:7.1%}  {milliseconds:8.3f} ms a query\n")
     write_json(options.output / "engines.json", result)
-    for name, corpus in corpora.items():
-        _show(corpus, *indexes[name], sae)
 
 
 def _engines(
