@@ -23,7 +23,7 @@ from .index.contexts import Parts
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Edges of the bands, as fractions of a latent's largest activation."""
 
-_OWN, _STRONGEST, _RANDOM = 32, 32, 96  # firings that are kept of a latent
+_OWN, _STRONGEST, _RANDOM = 32, 32, 128  # firings that are kept of a latent
 _SHOWN_TOKENS = 8
 _LATENTS_AT_ONCE = 1024
 

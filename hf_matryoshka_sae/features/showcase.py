@@ -49,7 +49,7 @@ _SPAN = 64  # the narrowest width is at most this part of the whole
 _NEW_TOKENS, _LATENTS_OF_TOKEN, _LONGEST = 24, 3, 96
 _ROW = ("fvu", "l0", "recaptured_zero", "recaptured_mean", "ce", "kl", "pooled_cosine", "neighbours")
 _SENTENCE = 140  # characters of the sample
-_PLAIN = re.compile(r"\w[a-z ,'’]{50,}[.!?]")
+_PLAIN = re.compile(r"\w[a-z ,']{50,}[.!?]")
 
 
 def showcase_widths(sae: SAEModel, count: int = WIDTHS) -> list[int]:
@@ -166,8 +166,9 @@ def index_showcase(
 
 def _sample(sae: SAEModel, data: HeldOut, widths: list[int]) -> dict[str, Any]:
     """Return a text of the held-out ones with its latents and the model's continuation at each width."""
-    text = _sentence(_texts(data))
-    most = min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    text, most = _sentence(_texts(data)), min(_LONGEST, longest(data.model) - _NEW_TOKENS)
+    while len(data.tokenizer(text)["input_ids"]) > most and " " in text:
+        text = text.rpartition(" ")[0]
     features = text_features(sae, data.model, data.tokenizer, text, data.hookpoint, top=1, max_tokens=most)
     firings = []
     for width in widths:

@@ -58,7 +58,7 @@ def verdict(feature: "Feature", spell: Spell) -> str:
     if feature.first_position_share > _MOST:
         return f"{told}, nearly always the first of a window."
     about = band_verdict(feature, spell)
-    return f"{told}{_peaks(feature, spell)}." + (f" {about}" if about else "")
+    return f"{told}. {about}" if about else f"{told}{_peaks(feature, spell)}."
 
 
 def _peaks(feature: "Feature", spell: Spell) -> str:

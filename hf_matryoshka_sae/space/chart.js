@@ -52,6 +52,14 @@
   };
 
   class Chart extends HTMLElement {
+    static get observedAttributes() {
+      return ["data-spec"];
+    }
+    attributeChangedCallback(name, before) {
+      if (before === null) return;
+      this.given = null;  // Gradio changes an element rather than making it anew
+      setTimeout(() => this.draw());
+    }
     connectedCallback() {
       this.observer = new ResizeObserver(() => this.draw());
       this.observer.observe(this);

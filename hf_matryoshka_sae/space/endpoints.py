@@ -1,7 +1,5 @@
 """What can be asked of an open SAE, in plain values: the endpoints of the API, and what the tabs show."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +8,15 @@ from ..features.text import checked_latent
 from ..features.tree.picture import nested_picture
 from ..steering.continuation import MODES
 from .limits import checked_text
+from .looks.family_card import family_card
 from .subject.answers import feature_of, list_latents
 from .subject.comparing import check_comparable, compare
 from .subject.exporting import export, push
+from .subject.families import family_tree
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
 from .subject.texts import MOST_TEXTS, check_reads_texts
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What is known of an SAE at all widths, and of one pruning of it.
-
-    Args:
-        rows (`list[dict]`): Widths from a 64th of the dictionary to all of it, each with the figures that are known.
-        pruning ([`Pruning`]): With its defaults filled in.
-        figures (`dict`, *optional*), whole (`dict`, *optional*): Of the pruning, and of the SAE as it was trained,
-            where they are measured.
-        hookpoint (`str`): Where the SAE reads.
-        command (`str`): What measures the same in a shell; empty where nothing does.
-    """
-
-    rows: list[dict[str, Any]]
-    pruning: Pruning
-    figures: dict[str, Any] | None
-    whole: dict[str, Any] | None
-    hookpoint: str
-    command: str
 
 
 class Endpoints:
@@ -130,13 +109,16 @@ class Endpoints:
         """A latent's place in the tree: its parents up to the smallest prefix, and what is below it, by level."""
         opened = self.library.look(sae, place)
         tree = opened.tree()
-        tree.check(latent)
+        levels, below = [], tree.children(checked_latent(latent, len(tree)))
+        while below:
+            levels.append(below)
+            below = [child for one, _ in below for child in tree.children(one)]
         return {
             "latent": latent,
             "ancestors": tree.ancestors(latent),
             "below": [
-                [{"latent": one, "score": tree.score(one), "label": opened.labels[one]} for one in level]
-                for level in tree.levels_below(latent)
+                [{"latent": one, "score": score, "label": opened.labels[one]} for one, score in level]
+                for level in levels
             ],
         }
 
@@ -265,38 +247,6 @@ class Endpoints:
         """How many latents an SAE has."""
         return self.library.look(sae, place).num_latents
 
-    def curve(
-        self,
-        sae: str,
-        place: str = "",
-        ranking: str = "trained",
-        width: int = 0,
-        k: int = 0,
-        measure: Sequence[int] = (),
-    ) -> Curve:
-        """What is known of an SAE at all widths, with the losses of the whole and at the widths in `measure`."""
-        opened, pruning = self._pruning(sae, place, ranking, width, k)
-        whole = opened.check(Pruning())
-        for chosen in measure:
-            self.runner.have(opened, "measured", opened.check(Pruning(ranking, chosen, pruning.k)))
-            self.runner.have(opened, "measured", whole)
-        if pruning.k is None:
-            self.runner.have(opened, "curve", pruning)
-        command = ""
-        if pruning.ranking == "trained" and pruning.k is None and self.library.dataset is None:
-            command = (
-                f"matryoshka-sae evaluate {opened.source} --widths {pruning.width} --tokens {self.library.tokens} "
-                "--selection restrict"
-            )
-        return Curve(
-            opened.curve(ranking, pruning.k),
-            pruning,
-            opened.known_figures(pruning),
-            opened.known_figures(whole),
-            opened.hookpoint,
-            command,
-        )
-
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
         """What is stored with the index for a first look, and what its latents are called; `None` without it."""
         opened = self.library.look(sae, place)
@@ -305,9 +255,15 @@ class Endpoints:
 
     def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
         """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
-        opened = self.library.open(sae, place)
-        tree = opened.require_index().tree(list(opened.sae.prefix_widths), threshold)
-        return nested_picture(tree, opened.labels, most=most)
+        return self.library.look(sae, place).picture(threshold, most)
+
+    def family_card(self, latent: int, sae: str, place: str, threshold: float, address: str) -> str:
+        """A latent's family as a picture to send on, as SVG; `address` is where its page is."""
+        opened = self.library.look(sae, place)
+        feature = feature_of(opened, latent)
+        picture = nested_picture(family_tree(opened, latent, threshold), opened.labels, open_latent=latent, alone=True)
+        title = f"Latent {latent}" + (f": {feature['label']}" if feature["label"] else "")
+        return family_card(picture, title, feature["verdict"], address)
 
     def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
         """The latents that a pruning keeps, by their numbers as trained."""

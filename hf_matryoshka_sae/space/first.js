@@ -24,9 +24,10 @@
     disconnectedCallback() {
       for (const name of this.constructor.events) document.removeEventListener(name, this.again);
     }
-    attributeChangedCallback() {
-      this.read = null;
-      if (this.isConnected) this.update();
+    attributeChangedCallback(name, before) {
+      if (before === null) return;
+      this.read = this.at = null;
+      setTimeout(() => this.update());  // once Gradio, which changes elements rather than making them anew, is done
     }
     get given() {
       return (this.read ??= JSON.parse(this.dataset.given || "null"));
@@ -41,11 +42,13 @@
     update() {
       const given = this.given;
       if (!given) return;
+      if (given.first) nested.key = given.key;
+      else if (given.key !== nested.key) return;  // of a ranking or an SAE that is left
       const kept = given.rows.some(row => row.recaptured_zero != null)
         ? row => 100 * row.recaptured_zero : row => 100 * (1 - row.fvu);
       const of = given.rows.some(row => row.recaptured_zero != null) ? "loss" : "variance";
       const rows = given.rows.filter(row => Number.isFinite(kept(row)) && row.fvu != null);
-      nested.curve = { ...given, of, rows: rows.map(row => ({ ...row, kept: kept(row) })) };
+      nested.curve = { ...given, of, rows: rows.map(row => ({ tokens: given.tokens, ...row, kept: kept(row) })) };
       document.dispatchEvent(new CustomEvent("curve"));
     }
   }
@@ -108,14 +111,14 @@
       const most = Math.max(...rows.map(row => row.kept)), least = Math.min(...rows.map(row => row.kept));
       const start = most >= 95 ? 95 : 5 * Math.floor(most / 5);
       const low = Math.floor(least), high = Math.floor(most * 10) / 10;
-      nested.target = Math.min(Math.max(nested.target ?? start, low), high);
+      const target = (this.target = Math.min(Math.max(nested.target ?? start, low), high));
       if (this.slider.min !== String(low) || this.slider.max !== String(high)) {
         Object.assign(this.slider, { min: String(low), max: String(high) });
       }
-      if (document.activeElement !== this.slider || this.slider.value === "") this.slider.value = nested.target;
-      const { width, from, to } = widthFor(nested.target), exact = width === to.width;
+      if (document.activeElement !== this.slider || this.slider.value === "") this.slider.value = target;
+      const { width, from, to } = widthFor(target), exact = width === to.width;
       this.sentence.replaceChildren(
-        text("b", whole(width)), ` of ${whole(latents)} latents keep `, text("b", `${nested.target.toFixed(1).replace(".0", "")}%`),
+        text("b", whole(width)), ` of ${whole(latents)} latents keep `, text("b", `${target.toFixed(1).replace(".0", "")}%`),
         ` of the ${of}`,
       );
       const how = exact ? (from ? "Measured." : "The smallest width that was measured.")
@@ -141,7 +144,7 @@
       this.here.replaceChildren(...words);
     }
     draw({ rows, latents, prefixes, of }) {
-      const key = JSON.stringify([rows, nested.target]);
+      const key = JSON.stringify([rows, this.target]);
       if (key === this.drawn) return;
       this.drawn = key;
       const notes = rows.map(row => `${whole(row.width)}: ${share(row.kept)}, FVU ${row.fvu.toFixed(3)}`);
@@ -152,7 +155,7 @@
         y: { label: `${of} kept`, unit: "%", low, high: 100 },
         series: [{ name: "", points: rows.map(row => [row.width, row.kept]), notes }],
         prefixes: prefixes.length > 1 ? prefixes.filter(prefix => prefix >= rows[0].width) : [],
-        target: nested.target, follow: true, pick: true,
+        target: this.target, follow: true, pick: true,
       };
     }
   }
@@ -168,6 +171,7 @@
     ["RSA: similarities kept (Spearman)", "rsa", 4],
     ["latents that never fire", "dead", 4],
     ["size in MB", "size_mb", 2],
+    ["held-out tokens", "tokens", 0],
   ];
 
   // What was measured at the page's width, beside the whole.
@@ -192,10 +196,10 @@
         if (here[name] == null) continue;
         const row = body.insertRow();
         row.append(Object.assign(text("th", title), { scope: "row" }));
-        for (const column of columns) row.append(text("td", column[name] == null ? "–" : column[name].toFixed(digits), "number"));
+        for (const column of columns) row.append(text("td", column[name] == null ? "–" : digits ? column[name].toFixed(digits) : whole(column[name]), "number"));
       }
-      const tokens = here.tokens ?? curve.tokens, selection = here.selection ?? curve.selection;
-      const parts = [table, text("p", `On ${whole(tokens)} tokens of held-out text at ${curve.hookpoint}, ${curve.about}.`, "quiet")];
+      const { tokens } = here, selection = here.selection ?? curve.selection;
+      const parts = [table, text("p", `Measured at ${curve.hookpoint}, ${curve.about}.`, "quiet")];
       if (curve.command) {
         const line = text("p", "The same from the shell: ", "quiet");
         line.append(text("code", `${curve.command} --widths ${this.width} --tokens ${tokens} --selection ${selection}`));

@@ -76,7 +76,8 @@
     isOpen: () => drawer.element().classList.contains("open"),
     open: state => {
       drawer.element().classList.toggle("open", state);
-      drawer.element().closest("main").classList.toggle("beside-drawer", state);
+      // Beside the drawer where there is room; on a phone it is a sheet over the page.
+      drawer.element().closest("main").style.paddingRight = state ? "max(0px, min(29rem, 100vw - 42rem))" : "";
     },
     openLatent: latent => {
       nested.set("latent", latent, false);
@@ -96,8 +97,8 @@
       element.scrollTop = 0;
       if (opener) element.querySelector(".latent-head h2")?.focus({ preventScroll: true });
       threshold(element.querySelector(".family"));
-      for (const one of all("a.block.opened")) one.classList.remove("opened");
-      for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("opened");
+      for (const one of all("a.block.open")) one.classList.remove("open");
+      for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("open");
     },
     close: () => {
       if (!drawer.isOpen()) return;
@@ -239,6 +240,26 @@
     }
   });
 
-  // The picture of a family: the drawing of the drawer, or of the page, as SVG and PNG.
-  drawer.savePicture = async () => {};
+  // The picture of a family: asked for at the score that the drawer shows, saved as it is or drawn on a canvas.
+  drawer.card = () => {
+    const head = drawer.element().querySelector(".latent-head"), slider = drawer.element().querySelector(".family input");
+    return [Number(slider?.value || 0.6), new URL(head.dataset.link, location.href).href];
+  };
+  document.addEventListener("click", event => {
+    const kind = event.target.closest("[data-save]")?.dataset.save;
+    if (!kind) return;
+    const svg = document.querySelector("#family-card svg"), name = `latent-${drawer.element().querySelector(".latent-head").dataset.of}`;
+    const text = new XMLSerializer().serializeToString(svg);
+    if (kind === "svg") return download(new Blob([text], { type: "image/svg+xml" }), `${name}.svg`);
+    const image = new Image();
+    image.onload = () => {
+      const canvas = make("canvas", { width: 2 * svg.width.baseVal.value, height: 2 * svg.height.baseVal.value });
+      const brush = canvas.getContext("2d");
+      brush.fillStyle = "white";
+      brush.fillRect(0, 0, canvas.width, canvas.height);
+      brush.drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob(blob => download(blob, `${name}.png`));
+    };
+    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text.replaceAll("prefers-color-scheme:dark", "width:0"));
+  });
 }

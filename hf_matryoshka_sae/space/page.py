@@ -106,6 +106,7 @@ class Page:
         try:
             if self.endpoints.describe(self.default)["index_tokens"] is not None:
                 self.endpoints.family(0, self.default)
+            self.endpoints.library.open(self.default)
         except (ValueError, *UNREACHABLE):
             pass  # the visitor is told
 

@@ -91,7 +91,7 @@ def test_what_is_shown_is_of_the_width_that_is_chosen(desktop):
     page.locator("#figures th", has_text="first 301").wait_for()
     rest(page)
     assert page.locator("#figures th", has_text="first 301").count() == 1
-    assert page.locator("#answer nested-chart .mark text").inner_text().startswith("301: ")
+    assert page.locator("#answer nested-chart .mark text").text_content().startswith("301: ")
     assert page.locator("#picture a.block:not(.dim)").count() > 50
     dimmed = page.locator("#picture a.block").evaluate_all(
         "blocks => blocks.every(block => block.classList.contains('dim') == block.dataset.latent >= 301)"
@@ -101,7 +101,7 @@ def test_what_is_shown_is_of_the_width_that_is_chosen(desktop):
     set_width(page, 2)  # not measured yet: no figures of another width stand there meanwhile
     assert page.locator("#figures th", has_text="first 301").count() == 0
     assert page.locator("#sample dd").last.inner_text() != before
-    assert "with 2 latents" in page.locator("#sample dl").inner_text()
+    assert "with 32 latents" in page.locator("#sample dl").inner_text()
 
 
 def test_a_click_in_the_curve_is_a_width(desktop):
@@ -111,7 +111,7 @@ def test_a_click_in_the_curve_is_a_width(desktop):
     page.locator("#answer nested-chart svg").click(position={"x": float(x) + 3, "y": 100})
     page.locator("#figures th", has_text="first 448").wait_for()
     page.locator("#answer nested-chart svg").hover(position={"x": float(x) + 3, "y": 100})
-    assert "448: " in page.locator("#answer nested-chart .hover text").inner_text()
+    assert "448: " in page.locator("#answer nested-chart .hover text").text_content()
 
 
 def test_another_order_is_shown_and_downloaded(desktop, tmp_path):

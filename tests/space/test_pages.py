@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from urllib.parse import parse_qsl
 from xml.etree import ElementTree
 
@@ -20,7 +20,6 @@ from hf_matryoshka_sae.space.looks.labels import Labels
 from hf_matryoshka_sae.space.looks.links import View, latent_link
 from hf_matryoshka_sae.space.subject.comparing import _matches, compare
 from hf_matryoshka_sae.space.subject.opened import Pruning
-from hf_matryoshka_sae.space.subject.trees import IndexTree
 
 
 HOSTILE = "<script>alert('a & \"b\"')</script>"
@@ -121,49 +120,9 @@ def test_links_that_somebody_else_made_are_borne():
     assert huge.width >= 10**17 and huge.latent >= 10**17 and not problems
 
 
-# The tree, by every pair of the index
-
-
 @pytest.fixture(scope="module")
 def index() -> FeatureIndex:
     return FeatureIndex.open(embedded_sae_path())
-
-
-def test_the_tree_is_what_the_index_says(index):
-    table = index.table(["parent", "parent_score", "children"]).to_pydict()
-    tree = IndexTree(index, WIDTHS)
-    parents = table["parent"]
-    children = defaultdict(list)
-    for latent, parent in enumerate(parents):
-        if parent >= 0:
-            children[parent].append(latent)
-    assert len(tree) == 2048
-
-    def below(latent):
-        return children[latent] + [far for child in children[latent] for far in below(child)]
-
-    for latent in range(2048):
-        assert sorted(tree.children(latent)) == sorted(children[latent]) == sorted(table["children"][latent])
-        scores = [tree.score(child) for child in tree.children(latent)]
-        assert scores == sorted(scores, reverse=True) == [table["parent_score"][c] for c in tree.children(latent)]
-        assert tree.level[latent] == sum(width <= latent for width in WIDTHS)
-        found, levels = tree.ancestors(latent), tree.levels_below(latent)
-        assert found == ([] if parents[latent] < 0 else [parents[latent], *tree.ancestors(parents[latent])])
-        assert Counter(one for level in levels for one in level) == Counter(below(latent))
-        assert tree.size(latent) == len(below(latent))
-        for depth, level in enumerate(levels):
-            assert all(tree.ancestors(one)[depth] == latent for one in level)
-    roots = {latent for latent in range(2048) if parents[latent] < 0 and children[latent]}
-    families = tree.families()
-    assert set(families) == roots and len(families) == len(roots)
-    keys = [(tree.level[root], -len(below(root))) for root in families]
-    assert keys == sorted(keys)
-
-
-@pytest.mark.parametrize("latent", [-1, 2048, 1.5, True, "7", None, math.nan])
-def test_a_latent_that_the_tree_lacks_is_said(index, latent):
-    with pytest.raises(ValueError, match="numbered 0 to 2047"):
-        IndexTree(index, WIDTHS).check(latent)
 
 
 # Labels
@@ -209,6 +168,9 @@ def test_labels_read_one_by_one_are_the_same(index, monkeypatch):
     _, tokenizer = load_embedded_lm()
     at_once = Labels(index, tokenizer)
     monkeypatch.setattr("hf_matryoshka_sae.space.looks.labels._ALL_AT_ONCE", 10)
+    texts, feature = vocabulary_of(tokenizer).texts, index.feature(42)
+    assert Labels(index, tokenizer)[42] == " · ".join(texts[token].strip() for token in feature.own_tokens[:3])
+    monkeypatch.setitem(index.__dict__, "columns", index.columns - {"own_tokens"})  # of an earlier version
     one_by_one = Labels(index, tokenizer)
     assert [one_by_one[latent] for latent in range(0, 2048, 201)] == [at_once[n] for n in range(0, 2048, 201)]
     with pytest.raises(ValueError, match="at most"):

@@ -129,7 +129,8 @@ class FeatureIndex:
         return file
 
     @cached_property
-    def _columns(self) -> set[str]:
+    def columns(self) -> set[str]:
+        """Names of the columns of [`table`]; an index of an earlier version has fewer."""
         return set(self._latents.schema_arrow.names)
 
     @cached_property
@@ -168,7 +169,7 @@ class FeatureIndex:
         for name in names:
             if name not in LATENT_SCHEMA.names:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
-            if name not in self._columns:
+            if name not in self.columns:
                 raise ValueError(
                     f"This index was built by an earlier version and has no column {name!r}. Build it again with "
                     "`matryoshka-sae index`."
@@ -237,7 +238,7 @@ class FeatureIndex:
             `ValueError`: if the widths are not known, or the threshold is out of range.
         """
         widths = [width for width in widths or self.about.get("prefix_widths") or [] if width < len(self)]
-        later = [name for name in ("candidates", "candidate_scores") if name in self._columns]
+        later = [name for name in ("candidates", "candidate_scores") if name in self.columns]
         table = self.table(["parent", "parent_score", "frequency", "max", *later])
         level = np.searchsorted(np.array(widths), np.arange(len(self)), side="right")
         parent, score = table["parent"].to_numpy(), table["parent_score"].to_numpy()

@@ -3,7 +3,7 @@
 A block is as wide as what is below it, in columns; families stand side by side on shelves of so many columns.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,10 +102,7 @@ def nesting(tree: "LatentTree", most: int, columns: int) -> Nesting:
         if shelf is None:
             shelf = Shelf()
             layout.shelves.append(shelf)
-        shelf.blocks += [
-            Block(each.latent, each.row, each.column + shelf.used, each.columns, each.parent, each.more)
-            for each in family.blocks
-        ]
+        shelf.blocks += [replace(block, column=block.column + shelf.used) for block in family.blocks]
         shelf.used += family.used
         layout.drawn += sum(not block.more and block.parent is not None for block in family.blocks)
         layout.drawn_families += 1

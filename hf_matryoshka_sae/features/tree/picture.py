@@ -58,8 +58,8 @@ def nested_picture(
     """Return a tree as SVG: each row is a prefix, and each block lies under the latent that it refines.
 
     A block is as wide as what is below it; the darker it is, the higher is the score of its parent. It is a link
-    `?latent=N` with `data-latent` and, below another, `data-parent`. The first block of a family is in the order of the
-    tabulator key; the others are for a script to reach.
+    `?latent=N` with `data-latent` and, below another, `data-parent`. The tabulator key goes from family to family;
+    within one a script has to move the focus.
 
     Args:
         tree ([`LatentTree`]): The tree.
@@ -78,13 +78,13 @@ def nested_picture(
     parts, top = [], 0
     for shelf in layout.shelves:
         rows = shelf.rows
+        above = top - rows.start * _ROW
         for row in rows:
-            y = top + (row - rows.start) * _ROW + 20
+            y = above + row * _ROW + 20
             parts.append(
                 f'<text class="quiet" x="{_LEFT - 8}" y="{y}" text-anchor="end">{_row_name(tree, row)}</text>'
             )
-        for block in shelf.blocks:
-            parts.append(_block(tree, labels, block, top + (block.row - rows.start) * _ROW, open_latent))
+        parts += [_block(tree, labels, block, above + block.row * _ROW, open_latent) for block in shelf.blocks]
         top += len(rows) * _ROW + _GAP
     parts.append(f'<text class="quiet" x="{_LEFT}" y="{top + 12}">{caption(tree, layout)}</text>')
     width, height = _LEFT + _COLUMNS * _COLUMN, top + _LINE
@@ -122,11 +122,18 @@ def _shade(tree: "LatentTree", block: Block) -> str:
     return f"s{min(int(share * _SHADES), _SHADES - 1)}"
 
 
+def _label(labels: Mapping[int, str], latent: int) -> str:
+    try:
+        return str(labels[latent])
+    except KeyError:
+        return ""
+
+
 def _texts(tree: "LatentTree", labels: Mapping[int, str], block: Block) -> tuple[str, str]:
     """Return the two lines on a block."""
     letters = int((block.columns * _COLUMN - 5) / _LETTER)
     name = latent_name(tree, block.latent)
-    label = str(labels[block.latent]) if block.latent in labels else ""
+    label = _label(labels, block.latent)
     if block.columns == 1:
         label = label[:_FEW]
     return (label if len(label) <= max(letters, _FEW) else f"{label[: letters - 1]}…"), name if len(
@@ -139,7 +146,7 @@ def _block(tree: "LatentTree", labels: Mapping[int, str], block: Block, y: int, 
     name = latent_name(tree, block.latent)
     if block.more:
         return f'<text class="quiet" x="{x + 4}" y="{y + 20}">…<title>{block.more:,} more below {name}</title></text>'
-    label = str(labels[block.latent]) if block.latent in labels else ""
+    label = _label(labels, block.latent)
     title = f"{name}: {label}" if label else name
     about = "" if block.parent is None else f", refines {latent_name(tree, block.parent)}"
     score = "" if block.parent is None else f", score {float(tree.score[block.latent]):.2f}"

@@ -3,6 +3,7 @@
 Shapes: F latents of all levels, E pairs of latents that fire together.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ...evaluation.firing import FiringSums
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs, PairIndex
 
+
+logger = logging.getLogger(__name__)
 
 MAX_EDGES = 2**26
 """Largest number of pairs of latents of two levels that fire together; more would take over 2 GiB."""
@@ -35,7 +38,9 @@ class EdgeSums:
     Args:
         sae ([`SAEModel`]): SAE whose levels are the groups between its prefix widths; with `other` it is one level.
         other ([`SAEModel`] or `list[SAEModel]`, *optional*): Further SAEs, each of which is one level.
-        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): Largest number of such pairs.
+        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): Largest number of such pairs that are kept. Where more
+            fire together, those with the lowest scores so far are dropped and a warning says so. A pair that
+            comes again counts from there on, so that its score is as a rule too low.
 
     Raises:
         `ValueError`: if there is one level only.
@@ -60,12 +65,13 @@ class EdgeSums:
         self.firing, self.maximum = FiringSums(self.total), torch.zeros(self.total, dtype=torch.float64)
         self._edges: list[tuple[Tensor, Tensor]] = []  # keys parent * total + child, and (product, parent's square)
         self._kept = self._merged = 0
+        self.limited = False
 
     def add(self, *pairs: LatentPairs) -> None:
         """Add the latents of some tokens: one list of pairs for each SAE, over the same tokens.
 
         Raises:
-            `ValueError`: if the lists do not belong to these SAEs, or too many latents fire together.
+            `ValueError`: if the lists do not belong to these SAEs.
         """
         if len(pairs) != len(self.starts) or len({one.num_rows for one in pairs}) != 1:
             raise ValueError(f"Expected the latents of {len(self.starts)} SAEs on the same tokens.")
@@ -110,15 +116,25 @@ class EdgeSums:
         if not self._edges:
             return
         keys, inverse = torch.cat([keys for keys, _ in self._edges]).unique(return_inverse=True)
-        if len(keys) > self.max_edges:
-            raise ValueError(
-                f"More than {self.max_edges:,} pairs of latents of two levels fire together, the limit set by "
-                "`max_edges`. Use fewer tokens or a narrower prefix (`sae.truncate`), or raise it."
-            )
         sums = torch.zeros(len(keys), 2, dtype=torch.float64)
         sums.index_add_(0, inverse, torch.cat([sums for _, sums in self._edges]))
+        if len(keys) > self.max_edges:
+            keys, sums = self._strongest(keys, sums)
         self._edges = [(keys, sums)]
         self._kept = self._merged = len(keys)
+
+    def _strongest(self, keys: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the half of `max_edges` with the largest cosines so far; a pair that is dropped begins again at 0."""
+        if not self.limited:
+            logger.warning(
+                "More than %s pairs of latents of two levels fire together, the limit set by `max_edges`. Those with "
+                "the lowest scores so far are dropped: scores of parents may come out too low.",
+                f"{self.max_edges:,}",
+            )
+        self.limited = True
+        cosine = sums[:, 0] / (sums[:, 1] * self.firing.moments[1, keys % self.total]).sqrt()
+        kept = cosine.topk(max(1, self.max_edges // 2)).indices.sort().values
+        return keys[kept], sums[kept]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums as tensors by name."""

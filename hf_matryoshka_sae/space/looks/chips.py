@@ -1,4 +1,4 @@
-"""Small pieces that stand for a latent or a share: chips that open a latent, bars. Everything that is text is escaped."""
+"""Small pieces: a latent as a chip that opens it, a share as a bar, a problem. Everything that is text is escaped."""
 
 from html import escape
 
@@ -10,7 +10,8 @@ def chip(current: tuple[str, str], latent: int, label: str = "", score: float | 
 
     Args:
         current (`tuple[str, str]`): Source and place of its SAE.
-        latent (`int`), label (`str`): Its number, and what it is called.
+        latent (`int`): Its number.
+        label (`str`, *optional*): What it is called.
         score (`float`, *optional*): How well one of it and its relative explains the other.
     """
     about = f' <span class="label" data-of="{latent}">{escape(label)}</span>'

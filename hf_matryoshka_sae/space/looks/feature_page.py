@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from ...features.tree.sums import LEAST, THRESHOLD
 from . import html
 from .chips import bar, chip, percent
 from .links import latent_link
-from .reading import shown_token
+from .reading import SPECIAL, shown_token
 
 
-_BANDS, _STRONGEST = 5, 6
+_BANDS, _STRONGEST, _RELATIVES = 5, 6, 6
 _BEFORE, _AFTER = 70, 40  # characters of a context
 _MOST_CHIPS = 24
 Current = tuple[str, str]
@@ -23,8 +24,8 @@ def feature_head(feature: dict[str, Any], current: Current) -> str:
     return (
         f'<div class="latent-head" data-of="{latent}" data-id="{feature["latent_id"]}" data-link="{address}">'
         f'<h2 tabindex="-1">Latent {latent}</h2>'
-        f'<input class="naming" data-of="{latent}" value="{escape(feature["label"] or "", quote=True)}" maxlength="80" '
-        f'placeholder="give it a name" aria-label="Name of latent {latent}, kept in your browser">'
+        f'<input class="naming" data-of="{latent}" value="{escape(feature["label"] or "", quote=True)}" '
+        f'maxlength="80" placeholder="give it a name" aria-label="Name of latent {latent}, kept in your browser"/>'
         f'<p class="verdict">{escape(feature["verdict"])}</p></div>'
     )
 
@@ -73,13 +74,20 @@ def _band_name(band: dict[str, Any]) -> str:
 def context(row: dict[str, Any], largest: float) -> str:
     """A context on a line or two, cut to what is around its peak; each line break is a sign."""
     texts, peak = [shown_token(text) for text in row["tokens"]], row["peak"]
-    first = last = peak
-    while first > 0 and sum(map(len, texts[first - 1 : peak])) <= _BEFORE:
-        first -= 1
-    while last + 1 < len(texts) and sum(map(len, texts[peak + 1 : last + 2])) <= _AFTER:
-        last += 1
+    first, last = _reach(texts, peak, -1, _BEFORE), _reach(texts, peak, 1, _AFTER)
     shaded = html.tokens(texts[first : last + 1], row["activations"][first : last + 1], largest, peak - first)
     return f'<span class="value">{row["value"]:.3g}</span>{shaded}'
+
+
+def _reach(texts: Sequence[str], peak: int, step: int, most: int) -> int:
+    """The last token that is shown on one side of the peak: of the same document, and within so many characters."""
+    place, length = peak, 0
+    while 0 <= (after := place + step) < len(texts) and not SPECIAL.fullmatch(texts[after]):
+        length += len(texts[after])
+        if length > most:
+            break
+        place = after
+    return place
 
 
 # Family
@@ -101,19 +109,27 @@ def _family(feature: dict[str, Any], current: Current) -> str:
         ("Other parents it could have", others),
         ("Siblings", family["siblings"]),
         ("Refined by", family["children"]),
+        ("Could refine it, had they not a better parent", family["could_refine"]),
     ]
     chips = "".join(f"<p><span>{title}</span> {_chips(ones, current)}</p>" for title, ones in lines if ones)
     if not above and not chips:
         return '<section class="family"><h3>Family</h3><p class="quiet">No parent and no children.</p></section>'
     chain = "".join(f"{one} " for one in above) + here
+    least = _first_threshold([one["score"] for _, ones in lines for one in ones])
     slider = (
-        '<label>Score of at least <input type="range" min="0.2" max="0.95" step="0.05" value="0.6">'
-        "<output>0.60</output></label>"
+        f'<label>Score of at least <input type="range" min="0.2" max="0.95" step="0.05" value="{least:.2f}"/>'
+        f"<output>{least:.2f}</output></label>"
     )
     return (
         f'<section class="family" data-of="{feature["latent"]}"><h3>Family</h3><p class="chain">{chain}</p>{chips}'
-        f'<p class="none quiet" hidden>None with such a score.</p>{slider}</section>'
+        f'<p class="none quiet" hidden="">None with such a score.</p>{slider}</section>'
     )
+
+
+def _first_threshold(scores: Sequence[float]) -> float:
+    """The least score of a parent, or less where that would show hardly a relative."""
+    enough = sorted(scores, reverse=True)[:_RELATIVES]
+    return THRESHOLD if not enough or enough[-1] >= THRESHOLD else max(LEAST, int(20 * enough[-1]) / 20)
 
 
 def _chip(one: dict[str, Any], current: Current) -> str:
@@ -145,9 +161,10 @@ def _is_it_real(feature: dict[str, Any]) -> str:
         own = ", ".join(f"<code>{_token(text)}</code>" for text in feature["own_tokens"])
         own = f": {own}" if own else ""
         table = (
-            f'<p class="quiet">Its own tokens are those of its strongest firings on one half of the text{own}; how many '
-            "of its firings are on them is counted on the other half.</p><table><thead><tr><th scope=col>of its largest</th>"
-            "<th scope=col class=number>firings</th><th scope=col>on its own tokens</th>"
+            f'<p class="quiet">Its own tokens are those of its strongest firings on one half of the text{own}; how '
+            "many of its firings are on them is counted on the other half.</p><table><thead><tr>"
+            "<th scope=col>of its largest</th><th scope=col class=number>firings</th>"
+            "<th scope=col>on its own tokens</th>"
             f"<th scope=col class=number>random</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
     return f'<section class="real"><h3>Is it real?</h3>{table}{_histogram(feature)}</section>'

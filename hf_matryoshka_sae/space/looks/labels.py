@@ -10,7 +10,8 @@ from ...features.patterns.vocabulary import vocabulary_of
 
 _TOKENS = 3
 _ALL_AT_ONCE = 2**15
-"""Of an index with more latents, contexts are read latent by latent."""
+"""Of an index with more latents, contexts are not all read: labels are of the own tokens that it stores, or, where an
+earlier version did not, of one latent at a time."""
 
 
 class Labels:
@@ -26,8 +27,10 @@ class Labels:
         self._texts = vocabulary_of(tokenizer).texts
         self.given = {} if index is None else _given(index)
         self._all: list[str] | None = None
-        if index is not None and len(index) <= _ALL_AT_ONCE:
-            spelled = (self._short(peaks) for peaks in index.peak_tokens())
+        if index is not None and (len(index) <= _ALL_AT_ONCE or "own_tokens" in index.columns):
+            few = len(index) <= _ALL_AT_ONCE
+            tokens = index.peak_tokens() if few else index.table(["own_tokens"])["own_tokens"].to_pylist()
+            spelled = (self._short(peaks or []) for peaks in tokens)
             self._all = [self.given.get(latent) or short for latent, short in enumerate(spelled)]
         self._one = lru_cache(maxsize=4096)(self._read)
 

@@ -1,4 +1,4 @@
-"""A text coloured by the latents that fire on it; the page's script shows a token's latents and colours by one of them."""
+"""A text coloured by the latents that fire on it; a script shows a token's latents, and colours by one of them."""
 
 import difflib
 import json
@@ -12,6 +12,9 @@ from ...common.token_text import LOST
 
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 _GOLDEN = 137.508  # degrees: neighbouring numbers get colours far apart
+SPECIAL = re.compile(r"<\|.*\|>|</?s>|\[(CLS|SEP|PAD)\]")
+"""Between documents, or around a text: no part of it."""
+
 Firings = Sequence[Sequence[Sequence[Any]]]
 """For each token the latents that fire on it with their values, strongest first."""
 
@@ -43,13 +46,16 @@ def reading(
         `str`: HTML. Everything that is text is escaped.
     """
     widths = sorted(firings)
+    rows = [number for number, text in enumerate(tokens) if not SPECIAL.fullmatch(text)]
+    tokens, firings = [tokens[n] for n in rows], {one: [firings[one][n] for n in rows] for one in widths}
+    written = {one: shown_token(text) for one, text in (continuations or {}).items()}
     now = max((one for one in widths if one <= width), default=widths[0])
     known = {
         "widths": widths,
         "firings": [firings[one] for one in widths],
         "largest": {str(latent): round(value, 4) for latent, value in largest.items()},
         "labels": {str(latent): label for latent, label in labels.items()},
-        "continuations": [continuations[one] for one in widths] if continuations else None,
+        "continuations": [written[one] for one in widths] if written else None,
     }
     buttons = "".join(
         f'<button type="button" class="tok" tabindex="{0 if number == 0 else -1}" style="{_colour(latents, largest)}">'
@@ -57,12 +63,12 @@ def reading(
         for number, (text, latents) in enumerate(zip(tokens, firings[now], strict=True))
     )
     goes_on = ""
-    if continuations:
-        goes_on = f'<span class="goes-on" aria-label="how the model goes on">{escape(continuations[now])}</span>'
+    if written:
+        goes_on = f'<p>The model goes on: <span class="goes-on">{escape(written[now])}</span></p>'
     return (
         f'<div class="reading" data-reading="{escape(json.dumps(known), quote=True)}">'
         f'<p class="toks" role="toolbar" aria-label="Tokens of the text: arrow keys move, Enter chooses">{buttons}'
-        f'{goes_on}</p><p class="told" aria-live="polite">'
+        f'</p>{goes_on}<p class="told" aria-live="polite">'
         '<span class="quiet">Each token has the colour of its strongest latent. Point at one to see which fire on it; '
         "click it to keep them.</span></p></div>"
     )

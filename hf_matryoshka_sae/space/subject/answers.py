@@ -1,13 +1,11 @@
 """What is known of the latents of an open SAE, in plain values."""
 
-from functools import lru_cache
 from typing import Any
 
-from ...features import Context, Feature, FeatureIndex
+from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
 from ...features.telling import verdict
-from ...features.tree.sums import LEAST
-from ...features.tree.tree import LatentTree
+from .families import family_of
 from .opened import Opened
 
 
@@ -58,7 +56,7 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "neighbours": named(feature.neighbours),
         "cofiring": named(feature.cofiring),
         "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
-        "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "children": named([(child, float(opened.tree().score[child])) for child in feature.children]),
         "family": family_of(opened, latent),
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),
@@ -71,35 +69,6 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "candidates": named(feature.candidates),
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
-
-
-def family_of(opened: Opened, latent: int) -> dict[str, list[dict[str, Any]]]:
-    """A latent's relatives with their labels, down to low scores: who shows them, says from which score on.
-
-    A relative's score is the least of the links that lead to it; a link's is that of a latent with its parent.
-    """
-    tree = _tree(opened.require_index(), tuple(opened.sae.prefix_widths))
-
-    def named(relatives: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        return [{"latent": one, "label": opened.labels[one], "score": score} for one, score in relatives]
-
-    def link(one: int) -> float:
-        return float(tree.score[one])
-
-    above: list[tuple[int, float]] = []
-    below, least = latent, 1.0
-    for ancestor in tree.ancestors(latent):
-        least = min(least, link(below))
-        above.append((ancestor, least))
-        below = ancestor
-    siblings = tree.children(above[0][0]) if above else []
-    siblings = [(one, min(score, link(latent))) for one, score in siblings if one != latent]
-    return {"ancestors": named(above), "siblings": named(siblings), "children": named(tree.children(latent))}
-
-
-@lru_cache(maxsize=4)
-def _tree(index: FeatureIndex, widths: tuple[int, ...]) -> LatentTree:
-    return index.tree(widths, LEAST)
 
 
 def list_latents(

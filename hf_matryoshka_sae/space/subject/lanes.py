@@ -66,7 +66,7 @@ class Lane:
     def _enter(self, wanted: Callable[[], bool]) -> None:
         ticket = object()
         with self._changed:
-            if len(self._waiting) >= self.most:
+            if (self._owner is not None or self._waiting) and len(self._waiting) >= self.most:
                 raise ValueError(f"{self.most} others wait for this already. Try again in a minute.")
             self._waiting.append(ticket)
             try:

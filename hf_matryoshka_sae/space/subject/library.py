@@ -24,7 +24,7 @@ from ..limits import UNREACHABLE
 from .hub import Hub, Repository
 from .lanes import LANES, Keyed, Lane
 from .opened import Opened
-from .reader import LOADING, Reader
+from .reader import Reader
 
 
 ROOT = "(the root)"
@@ -71,6 +71,8 @@ class Library:
                 f"`tokens`, `context_length` and `keep` must be at least 1, 2 and 1; got {tokens}, {context_length} "
                 f"and {keep}."
             )
+        if most_gigabytes is not None and not most_gigabytes > 0:
+            raise ValueError(f"`most_gigabytes` must be more than 0, got {most_gigabytes}.")
         self.dataset = DatasetConfig(dataset) if isinstance(dataset, str) else dataset
         self.tokens, self.context_length, self.model, self.keep = tokens, context_length, model, keep
         self.revision, self.public, self.shown = revision, public, frozenset(shown)
@@ -82,16 +84,20 @@ class Library:
         self.hub = Hub()
         self._opened: OrderedDict[tuple[str, str], Opened] = OrderedDict()
         self._readers: dict[str, Reader] = {}
-        self._opening_at_once = threading.BoundedSemaphore(_OPENING)
         self.renew_locks()
 
     def renew_locks(self) -> None:
         """Take new locks, none of them held: in a process that was forked while somebody held one."""
         self.lanes = {name: Lane(name) for name in LANES}
         self._opening = Keyed()  # by source and by model
+        self._opening_at_once = threading.BoundedSemaphore(_OPENING)
+        # Held while transformers builds something, which is not made for threads. Files are fetched before.
+        self._loading = threading.RLock()
         self._guard = threading.Lock()  # of what is open
         for opened in self._opened.values():
             opened.renew_lock()
+        for reader in self._readers.values():
+            reader.renew_locks(self._loading)
 
     def saes(self, source: str) -> dict[str, SAEPlace]:
         """The SAEs of a repository or folder, by what the page calls their places.
@@ -175,7 +181,8 @@ class Library:
             self._opening_at_once.release()
 
     def to(self, device: str) -> None:
-        """Move all that is open to a device."""
+        """Move all that is open to a device, and open on it from now on."""
+        self.device = device
         with self._guard:
             everything = list(self._opened.values())
         for opened in everything:
@@ -224,7 +231,7 @@ class Library:
                 files = repository.files_of_sae(place.subfolder)
                 self._check_size(repository, files, f"'{source}'")
                 repository.fetch(files)
-            with LOADING:
+            with self._loading:
                 return place.load()
         except (*UNREACHABLE, StrictDataclassError) as error:
             raise ValueError(f"'{source}' cannot be loaded: {_first_line(error)}") from error
@@ -252,11 +259,11 @@ class Library:
     def _read(self, name: str, ours: bool) -> Reader:
         folder = str(embedded_lm_path()) if name == EMBEDDED else self._folder(name, ours)
         if folder is not None:
-            return Reader(name, folder)
+            return Reader(name, self._loading, folder)
         repository = self.hub.repository(name)
         if not ours:
             self._check_size(repository, repository.files_of_model(), f"The language model '{name}'")
-        return Reader(name, str(repository.fetch(repository.files_of_model(weights=False))), repository)
+        return Reader(name, self._loading, str(repository.fetch(repository.files_of_model(weights=False))), repository)
 
     def heldout(self, opened: Opened) -> HeldOut:
         """Load the language model of an SAE, and the text in its tokens, at the SAE's hookpoint.

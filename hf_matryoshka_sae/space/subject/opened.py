@@ -20,10 +20,12 @@ from ...activations import TokenBatch
 from ...activations.sentences import SENTENCE_EMBEDDING
 from ...evaluation import HeldOut
 from ...features import FeatureIndex
+from ...features.tree.picture import nested_picture
+from ...features.tree.sums import LEAST, THRESHOLD
+from ...features.tree.tree import LatentTree
 from ...models import SAEModel
 from ...progressive import (
     LatentStatistics,
-    default_widths,
     latent_statistics,
     sort_latents,
 )
@@ -33,10 +35,9 @@ from ..limits import UNREACHABLE, wanted
 from ..looks.labels import Labels
 from .indexes import FoundIndex, find_index
 from .lanes import NoLongerWantedError
-from .prunings import Pruning, at_k, cut, fvu_curve, worth
+from .prunings import Pruning, at_k, cut, worth
 from .reader import Reader
 from .texts import coded
-from .trees import IndexTree
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 RANKINGS = ("trained", "energy", "frequency", "attribution")
 FIGURES = ("width", "l0", "fvu", "recaptured_zero", "ce", "kl", "size_mb", "recaptured_mean", "dead", "tokens")
+_OF_INDEX = ("columns", "candidates", "tree", "picture")
 _COUNTED = ("topk", "batch_topk")
 
 
@@ -188,8 +190,9 @@ class Opened:
     def forget_index(self) -> None:
         """Look for the index anew: one was built."""
         self.__dict__.pop("_found", None)
-        for key in ("tree", "columns"):
-            self._kept.pop(key, None)
+        for key in list(self._kept):
+            if (key if isinstance(key, str) else key[0]) in _OF_INDEX:
+                self._kept.pop(key, None)
 
     def require_index(self) -> FeatureIndex:
         """The index.
@@ -204,10 +207,22 @@ class Opened:
             )
         return self.index
 
-    def tree(self) -> IndexTree:
-        """Parents and children of its latents; raises `ValueError` without an index."""
+    def tree(self, threshold: float = THRESHOLD) -> LatentTree:
+        """Parents and children of its latents at a least score of a parent; raises `ValueError` without an index."""
         index = self.require_index()
-        return self._once("tree", lambda: IndexTree(index, list(self.sae.prefix_widths)))
+        whole = self._once(("tree", LEAST), lambda: index.tree(list(self.sae.prefix_widths), LEAST))
+        return self._once(("tree", threshold), lambda: whole.at(threshold), most=8)
+
+    def picture(self, threshold: float, most: int) -> str:
+        """The tree as SVG, of at most so many latents; raises `ValueError` without an index, or for a threshold."""
+        tree = self.tree(threshold)
+        key = ("picture", threshold, most)
+        return self._once(key, lambda: nested_picture(tree, self.labels, most=most), most=8)
+
+    def could_refine(self) -> dict[int, list[tuple[int, float]]]:
+        """For each latent those that have it among the candidates for their parent, highest score first."""
+        index = self.require_index()
+        return self._once("candidates", lambda: _below(index))
 
     def columns(self) -> dict[str, np.ndarray]:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
@@ -308,22 +323,16 @@ class Opened:
         rsa = (row.get("rsa") or {}).get("spearman")
         return {**known, "rsa": rsa, "k": pruning.k, "ranking": pruning.ranking}
 
-    def known_figures(self, pruning: Pruning) -> dict[str, Any] | None:
-        """The same where they are measured already."""
-        return self.figures(pruning) if ("measured", pruning) in self._kept else None
-
     def compute(self, kind: str, pruning: Pruning) -> Any:
         """Measure what of this SAE needs a language model, as values that any process can keep.
 
         Args:
-            kind (`str`): `measured` (figures of a pruning), `curve` (FVU along all widths of its ranking),
-                `statistics` (of all latents, for rankings) or `pruned` (the SAE that it leaves).
+            kind (`str`): `measured` (figures of a pruning), `statistics` (of all latents, for rankings) or
+                `pruned` (the SAE that it leaves).
             pruning ([`Pruning`]): Which.
         """
         if kind == "measured":
             return self.measured(pruning)
-        if kind == "curve":
-            return self.fvu_curve(pruning.ranking)
         if kind == "statistics":
             return self.statistics()
         return self.pruned(pruning).to("cpu") if os.environ.get("SPACES_ZERO_GPU") else self.pruned(pruning)
@@ -339,20 +348,6 @@ class Opened:
     def keep(self, kind: str, pruning: Pruning, value: Any) -> None:
         """Keep it, wherever it was computed."""
         self._kept.setdefault(_key(kind, pruning), value)
-
-    def curve(self, ranking: str, k: int | None = None) -> list[dict[str, Any]]:
-        """FVU, L0 and RSA at widths from a 64th of the dictionary to all of it; losses where they were measured.
-
-        With another k than the SAE was trained with, widths that were not measured have a width alone.
-        """
-        rows = self.fvu_curve(ranking) if k is None else [{"width": width} for width in default_widths(self.sae)]
-        known = [self._kept.get(("measured", self.check(Pruning(ranking, row["width"], k)))) for row in rows]
-        return [row | (measured or {}) for row, measured in zip(rows, known, strict=True)]
-
-    def fvu_curve(self, ranking: str) -> list[dict[str, Any]]:
-        """FVU, L0 and RSA along the curve."""
-        ranked = self.ranked(ranking)
-        return self._measured_once(("curve", ranking), lambda data: fvu_curve(ranked, data))
 
     def _measured_once(self, key: Any, make: Callable[[HeldOut], Any], most: int | None = None) -> Any:
         """What `make` gives with the language model, in the lane of what is measured."""
@@ -377,9 +372,18 @@ class Opened:
 
 
 def _key(kind: str, pruning: Pruning) -> Any:
-    if kind == "statistics":
-        return kind
-    return kind, pruning.ranking if kind == "curve" else pruning
+    return kind if kind == "statistics" else (kind, pruning)
+
+
+def _below(index: FeatureIndex) -> dict[int, list[tuple[int, float]]]:
+    below: dict[int, list[tuple[int, float]]] = {}
+    if "candidates" not in index.columns:
+        return below  # an index of an earlier version
+    table = index.table(["candidates", "candidate_scores"])
+    for latent, (parents, scores) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
+        for parent, score in zip(parents or [], scores or [], strict=True):
+            below.setdefault(parent, []).append((latent, score))
+    return {parent: sorted(ones, key=lambda one: -one[1]) for parent, ones in below.items()}
 
 
 def _arrays(index: FeatureIndex) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...models import SAEModel
-from ...progressive import calibrate_thresholds, default_widths, with_threshold
+from ...progressive import calibrate_thresholds, with_threshold
 
 
 SELECTION = "restrict"
@@ -50,12 +50,6 @@ def worth(sae: SAEModel, data: HeldOut) -> dict[str, Any]:
     fidelity = evaluate_fidelity(data, {"sae": Dictionary(sae, [sae.config.num_latents], SELECTION)})
     (row,) = fidelity.pop("subjects")["sae"]
     return {**fidelity, **row, "size_mb": size_mb(sae)}
-
-
-def fvu_curve(ranked: SAEModel, data: HeldOut) -> list[dict[str, Any]]:
-    """FVU, L0 and RSA at widths from a 64th of an SAE to all of it: one pass over the text."""
-    subject = Dictionary(ranked, default_widths(ranked), SELECTION)
-    return evaluate_fidelity(data, {"sae": subject}, language_model=False)["subjects"]["sae"]
 
 
 def size_mb(sae: SAEModel) -> float:

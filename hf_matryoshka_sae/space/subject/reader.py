@@ -20,15 +20,13 @@ _OF_MODULE = re.compile(r"\d+_\w+/[^/]+\.(json|safetensors)")  # of sentence-tra
 _WINDOWS = 32  # of text in a batch, as in `matryoshka-sae evaluate`
 _KEPT_STATES = 25_000_000  # numbers of the hidden states of the held-out text that are kept
 
-LOADING = threading.RLock()
-"""Held while transformers builds a model, which is not made for threads. Files are fetched before."""
-
 
 class Reader:
     """A language model with the held-out text, tokenised for it.
 
     Args:
         name (`str`): As SAEs name it.
+        loading (`Lock`): Held while transformers builds a model, which is not made for threads.
         folder (`str`): Where its config and tokenizer are.
         repository ([`Repository`], *optional*): From which its weights are fetched; by default they are in the folder.
 
@@ -36,15 +34,15 @@ class Reader:
         `ValueError`, `OSError`: if its config or tokenizer cannot be read.
     """
 
-    def __init__(self, name: str, folder: str, repository: Repository | None = None) -> None:
+    def __init__(self, name: str, loading: Any, folder: str, repository: Repository | None = None) -> None:
         self.name, self._folder, self._repository = name, folder, repository
-        with LOADING:
+        self.renew_locks(loading)
+        with loading:
             self._config = AutoConfig.from_pretrained(folder)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.name_or_path = name
         kind = model_class(self._config)
         self.generates, self.has_loss = kind is AutoModelForCausalLM, kind is not AutoModel
-        self._lock = threading.Lock()
         self._text: HeldOut | None = None
         self._encoder: Any = None
 
@@ -62,6 +60,10 @@ class Reader:
                 with LOADING:
                     self._encoder = load_sentence_transformer(self._folder)
             return self._encoder
+
+    def renew_locks(self, loading: Any) -> None:
+        """Take new locks that nobody holds."""
+        self._loading, self._lock = loading, threading.Lock()
 
     def text(self, dataset: DatasetConfig | None, tokens: int, context_length: int, device: str) -> HeldOut:
         """Return the model with the text, loaded and tokenised by the first who asks; at no hookpoint yet.
@@ -90,7 +92,7 @@ class Reader:
         transformers builds a model of another type than float32 by changing torch's default type, which is that of
         all threads: computations that run meanwhile would change. So it is built in float32, its parameters rounded.
         """
-        with LOADING:
+        with self._loading:
             model = model_class(self._config).from_pretrained(self._folder, dtype=torch.float32)
         kind = getattr(self._config, "dtype", None)
         if isinstance(kind, torch.dtype) and kind != torch.float32:

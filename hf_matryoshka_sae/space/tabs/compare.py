@@ -45,7 +45,9 @@ class CompareTab:
             self.other_place = gr.Textbox(
                 label="Which of its SAEs", placeholder="empty: the first", scale=2, min_width=140
             )
-            self.other_ranking = gr.Radio(list(RANKINGS), value="trained", label="Order of B", scale=4, min_width=280)
+            self.other_ranking = gr.Radio(
+                list(RANKINGS), value="trained", label="Order of B", elem_id="other-order", scale=4, min_width=280
+            )
             self.other_width = gr.Number(0, precision=0, minimum=0, label="Width of B", scale=1, min_width=110)
         self.compare = gr.Button("Measure and compare", size="sm")
         self.outcome = area("comparison")

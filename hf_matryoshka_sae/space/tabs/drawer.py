@@ -34,9 +34,12 @@ class Drawer:
                 self.steer = gr.Button("Steer this", size="sm", min_width=80)
                 self.like = gr.Button("Find its like", size="sm", min_width=80)
                 self.link = gr.Button("Copy link", size="sm", min_width=80, elem_id="latent-link")
-                self.save = gr.Button("Save picture", size="sm", min_width=80)
+                self.picture = gr.Button("Picture", size="sm", min_width=80)
+            self.threshold = gr.Number(0.6, visible="hidden", elem_id="card-threshold")
+            self.address = gr.Textbox("", visible="hidden", elem_id="card-address")
+            self.card = area("family-card")
             self.page = area("latent-page")
-        parts, shows = [self.head, self.page, self.steer, self.save], [shown.current, shown.latent]
+        parts, shows = [self.head, self.page, self.card, self.steer, self.picture], [shown.current, shown.latent]
         showing: dict[str, Any] = {"trigger_mode": "always_last", **LIGHT}
         for event in (
             shown.latent.input(self.show, shows, parts, js=_OPENING, **showing),
@@ -45,7 +48,13 @@ class Drawer:
             event.then(None, shown.latent, None, js="latent => latentDrawer.opened(latent)", **BROWSER)
         self.close.click(None, None, None, js="() => latentDrawer.close()", **BROWSER)
         self.link.click(None, None, None, js="() => latentDrawer.copyLink()", **BROWSER)
-        self.save.click(None, None, None, js="() => latentDrawer.savePicture()", **BROWSER)
+        self.picture.click(
+            self.draw,
+            [shown.current, shown.latent, self.threshold, self.address],
+            self.card,
+            js="(current, latent) => [current, latent, ...latentDrawer.card()]",
+            **LIGHT,
+        )
 
     def refresh(self, current: tuple[str, str], view: dict[str, Any]) -> tuple[Any, ...]:
         """The latent of a link, of an SAE that was just opened."""
@@ -55,15 +64,28 @@ class Drawer:
     def show(self, current: tuple[str, str], latent: float | None) -> tuple[Any, ...]:
         """A latent's page, or what is wrong with its number."""
         if latent is None:
-            return "", "", gr.update(), gr.update()
+            return "", "", "", gr.update(), gr.update()
         try:
             feature = self.endpoints.feature(int(latent), *current)
             about = self.endpoints.describe(*current)
         except (ValueError, *UNREACHABLE) as error:
-            return "<h2>No such page</h2>", problem(error), gr.update(visible=False), gr.update(visible=False)
+            return "<h2>No such page</h2>", problem(error), "", gr.update(visible=False), gr.update(visible=False)
         return (
             feature_head(feature, current),
             feature_page(feature, about["prefix_widths"], current),
+            "",
             gr.update(visible=about["generates"]),
             gr.update(visible=len(about["prefix_widths"]) > 1),
         )
+
+    def draw(self, current: tuple[str, str], latent: float | None, threshold: float, address: str) -> str:
+        """The latent's family as a picture to send on."""
+        try:
+            card = self.endpoints.family_card(int(latent or 0), *current, threshold, address)
+        except (ValueError, *UNREACHABLE) as error:
+            return problem(error)
+        buttons = "".join(
+            f'<button type="button" class="small" data-save="{kind}">Save as {kind.upper()}</button> '
+            for kind in ("png", "svg")
+        )
+        return f'<div class="scroll" tabindex="0">{card}</div><p>{buttons}</p>'

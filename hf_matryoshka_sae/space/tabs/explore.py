@@ -20,7 +20,7 @@ from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 
 _ROWS = 1000
 _MOST_BYTES = 20_000_000
-_HEAD = ["latent", "fires on", "share", "energy", "width"]
+_HEAD = ["latent", "fires on", "of tokens", "width"]
 _NAMES = """<p class="quiet">Names are kept in your browser and shown wherever a latent is: change one on a latent's
 page, or take those of a CSV (<code>latent_id,label</code>) or of Neuronpedia's export.</p>
 <button type="button" class="small" data-do="save-names">Save my names as CSV</button>"""
@@ -43,7 +43,7 @@ class ExploreTab:
             self.problem = area("index-problem")
         with gr.Row() as self.known:
             with gr.Column(scale=3, min_width=380):
-                self.picture = area("nested")
+                self.picture = area("explore-picture")
                 self.threshold = gr.Slider(
                     0.2,
                     0.95,
@@ -56,11 +56,11 @@ class ExploreTab:
                 self.sort = gr.Dropdown(list(SORTS), value="energy", label="Largest first by")
                 self.table = gr.Dataframe(
                     headers=_HEAD,
-                    datatype=["number", "str", "str", "number", "number"],
+                    datatype=["number", "str", "str", "number"],
                     show_search="search",
                     interactive=False,
                     max_height=420,
-                    column_widths=["17%", "35%", "16%", "16%", "16%"],
+                    column_widths=["20%", "40%", "22%", "18%"],
                     elem_id="latents",
                     label="All latents: press one to open it",
                 )
@@ -118,7 +118,6 @@ class ExploreTab:
                 row["latent"],
                 row["label"],
                 f"{row['frequency']:.3%}",
-                float(f"{row['energy']:.3g}"),
                 row["smallest_width"],
             ]
             for row in rows

@@ -12,6 +12,7 @@ from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.messages import told, warn
 from ..subject.opened import RANKINGS
+from ..subject.prunings import SELECTION
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
@@ -22,13 +23,8 @@ _STEPS = 12
 PARENT = 0.6
 """Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
 
-SELECTION = "restrict"
-"""How the page measures: a pruned SAE never sees the latents it lacks, as what is downloaded does not."""
-
 LARGEST = 260
 """Latents that the picture shows here, of the largest families; Explore shows more."""
-
-_QUEUED: dict[str, Any] = HEAVY | {"show_progress": "minimal", "trigger_mode": "always_last"}
 
 
 class PruneTab:
@@ -45,7 +41,7 @@ class PruneTab:
     def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         self.scratch = tempfile.TemporaryDirectory(prefix="hf_matryoshka_sae-")
-        self.rows, self.todo = gr.State([]), gr.State([])
+        self.rows, self.todo = gr.State(None), gr.State(None)
         self.curve = area("curve")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -101,44 +97,30 @@ class PruneTab:
     def _wire(self) -> None:
         shown = self.shown
         pruning = [shown.current, self.ranking, shown.width, self.k]
+        asked = [shown.current, shown.opened, self.ranking, self.k, self.rows]
         known = [self.rows, self.curve]
+        progress = {"show_progress": "minimal", "show_progress_on": self.figures}
         step = self.todo.change(
-            told(self.measure_next),
-            [shown.current, self.ranking, self.k, self.rows, self.todo],
-            [*known, self.todo, self.stop],
-            **HEAVY | {"show_progress": "minimal"},
-            show_progress_on=self.figures,
+            told(self.measure_next), [*asked, self.todo], [*known, self.todo, self.stop], **HEAVY | progress
         )
         measured = [
             event(
-                told(self.measure_width),
-                [*pruning, self.rows],
-                known,
-                show_progress_on=self.figures,
-                **_QUEUED,
+                told(self.measure_width), [*asked, shown.width], known, trigger_mode="always_last", **HEAVY | progress
             )
             for event in (shown.width.release, self.measure.click)
         ]
-        stale = [step, *measured]
+        start = [*known, self.todo, self.whole_curve, self.stop]
         shown.opened.change(
             told(self.refresh),
-            [shown.current, shown.opened],
-            [self.ranking, self.k, *known, self.todo, self.whole_curve, self.sample, self.picture],
-            cancels=stale,
+            [shown.current, shown.opened, self.todo],
+            [self.ranking, self.k, *start, self.sample, self.picture],
+            cancels=[step, *measured],
             **LIGHT,
         )
         for event in (self.ranking.input, self.k.release):
-            event(
-                told(self.start_over),
-                [shown.current, self.ranking, self.k],
-                [*known, self.todo, self.whole_curve],
-                cancels=stale,
-                **LIGHT,
-            )
-        self.whole_curve.click(
-            told(self.plan), [shown.current, self.rows], [self.todo, self.whole_curve, self.stop], **LIGHT
-        )
-        self.stop.click(lambda: ([], gr.update(visible=False)), None, [self.todo, self.stop], cancels=step, **LIGHT)
+            event(told(self.start_over), [*asked[:-1], self.todo], start, cancels=[step, *measured], **LIGHT)
+        self.whole_curve.click(told(self.plan), asked, [self.todo, self.whole_curve, self.stop], **LIGHT)
+        self.stop.click(self.halt, self.todo, [self.stop, self.whole_curve], cancels=step, **LIGHT)
         self.ranking.input(None, self.ranking, None, js="ranking => nested.show({ranking})", **BROWSER)
         self.k.input(None, self.k, None, js="k => nested.show({k})", **BROWSER)
         # What a text became, and where it was pushed, are of the pruning that was: gone with the next.
@@ -159,7 +141,9 @@ class PruneTab:
 
     # What is known
 
-    def refresh(self, current: tuple[str, str], opened: dict[str, Any]) -> tuple[Any, ...]:
+    def refresh(
+        self, current: tuple[str, str], opened: dict[str, Any], todo: dict[str, Any] | None
+    ) -> tuple[Any, ...]:
         """What the tab shows of an SAE that was just opened: what is stored with its index."""
         about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
         k, control = about["k"], gr.update(visible=False)
@@ -170,26 +154,47 @@ class PruneTab:
             chosen = opened["k"] if 1 <= opened["k"] <= most else k
             control = gr.update(maximum=most, value=chosen, visible=True)
             k = chosen
-        rest = self.start_over(current, opened["ranking"], k or 0)
+        start = self.start_over(current, opened, opened["ranking"], k or 0, todo)
         sample = "" if showcase is None else sample_html(showcase)
         indexed = about["index_tokens"] is not None and len(about["prefix_widths"]) > 1
         picture = self.endpoints.picture(*current, PARENT, LARGEST) if indexed else ""
-        return opened["ranking"], control, *rest, sample, html.picture(picture)
+        return opened["ranking"], control, *start, sample, html.picture(picture)
 
-    def start_over(self, current: tuple[str, str], ranking: str, k: int) -> tuple[Any, ...]:
+    def start_over(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, todo: dict[str, Any] | None
+    ) -> tuple[Any, ...]:
         """What is stored of a ranking, where another one was."""
-        about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
-        stored = showcase is not None and int(k) in (0, about["k"] or 0)
-        rows = showcase["curve"].get(ranking, []) if stored else []
-        return rows, self._curve(current, ranking, k, rows), [], gr.update(visible=len(rows) < 2)
+        self.halt(todo)
+        rows = self._stored(current, ranking, k)
+        curve = self._curve(current, opened, ranking, k, rows, first=True)
+        state = {"key": _key(opened, ranking, k), "rows": rows}
+        return state, curve, None, gr.update(visible=len(rows) < 2), gr.update(visible=False)
 
-    def _curve(self, current: tuple[str, str], ranking: str, k: int, rows: list[dict[str, Any]]) -> str:
-        """What is measured, for the browser."""
+    def _stored(self, current: tuple[str, str], ranking: str, k: int) -> list[dict[str, Any]]:
+        showcase = self.endpoints.showcase(*current)
+        stored = showcase is not None and self._trained_k(current, k)
+        return showcase["curve"].get(ranking, []) if stored else []
+
+    def _trained_k(self, current: tuple[str, str], k: int) -> bool:
+        return int(k) in (0, self.endpoints.describe(*current)["k"] or 0)
+
+    def _curve(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        rows: list[dict[str, Any]],
+        first: bool = False,
+    ) -> str:
+        """What is measured, for the browser, which leaves it out if it has gone on to another ranking or SAE."""
         about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
-        trained_k = int(k) in (0, about["k"] or 0)
+        trained_k = self._trained_k(current, k)
         return html.data(
             "nested-curve",
             {
+                "key": _key(opened, ranking, k),
+                "first": first,
                 "latents": about["num_latents"],
                 "prefixes": about["prefix_widths"],
                 "rows": rows,
@@ -212,39 +217,78 @@ class PruneTab:
     def measure_width(
         self,
         current: tuple[str, str],
+        opened: dict[str, Any],
         ranking: str,
-        width: int,
         k: int,
-        rows: list[dict[str, Any]],
+        known: dict[str, Any],
+        width: int,
         progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
     ) -> tuple[Any, ...]:
         """The figures at a width, added to those that are known."""
+        rows = self._known(current, opened, ranking, k, known)
         if any(row["width"] == int(width) for row in rows):
             return gr.skip(), gr.skip()
-        chosen = self._chosen(current, ranking, width, k)
-        rows = with_row(rows, self.endpoints.measure(*chosen) | {"selection": SELECTION})
-        return rows, self._curve(current, ranking, k, rows)
+        return self._measured(current, opened, ranking, k, rows, int(width))
 
-    def plan(self, current: tuple[str, str], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    def _known(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        # What was measured last may be of the ranking before, if it came late.
+        ours = known is not None and known["key"] == _key(opened, ranking, k)
+        return known["rows"] if ours else self._stored(current, ranking, k)
+
+    def _measured(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        rows: list[dict[str, Any]],
+        width: int,
+    ) -> tuple[dict[str, Any], str]:
+        if self._trained_k(current, k):
+            row = self.endpoints.curve_point(*current, ranking, width)
+        else:
+            row = self.endpoints.measure(*self._chosen(current, ranking, width, k))
+        rows = with_row(rows, row | {"selection": SELECTION})
+        known = {"key": _key(opened, ranking, k), "rows": rows}
+        return known, self._curve(current, opened, ranking, k, rows)
+
+    def plan(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
+    ) -> tuple[Any, ...]:
         """The widths to measure, each a job of its own, so that others' questions come in between."""
         about = self.endpoints.describe(*current)
-        todo = curve_widths(about["num_latents"], about["prefix_widths"])
-        todo = [width for width in todo if width not in [row["width"] for row in rows]]
-        return todo, gr.update(visible=False), gr.update(visible=True)
+        done = [row["width"] for row in self._known(current, opened, ranking, k, known)]
+        widths = [width for width in curve_widths(about["num_latents"], about["prefix_widths"]) if width not in done]
+        plan = {"key": _key(opened, ranking, k), "widths": widths, "stopped": False}
+        return plan, gr.update(visible=False), gr.update(visible=True)
 
     def measure_next(
-        self, current: tuple[str, str], ranking: str, k: int, rows: list[dict[str, Any]], todo: list[int]
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        known: dict[str, Any],
+        plan: dict[str, Any] | None,
     ) -> tuple[Any, ...]:
-        """Measure the next width of a curve; the rest is what starts the next."""
-        if not todo:
+        """Measure the next width of a curve; what is left starts the next."""
+        if plan is None or plan["stopped"] or plan["key"] != _key(opened, ranking, k) or not plan["widths"]:
             return gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)
-        about = self.endpoints.describe(*current)
-        if int(k) in (0, about["k"] or 0):
-            row = self.endpoints.curve_point(*current, ranking, todo[0])
-        else:
-            row = self.endpoints.measure(*current, ranking, todo[0], int(k))
-        rows = with_row(rows, row | {"selection": SELECTION})
-        return rows, self._curve(current, ranking, k, rows), todo[1:], gr.update(visible=len(todo) > 1)
+        width, *widths = plan["widths"]
+        rows = self._known(current, opened, ranking, k, known)
+        found, curve = self._measured(current, opened, ranking, k, rows, width)
+        if plan["stopped"]:  # meanwhile
+            return found, curve, gr.skip(), gr.update(visible=False)
+        return found, curve, plan | {"widths": widths}, gr.update(visible=bool(widths))
+
+    @staticmethod
+    def halt(plan: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Measure no further width of a curve."""
+        if plan is not None:
+            plan["stopped"] = True  # in place: a width that is being measured sees it, too
+        return gr.update(visible=False), gr.update(visible=True)
 
     def _chosen(self, current: tuple[str, str], ranking: str, width: int, k: int) -> tuple[str, str, str, int, int]:
         # A slider may still have the width of the SAE that was open before.
@@ -284,6 +328,11 @@ class PruneTab:
         if visitor is None:
             raise ValueError("Log in with Hugging Face first: the button is above.")
         return self.push_with_token(current, ranking, width, k, repo, visitor.token, private)
+
+
+def _key(opened: dict[str, Any], ranking: str, k: int) -> str:
+    """What figures are of, but for the width."""
+    return f"{opened['time']} {ranking} {int(k)}"
 
 
 def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,10 +20,10 @@ EXAMPLES = (
     ("a token that came before", "[v=.] .* [v]"),
     ("words: return, returns", "return, returns"),
 )
-HELP = """**Words**, with commas between them, are looked for whole and in any case. **Patterns** are regular expressions
-over tokens: `` `text` `` (a leading space counts), `.` any token, `(a | b)`, repeats `+ * ? {2,3}`, look-arounds `(?<=...)`,
-`[v=.] ... [v]` for what comes again, and ``[re `\\d+`]`` for what one token says. A latent's cosine is that of its
-activations with 1 at the last token of every match."""
+HELP = """**Words**, with commas between them, are looked for whole and in any case. **Patterns** are regular
+expressions over tokens: `` `text` `` (a leading space counts), `.` any token, `(a | b)`, repeats `+ * ? {2,3}`,
+look-arounds `(?<=...)`, `[v=.] ... [v]` for what comes again, and ``[re `\\d+`]`` for what one token says. A latent's
+cosine is that of its activations with 1 at the last token of every match."""
 KINDS = {"whichever it looks like": "", "words": "words", "a pattern": "pattern"}
 
 _READ_AS = {"words": "words:", "pattern": "the pattern"}
@@ -108,7 +108,7 @@ class SearchTab:
             return ""  # an index of very many latents
         chips = " ".join(chip(current, row["latent"], row["label"]) for row in rows)
         return (
-            f'<p class="chips"><span>From the index: latents whose strongest firings hold “{_QUICK}”</span> {chips}</p>'
+            f'<p class="chips"><span>From the index: latents that fire most on “{_QUICK}”</span> {chips}</p>'
             '<p class="quiet">A search runs over held-out text and says how exactly each latent fires there.</p>'
         )
 
@@ -164,7 +164,8 @@ def hits_html(
         above (`dict[int, list[int]]`): Ancestors of each hit, nearest first.
         current (`tuple[str, str]`): Source and place of the SAE.
         read_as (`str`): What the query was taken for.
-        tokens (`int`), width (`int`): How many held-out tokens were searched, and with how many latents.
+        tokens (`int`): Number of held-out tokens that were searched.
+        width (`int`): Number of latents that were encoded.
     """
     if not hits:
         return f'<p class="note">{escape(read_as)}: the text holds it, but none of {width:,} latents fires there.</p>'

@@ -66,12 +66,13 @@ class TextTab:
                 self.seed = gr.Number(0, precision=0, label="Seed", min_width=90)
             with gr.Row():
                 self.steer = gr.Button(
-                    "Continue with and without it", variant="primary", scale=0, min_width=240, elem_id="steer"
+                    "Continue with and without it", variant="primary", scale=0, min_width=290, elem_id="steer"
                 )
             self.steered = area("steered")
         self._wire(shown)
 
     def _wire(self, shown: Shown) -> None:
+        quiet = {**HEAVY, "show_progress": "hidden"}
         reading_of = [shown.current, self.text, shown.width]
         read = gr.on(
             [self.read.click, self.text.submit],
@@ -82,7 +83,7 @@ class TextTab:
             js="(current, text, width) => { nested.show({text, tab: 'text'}); return [current, text, width]; }",
             **HEAVY,
         )
-        shown.width.release(self.again, [*reading_of, shown.opened], self.found, trigger_mode="always_last", **HEAVY)
+        shown.width.release(self.again, reading_of, self.found, trigger_mode="always_last", **quiet)
         how = [self.mode, self.new_tokens, self.temperature, self.seed]
         steering = self.steer.click(
             self.continue_all,
@@ -124,7 +125,7 @@ class TextTab:
             return problem(error)
         return text_html(features, current)
 
-    def again(self, current: tuple[str, str], text: str, width: float, view: dict[str, Any]) -> Any:
+    def again(self, current: tuple[str, str], text: str, width: float) -> Any:
         """The same at another width; the stored sample has its widths with it."""
         stored = self.endpoints.showcase(*current)
         if stored is not None and text == stored["sample"]["text"]:

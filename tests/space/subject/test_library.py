@@ -219,6 +219,27 @@ def test_weights_that_are_not_finite_are_a_message(library, tmp_path):
         library.open(str(tmp_path))
 
 
+def test_a_fork_of_the_process_finds_nothing_locked(tmp_path):
+    library = Library(tokens=300)
+    opened, inside, leave = library.open(small_sae(tmp_path)), threading.Event(), threading.Event()
+
+    def hold():
+        lane, named = library.lanes["text"].turn(), library._opening.held("somebody/sae")
+        with lane, named, library._guard, library._loading, opened._reading, opened.reader._lock:
+            inside.set()
+            leave.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(5)
+    library.renew_locks()  # as in a fork, in which the holder is not
+    with library.lanes["text"].turn(), library._opening.held("somebody/sae"):
+        assert library._guard.acquire(timeout=1) and library._loading.acquire(timeout=1)
+        assert opened._reading.acquire(timeout=1) and opened.reader._lock.acquire(timeout=1)
+    leave.set()
+    holder.join()
+
+
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"context_length": 1}, {"keep": 0}])
 def test_a_library_of_nothing_is_refused(options):
     with pytest.raises(ValueError, match="must be at least 1, 2 and 1"):

@@ -205,23 +205,11 @@ def test_figures_are_those_of_the_sae_that_is_downloaded(embedded):
 
 def test_figures_are_measured_once(embedded, monkeypatch):
     first = embedded.measured(Pruning(width=7))
-    curve = embedded.curve("trained")
     calls = []
     monkeypatch.setattr(prunings, "evaluate_fidelity", lambda *args, **options: calls.append(args))
     monkeypatch.setattr(embedded.data.model, "forward", lambda *args, **options: calls.append(args))
-    assert embedded.known_figures(Pruning(width=7))["fvu"] == first["fvu"]
-    assert embedded.known_figures(Pruning(width=8)) is None
-    assert embedded.measured(Pruning(width=7)) == first
-    assert [row["fvu"] for row in embedded.curve("trained")] == [row["fvu"] for row in curve]
-    assert not calls
-
-
-def test_the_curve_has_losses_where_they_were_measured(embedded):
-    embedded.measured(Pruning(width=64))
-    rows = {row["width"]: row for row in embedded.curve("trained")}
-    assert list(rows) == sorted(rows) and list(rows)[-1] == 2048
-    assert rows[64]["recaptured_zero"] == embedded.measured(Pruning(width=64))["recaptured_zero"]
-    assert rows[64]["fvu"] > rows[2048]["fvu"]
+    assert embedded.has("measured", Pruning(width=7)) and not embedded.has("measured", Pruning(width=8))
+    assert embedded.measured(Pruning(width=7)) == first and not calls
 
 
 def test_the_size_is_that_of_the_file(embedded, tmp_path):

@@ -14,12 +14,12 @@ def test_two_prunings_are_compared(desktop):
     choose_tab(page, "Compare")
     outcome = page.locator("#comparison")
     outcome.locator("p", has_text="448 are in both; A alone keeps 1,600, B alone 0").wait_for()
-    assert [text[0] for text in outcome.locator("nested-chart .mark text").all_inner_texts()] == ["A", "B"]
+    assert [text[0] for text in outcome.locator("nested-chart .mark text").all_text_contents()] == ["A", "B"]
     kept = outcome.locator("a.block").evaluate_all(
         "blocks => blocks.every(block => block.classList.contains('dim') == block.dataset.latent >= 448)"
     )
     assert kept
-    page.get_by_label("Order of B").get_by_role("radio", name="energy").click()
+    page.locator("#other-order").get_by_role("radio", name="energy").click()
     outcome.locator("th", has_text="B: 448, energy").wait_for()
     rest(page)
     page.get_by_role("button", name="Measure and compare").click()
