@@ -57,7 +57,7 @@ class Reader:
                 if self._repository is not None:
                     modules = [file for file in self._repository.sizes if _OF_MODULE.fullmatch(file)]
                     self._repository.fetch([*self._repository.files_of_model(), *modules])
-                with LOADING:
+                with self._loading:
                     self._encoder = load_sentence_transformer(self._folder)
             return self._encoder
 
