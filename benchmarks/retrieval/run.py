@@ -49,7 +49,7 @@ from matplotlib import pyplot as plt
 
 CORPORA = ("python", "wordnet")
 MOST_QUERIES, MOST_OTHERS = 4000, 20_000
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
@@ -184,14 +184,14 @@ def point(row: Row, corpus: str, seed: int | None) -> dict:
 
 
 def grouped(points: list[dict]) -> Iterator[tuple[tuple, dict[str, tuple[float, float]]]]:
-    """Mean and half of the 95% interval over seeds of each row's figures."""
+    """Mean and half of the 95% interval over seeds of each row's figures; 0 with fewer than three seeds."""
     keys = list(dict.fromkeys((p["corpus"], p["name"], p["size"]) for p in points))
     for key in keys:
         same = [p for p in points if (p["corpus"], p["name"], p["size"]) == key]
         figures = {}
         for name in ("bytes", "ndcg", "recall"):
             values = [p[name] for p in same]
-            half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 2 else 0.0
             figures[name] = statistics.mean(values), half
         yield key, figures
 
