@@ -41,7 +41,7 @@ from gradio_client import Client
 CLIENTS, SECONDS, CALLS, LATENTS = 30, 60, 500, 20
 TEXT = "The module defines a function that returns the number of items in the list."
 WIDTHS = (32, 48, 72, 106, 157, 232, 343, 507, 750, 1108, 1639, 2048)
-FIGURES, SLIDER = "#figures table", "#width input[type=range]"
+SAE, FIGURES, SLIDER = "#about h1", "#figures table", "#width input[type=range]"
 
 
 class Page:
@@ -92,6 +92,14 @@ class Page:
             return float("nan")
         return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
+    def computed(self) -> float:
+        """Seconds that the page has computed on any core; NaN where the system does not say."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return float("nan")
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 def seconds(call: Callable[[], Any]) -> float:
     """How long a call takes."""
@@ -100,18 +108,16 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def spread(name: str, times: list[float]) -> dict[str, float]:
+def spread(name: str, times: list[float]) -> Iterator[tuple[str, float]]:
     """Median, 95th percentile and slowest of some times."""
     ordered = sorted(times)
-    return {
-        f"{name}: calls": len(times),
-        f"{name}: median": statistics.median(ordered),
-        f"{name}: p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-        f"{name}: slowest": ordered[-1],
-    }
+    yield f"{name}: calls", len(times)
+    yield f"{name}: median", statistics.median(ordered)
+    yield f"{name}: p95", ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    yield f"{name}: slowest", ordered[-1]
 
 
-def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
+def browser(page: Page, sae: str, widths: list[int]) -> Iterator[tuple[str, float]]:
     """Seconds until a visitor sees what is open and its figures, and those of another width."""
     chromium = shutil.which("chromium")
     try:
@@ -119,8 +125,7 @@ def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
     except ImportError:
         chromium = None
     if chromium is None:
-        return {}
-    found: dict[str, float] = {}
+        return
     with sync_playwright() as driver:
         window = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name in ("first visit", "later visit"):
@@ -128,16 +133,15 @@ def browser(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
             tab.set_default_timeout(120_000)
             began = time.perf_counter()
             tab.goto(page.url)
-            for shown, where in (("the SAE", "#about p"), ("figures", FIGURES)):
+            for shown, where in (("the SAE", SAE), ("figures", FIGURES)):
                 tab.locator(where).first.wait_for()
-                found[f"{name}: {shown}"] = time.perf_counter() - began
+                yield f"{name}: {shown}", time.perf_counter() - began
             tab.wait_for_timeout(2000)
             if name == "later visit":
                 slide = functools.partial(_slide, tab, widths[len(widths) // 2] + 1)
-                found["slider's release to its figures"] = seconds(slide)
+                yield "slider's release to its figures", seconds(slide)
             tab.close()
         window.close()
-    return found
 
 
 def _slide(tab: Any, width: int) -> None:
@@ -153,8 +157,8 @@ def _slide(tab: Any, width: int) -> None:
     tab.locator(FIGURES, has_text=f"{width:,}").first.wait_for()
 
 
-def waits(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
-    """Seconds of a lone client's calls."""
+def waits(page: Page, sae: str, widths: list[int]) -> Iterator[tuple[str, float]]:
+    """Seconds of a lone client's calls, and for how many of them the page computed."""
     client, draw, whole = page.client(), random.Random(0), widths[-1]
 
     def latent() -> None:
@@ -164,9 +168,10 @@ def waits(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
         for job in [client.submit(sae, "", "energy", width, 0, api_name="/measure") for width in widths]:
             job.result()
 
-    found = {"latent, first": seconds(latent)}
+    yield "latent, first", seconds(latent)
     times = [seconds(latent) for _ in range(LATENTS)]
-    found |= {f"latent, median of {LATENTS}": statistics.median(times), "latent, slowest": max(times)}
+    yield f"latent, median of {LATENTS}", statistics.median(times)
+    yield "latent, slowest", max(times)
     for name, asked in (
         ("text, first", (TEXT, sae, "", 0, 5, "/read_text")),
         ("text, again", (TEXT, sae, "", 0, 5, "/read_text")),
@@ -178,12 +183,15 @@ def waits(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
         ("compare, both new", (sae, "", "trained", 101, sae, "", "energy", 101, "/compare")),
         ("steer, 30 tokens", (TEXT, 3, "add", 1.0, sae, "", 0, 30, 0.0, 0, "/steer")),
     ):
-        found[name] = seconds(lambda asked=asked: client.predict(*asked[:-1], api_name=asked[-1]))
-    found[f"whole curve by energy, {len(widths)} widths"] = seconds(curve)
-    return found
+        computed = page.computed()
+        yield name, seconds(lambda asked=asked: client.predict(*asked[:-1], api_name=asked[-1]))
+        yield f"{name}: computing", page.computed() - computed
+    name, computed = f"whole curve by energy, {len(widths)} widths", page.computed()
+    yield name, seconds(curve)
+    yield f"{name}: computing", page.computed() - computed
 
 
-def others(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
+def others(page: Page, sae: str, widths: list[int]) -> Iterator[tuple[str, float]]:
     """Seconds of one visitor's short text, over and over, while others ask for much."""
     reader, busy = page.client(), page.client()
 
@@ -203,20 +211,19 @@ def others(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
 
     said: list[str] = []
     read()
-    found = spread("text, nobody else there", [seconds(read) for _ in range(10)])
+    yield from spread("text, nobody else there", [seconds(read) for _ in range(10)])
     for name, ask in (("text while a curve is measured", curve), ("text while a Hub does not answer", unreachable)):
         with ThreadPoolExecutor(1) as pool:
             job, times = pool.submit(lambda ask=ask: seconds(ask)), []
             while not job.done():
                 times.append(seconds(read))
                 time.sleep(0.5)
-        found |= spread(name, times)
-        found[f"{name}: what was waited for"] = job.result()
+        yield from spread(name, times)
+        yield f"{name}: what was waited for", job.result()
     sys.stdout.write(f"an unreachable repository is told: {said[0] if said else 'nothing'}\n")
-    return found
 
 
-def crowd(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
+def crowd(page: Page, sae: str, widths: list[int]) -> Iterator[tuple[str, float]]:
     """What many clients at once wait for; any error is counted."""
     until = threading.Event()
 
@@ -239,7 +246,8 @@ def crowd(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
     timer.cancel()
     name = f"{CLIENTS} clients for {SECONDS} s"
     times = [seconds for _, each in visits for seconds in each]
-    return {f"{name}: errors": sum(errors for errors, _ in visits), **spread(name, times)}
+    yield f"{name}: errors", sum(errors for errors, _ in visits)
+    yield from spread(name, times)
 
 
 def _asked(draw: random.Random, number: int, sae: str, widths: list[int]) -> Iterator[tuple[Any, ...]]:
@@ -259,17 +267,16 @@ def _asked(draw: random.Random, number: int, sae: str, widths: list[int]) -> Ite
             yield draw.randrange(whole), sae, "", "/feature"
 
 
-def memory(page: Page, sae: str, widths: list[int]) -> dict[str, float]:
+def memory(page: Page, sae: str, widths: list[int]) -> Iterator[tuple[str, float]]:
     """Megabytes of the page before and after many calls of all kinds."""
     client = page.client()
     asked = _asked(random.Random(1), 0, sae, widths)
-    found: dict[str, float] = {}
     for done in range(CALLS + 50):
         if done == 50:  # everything that is opened once is open
-            found["memory after 50 calls (MB)"] = page.megabytes()
+            yield "memory after 50 calls (MB)", page.megabytes()
         call = next(asked)
         client.predict(*call[:-1], api_name=call[-1])
-    return found | {f"memory after {CALLS} more calls (MB)": page.megabytes()}
+    yield f"memory after {CALLS} more calls (MB)", page.megabytes()
 
 
 PARTS = {"browser": browser, "waits": waits, "others": others, "crowd": crowd, "memory": memory}
@@ -303,9 +310,8 @@ def main() -> None:
         widths = sorted({max(1, width * whole // WIDTHS[-1]) for width in WIDTHS})
         found = {"start: the page is served": page.start}
         for part in parsed.only:
-            measured = PARTS[part](page, parsed.sae, widths)
-            found |= measured
-            for name, value in measured.items():
+            for name, value in PARTS[part](page, parsed.sae, widths):
+                found[name] = value
                 unit = "" if name.endswith((": errors", ": calls", "(MB)")) else " s"
                 sys.stdout.write(f"{name:<60} {value:>10.3f}{unit}\n")
                 sys.stdout.flush()

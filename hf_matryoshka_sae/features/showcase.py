@@ -150,9 +150,10 @@ def index_showcase(
     heldout = as_config(None) if embedded else dataset if run is None or run.dataset is None else run.dataset
     # In the main process all sums are added up.
     sums, top = latent_pass.sums, largest_of(latent_pass.contexts)
-    energy, largest = gathered([(sums.moments[1].argsort(descending=True, stable=True).cpu(), top.cpu())])[0]
+    order = sums.moments[1].argsort(descending=True, stable=True)
+    energy, largest, tokens = gathered([(order.cpu(), top.cpu(), min(TOKENS, int(sums.tokens)))])[0]
     try:
-        batches = heldout_batches(heldout, tokenizer, context_length, TOKENS, exclude=exclude)
+        batches = heldout_batches(heldout, tokenizer, context_length, tokens, exclude=exclude)
         data = HeldOut(model, batches, hookpoint, tokenizer.mask_token_id, tokenizer)
         return measure_showcase(sae, data, energy, largest, show)
     except ValueError as error:

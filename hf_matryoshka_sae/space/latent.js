@@ -75,6 +75,8 @@
     element: () => document.getElementById("drawer"),
     isOpen: () => drawer.element().classList.contains("open"),
     open: state => {
+      drawer.element().setAttribute("role", "complementary");
+      drawer.element().setAttribute("aria-label", "A latent");
       drawer.element().classList.toggle("open", state);
       // Beside the drawer where there is room; on a phone it is a sheet over the page.
       drawer.element().closest("main").style.paddingRight = state ? "max(0px, min(29rem, 100vw - 42rem))" : "";
@@ -95,7 +97,7 @@
       const element = drawer.element();
       element.classList.remove("waiting");
       element.scrollTop = 0;
-      if (opener) element.querySelector(".latent-head h2")?.focus({ preventScroll: true });
+      if (opener) element.querySelector("#latent-head h2")?.focus({ preventScroll: true });
       threshold(element.querySelector(".family"));
       for (const one of all("a.block.open")) one.classList.remove("open");
       for (const one of all(`a.block[data-latent="${latent}"]`)) one.classList.add("open");
@@ -127,6 +129,23 @@
   }, true);
   document.addEventListener("keydown", event => {
     if (event.key === "Escape" && drawer.isOpen()) drawer.close();
+  });
+
+  // The tabulator key goes from family to family of the picture; arrows go within one.
+  document.addEventListener("keydown", event => {
+    const block = event.target.closest?.("a.block");
+    if (!block || !event.key.startsWith("Arrow")) return;
+    event.preventDefault();
+    const { latent, parent } = block.dataset, picture = block.closest("svg.nested");
+    const find = selector => all(selector, picture);
+    const beside = parent ? find(`a.block[data-parent="${parent}"]`) : find("a.block:not([data-parent])");
+    const next = {
+      ArrowDown: () => find(`a.block[data-parent="${latent}"]`)[0],
+      ArrowUp: () => parent && find(`a.block[data-latent="${parent}"]`)[0],
+      ArrowRight: () => beside[beside.indexOf(block) + 1],
+      ArrowLeft: () => beside[beside.indexOf(block) - 1],
+    }[event.key]();
+    if (next) next.focus();
   });
 
   // Relatives below the score that is asked for are hidden.

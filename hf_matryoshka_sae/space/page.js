@@ -102,6 +102,12 @@
   // Follow the link of a download button that is not to be seen.
   nested.download = id => document.querySelector(`#${id} a, a#${id}, #${id} button, button#${id}`)?.click();
 
+  // Gradio's tables name their search field by a title alone.
+  new MutationObserver(() => {
+    const unnamed = document.querySelectorAll("input.search-input:not([aria-label])");
+    for (const field of unnamed) field.setAttribute("aria-label", field.title);
+  }).observe(document.body, { childList: true, subtree: true });
+
   // A click on anything that names a latent opens it; in a new tab or with a key held, a link stays a link.
   document.addEventListener("click", event => {
     const named = event.target.closest("[data-latent]");

@@ -66,8 +66,8 @@ class Page:
                     self.explore = ExploreTab(self.endpoints, shown)
                 with self._view("Search", "search"):
                     self.search = SearchTab(self.endpoints, shown)
-                with self._view("Text and steer", "text"):
-                    self.text = TextTab(self.endpoints, shown)
+                with self._view("Text and steer", "text") as tab:
+                    self.text = TextTab(self.endpoints, shown, tab)
                 with self._view("Texts", "texts", visible=False) as texts:
                     TextsTab(self.endpoints, shown, texts)
                 with self._view("Compare", "compare"):

@@ -56,7 +56,7 @@ def test_endpoints_are_named_typed_and_described(client):
 
 def test_a_feature_is_what_the_page_shows(client):
     found = client.predict(latent=42, api_name="/feature")
-    assert found["latent"] == 42 and len(found["contexts"]) == 12
+    assert found["latent"] == 42 and len(found["contexts"]) == 10
     (best,) = client.predict(sort="largest activation", count=1, api_name="/latents")
     assert client.predict(latent=best["latent"], api_name="/feature")["max"] == pytest.approx(best["max"])
 

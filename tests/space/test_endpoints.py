@@ -66,7 +66,7 @@ def test_an_sae_without_an_index_says_so(endpoints, bare):
         lambda: endpoints.family(3, bare),
     ):
         with pytest.raises(
-            ValueError, match="no feature index yet. Build it on the Features tab, or with `matryoshka"
+            ValueError, match="no feature index yet. Build it under Explore, or with `matryoshka"
         ):
             ask()
 

@@ -55,14 +55,6 @@ def test_the_peak_is_marked_whatever_its_value():
     assert "".join(svg(html.tokens(["a"], [0.0], 0.0)).itertext()) == "a"
 
 
-def test_contexts_can_be_read_as_text():
-    row = {"tokens": ["a\n", "<i>", " b]]"], "activations": [0.0, 2.5, 1.0], "peak": 1, "value": 2.5}
-    found = html.contexts([row, row | {"peak": 0, "value": 1.0}], 2.5)
-    pre = svg(f"<div>{found}</div>").find(".//pre").text
-    assert pre.splitlines() == ["     2.5  a\\n[[<i>]] b]]", "       1  [[a\\n]]<i> b]]"]
-    assert len(svg(f"<div>{found}</div>").findall(".//li")) == 2 and "<i>" not in found
-
-
 def test_a_table_escapes_its_head_and_caption():
     found = html.table([HOSTILE, "n"], [["<b>cell</b>", "1"]], HOSTILE, numbers=(1,))
     assert "<script" not in found and "<td><b>cell</b></td>" in found

@@ -187,7 +187,7 @@ def _histogram(feature: dict[str, Any]) -> str:
     return (
         f'<figure class="histogram"><svg viewBox="0 0 300 82" preserveAspectRatio="none" role="img" '
         f'aria-label="{said}{edges[most + 1]:.3g}">{bars}</svg>'
-        f"<figcaption><span>{edges[0]:.3g}</span><span>activation (logarithmic), darker is a stronger band</span>"
+        f"<figcaption><span>{edges[0]:.3g}</span><span>activation (logarithmic); fuller is a stronger band</span>"
         f"<span>{edges[-1]:.3g}</span></figcaption></figure>"
     )
 

@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML: latents as links, tokens, contexts, tables. Everything that is text is escaped."""
+"""Pieces of the page as HTML: latents as links, tokens, tables. Everything that is text is escaped."""
 
 import json
 import math
@@ -49,27 +49,6 @@ def tokens(texts: Sequence[str], values: Sequence[float], largest: float, peak: 
         tag = "mark" if number == peak else "span"
         parts.append(f'<{tag} class="token{sign}" style="--share:{share:.2f}" title="{value:.3g}">{escaped}</{tag}>')
     return f'<span class="tokens">{"".join([*parts, *plain])}</span>'
-
-
-def as_text(texts: Sequence[str], peak: int) -> str:
-    """A context in plain text, the token it is about between brackets; escaped."""
-    before, after = "".join(texts[:peak]), "".join(texts[peak + 1 :])
-    return escape(f"{before}[[{texts[peak]}]]{after}".replace("\n", "\\n"))
-
-
-def contexts(rows: Iterable[dict[str, Any]], largest: float) -> str:
-    """Contexts of a latent: shaded, and below them the same as text."""
-    rows = list(rows)
-    shaded = "".join(
-        f'<li><span class="value">{row["value"]:.3g}</span>'
-        f"{tokens(row['tokens'], row['activations'], largest, row['peak'])}</li>"
-        for row in rows
-    )
-    plain = "\n".join(f"{row['value']:>8.3g}  {as_text(row['tokens'], row['peak'])}" for row in rows)
-    return (
-        f'<ol class="contexts">{shaded}</ol>'
-        f'<details><summary>The same as text</summary><pre tabindex="0">{plain}</pre></details>'
-    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", numbers: Sequence[int] = ()) -> str:

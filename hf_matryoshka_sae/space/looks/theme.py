@@ -25,6 +25,7 @@ def looks() -> dict[str, Any]:
 def theme() -> gr.themes.Base:
     """Return the colours of the pages: text has a contrast of at least 4.5 to 1, light and dark."""
     return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate").set(
+        color_accent="*primary_600",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",

@@ -51,7 +51,7 @@ class Library:
             [`forget_own_token`].
         shown (`Sequence[str]`, *optional*): Folders that strangers may open all the same.
         most_gigabytes (`float`, *optional*): Of 10^9 bytes of files on the Hub that an SAE may have, and its language
-            model; by default 4 where strangers visit, else any number.
+            model; by default 4 where strangers visit, else any number. Language models of twice that are kept open.
     """
 
     def __init__(
@@ -197,11 +197,18 @@ class Library:
     def _keep(self, key: tuple[str, str], opened: Opened) -> None:
         with self._guard:
             self._opened[key] = self._opened[key[0], opened.place] = opened
-            while len({id(one) for one in self._opened.values()}) > self.keep:
+            while self._too_many() and set(map(id, self._opened.values())) != {id(opened)}:
                 self._opened.popitem(last=False)
             # A model stays as long as an SAE of it is open.
             used = {id(one.reader) for one in self._opened.values()}
             self._readers = {name: reader for name, reader in self._readers.items() if id(reader) in used}
+
+    def _too_many(self) -> bool:
+        """Whether more SAEs are open than are kept, or more of their models than fit in memory."""
+        opened = {id(one): one for one in self._opened.values()}
+        readers = {id(one.reader): one.reader for one in opened.values()}
+        gigabytes = sum(reader.gigabytes for reader in readers.values())
+        return len(opened) > self.keep or gigabytes > 2 * self.most_gigabytes
 
     def _open(self, source: str, place: str) -> Opened:
         repository, saes = self._listed(source)
@@ -247,14 +254,17 @@ class Library:
     def _reader(self, name: str, ours: bool) -> Reader:
         """A language model, so far without its weights."""
         with self._opening.held(("model", name)):
-            if name not in self._readers:
+            reader = self._readers.get(name)
+            if reader is None:
                 try:
-                    self._readers[name] = self._read(name, ours)
+                    reader = self._read(name, ours)
                 except (ValueError, *UNREACHABLE) as error:
                     raise ValueError(
                         f"The language model '{name[:80]}' cannot be loaded: {_first_line(error)}"
                     ) from error
-            return self._readers[name]
+                with self._guard:
+                    self._readers[name] = reader
+            return reader
 
     def _read(self, name: str, ours: bool) -> Reader:
         folder = str(embedded_lm_path()) if name == EMBEDDED else self._folder(name, ours)

@@ -202,7 +202,7 @@ class Opened:
         """
         if self.index is None:
             raise ValueError(
-                f"{self.index_problem or 'This SAE has no feature index yet.'} Build it on the Features tab, or with "
+                f"{self.index_problem or 'This SAE has no feature index yet.'} Build it under Explore, or with "
                 f"`matryoshka-sae index {self.source}`, and open the SAE again."
             )
         return self.index

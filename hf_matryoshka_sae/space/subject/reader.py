@@ -36,6 +36,8 @@ class Reader:
 
     def __init__(self, name: str, loading: Any, folder: str, repository: Repository | None = None) -> None:
         self.name, self._folder, self._repository = name, folder, repository
+        files = [] if repository is None else repository.files_of_model()
+        self.gigabytes = 0.0 if repository is None else repository.bytes_of(files) / 1e9
         self.renew_locks(loading)
         with loading:
             self._config = AutoConfig.from_pretrained(folder)

@@ -69,7 +69,13 @@ class Drawer:
             feature = self.endpoints.feature(int(latent), *current)
             about = self.endpoints.describe(*current)
         except (ValueError, *UNREACHABLE) as error:
-            return "<h2>No such page</h2>", problem(error), "", gr.update(visible=False), gr.update(visible=False)
+            return (
+                f'<h2 tabindex="-1">Latent {int(latent)}</h2>',
+                problem(error),
+                "",
+                gr.update(visible=False),
+                gr.update(visible=False),
+            )
         return (
             feature_head(feature, current),
             feature_page(feature, about["prefix_widths"], current),

@@ -11,9 +11,9 @@ from ..looks.chips import chip, problem
 from ..looks.reading import reading, side_by_side
 from .drawer import Drawer
 from .inputs import BROWSER, HEAVY, LIGHT, Shown, area
+from .prune import SAMPLE
 
 
-SAMPLE = "The module defines a function that returns the number of items in the list."
 _TOP = 64
 """Of each token so many of its strongest latents come to the browser, which colours by any of them."""
 
@@ -27,10 +27,11 @@ class TextTab:
     Args:
         endpoints ([`Endpoints`]): Answers.
         shown ([`Shown`]): What is open.
+        tab (`gr.Tab`): Around it; its label names steering where the model can write.
     """
 
-    def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
-        self.endpoints = endpoints
+    def __init__(self, endpoints: Endpoints, shown: Shown, tab: gr.Tab) -> None:
+        self.endpoints, self.tab = endpoints, tab
         with gr.Row(elem_classes="ask-row"):
             self.text = gr.Textbox(SAMPLE, label="Text", lines=2, max_lines=10, scale=5, min_width=260, elem_id="text")
             self.read = gr.Button("Read it", variant="primary", scale=0, min_width=110)
@@ -97,8 +98,11 @@ class TextTab:
         self.text.input(None, None, self.found, js=f"() => {_ASK!r}", cancels=[read], **BROWSER)
         controls = (self.text, self.latent, self.rival, self.strength, shown.width, *how)
         gr.on([one.input for one in controls], None, None, self.steered, js=_EMPTY, cancels=[steering], **BROWSER)
-        refreshed = [self.text, self.found, self.steering, self.latent, self.rival, self.steered]
-        shown.opened.change(self.refresh, [shown.current, shown.opened], refreshed, **LIGHT)
+        refreshed = [self.tab, self.text, self.found, self.steering, self.latent, self.rival, self.steered]
+        opened = [shown.current, shown.opened]
+        shown.opened.change(self.refresh, opened, refreshed, **LIGHT).then(
+            self.show_linked, [*opened, shown.width], self.found, **quiet
+        )
 
     def connect(self, drawer: Drawer, shown: Shown) -> None:
         """Let the drawer steer the latent that it shows."""
@@ -110,12 +114,16 @@ class TextTab:
     def refresh(self, current: tuple[str, str], view: dict[str, Any]) -> tuple[Any, ...]:
         """What the tab shows of an SAE that was just opened: the text of the link, else the sample that is stored."""
         about, stored = self.endpoints.describe(*current), self.endpoints.showcase(*current)
-        steering = gr.update(visible=about["generates"])
-        text = view.get("text") or ""
-        if text or stored is None:
-            return text or SAMPLE, _ASK, steering, None, None, ""
-        found = sample_html(stored, view.get("width") or about["num_latents"])
-        return stored["sample"]["text"], found, steering, None, None, ""
+        text, found = view.get("text") or "", _ASK
+        if not text and stored is not None:
+            text, found = stored["sample"]["text"], sample_html(stored, view.get("width") or about["num_latents"])
+        label = "Text and steer" if about["generates"] else "Text"
+        shows = gr.update(label=label), text or SAMPLE, found, gr.update(visible=about["generates"])
+        return *shows, None, None, ""
+
+    def show_linked(self, current: tuple[str, str], view: dict[str, Any], width: float) -> Any:
+        """The text of the link, read."""
+        return self.show(current, view["text"], width) if view.get("text") else gr.skip()
 
     def show(self, current: tuple[str, str], text: str, width: float) -> str:
         """The strongest latents of each token of a text."""

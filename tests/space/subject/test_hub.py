@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 
+from hf_matryoshka_sae.assets import embedded_lm_path
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.space import Library
 from hf_matryoshka_sae.space.subject import hub as hub_module
@@ -89,18 +90,26 @@ def test_a_language_model_that_is_too_large_is_refused_before_it_is_fetched(hub,
 
 
 def test_a_language_model_of_the_hub_is_loaded_from_the_files_it_needs(hub, tmp_path):
-    from hf_matryoshka_sae.assets import load_embedded_lm
-
-    model, tokenizer = load_embedded_lm()
-    model.save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "lm").iterdir()}
+    files = {path.name: path.read_bytes() for path in embedded_lm_path().iterdir()}
     hub.add("somebody/lm", files | {"pytorch_model.bin": b"0" * 1000, "flax_model.msgpack": b"0", "code.py": b""})
     hub.add(NAME, small_sae(tmp_path / "sae", base_model="somebody/lm"))
     opened = Library(tokens=300).open(NAME)
     assert opened.data.model.name_or_path == opened.tokenizer.name_or_path == "somebody/lm"
     fetched = {request.path.rpartition("/")[2] for request in hub.requests if "somebody/lm/resolve" in request.path}
     assert "model.safetensors" in fetched and not fetched & {"pytorch_model.bin", "flax_model.msgpack", "code.py"}
+
+
+def test_no_more_models_are_kept_than_fit(hub, tmp_path):
+    lm = {path.name: path.read_bytes() for path in embedded_lm_path().iterdir()}
+    for name in "abc":
+        hub.add(f"lm/{name}", lm)
+        hub.add(f"sae/{name}", small_sae(tmp_path / name, base_model=f"lm/{name}"))
+    gigabytes = sum(len(data) for data in lm.values()) / 1e9
+    library = Library(tokens=300, most_gigabytes=1.2 * gigabytes)
+    first, second = library.look("sae/a"), library.look("sae/b")
+    assert library.look("sae/a") is first and library.look("sae/b") is second
+    library.look("sae/c")
+    assert library.look("sae/b") is second and library.look("sae/a") is not first
 
 
 def test_a_hub_that_does_not_answer_is_told_at_once_and_remembered(deaf):

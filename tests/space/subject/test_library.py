@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_many_who_come_at_once_open_it_once(monkeypatch):
     library, opened, start = Library(), [], threading.Barrier(8)
 
     class Found:
-        place, reader, load = ROOT, None, lambda self: None
+        place, reader, load = ROOT, SimpleNamespace(gigabytes=0), lambda self: None
 
     def slow(source, place):
         opened.append((source, place))
