@@ -62,7 +62,12 @@ ABOUT = Report("", "", [], _COLUMNS, {}, intervals=_SELECTION).explanation
 def records_of(result: dict[str, Any], several: bool = False) -> list[dict[str, Any]]:
     """Return records of a [`Report`] from a hookpoint's results; of `several` hookpoints names say which."""
     place = f" @ {result['hookpoint']}" if several else ""
-    return [{"subject": f"{name}{place}", **row} for name, rows in result["saes"].items() for row in rows]
+    subjects = {**result["saes"], **(result.get("baselines") or {})}
+    return [
+        {"subject": f"{name}{place}", "kind": "random" if name.startswith("random (") else "dictionary", **row}
+        for name, rows in subjects.items()
+        for row in rows
+    ]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -77,6 +82,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def report_of(result: dict[str, Any]) -> Report:
     """Return the [`Report`] of a hookpoint's results."""
     about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
+    about += f", baselines on {result['baseline_tokens']}" if result.get("baseline_tokens") else ""
     title = f"{result['hookpoint']}: {about}"
     return _report(title, records_of(result), excluded(result))
 

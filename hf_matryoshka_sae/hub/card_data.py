@@ -212,11 +212,12 @@ def _add_results(
         if result is None or name not in result["saes"]:
             continue
         facts.rows = result["saes"][name]
-        facts.measured = {key: value for key, value in result.items() if key not in ("saes", "weights")}
+        facts.measured = {key: value for key, value in result.items() if key not in ("saes", "baselines", "weights")}
         others = {"random": f"random ({name})", "principal components": "principal components", "identity": "identity"}
+        beside = {**result["saes"], **(result.get("baselines") or {})}
         for title, key in others.items():
-            if key in result["saes"]:
-                facts.baselines[title] = {row["width"]: row for row in result["saes"][key]}
+            if key in beside:
+                facts.baselines[title] = {row["width"]: row for row in beside[key]}
         return
 
 

@@ -35,7 +35,7 @@ _REMOVAL = (
 
 def fidelity(bench: Bench, tokens: int) -> Found:
     """Reconstruction, loss, similarity, weights and firing."""
-    data = bench.tokens(tokens)
+    data = bench.data.sample(tokens)
     result = evaluate(data, bench.saes, bench.widths, bench.selection, scaling=bench.scaling)
     drawn = result | {"saes": {name: rows for name, rows in result["saes"].items() if name != IDENTITY}}
     text = f"{report.table([result])}\n\n{details([result])}"
@@ -165,7 +165,7 @@ def comparison(bench: Bench, tokens: int) -> Found:
     """Several SAEs at equal sparsity, and how alike their latents are."""
     if len(bench.saes) < 2:
         raise NotDefined("there is one SAE; name a folder of several to compare them")
-    found = sparsity_frontier(bench.tokens(tokens), bench.saes, seed=bench.seed)
+    found = sparsity_frontier(bench.data.sample(tokens), bench.saes, seed=bench.seed)
     lines = [["", "width", "matched cosine", "random rows"]]
     for row in agreement(bench.saes):
         names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]
