@@ -212,12 +212,12 @@ def _add_results(
         if result is None or name not in result["saes"]:
             continue
         facts.rows = result["saes"][name]
+        # The closing report's few baselines are on fewer tokens, and stay in its own table.
         facts.measured = {key: value for key, value in result.items() if key not in ("saes", "baselines", "weights")}
         others = {"random": f"random ({name})", "principal components": "principal components", "identity": "identity"}
-        beside = {**result["saes"], **(result.get("baselines") or {})}
         for title, key in others.items():
-            if key in beside:
-                facts.baselines[title] = {row["width"]: row for row in beside[key]}
+            if key in result["saes"]:
+                facts.baselines[title] = {row["width"]: row for row in result["saes"][key]}
         return
 
 

@@ -40,6 +40,7 @@ class Section:
         least (`int`), full (`int`): Sizes; the same where there is no choice.
         share (`float`): Of a budget of time, relative to the other sections'.
         cost (`float`): Seconds that the least size takes or so, on one core and an SAE of 4,096; cheap ones run first.
+        growth (`float`): Seconds grow with this power of the size.
         better (`str`): Which values of the first column are better, `"higher"` or `"lower"`.
     """
 
@@ -55,6 +56,7 @@ class Section:
     share: float
     cost: float = 1.0
     better: str = "higher"
+    growth: float = 1.0
 
 
 SECTIONS = (
