@@ -23,7 +23,7 @@ from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
 
 
-_FEW_LATENTS, _LITTLE_EFFORT = 16, 0.08
+_EFFORT, _MOST_EFFORT, _SUBSTITUTES_FROM = 0.01, 0.5, 32  # of a latent of each group; latents of a group
 _FULL_STEPS = 1500
 _SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
 _WORDS_TO_CHECK, _SPELLS = 600, 0.5
@@ -67,8 +67,8 @@ def probes(bench: Bench, tokens: int) -> Found:
 
 def patterns(bench: Bench, per_group: int) -> Found:
     """N2G; of few latents with little effort."""
-    effort = _LITTLE_EFFORT if per_group <= _FEW_LATENTS else 0.5
-    options = {"effort": effort, "substitutes": 0 if effort == _LITTLE_EFFORT else 2, "seed": bench.seed}
+    options = {"effort": min(_MOST_EFFORT, _EFFORT * per_group), "seed": bench.seed}
+    options["substitutes"] = 2 if per_group >= _SUBSTITUTES_FROM else 0
     return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
 
 

@@ -104,6 +104,7 @@ SECTIONS = (
         share=2.5,
         cost=8,
         better="lower",
+        growth=1.5,  # from some size on of several splits
     ),
     Section(
         "patterns",
@@ -125,7 +126,7 @@ SECTIONS = (
         48,
         share=4,
         cost=25,
-        better="higher",
+        growth=2.0,  # more latents, and more of the places of each
     ),
     Section(
         "autointerp",
@@ -146,7 +147,6 @@ SECTIONS = (
         16,
         share=4,
         cost=30,
-        better="higher",
     ),
     Section(
         "ablation",
@@ -178,7 +178,6 @@ SECTIONS = (
         10_000,
         share=2,
         cost=15,
-        better="higher",
     ),
     Section(
         "absorption",
