@@ -82,9 +82,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def report_of(result: dict[str, Any]) -> Report:
     """Return the [`Report`] of a hookpoint's results."""
     about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
-    about += f", baselines on {result['baseline_tokens']}" if result.get("baseline_tokens") else ""
     title = f"{result['hookpoint']}: {about}"
-    return _report(title, records_of(result), excluded(result))
+    notes = excluded(result)
+    if result.get("baselines"):
+        notes.append(
+            f"on {result['baseline_tokens']} of the tokens, random: directions drawn at random that fire as often; "
+            "principal components: that many dense numbers per token, up to the width of the hidden states"
+        )
+    return _report(title, records_of(result), notes)
 
 
 def _report(title: str, records: list[dict[str, Any]], notes: list[str]) -> Report:
