@@ -27,6 +27,8 @@ class DatasetConfig:
     chat template renders."""
     streaming: bool | None = None
     """Read while training instead of preparing the data set first; by default for Hub ids, not for local files."""
+    source_column: str | None = None
+    """Column that names where each text is from. Of an `eval_dataset`: FVU and L0 are reported for each source too."""
 
 
 def local_files(config: DatasetConfig) -> list[Path] | None:

@@ -140,7 +140,7 @@ class StreamedDocuments:
         texts = []
         for row in self._rows:
             if self._column not in row:
-                raise _missing_column(self._column, list(row))
+                raise missing_column(self._column, list(row))
             text = render(row[self._column], self._column, self._tokenizer)
             texts += [text] if text.strip() else []
             if len(texts) == count:
@@ -211,7 +211,7 @@ def load_documents(
     dataset = open_dataset(config)
     columns = dataset.column_names
     if columns is not None and config.column not in columns:
-        raise _missing_column(config.column, columns)
+        raise missing_column(config.column, columns)
     if not hasattr(dataset, "__len__"):
         return StreamedDocuments(_share(dataset, shuffle, seed, rank, world_size), config.column, tokenizer)
     if len(dataset) == 0:
@@ -278,7 +278,8 @@ def _open_hub(config: DatasetConfig) -> Any:
         ) from error
 
 
-def _missing_column(column: str, columns: list[str]) -> ValueError:
+def missing_column(column: str, columns: list[str]) -> ValueError:
+    """Return the error for a column that a data set does not have."""
     near = difflib.get_close_matches(column, columns, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return ValueError(f"The data set has no column '{column}'; its columns are {', '.join(columns)}.{hint}")

@@ -1,11 +1,11 @@
 """Running the sections: what is done is kept, what time is left is shared out, and what was cut is told.
 
 With a budget every section is first run at its least size, fidelity before all and cheap ones before dear: no section
-gets more before each has had its least. Then the time that is left is shared among those that a larger size would do good, and what one does not use
-goes to the others; a section is run again at the size that fits, if that is half as much again, else the first result
-stands. A section ends when the time does (of several processes none does: they would stop at different places): a
-budget below what the least sizes need leaves out the dear ones, and the report says so. What is not defined for these
-SAEs or this text says so itself, and costs next to nothing.
+gets more before each has had its least. Then the time that is left is shared among those that a larger size would do
+good, and what one does not use goes to the others; a section is run again at the size that fits, if that is half as
+much again, else the first result stands. A section ends when the time does (of several processes none does: they would
+stop at different places): a budget below what the least sizes need leaves out the dear ones, and the report says so.
+What is not defined for these SAEs or this text says so itself, and costs next to nothing.
 """
 
 import hashlib

@@ -237,6 +237,10 @@ def check_ready(config: RunConfig) -> None:
     check_installed(config.trackers)
     if config.lm_processes is not None:
         return  # processes that only hold SAEs may be where neither the text nor the language model is
+    if config.dataset.source_column:
+        raise ValueError(
+            "`dataset.source_column` is not used in training. Set `eval_dataset.source_column`, for figures by source."
+        )
     for dataset in (config.dataset, config.eval_dataset):
         if dataset is not None and dataset.path != EMBEDDED:
             local_files(dataset)

@@ -68,7 +68,8 @@ class TextSource:
 
     def heldout(self, hookpoint: str) -> HeldOut:
         """What dictionaries of a hookpoint are evaluated on at the end."""
-        return HeldOut(self.model, self.heldout_batches, hookpoint, self._loaded[1].mask_token_id)
+        tokenizer = self._loaded[1]
+        return HeldOut(self.model, self.heldout_batches, hookpoint, tokenizer.mask_token_id, tokenizer)
 
     @cached_property
     def hookpoints(self) -> list[str]:

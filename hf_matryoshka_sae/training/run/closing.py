@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from ...common.distributed import among
 from ...common.files import write_json
-from ...evaluation import Dictionary
+from ...evaluation import Dictionary, HeldOut
 from ...evaluation.report import excluded
-from ...evaluation.sharded import ShardedDictionary
+from ...evaluation.sources import figures_by_source, heldout_by_source, off_target
+from ...evaluation.subjects import ShardedDictionary
 from ...models import SAEModel
 from ...models.places import collection_index, is_collection, saes_below
-from ..config.run import RunConfig, calibration_tokens
+from ..config.run import RunConfig, calibration_tokens, eval_tokens
 from ..data.feed import EndOfStates, Feed
 from ..data.harvest import Harvest
 from ..data.placement import Placement
@@ -28,6 +29,9 @@ from ..sae.learner import Learner
 from ..sae.sharded_files import load_own_rows, save_own_rows
 from .provenance import Provenance, describe_sae
 from .report import LARGEST_SHIFT, evaluate, missed_targets, write_report
+
+
+_SOURCE_TOKENS = 10_000
 
 
 class Closing:
@@ -80,7 +84,8 @@ class Closing:
         world = self.accelerator.num_processes
         everybody = all(len(place.ranks) == world and place.shards == 1 for place, _ in self.own)
         results = self._evaluate_together(folder) if everybody else self._evaluate_apart(folder)
-        warnings = [*self._left_out(skipped, left_out, results), *self._missed_targets(results)]
+        by_source = [sentence for result in results for sentence in off_target(result.get("sources", ()))]
+        warnings = [*self._left_out(skipped, left_out, results), *self._missed_targets(results), *by_source]
         if self.accelerator.is_main_process:
             write_report(results, warnings, folder, self.accelerator)
         self.provenance.save(self.config.steps, skipped, left_out, warnings)
@@ -176,8 +181,20 @@ class Closing:
                 if one.hookpoint == hookpoint
             }
             if saes:
-                results.append(evaluate(heldout, saes, baselines=self.config.eval_baselines))
+                result = evaluate(heldout, saes, baselines=self.config.eval_baselines)
+                results.append(result | self._by_source(heldout, saes))
         return results
+
+    def _by_source(self, heldout: Any, saes: dict[str, Dictionary]) -> dict[str, Any]:
+        """Figures of a hookpoint's dictionaries on each source of the held-out text, where the text names any."""
+        config = self.config
+        if not config.eval_dataset or not config.eval_dataset.source_column or not isinstance(heldout, HeldOut):
+            return {}
+        tokens = min(_SOURCE_TOKENS, eval_tokens(config))
+        sizes = config.context_length, tokens, config.lm_batch_size
+        sources = heldout_by_source(heldout, config.eval_dataset, *sizes, pack=config.pack, exclude=config.exclude)
+        targets = {learner.name: _wanted_l0(learner) for _, learner in self.own if learner is not None}
+        return {"sources": figures_by_source({name: one.sae for name, one in saes.items()}, sources, targets)}
 
     def _evaluate_apart(self, folder: Path) -> list[dict[str, Any]]:
         """The processes of each dictionary evaluate it; all get all results."""

@@ -13,8 +13,8 @@ from ...evaluation import Dictionary, HeldOut, PrincipalComponents, evaluate_fid
 from ...evaluation.baselines import component_widths
 from ...evaluation.core import COMPONENTS
 from ...evaluation.report import ABOUT, plot, table
-from ...evaluation.sharded import ShardedDictionary
-from ...evaluation.subjects import Subject
+from ...evaluation.sources import sources_report
+from ...evaluation.subjects import ShardedDictionary, Subject
 from ..data.harvest import HeldOutStates
 from ..sae.learner import Learner
 from ..sae.schedules import peak_rate
@@ -90,6 +90,8 @@ def write_report(
     write_json(folder / "results.json", found)
     plot(results, folder / "results.png")
     accelerator.print(table(results))
+    for rows in (result["sources"] for result in results if result.get("sources")):
+        accelerator.print(sources_report(rows))
     accelerator.print(f"Saved {folder / 'results.json'} and {folder / 'results.png'}")
 
 

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_files_and_loads_with_auto_model(finished):
 
 
 def test_the_closing_report_has_baselines_on_some_of_the_tokens(finished):
-    folder, (result,) = finished
+    _, (result,) = finished
     nested, random = result["saes"]["nested"], result["baselines"]["random (nested)"]
     assert [row["width"] for row in random] == [nested[0]["width"], nested[-1]["width"]]
     for row, own in zip(random, (nested[0], nested[-1]), strict=True):
