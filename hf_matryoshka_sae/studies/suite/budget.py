@@ -155,6 +155,7 @@ class _Run:
             "about": section.about,
             "columns": section.columns,
             "better": section.better,
+            "beats_random": section.beats_random,
             "unit": section.unit,
             "full": section.full,
             "size": size,

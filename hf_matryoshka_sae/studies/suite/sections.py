@@ -40,6 +40,7 @@ class Section:
         least (`int`), full (`int`): Sizes; the same where there is no choice.
         share (`float`): Of a budget of time, relative to the other sections'.
         cost (`float`): Seconds that the least size takes or so, on one core and an SAE of 4,096; cheap ones run first.
+        beats_random (`bool`): Whether it says something to be better than random directions; these absorb nothing.
         growth (`float`): Seconds grow with this power of the size.
         better (`str`): Which values of the first column are better, `"higher"` or `"lower"`.
     """
@@ -57,6 +58,7 @@ class Section:
     cost: float = 1.0
     better: str = "higher"
     growth: float = 1.0
+    beats_random: bool = True
 
 
 SECTIONS = (
@@ -104,7 +106,7 @@ SECTIONS = (
         share=2.5,
         cost=8,
         better="lower",
-        growth=1.5,  # from some size on of several splits
+        growth=2.0,  # more tokens, more tasks, and from some size on of several splits
     ),
     Section(
         "patterns",
@@ -199,6 +201,7 @@ SECTIONS = (
         share=1.5,
         cost=20,
         better="lower",
+        beats_random=False,
     ),
     Section(
         "spelling",
@@ -217,6 +220,7 @@ SECTIONS = (
         share=1,
         cost=5,
         better="lower",
+        beats_random=False,
     ),
     Section(
         "comparison",

@@ -76,16 +76,17 @@ def test_least_sizes_come_first_and_what_is_left_is_shared_out(clock, tmp_path):
     assert clock.now <= 60
 
 
-def test_cheap_sections_run_before_dear_ones_and_are_reported_in_their_order(clock, tmp_path):
+def test_after_the_first_cheap_sections_run_before_dear_ones_and_are_reported_in_their_order(clock, tmp_path):
     calls = []
     sections = [
+        section(clock, "first", 1.0, calls=calls, cost=60),
         section(clock, "dear", 50.0, calls=calls, cost=50),
         section(clock, "dearest", 70.0, calls=calls, cost=70),
         section(clock, "cheap", 1.0, calls=calls, cost=1),
     ]
     found = run_sections(None, tmp_path, sections, {}, minutes=1, show=False)
-    assert [name for name, _ in calls[:3]] == ["cheap", "dear", "dearest"]
-    assert [each["name"] for each in found] == ["dear", "dearest", "cheap"]
+    assert [name for name, _ in calls[:4]] == ["first", "cheap", "dear", "dearest"]
+    assert [each["name"] for each in found] == ["first", "dear", "dearest", "cheap"]
     assert not any(each.get("left_out") for each in found)
 
 
