@@ -65,11 +65,8 @@ def run_sections(
     run.results = {name: found for name, found in kept.items() if found}
     run.before += sum(found["seconds"] for found in run.results.values())
     show = show and run.main
-    bar = tqdm(
-        sorted(sections, key=lambda section: (section is not sections[0], section.cost)),
-        disable=not show,
-        unit="section",
-    )
+    cheap_first = sorted(sections, key=lambda section: (section is not sections[0], section.cost))
+    bar = tqdm(cheap_first, disable=not show, unit="section")
     for section in bar:
         bar.set_description(section.title)
         if section.name not in run.results:

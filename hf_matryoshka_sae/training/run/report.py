@@ -49,7 +49,7 @@ def evaluate(
     """
     result = evaluate_fidelity(data, saes, show=show)
     rows = result.pop("subjects")
-    found = _baselines(data, saes, show) if baselines else {}
+    found = _baselines(data, saes, show) if baselines else {"baselines": {}, "baseline_tokens": 0}
     return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows, **found}
 
 
