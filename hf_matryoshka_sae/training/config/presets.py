@@ -139,6 +139,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive.
 # Both were found on runs of 1,464 steps; shorter ones need higher rates, and weights that stay on inner prefixes.
 _FEW_STEPS = 1400
+# How long every token keeps places of its own where later a threshold decides: the longer, the fewer latents die; but
+# inner prefixes gain by places of the batch.
+_PLAIN_TOPK, _NESTED_TOPK = 0.7, 0.2
 _SELECTED = dict(
     lr_steps=_FEW_STEPS,
     betas=[0.7, 0.99],
@@ -156,10 +159,12 @@ _PENALISED = dict(
 )
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
-    "batch_topk": _SELECTED,
+    "batch_topk": dict(_SELECTED, topk_fraction=_PLAIN_TOPK),
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
     "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
-    "jumprelu": dict(_PENALISED, sparsity_coefficient=10.0, threshold_lr_scale=0.3),
+    "jumprelu": dict(
+        _PENALISED, lr_steps=_FEW_STEPS, topk_fraction=_PLAIN_TOPK, sparsity_coefficient=10.0, threshold_lr_scale=0.3
+    ),
     "gated": _PENALISED,
 }
 
@@ -184,9 +189,12 @@ def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     activation = fields.get("activation") or "batch_topk" if family == "matryoshka" else family
     defaults = dict(_FAMILY_DEFAULTS.get(activation, {}))
     if not new:
-        defaults.pop("start_at_target", None)
+        for start in ("start_at_target", "topk_fraction"):
+            defaults.pop(start, None)
     if family != "matryoshka":
         return defaults
+    if "topk_fraction" in defaults:
+        defaults["topk_fraction"] = _NESTED_TOPK
     if fields.get("level_weights") is None and fields.get("level_weights_end") is None:
         defaults |= dict(level_weights="inner", level_weights_end="whole", level_weights_steps=_FEW_STEPS)
     if new:

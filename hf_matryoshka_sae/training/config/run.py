@@ -20,7 +20,7 @@ from .trackers import check_installed, check_names
 
 
 _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
-_SHORT_RUNS = {"lr_steps", "level_weights_steps"}
+_NEWER_DEFAULTS = {"lr_steps", "level_weights_steps", "topk_fraction"}
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000
@@ -293,7 +293,7 @@ def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
 
 def _as_of_then(spec: SAESpec, entry: Mapping[str, Any]) -> SAESpec:
     """An SAE's fields with what an earlier version took where its entry, all of whose fields it wrote, lacks some."""
-    missing = _SHORT_RUNS - entry.keys()
+    missing = _NEWER_DEFAULTS - entry.keys()
     if "betas" not in entry or not missing:
         return spec
     stated = dict.fromkeys(missing, 0)

@@ -163,6 +163,9 @@ class SAESpec:
     """BatchTopK and TopK: begin with this k."""
     k_anneal_steps: int | None = None
     """Reach `k` after so many steps; a tenth of the run by default."""
+    topk_fraction: float = 0.0
+    """BatchTopK, and JumpReLU with a `target_l0`: share of the steps, from the first on, in which each token keeps its
+    own `k` or `target_l0` largest, as in TopK."""
     ema_decay: float | None = None
     """Save an average of the weights that decays by this factor each step; by default the weights themselves."""
     unit_norm_decoder: bool = True
@@ -207,6 +210,8 @@ class SAESpec:
             raise ValueError(f"`nested_penalty` must lie between 0 and 1, got {self.nested_penalty}.")
         if not 0 <= self.lr_decay_fraction <= 1:
             raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
+        if not 0 <= self.topk_fraction <= 1:
+            raise ValueError(f"`topk_fraction` must lie between 0 and 1, got {self.topk_fraction}.")
         if self.random_prefixes and self.type != "matryoshka":
             raise ValueError("`random_prefixes` needs `type: matryoshka`.")
         if self.grow_from is not None:
@@ -224,6 +229,8 @@ class SAESpec:
         for name in ("random_prefixes", "sort_every"):
             if self.freeze_base and getattr(self, name):
                 raise ValueError(f"`{name}` would move a frozen base. Set `{name}: 0`, or `freeze_base: false`.")
+        if self.freeze_base and self.topk_fraction:
+            raise ValueError("With `topk_fraction` a frozen base would not fire as it does. Set `freeze_base: false`.")
         if self.freeze_base and self.weights_dtype != "float32":
             raise ValueError(
                 f"`weights_dtype: {self.weights_dtype}` would round a frozen base. Leave it out, or set `freeze_base: "

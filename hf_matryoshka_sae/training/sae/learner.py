@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...models import SAEConfig, SAEModel
 from ...models.sharding import Layout, all_sum, exchange_rows
 from ..config.spec import SAESpec
+from .competition import Competition
 from .growth import FrozenBase
 from .losses import Objective, level_weights
 from .optimizer import build_optimizer, store_weights
@@ -119,6 +120,7 @@ class Learner(LearnerState):
             self.objective = accelerator.prepare(self.objective)
 
         num_latents = sae.config.num_latents
+        self.competition = Competition(self.sae, spec, steps, layout, self.fixed)
         self.k = getattr(self.config, "k", None)
         self.dead_tokens = dead_window(spec, steps * batch_size, batch_size)
         # To know whether any latent is dead the host must wait for the device: not at every step of a long window.
@@ -165,8 +167,9 @@ class Learner(LearnerState):
         if self.base is not None:
             weights = self.base.outer_weights(weights, widths)
         num_dead = self.num_dead if self.layout.shards > 1 else None
-        with self.accelerator.autocast():
-            loss, statistics = self.objective(x, self.dead, widths, weights, self.sparsity.at(step), num_dead)
+        sparsity = 0.0 if self.competition.holds(step) else self.sparsity.at(step)
+        with self.accelerator.autocast(), self.competition.at(step, x, first=not self._micro):
+            loss, statistics = self.objective(x, self.dead, widths, weights, sparsity, num_dead)
         self.accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
         self._micro.append({**statistics, "loss": loss.detach().float(), "unusable": (~finite).float()})
 

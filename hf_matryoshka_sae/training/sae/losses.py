@@ -137,6 +137,8 @@ class Objective(nn.Module):
             loss = loss + sparsity * self._penalty(pairs, widths, weights)
         if self.sae.config.activation_name == "gated":
             loss = loss + self._gate_error(x, pairs)
+        if self.sae.config.activation_name == "jumprelu" and pairs.gate is None:
+            loss = loss + 0 * self.sae.threshold.sum()  # DDP waits for a gradient of every parameter
         auxk = loss.new_zeros(())
         if self.spec.auxk_coefficient and dead is not None:
             auxk = self._auxk(x, residual, dead, len(dead) if num_dead is None else num_dead)

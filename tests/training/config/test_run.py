@@ -139,6 +139,18 @@ def test_the_matryoshka_recipe_gives_way_to_fields_that_are_given():
     assert recipe(type="topk") == ("mean", None, 0)
 
 
+def test_only_new_saes_without_a_preset_begin_with_places_for_each_token():
+    def fraction(**fields):
+        return SAESpec.from_dict(fields, "").topk_fraction
+
+    assert fraction() == fraction(activation="jumprelu") == 0.2
+    assert fraction(type="batch_topk") == fraction(type="jumprelu") == 0.7
+    assert fraction(type="topk") == fraction(type="gated") == fraction(preset="paper") == 0
+    assert fraction(init_from="runs/one") == fraction(grow_from="runs/one", num_latents=8) == 0
+    with pytest.raises(ValueError, match="frozen base would not fire"):
+        fraction(grow_from="runs/one", num_latents=8, topk_fraction=0.1)
+
+
 @pytest.mark.parametrize("field", ["level_weights", "level_weights_end"])
 def test_an_unknown_scheme_of_weights_is_named_before_anything_is_loaded(field):
     with pytest.raises(ValueError, match=rf"`{field}` must be .* mean, sum.* got 'inne'.*'inner'"):

@@ -132,6 +132,46 @@ def test_decoder_rows_stay_unit_and_the_gradient_has_no_part_along_them():
     assert along.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("fields", [{"type": "batch_topk"}, {"type": "matryoshka"}], ids=str)
+def test_batch_topk_begins_with_places_for_each_token_and_goes_on_with_those_of_the_batch(fields, monkeypatch):
+    one, counts = learner(steps=4, topk_fraction=0.5, lr=1e-6, **fields), []
+    statistics = one.objective._statistics
+
+    def counted(pairs, *rest):
+        counts.append(torch.bincount(pairs.rows, minlength=N))
+        return statistics(pairs, *rest)
+
+    monkeypatch.setattr(one.objective, "_statistics", counted)
+    (x,) = batches(1)
+    x[: N // 2] = x[: N // 2] * 4  # of a large norm: with places of the batch these take most
+    for step in range(4):
+        one.accumulate(x, step)
+        one.step(step)
+    for begun in counts[:2]:
+        assert (begun == K).all()
+    for later in counts[2:]:
+        assert later.sum() == K * N
+        assert later[: N // 2].sum() > later[N // 2 :].sum() + N
+    assert one.sae.k == K and one.finished().family is learner(**fields).sae.family
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_jumprelu_begins_as_topk_and_its_thresholds_take_over_at_the_target(nested):
+    fields = {"type": "matryoshka", "activation": "jumprelu"} if nested else {"type": "jumprelu"}
+    one = learner(steps=4, topk_fraction=0.5, k=None, target_l0=float(K), lr=1e-6, **fields)
+    begun = one.sae.threshold.detach().clone()
+    (x,) = batches(1)
+    for step in range(3):
+        one.accumulate(x, step)
+        fired = one._micro[-1]["l0"].item()
+        assert fired == pytest.approx(K, rel=0.05)
+        if step < 2:
+            assert torch.equal(one.sae.threshold, begun)
+        one.step(step)
+    firing = ((x - one.mean) / one.scale - one.sae.b_dec) @ one.sae.W_enc.T + one.sae.b_enc > one.sae.threshold
+    assert firing.sum().item() == pytest.approx(K * N, rel=0.05)
+
+
 def test_accumulation_of_two_halves_is_one_step_where_tokens_do_not_compete():
     x = next(batches(1))
     whole = learner(type="topk", auxk_coefficient=0.0)

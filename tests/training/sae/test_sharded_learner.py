@@ -30,7 +30,7 @@ SPECS = {
     "topk": {"type": "topk", "k": 3},
     "topk, gradients through the residual": {"type": "topk", "k": 3, "auxk_detach_residual": False},
     "multi-topk": {"type": "topk", "k": 3, "multi_topk": True},
-    "batch_topk": {"type": "batch_topk", "k": 3, "k_start": 8, "k_anneal_steps": 4},
+    "batch_topk": {"type": "batch_topk", "k": 3, "k_start": 8, "k_anneal_steps": 4, "topk_fraction": 0.4},
     "jumprelu": {"type": "jumprelu", "target_l0": 5.0, "bandwidth": 0.5},
     "jumprelu, free l0": {"type": "jumprelu", "sparsity_coefficient": 0.01, "bandwidth": 0.5},
     "relu": {"type": "relu", "target_l0": 5.0, "sparsity_warmup_steps": 0},
