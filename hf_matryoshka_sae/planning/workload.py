@@ -172,7 +172,9 @@ def read_workload(
         config.batch_size,
         config.gradient_accumulation_steps,
         "bfloat16" if config.mixed_precision == "bf16" else "float32",
-        config.tokens if of_texts else shuffle_tokens(config),  # of texts all rows are held, from before the first step
+        config.tokens
+        if of_texts
+        else shuffle_tokens(config),  # of texts all rows are held, from before the first step
         1 if of_texts else config.lm_batch_size * config.context_length,
         window_pool_tokens(config) if config.shuffle and config.pack and not of_texts else 0,
         config.overlap,

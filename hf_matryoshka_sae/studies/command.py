@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         help="core: fidelity. full: also probes, explainability, downstream effects and more, as one report",
     )
     suite = parser.add_argument_group("with --suite full")
-    suite.add_argument("--minutes", type=float, help="to spend; smaller samples are taken where they have to be")
+    suite.add_argument(
+        "--minutes",
+        type=float,
+        help="to spend; smaller samples are taken where needed",
+    )
     suite.add_argument("--labelled", metavar="PATH", help="texts with labels, to probe for: file, folder or Hub id")
     suite.add_argument("--label", default="label", help="their column of labels (default: %(default)s)")
     suite.add_argument(
