@@ -87,16 +87,17 @@ def _first(record: Any, names: tuple[str, ...]) -> Any:
 def short_labels(index: "FeatureIndex") -> dict[int, str]:
     """Return a few words for each latent: its label, or the tokens on which it fires most strongly, if it has any.
 
-    An index of an earlier version has no such tokens.
+    An index of an earlier version has no such tokens, and without a tokenizer they have no text.
     """
     ids = index.table(["latent_id"])["latent_id"].to_pylist()
     tokens = (
         index.table(["own_tokens"])["own_tokens"].to_pylist() if "own_tokens" in index.columns else [[]] * len(ids)
     )
-    texts = iter(index.spell([token for own in tokens for token in own[:_TOKENS]]))
+    ids_named = [token for own in tokens for token in own[:_TOKENS]]
+    texts = {token: text for token, text in zip(ids_named, index.spell(ids_named), strict=True) if text != f"#{token}"}
     labels = {}
     for latent, (latent_id, own) in enumerate(zip(ids, tokens, strict=True)):
-        words = [shown_token(next(texts)) for _ in own[:_TOKENS]]
+        words = [shown_token(texts[token]) for token in own[:_TOKENS] if token in texts]
         if label := index.labels.get(latent_id) or " · ".join(dict.fromkeys(words)):
             labels[latent] = label
     return labels

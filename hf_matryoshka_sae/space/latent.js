@@ -165,6 +165,17 @@
     if (family) threshold(family);
   });
 
+  // What the server said, if it is of what is asked for by now. Text says itself what it is of; of steering it is counted
+  // how often its controls changed.
+  let changes = 0, asked_at = 0;
+  nested.fitting = (said, asked) => {
+    const of = new DOMParser().parseFromString(said || "", "text/html").body.firstElementChild?.dataset.of;
+    return of === undefined || of === asked ? said : "";
+  };
+  nested.changed = () => { changes += 1; return ""; };
+  nested.asked = inputs => { asked_at = changes; return inputs; };
+  nested.answered = said => asked_at === changes ? said : "";
+
   // Texts coloured by latents. What a text's tokens fire is in its `data-reading`.
   const known = new WeakMap();
   const read = reading => {

@@ -20,7 +20,7 @@ DIGITS = r"[re `\s?\d+`]"
 
 def write(page, label: str, text: str) -> None:
     """Type into a field as somebody at the keyboard does: Gradio hears of nothing else."""
-    field = page.get_by_label(label)
+    field = page.get_by_role("textbox", name=label, exact=True)
     field.fill("")
     field.press_sequentially(text)
 
@@ -174,7 +174,7 @@ def test_a_text_is_read_a_token_clicked_and_steered(page):
     fires.click()
     chosen = page.locator("#text-features .told [data-choose][aria-pressed=true]")
     latent = chosen.get_attribute("data-choose")
-    assert page.get_by_label("Latent", exact=True).last.input_value() == latent
+    assert page.locator("#steer-latent input").input_value() == latent
     assert float(fires.evaluate("token => token.style.getPropertyValue('--share')")) > 0
     page.get_by_role("button", name="Continue with and without it").click()
     page.locator("#steered h3", has_text=f"Latent {latent} +").wait_for()
@@ -236,4 +236,4 @@ def test_a_damaged_index_is_said_and_built_anew(open_page, tmp_path):
     rest(page)
     page.get_by_label("number input for Tokens of text to look at").fill("10000")
     page.get_by_role("button", name="Build the index").click()
-    page.locator("#latents [role=gridcell]").first.wait_for()
+    page.locator("#latents [role=gridcell]").first.wait_for(timeout=180_000)

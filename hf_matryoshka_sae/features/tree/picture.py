@@ -135,7 +135,7 @@ def _texts(tree: "LatentTree", labels: Mapping[int, str], block: Block) -> tuple
     name = latent_name(tree, block.latent)
     label = _label(labels, block.latent)
     if block.columns == 1:
-        label = label[:_FEW]
+        label = label.partition(" · ")[0][:_FEW]
     return (label if len(label) <= max(letters, _FEW) else f"{label[: letters - 1]}…"), name if len(
         name
     ) <= letters else ""
@@ -195,7 +195,7 @@ def nested_figure(tree: "LatentTree", labels: Mapping[int, str], most: int = 400
             patch = Rectangle((x, y), block.columns * _COLUMN - 1, _ROW - 1, fc=_COLOURS[_shade(tree, block)][0], lw=0)
             axis.add_patch(patch)
             for line, text in enumerate(_texts(tree, labels, block)):
-                axis.text(x + 4, y + 10 + 14 * line, text, clip_path=patch, clip_on=True, **words)
+                axis.text(x + 4, y + 10 + 14 * line, text, clip_on=True, **words).set_clip_path(patch)
         top += len(rows) * _ROW + _GAP
     axis.text(_LEFT, top + 8, caption(tree, layout), color="#555555", **words)
     return figure

@@ -137,7 +137,9 @@ def _chip(one: dict[str, Any], current: Current) -> str:
 
 
 def _chips(ones: Sequence[dict[str, Any]], current: Current) -> str:
-    more = f' <span class="quiet">and {len(ones) - _MOST_CHIPS:,} more</span>' if len(ones) > _MOST_CHIPS else ""
+    more = ""
+    if len(ones) > _MOST_CHIPS:  # hidden with those it stands for
+        more = f' <span class="quiet" data-score="{ones[_MOST_CHIPS]["score"]:.3f}">and more</span>'
     return " ".join(_chip(one, current) for one in ones[:_MOST_CHIPS]) + more
 
 

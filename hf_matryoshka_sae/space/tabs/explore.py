@@ -135,7 +135,7 @@ class ExploreTab:
             given = read_labels(file)
         except ValueError as error:
             return problem(str(error).replace(str(file), Path(str(file)).name)) + _NAMES
-        numbers = self.endpoints.library.open(*current).sae.latent_ids.tolist()
+        numbers = self.endpoints.library.look(*current).sae.latent_ids.tolist()
         names = {
             place: {"id": number, "name": given[number][:80]}
             for place, number in enumerate(numbers)

@@ -63,32 +63,32 @@ class SearchTab:
 
     def _wire(self) -> None:
         asked = [self.shown.current, self.query, self.kind, self.shown.width]
-        self.searches = [
-            self._searches(gr.on([self.search.click, self.query.submit], self.find, asked, self.hits, **_FINDING))
-        ]
+        self._searches(gr.on([self.search.click, self.query.submit], self.find, asked, self.hits, **_FINDING))
         for button, (_, query) in zip(self.examples, EXAMPLES, strict=True):
             chosen = button.click(
                 lambda query=query: (query, "", ""), None, [self.query, self.kind, self.hits], **LIGHT
             )
-            self.searches.append(self._searches(chosen.then(self.find, asked, self.hits, **_FINDING)))
+            self._searches(chosen.then(self.find, asked, self.hits, **_FINDING))
         self.shown.width.release(self.again, [*asked, self.hits], self.hits, **_FINDING)
         self.shown.opened.change(
             self.refresh, [self.shown.current, self.shown.opened], [self.query, self.kind, self.hits], **LIGHT
         ).then(self.find_linked, [*asked, self.hits], self.hits, **_FINDING)
 
-    def _searches(self, found: Any) -> Any:
-        found.then(None, [self.query, self.kind], None, js="(q, kind) => nested.show({q, kind})", **BROWSER)
-        return found
+    def _searches(self, found: Any) -> None:
+        """What follows a search: it goes into the link, and is dropped where something else is asked for by now."""
+        asked = [self.query, self.kind, self.hits]
+        step = "(q, kind, hits) => { nested.show({q, kind}); return nested.fitting(hits, q + kind); }"
+        found.then(None, asked, self.hits, js=step, **BROWSER)
 
     def connect(self, drawer: Drawer) -> None:
         """Let the drawer ask for latents like the one it shows."""
         asked = [self.shown.current, self.query, self.kind, self.shown.width]
         outputs = [self.query, self.kind, self.hits, self.shown.tabs]
         like = drawer.like.click(told(self.like), [self.shown.current, self.shown.latent], outputs, **LIGHT)
-        self.searches.append(self._searches(like.success(self.find, asked, self.hits, **_FINDING)))
-        # What was found belongs to what was asked: a change clears it, and stops what is under way.
+        self._searches(like.success(self.find, asked, self.hits, **_FINDING))
+        # What was found belongs to what was asked: a change clears it.
         for changed in (self.query.input, self.kind.input):
-            changed(None, None, self.hits, js="() => ''", cancels=self.searches, **BROWSER)
+            changed(None, None, self.hits, js="() => ''", **BROWSER)
 
     def refresh(self, current: tuple[str, str], view: dict[str, Any]) -> tuple[str, str, str]:
         """What the tab shows of an SAE that was just opened: the query of the link, else an example from its index."""
@@ -134,6 +134,7 @@ class SearchTab:
         progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
     ) -> str:
         """The latents that fire where the query says, as HTML; or what is wrong with it."""
+        of = f'<div data-of="{escape((query or "") + kind, quote=True)}">'
         query, kind = (query or "").strip("\n"), kind or kind_of(query or "")
         try:
             about = self.endpoints.describe(*current)
@@ -141,8 +142,9 @@ class SearchTab:
             hits = self.endpoints.search(query, kind, *current, width)
             above = {hit["latent"]: self._above(current, about, hit["latent"]) for hit in hits}
         except (ValueError, *UNREACHABLE) as error:
-            return problem(error)
-        return hits_html(hits, above, current, f"Read as {_READ_AS[kind]} {query}", about["tokens"], width)
+            return f"{of}{problem(error)}</div>"
+        found = hits_html(hits, above, current, f"Read as {_READ_AS[kind]} {query}", about["tokens"], width)
+        return f"{of}{found}</div>"
 
     def _above(self, current: tuple[str, str], about: dict[str, Any], latent: int) -> list[int]:
         if about["index_tokens"] is None:

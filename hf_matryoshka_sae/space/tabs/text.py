@@ -1,5 +1,6 @@
 """Text and steer: a text coloured by latents, and how the model goes on with one or two of them changed."""
 
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,6 @@ _TOP = 64
 """Of each token so many of its strongest latents come to the browser, which colours by any of them."""
 
 _ASK = '<p class="quiet">Press “Read it” to see which latents fire.</p>'
-_EMPTY = "() => ''"
 
 
 class TextTab:
@@ -91,13 +91,17 @@ class TextTab:
             [*reading_of, self.latent, self.rival, self.strength, *how],
             self.steered,
             trigger_mode="always_last",
+            js="(...asked) => nested.asked(asked)",
             **HEAVY,
         )
         self.duel.click(self.relative, [shown.current, self.latent], [self.rival, self.steered], **LIGHT)
-        # What is shown belongs to what the controls say: a change clears it, and stops what is under way.
-        self.text.input(None, None, self.found, js=f"() => {_ASK!r}", cancels=[read], **BROWSER)
+        # What is shown belongs to what the controls say: a change clears it, and what comes too late is dropped.
+        self.text.input(None, None, self.found, js=f"() => {_ASK!r}", **BROWSER)
+        fitting = f"(text, found) => nested.fitting(found, text) || {_ASK!r}"
+        read.then(None, [self.text, self.found], self.found, js=fitting, **BROWSER)
+        steering.then(None, self.steered, self.steered, js="steered => nested.answered(steered)", **BROWSER)
         controls = (self.text, self.latent, self.rival, self.strength, shown.width, *how)
-        gr.on([one.input for one in controls], None, None, self.steered, js=_EMPTY, cancels=[steering], **BROWSER)
+        gr.on([one.input for one in controls], None, None, self.steered, js="() => nested.changed()", **BROWSER)
         refreshed = [self.tab, self.text, self.found, self.steering, self.latent, self.rival, self.steered]
         opened = [shown.current, shown.opened]
         shown.opened.change(self.refresh, opened, refreshed, **LIGHT).then(
@@ -130,8 +134,10 @@ class TextTab:
         try:
             features = self.endpoints.read_text(text, *current, width=self._width(current, width), top=_TOP)
         except (ValueError, *UNREACHABLE) as error:
-            return problem(error)
-        return text_html(features, current)
+            shows = problem(error)
+        else:
+            shows = text_html(features, current)
+        return f'<div data-of="{escape(text or "", quote=True)}">{shows}</div>'
 
     def again(self, current: tuple[str, str], text: str, width: float) -> Any:
         """The same at another width; the stored sample has its widths with it."""
