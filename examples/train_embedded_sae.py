@@ -24,7 +24,7 @@ from hf_matryoshka_sae.progressive import latent_statistics
 
 
 TEXT = {"path": "embedded", "split": "train"}
-SIZES = IndexSizes(top_contexts=12, quantile_contexts=2, context_tokens=24)  # fewer than usual: it ships
+SIZES = IndexSizes(top_contexts=10, quantile_contexts=1, context_tokens=24)  # fewer than usual: it ships
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python spaces_app/app.py
 
 `MATRYOSHKA_SAE` names a repository to open first, `MATRYOSHKA_DATASET` a data set with a column `text` to measure on.
-With `MATRYOSHKA_OWN_TOKEN` set, visitors read what the Space's own token may read.
+`MATRYOSHKA_MOST_GIGABYTES` is how much of an SAE, and of its language model, is fetched at most (4). With
+`MATRYOSHKA_OWN_TOKEN` set, visitors read what the Space's own token may read.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ if ON_A_SPACE and not os.environ.get("MATRYOSHKA_OWN_TOKEN"):
 library = Library(
     dataset=os.environ.get("MATRYOSHKA_DATASET") or None,
     public=ON_A_SPACE,
+    most_gigabytes=float(os.environ.get("MATRYOSHKA_MOST_GIGABYTES") or 0) or None,
 )
 demo = build_demo(library, os.environ.get("MATRYOSHKA_SAE") or "embedded", warm=True)
 

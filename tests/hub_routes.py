@@ -170,7 +170,10 @@ def handler_of(hub: "HubServer") -> type[BaseHTTPRequestHandler]:
         def info(self, body: bytes, kind: str, name: str, rev: str = "main") -> None:
             repo = self.repo(kind, name)
             sha = self.commit_of(repo, rev)
-            siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+            sized, files = "blobs" in self.query, repo.commits[sha]
+            siblings = [
+                {"rfilename": path} | ({"size": len(files[path].data)} if sized else {}) for path in sorted(files)
+            ]
             self.json(
                 {"id": name, "modelId": name, "sha": sha, "private": repo.private, "siblings": siblings, "tags": []}
             )

@@ -14,6 +14,7 @@ Cross-entropy and KL are counted where hidden states were replaced; special toke
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,6 +146,9 @@ def spliced_metrics(
     Returns:
         [`LossBaselines`], and for each subject the metrics at each of its widths.
     """
+    # Zero and mean are the same for all dictionaries: who keeps hidden states of this text keeps their losses too.
+    kept: dict[Any, Any] = {} if data.kept_states is None else data.kept_states
+    key = ("baselines", data.hookpoint, *((each.input_ids.data_ptr(), each.input_ids.shape) for each in data.batches))
     base, sums = LossSums(3), [LossSums(len(subject.widths)) for subject in subjects]
     for batch in data.share():
         for part in _parts(batch, data):
@@ -154,18 +158,20 @@ def spliced_metrics(
                 continue
             clean, targets = _logits(data, part, None)
             usable = _usable(clean)
-            base.predictions += usable.sum().cpu()
-            base.excluded += (~usable).sum().cpu()
             clean, targets = clean[usable], targets[usable]
-            base.add(0, clean, clean, targets)
-            base.add(1, clean, _logits(data, part, torch.zeros_like)[0][usable], targets)
-            base.add(2, clean, _logits(data, part, lambda x: mean.to(x).expand_as(x))[0][usable], targets)
+            if key not in kept:
+                base.predictions += usable.sum().cpu()
+                base.excluded += (~usable).sum().cpu()
+                base.add(0, clean, clean, targets)
+                base.add(1, clean, _logits(data, part, torch.zeros_like)[0][usable], targets)
+                base.add(2, clean, _logits(data, part, lambda x: mean.to(x).expand_as(x))[0][usable], targets)
             for subject, total in zip(subjects, sums, strict=True):
                 for index, output in enumerate(subject.reconstruct(states)):
                     spliced, _ = _logits(data, part, lambda x, output=output: output.to(x))
                     total.add(index, clean, spliced[usable], targets)
                     advance(1)
-    predictions = int(base.reduce().predictions) or math.nan  # without predictions every figure is NaN
+    base = kept[key] if key in kept else kept.setdefault(key, base.reduce())
+    predictions = int(base.predictions) or math.nan  # without predictions every figure is NaN
     for entry in sums:
         entry.reduce()
     clean_ce, zero_ce, mean_ce = (base.ce / predictions).tolist()

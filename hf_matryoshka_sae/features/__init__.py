@@ -8,10 +8,10 @@ from ..common.lazy import imports_on_use
 if TYPE_CHECKING:
     from .index.build import build_index
     from .index.layout import Context, Feature
-    from .index.neuronpedia import export_neuronpedia
     from .index.store import FeatureIndex
     from .labels import read_labels
     from .logits import LogitEffects, logit_effects
+    from .neuronpedia import export_neuronpedia
     from .patterns.matching import TokenPattern
     from .patterns.search import PatternHit, search_latents, search_words
     from .sizes import IndexSizes

@@ -11,10 +11,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .index.store import FeatureIndex
 
 
 LABELS = "labels.json"
+_TOKENS = 3  # of a label
 _NUMBERS = ("latent_id", "index", "feature_index", "feature", "latent", "id")
 _TEXTS = ("label", "description", "explanation", "title", "name")
 
@@ -77,3 +82,27 @@ def _first(record: Any, names: tuple[str, ...]) -> Any:
         return None
     found = {str(name).strip().lower(): value for name, value in record.items()}
     return next((found[name] for name in names if found.get(name) not in (None, "")), None)
+
+
+def short_labels(index: "FeatureIndex") -> dict[int, str]:
+    """Return a few words for each latent: its label, or the tokens on which it fires most strongly, if it has any.
+
+    An index of an earlier version has no such tokens, and without a tokenizer they have no text.
+    """
+    ids = index.table(["latent_id"])["latent_id"].to_pylist()
+    tokens = (
+        index.table(["own_tokens"])["own_tokens"].to_pylist() if "own_tokens" in index.columns else [[]] * len(ids)
+    )
+    ids_named = [token for own in tokens for token in own[:_TOKENS]]
+    texts = {token: text for token, text in zip(ids_named, index.spell(ids_named), strict=True) if text != f"#{token}"}
+    labels = {}
+    for latent, (latent_id, own) in enumerate(zip(ids, tokens, strict=True)):
+        words = [shown_token(texts[token]) for token in own[:_TOKENS] if token in texts]
+        if label := index.labels.get(latent_id) or " · ".join(dict.fromkeys(words)):
+            labels[latent] = label
+    return labels
+
+
+def shown_token(text: str) -> str:
+    """Return the text of a token as a label shows it: without spaces around it, which are marks if it has no more."""
+    return text.strip() or repr(text)[1:-1].replace(" ", "␣")

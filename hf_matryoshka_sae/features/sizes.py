@@ -21,6 +21,8 @@ class IndexSizes:
     """Largest number of contexts from each quantile."""
     sampled_contexts: int = 32
     """Number of random contexts from which those of the quantiles are chosen."""
+    band_contexts: int = 3
+    """Number of contexts kept for each band of activation, those of other kinds among them."""
     context_tokens: int = 32
     """Tokens in a context."""
     tokens_of_vocabulary: int = 10
@@ -35,5 +37,9 @@ class IndexSizes:
     def check(self) -> None:
         """Raise `ValueError` for a size below 1, or below 0 where nothing of a kind may be kept."""
         for name, value in asdict(self).items():
-            least = 0 if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts") else 1
+            least = (
+                0
+                if name in ("tokens_of_vocabulary", "neighbours", "cofiring", "quantile_contexts", "band_contexts")
+                else 1
+            )
             check_at_least(least, **{name: value})

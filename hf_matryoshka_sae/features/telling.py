@@ -14,6 +14,7 @@ from ..common.token_text import token_texts
 
 
 if TYPE_CHECKING:
+    from .bands import Band
     from .index.layout import Context, Feature
 
 
@@ -24,6 +25,7 @@ _SHOWN_TOKENS, _SHOWN_CONTEXTS = 8, 10
 _MOST, _SOME = 0.75, 0.4
 _OFTEN, _SELDOM = 0.1, 1e-4
 _WIDE = 100  # characters of a context
+_FEW = 3  # tokens that are named
 
 
 def speller(model: str | None, tokenizer: Any = None) -> Spell:
@@ -48,24 +50,78 @@ def speller(model: str | None, tokenizer: Any = None) -> Spell:
 
 
 def verdict(feature: "Feature", spell: Spell) -> str:
-    """Return a sentence on how often a latent fires and on what, from its strongest contexts."""
+    """Return in words how often a latent fires and on what, and whether its strong and weak firings are about that."""
     if not feature.count:
         return "Never fires on the text of the index."
     often = "often: " if feature.frequency > _OFTEN else "seldom: " if feature.frequency < _SELDOM else ""
     told = f"Fires {often}on {feature.frequency:.3%} of tokens"
     if feature.first_position_share > _MOST:
         return f"{told}, nearly always the first of a window."
+    about = band_verdict(feature, spell)
+    return f"{told}. {about}" if about else f"{told}{_peaks(feature, spell)}."
+
+
+def _peaks(feature: "Feature", spell: Spell) -> str:
+    """Return which tokens lie under the strongest contexts."""
     peaks = Counter(int(context.token_ids[context.peak]) for context in feature.top_contexts)
     if not peaks:
-        return f"{told}."
+        return ""
     total, common = sum(peaks.values()), peaks.most_common(3)
     texts = [repr(text) for text in spell(token for token, _ in common)]
     share = common[0][1] / total
     if share >= _MOST:
-        return f"{told}, mostly {texts[0]} ({common[0][1]} of its {total} strongest contexts)."
+        return f", mostly {texts[0]} ({common[0][1]} of its {total} strongest contexts)"
     if sum(count for _, count in common) >= _SOME * total:
-        return f"{told}, often {', '.join(texts)}."
-    return f"{told}, many different ones ({len(peaks)} in its {total} strongest contexts)."
+        return f", often {', '.join(texts)}"
+    return f", many different ones ({len(peaks)} in its {total} strongest contexts)"
+
+
+def band_verdict(feature: "Feature", spell: Spell) -> str:
+    """Return in words whether a latent's strong and weak firings are about the same tokens; empty where unknown.
+
+    Strong is above 60% of its largest activation, weak below 40%. Precision is measured on half of the text, own
+    tokens are those under the strongest firings in the other half; see `bands`.
+    """
+    weak, strong = (_precision(feature.bands, *bounds) for bounds in ((0, 0.4), (0.6, 1)))
+    if strong is None:
+        return ""
+    kind, base = kind_of(spell(feature.own_tokens)), feature.bands[0].base
+    random = f"a random latent {base:.0%}"
+    if strong < _SOME:
+        return (
+            f"Even its strong firings are seldom on {kind} ({strong:.0%}; {random}): no few tokens tell when it fires."
+        )
+    if weak is None:
+        return f"Its firings are on {kind} ({strong:.0%}; {random})."
+    share = sum(band.firings for band in feature.bands if band.high <= 0.4) / max(1, feature.count)
+    if weak >= _SOME:
+        return f"Strong firings are on {kind} ({strong:.0%}; {random}), and so are weak ones ({weak:.0%})."
+    return (
+        f"Strong firings are on {kind} ({strong:.0%}; {random}); weak ones, {share:.0%} of all, are not ({weak:.0%})."
+    )
+
+
+def _precision(bands: Sequence["Band"], low: float, high: float) -> float | None:
+    """Return the precision of the bands between two bounds."""
+    inside = [band for band in bands if band.low >= low and band.high <= high and band.precision is not None]
+    firings = sum(band.firings for band in inside)
+    return sum(band.firings * (band.precision or 0.0) for band in inside) / firings if firings else None
+
+
+def kind_of(texts: Sequence[str]) -> str:
+    """Return in words what tokens are: digits, punctuation, capitalised or spaces, or the first of them."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        "digits": lambda text: text.strip().isdigit(),
+        "white space": lambda text: not text.strip(),
+        "punctuation": lambda text: bool(text.strip()) and not any(char.isalnum() for char in text),
+        "capitalised words": lambda text: text.strip()[:1].isupper(),
+    }
+    if len(texts) > _FEW:
+        for kind, fits in kinds.items():
+            if all(map(fits, texts)):
+                return kind
+    shown = ", ".join(repr(text) for text in texts[:_FEW])
+    return f"tokens such as {shown}" if len(texts) > _FEW else shown
 
 
 def context_line(context: "Context", spell: Spell) -> str:

@@ -116,7 +116,7 @@ def text_features(
         tokens=token_texts(tokenizer, batch.input_ids[0].tolist()),
         token_ids=batch.input_ids[0].cpu(),
         read=read,
-        top=_strongest(pairs, top),
+        top=strongest(pairs, top),
         left_out=left_out,
         width=firing.num_latents,
         pairs=pairs,
@@ -170,7 +170,8 @@ def _special(tokenizer: Any) -> set[int]:
     return set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - jobs)
 
 
-def _strongest(pairs: LatentPairs, top: int) -> list[list[tuple[int, float]]]:
+def strongest(pairs: LatentPairs, top: int) -> list[list[tuple[int, float]]]:
+    """Return the strongest latents of each token with their values, strongest first."""
     by_token: list[list[tuple[int, float]]] = [[] for _ in range(pairs.num_rows)]
     for place in pairs.values.argsort(descending=True, stable=True).tolist():
         row = by_token[int(pairs.rows[place])]

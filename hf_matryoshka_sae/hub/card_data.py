@@ -18,7 +18,7 @@ from ..models.digests import folder_digest
 from ..training import RunConfig, load_run_config
 from ..training.run.provenance import read_provenance
 from .layout import SAEFolder
-from .measure import CURVE, EVALUATION, MEASURED_FILE, POWER_LAW, evaluations, name_in_run, read_json
+from .measure import CURVE, EVALUATION, MEASURED_FILE, NESTED, POWER_LAW, evaluations, name_in_run, read_json
 from .suite_facts import SuiteFacts, read_suite
 
 
@@ -178,10 +178,11 @@ def _read_sae(sae: SAEFolder, weights: str | None) -> SAEFacts:
         raise ValueError(f"The config of the SAE in '{sae.folder}' cannot be read: {error}") from error
     facts = SAEFacts(sae.name, sae.subfolder, config, _range(_thresholds(sae.folder, config.num_latents)))
     measured = read_json(sae.folder / MEASURED_FILE)
-    for name in (CURVE, POWER_LAW):
+    for name in (CURVE, NESTED, POWER_LAW):
         if measured.get(name) != weights:
             continue
-        setattr(facts, {CURVE: "curve", POWER_LAW: "power_law"}[name], read_json(sae.folder / f"{name}.json"))
+        if name != NESTED:
+            setattr(facts, {CURVE: "curve", POWER_LAW: "power_law"}[name], read_json(sae.folder / f"{name}.json"))
         if (sae.folder / f"{name}.png").is_file():
             facts.plots["/".join(filter(None, (_PLOTS, sae.subfolder, f"{name}.png")))] = sae.folder / f"{name}.png"
     return facts

@@ -1,6 +1,7 @@
 """Measure what a card shows and a finished run lacks, with the run's own model and held-out text.
 
-For each SAE: `statistics.safetensors`, `progressive_curve.json`, `power_law.json` and their plots, in its folder.
+For each SAE: `statistics.safetensors`, `progressive_curve.json`, `power_law.json` and their plots, in its folder, and
+the picture of its prefixes nested in each other where it has a feature index.
 For the run: `evaluation.json` and `.png`, with the baselines. Each is written when it is done, and `measured.json`
 then says of which weights it is, so that a second call does nothing and changed weights are measured again.
 """
@@ -13,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from ..activations import load_language_model, resolve_hookpoints
+from ..activations.sentences import SENTENCE_EMBEDDING
+from ..common.figures import save_figure
 from ..common.files import write_json
 from ..evaluation import HeldOut
 from ..evaluation.core import evaluate
 from ..evaluation.report import ABOUT, plot
+from ..features import FeatureIndex
+from ..features.index.layout import INDEX
+from ..features.labels import short_labels
+from ..features.sizes import FOLDER as INDEX_FOLDER
+from ..features.tree.picture import nested_figure
 from ..models import SAEModel
 from ..models.digests import folder_digest
 from ..models.pieces import tensor_files
@@ -43,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 MEASURED_FILE = "measured.json"
 CURVE, POWER_LAW, EVALUATION = "progressive_curve", "power_law", "evaluation"
+NESTED = "nested_prefixes"
 
 _STATISTICS = "statistics"
 _FILES = {_STATISTICS: STATISTICS_FILE, CURVE: f"{CURVE}.json", POWER_LAW: f"{POWER_LAW}.json"}
@@ -75,6 +84,9 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
     config = _run_config(folder or Path(run_dir))
     if config.model is None or config.dataset is None:
         logger.info("The run in '%s' was given hidden states, which are not kept: nothing is measured.", run_dir)
+        return
+    if SENTENCE_EMBEDDING in config.hookpoints:
+        logger.info("The run in '%s' read embeddings of whole texts: its own closing figures stand.", run_dir)
         return
     groups: dict[str, list[SAEFolder]] = {}
     for sae in saes:
@@ -153,6 +165,7 @@ def _load(sae: SAEFolder, device: torch.device) -> SAEModel:
 
 def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
     weights = folder_digest(place.folder)
+    _draw_nested(place.folder, weights)
     missing = [
         name
         for name, file in _FILES.items()
@@ -173,6 +186,26 @@ def _measure_sae(place: SAEFolder, hookpoint: str, bench: _Bench) -> None:
     if POWER_LAW in missing:
         _write_power_laws(sae, statistics, place.folder)
         _note(place.folder, POWER_LAW, weights)
+
+
+def _draw_nested(folder: Path, weights: str | None) -> None:
+    """Draw which latents refine which, where there is a feature index of these weights that knows."""
+    path, index_file = folder / f"{NESTED}.png", folder / INDEX_FOLDER / INDEX
+    if not index_file.is_file():
+        return
+    fresh = path.is_file() and path.stat().st_mtime >= index_file.stat().st_mtime
+    if fresh and is_measured(folder, NESTED, weights):
+        return
+    try:
+        index = FeatureIndex.open(folder)
+        index.check(AutoModel.from_pretrained(folder))
+    except ValueError as error:
+        logger.info("No picture is drawn of the feature index in %s: %s", folder, error)
+        return
+    tree = index.tree(AutoConfig.from_pretrained(folder).widths)
+    if len(tree.roots()) < len(tree):
+        save_figure(nested_figure(tree, short_labels(index)), path)
+        _note(folder, NESTED, weights)
 
 
 def _statistics(sae: SAEModel, folder: Path, data: HeldOut, weights: str | None) -> LatentStatistics:

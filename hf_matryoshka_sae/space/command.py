@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             revision=parsed.revision,
             public=public,
             shown=[parsed.source],
+            most_gigabytes=parsed.most_gigabytes,
         )
         if (parsed.source, parsed.model, parsed.dataset) != (EMBEDDED, None, None):
             library.open(parsed.source)  # what is not there is said now, not on the page
@@ -81,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s). On any other, as with --share, strangers may come: the "
         "page then opens no other folder, and neither reads nor pushes with this machine's token",
+    )
+    parser.add_argument(
+        "--most_gigabytes",
+        type=float,
+        metavar="GB",
+        help="of files that an SAE on the Hub may have, and its language model (default: 4 where strangers may come)",
     )
     parser.add_argument("--port", type=int, help="to listen on (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="make a public link that lasts a week; see --host")

@@ -1,74 +1,40 @@
 """What can be asked of an open SAE, in plain values: the endpoints of the API, and what the tabs show."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..features import TextFeatures, search_latents, search_words, text_features
+from ..features.patterns.search import TokenPattern
 from ..features.text import checked_latent
-from ..steering import reconstruct_text, steer
-from .limits import checked_text, on_gpu
+from ..features.tree.picture import nested_picture
+from ..steering.continuation import MODES
+from .limits import checked_text
+from .looks.family_card import family_card
 from .subject.answers import feature_of, list_latents
-from .subject.comparing import compare
+from .subject.comparing import check_comparable, compare
 from .subject.exporting import export, push
-from .subject.indexes import build
+from .subject.families import family_tree
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
-from .subject.trees import Branch, Families
-
-
-_ALL: list["Endpoints"] = []
-_DRAWN = 1500
-"""Latents of a tree that are shown at once."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What is known of an SAE at all widths, and of one pruning of it.
-
-    Args:
-        rows (`list[dict]`): Widths from a 64th of the dictionary to all of it, each with the figures that are known.
-        pruning ([`Pruning`]): With its defaults filled in.
-        figures (`dict`, *optional*), whole (`dict`, *optional*): Of the pruning, and of the SAE as it was trained,
-            where they are measured.
-        hookpoint (`str`): Where the SAE reads.
-        command (`str`): What measures the same in a shell; empty where nothing does.
-    """
-
-    rows: list[dict[str, Any]]
-    pruning: Pruning
-    figures: dict[str, Any] | None
-    whole: dict[str, Any] | None
-    hookpoint: str
-    command: str
-
-
-def _made(number: int) -> "Endpoints":
-    return _ALL[number]
+from .subject.running import Runner
+from .subject.texts import MOST_TEXTS, check_reads_texts
 
 
 class Endpoints:
     """Questions to SAEs by name; `sae` is a repository id, a folder or `embedded`, `place` which of its SAEs.
+
+    Arguments are checked before an SAE is opened and before anything waits for a language model, which all run by way
+    of a [`Runner`].
 
     Args:
         library ([`Library`]): Opens them.
     """
 
     def __init__(self, library: Library) -> None:
-        self.library = library
-        self._number = len(_ALL)
-        _ALL.append(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # To a forked process (see `on_gpu`) goes which one this is, not what it has open.
-        return _made, (self._number,)
+        self.library, self.runner = library, Runner(library)
 
     def describe(self, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """What an SAE is: its family, sizes, language model and hookpoint, and whether it has a feature index."""
-        opened = self.library.open(sae, place)
+        opened = self.library.look(sae, place)
         config = opened.sae.config
         index = opened.index
         return {
@@ -81,14 +47,14 @@ class Endpoints:
             "num_latents": opened.num_latents,
             "prefix_widths": list(opened.sae.prefix_widths),
             "k": config.k if opened.counts else None,
+            "generates": opened.reader.generates,
             "base_model": config.base_model,
-            "hookpoint": opened.data.hookpoint,
-            "tokens": opened.data.tokens,
+            "hookpoint": opened.hookpoint,
+            "tokens": opened.tokens,
             "index_tokens": None if index is None else index.about["tokens"],
             "index_problem": opened.index_problem if index is None else "",
         }
 
-    @on_gpu
     def measure(
         self, sae: str = "embedded", place: str = "", ranking: str = "trained", width: int = 0, k: int = 0
     ) -> dict[str, Any]:
@@ -96,16 +62,19 @@ class Endpoints:
 
         Rankings are trained, energy, frequency and attribution; 0 stands for all latents, and for k as trained.
         """
-        opened, pruning = self._pruning(sae, place, ranking, width, k)
-        return opened.figures(pruning)
+        return self._figures(*self._pruning(sae, place, ranking, width, k))
 
     def _pruning(self, sae: str, place: str, ranking: str, width: int, k: int = 0) -> tuple[Opened, Pruning]:
         opened = self.library.open(sae, place)
         return opened, opened.check(Pruning(ranking, width, k or None))
 
+    def _figures(self, opened: Opened, pruning: Pruning) -> dict[str, Any]:
+        self.runner.have(opened, "measured", pruning)
+        return opened.figures(pruning)
+
     def feature(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """All that the feature index knows of a latent: contexts, histogram, logit effects, neighbours, family."""
-        return feature_of(self.library.open(sae, place), latent)
+        return feature_of(self.library.look(sae, place), latent)
 
     def latents(
         self,
@@ -118,78 +87,63 @@ class Endpoints:
         count: int = 50,
     ) -> list[dict[str, Any]]:
         """Latents with what they fire on, how often and how strongly, in an order; `contains` looks at the tokens."""
-        return list_latents(self.library.open(sae, place), sort, descending, contains, start, count)
+        return list_latents(self.library.look(sae, place), sort, descending, contains, start, count)
 
-    @on_gpu
     def search(
         self, query: str, kind: str = "pattern", sae: str = "embedded", place: str = "", width: int = 0, top: int = 20
     ) -> list[dict[str, Any]]:
         """Latents that fire where a token pattern matches, or on words (`kind="words"`), by cosine with that."""
-        opened = self.library.open(sae, place)
         query = checked_text(query, "Write a pattern, or words to look for.", 2_000)
         if kind not in ("pattern", "words"):
             raise ValueError(f"Search is for a 'pattern' or for 'words', got '{kind}'.")
+        words = [word for word in query.split(",") if word.strip()]
+        opened = self.library.open(sae, place)
         chosen = opened.check(Pruning(width=width)).width
-        with self.library.lock:
-            if kind == "pattern":
-                hits = search_latents(query, opened.sae, opened.data, top, chosen, show=True)
-            else:
-                words = [word for word in query.split(",") if word.strip()]
-                hits = search_words(words, opened.sae, opened.data, top, chosen, show=True)
+        if kind == "pattern":
+            TokenPattern.compile(query, opened.tokenizer)  # what cannot be read is said at once
+        asked = query if kind == "pattern" else words
+        hits = self.runner.search(opened.source, opened.place, asked, chosen, top)
         return [{**vars(hit), "label": opened.labels[hit.latent]} for hit in hits]
 
     def family(self, latent: int, sae: str = "embedded", place: str = "") -> dict[str, Any]:
         """A latent's place in the tree: its parents up to the smallest prefix, and what is below it, by level."""
-        opened = self.library.open(sae, place)
+        opened = self.library.look(sae, place)
         tree = opened.tree()
-        tree.check(latent)
+        levels, below = [], tree.children(checked_latent(latent, len(tree)))
+        while below:
+            levels.append(below)
+            below = [child for one, _ in below for child in tree.children(one)]
         return {
             "latent": latent,
             "ancestors": tree.ancestors(latent),
             "below": [
-                [{"latent": one, "score": tree.score(one), "label": opened.labels[one]} for one in level]
-                for level in tree.levels_below(latent)
+                [{"latent": one, "score": score, "label": opened.labels[one]} for one, score in level]
+                for level in levels
             ],
         }
 
-    @on_gpu
     def read_text(
         self, text: str, sae: str = "embedded", place: str = "", width: int = 0, top: int = 5
     ) -> dict[str, Any]:
         """The strongest latents of each token of a text, and of the whole text with their activations along it."""
+        text = checked_text(text)
         opened = self.library.open(sae, place)
-        features = self._features(opened, text, width, top)
-        return {
-            "tokens": features.tokens,
-            "top": [[[latent, value] for latent, value in token] for token in features.top],
-            "latents": [
-                {
-                    "latent": latent,
-                    "max": value,
-                    "label": opened.labels[latent],
-                    "activations": features.activations(latent).tolist(),
-                }
-                for latent, value in features.top_latents(10)
-            ],
-            "left_out": features.left_out,
-            "width": features.width,
-        }
+        chosen = opened.check(Pruning(width=width)).width
+        features = self.runner.read(opened.source, opened.place, text, chosen, top)
+        for row in features["latents"]:
+            row["label"] = opened.labels[row["latent"]]
+        fires = {latent for token in features["top"] for latent, _ in token}
+        return features | {"labels": {str(latent): opened.labels[latent] for latent in fires}}
 
-    @on_gpu
     def activations(
         self, text: str, latent: int, sae: str = "embedded", place: str = "", width: int = 0
     ) -> dict[str, Any]:
         """One latent's activations along a text."""
+        text = checked_text(text)
         opened = self.library.open(sae, place)
-        features = self._features(opened, text, width, 1)
-        return {"tokens": features.tokens, "activations": features.activations(latent).tolist()}
+        chosen = opened.check(Pruning(width=width)).width
+        return self.runner.read(opened.source, opened.place, text, chosen, 1, checked_latent(latent, chosen))
 
-    def _features(self, opened: Opened, text: str, width: int, top: int) -> TextFeatures:
-        text, chosen, data = checked_text(text), opened.check(Pruning(width=width)).width, opened.data
-        with self.library.lock:
-            return text_features(opened.sae, data.model, opened.tokenizer, text, data.hookpoint, chosen, top, 512)
-
-    @on_gpu
     def reconstruct(
         self,
         text: str,
@@ -201,31 +155,28 @@ class Endpoints:
         new_tokens: int = 20,
     ) -> dict[str, Any]:
         """A text as a pruned SAE leaves it: what the language model loses on each token, and how it goes on."""
-        opened = self.library.open(sae, place)
         text = checked_text(text)
         if not 0 <= new_tokens <= 100:
             raise ValueError(f"A text can be continued by up to 100 tokens, got {new_tokens}.")
-        pruned = opened.pruned(opened.check(Pruning(ranking, width, k or None)))
-        with self.library.lock:
-            data = opened.data
-            reconstructed = reconstruct_text(
-                pruned, data.model, data.tokenizer, text, hookpoint=data.hookpoint, max_new_tokens=new_tokens
-            )
-        lost = reconstructed.spliced_loss - reconstructed.loss
-        predicted = ~torch.isnan(lost)
-        return {
-            "tokens": reconstructed.tokens,
-            "lost": [value if ok else None for value, ok in zip(lost.tolist(), predicted.tolist(), strict=True)],
-            "ce": _mean(reconstructed.loss[predicted]),
-            "spliced_ce": _mean(reconstructed.spliced_loss[predicted]),
-            "fvu": reconstructed.fvu,
-            "l0": reconstructed.l0,
-            "plain": reconstructed.plain,
-            "spliced": reconstructed.spliced,
-            "left_out": reconstructed.left_out,
-        }
+        opened, pruning = self._pruning(sae, place, ranking, width, k)
+        return self.runner.reconstruct(opened.source, opened.place, vars(pruning), text, new_tokens)
 
-    @on_gpu
+    def search_texts(
+        self, texts: str, query: str, sae: str = "embedded", place: str = "", width: int = 0, top: int = 10
+    ) -> list[dict[str, Any]]:
+        """Of texts, one in each line, those that answer a query, and which latents of their embeddings answered."""
+        lines = tuple(line.strip() for line in checked_text(texts, "Paste some texts first.").splitlines())
+        lines = tuple(dict.fromkeys(line for line in lines if line))
+        query = checked_text(query, "Write what to look for.", 2_000)
+        if len(lines) > MOST_TEXTS or not 1 <= top <= MOST_TEXTS:
+            raise ValueError(
+                f"Up to {MOST_TEXTS} texts are searched here, got {len(lines)}, of which {top} are asked for."
+            )
+        opened = self.library.look(sae, place)
+        check_reads_texts(opened)
+        chosen = opened.check(Pruning(width=width)).width
+        return self.runner.search_texts(opened.source, opened.place, lines, query, chosen, top)
+
     def steer(
         self,
         text: str,
@@ -243,8 +194,9 @@ class Endpoints:
 
         The strength is in units of the latent's largest activation in the feature index.
         """
-        opened = self.library.open(sae, place)
         text = checked_text(text)
+        if mode not in MODES:
+            raise ValueError(f"The mode must be one of {', '.join(MODES)}, got '{mode}'.")
         if not 1 <= new_tokens <= 100:
             raise ValueError(f"A text can be continued by 1 to 100 tokens, got {new_tokens}.")
         if isinstance(strength, int | float) and 100 < abs(strength) < float("inf"):
@@ -253,28 +205,15 @@ class Endpoints:
             raise ValueError(f"The seed must lie between 0 and 2^63 - 1, got {seed}.")
         if temperature and not 0.01 <= temperature <= 10:
             raise ValueError(f"The temperature must be 0 or lie between 0.01 and 10, got {temperature}.")
+        opened = self.library.open(sae, place)
         chosen = opened.check(Pruning(width=width)).width
         latent = checked_latent(latent, chosen)
         unit = None if opened.index is None else opened.index.feature(latent, contexts=False).max
-        with self.library.lock:
-            steered = steer(
-                opened.sae,
-                opened.data.model,
-                opened.tokenizer,
-                text,
-                latent,
-                mode,
-                strength,
-                chosen,
-                opened.data.hookpoint,
-                unit or None,
-                max_new_tokens=new_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
+        options = {"mode": mode, "strength": strength, "width": chosen, "unit": unit or None, "seed": seed}
+        options |= {"max_new_tokens": new_tokens, "temperature": temperature}
+        steered = self.runner.steer(opened.source, opened.place, text, latent, options)
         return {"plain": steered.plain, "steered": steered.steered, "amount": steered.amount, "unit": unit}
 
-    @on_gpu
     def compare(
         self,
         sae: str = "embedded",
@@ -287,62 +226,70 @@ class Endpoints:
         other_width: int = 0,
     ) -> dict[str, Any]:
         """Two SAEs, or two prunings of one: figures of both, latents both keep, and the most similar latents."""
-        left = self._pruning(sae, place, ranking, width)
-        return compare(left, self._pruning(other, other_place, other_ranking, other_width))
+        sides = (
+            self._pruning(sae, place, ranking, width),
+            self._pruning(other, other_place, other_ranking, other_width),
+        )
+        check_comparable(*sides)
+        for opened, pruning in sides:
+            self.runner.have(opened, "measured", pruning)
+            if pruning.ranking != "trained":
+                self.runner.have(opened, "statistics")
+        return compare(*sides)
 
     # What the tabs ask besides; no endpoints of the API
 
+    def curve_point(self, sae: str, place: str, ranking: str, width: int) -> dict[str, Any]:
+        """The figures of one width of a curve, measured in a turn of its own, so that others come in between."""
+        return self.measure(sae, place, ranking, width)
+
     def num_latents(self, sae: str, place: str) -> int:
         """How many latents an SAE has."""
-        return self.library.open(sae, place).num_latents
+        return self.library.look(sae, place).num_latents
 
-    def curve(
-        self,
-        sae: str,
-        place: str = "",
-        ranking: str = "trained",
-        width: int = 0,
-        k: int = 0,
-        measure: Sequence[int] = (),
-    ) -> Curve:
-        """What is known of an SAE at all widths, with the losses of the whole and at the widths in `measure`."""
-        opened, pruning = self._pruning(sae, place, ranking, width, k)
-        whole = opened.check(Pruning())
-        for chosen in measure:
-            opened.measured(opened.check(Pruning(ranking, chosen, pruning.k)))
-            opened.measured(whole)
-        command = ""
-        if pruning.ranking == "trained" and pruning.k is None and self.library.dataset is None:
-            command = (
-                f"matryoshka-sae evaluate {opened.source} --widths {pruning.width} --tokens {self.library.tokens} "
-                "--selection restrict"
-            )
-        return Curve(
-            opened.curve(ranking, pruning.k),
-            pruning,
-            opened.known_figures(pruning),
-            opened.known_figures(whole),
-            opened.data.hookpoint,
-            command,
-        )
+    def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
+        """What is stored with the index for a first look, and what its latents are called; `None` without it."""
+        opened = self.library.look(sae, place)
+        stored = None if opened.index is None else opened.index.showcase()
+        return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
 
-    def families(self, sae: str, place: str) -> Families:
-        """The largest families of latents."""
-        opened = self.library.open(sae, place)
-        return opened.tree().largest(opened.labels, _DRAWN)
+    def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
+        """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""
+        return self.library.look(sae, place).picture(threshold, most)
 
-    def branch(self, latent: int, sae: str, place: str) -> Branch:
-        """A latent with all that is below it in the tree."""
-        opened = self.library.open(sae, place)
-        return opened.tree().branch(latent, opened.labels)
+    def family_card(self, latent: int, sae: str, place: str, threshold: float, address: str) -> str:
+        """A latent's family as a picture to send on, as SVG; `address` is where its page is."""
+        opened = self.library.look(sae, place)
+        feature = feature_of(opened, latent)
+        picture = nested_picture(family_tree(opened, latent, threshold), opened.labels, open_latent=latent, alone=True)
+        title = f"Latent {latent}" + (f": {feature['label']}" if feature["label"] else "")
+        return family_card(picture, title, feature["verdict"], address)
+
+    def kept(self, sae: str, place: str, ranking: str, width: int) -> list[int]:
+        """The latents that a pruning keeps, by their numbers as trained."""
+        opened, pruning = self._pruning(sae, place, ranking, width)
+        if pruning.ranking != "trained":
+            self.runner.have(opened, "statistics")
+        return opened.order(pruning.ranking)[: pruning.width].tolist()
 
     def build_index(self, sae: str, place: str, tokens: int) -> int:
         """Build an SAE's feature index on the page's text; returns of how many tokens it is."""
-        return build(self.library.open(sae, place), tokens).about["tokens"]
+        opened = self.library.open(sae, place)
+        read_tokens = self.runner.build_index(opened.source, opened.place, tokens)
+        opened.forget_index()
+        return read_tokens
 
     def download(self, sae: str, place: str, ranking: str, width: int, k: int, folder: str) -> str:
         """The path of a zip file in `folder` that holds a pruned SAE."""
-        return str(export(*self._pruning(sae, place, ranking, width, k), Path(folder)))
+        return str(export(*self._to_keep(sae, place, ranking, width, k), Path(folder)))
+
+    def _to_keep(self, sae: str, place: str, ranking: str, width: int, k: int) -> tuple[Opened, Pruning]:
+        """The same as `_pruning`, with all there that the pruned SAE is made of."""
+        opened, pruning = self._pruning(sae, place, ranking, width, k)
+        if pruning.ranking != "trained":
+            self.runner.have(opened, "statistics")
+        self.runner.have(opened, "pruned", pruning)
+        return opened, pruning
 
     def push(
         self, pruned: tuple[str, str, str, int, int], repo: str, token: str | None, private: bool
@@ -354,9 +301,5 @@ class Endpoints:
         """
         if self.library.public and not token:
             raise ValueError("Give a token with write access to your repositories: this page pushes with no other.")
-        opened, pruning = self._pruning(*pruned)
+        opened, pruning = self._to_keep(*pruned)
         return push(opened.pruned(pruning), repo, token, private)
-
-
-def _mean(values: torch.Tensor) -> float | None:
-    return float(values.mean()) if len(values) else None

@@ -1,9 +1,11 @@
 """Starting a page with the looks that all pages of this package share."""
 
-from importlib.resources import files
 from typing import Any
 
 import gradio as gr
+
+from .looks.theme import looks
+from .subject.lanes import LANES, MOST_WAITING
 
 
 def launch(blocks: gr.Blocks, **options: Any) -> Any:
@@ -13,9 +15,7 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
         blocks (`gr.Blocks`): For example from [`build_demo`].
         options: Of `launch`: `server_port`, `share`, `mcp_server`, ...
     """
-    here = files(__package__)
-    looks = {
-        "css": (here / "page.css").read_text(encoding="utf-8"),
-        "js": (here / "page.js").read_text(encoding="utf-8"),
-    }
-    return blocks.queue(max_size=100).launch(**{"footer_links": ["api", "settings"], **looks, **options})
+    # A visitor who waits for a language model holds a thread: see `subject/lanes.py`.
+    threads = len(LANES) * (MOST_WAITING + 1) + 40
+    queue = blocks.queue(max_size=100)
+    return queue.launch(**{"footer_links": ["api", "settings"], "max_threads": threads, **looks(), **options})

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,22 @@ def checked_text(text: str, empty: str = "Write or paste a text first.", most: i
     except UnicodeEncodeError as error:
         raise ValueError(f"This text holds half a character, at place {error.start:,}. Copy it again.") from error
     return text
+
+
+def wanted() -> bool:
+    """Whether the visitor for whom this thread works still waits: has not left the page, nor cancelled.
+
+    Gradio ends neither a thread nor what waits in it; what takes long asks here from time to time.
+    """
+    if "gradio" not in sys.modules:
+        return True
+    from gradio.context import LocalContext
+
+    blocks, event = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    if blocks is None or event is None:
+        return True
+    running = blocks._queue.event_ids_to_events.get(event)  # noqa: SLF001 (there is no other way to ask)
+    return running is not None and running.alive
 
 
 def forget_own_token() -> None:
@@ -74,19 +91,26 @@ def _as(kind: Any, name: str, value: Any) -> Any:
     raise ValueError(f"`{name}` must be {wanted}, got {value!r:.80}.")
 
 
-def on_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a method of [`Endpoints`] where a GPU is.
+def on_gpu(method: Callable[..., Any] | None = None, *, seconds: int = 60) -> Callable[..., Any]:
+    """Runs a method of what has a `library` where a GPU is.
 
     On a Space with ZeroGPU a GPU is lent for the length of a call, to a process that is a fork of this one: models are
     moved there first, and arguments and results are plain values. Elsewhere the method stays as it is.
+
+    Args:
+        method (`Callable`): The method; without one, this returns a decorator.
+        seconds (`int`, *optional*, defaults to 60): For which the GPU is lent at most.
     """
+    if method is None:
+        return functools.partial(on_gpu, seconds=seconds)
     if not os.environ.get("SPACES_ZERO_GPU"):
         return method
     import spaces
 
     @functools.wraps(method)
     def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.library.renew_locks()  # a thread of the process that was forked may have held one
         self.library.to("cuda")
         return method(self, *args, **kwargs)
 
-    return functools.wraps(method)(spaces.GPU(duration=60)(moved))
+    return functools.wraps(method)(spaces.GPU(duration=seconds)(moved))

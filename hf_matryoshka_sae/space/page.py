@@ -1,34 +1,38 @@
-"""The page: what is open, six tabs, the endpoints, and links that open all of it."""
+"""The page: what is open, its tabs, the endpoints, and links that open all of it."""
 
 import inspect
+import re
 import threading
+import time
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 
 from .endpoints import Endpoints
 from .limits import UNREACHABLE, typed
-from .looks.html import escape
+from .looks.html import data, escape
 from .looks.links import View
 from .looks.messages import told, warn
+from .looks.theme import TITLE
 from .subject.library import Library
 from .tabs.compare import CompareTab
-from .tabs.features import FeaturesTab
-from .tabs.inputs import HEAVY, LIGHT, Shown, area
+from .tabs.drawer import Drawer
+from .tabs.explore import ExploreTab
+from .tabs.inputs import BROWSER, LIGHT, Shown, area
 from .tabs.prune import PruneTab
 from .tabs.search import SearchTab
 from .tabs.text import TextTab
-from .tabs.tree import TreeTab
+from .tabs.texts import TextsTab
 
 
-TITLE = "Matryoshka SAEs: prune a dictionary, look at its features"
 WARMING = "warming"
 """Name of the thread that opens what is shown at first."""
 
 _LIGHT = ("describe", "feature", "latents", "family")
 """Endpoints that only read an index: many at once. The others run a language model, one at a time."""
 
-_HEAVY = ("measure", "search", "read_text", "activations", "reconstruct", "steer", "compare")
+_HEAVY = ("measure", "search", "read_text", "search_texts", "activations", "reconstruct", "steer", "compare")
 
 
 class Page:
@@ -44,87 +48,65 @@ class Page:
         with gr.Blocks(title=TITLE, delete_cache=(3600, 3600), analytics_enabled=False) as self.blocks:
             for name in (*_LIGHT, *_HEAVY):  # first: a handler of the same name would take it
                 self._endpoint(name)
-            gr.Markdown(f"# {TITLE}")
-            with gr.Row(equal_height=True):
+            self.about = area("about")
+            with gr.Row(equal_height=True, elem_id="another"):
                 self.source = gr.Textbox(
                     default, label="SAE: a repository on the Hub, a folder, or “embedded”", scale=4, min_width=240
                 )
                 self.place = gr.Dropdown([], label="Which of its SAEs", scale=2, min_width=160, interactive=True)
-                self.open = gr.Button("Open", variant="primary", scale=1, min_width=90)
-            self.about = area("about")
-            latent = gr.Number(0, precision=0, label="Latent", scale=2, min_width=110, render=False)
-            current = gr.State((default, ""))
-            with gr.Tabs() as tabs:  # holds tabs alone: anything else in it would be counted as one
-                self.shown = Shown(current, latent, tabs)
-                with gr.Tab("Prune", id="prune") as first:
-                    self.prune = PruneTab(self.endpoints, self.shown)
-                with gr.Tab("Features", id="features") as second:
-                    self.features = FeaturesTab(self.endpoints, self.shown)
-                with gr.Tab("Search", id="search") as third:
-                    self.search = SearchTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Tree", id="tree") as fourth:
-                    self.tree = TreeTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Try it", id="try") as fifth:
-                    self.text = TextTab(self.endpoints, self.shown, self.features.feature)
-                with gr.Tab("Compare", id="compare") as sixth:
-                    self.compare = CompareTab(self.endpoints)
-            for tab in (first, second, third, fourth, fifth, sixth):
-                tab.select(None, None, None, js=f"() => showInLink({{tab: '{tab.id}'}})")
+                self.open = gr.Button("Open", variant="primary", scale=0, min_width=90)
+            width = gr.Slider(1, 2048, 2048, step=1, label="Width: the first n latents", elem_id="width", buttons=[])
+            latent = gr.Number(None, precision=0, label="Latent", elem_id="latent", visible="hidden")
+            current, opened = gr.State((default, "")), gr.State(None)
+            with gr.Tabs(elem_id="views") as tabs:  # holds tabs alone: anything else in it would be counted as one
+                self.shown = shown = Shown(current, opened, width, latent, tabs)
+                with self._view("Prune", "prune"):
+                    self.prune = PruneTab(self.endpoints, shown)
+                with self._view("Explore", "explore"):
+                    self.explore = ExploreTab(self.endpoints, shown)
+                with self._view("Search", "search"):
+                    self.search = SearchTab(self.endpoints, shown)
+                with self._view("Text and steer", "text") as tab:
+                    self.text = TextTab(self.endpoints, shown, tab)
+                with self._view("Texts", "texts", visible=False) as texts:
+                    TextsTab(self.endpoints, shown, texts)
+                with self._view("Compare", "compare"):
+                    self.compare = CompareTab(self.endpoints, shown, self.prune.ranking)
+            self.drawer = Drawer(self.endpoints, shown)
+            self.search.connect(self.drawer)
+            self.text.connect(self.drawer, shown)
             self._wire()
+
+    @staticmethod
+    def _view(label: str, name: str, visible: bool = True) -> gr.Tab:
+        tab = gr.Tab(label, id=name, visible=visible)
+        tab.select(None, None, None, js=f"() => nested.show({{tab: '{name}'}})", **BROWSER)
+        return tab
 
     def _endpoint(self, name: str) -> None:
         limits: dict[str, Any] = {"queue": False}  # answered at once
         if name in _HEAVY:
-            limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+            limits = {"concurrency_limit": None}
         method = getattr(self.endpoints, name)
         gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 
     def _wire(self) -> None:
-        everything = [
-            self.source,
-            self.place,
-            self.about,
-            self.shown.current,
-            self.prune.width,
-            self.prune.k,
-            self.prune.ranking,
-            self.text.width,
-            *self.compare.left[:2],
-            *self.compare.right[:2],
-            self.compare.right[3],
-        ]
+        shown = self.shown
+        everything = [self.source, self.place, self.about, shown.current, shown.width, shown.opened]
         # Not among what runs a language model: what is open already opens at once, whatever others wait for.
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 20}
-        first = [*everything, self.shown.tabs, self.shown.latent, self.search.query, self.search.kind]
-        started = self.blocks.load(told(self.start), None, first, **options)
-        started.success(None, [self.source, self.place], None, js="(sae, place) => showInLink({sae, place})")
-        opened = [
-            gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options),
-            self.place.input(told(self.open_place), [self.shown.current, self.place], everything, **options),
-        ]
-        for event in opened:
-            step = "(sae, place) => showInLink({sae, place, latent: null}, true)"
-            event.success(None, [self.source, self.place], None, js=step)
-        current = self.shown.current
-        search = [current, self.search.query, self.search.kind]
-        started.success(told(self.search.find_linked), search, self.search.hits, **HEAVY)
-        built = self.features.built.success(told(self.describe), current, self.about, **LIGHT)
-        pruning = [current, self.prune.ranking, self.prune.width, self.prune.k]
-        indexed = [self.features.without, self.features.table, self.features.feature]
-        for event in (built, started, *opened):
-            refreshed = event.success(
-                told(self.features.refresh), [current, self.shown.latent], indexed, **LIGHT
-            ).then(told(self.tree.refresh), current, self.tree.tree, **LIGHT)
-            if event is not built:
-                measured = [self.prune.chart, self.prune.figures]
-                refreshed.then(told(self.prune.show_measured), pruning, measured, **HEAVY)
+        self.blocks.load(told(self.start), None, [*everything, shown.tabs], **options)
+        gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options)
+        self.place.input(told(self.open_place), [shown.current, self.place], everything, **options)
+        shown.opened.change(told(self.describe), [shown.current, shown.opened], self.about, **LIGHT)
+        shown.width.change(None, shown.width, None, js="width => nested.chooseWidth(width)", **BROWSER)
 
     def warm(self) -> None:
-        """Open what is shown at first, and measure what of it is shown at first."""
+        """Open what is shown at first."""
         try:
             if self.endpoints.describe(self.default)["index_tokens"] is not None:
                 self.endpoints.family(0, self.default)
-            self.endpoints.curve(self.default, measure=[0])
+            self.endpoints.library.open(self.default)
         except (ValueError, *UNREACHABLE):
             pass  # the visitor is told
 
@@ -143,18 +125,14 @@ class Page:
             warn(f"{error} Opening {self.default} instead.")
             view = View(self.default)
             updates = self._opened(view)
-        return *updates, gr.update(selected=view.tab), self._first_latent(view), view.q, view.kind
+        return *updates, gr.update(selected=view.tab)
 
-    def describe(self, current: tuple[str, str]) -> str:
-        """What is open, in a line."""
-        return describe_html(self.endpoints.describe(*current))
-
-    def _first_latent(self, view: View) -> int:
-        """The latent of the link, else the one with most energy."""
-        current = view.sae, view.place
-        if view.latent is not None or self.endpoints.describe(*current)["index_tokens"] is None:
-            return view.latent or 0
-        return self.endpoints.latents(*current, count=1)[0]["latent"]
+    def describe(self, current: tuple[str, str], opened: dict[str, Any]) -> str:
+        """What is open, in a line, and for the page's script: all that a link to it says."""
+        about = self.endpoints.describe(*current)
+        place = "" if about["place"] == about["places"][0] else about["place"]
+        given = opened | {"place": place, "default": self.default, "latents": about["num_latents"]}
+        return data("nested-opened", given) + describe_html(about)
 
     def open_source(self, source: str) -> tuple[Any, ...]:
         """Open a repository or folder."""
@@ -166,39 +144,45 @@ class Page:
 
     def _opened(self, view: View) -> tuple[Any, ...]:
         about = self.endpoints.describe(view.sae, view.place)
-        latents, k = about["num_latents"], about["k"]
+        latents = about["num_latents"]
         if view.width > latents:
             warn(f"This SAE has {latents:,} latents, so the width {view.width:,} of the link is left out.")
         width = view.width if 1 <= view.width <= latents else latents
-        most = min(latents, 4 * int(k or 1))
-        if k is not None and view.k > most:
-            warn(f"k goes up to {most} here, so the k of the link, {view.k:,}, is left out.")
-        chosen = view.k if 1 <= view.k <= most else k
+        opened = asdict(view) | {"sae": about["sae"], "place": about["place"], "time": time.time()}
+        current = about["sae"], about["place"]
         return (
             about["sae"],
             gr.update(choices=about["places"], value=about["place"], interactive=len(about["places"]) > 1),
-            describe_html(about),
-            (about["sae"], about["place"]),
+            self.describe(current, opened),
+            current,
             gr.update(maximum=latents, value=width),
-            gr.update(visible=False) if k is None else gr.update(maximum=most, value=chosen, visible=True),
-            view.ranking,
-            gr.update(maximum=latents, value=latents),
-            *(about["sae"], about["place"]) * 2,
-            max(1, latents // 4),
+            opened,
         )
 
 
 def describe_html(about: dict[str, Any]) -> str:
-    """What is open, in a line."""
-    widths = about["prefix_widths"]
-    prefixes = f", prefixes {', '.join(f'{width:,}' for width in widths)}" if len(widths) > 1 else ""
-    model = f"<code>{escape(about['hookpoint'])}</code> of <code>{escape(str(about['base_model']))}</code>"
-    known = "no feature index yet" if about["index_tokens"] is None else f"index of {about['index_tokens']:,} tokens"
-    known = f"its feature index cannot be read: {escape(about['index_problem'])}" if about["index_problem"] else known
-    return (
-        f"<p><b>{escape(about['type'])}</b> ({escape(about['activation'])}), {about['num_latents']:,} "
-        f"latents{prefixes}, on {model} (width {about['d_in']}); {known}.</p>"
+    """What is open, in a line, with what shares it and what opens another."""
+    name = about["sae"] if about["sae"].count("/") < 2 else about["sae"].rstrip("/").rpartition("/")[2]
+    place = "" if len(about["places"]) < 2 else f" · {about['place']}"
+    layer = re.search(r"(?:layers?|h|blocks?)\.(\d+)$", about["hookpoint"] or "")
+    where = f"layer {layer[1]}" if layer else str(about["hookpoint"])
+    widths = ", ".join(f"{width:,}" for width in about["prefix_widths"])
+    more = (
+        f"{about['type']} ({about['activation']}), prefixes {widths}, at {about['hookpoint']} of {about['base_model']}"
     )
+    index = "no feature index yet" if about["index_tokens"] is None else f"{_short(about['index_tokens'])} tokens"
+    index = f"its feature index cannot be read: {about['index_problem']}" if about["index_problem"] else index
+    return (
+        f'<div class="line"><h1>{escape(name + place)}</h1>'
+        f'<span title="{more}">{about["num_latents"]:,} latents, {escape(where)}, {escape(index)}</span>'
+        '<button type="button" class="small" data-share>Copy link</button>'
+        '<button type="button" class="small" data-toggle="another" aria-expanded="false" aria-controls="another">'
+        "Open another</button></div>"
+    )
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10_000 else f"{count // 1000:,}k" if count < 10_000_000 else f"{count // 10**6:,}M"
 
 
 def build_demo(library: Library | None = None, default: str = "embedded", warm: bool = False) -> gr.Blocks:

@@ -7,15 +7,17 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..activations import resolve_hookpoints
 from ..activations.hookpoints import first_tensor, hooked
+from ..features.continuing import continued, prompt_tokens
 from ..features.firings import values_of
-from ..features.text import checked_latent, longest, own_hookpoint, read_text
+from ..features.text import checked_latent, longest, own_hookpoint
 from ..models import SAEModel
 from ..progressive.statistics import encoded
 from .applying import applied
+from .change import Change
 from .parts import part_of
 
 
@@ -104,7 +106,7 @@ def steer(
 
     def generate(context: AbstractContextManager) -> list[int]:
         with context:
-            return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)
+            return continued(model, tokenizer, ids, max_new_tokens, temperature, seed)[0]
 
     if mode == "remove" or unit is not None:
         plain = generate(nullcontext())
@@ -117,7 +119,7 @@ def steer(
                 "known there: pass `unit`, its largest activation on data."
             )
     amount = 0.0 if mode == "remove" else strength * unit
-    part = part_of(sae, {latent: amount}, mode, hookpoint, positions=positions)
+    part = part_of(sae, {latent: amount}, Change(mode, hookpoint, positions=positions))
     steered = generate(applied(model, [part], quiet=True))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (plain, steered)]
     return Steered(prompt, *texts, plain, steered, latent, mode, amount)
@@ -154,35 +156,3 @@ def _check_numbers(strength: float, unit: float | None, max_new_tokens: int, tem
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def prompt_tokens(tokenizer: Any, prompt: str, room: int) -> Tensor:
-    """Return the prompt's tokens `(1, S)`, with the special tokens that begin a text but not those that end it."""
-    if room < 1:
-        raise ValueError("`max_new_tokens` leaves no room for a prompt in this model's context. Ask for fewer.")
-    batch, left_out = read_text(tokenizer, prompt, room)
-    if left_out:
-        raise ValueError(
-            f"The prompt is {left_out} tokens too long: beside the new tokens the model can read {room}. Shorten it, "
-            "or ask for fewer new tokens."
-        )
-    ids = batch.input_ids[0].tolist()
-    text = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    # An encoder's closing token, or an EOS that the tokenizer appends, would end the text before it goes on.
-    end = next((end for end in range(len(ids), 0, -1) if ids[:end][-len(text) :] == text), len(ids))
-    return torch.tensor([ids[:end]])
-
-
-def continued(
-    model: nn.Module, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float, seed: int
-) -> list[int]:
-    """Return the model's continuation of `ids` `(1, S)`, sampled with `seed` unless the temperature is 0."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-        )
-    return tokens[0, ids.shape[1] :].tolist()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..activations import TokenBatch, harvest, resolve_hookpoints, spliced_logits
-from ..activations.hookpoints import first_tensor, hooked
+from ..activations.hookpoints import hooked
 from ..common.token_text import token_texts
+from ..features.continuing import Reconstructing, continued, prompt_tokens
 from ..features.text import longest, own_hookpoint, read_text
 from ..models import SAEModel
-from .continuation import continued, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def reconstruct_text(
     plain = spliced = ""
     if max_new_tokens:
         ids = batch.input_ids if left_out else prompt_tokens(tokenizer, text, room).to(batch.input_ids)
-        plain = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
+        plain = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens)[0])
         keep = batch.keep[:, : ids.shape[1]]
-        with hooked(model, [(hookpoint, _Reconstructing(_reconstruction(sae), keep))]):
-            spliced = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens, 0.0, 0))
+        with hooked(model, [(hookpoint, Reconstructing(_reconstruction(sae), keep))]):
+            spliced = _text(tokenizer, continued(model, tokenizer, ids, max_new_tokens)[0])
     return ReconstructedText(
         tokens=token_texts(tokenizer, batch.input_ids[0].tolist()),
         read=batch.keep[0].cpu(),
@@ -123,26 +123,6 @@ def _losses(model: nn.Module, batch: TokenBatch, hookpoint: str, replace: Callab
     places = batch.keep[0, :-1].nonzero().flatten().cpu() + 1
     losses[places] = F.cross_entropy(logits.float(), targets, reduction="none").cpu()
     return losses
-
-
-class _Reconstructing:
-    """A hook that replaces hidden states while text is generated: at the prompt's kept positions and every new one."""
-
-    def __init__(self, replace: Callable[[Tensor], Tensor], keep: Tensor) -> None:
-        self.replace, self.keep, self.started = replace, keep, False
-
-    def __call__(self, hookpoint: str, value: Any) -> Tensor | None:
-        states = first_tensor(value)
-        if states is None or states.ndim != 3:
-            raise ValueError(f"Hookpoint '{hookpoint}' does not carry hidden states [batch, sequence, width].")
-        keep = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        # The prompt comes in one piece (in every step where the model has no cache), new tokens one by one.
-        if not self.started or states.shape[1] > 1:
-            keep[:, : self.keep.shape[1]] = self.keep.to(keep.device)
-        self.started = True
-        states = states.clone()
-        states[keep] = self.replace(states[keep])
-        return states
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

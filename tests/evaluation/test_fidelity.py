@@ -1,11 +1,13 @@
 """Against dense float64 sums over all tokens at once, with the language model's layers run by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from hf_matryoshka_sae.activations import load_language_model
-from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity, open_heldout
+from hf_matryoshka_sae.evaluation import Dictionary, HeldOut, evaluate_fidelity, language_model, open_heldout
 from hf_matryoshka_sae.evaluation.language_model import LossScaling
 from hf_matryoshka_sae.models import CONFIGS, MODELS
 
@@ -102,6 +104,27 @@ def test_restricting_a_topk_dictionary_is_its_prefix(data):
         assert rows[0][key] == pytest.approx(small[0][key], rel=1e-6), key
     assert rows[0]["l0"] > masked[0]["l0"]
     assert rows[1]["fvu"] == pytest.approx(masked[1]["fvu"], rel=1e-6)
+
+
+def test_ablated_losses_are_kept_with_the_states_of_the_same_text(data, monkeypatch):
+    """Who keeps hidden states measures zero and mean once; another text or another hookpoint has its own."""
+    kept: dict = {}
+    keeping, sae = replace(data, kept_states=kept), build("topk", k=5)
+    passes = []
+    logits = language_model.spliced_logits
+    monkeypatch.setattr(language_model, "spliced_logits", lambda *a, **k: passes.append(1) or logits(*a, **k))
+
+    def measured(source):
+        passes.clear()
+        return evaluate_fidelity(source, {"it": Dictionary(sae, [48])}, similarity_tokens=0, show=False), len(passes)
+
+    (plain, each), batches = measured(data), len(data.batches)
+    assert each == 4 * batches
+    assert measured(keeping) == (plain, 4 * batches) and measured(keeping) == (plain, 2 * batches)
+    half, elsewhere = replace(keeping, batches=data.batches[:2]), replace(keeping, hookpoint="model.layers.0")
+    for source in (half, elsewhere):
+        expected, _ = measured(replace(source, kept_states=None))
+        assert measured(source) == (expected, 4 * len(source.batches))
 
 
 def test_activations_alone_give_no_losses(data):

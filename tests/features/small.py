@@ -27,7 +27,13 @@ def make_sae(**options) -> MatryoshkaSAE:
 
 def build(folder, sae=None, model=None, texts=None, tokens=600, **options):
     """An index in a folder."""
-    options = {"sizes": SIZES, "context_length": LENGTH, "lm_batch_size": WINDOWS, "show": False} | options
+    options = {
+        "sizes": SIZES,
+        "context_length": LENGTH,
+        "lm_batch_size": WINDOWS,
+        "show": False,
+        "showcase": False,
+    } | options
     texts = tiny.texts(80) if texts is None else texts
     sae, model = sae or make_sae(), model or language_model()
     return build_index(sae, model, texts, tokens, folder, tokenizer=tiny.tokenizer(), **options)

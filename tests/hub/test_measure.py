@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from hf_matryoshka_sae.assets import embedded_sae_path
 from hf_matryoshka_sae.hub import measure
+from hf_matryoshka_sae.hub.card import card_assets, run_card
 from hf_matryoshka_sae.hub.layout import find_saes
 from hf_matryoshka_sae.hub.measure import is_measured, measure_run
+from hf_matryoshka_sae.models.digests import folder_digest
 from hf_matryoshka_sae.progressive import LatentStatistics
 
 
@@ -125,3 +128,23 @@ def test_a_folder_without_a_run_is_an_error_that_says_so(measured_run, tmp_path)
     with pytest.raises(ValueError, match="no run.yaml"):
         measure_run(tmp_path)
     measure_run(tmp_path / NESTED)  # a single SAE may come from anywhere
+
+
+def test_prefixes_are_drawn_nested_where_an_index_knows_them(tmp_path):
+    folder = tmp_path / "sae"
+    shutil.copytree(embedded_sae_path(), folder)
+    weights, path = folder_digest(folder), folder / "nested_prefixes.png"
+    measure._draw_nested(folder, weights)
+    drawn = path.stat().st_mtime_ns
+    assert path.read_bytes().startswith(b"\x89PNG") and is_measured(folder, "nested_prefixes", weights)
+    measure._draw_nested(folder, weights)
+    assert path.stat().st_mtime_ns == drawn
+    assert card_assets(folder) == {"plots/nested_prefixes.png": path}
+    assert "](plots/nested_prefixes.png)" in str(run_card(folder, "me/sae"))
+    path.unlink()
+    sae = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        sae.W_enc += 1
+    sae.save_pretrained(folder)
+    measure._draw_nested(folder, folder_digest(folder))  # of an index of other weights nothing is drawn
+    assert not path.exists()

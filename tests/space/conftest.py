@@ -19,7 +19,7 @@ from ..conftest import SERVER
 
 
 TOKENS = 2_000
-_SECONDS = 180  # until the page answers
+_SECONDS = 300  # until the page answers
 _REST = 20  # seconds until it is at rest
 
 
@@ -95,7 +95,7 @@ class Visits:
         for ended in ("requestfinished", "requestfailed"):
             page.on(ended, lambda request: streams.discard(request))
         page.goto(self.url + query)
-        page.locator("#about p").wait_for()
+        page.locator("#about h1").wait_for()
         return page
 
     def shared(self, width: int):
@@ -115,16 +115,22 @@ class Visits:
 
 
 @pytest.fixture(scope="session")
-def visits(space):
-    """Chromium, driven by Playwright."""
+def chromium():
+    """Tabs of Chromium, driven by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs a chromium on the path")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield Visits(browser.new_context(), space)
+        yield browser.new_context(accept_downloads=True, permissions=["clipboard-read", "clipboard-write"])
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def visits(chromium, space):
+    """Visits to the page."""
+    return Visits(chromium, space)
 
 
 @pytest.fixture
@@ -180,3 +186,17 @@ def rest(page) -> bool:
         page.wait_for_timeout(50)
         quiet = 0 if _STREAMS[page] else quiet + 1
     return quiet == 4
+
+
+def set_width(page, width: int, tab: str = "Prune") -> None:
+    """Choose a width for the whole page, as by typing it."""
+    choose_tab(page, tab)
+    field = page.get_by_label("number input for Width: the first n latents")
+    field.fill(str(width))
+    field.press("Enter")
+
+
+def figures(page) -> dict[str, str]:
+    """The figures of Prune at the page's width, by title."""
+    rows = page.locator("#figures tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").nth(0).inner_text() for row in rows}

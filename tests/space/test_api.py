@@ -18,6 +18,7 @@ ENDPOINTS = {
     "family": "latent sae place",
     "read_text": "text sae place width top",
     "activations": "text latent sae place width",
+    "search_texts": "texts query sae place width top",
     "reconstruct": "text sae place ranking width k new_tokens",
     "steer": "text latent mode strength sae place width new_tokens temperature seed",
     "compare": "sae place ranking width other other_place other_ranking other_width",
@@ -55,7 +56,7 @@ def test_endpoints_are_named_typed_and_described(client):
 
 def test_a_feature_is_what_the_page_shows(client):
     found = client.predict(latent=42, api_name="/feature")
-    assert found["latent"] == 42 and len(found["contexts"]) == 12
+    assert found["latent"] == 42 and len(found["contexts"]) == 10
     (best,) = client.predict(sort="largest activation", count=1, api_name="/latents")
     assert client.predict(latent=best["latent"], api_name="/feature")["max"] == pytest.approx(best["max"])
 

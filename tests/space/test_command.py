@@ -15,7 +15,17 @@ def test_help_says_what_can_be_given(capsys):
         cli.main(["space", "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("REPO_OR_DIR", "--model", "--dataset", "--tokens", "--port", "--host", "--share", "--mcp"):
+    for option in (
+        "REPO_OR_DIR",
+        "--model",
+        "--dataset",
+        "--tokens",
+        "--port",
+        "--host",
+        "--share",
+        "--mcp",
+        "--most_gigabytes",
+    ):
         assert option in printed
 
 
@@ -26,6 +36,7 @@ def test_help_says_what_can_be_given(capsys):
         ([str(embedded_sae_path() / "features")], "holds no SAE"),
         (["--tokens", "0"], "at least 1"),
         (["--context_length", "1"], "at least 1"),
+        (["--most_gigabytes", "-1"], "more than 0"),
     ],
 )
 def test_what_cannot_be_opened_ends_with_a_message(capsys, arguments, message):

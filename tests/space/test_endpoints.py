@@ -65,9 +65,7 @@ def test_an_sae_without_an_index_says_so(endpoints, bare):
         lambda: endpoints.latents(bare),
         lambda: endpoints.family(3, bare),
     ):
-        with pytest.raises(
-            ValueError, match="no feature index yet. Build it on the Features tab, or with `matryoshka"
-        ):
+        with pytest.raises(ValueError, match="no feature index yet. Build it under Explore, or with `matryoshka"):
             ask()
 
 
@@ -337,6 +335,7 @@ def test_two_saes_are_compared(endpoints, bare):
 
 
 def test_a_copy_for_another_process_is_the_same_object(endpoints):
-    assert pickle.loads(pickle.dumps(endpoints)) is endpoints
-    assert pickle.loads(pickle.dumps(endpoints.measure)) == endpoints.measure
-    assert len(pickle.dumps(endpoints)) < 1000
+    runner = endpoints.runner
+    assert pickle.loads(pickle.dumps(runner)) is runner
+    assert pickle.loads(pickle.dumps(runner.compute)) == runner.compute
+    assert len(pickle.dumps(runner)) < 1000

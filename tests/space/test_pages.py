@@ -1,8 +1,8 @@
-"""Pieces of the page: charts, HTML, links, trees, comparisons and labels, against what they are made of."""
+"""Pieces of the page: HTML, links, trees, comparisons and labels, against what they are made of."""
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from urllib.parse import parse_qsl
 from xml.etree import ElementTree
 
@@ -16,134 +16,18 @@ from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 from hf_matryoshka_sae.progressive import prune
 from hf_matryoshka_sae.space import Library
 from hf_matryoshka_sae.space.looks import html
-from hf_matryoshka_sae.space.looks.charts import Axis, Mark, bar_chart, line_chart
 from hf_matryoshka_sae.space.looks.labels import Labels
 from hf_matryoshka_sae.space.looks.links import View, latent_link
 from hf_matryoshka_sae.space.subject.comparing import _matches, compare
 from hf_matryoshka_sae.space.subject.opened import Pruning
-from hf_matryoshka_sae.space.subject.trees import IndexTree
 
 
-SIZE = (380, 250)
 HOSTILE = "<script>alert('a & \"b\"')</script>"
 WIDTHS = [64, 192, 448, 960, 2048]
 
 
 def svg(text: str) -> ElementTree.Element:
     return ElementTree.fromstring(text)  # well-formed, too
-
-
-def circles(figure, cls="series") -> list[tuple[float, float]]:
-    groups = [group for group in figure.iter("g") if cls in group.get("class", "").split()]
-    return [(float(dot.get("cx")), float(dot.get("cy"))) for group in groups for dot in group.iter("circle")]
-
-
-def written(figure) -> str:
-    return " ".join(text.text or "" for text in figure.iter("text"))
-
-
-# Charts
-
-
-@pytest.mark.parametrize("log", [False, True])
-def test_points_lie_where_their_values_are(log):
-    points = [(64, 0.8), (192, 0.5), (448, 0.31), (2048, 0.1)]
-    figure = svg(line_chart({"a": points}, Axis("width", log=log), Axis("FVU"), size=SIZE))
-    places = circles(figure)
-    scale = math.log if log else float
-    (left, top), (right, bottom) = places[0], places[-1]
-    assert left < right and top < bottom  # the largest FVU is highest
-    for (x, y), (a, b) in zip(places, points, strict=True):
-        back = scale(64) + (x - left) / (right - left) * (scale(2048) - scale(64))
-        assert back == pytest.approx(scale(a), abs=(scale(2048) - scale(64)) * 5e-4)
-        assert 0.8 + (y - top) / (bottom - top) * (0.1 - 0.8) == pytest.approx(b, abs=5e-4)
-    line = next(figure.iter("polyline")).get("points").split()
-    assert [tuple(map(float, place.split(","))) for place in line] == places
-
-
-def test_ticks_stand_where_their_numbers_are():
-    figure = svg(line_chart({"a": [(1, 0.0), (100, 1.0)]}, Axis("x", log=True), Axis("y"), size=SIZE))
-    (left, bottom), (right, top) = circles(figure)
-    ticks = {"x": [], "y": []}
-    for text in figure.iter("text"):
-        if text.get("class") is None:
-            ticks["x" if text.get("text-anchor") == "middle" else "y"].append(text)
-    assert len(ticks["x"]) >= 3 and len(ticks["y"]) >= 3
-    for text in ticks["x"]:
-        share = math.log(float(text.text)) / math.log(100)
-        assert float(text.get("x")) == pytest.approx(left + share * (right - left), abs=0.11)
-    for text in ticks["y"]:
-        expected = bottom + float(text.text) * (top - bottom)
-        assert float(text.get("y")) - 4 == pytest.approx(expected, abs=0.11)
-
-
-def test_given_ends_bound_the_drawing():
-    figure = svg(line_chart({"a": [(1, -5.0), (2, 0.5), (3, 5.0)]}, Axis("x"), Axis("y", low=0, high=1), size=SIZE))
-    (_, low), (_, middle), (_, high) = circles(figure)
-    assert middle == pytest.approx((low + high) / 2) and all(0 <= y <= SIZE[1] for y in (low, high))
-
-
-def test_series_and_marks_are_told_apart():
-    series = {"one": [(1, 1), (2, 2)], "none": [], "two": [(1, 2), (2, 3)]}
-    figure = svg(line_chart(series, Axis("x"), Axis("y"), [Mark("two", 2, 3, "here: 3")], SIZE))
-    legend = [item.text for item in figure.iter("span")]
-    assert legend == ["one", "two"]
-    (mark,) = circles(figure, "mark")
-    assert mark in circles(figure, "s1") and "here: 3" in written(figure)
-    said = figure.find("svg").get("aria-label")
-    assert "one goes from 1 at 1 to 2 at 2" in said and "two goes" in said and "here: 3" in said
-
-
-def test_what_a_chart_says_is_text():
-    chart = line_chart(
-        {HOSTILE: [(1, 2), (2, 3)], "b": [(1, 1)]}, Axis(HOSTILE), Axis(HOSTILE), [Mark("b", 1, 1, HOSTILE)]
-    )
-    figure = svg(chart)
-    assert "<script" not in chart and not list(figure.iter("script"))
-    assert written(figure).count(HOSTILE) == 3 and next(figure.iter("span")).text == HOSTILE
-    bars = bar_chart([1, 2], [3], Axis(HOSTILE), HOSTILE, SIZE)
-    assert "<script" not in bars and written(svg(bars)).count(HOSTILE) == 2
-
-
-@pytest.mark.parametrize(
-    "points", [[(5, 3.0)], [(5, 3.0), (5, 3.0)], [(1, 2.0), (9, 2.0)], [(1, 0.0)], [(-3, -2.0), (4, -7.0)]]
-)
-def test_a_point_a_level_line_and_negative_values_are_drawn(points):
-    figure = svg(line_chart({"a": points}, Axis("x"), Axis("y"), size=SIZE))
-    places = circles(figure)
-    assert len(places) == len(points)
-    assert all(0 <= x <= SIZE[0] and 0 <= y <= SIZE[1] for x, y in places)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_has_no_place_is_left_out(bad):
-    points = [(1, 1.0), (2, bad), (bad, 2.0), (3, 3.0)]
-    marks = [Mark("a", 1, bad, "nowhere")]
-    chart = line_chart({"a": points, "b": [(1, bad)]}, Axis("x"), Axis("y"), marks)
-    assert chart == line_chart({"a": [(1, 1.0), (3, 3.0)]}, Axis("x"), Axis("y"))
-    logarithmic = line_chart({"a": [(0, 1.0), (-2, 1.0), (1, 1.0), (8, 2.0)]}, Axis("x", log=True), Axis("y"))
-    assert len(circles(svg(logarithmic))) == 2
-
-
-@pytest.mark.parametrize("series", [{}, {"a": []}, {"a": [(1, math.nan)]}])
-def test_nothing_measured_is_said(series):
-    assert "Nothing was measured yet" in line_chart(series, Axis("x"), Axis("y"))
-
-
-def test_bars_are_as_high_as_their_counts():
-    edges, counts = [1.0, 2.0, 4.0, 8.0], [3, 12, 6]
-    figure = svg(bar_chart(edges, counts, Axis("activation", log=True), "tokens", SIZE))
-    bars = [{name: float(bar.get(name)) for name in ("x", "width", "y", "height")} for bar in figure.iter("rect")]
-    heights = [bar["height"] for bar in bars]
-    assert heights == pytest.approx([heights[1] * count / 12 for count in counts], abs=0.11)
-    assert len({round(bar["y"] + bar["height"], 0) for bar in bars}) == 1  # they stand on the axis
-    assert len({round(bar["width"], 0) for bar in bars}) == 1  # octaves
-    assert "most (12) between 2 and 4" in figure.find("svg").get("aria-label")
-
-
-@pytest.mark.parametrize("counts", [[], [0, 0]])
-def test_a_latent_that_never_fired_has_no_bars(counts):
-    assert "never fired" in bar_chart([1.0, 2.0, 3.0], counts, Axis("a", log=True), "tokens", SIZE)
 
 
 # HTML
@@ -171,14 +55,6 @@ def test_the_peak_is_marked_whatever_its_value():
     assert "".join(svg(html.tokens(["a"], [0.0], 0.0)).itertext()) == "a"
 
 
-def test_contexts_can_be_read_as_text():
-    row = {"tokens": ["a\n", "<i>", " b]]"], "activations": [0.0, 2.5, 1.0], "peak": 1, "value": 2.5}
-    found = html.contexts([row, row | {"peak": 0, "value": 1.0}], 2.5)
-    pre = svg(f"<div>{found}</div>").find(".//pre").text
-    assert pre.splitlines() == ["     2.5  a\\n[[<i>]] b]]", "       1  [[a\\n]]<i> b]]"]
-    assert len(svg(f"<div>{found}</div>").findall(".//li")) == 2 and "<i>" not in found
-
-
 def test_a_table_escapes_its_head_and_caption():
     found = html.table([HOSTILE, "n"], [["<b>cell</b>", "1"]], HOSTILE, numbers=(1,))
     assert "<script" not in found and "<td><b>cell</b></td>" in found
@@ -190,7 +66,7 @@ def test_a_latents_name_is_a_link_to_it():
     link = root.find("a")
     assert link.get("data-latent") == "7" and root.find("span").text == HOSTILE
     view, problems = View.of(dict(parse_qsl(link.get("href").lstrip("?"))))
-    assert (view.sae, view.place, view.tab, view.latent, problems) == ("a/b&c", "x y", "features", 7, [])
+    assert (view.sae, view.place, view.tab, view.latent, problems) == ("a/b&c", "x y", "explore", 7, [])
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -205,8 +81,8 @@ def test_no_number_is_a_dash(value):
     "view",
     [
         View(),
-        View("a/b", "model.layers.3", "tree", "energy", 512, 8, 0, "[re `\\s?\\d+`] &=+#%"),
-        View(latent=0, tab="features"),
+        View("a/b", "model.layers.3", "explore", "energy", 512, 8, 0, "[re `\\s?\\d+`] &=+#%"),
+        View(latent=0, tab="explore"),
         View("C:\\x y", "(the root)", q=" the"),
         View("a/b", q="☃ 日本"),
     ],
@@ -218,8 +94,8 @@ def test_a_link_opens_what_it_was_made_of(view):
 
 def test_a_latents_link_has_the_latent_even_if_it_is_0():
     assert dict(parse_qsl(latent_link("a/b", "p", 0).lstrip("?")))["latent"] == "0"
-    assert View.of({"latent": "0"})[0] == View(latent=0, tab="features")
-    assert View.of({"latent": "3", "tab": "tree"})[0].tab == "tree"
+    assert View.of({"latent": "0"})[0] == View(latent=0, tab="explore")
+    assert View.of({"latent": "3", "tab": "tree"})[0].tab == "explore"
 
 
 @pytest.mark.parametrize("text", ["x", "1.5", "-1", "+1", "1e3", "٣", "²", "0x1", "1 2", HOSTILE, "nan"])
@@ -236,62 +112,9 @@ def test_links_that_somebody_else_made_are_borne():
     assert huge.width >= 10**17 and huge.latent >= 10**17 and not problems
 
 
-# The tree, by every pair of the index
-
-
 @pytest.fixture(scope="module")
 def index() -> FeatureIndex:
     return FeatureIndex.open(embedded_sae_path())
-
-
-def test_the_tree_is_what_the_index_says(index):
-    table = index.table(["parent", "parent_score", "children"]).to_pydict()
-    tree = IndexTree(index, WIDTHS)
-    parents = table["parent"]
-    children = defaultdict(list)
-    for latent, parent in enumerate(parents):
-        if parent >= 0:
-            children[parent].append(latent)
-    assert len(tree) == 2048
-
-    def below(latent):
-        return children[latent] + [far for child in children[latent] for far in below(child)]
-
-    for latent in range(2048):
-        assert sorted(tree.children(latent)) == sorted(children[latent]) == sorted(table["children"][latent])
-        scores = [tree.score(child) for child in tree.children(latent)]
-        assert scores == sorted(scores, reverse=True) == [table["parent_score"][c] for c in tree.children(latent)]
-        assert tree.level[latent] == sum(width <= latent for width in WIDTHS)
-        found, levels = tree.ancestors(latent), tree.levels_below(latent)
-        assert found == ([] if parents[latent] < 0 else [parents[latent], *tree.ancestors(parents[latent])])
-        assert Counter(one for level in levels for one in level) == Counter(below(latent))
-        assert tree.size(latent) == len(below(latent))
-        for depth, level in enumerate(levels):
-            assert all(tree.ancestors(one)[depth] == latent for one in level)
-    roots = {latent for latent in range(2048) if parents[latent] < 0 and children[latent]}
-    families = tree.families()
-    assert set(families) == roots and len(families) == len(roots)
-    keys = [(tree.level[root], -len(below(root))) for root in families]
-    assert keys == sorted(keys)
-    labels = {latent: str(latent) for latent in range(2048)}
-    whole, part = tree.largest(labels, 10**6), tree.largest(labels, 100)
-    assert (whole.latents, whole.joined) == (2048, sum(parent >= 0 for parent in parents)) and whole.joined > 100
-    assert [root.latent for _, _, roots in whole.levels for root in roots] == families
-    counted = Counter(tree.level[root] for root in families)
-    assert [(width, count) for width, count, _ in part.levels] == [(WIDTHS[n], counted[n]) for n in sorted(counted)]
-    drawn = [root.latent for _, _, roots in part.levels for root in roots]
-    assert drawn == families[: len(drawn)] and 50 < sum(1 + tree.size(root) for root in drawn) <= 100
-    for root in whole.levels[0][2]:
-        assert root.label == str(root.latent) and root.score is None
-        assert [(one.latent, one.score) for one in root.children] == [
-            (child, tree.score(child)) for child in tree.children(root.latent)
-        ]
-
-
-@pytest.mark.parametrize("latent", [-1, 2048, 1.5, True, "7", None, math.nan])
-def test_a_latent_that_the_tree_lacks_is_said(index, latent):
-    with pytest.raises(ValueError, match="numbered 0 to 2047"):
-        IndexTree(index, WIDTHS).check(latent)
 
 
 # Labels
@@ -337,6 +160,9 @@ def test_labels_read_one_by_one_are_the_same(index, monkeypatch):
     _, tokenizer = load_embedded_lm()
     at_once = Labels(index, tokenizer)
     monkeypatch.setattr("hf_matryoshka_sae.space.looks.labels._ALL_AT_ONCE", 10)
+    texts, feature = vocabulary_of(tokenizer).texts, index.feature(42)
+    assert Labels(index, tokenizer)[42] == " · ".join(texts[token].strip() for token in feature.own_tokens[:3])
+    monkeypatch.setitem(index.__dict__, "columns", index.columns - {"own_tokens"})  # of an earlier version
     one_by_one = Labels(index, tokenizer)
     assert [one_by_one[latent] for latent in range(0, 2048, 201)] == [at_once[n] for n in range(0, 2048, 201)]
     with pytest.raises(ValueError, match="at most"):
@@ -407,8 +233,7 @@ def test_saes_of_other_widths_are_not_compared(library):
     opened = library.open("embedded")
 
     class Other:
-        def pruned(self, pruning):
-            return sae_of(torch.randn(8, 64))
+        sae = sae_of(torch.randn(8, 64))
 
     with pytest.raises(ValueError, match="width 128, the other of 64"):
         compare((opened, Pruning(width=64)), (Other(), Pruning(width=8)))

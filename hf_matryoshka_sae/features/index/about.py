@@ -1,10 +1,14 @@
-"""Read and check `index.json`: an index that lacks needed fields is refused when it is opened."""
+"""Find the files of an index, and read and check `index.json`: one that lacks needed fields is refused at once."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ..sizes import FOLDER
 from .layout import CONTEXTS, FORMAT, LATENTS
 
 
@@ -63,3 +67,52 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "logits": lambda value: isinstance(value, str),
     "dataset": lambda value: value is None or isinstance(value, dict),
 }
+
+
+# Where the files are
+
+
+def in_folder(folder: Path) -> Callable[[str], Path]:
+    """Return a function from the name of a file to its path in a folder."""
+
+    def locate(name: str) -> Path:
+        return folder / name
+
+    return locate
+
+
+def on_hub(repo: str, subfolder: str, revision: str | None, token: str | None) -> Callable[[str], Path]:
+    """Return a function that downloads a file of the index and returns its path."""
+    place = "/".join(part for part in (subfolder.strip("/"), FOLDER) if part)
+
+    def locate(name: str) -> Path:
+        try:
+            return Path(hf_hub_download(repo, f"{place}/{name}", revision=revision, token=token))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(
+                f"'{repo}' is no folder here, and its feature index cannot be fetched from the Hub: {error}"
+            ) from error
+        except EntryNotFoundError:
+            return Path(place) / name  # whoever reads it reports it missing
+        except OSError as error:  # no such repository or revision, no right to read it, no answer
+            raise ValueError(
+                f"'{repo}' is no folder here, and cannot be read from the Hub: {error} Check the name, the revision "
+                "and the token."
+            ) from error
+
+    return locate
+
+
+def checked(locate: Callable[[str], Path], source: Any) -> Callable[[str, int], Path]:
+    """Return `locate` with a check of the file's size."""
+
+    def check(name: str, size: int) -> Path:
+        path = locate(name)
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(
+                f"The feature index of {source} is damaged: {name} is missing or not {size} bytes long. Build or "
+                "download it again."
+            )
+        return path
+
+    return check

@@ -14,6 +14,8 @@ from torch import Tensor
 MOST_POSITIONS = 2**32
 """Number of positions that a key can hold: 32 bits of it."""
 
+_ABOVE_ZERO = 512.0  # logarithms plus this are positive, as keys sort by the bits of positive numbers
+
 
 def value_keys(values: Tensor, positions: Tensor) -> Tensor:
     """Return keys by which larger activations win; the bits of positive float32 numbers sort as the numbers do."""
@@ -33,6 +35,17 @@ def random_keys(positions: Tensor, seed: int) -> Tensor:
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Shift right and fill with zeros; `>>` alone would fill with the sign."""
     return (numbers >> bits) & (2 ** (64 - bits) - 1)
+
+
+def weighted_keys(values: Tensor, keys: Tensor) -> Tensor:
+    """Return keys by which a random sample wins whose chances go with the fourth power of positive activations.
+
+    An entry's key is `log(w / -log u)` with weight w and a uniform u from the hash in `keys` (Efraimidis and Spirakis
+    2006). Where most firings are weak, the fourth power spreads a sample about evenly up to the largest.
+    """
+    uniform = ((keys >> 32).double() + 0.5) / 2**31
+    ranks = 4 * values.double().log() - (-uniform.log()).log()
+    return value_keys((ranks + _ABOVE_ZERO).clamp(min=1e-3), key_positions(keys))
 
 
 def key_values(keys: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ...common.distributed import processes
 from ...evaluation.data import as_config
 from ...models import SAEModel
 from ...models.digests import weights_digest
+from ..showcase import index_showcase
 from ..sizes import FOLDER, IndexSizes
 from ..tree.sums import EdgeSums
 from .best import MOST_POSITIONS
@@ -63,6 +64,7 @@ def build_index(
     sizes: IndexSizes | None = None,
     seed: int = 0,
     tree: Tree | bool | None = None,
+    showcase: bool = True,
     resume: bool = True,
     save_every: int = 5_000_000,
     device: str | torch.device | None = None,
@@ -92,6 +94,8 @@ def build_index(
         seed (`int`, *optional*, defaults to 0): Seed of the random samples.
         tree ([`EdgeSums`] or `bool`, *optional*): Sums from which parents of latents are derived; by default
             [`EdgeSums`] for an SAE with several prefix widths, `False` for none.
+        showcase (`bool`, *optional*, defaults to `True`): Whether to measure the SAE at twelve widths and to read a
+            sample text too, see [`measure_showcase`]. Of [`Documents`], which cannot be read again, it does not.
         resume (`bool`, *optional*, defaults to `True`): Whether to continue an earlier build; `False` starts over.
         save_every (`int`, *optional*, defaults to 5,000,000): Tokens of a process between two saved states.
         device (`str` or `torch.device`, *optional*): Device of model and SAE, where they are not given as modules.
@@ -111,9 +115,7 @@ def build_index(
     check_at_least(1, save_every=save_every)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sae, folder = opened_sae(sae, device)
-    if tree is None and len(sae.prefix_widths) > 1:
-        tree = EdgeSums(sae)
-    tree = tree or None
+    tree = (EdgeSums(sae) if len(sae.prefix_widths) > 1 else None) if tree is None else tree or None
     target = _target(output_dir, folder)
     name = str(model or sae.config.base_model or "") if not isinstance(model, nn.Module) else None
     place = hookpoint or sae.config.hookpoint
@@ -126,6 +128,7 @@ def build_index(
     dataset = as_config(dataset)
     about = {
         "num_latents": sae.config.num_latents,
+        "prefix_widths": list(sae.prefix_widths),
         "base_model": public_name(name or getattr(lm, "name_or_path", "")) or type(lm).__name__,
         "tokenizer": public_name(getattr(tokenizer, "name_or_path", "")),
         "hookpoint": place,
@@ -169,13 +172,16 @@ def build_index(
             recorder.merge(map(states.of, range(1, world) if rank == 0 else ()))
         if tree is not None:
             tree.reduce()
+        shown = None
+        if showcase:
+            text = (dataset if comparable else None, context_length, exclude)
+            shown = index_showcase(sae, lm, tokenizer, place, folder, latent_pass, text, show)
         if rank == 0:
-            columns, why = latent_columns(
-                sae, lm, latent_pass.sums, latent_pass.contexts, latent_pass.cofiring, sizes, tree
-            )
+            columns, why = latent_columns(sae, lm, latent_pass, sizes)
             logits = why or "final norm's gain included, biases left out"
-            contexts = context_tables(latent_pass.contexts, context_length, sizes.quantiles, sizes.quantile_contexts)
-            write_index(target, about | {"tokens": int(latent_pass.sums.tokens), "logits": logits}, columns, contexts)
+            contexts = context_tables(latent_pass.contexts, context_length, sizes)
+            whole = about | {"tokens": int(latent_pass.sums.tokens), "logits": logits}
+            write_index(target, whole, columns, contexts, shown)
             shutil.rmtree(target / _BUILDING, ignore_errors=True)
     if world > 1:
         dist.barrier()

@@ -10,29 +10,28 @@ from torch import Tensor, nn
 
 from ...models import SAEModel
 from ...progressive.statistics import nearest_latents
+from ..bands import EDGES, BandSample, band_of
 from ..logits import logit_effects
 from ..sizes import IndexSizes
 from .best import Best, key_positions, key_values
 from .cofiring import TokenSample
 from .contexts import Contexts
-from .latent_pass import Tree
-from .layout import CONTEXT_SCHEMA, CONTEXTS, LATENTS_PER_GROUP, TOP, fingerprints, list_column
+from .latent_pass import LatentPass, Tree
+from .layout import BAND, BAND_KIND, CONTEXT_SCHEMA, CONTEXTS, LATENTS_PER_GROUP, TOP, fingerprints, list_column
 from .sums import LatentSums
 
 
 def latent_columns(
     sae: SAEModel,
     model: nn.Module,
-    sums: LatentSums,
-    contexts: Contexts,
-    cofiring: TokenSample,
+    latent_pass: LatentPass,
     sizes: IndexSizes,
-    tree: Tree | None,
 ) -> tuple[dict[str, Any], str | None]:
     """Return the columns of `latents.parquet`, and why there are no logit effects (`None` where there are)."""
+    sums = latent_pass.sums
     firings, tokens = sums.firings(), int(sums.tokens)
     alive = firings.cpu().numpy() > 0
-    largest = key_values(contexts.top.keys.amax(1).clamp(min=0))
+    largest = largest_of(latent_pass.contexts)
     quantiles = sums.quantiles(largest).float().cpu().numpy()
     mean, mean_square = (sums.moments / max(tokens, 1)).float().cpu().numpy()
     columns = {
@@ -47,12 +46,18 @@ def latent_columns(
         "fingerprint": fingerprints(sae),
         "quantiles": list_column(quantiles, np.repeat(alive[:, None], quantiles.shape[1], 1)),
         **_histograms(sums.counts),
-        **_cofiring(cofiring, sizes.cofiring),
+        **_cofiring(latent_pass.cofiring, sizes.cofiring),
         **_neighbours(sae, sizes.neighbours),
-        **_relations(tree, len(alive)),
+        **_relations(latent_pass.tree, len(alive)),
+        **_bands(latent_pass.bands, sums, largest),
     }
     logits, why = _logits(sae, model, sizes.tokens_of_vocabulary)
     return columns | logits, why
+
+
+def largest_of(contexts: Contexts) -> Tensor:
+    """Return the largest activation of each latent, `(F,)`, 0 for dead ones."""
+    return key_values(contexts.top.keys.amax(1).clamp(min=0))
 
 
 def _histograms(counts: Tensor) -> dict[str, Any]:
@@ -105,39 +110,84 @@ def _logits(sae: SAEModel, model: nn.Module, count: int) -> tuple[dict[str, Any]
 
 
 def _relations(tree: Tree | None, num_latents: int) -> dict[str, Any]:
-    """Return each latent's parent and its children in ascending order."""
+    """Return each latent's parent, its children in ascending order, and candidates for its parent, best first."""
     if tree is None:
         parents, scores = np.full(num_latents, -1), np.zeros(num_latents, np.float32)
     else:
         parents, scores = (part.cpu().numpy() for part in tree.parents())
     order = np.argsort(parents, kind="stable")
     order = order[parents[order] >= 0]
-    sizes = np.bincount(parents[order], minlength=num_latents)
-    offsets = pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32())
+    candidates = tree.candidates() if hasattr(tree, "candidates") else [torch.zeros(0)] * 3
+    child, candidate, score = (part.cpu().numpy() for part in candidates)
     return {
         "parent": parents.astype(np.int32),
         "parent_score": np.where(parents >= 0, scores, 0).astype(np.float32),
-        "children": pa.ListArray.from_arrays(offsets, pa.array(order, pa.int32())),
+        "children": _grouped(parents[order], order.astype(np.int32), num_latents),
+        "candidates": _grouped(child, candidate.astype(np.int32), num_latents),
+        "candidate_scores": _grouped(child, score.astype(np.float32), num_latents),
     }
 
 
-def context_tables(contexts: Contexts, context_length: int, quantiles: int, each: int) -> Iterator[pa.Table]:
+def _grouped(latents: np.ndarray, values: np.ndarray, num_latents: int) -> pa.ListArray:
+    """Return a column of lists from values sorted by the latent they belong to."""
+    sizes = np.bincount(latents.astype(np.int64), minlength=num_latents)
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32()), pa.array(values))
+
+
+def _bands(sample: BandSample, sums: LatentSums, largest: Tensor) -> dict[str, Any]:
+    """Return each latent's bands of activation, none for dead ones, and its most frequent own tokens."""
+    firings = sums.firings_between(largest[:, None] * torch.tensor(EDGES, device=largest.device))
+    precision, base, tokens = sample.precision(largest, firings)
+    alive = np.repeat((largest.cpu().numpy() > 0)[:, None], firings.shape[1], 1)
+    parts = [firings.cpu().numpy(), precision.float().numpy(), base.float()[:, None].expand(precision.shape).numpy()]
+    values = [pa.array(part[alive], from_pandas=True) for part in parts]  # a NaN is null
+    offsets = pa.array(np.concatenate([[0], alive.sum(1).cumsum()]), pa.int32())
+    bands = pa.StructArray.from_arrays(values, fields=list(BAND))
+    return {
+        "bands": pa.ListArray.from_arrays(offsets, bands),
+        "own_tokens": list_column(tokens.int(), (tokens >= 0).numpy()),
+    }
+
+
+def context_tables(contexts: Contexts, context_length: int, sizes: IndexSizes) -> Iterator[pa.Table]:
     """Yield the rows of `contexts.parquet`, one table for each row group."""
-    top, sample = contexts.top.in_order(), contexts.sample.in_order()
-    number = _quantile_numbers(sample, quantiles, each)
+    top, sample, spread = (best.in_order() for best in (contexts.top, contexts.sample, contexts.spread))
+    number = _quantile_numbers(sample, sizes.quantiles, sizes.quantile_contexts)
+    kinds = [torch.where(top.keys >= 0, 0, -1), number + (number >= 0), torch.full_like(spread.keys, -1)]
+    names = np.array([TOP, *(str(n) for n in range(sizes.quantiles)), BAND_KIND], dtype=object)
+    _fill_bands([top, sample, spread], kinds, largest_of(contexts), sizes.band_contexts, len(names) - 1)
     for start in range(0, len(top.keys), LATENTS_PER_GROUP[CONTEXTS]):
-        stop = start + LATENTS_PER_GROUP[CONTEXTS]
-        kinds = torch.where(top.keys[start:stop] >= 0, 0, -1)
-        parts = [
-            _rows(top, start, kinds, context_length),
-            _rows(sample, start, number[start:stop] + (number[start:stop] >= 0), context_length),
-        ]
+        part = slice(start, start + LATENTS_PER_GROUP[CONTEXTS])
+        each = zip((top, sample, spread), kinds, strict=True)
+        parts = [_rows(best, start, kind[part], context_length) for best, kind in each]
         latents, kind, order = (np.concatenate(part) for part in zip(*(part[0] for part in parts), strict=True))
         table = pa.concat_tables([part[1] for part in parts])
-        names = np.array([TOP, *(str(n) for n in range(quantiles))], dtype=object)
         table = table.append_column("latent", pa.array(latents, pa.int32()))
         table = table.append_column("kind", pa.array(names[kind], pa.string()))
         yield table.select(CONTEXT_SCHEMA.names).take(np.lexsort((order, kind, latents))).cast(CONTEXT_SCHEMA)
+
+
+def _fill_bands(parts: list[Best], kinds: list[Tensor], largest: Tensor, count: int, kind: int) -> None:
+    """Give contexts without a kind this one, so that each band of activation has `count` contexts where there are."""
+    keys, kinds_there = torch.cat([part.keys for part in parts], 1), torch.cat(kinds, 1)
+    bands = torch.cat([band_of(_peak_values(part), largest[:, None]) for part in parts], 1)
+    positions = key_positions(keys)
+    later = torch.arange(keys.shape[1], device=keys.device)
+    sizes = [part.keys.shape[1] for part in parts]
+    # Those of the last part are spread over the bands, so they come before the random sample.
+    order = torch.cat([later[: sizes[0]], later[sizes[0] + sizes[1] :], later[sizes[0] : sizes[0] + sizes[1]]])
+    for place in order.tolist():
+        same = (positions == positions[:, place, None]) & (kinds_there >= 0)
+        full = ((bands == bands[:, place, None]) & (kinds_there >= 0)).sum(1) >= count
+        chosen = (keys[:, place] >= 0) & (kinds_there[:, place] < 0) & ~same.any(1) & ~full
+        kinds_there[chosen, place] = kind
+    for old, new in zip(kinds, kinds_there.split(sizes, 1), strict=True):
+        old.copy_(new)
+
+
+def _peak_values(best: Best) -> Tensor:
+    """Return the activation on the token that each context is around, `(F, n)`."""
+    return best.payload["activations"].gather(2, best.payload["peak"].long()).squeeze(2)
 
 
 def _quantile_numbers(sample: Best, quantiles: int, each: int) -> Tensor:
@@ -147,8 +197,7 @@ def _quantile_numbers(sample: Best, quantiles: int, each: int) -> Tensor:
     the order of the random keys are kept.
     """
     there = sample.keys >= 0
-    peak = sample.payload["peak"].long()
-    values = sample.payload["activations"].gather(2, peak).squeeze(2).masked_fill(~there, torch.inf)
+    values = _peak_values(sample).masked_fill(~there, torch.inf)
     rank = values.argsort(dim=1, stable=True).argsort(dim=1)
     part = rank * quantiles // there.sum(1, keepdim=True).clamp(min=1)
     part = part.masked_fill(~there, -1)

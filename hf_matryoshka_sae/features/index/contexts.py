@@ -1,4 +1,7 @@
-"""Contexts of each latent: those in which it fires most, and a random sample for the quantiles of activation.
+"""Contexts of each latent: those in which it fires most, and random ones for quantiles and bands of activation.
+
+The quantiles need a sample in which all firings are alike; for the bands there is one in which strong firings are
+likelier, so that each band between 0 and the largest activation has some.
 
 A context is a run of tokens around one at which the latent fires, cut from the window the language model saw, with
 the latent's activations on them. Each window gives a latent at most one context of either kind.
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
-from .best import Best, random_keys, value_keys
+from .best import Best, random_keys, value_keys, weighted_keys
 
 
 class Parts:
@@ -52,13 +55,21 @@ class Contexts(Parts):
         num_latents (`int`): Number F of latents.
         top (`int`): Number of contexts in which a latent fires most.
         sample (`int`): Number of random contexts of a latent.
+        spread (`int`): Number of random contexts that are chosen in proportion to a power of the activation.
         width (`int`): Number W of tokens in a context.
         seed (`int`): Seed of the sample.
         device (`torch.device`, *optional*): Device of the tensors.
     """
 
     def __init__(
-        self, num_latents: int, top: int, sample: int, width: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        num_latents: int,
+        top: int,
+        sample: int,
+        spread: int,
+        width: int,
+        seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         payload = {
             "token_ids": (width, torch.int32),
@@ -67,7 +78,8 @@ class Contexts(Parts):
         }
         self.top = Best(num_latents, top, payload, device)
         self.sample = Best(num_latents, sample, payload, device)
-        self.parts = {"top": self.top, "sample": self.sample}
+        self.spread = Best(num_latents, spread, payload, device)
+        self.parts = {"top": self.top, "sample": self.sample} | ({"spread": self.spread} if spread else {})
         self.width, self.seed = width, seed
 
     def add(self, firings: Firings) -> None:
@@ -75,8 +87,12 @@ class Contexts(Parts):
         positions = firings.positions
         keys = value_keys(firings.values, positions[firings.rows])
         self._keep(self.top, firings, self.top.passing(firings.cols, keys), keys)
-        keys = random_keys(positions, self.seed)[firings.rows]
+        hashes = random_keys(positions, self.seed)
+        keys = hashes[firings.rows]
         self._keep(self.sample, firings, self.sample.passing(firings.cols, keys), keys)
+        if "spread" in self.parts:
+            keys = weighted_keys(firings.values, hashes[firings.rows])
+            self._keep(self.spread, firings, self.spread.passing(firings.cols, keys), keys)
 
     def _keep(self, best: Best, firings: Firings, candidates: Tensor, keys: Tensor) -> None:
         candidates = self._one_per_window(firings, candidates, keys)

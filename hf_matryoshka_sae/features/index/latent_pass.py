@@ -2,10 +2,12 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs
+from ..bands import EDGES, BandSample
 from ..firings import joined
 from ..sizes import IndexSizes
 from .cofiring import TokenSample
@@ -38,10 +40,13 @@ class LatentPass(Parts):
         latents, device = sae.config.num_latents, sae.W_enc.device
         width = min(sizes.context_tokens, context_length)
         self.sums = LatentSums(latents, device)
-        self.contexts = Contexts(latents, sizes.top_contexts, sizes.sampled_contexts, width, seed, device)
+        spread = sizes.band_contexts * (len(EDGES) - 2)
+        self.contexts = Contexts(latents, sizes.top_contexts, sizes.sampled_contexts, spread, width, seed, device)
+        self.bands = BandSample(latents, seed, device)
         self.cofiring = TokenSample(latents, sizes.cofiring_tokens, seed, device)
         self.tree, self.num_latents = tree, latents
         self.parts = {"sums": self.sums, "contexts": self.contexts, "cofiring": self.cofiring}
+        self.parts |= {"bands": self.bands}
         self.parts |= {"tree": tree} if hasattr(tree, "load_state_dict") else {}
 
     def batches_at_once(self, windows: int, context_length: int) -> int:
@@ -59,6 +64,7 @@ class LatentPass(Parts):
         self.sums.add(firings.cols, firings.values, sum(batch.tokens for batch in chunk))
         self.contexts.add(firings)
         self.cofiring.add(firings)
+        self.bands.add(firings, torch.cat([batch.counted for batch in chunk]))
 
     @property
     def resumable(self) -> bool:

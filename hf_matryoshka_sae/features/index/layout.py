@@ -3,6 +3,7 @@
     features/index.json         what the index is of; written last, so an index without it is unfinished
     features/latents.parquet    a row for each latent
     features/contexts.parquet   a row for each context, those of a latent together
+    features/showcase.json      what the SAE is worth at twelve widths, and a sample text; see `showcase`
 
 Row groups hold a fixed number of latents, so that one latent is found by division and read alone.
 """
@@ -23,13 +24,15 @@ from torch import Tensor
 
 from ...common.files import as_json
 from ...models import SAEModel
+from ..bands import EDGES, Band
 from ..telling import Spell, context_line, feature_html, feature_text, speller
 
 
-INDEX, LATENTS, CONTEXTS = "index.json", "latents.parquet", "contexts.parquet"
+INDEX, LATENTS, CONTEXTS, SHOWCASE = "index.json", "latents.parquet", "contexts.parquet", "showcase.json"
 FORMAT = "hf_matryoshka_sae.feature_index/1"
+SHOWCASE_VERSION = 1
 LATENTS_PER_GROUP = {LATENTS: 256, CONTEXTS: 64}
-TOP = "top"
+TOP, BAND_KIND = "top", "band"
 
 SCALARS = {
     "latent": pa.int32(),
@@ -57,8 +60,15 @@ _LISTS = {
     "cofiring_rates": pa.float32(),
     "children": pa.int32(),
 }
+BAND = pa.struct([("firings", pa.int64()), ("precision", pa.float32()), ("base", pa.float32())])
+LATER = {"candidates": pa.int32(), "candidate_scores": pa.float32(), "bands": BAND, "own_tokens": pa.int32()}
+"""Columns of lists that an index of an earlier version lacks."""
 LATENT_SCHEMA = pa.schema(
-    [*SCALARS.items(), ("histogram_start", pa.int16()), *((name, pa.list_(kind)) for name, kind in _LISTS.items())]
+    [
+        *SCALARS.items(),
+        ("histogram_start", pa.int16()),
+        *((name, pa.list_(kind)) for name, kind in (_LISTS | LATER).items()),
+    ]
 )
 CONTEXT_SCHEMA = pa.schema(
     [
@@ -79,7 +89,8 @@ class Context:
     """A run of tokens around one on which a latent fires; it prints as text.
 
     Args:
-        kind (`str`): `"top"`, or the number of the context's quantile of activation (`"0"` is the weakest).
+        kind (`str`): `"top"`, the number of the context's quantile of activation (`"0"` is the weakest), or `"band"`
+            for one that stands for its band of activation alone.
         token_ids (`np.ndarray` of shape `(W,)`): Token ids.
         activations (`np.ndarray` of shape `(W,)`): Activation of the latent on each token.
         peak (`int`): Index in the context of the token that the context is around.
@@ -122,10 +133,14 @@ class Feature:
         suppressed (`list[tuple[int, float]]`): Tokens whose logits it lowers most and its effects on them.
         neighbours (`list[tuple[int, float]]`): Latents with the most similar decoder rows, and the cosines.
         cofiring (`list[tuple[int, float]]`): Latents that fire on most of its tokens, and on which share of them.
-        parent (`int`, *optional*): Latent of the level before that it refines.
+        parent (`int`, *optional*): Latent of a narrower prefix that it refines.
         parent_score (`float`, *optional*): Score of the parent.
-        children (`list[int]`): Latents of the next level that refine it.
-        contexts (`list[Context]`): Strongest contexts first, then those of each quantile.
+        children (`list[int]`): Latents of wider prefixes that refine it.
+        candidates (`list[tuple[int, float]]`): Candidates for its parent and their scores, best first; those below the
+            threshold of a parent are among them.
+        bands (`list[Band]`): Its firings by bands of activation, weakest first; empty for a dead latent.
+        own_tokens (`list[int]`): Token ids under its strongest firings, the most frequent first.
+        contexts (`list[Context]`): Strongest contexts first, then those of each quantile, then others.
         label (`str`, *optional*): What somebody called it; see [`read_labels`].
         spell (`Callable`, *optional*): From token ids to their texts, for printing.
     """
@@ -147,6 +162,9 @@ class Feature:
     parent: int | None
     parent_score: float | None
     children: list[int]
+    candidates: list[tuple[int, float]] = field(default_factory=list)
+    bands: list[Band] = field(default_factory=list)
+    own_tokens: list[int] = field(default_factory=list)
     contexts: list[Context] = field(default_factory=list)
     label: str | None = None
     spell: Spell | None = field(default=None, compare=False)
@@ -167,9 +185,20 @@ class Feature:
         """Random contexts by quantile of activation, weakest quantile first."""
         by_quantile: dict[int, list[Context]] = {}
         for context in self.contexts:
-            if context.kind != TOP:
+            if context.kind.isdecimal():
                 by_quantile.setdefault(int(context.kind), []).append(context)
         return dict(sorted(by_quantile.items()))
+
+    @property
+    def band_contexts(self) -> list[list[Context]]:
+        """Contexts of each band of activation, weakest band first; of the strongest its strongest first."""
+        by_band: list[list[Context]] = [[] for _ in EDGES[1:]]
+        seen = set()
+        for context in self.contexts:
+            if (context.window, context.position) not in seen and self.max > 0:
+                seen.add((context.window, context.position))
+                by_band[sum(context.value >= edge * self.max for edge in EDGES[1:-1])].append(context)
+        return by_band
 
 
 def is_hub_id(source: str) -> bool:
@@ -200,6 +229,7 @@ def write_index(
     about: dict[str, Any],
     latents: dict[str, Any],
     contexts: Iterable[pa.RecordBatch | pa.Table],
+    showcase: dict[str, Any] | None = None,
 ) -> None:
     """Write the files of an index; they are complete before they take their names, `index.json` last.
 
@@ -208,9 +238,11 @@ def write_index(
         about (`dict`): Content of `index.json`.
         latents (`dict[str, Any]`): Columns of `latents.parquet`.
         contexts (`Iterable[pa.Table]`): Rows of `contexts.parquet`, one table for each row group.
+        showcase (`dict`, *optional*): Content of `showcase.json`; by default there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    staged = {name: folder / f".{name}.{os.getpid()}" for name in (LATENTS, CONTEXTS, INDEX)}
+    names = (LATENTS, CONTEXTS, *([] if showcase is None else [SHOWCASE]))
+    staged = {name: folder / f".{name}.{os.getpid()}" for name in (*names, INDEX)}
     options = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["kind"]}
     try:
         table = pa.table(
@@ -223,10 +255,13 @@ def write_index(
         with pq.ParquetWriter(staged[CONTEXTS], CONTEXT_SCHEMA, **options) as writer:
             for part in contexts:
                 writer.write_table(part, row_group_size=max(1, len(part)))
-        sizes = {name: staged[name].stat().st_size for name in (LATENTS, CONTEXTS)}
+        if showcase is not None:
+            staged[SHOWCASE].write_text(as_json(showcase) + "\n", encoding="utf-8")
+        sizes = {name: staged[name].stat().st_size for name in names}
         about = {"format": FORMAT, **about, "files": sizes, "done": True}
         staged[INDEX].write_text(as_json(about, indent=2) + "\n", encoding="utf-8")
-        (folder / INDEX).unlink(missing_ok=True)  # from here on until the end there is no finished index
+        for name in (INDEX, SHOWCASE):  # from here on until the end there is no finished index
+            (folder / name).unlink(missing_ok=True)
         for name, path in staged.items():
             os.replace(path, folder / name)
     finally:

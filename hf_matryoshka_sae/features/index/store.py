@@ -1,9 +1,11 @@
 """A feature index, opened at once and read a latent at a time."""
 
+import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import torch
 
 from ...common.files import write_json
 from ...models import SAEModel
 from ...models.configuration_sae import nearest
+from ..bands import EDGES, Band
 from ..labels import LABELS, read_labels
 from ..sizes import FOLDER
 from ..telling import Contexts, Spell, speller
-from .about import read_about
+from ..tree.sums import THRESHOLD
+from ..tree.tree import LatentTree
+from .about import checked, in_folder, on_hub, read_about
 from .layout import (
     CONTEXTS,
     INDEX,
@@ -29,12 +33,15 @@ from .layout import (
     LATENTS,
     LATENTS_PER_GROUP,
     SCALARS,
+    SHOWCASE,
+    SHOWCASE_VERSION,
     TOP,
     Context,
     Feature,
     fingerprints,
     is_hub_id,
 )
+from .renumbering import Renumbering, needed_columns
 from .sums import bin_edges
 
 
@@ -98,13 +105,13 @@ class FeatureIndex:
         if local.is_dir():
             folder = local / subfolder
             folder = folder if (folder / INDEX).is_file() and (folder / LATENTS).is_file() else folder / FOLDER
-            locate = _in_folder(folder)
+            locate = in_folder(folder)
         else:
-            locate = _on_hub(str(source), subfolder, revision, token)
+            locate = on_hub(str(source), subfolder, revision, token)
         about = read_about(locate(INDEX), source)
         labels = locate(LABELS) if local.is_dir() or about.get("labels") else None
         labels = read_labels(labels) if labels is not None and labels.is_file() else {}
-        return cls(about, _checked(locate, source), None, labels, speller(about.get("base_model"), tokenizer))
+        return cls(about, checked(locate, source), None, labels, speller(about.get("base_model"), tokenizer))
 
     def save_labels(self, folder: str | os.PathLike) -> None:
         """Write the labels into the folder of the index, or of its SAE, where [`open`] finds them."""
@@ -120,6 +127,16 @@ class FeatureIndex:
                 f"{self.about['num_latents']}. Build or download it again."
             )
         return file
+
+    @cached_property
+    def columns(self) -> set[str]:
+        """Names of the columns of [`table`]; an index of an earlier version has fewer."""
+        return set(self._latents.schema_arrow.names)
+
+    @cached_property
+    def _renumbering(self) -> Renumbering:
+        assert self._places is not None
+        return Renumbering(self._places, self.about["num_latents"])
 
     @cached_property
     def _contexts(self) -> pq.ParquetFile:
@@ -152,12 +169,17 @@ class FeatureIndex:
         for name in names:
             if name not in LATENT_SCHEMA.names:
                 raise ValueError(f"The index has no column {name!r}.{nearest(name, LATENT_SCHEMA.names)}")
+            if name not in self.columns:
+                raise ValueError(
+                    f"This index was built by an earlier version and has no column {name!r}. Build it again with "
+                    "`matryoshka-sae index`."
+                )
         # Which entries of a relation stay follows from the latents it names.
-        needed = names if self._places is None else list(dict.fromkeys([*names, *_deciding(names)]))
+        needed = names if self._places is None else needed_columns(names)
         table = self._read(lambda: self._latents.read(columns=needed).select(needed))
         if self._places is None:
             return table
-        return self._moved_table(table.take(self._places), names)
+        return self._renumbering.table(table.take(self._places), names)
 
     def feature(self, latent: int, contexts: bool = True) -> Feature:
         """Return all that the index holds on a latent.
@@ -174,7 +196,7 @@ class FeatureIndex:
         feature.label, feature.spell = self.labels.get(feature.latent_id), self.spell
         if contexts:
             feature.contexts = self.contexts(latent)
-        return feature if self._places is None else self._moved(feature, latent)
+        return feature if self._places is None else self._renumbering.feature(feature, latent)
 
     def contexts(self, latent: int) -> Contexts:
         """Return only the contexts of a latent, a list that prints as text; raise `ValueError` as [`feature`] does."""
@@ -185,6 +207,47 @@ class FeatureIndex:
         arrays = {"token_ids": np.int32, "activations": np.float32}
         rows = (row | {key: np.array(row[key], kind) for key, kind in arrays.items()} for row in rows)
         return Contexts((Context(**row, spell=self.spell) for row in rows), self.spell)
+
+    def showcase(self) -> dict[str, Any] | None:
+        """Return what the SAE is worth at twelve widths and a sample text, see [`showcase`].
+
+        Returns:
+            `dict` or `None`: `None` where the index was built without, or is of a part of the SAE or of another order
+            of its latents by [`for_sae`].
+        """
+        if SHOWCASE not in self.about["files"] or not self._is_whole:
+            return None
+        content = self._read(lambda: json.loads(self._path(SHOWCASE).read_text(encoding="utf-8")))
+        return content if content.get("format_version") == SHOWCASE_VERSION else None
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all latents are there, in the order of the files."""
+        return self._places is None or np.array_equal(self._places, np.arange(self.about["num_latents"]))
+
+    def tree(self, widths: Sequence[int] | None = None, threshold: float = THRESHOLD) -> LatentTree:
+        """Return which latents refine which.
+
+        Args:
+            widths (`Sequence[int]`, *optional*): Prefix widths of the SAE, which are the levels of the tree; by
+                default those of the SAE that the index was built of.
+            threshold (`float`, *optional*, defaults to 0.6): Least score of a parent. An index of an earlier version
+                knows none below 0.6.
+
+        Raises:
+            `ValueError`: if the widths are not known, or the threshold is out of range.
+        """
+        widths = [width for width in widths or self.about.get("prefix_widths") or [] if width < len(self)]
+        later = [name for name in ("candidates", "candidate_scores") if name in self.columns]
+        table = self.table(["parent", "parent_score", "frequency", "max", *later])
+        level = np.searchsorted(np.array(widths), np.arange(len(self)), side="right")
+        parent, score = table["parent"].to_numpy(), table["parent_score"].to_numpy()
+        if later:
+            parent, score = _best(table, level)
+        parent, score = (torch.tensor(column) for column in (parent.astype(np.int64), score.astype(np.float64)))
+        numbers = (torch.tensor(table[name].to_numpy()).double() for name in ("frequency", "max"))
+        tree = LatentTree(torch.tensor(level), parent, score, *numbers, 0.0, self.about["tokens"], [0])
+        return tree.at(threshold)
 
     def peak_tokens(self) -> list[list[int]]:
         """Return for each latent the token ids at the peaks of its top contexts, strongest first.
@@ -221,8 +284,14 @@ class FeatureIndex:
                 ("suppressed", "suppressed_logits"),
                 ("neighbours", "neighbour_cosines"),
                 ("cofiring", "cofiring_rates"),
+                ("candidates", "candidate_scores"),
             )
+            if name in values
         }
+        bands = [
+            Band(*bounds, **band)
+            for bounds, band in zip(pairwise(EDGES), values.pop("bands", None) or [], strict=False)
+        ]
         del values["fingerprint"]
         start, counts = values.pop("histogram_start"), np.array(values.pop("histogram"), np.int64)
         histogram = (bin_edges().numpy()[start : start + len(counts) + 1], counts)
@@ -230,8 +299,9 @@ class FeatureIndex:
         parent = values.pop("parent")
         if parent < 0:
             parent = values["parent_score"] = None
-        children = values.pop("children") or []
-        return Feature(**values, **pairs, quantiles=quantiles, histogram=histogram, parent=parent, children=children)
+        lists = {name: values.pop(name, None) or [] for name in ("children", "own_tokens")}
+        more = {"quantiles": quantiles, "histogram": histogram, "parent": parent, "bands": bands}
+        return Feature(**values, **pairs, **lists, **more)
 
     # Another SAE with the same latents
 
@@ -278,115 +348,6 @@ class FeatureIndex:
         places = places_in_file if self._places is None else self._places[places_in_file]
         return FeatureIndex(self.about, self._locate, places, self.labels, self.spell)
 
-    @cached_property
-    def _numbers(self) -> np.ndarray:
-        """New number of each latent in the files, -1 where it is gone; the last entry maps -1 to -1."""
-        numbers = np.full(self.about["num_latents"] + 1, -1)
-        numbers[self._places] = np.arange(len(self._places))
-        return numbers
-
-    def _moved_table(self, table: pa.Table, names: list[str]) -> pa.Table:
-        """Return the columns `names` with latents renumbered and without relations to those that are gone."""
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
-        moved = {}
-        for name in names:
-            if name in RELATIONS:
-                moved[name] = self._moved_lists(columns[RELATIONS[name]], columns[name], renumber=name in _OF_LATENTS)
-            elif name in _OF_LATENTS:
-                moved[name] = pa.array(self._numbers[columns[name].to_numpy()], pa.int32())
-            elif name == "parent_score":
-                there = self._numbers[columns["parent"].to_numpy()] >= 0
-                moved[name] = pa.array(np.where(there, columns[name].to_numpy(), 0), pa.float32())
-            else:
-                moved[name] = columns[name]
-        return pa.table([moved[name] for name in names], names=names)
-
-    def _moved_lists(self, latents: pa.ListArray, values: pa.ListArray, renumber: bool) -> pa.ListArray:
-        """Return lists of latents, or of values that belong to latents, without the latents that are gone."""
-        numbers = self._numbers[latents.flatten().to_numpy()]
-        there = numbers >= 0
-        rows = np.repeat(np.arange(len(latents)), latents.value_lengths().to_numpy())
-        sizes = np.bincount(rows[there], minlength=len(latents))
-        entries = numbers if renumber else values.flatten().to_numpy()
-        offsets = pa.array(np.concatenate([[0], sizes.cumsum()]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, pa.array(entries[there], values.type.value_type))
-
-    def _moved(self, feature: Feature, latent: int) -> Feature:
-        def there(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-            moved = [(int(self._numbers[other]), value) for other, value in pairs]
-            return [pair for pair in moved if pair[0] >= 0]
-
-        feature.latent = latent
-        feature.neighbours, feature.cofiring = there(feature.neighbours), there(feature.cofiring)
-        feature.children = [child for child, _ in there([(child, 0.0) for child in feature.children])]
-        if feature.parent is not None:
-            feature.parent = int(self._numbers[feature.parent])
-            if feature.parent < 0:
-                feature.parent = feature.parent_score = None
-        return feature
-
-
-# Columns of lists, and for each the column of latents that decides which entries stay when latents are removed
-RELATIONS = {
-    "neighbours": "neighbours",
-    "neighbour_cosines": "neighbours",
-    "cofiring": "cofiring",
-    "cofiring_rates": "cofiring",
-    "children": "children",
-}
-_OF_LATENTS = ("latent", "parent", "neighbours", "cofiring", "children")
-
-
-def _deciding(columns: Iterable[str]) -> list[str]:
-    deciding = RELATIONS | {"parent_score": "parent"}
-    return [deciding[name] for name in columns if name in deciding]
-
-
-# Reading
-
-
-def _in_folder(folder: Path) -> Callable[[str], Path]:
-    def locate(name: str) -> Path:
-        return folder / name
-
-    return locate
-
-
-def _on_hub(repo: str, subfolder: str, revision: str | None, token: str | None) -> Callable[[str], Path]:
-    place = "/".join(part for part in (subfolder.strip("/"), FOLDER) if part)
-
-    def locate(name: str) -> Path:
-        try:
-            return Path(hf_hub_download(repo, f"{place}/{name}", revision=revision, token=token))
-        except LocalEntryNotFoundError as error:
-            raise ValueError(
-                f"'{repo}' is no folder here, and its feature index cannot be fetched from the Hub: {error}"
-            ) from error
-        except EntryNotFoundError:
-            return Path(place) / name  # whoever reads it reports it missing
-        except OSError as error:  # no such repository or revision, no right to read it, no answer
-            raise ValueError(
-                f"'{repo}' is no folder here, and cannot be read from the Hub: {error} Check the name, the revision "
-                "and the token."
-            ) from error
-
-    return locate
-
-
-def _checked(locate: Callable[[str], Path], source: Any) -> Callable[[str, int], Path]:
-    """Return `locate` with a check of the file's size."""
-
-    def check(name: str, size: int) -> Path:
-        path = locate(name)
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(
-                f"The feature index of {source} is damaged: {name} is missing or not {size} bytes long. Build or "
-                "download it again."
-            )
-        return path
-
-    return check
-
 
 def _opened(path: Path) -> pq.ParquetFile:
     return _read(lambda: pq.ParquetFile(path, memory_map=True, page_checksum_verification=True))
@@ -397,3 +358,16 @@ def _read(action: Callable[[], Any]) -> Any:
         return action()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"The feature index is damaged ({error}). Build or download it again.") from error
+
+
+def _best(table: pa.Table, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each latent's best candidate in a narrower level and its score; -1 and 0 where there is none."""
+    lists = table["candidates"].combine_chunks()
+    rows = np.repeat(np.arange(len(level)), lists.value_lengths().to_numpy())
+    candidates = lists.flatten().to_numpy()
+    scores = table["candidate_scores"].combine_chunks().flatten().to_numpy()
+    inside = level[candidates] < level[rows]  # in an SAE that was sorted since, others may lie behind
+    rows, first = np.unique(rows[inside], return_index=True)
+    parent, score = np.full(len(level), -1), np.zeros(len(level))
+    parent[rows], score[rows] = candidates[inside][first], scores[inside][first]
+    return parent, score

@@ -107,3 +107,25 @@ class LatentSums:
             values = edges[place] + part * (edges[place + 1] - edges[place])
             parts.append(torch.minimum(values, limit.double()[:, None]))
         return torch.cat(parts)
+
+    def firings_between(self, edges: Tensor) -> Tensor:
+        """Return the number of firings between edges of activation `(F, B + 1)`, `(F, B)`, linear in a bin.
+
+        The last edge is a latent's largest activation, or above it.
+        """
+        places = bins_of(edges.clamp(min=2.0**_LOWEST))
+        bounds = bin_edges().to(edges.device)
+        part = ((edges.double() - bounds[places]) / (bounds[places + 1] - bounds[places])).clamp(0, 1)
+        parts = []
+        for counts, place, inside in zip(
+            self.counts.split(_LATENTS_AT_ONCE),
+            places.split(_LATENTS_AT_ONCE),
+            part.split(_LATENTS_AT_ONCE),
+            strict=True,
+        ):
+            below = counts.double().cumsum(1)
+            own = counts.gather(1, place)
+            parts.append(below.gather(1, place) - own * (1 - inside))
+        below = torch.cat(parts).round_()
+        below[:, 0], below[:, -1] = 0, self.firings()
+        return below.diff(dim=1).long()

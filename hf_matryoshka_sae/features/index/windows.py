@@ -163,6 +163,7 @@ class Fired:
         firings ([`Firings`]): Firings at the positions that count.
         first (`Tensor` of shape `(m,)`): Latents that fire at first positions, counted or not.
         first_counts (`bool`): Whether first positions are counted.
+        counted (`Tensor` of shape `(N,)`): bool; which of the positions in `firings.tokens` count.
         tokens (`int`): Number of positions that count.
         after ([`Position`]): Position in the text behind the batch.
     """
@@ -170,6 +171,7 @@ class Fired:
     firings: Firings
     first: Tensor
     first_counts: bool
+    counted: Tensor
     tokens: int
     after: Position
 
@@ -189,7 +191,7 @@ def fired(sae: SAEModel, batch: Harvested) -> Fired:
     first_counts = bool(counted[at_first].any())
     first = pairs.cols[at_first[pairs.rows] & (pairs.values > 0)]
     firings = Firings.of(ids, batch.windows.first, tokens, pairs, counted[pairs.rows])
-    return Fired(firings, first, first_counts, int(counted.sum()), batch.windows.after)
+    return Fired(firings, first, first_counts, counted, int(counted.sum()), batch.windows.after)
 
 
 def fired_in(sae: SAEModel, batches: Generator[Harvested]) -> Generator[Fired]:

@@ -25,6 +25,12 @@ _PIECE = re.compile(
     r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)"
     r"|(?P<atom>\\[\s\S]|\[\^?\]?(?:\\[\s\S]|[^\]\\])*\]|[\s\S])"
 )
+# How the `regex` library asks for matches with errors, which can take seconds a token: (?:word){e<=2}, (?e), (?b).
+# Comments, named characters, escapes and sets come first, as braces in them mean nothing.
+_FUZZY = re.compile(
+    r"\(\?#[^)]*\)|\\[pPN]\{[^}]*\}|\\[\s\S]|\[\^?\]?(?:\\[\s\S]|[^\]\\])*\]"
+    r"|(?P<fuzzy>\{[^{}]*[eids][^{}]*\}?|\(\?[a-zA-Z]*[eb][a-zA-Z]*(?:-[a-zA-Z]+)?[:)])"
+)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -78,6 +84,12 @@ def check_token_regex(expression: str) -> None:
         raise ValueError(f"a regular expression has at most {LONGEST_REGEX:,} characters, got {len(expression):,}.")
     if re.search(r"\(\?[\w-]*x", expression):
         raise ValueError("regular expressions for tokens take no (?x); write it without spaces and comments.")
+    fuzzy = next((piece for piece in _FUZZY.finditer(expression) if piece["fuzzy"]), None)
+    if fuzzy is not None:
+        raise ValueError(
+            f"regular expressions for tokens match exactly, so {fuzzy['fuzzy'][:20]} is not allowed. Write `\\{{` for "
+            "a brace, or alternatives as (a|b)."
+        )
     for repeat in re.finditer(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", expression):
         if any(len(number) > 9 or int(number or 0) > _MOST_TIMES for number in repeat.groups()):
             raise ValueError(f"repeats in a regular expression go to {_MOST_TIMES}, got {repeat[0][:20]}.")

@@ -3,6 +3,7 @@
 Shapes: F latents of all levels, E pairs of latents that fire together.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +17,30 @@ from ...models import SAEModel
 from ...models.sparse_ops import LatentPairs, PairIndex
 
 
+logger = logging.getLogger(__name__)
+
 MAX_EDGES = 2**26
-"""Largest number of pairs of latents that fire together, from one level to the next; more would take over 2 GiB."""
+"""Largest number of pairs of latents of two levels that fire together; more would take over 2 GiB."""
 
 THRESHOLD = 0.6
+LEAST, MOST = 0.2, 8
+"""Least score of a candidate that is kept, and how many candidates a latent keeps."""
+
 _PRODUCTS_AT_ONCE = 2**22  # co-firing pairs that are listed at a time, or kept before they are added up
 
 
 class EdgeSums:
     """Sums over tokens from which each latent's parent is derived.
 
-    Only latents that fire together take memory: 24 bytes for each such pair of consecutive levels, whatever the size
-    of the dictionaries.
+    Only latents that fire together take memory: 24 bytes for each such pair of two levels, whatever the size of the
+    dictionaries.
 
     Args:
         sae ([`SAEModel`]): SAE whose levels are the groups between its prefix widths; with `other` it is one level.
         other ([`SAEModel`] or `list[SAEModel]`, *optional*): Further SAEs, each of which is one level.
-        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): Largest number of such pairs.
+        max_edges (`int`, *optional*, defaults to `MAX_EDGES`): Largest number of such pairs that are kept. Where more
+            fire together, those with the lowest scores so far are dropped and a warning says so. A pair that
+            comes again counts from there on, so that its score is as a rule too low.
 
     Raises:
         `ValueError`: if there is one level only.
@@ -57,12 +65,13 @@ class EdgeSums:
         self.firing, self.maximum = FiringSums(self.total), torch.zeros(self.total, dtype=torch.float64)
         self._edges: list[tuple[Tensor, Tensor]] = []  # keys parent * total + child, and (product, parent's square)
         self._kept = self._merged = 0
+        self.limited = False
 
     def add(self, *pairs: LatentPairs) -> None:
         """Add the latents of some tokens: one list of pairs for each SAE, over the same tokens.
 
         Raises:
-            `ValueError`: if the lists do not belong to these SAEs, or too many latents fire together.
+            `ValueError`: if the lists do not belong to these SAEs.
         """
         if len(pairs) != len(self.starts) or len({one.num_rows for one in pairs}) != 1:
             raise ValueError(f"Expected the latents of {len(self.starts)} SAEs on the same tokens.")
@@ -74,8 +83,8 @@ class EdgeSums:
         self.firing.add(LatentPairs(PairIndex(rows, cols, pairs[0].num_rows, self.total), values))
         self.maximum.scatter_reduce_(0, cols, values, "amax")
         levels = self.level[cols]
-        for level in range(int(self.level[-1])):
-            above, below = levels == level, levels == level + 1
+        for level in range(1, int(self.level[-1]) + 1):
+            above, below = levels < level, levels == level
             self._add_level(
                 (rows[above], cols[above], values[above]), (rows[below], cols[below], values[below]), pairs[0].num_rows
             )
@@ -107,15 +116,25 @@ class EdgeSums:
         if not self._edges:
             return
         keys, inverse = torch.cat([keys for keys, _ in self._edges]).unique(return_inverse=True)
-        if len(keys) > self.max_edges:
-            raise ValueError(
-                f"More than {self.max_edges:,} pairs of latents of consecutive levels fire together, the limit set by "
-                "`max_edges`. Use fewer tokens or a narrower prefix (`sae.truncate`), or raise it."
-            )
         sums = torch.zeros(len(keys), 2, dtype=torch.float64)
         sums.index_add_(0, inverse, torch.cat([sums for _, sums in self._edges]))
+        if len(keys) > self.max_edges:
+            keys, sums = self._strongest(keys, sums)
         self._edges = [(keys, sums)]
         self._kept = self._merged = len(keys)
+
+    def _strongest(self, keys: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the half of `max_edges` with the largest cosines so far; a pair that is dropped begins again at 0."""
+        if not self.limited:
+            logger.warning(
+                "More than %s pairs of latents of two levels fire together, the limit set by `max_edges`. Those with "
+                "the lowest scores so far are dropped: scores of parents may come out too low.",
+                f"{self.max_edges:,}",
+            )
+        self.limited = True
+        cosine = sums[:, 0] / (sums[:, 1] * self.firing.moments[1, keys % self.total]).sqrt()
+        kept = cosine.topk(max(1, self.max_edges // 2)).indices.sort().values
+        return keys[kept], sums[kept]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums as tensors by name."""
@@ -159,16 +178,45 @@ class EdgeSums:
         cosine = sums[:, 0] / (sums[:, 1] * self.firing.moments[1, child]).sqrt()
         return parent, child, cosine * (self.maximum[child] / self.maximum[parent]).clamp(max=1)
 
-    def parents(self, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
-        """Return each latent's parent `(F,)`, -1 for none, and the score `(F,)` of its best candidate, 0 for none.
+    def candidates(self, least: float = LEAST, most: int = MOST) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the candidates for the parent of each latent, best first; of equal scores the lowest latent first.
+
+        Args:
+            least (`float`, *optional*, defaults to 0.2): Least score.
+            most (`int`, *optional*, defaults to 8): Largest number of candidates of a latent.
+
+        Returns:
+            `tuple[Tensor, Tensor, Tensor]`: child, parent and score of the C candidates, `(C,)` each, by child.
+        """
+        parent, child, score = self.scores()
+        inside = score >= least
+        parent, child, score = parent[inside], child[inside], score[inside]
+        order = score.argsort(descending=True, stable=True)  # edges are sorted by parent
+        order = order[child[order].argsort(stable=True)]
+        parent, child, score = parent[order], child[order], score[order]
+        counts = torch.bincount(child, minlength=self.total)
+        rank = torch.arange(len(child)) - (counts.cumsum(0) - counts)[child]
+        inside = rank < most
+        return child[inside], parent[inside], score[inside]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Return each latent's best candidate for a parent `(F,)`, -1 for none, and its score `(F,)`, 0 for none.
 
         Of candidates with equal scores the lowest is taken. With several SAEs, F counts the latents of all.
         """
-        if not 0 < threshold <= 1:
-            raise ValueError(f"`threshold` must lie above 0 and be at most 1, got {threshold}.")
-        parent, child, score = self.scores()
-        best = torch.zeros(self.total, dtype=torch.float64).scatter_reduce_(0, child, score, "amax")
-        winner = score == best[child]
-        none = self.total
-        parents = torch.full((self.total,), none).scatter_reduce_(0, child[winner], parent[winner], "amin")
-        return torch.where((parents < none) & (best >= threshold), parents, -1), best
+        child, parent, score = self.candidates(least=0.0, most=1)
+        best, scores = torch.full((self.total,), -1), torch.zeros(self.total, dtype=torch.float64)
+        best[child], scores[child] = parent, score
+        return best, scores
+
+    def parents(self, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
+        """Return each latent's parent `(F,)`, -1 for none, and the score `(F,)` of its best candidate, 0 for none."""
+        check_threshold(threshold)
+        best, score = self.best()
+        return torch.where(score >= threshold, best, -1), score
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `ValueError` where a least score of parents is out of range."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"`threshold` must lie above 0 and be at most 1, got {threshold}.")

@@ -1,12 +1,13 @@
 """Trees of latents: one latent of a narrow dictionary and the latents into which a wider one splits it.
 
-Between a latent A and a latent B of the next level, with T_B the tokens on which B fires,
+Between a latent A and a latent B of a wider level, with T_B the tokens on which B fires,
 
     s(A -> B) = cos(a_A on T_B, a_B on T_B) * min(1, max a_B / max a_A)
 
 The cosine is high where A varies on B's tokens as B does. The ratio is low for a latent B that fires much more weakly
 than A ever does. It is cut off at 1, so that a latent A that hardly fires does not become the parent of all that fire
-more strongly. A latent's parent is the one with the highest score, if that is 0.6 or more.
+more strongly. A latent's parent is the one with the highest score in any narrower level, if that is 0.6 or more: a
+tree may be looked at with another threshold.
 
 Levels are the groups between prefix widths of one SAE, or several SAEs on the same hidden states.
 """
@@ -14,7 +15,7 @@ Levels are the groups between prefix widths of one SAE, or several SAEs on the s
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ...evaluation.data import HasActivations, activation_batches
 from ...models import SAEModel
 from ...progressive.statistics import encoded, firing_blocks
 from .page import tree_page
-from .sums import MAX_EDGES, THRESHOLD, EdgeSums
+from .sums import MAX_EDGES, THRESHOLD, EdgeSums, check_threshold
 
 
 __all__ = ["MAX_EDGES", "THRESHOLD", "EdgeSums", "LatentTree", "TreeNode", "build_tree"]
@@ -42,11 +43,12 @@ class TreeNode:
     Args:
         latent (`int`): Number in the tree: its position in the SAE; latents of further SAEs are numbered behind those.
         level (`int`): Number of the level; 0 is the narrowest.
-        parent (`int`, *optional*): Latent of the level before that it refines.
+        parent (`int`, *optional*): Latent of a narrower level that it refines.
         score (`float`): Score of the best candidate for a parent, even where it is below the threshold.
         frequency (`float`): Share of tokens on which it fires.
         maximum (`float`): Largest activation.
-        children (`list[int]`): Latents of the next level that refine it, highest score first.
+        children (`list[int]`): Latents of wider levels that refine it, highest score first.
+        candidate (`int`, *optional*): Best candidate for a parent, even where its score is below the threshold.
     """
 
     latent: int
@@ -56,6 +58,7 @@ class TreeNode:
     frequency: float
     maximum: float
     children: list[int]
+    candidate: int | None = None
 
 
 @dataclass
@@ -71,6 +74,8 @@ class LatentTree:
         threshold (`float`): Least score of a parent.
         tokens (`int`): Number of tokens of the data.
         starts (`list[int]`): Number of the first latent of each SAE; `[0]` for one SAE.
+        candidate (`Tensor` of shape `(F,)`, *optional*): Best candidate for the parent of each latent, -1 for none; by
+            default its parent.
     """
 
     level: Tensor
@@ -81,9 +86,25 @@ class LatentTree:
     threshold: float
     tokens: int
     starts: list[int]
+    candidate: Tensor = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        self.candidate = self.parent if self.candidate is None else self.candidate
 
     def __len__(self) -> int:
         return len(self.parent)
+
+    def at(self, threshold: float) -> "LatentTree":
+        """Return the tree with another least score of a parent.
+
+        Where a tree of an earlier version is read, which kept no candidates, no parents come in below its threshold.
+
+        Raises:
+            `ValueError`: if the threshold does not lie above 0 and at most at 1.
+        """
+        check_threshold(threshold)
+        parent = torch.where(self.score >= threshold, self.candidate, -1)
+        return replace(self, parent=parent, threshold=threshold)
 
     @cached_property
     def _children(self) -> dict[int, list[int]]:
@@ -110,6 +131,7 @@ class LatentTree:
             frequency=float(self.frequency[latent]),
             maximum=float(self.maximum[latent]),
             children=list(self._children.get(latent, [])),
+            candidate=None if self.candidate[latent] < 0 else int(self.candidate[latent]),
         )
 
     def children(self, latent: int, level: int | None = None) -> list[tuple[int, float]]:
@@ -117,19 +139,29 @@ class LatentTree:
 
         Args:
             latent (`int`): The latent above.
-            level (`int`, *optional*): Level of the latents to return, by default the next; deeper levels are reached
-                through the levels between.
+            level (`int`, *optional*): Level of the latents to return, which may be reached through levels between; by
+                default the latents that refine it directly, of whatever level.
 
         Returns:
             `list[tuple[int, float]]`: Latents and their scores with their own parents, highest first.
         """
-        own = self.node(latent).level
-        level = own + 1 if level is None else level
-        latents = [latent]
-        for _ in range(own, level):
-            latents = [child for one in latents for child in self._children.get(one, [])]
-        latents = latents if level > own else []
+        direct = self.node(latent).children
+        latents = direct if level is None else [n for n in self.descendants(latent) if self.level[n] == level]
         return sorted(((child, float(self.score[child])) for child in latents), key=lambda item: -item[1])
+
+    def descendants(self, latent: int) -> list[int]:
+        """Return all latents below one, those that refine it directly first."""
+        below = list(self._children.get(latent, []))
+        for child in below:  # which grows meanwhile: parents are narrower than their children, so it ends
+            below += self._children.get(child, [])
+        return below
+
+    def ancestors(self, latent: int) -> list[int]:
+        """Return a latent's parent, that one's parent, and so on."""
+        above: list[int] = []
+        while (latent := int(self.parent[latent])) >= 0:
+            above.append(latent)
+        return above
 
     def roots(self) -> list[int]:
         """Return the latents without a parent, by level."""
@@ -175,6 +207,7 @@ class LatentTree:
                 content["threshold"],
                 content["tokens"],
                 content["starts"],
+                torch.tensor([_candidate(node) for node in nodes], dtype=torch.int64),
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
@@ -195,22 +228,29 @@ class LatentTree:
 _NUMBERS = ("score", "frequency", "maximum")
 
 
+def _candidate(node: dict[str, Any]) -> int:
+    best = node["parent"] if node.get("candidate") is None else node["candidate"]
+    return -1 if best is None else best
+
+
 def _check_nodes(nodes: list[dict[str, Any]], starts: list[int]) -> None:
-    """Raise `ValueError` where nodes are no tree: each parent is one level above, so there are no cycles either."""
+    """Raise `ValueError` where nodes are no tree; a parent is in a narrower level, so that there are no cycles."""
     if not nodes or not isinstance(nodes, list):
         raise ValueError("there are no nodes")
     for place, node in enumerate(nodes):
-        parent, level = node["parent"], node["level"]
+        level = node["level"]
         if node["latent"] != place:
             raise ValueError(f"node {place} is of latent {node['latent']!r}")
         if not _is_place(level):
             raise ValueError(f"latent {place} has the level {level!r}")
-        if parent is None:
-            continue
-        if not _is_place(parent) or parent >= len(nodes):
-            raise ValueError(f"latent {place} has the parent {parent!r}; there are {len(nodes)} latents")
-        if nodes[parent]["level"] != level - 1:
-            raise ValueError(f"latent {place} is in level {level}, its parent {parent} in {nodes[parent]['level']!r}")
+        for parent in (node["parent"], node.get("candidate")):
+            if parent is None:
+                continue
+            if not _is_place(parent) or parent >= len(nodes):
+                raise ValueError(f"latent {place} has the parent {parent!r}; there are {len(nodes)} latents")
+            if not nodes[parent]["level"] < level:
+                above = nodes[parent]["level"]
+                raise ValueError(f"latent {place} is in level {level}, its parent {parent} in {above!r}")
     if not starts or starts[0] != 0 or starts != sorted(set(starts)) or not all(map(_is_place, starts)):
         raise ValueError(f"the latents of SAEs begin at {starts!r}")
 
@@ -239,6 +279,7 @@ def build_tree(
     Raises:
         `ValueError`: if there is one level only, there are no hidden states, or the SAEs take different ones.
     """
+    check_threshold(threshold)
     sums = EdgeSums(sae, other)
     others = [] if other is None else [other] if isinstance(other, SAEModel) else list(other)
     if {one.config.d_in for one in others} - {sae.config.d_in}:
@@ -255,14 +296,15 @@ def build_tree(
     sums.reduce()
     if not sums.firing.tokens:
         raise ValueError("The data has no hidden states to build a tree on. Pass activations with at least one row.")
-    parent, score = sums.parents(threshold)
+    candidate, score = sums.best()
     return LatentTree(
         level=sums.level,
-        parent=parent,
+        parent=candidate,
         score=score,
         frequency=sums.firing.frequency,
         maximum=sums.maximum,
-        threshold=threshold,
+        threshold=0.0,
         tokens=int(sums.firing.tokens),
         starts=sums.starts,
-    )
+        candidate=candidate,
+    ).at(threshold)

@@ -1,22 +1,14 @@
-"""Pieces of the page as HTML: latents as links, tokens, contexts, tables. Everything that is text is escaped."""
+"""Pieces of the page as HTML: latents as links, tokens, tables. Everything that is text is escaped."""
 
+import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from .links import latent_link
 
-
-SELECTS = """
-element.addEventListener('click', event => {
-  const link = event.target.closest('a[data-latent]');
-  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  trigger('select', {index: Number(link.dataset.latent), value: link.dataset.latent});
-});
-"""
-"""For `gr.HTML(js_on_load=...)`: a click on a latent's link selects it; elsewhere, and in a new tab, it is a link."""
 
 _SHOWN = str.maketrans({"\n": "↵\n", "\t": "⇥\t", "\r": "␍"})
 
@@ -59,27 +51,6 @@ def tokens(texts: Sequence[str], values: Sequence[float], largest: float, peak: 
     return f'<span class="tokens">{"".join([*parts, *plain])}</span>'
 
 
-def as_text(texts: Sequence[str], peak: int) -> str:
-    """A context in plain text, the token it is about between brackets; escaped."""
-    before, after = "".join(texts[:peak]), "".join(texts[peak + 1 :])
-    return escape(f"{before}[[{texts[peak]}]]{after}".replace("\n", "\\n"))
-
-
-def contexts(rows: Iterable[dict[str, Any]], largest: float) -> str:
-    """Contexts of a latent: shaded, and below them the same as text."""
-    rows = list(rows)
-    shaded = "".join(
-        f'<li><span class="value">{row["value"]:.3g}</span>'
-        f"{tokens(row['tokens'], row['activations'], largest, row['peak'])}</li>"
-        for row in rows
-    )
-    plain = "\n".join(f"{row['value']:>8.3g}  {as_text(row['tokens'], row['peak'])}" for row in rows)
-    return (
-        f'<ol class="contexts">{shaded}</ol>'
-        f'<details><summary>The same as text</summary><pre tabindex="0">{plain}</pre></details>'
-    )
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", numbers: Sequence[int] = ()) -> str:
     """A table. Cells are HTML: the caller escapes them.
 
@@ -108,3 +79,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 def number(value: float | None, form: str = ".4g") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def data(name: str, given: Any) -> str:
+    """Return one of the page's own elements, with what it shows."""
+    return f'<{name} data-given="{escape(json.dumps(given), quote=True)}"></{name}>'
+
+
+def picture(svg: str, kept: set[int] | None = None) -> str:
+    """Return the picture of the prefixes as the page shows it.
+
+    Args:
+        svg (`str`): The picture.
+        kept (`set[int]`, *optional*): Latents that are not dimmed; by default those of the page's width, live.
+    """
+    if not svg:
+        return ""
+    drawn = {int(latent) for latent in re.findall(r'data-latent="(\d+)"', svg)}
+    given = "" if kept is None else f' data-given="{json.dumps(sorted(drawn & kept))}"'
+    return f'<nested-picture class="scroll"{given}>{svg}</nested-picture>'

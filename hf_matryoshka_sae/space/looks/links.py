@@ -9,8 +9,12 @@ from ...activations.language_model import EMBEDDED
 from ..subject.opened import RANKINGS
 
 
-TABS = ("prune", "features", "search", "tree", "try", "compare")
-_CHOICES = {"tab": TABS, "ranking": RANKINGS, "kind": ("pattern", "words")}
+TABS = ("prune", "explore", "search", "text", "texts", "compare")
+_FORMER_TABS = {"features": "explore", "tree": "explore", "try": "text"}
+"""Names of tabs in links that were sent on before."""
+
+_NUMBERS = ("width", "k", "latent", "other_width")
+_CHOICES = {"tab": TABS, "ranking": RANKINGS, "other_ranking": RANKINGS, "kind": ("pattern", "words")}
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class View:
         tab (`str`): One of `TABS`.
         ranking (`str`), width (`int`), k (`int`): Of the pruning; 0 is all latents, and k as trained.
         latent (`int`, *optional*): The feature that is shown.
+        other (`str`), other_place (`str`), other_ranking (`str`), other_width (`int`): What it is compared with.
         q (`str`), kind (`str`): What is searched for, and whether that is a `"pattern"` or `"words"`.
     """
 
@@ -32,8 +37,12 @@ class View:
     width: int = 0
     k: int = 0
     latent: int | None = None
+    other: str = ""
+    other_place: str = ""
+    other_ranking: str = "trained"
+    other_width: int = 0
     q: str = ""
-    kind: str = "pattern"
+    kind: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str], default: str = EMBEDDED) -> tuple["View", list[str]]:
@@ -45,17 +54,19 @@ class View:
             text = text if field.name == "q" else text.strip()  # in a pattern a leading space counts
             if not text.strip():
                 continue
-            if field.name in ("width", "k", "latent"):
+            if field.name in _NUMBERS:
                 if not text.isdecimal() or not text.isascii():
                     problems.append(f"{field.name} should be a whole number, got '{text[:40]}'")
                     continue
                 values[field.name] = int(text[:18])
-            elif field.name in _CHOICES and text not in _CHOICES[field.name]:
+                continue
+            text = _FORMER_TABS.get(text, text) if field.name == "tab" else text
+            if field.name in _CHOICES and text not in _CHOICES[field.name]:
                 problems.append(f"there is no {field.name} '{text[:40]}'; there are {', '.join(_CHOICES[field.name])}")
             else:
                 values[field.name] = text
         if values.get("latent") is not None and "tab" not in values:
-            values["tab"] = "features"
+            values["tab"] = "explore"
         return cls(**values), problems
 
     def query(self) -> str:
@@ -67,4 +78,4 @@ class View:
 
 def latent_link(sae: str, place: str, latent: int) -> str:
     """Where a link to a latent leads."""
-    return View(sae, place, "features", latent=latent).query()
+    return View(sae, place, "explore", latent=latent).query()

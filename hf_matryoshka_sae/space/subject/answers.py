@@ -4,8 +4,13 @@ from typing import Any
 
 from ...features import Context, Feature
 from ...features.patterns.vocabulary import vocabulary_of
+from ...features.telling import verdict
+from .families import family_of
 from .opened import Opened
 
+
+_EXAMPLES = 3
+"""Contexts of each band of activation."""
 
 SORTS = {"energy": "mean_square", "frequency": "frequency", "largest activation": "max", "number": "latent"}
 
@@ -34,6 +39,7 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
             "value": float(context.value),
         }
 
+    bands = zip(feature.bands, feature.band_contexts, strict=False)
     return {
         "latent": latent,
         "latent_id": feature.latent_id,
@@ -50,10 +56,17 @@ def feature_of(opened: Opened, latent: int) -> dict[str, Any]:
         "neighbours": named(feature.neighbours),
         "cofiring": named(feature.cofiring),
         "parent": None if feature.parent is None else named([(feature.parent, feature.parent_score or 0.0)])[0],
-        "children": named([(child, opened.tree().score(child)) for child in feature.children]),
+        "children": named([(child, float(opened.tree().score[child])) for child in feature.children]),
+        "family": family_of(opened, latent),
         "widths": [width for width in opened.sae.prefix_widths if width > latent],
         "places": opened.places(latent),
         "contexts": [shown(context) for context in feature.top_contexts],
+        "bands": [
+            {**vars(band), "contexts": [shown(one) for one in contexts[:_EXAMPLES]]} for band, contexts in bands
+        ],
+        "own_tokens": [texts[token] for token in feature.own_tokens],
+        "verdict": verdict(feature, feature.spell),
+        "candidates": named(feature.candidates),
         "quantile_contexts": [[shown(one) for one in contexts] for contexts in feature.quantile_contexts.values()],
     }
 

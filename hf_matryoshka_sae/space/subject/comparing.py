@@ -30,19 +30,14 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
     Raises:
         `ValueError`: if they read hidden states of different widths.
     """
+    check_comparable(left, right)
     (one, first), (other, second) = left, right
     saes = [one.pruned(first), other.pruned(second)]
-    if saes[0].config.d_in != saes[1].config.d_in:
-        raise ValueError(
-            f"The one reads hidden states of width {saes[0].config.d_in}, the other of {saes[1].config.d_in}; "
-            "compare SAEs of the same place in the same model."
-        )
     same = one is other
     comparison: dict[str, Any] = {
         "figures": [_figures(one, first), _figures(other, second)],
         "same_sae": same,
-        "same_place": (one.data.hookpoint, one.sae.config.base_model)
-        == (other.data.hookpoint, other.sae.config.base_model),
+        "same_place": (one.hookpoint, one.sae.config.base_model) == (other.hookpoint, other.sae.config.base_model),
     }
     if same:
         comparison["kept"] = _kept(one, first, second, shown)
@@ -51,6 +46,16 @@ def compare(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning], shown: 
             saes[0], saes[1], one.order(first.ranking), other.order(second.ranking), shown
         )
     return comparison
+
+
+def check_comparable(left: tuple[Opened, Pruning], right: tuple[Opened, Pruning]) -> None:
+    """Raise `ValueError` if they read hidden states of different widths."""
+    one, other = (opened.sae.config.d_in for opened, _ in (left, right))
+    if one != other:
+        raise ValueError(
+            f"The one reads hidden states of width {one}, the other of {other}; compare SAEs of the same place in the "
+            "same model."
+        )
 
 
 def _figures(opened: Opened, pruning: Pruning) -> dict[str, Any]:

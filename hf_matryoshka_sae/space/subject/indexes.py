@@ -45,7 +45,8 @@ def find_index(opened: "Opened") -> FoundIndex:
         if where != opened.where and not Path(where).is_dir():
             continue
         try:
-            index = FeatureIndex.open(where, subfolder, revision=opened.library.revision)
+            revision = opened.revision if where == opened.where else None
+            index = FeatureIndex.open(where, subfolder, revision=revision, tokenizer=opened.tokenizer)
             index.check(opened.sae)
             index.contexts(0)
             return FoundIndex(index, Labels(index, opened.tokenizer))  # which reads contexts, as far as it is not long
@@ -55,24 +56,23 @@ def find_index(opened: "Opened") -> FoundIndex:
     return FoundIndex(None, Labels(None, opened.tokenizer), problem)
 
 
-def build(opened: "Opened", tokens: int) -> FeatureIndex:
-    """Build the index of an SAE over the page's text.
+def build(opened: "Opened", tokens: int) -> int:
+    """Build the index of an SAE over the page's text; returns of how many tokens it is.
 
     Raises:
         `ValueError`: as [`build_index`].
     """
-    library = opened.library
-    with library.lock:
+    with opened.running("index") as data:
         build_index(
             opened.sae,
-            opened.data.model,
-            library.dataset,
+            data.model,
+            opened.library.dataset,
             tokens,
             built_folder(opened),
-            hookpoint=opened.data.hookpoint,
+            hookpoint=data.hookpoint,
             tokenizer=opened.tokenizer,
-            context_length=library.context_length,
+            context_length=opened.library.context_length,
         )
     opened.forget_index()
     assert opened.index is not None
-    return opened.index
+    return opened.index.about["tokens"]

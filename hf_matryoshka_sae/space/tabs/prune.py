@@ -1,38 +1,37 @@
-"""Prune: how much of an SAE is kept, what that is worth, and taking it along."""
+"""Prune: how many latents keep how much, what that is worth, and taking the pruned SAE along. The first screen."""
 
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
-from ..endpoints import Curve, Endpoints
+from ..endpoints import Endpoints
 from ..looks import html
-from ..looks.charts import Axis, Mark, line_chart
-from ..looks.messages import told
+from ..looks.messages import told, warn
 from ..subject.opened import RANKINGS
-from .inputs import BAR, BARS, HEAVY, Shown, area, on_a_space
+from ..subject.prunings import SELECTION
+from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
 
 
 SAMPLE = "The module defines a function that returns the number of items in the list."
-_ROWS = (
-    ("latents", "width", ",.0f"),
-    ("FVU: fraction of variance unexplained", "fvu", ".4f"),
-    ("recaptured loss (zero ablation)", "recaptured_zero", ".4f"),
-    ("recaptured loss (mean ablation)", "recaptured_mean", ".4f"),
-    ("cross-entropy, nats per token", "ce", ".4f"),
-    ("KL to the plain model, nats", "kl", ".4f"),
-    ("L0: latents that fire per token", "l0", ".2f"),
-    ("RSA (Spearman)", "rsa", ".4f"),
-    ("latents that never fire", "dead", ".2%"),
-    ("size in MB", "size_mb", ".2f"),
-)
+_STEPS = 12
+"""So many widths of a curve measured from the page, evenly spaced in their logarithm, besides the prefixes."""
+
+PARENT = 0.6
+"""Score from which a latent is drawn below another in the picture: the masked cosine that a parent must have."""
+
+LARGEST = 260
+"""Latents that the picture shows here, of the largest families; Explore shows more."""
 
 
 class PruneTab:
     """The tab's components and what they do.
+
+    The browser holds what is measured, by width, and draws sentence, curve and figures of the page's width from it: so
+    they always belong to what the controls say.
 
     Args:
         endpoints ([`Endpoints`]): Answers.
@@ -42,61 +41,91 @@ class PruneTab:
     def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints, self.shown = endpoints, shown
         self.scratch = tempfile.TemporaryDirectory(prefix="hf_matryoshka_sae-")
+        self.rows, self.todo = gr.State(None), gr.State(None)
+        self.curve = area("curve")
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                self.width = gr.Slider(1, 2048, 2048, step=1, label="Width: latents that are kept")
-                self.k = gr.Slider(1, 64, 16, step=1, label="k: latents per token", visible=False)
-                self.ranking = gr.Radio(
-                    list(RANKINGS),
-                    value="trained",
-                    label="Ranking: which latents come first",
-                    info="A Matryoshka SAE is sorted within its prefixes.",
+            with gr.Column(scale=3, min_width=300):
+                gr.HTML(
+                    "<nested-answer></nested-answer>", elem_id="answer", elem_classes="space-html", js_on_load=None
                 )
-                self.measure = gr.Button("Measure this width", variant="primary")
-                self.whole_curve = gr.Button("Measure the loss along the curve")
-            with gr.Column(scale=3, min_width=280):
-                self.chart = area("chart")
-        self.figures = area("figures")
-        gr.Markdown("### The same text, at this width")
+                with gr.Row():
+                    self.whole_curve = gr.Button("Measure the curve", size="sm", visible=False, min_width=120)
+                    self.stop = gr.Button("Stop", size="sm", visible=False, min_width=80)
+            with gr.Column(scale=2, min_width=300):
+                self.sample = area("sample")
+        self.picture = area("picture")
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                self.text = gr.Textbox(SAMPLE, label="Text", lines=3, max_lines=8)
-                self.read = gr.Button("Reconstruct and continue")
-            with gr.Column(scale=3, min_width=280):
-                self.reconstructed = area("reconstructed")
-        gr.Markdown("### Take it along")
-        with gr.Row():
-            with gr.Column(min_width=280):
-                self.export = gr.Button("Make a download of this pruning")
-                self.file = gr.File(label="The pruned SAE, for AutoModel.from_pretrained", interactive=False)
-            with gr.Column(min_width=280):
-                self.repo = gr.Textbox(label="or push it to your repository", placeholder="your-name/pruned-sae")
-                if on_a_space():
-                    gr.LoginButton()
-                    self.token = gr.State("")
-                else:
-                    self.token = gr.Textbox(
-                        label="Token with write access (empty: the one this machine is logged in with)",
-                        type="password",
+            with gr.Column(scale=3, min_width=300):
+                self.figures = area("figures", "<nested-figures></nested-figures>")
+            with gr.Column(scale=2, min_width=300):
+                self.measure = gr.Button("Measure this width", size="sm", elem_id="measure")
+                self.download = gr.Button("Download these latents", variant="primary", elem_id="download")
+                self.file = gr.DownloadButton("The pruned SAE", visible="hidden", elem_id="zip")
+                with gr.Accordion("Order and number of latents", open=False):
+                    self.ranking = gr.Radio(
+                        list(RANKINGS),
+                        value="trained",
+                        label="Ranking: which latents come first",
+                        info="A Matryoshka SAE is sorted within its prefixes.",
                     )
-                self.private = gr.Checkbox(True, label="private")
-                self.push = gr.Button("Push to the Hub")
-                self.pushed = gr.Markdown()
+                    self.k = gr.Slider(
+                        1, 64, 16, step=1, label="k: latents per token", visible=False, elem_id="k", buttons=[]
+                    )
+                with gr.Accordion("Push it to the Hub", open=False):
+                    self._pushing()
+        with gr.Accordion("A text of yours at this width", open=False):
+            self.text = gr.Textbox(SAMPLE, label="Text", lines=2, max_lines=8)
+            self.read = gr.Button("Reconstruct and continue", size="sm")
+            self.reconstructed = area("reconstructed")
         self._wire()
 
+    def _pushing(self) -> None:
+        self.repo = gr.Textbox(label="Your repository", placeholder="your-name/pruned-sae")
+        if on_a_space():
+            gr.LoginButton()
+            self.token = gr.State("")
+        else:
+            self.token = gr.Textbox(
+                label="Token with write access",
+                info="Empty: the one this machine is logged in with.",
+                type="password",
+            )
+        self.private = gr.Checkbox(True, label="private")
+        self.push = gr.Button("Push")
+        self.pushed = gr.Markdown()
+
     def _wire(self) -> None:
-        pruning = [self.shown.current, self.ranking, self.width, self.k]
-        outcome = [self.chart, self.figures]
-        quick = {"show_progress": "hidden", "api_visibility": "private"}
-        # By hand alone: while another SAE is being opened, a slider has the value of the one before.
-        for moved in (self.width.input, self.k.input):
-            moved(told(self.show), pruning, outcome, trigger_mode="always_last", **quick)
-        for chosen in (self.width.release, self.k.release, self.ranking.input, self.measure.click):
-            chosen(told(self.show_measured), pruning, outcome, trigger_mode="always_last", **HEAVY)
-        self.whole_curve.click(told(self.measure_curve), pruning, outcome, **HEAVY)
-        self.width.input(None, self.width, None, js="width => showInLink({width})")
-        self.k.input(None, self.k, None, js="k => showInLink({k})")
-        self.ranking.input(None, self.ranking, None, js="ranking => showInLink({ranking})")
+        shown = self.shown
+        pruning = [shown.current, self.ranking, shown.width, self.k]
+        asked = [shown.current, shown.opened, self.ranking, self.k, self.rows]
+        known = [self.rows, self.curve]
+        progress = {"show_progress": "minimal", "show_progress_on": self.figures}
+        step = self.todo.change(
+            told(self.measure_next), [*asked, self.todo], [*known, self.todo, self.stop], **HEAVY | progress
+        )
+        measured = [
+            event(
+                told(self.measure_width), [*asked, shown.width], known, trigger_mode="always_last", **HEAVY | progress
+            )
+            for event in (shown.width.release, self.measure.click)
+        ]
+        start = [*known, self.todo, self.whole_curve, self.stop]
+        shown.opened.change(
+            told(self.refresh),
+            [shown.current, shown.opened, self.todo],
+            [self.ranking, self.k, *start, self.sample, self.picture],
+            cancels=[step, *measured],
+            **LIGHT,
+        )
+        for event in (self.ranking.input, self.k.release):
+            event(told(self.start_over), [*asked[:-1], self.todo], start, cancels=[step, *measured], **LIGHT)
+        self.whole_curve.click(told(self.plan), asked, [self.todo, self.whole_curve, self.stop], **LIGHT)
+        self.stop.click(self.halt, self.todo, [self.stop, self.whole_curve], cancels=step, **LIGHT)
+        self.ranking.input(None, self.ranking, None, js="ranking => nested.show({ranking})", **BROWSER)
+        self.k.input(None, self.k, None, js="k => nested.show({k})", **BROWSER)
+        # What a text became, and where it was pushed, are of the pruning that was: gone with the next.
+        for event in (shown.width.change, self.ranking.input, self.k.input, shown.opened.change):
+            event(lambda: ("", ""), None, [self.reconstructed, self.pushed], js="() => ['', '']", **BROWSER)
         gr.on(
             [self.read.click, self.text.submit],
             told(self.reconstruct),
@@ -104,41 +133,166 @@ class PruneTab:
             self.reconstructed,
             **HEAVY,
         )
-        self.export.click(told(self.make_download), pruning, self.file, **HEAVY)
+        self.download.click(told(self.make_download), pruning, self.file, **HEAVY).success(
+            None, None, None, js="() => setTimeout(() => nested.download('zip'), 100)", **BROWSER
+        )
         pushing = self.push_logged_in if on_a_space() else self.push_with_token
         self.push.click(told(pushing), [*pruning, self.repo, self.token, self.private], self.pushed, **HEAVY)
 
+    # What is known
+
+    def refresh(
+        self, current: tuple[str, str], opened: dict[str, Any], todo: dict[str, Any] | None
+    ) -> tuple[Any, ...]:
+        """What the tab shows of an SAE that was just opened: what is stored with its index."""
+        about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
+        k, control = about["k"], gr.update(visible=False)
+        if k is not None:
+            most = min(about["num_latents"], 4 * int(k))
+            if opened["k"] > most:
+                warn(f"k goes up to {most} here, so the k of the link, {opened['k']:,}, is left out.")
+            chosen = opened["k"] if 1 <= opened["k"] <= most else k
+            control = gr.update(maximum=most, value=chosen, visible=True)
+            k = chosen
+        start = self.start_over(current, opened, opened["ranking"], k or 0, todo)
+        sample = "" if showcase is None else sample_html(showcase)
+        indexed = about["index_tokens"] is not None and len(about["prefix_widths"]) > 1
+        picture = self.endpoints.picture(*current, PARENT, LARGEST) if indexed else ""
+        return opened["ranking"], control, *start, sample, html.picture(picture)
+
+    def start_over(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, todo: dict[str, Any] | None
+    ) -> tuple[Any, ...]:
+        """What is stored of a ranking, where another one was."""
+        self.halt(todo)
+        rows = self._stored(current, ranking, k)
+        curve = self._curve(current, opened, ranking, k, rows, first=True)
+        state = {"key": _key(opened, ranking, k), "rows": rows}
+        return state, curve, None, gr.update(visible=len(rows) < 2), gr.update(visible=False)
+
+    def _stored(self, current: tuple[str, str], ranking: str, k: int) -> list[dict[str, Any]]:
+        showcase = self.endpoints.showcase(*current)
+        stored = showcase is not None and self._trained_k(current, k)
+        return showcase["curve"].get(ranking, []) if stored else []
+
+    def _trained_k(self, current: tuple[str, str], k: int) -> bool:
+        return int(k) in (0, self.endpoints.describe(*current)["k"] or 0)
+
+    def _curve(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        rows: list[dict[str, Any]],
+        first: bool = False,
+    ) -> str:
+        """What is measured, for the browser, which leaves it out if it has gone on to another ranking or SAE."""
+        about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
+        trained_k = self._trained_k(current, k)
+        return html.data(
+            "nested-curve",
+            {
+                "key": _key(opened, ranking, k),
+                "first": first,
+                "latents": about["num_latents"],
+                "prefixes": about["prefix_widths"],
+                "rows": rows,
+                "tokens": about["tokens"] if showcase is None else showcase["tokens"],
+                "selection": SELECTION if showcase is None else showcase["selection"],
+                "hookpoint": about["hookpoint"],
+                "about": f"{ranking} ranking" + ("" if trained_k else f", k = {int(k)}"),
+                "command": self._command(about) if ranking == "trained" and trained_k else "",
+            },
+        )
+
+    def _command(self, about: dict[str, Any]) -> str:
+        """What measures the same in a shell; nothing for a folder of the machine that serves strangers."""
+        if self.endpoints.library.dataset is not None or self.endpoints.library.public:
+            return ""
+        return f"matryoshka-sae evaluate {about['sae']}"
+
     # What is measured
+
+    def measure_width(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        known: dict[str, Any],
+        width: int,
+        progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
+    ) -> tuple[Any, ...]:
+        """The figures at a width, added to those that are known."""
+        rows = self._known(current, opened, ranking, k, known)
+        if any(row["width"] == int(width) for row in rows):
+            return gr.skip(), gr.skip()
+        return self._measured(current, opened, ranking, k, rows, int(width))
+
+    def _known(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        # What was measured last may be of the ranking before, if it came late.
+        ours = known is not None and known["key"] == _key(opened, ranking, k)
+        return known["rows"] if ours else self._stored(current, ranking, k)
+
+    def _measured(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        rows: list[dict[str, Any]],
+        width: int,
+    ) -> tuple[dict[str, Any], str]:
+        if self._trained_k(current, k):
+            row = self.endpoints.curve_point(*current, ranking, width)
+        else:
+            row = self.endpoints.measure(*self._chosen(current, ranking, width, k))
+        rows = with_row(rows, row | {"selection": SELECTION})
+        known = {"key": _key(opened, ranking, k), "rows": rows}
+        return known, self._curve(current, opened, ranking, k, rows)
+
+    def plan(
+        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """The widths to measure, each a job of its own, so that others' questions come in between."""
+        about = self.endpoints.describe(*current)
+        done = [row["width"] for row in self._known(current, opened, ranking, k, known)]
+        widths = [width for width in curve_widths(about["num_latents"], about["prefix_widths"]) if width not in done]
+        plan = {"key": _key(opened, ranking, k), "widths": widths, "stopped": False}
+        return plan, gr.update(visible=False), gr.update(visible=True)
+
+    def measure_next(
+        self,
+        current: tuple[str, str],
+        opened: dict[str, Any],
+        ranking: str,
+        k: int,
+        known: dict[str, Any],
+        plan: dict[str, Any] | None,
+    ) -> tuple[Any, ...]:
+        """Measure the next width of a curve; what is left starts the next."""
+        if plan is None or plan["stopped"] or plan["key"] != _key(opened, ranking, k) or not plan["widths"]:
+            return gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)
+        width, *widths = plan["widths"]
+        rows = self._known(current, opened, ranking, k, known)
+        found, curve = self._measured(current, opened, ranking, k, rows, width)
+        if plan["stopped"]:  # meanwhile
+            return found, curve, gr.skip(), gr.update(visible=False)
+        return found, curve, plan | {"widths": widths}, gr.update(visible=bool(widths))
+
+    @staticmethod
+    def halt(plan: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Measure no further width of a curve."""
+        if plan is not None:
+            plan["stopped"] = True  # in place: a width that is being measured sees it, too
+        return gr.update(visible=False), gr.update(visible=True)
 
     def _chosen(self, current: tuple[str, str], ranking: str, width: int, k: int) -> tuple[str, str, str, int, int]:
         # A slider may still have the width of the SAE that was open before.
         return *current, ranking, min(int(width), self.endpoints.num_latents(*current)), int(k)
-
-    def show(self, current: tuple[str, str], ranking: str, width: int, k: int) -> tuple[str, str]:
-        """The curve with a marker, and the figures where they are known."""
-        return curve_html(self.endpoints.curve(*self._chosen(current, ranking, width, k)))
-
-    def show_measured(
-        self,
-        current: tuple[str, str],
-        ranking: str,
-        width: int,
-        k: int,
-        progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
-    ) -> tuple[str, str]:
-        """The same, measured."""
-        chosen = self._chosen(current, ranking, width, k)
-        return curve_html(self.endpoints.curve(*chosen, measure=[chosen[3]]))
-
-    def measure_curve(
-        self, current: tuple[str, str], ranking: str, width: int, k: int, progress: Any = BAR
-    ) -> Iterator[tuple[str, str]]:
-        """Measure every width of the curve, showing each as it comes."""
-        chosen = self._chosen(current, ranking, width, k)
-        widths = [row["width"] for row in self.endpoints.curve(*chosen).rows]
-        for number, one in enumerate(widths):
-            progress((number, len(widths)), desc=f"width {one}")
-            yield curve_html(self.endpoints.curve(*chosen, measure=[one]))
 
     def reconstruct(self, current: tuple[str, str], ranking: str, width: int, k: int, text: str) -> str:
         """A text as this pruning leaves it."""
@@ -176,57 +330,38 @@ class PruneTab:
         return self.push_with_token(current, ranking, width, k, repo, visitor.token, private)
 
 
-def curve_html(curve: Curve) -> tuple[str, str]:
-    """FVU and, where it was measured, recaptured loss against width, a marker at the pruning; and its figures."""
-    return f'<div class="wide">{_panel(curve, "fvu")}{_panel(curve, "recaptured_zero")}</div>', _figures(curve)
+def _key(opened: dict[str, Any], ranking: str, k: int) -> str:
+    """What figures are of, but for the width."""
+    return f"{opened['time']} {ranking} {int(k)}"
 
 
-def _panel(curve: Curve, key: str) -> str:
-    """One curve; the place of a width that was not measured is read off it."""
-    rows, width = curve.rows, curve.pruning.width
-    points = [(row["width"], row[key]) for row in rows if row.get(key) is not None]
-    marks = []
-    if curve.figures is not None and curve.figures[key] is not None:
-        value = curve.figures[key]
-        marks = [Mark("", width, value, f"{width:,}: {value:.4f}")]
-        points = sorted({*points, (width, value)})
-    elif len(points) > 1 and key == "fvu":
-        value = _between(points, width)
-        marks = [Mark("", width, value, f"{width:,}: about {value:.2f}")]
-    axis = Axis("fraction of variance unexplained", low=0.0)
-    if key == "recaptured_zero":
-        low = min([0.9, *(value for _, value in points)])
-        axis = Axis("recaptured loss (zero ablation)", low=low, high=1.0)
-    widths = Axis("width (latents)", log=True, low=rows[0]["width"], high=rows[-1]["width"])
-    return line_chart({"": points}, widths, axis, marks)
+def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rows by width, with another that replaces one of its width."""
+    return sorted([*(one for one in rows if one["width"] != row["width"]), row], key=lambda one: one["width"])
 
 
-def _between(points: list[tuple[int, float]], width: int) -> float:
-    """The value at a width, on straight lines between the points."""
-    return float(np.interp(width, *zip(*sorted(points), strict=True)))
+def curve_widths(latents: int, prefixes: Sequence[int]) -> list[int]:
+    """Return the widths of a curve: the whole first, every prefix, and others evenly spaced in their logarithm."""
+    smallest = max(1, latents // 64)
+    spaced = [round(smallest * (latents / smallest) ** (step / (_STEPS - 1))) for step in range(_STEPS)]
+    return sorted({*spaced, *prefixes, latents}, reverse=True)
 
 
-def _figures(curve: Curve) -> str:
-    """The figures of a pruning beside those of the whole SAE."""
-    pruning, here, full = curve.pruning, curve.figures, curve.whole or {}
-    if here is None:
-        return '<p class="quiet">Let the slider go, or press “Measure this width”, to see what it is worth.</p>'
-    rows = [
-        [title, html.number(here[key], form), html.number(full.get(key), form), _share(here, full, key)]
-        for title, key, form in _ROWS
-    ]
-    about = f"{pruning.ranking} ranking" + (f", k = {pruning.k}" if pruning.k else "")
-    command = escape(curve.command)
-    same = f"<p class=quiet>The same from the shell: <code>{command}</code></p>" if command else ""
-    measured_on = f"On {here['tokens']:,} held-out tokens at <code>{escape(curve.hookpoint)}</code>."
-    head = ["", f"{pruning.width:,} latents, {about}", "all latents", "share"]
-    return f'{html.table(head, rows, numbers=(1, 2, 3))}<p class="quiet">{measured_on}</p>{same}'
-
-
-def _share(here: dict[str, Any], full: dict[str, Any], key: str) -> str:
-    if key not in ("width", "recaptured_zero", "recaptured_mean", "l0", "rsa", "size_mb") or not full.get(key):
+def sample_html(showcase: dict[str, Any]) -> str:
+    """Return the stored sentence, to be coloured by latent at each of its widths."""
+    sample = showcase.get("sample")
+    if not sample:
         return ""
-    return html.number(here[key] / full[key], ".1%") if here[key] is not None else ""
+    # A beginning-of-text token is not text.
+    start = int(bool(re.fullmatch(r"<\S+>|\[\S+\]", sample["tokens"][0])))
+    given = {
+        **sample,
+        "tokens": [html.visible(token) for token in sample["tokens"][start:]],
+        "firings": [tokens[start:] for tokens in sample["firings"]],
+        "largest": showcase["largest"],
+        "labels": showcase.get("labels", {}),
+    }
+    return html.data("nested-sample", given)
 
 
 def reconstructed_text(text: dict[str, Any], width: int) -> str:
@@ -247,5 +382,5 @@ def reconstructed_text(text: dict[str, Any], width: int) -> str:
     ]
     return (
         f"<p>{shaded}</p><p class=quiet>Shaded: tokens that became harder to predict (orange) or easier (blue).</p>"
-        f"{facts}{cut}{html.table(['', 'continuation'], rows)}"
+        f"{facts}{cut}{html.table(['which', 'continuation'], rows)}"
     )

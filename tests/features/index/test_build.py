@@ -246,6 +246,20 @@ def test_two_processes_give_the_index_of_one(built, tmp_path, two_processes):
     assert _bytes(tmp_path) == _bytes(built[1])
 
 
+def _shown_by_two(rank, folder):
+    assert small.build(folder, showcase=True).showcase() is not None
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tmp_path, two_processes):
+    two_processes.run(_shown_by_two, tmp_path / "two")
+    one, two = small.build(tmp_path / "one", showcase=True).showcase(), FeatureIndex.open(tmp_path / "two").showcase()
+    assert two["sample"] == one["sample"] and two["tokens"] == one["tokens"]
+    for name, rows in one["curve"].items():
+        for row, other in zip(rows, two["curve"][name], strict=True):
+            assert other["ce"] == pytest.approx(row["ce"]) and other["fvu"] == pytest.approx(row["fvu"], rel=1e-5)
+
+
 # What is refused
 
 

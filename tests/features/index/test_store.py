@@ -12,11 +12,14 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import HfApi, constants
 
+from hf_matryoshka_sae.activations import heldout_batches
 from hf_matryoshka_sae.assets import embedded_sae_path
-from hf_matryoshka_sae.features import FeatureIndex
+from hf_matryoshka_sae.evaluation import HeldOut
+from hf_matryoshka_sae.features import FeatureIndex, build_tree
 from hf_matryoshka_sae.features.index import layout, store
 from hf_matryoshka_sae.features.index.layout import CONTEXTS, INDEX, LATENTS
 
+from ...activations import tiny
 from .. import small
 
 
@@ -36,7 +39,7 @@ def copy(folder, tmp_path):
 
 def _plain(feature):
     """A feature as something that `==` compares."""
-    found = vars(feature) | {"contexts": [vars(context) for context in feature.contexts]}
+    found = vars(feature) | {name: [vars(one) for one in getattr(feature, name)] for name in ("contexts", "bands")}
     del found["spell"]
     return json.loads(json.dumps(found, default=lambda array: array.tolist()))
 
@@ -288,3 +291,52 @@ def test_threads_read_the_same_index():
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda latent: (latent, _plain(index.feature(latent))), list(wanted) * 12))
     assert all(wanted[latent] == feature for latent, feature in found)
+
+
+# The tree
+
+
+def test_the_tree_is_that_of_the_activations_at_any_threshold(folder):
+    index, model = FeatureIndex.open(folder), small.language_model()
+    batches = heldout_batches(tiny.texts(80), tiny.tokenizer(), small.LENGTH, 600, small.WINDOWS)
+    states = list(HeldOut(model, batches, small.HOOKPOINT).activations())
+    for threshold in (0.25, 0.6):
+        tree, expected = index.tree(threshold=threshold), build_tree(small.make_sae(), states, threshold, show=False)
+        assert tree.level.tolist() == expected.level.tolist() and tree.parent.tolist() == expected.parent.tolist()
+        joined = tree.parent >= 0
+        assert joined.sum() > 3
+        torch.testing.assert_close(tree.score[joined], expected.score[joined], atol=1e-6, rtol=0)
+    for latent in range(10, small.LATENTS):
+        candidates = index.feature(latent, contexts=False).candidates
+        assert [score for _, score in candidates] == sorted((score for _, score in candidates), reverse=True)
+        assert len(candidates) <= 8 and all(score >= 0.2 and other < 10 for other, score in candidates)
+
+
+def test_where_a_parent_is_pruned_the_next_candidate_takes_its_place(folder):
+    index, sae = FeatureIndex.open(folder), small.make_sae()
+    latent = next(n for n in range(small.LATENTS) if len(index.feature(n, contexts=False).candidates) > 1)
+    (first, _), (second, score) = index.feature(latent, contexts=False).candidates[:2]
+    kept = [n for n in range(small.LATENTS) if n != first]
+    sae.permute_(torch.tensor([*kept, first]))
+    view = index.for_sae(sae.truncate(len(kept)))
+    tree = view.tree([9], threshold=0.2)
+    assert int(tree.parent[kept.index(latent)]) == kept.index(second)
+    assert float(tree.score[kept.index(latent)]) == pytest.approx(score)
+
+
+def test_an_index_without_candidates_has_its_parents(folder, copy):
+    """As an earlier version wrote it."""
+    path = copy / "features" / LATENTS
+    table = pq.read_table(path).drop_columns(["candidates", "candidate_scores", "bands", "own_tokens"])
+    pq.write_table(table, path, row_group_size=256)
+    about = json.loads((copy / "features" / INDEX).read_text())
+    about["files"][LATENTS] = path.stat().st_size
+    del about["prefix_widths"]
+    (copy / "features" / INDEX).write_text(json.dumps(about))
+    older, index = FeatureIndex.open(copy), FeatureIndex.open(folder)
+    assert older.tree([10]).parent.tolist() == index.tree().parent.tolist() == older.tree([10], 0.3).parent.tolist()
+    feature = older.feature(3)
+    assert feature.bands == feature.candidates == feature.own_tokens == [] and feature.band_contexts
+    assert older.showcase() is None and "own_tokens" not in older.columns
+    with pytest.raises(ValueError, match="earlier version and has no column 'bands'"):
+        older.table(["bands"])

@@ -1,8 +1,6 @@
 """Against scores from dense activations, pair by pair."""
 
 import json
-import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -38,7 +36,7 @@ def score_by_hand(a: torch.Tensor, b: torch.Tensor) -> float:
 def parents_by_hand(acts: torch.Tensor, level: list[int], threshold: float):
     parents, scores = [], []
     for child in range(acts.shape[1]):
-        candidates = [latent for latent in range(acts.shape[1]) if level[latent] == level[child] - 1]
+        candidates = [latent for latent in range(acts.shape[1]) if level[latent] < level[child]]
         found = [score_by_hand(acts[:, latent], acts[:, child]) for latent in candidates]
         best = max(found, default=0.0)
         scores.append(best)
@@ -153,7 +151,7 @@ def test_saved_trees_come_back(tmp_path):
         (2, {"parent": 0.5}, "parent 0.5"),
         (2, {"parent": True}, "parent True"),
         (2, {"parent": 3}, "latent 2 is in level 1, its parent 3 in 1"),
-        (4, {"parent": 0}, "its parent 0 in 0"),
+        (2, {"candidate": 4}, "latent 2 is in level 1, its parent 4 in 2"),
         (0, {"parent": 3}, "latent 0 is in level 0"),  # a cycle: 3 is below 0
         (3, {"parent": 3}, "its parent 3 in 1"),
         (1, {"level": -1}, "level -1"),
@@ -176,32 +174,45 @@ def test_a_tree_without_nodes_or_starts_is_refused(tmp_path):
             LatentTree.load(tmp_path / "tree.json")
 
 
-class _Balanced(HTMLParser):
-    """That every element is closed, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.seen = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def test_another_threshold_joins_others(tmp_path):
+    """The parent that a candidate would be is known below the threshold too, and survives saving."""
+    sae, data = build(), states()
+    strict = build_tree(sae, data, 0.5, show=False)
+    loose = build_tree(sae, data, 0.2, show=False)
+    again = LatentTree.load(strict.save(tmp_path / "tree.json"))
+    for tree in (strict.at(0.2), again.at(0.2), loose.at(0.5).at(0.2)):
+        assert tree.parent.tolist() == loose.parent.tolist() and tree.threshold == 0.2
+    assert (strict.parent >= 0).sum() < (loose.parent >= 0).sum()
+    with pytest.raises(ValueError, match="threshold"):
+        strict.at(1.5)
 
 
-def test_the_page_unfolds_and_shows_labels_as_text(tmp_path):
-    path = small_tree().page(tmp_path / "tree.html", labels={2: "<script>alert(1)</script>", 5: "a & b"})
-    html = path.read_text(encoding="utf-8")
-    parser = _Balanced()
-    parser.feed(html)
-    assert parser.open == [] and parser.seen.count("script") == 1
-    assert "&lt;script&gt;alert(1)" in html and "a &amp; b" in html
-    assert parser.seen.count("details") == 2 + 2  # two parents, and two lists of those alone
-    assert not re.search(r"https?://|src=|@import", html)
-    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+def test_a_child_may_skip_a_level():
+    acts = torch.zeros(60, 6)
+    acts[:, 0] = torch.rand(60) + 1
+    acts[:20, 2], acts[20:40, 3] = acts[:20, 0], torch.rand(20) + 1  # level 1: one of its own, one like the parent
+    acts[30:40, 4] = acts[30:40, 0]  # level 2: does on its tokens what latent 0 does, and not what latent 3 does
+    sums = EdgeSums(build(num_latents=6, prefix_widths=[2, 4, 6], d_in=6, k=6))
+    sums.add(_pairs(acts))
+    parent, _ = sums.parents()
+    assert parent[4] == 0 and parent[2] == 0
+    tree = LatentTree(sums.level, *sums.parents(), *torch.zeros(2, 6), 0.6, 60, [0])
+    assert 4 in [latent for latent, _ in tree.children(0)] and tree.ancestors(4) == [0]
+    assert [latent for latent, _ in tree.children(0, level=2)] == [4] and set(tree.descendants(0)) == {2, 3, 4}
+
+
+def test_candidates_are_the_best_scores_in_order():
+    sae, data = build(), states()
+    sums = EdgeSums(sae)
+    for rows in data:
+        sums.add(sae.encode_pairs(rows))
+    edges = list(zip(*(part.tolist() for part in sums.scores()), strict=True))
+    found = list(zip(*(part.tolist() for part in sums.candidates(0.1, 3)), strict=True))
+    by_hand = []
+    for latent in range(40):
+        own = [(latent, parent, score) for parent, child, score in edges if child == latent]
+        by_hand += sorted((one for one in own if one[2] >= 0.1), key=lambda one: (-one[2], one[1]))[:3]
+    assert found == by_hand and len(found) > 40
 
 
 def test_what_is_no_tree_is_said():
@@ -213,12 +224,28 @@ def test_what_is_no_tree_is_said():
         build_tree(build(), [], show=False)
     with pytest.raises(ValueError, match="d_in 12"):
         build_tree(build(), states(), other=TopKSAE(TopKSAEConfig(d_in=8, num_latents=9, k=3)), show=False)
-    sums = EdgeSums(build(), max_edges=3)
-    with pytest.raises(ValueError, match="More than 3 pairs"):
-        sums.add(build().encode_pairs(states()[0]))
-        sums.parents()
+    sums = EdgeSums(build())
     with pytest.raises(ValueError, match="latents of 1 SAEs"):
         sums.add(*[build().encode_pairs(states()[0])] * 2)
+
+
+def test_above_the_limit_the_weakest_pairs_are_dropped(caplog, monkeypatch):
+    """Memory stays bounded, and planted parents are found all the same."""
+    monkeypatch.setattr(tree_sums, "_PRODUCTS_AT_ONCE", 200)
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.rand(800, 40, generator=generator) * (torch.rand(800, 40, generator=generator) < 0.1)
+    for child in range(16, 28):
+        acts[:, child] = acts[:, child % 6] * (torch.rand(800, generator=generator) < 0.5)
+    whole, bounded = EdgeSums(build()), EdgeSums(build(), max_edges=300)
+    for rows in acts.split(100):
+        whole.add(_pairs(rows))
+        bounded.add(_pairs(rows))
+        assert bounded._kept <= 300 + 200
+    assert len(whole.scores()[0]) > 400 and len(bounded.scores()[0]) <= 300
+    assert caplog.text.count("More than 300 pairs") == 1
+    for sums in (whole, bounded):
+        best, score = sums.best()
+        assert best[16:28].tolist() == [child % 6 for child in range(16, 28)] and score[16:28].min() > 0.9
 
 
 def test_sums_go_on_from_a_state():

@@ -14,8 +14,8 @@ from hf_matryoshka_sae.models import ReluSAE, ReluSAEConfig, TopKSAE, TopKSAECon
 from hf_matryoshka_sae.progressive import LatentStatistics, latent_statistics, prune
 from hf_matryoshka_sae.space import Library
 from hf_matryoshka_sae.space.endpoints import Endpoints
-from hf_matryoshka_sae.space.subject import indexes, opened
-from hf_matryoshka_sae.space.subject.opened import Pruning, size_mb
+from hf_matryoshka_sae.space.subject import indexes, prunings
+from hf_matryoshka_sae.space.subject.prunings import Pruning, size_mb
 
 
 TOKENS, PLACE = 2000, "model.layers.2"
@@ -205,23 +205,11 @@ def test_figures_are_those_of_the_sae_that_is_downloaded(embedded):
 
 def test_figures_are_measured_once(embedded, monkeypatch):
     first = embedded.measured(Pruning(width=7))
-    curve = embedded.curve("trained")
     calls = []
-    monkeypatch.setattr(opened, "evaluate_fidelity", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr(prunings, "evaluate_fidelity", lambda *args, **options: calls.append(args))
     monkeypatch.setattr(embedded.data.model, "forward", lambda *args, **options: calls.append(args))
-    assert embedded.known_figures(Pruning(width=7))["fvu"] == first["fvu"]
-    assert embedded.known_figures(Pruning(width=8)) is None
-    assert embedded.measured(Pruning(width=7)) == first
-    assert [row["fvu"] for row in embedded.curve("trained")] == [row["fvu"] for row in curve]
-    assert not calls
-
-
-def test_the_curve_has_losses_where_they_were_measured(embedded):
-    embedded.measured(Pruning(width=64))
-    rows = {row["width"]: row for row in embedded.curve("trained")}
-    assert list(rows) == sorted(rows) and list(rows)[-1] == 2048
-    assert rows[64]["recaptured_zero"] == embedded.measured(Pruning(width=64))["recaptured_zero"]
-    assert rows[64]["fvu"] > rows[2048]["fvu"]
+    assert embedded.has("measured", Pruning(width=7)) and not embedded.has("measured", Pruning(width=8))
+    assert embedded.measured(Pruning(width=7)) == first and not calls
 
 
 def test_the_size_is_that_of_the_file(embedded, tmp_path):
@@ -249,9 +237,9 @@ def test_an_index_that_was_built_is_there_also_tomorrow(library, tmp_path, monke
     folder = topk(tmp_path / "topk")
     sae = library.open(folder)
     assert sae.index is None
-    built = indexes.build(sae, 1500)
+    assert indexes.build(sae, 1500) == 1500
+    built = sae.require_index()
     assert built.about["tokens"] == 1500 and len(built) == 96
-    assert sae.index is not None and sae.require_index().about["weights"] == built.about["weights"]
     assert {path.name for path in (tmp_path / "topk").iterdir()} == {"config.json", "model.safetensors"}
     again = Library(tokens=500).open(folder)
     assert again.index is not None and again.index.peak_tokens() == built.peak_tokens()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_matryoshka_sae.assets import load_embedded_lm
-from hf_matryoshka_sae.features.index.neuronpedia import export_neuronpedia
+from hf_matryoshka_sae.features.neuronpedia import export_neuronpedia
 
 
 @pytest.fixture(scope="module")

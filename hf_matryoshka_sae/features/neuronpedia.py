@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...common.checks import check_at_least
-from ...common.token_text import token_texts
-from .layout import Context, Feature
-from .store import FeatureIndex
+from ..common.checks import check_at_least
+from ..common.token_text import token_texts
+from .index.layout import Context, Feature
+from .index.store import FeatureIndex
 
 
 _UNFINISHED = ".unfinished"
