@@ -107,7 +107,7 @@ class Workload:
         batch_size (`int`): Tokens of a step.
         accumulation (`int`): Micro-batches of a step.
         product (`str`): Type of the matmuls, `"float32"` or `"bfloat16"`.
-        buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold; of sentence embeddings all.
+        buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold; all of texts.
         window_tokens (`int`): Tokens of one forward pass of the language model.
         pool_tokens (`int`): Tokens of the pool of windows.
         overlap (`bool`, *optional*): The run's option `overlap`.

@@ -119,7 +119,7 @@ def test_names_of_a_file_are_shown(open_page, tmp_path):
     page = open_page("?tab=explore")
     rest(page)
     page.get_by_role("button", name="Names of latents").click()
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "names.csv")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "names.csv")
     page.get_by_text("1 of 2,048 latents got a name of the file").wait_for()
     page.evaluate("nested.set('latent', 42, false)")
     page.wait_for_function("document.querySelector('#latent-head .naming')?.value === 'all the digits'")

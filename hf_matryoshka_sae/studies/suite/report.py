@@ -119,8 +119,8 @@ def verdict(place: dict[str, Any], name: str) -> str:
     parts = [
         f"{word} than random directions in {'; '.join(titles)}" for word, titles in words.items() if word != "even"
     ]
-    parts += [f"no clear difference from them in {'; '.join(words['even'])}"] if "even" in words else []
     told += [f"It does {', '.join(parts)}."] if parts else []
+    told += [f"No clear difference from random directions in {'; '.join(words['even'])}."] if "even" in words else []
     if "patterns" in sections:
         row = sections["patterns"]["rows"][name][-1]
         best = max(
