@@ -36,6 +36,11 @@ CONCEPTS = {
     "numbers in words": (r"\s(one|two|three|four|five|six|seven|eight|nine|ten)", " one two three four five six"),
 }
 """Of each concept: the tokens on which its latent is to fire and which are wanted, and a prompt that asks for them."""
+FOLLOWING = {
+    "personal pronouns": r"('ve|'ll|'m|'d|\s(can|have|know|could|guess|think))",
+    "modal verbs": r"\s(be|have|not|become|make|come|see|get|take)",
+}
+"""What follows such tokens, as the latents' own effects on logits say: wanted with `--following`."""
 
 
 def main() -> None:
@@ -50,6 +55,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--max_cost", type=float, default=0.2)
     parser.add_argument("--only", nargs="+", choices=CONCEPTS, help="some of the concepts")
+    parser.add_argument("--following", action="store_true", help="of some concepts, want the tokens that follow")
+    parser.add_argument("--alone", action="store_true", help="without the latents' parents and children")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/steering"))
     options = parser.parse_args()
@@ -119,13 +126,14 @@ def latents(options: argparse.Namespace) -> None:
     data = open_heldout(options.model, tokens=options.search_tokens, **place)
     tree = build_tree(sae, data, show=False)
     few = replace(data, batches=data.batches[: max(1, options.tokens // (32 * 128))])
-    for concept in options.only or CONCEPTS:
-        wanted, prompt = CONCEPTS[concept]
-        hit = search_latents(f"[re `{wanted}`]", sae, data, top=1, show=False)[0]
+    for concept in options.only or (FOLLOWING if options.following else CONCEPTS):
+        pattern, prompt = CONCEPTS[concept]
+        wanted = FOLLOWING[concept] if options.following else pattern
+        hit = search_latents(f"[re `{pattern}`]", sae, data, top=1, show=False)[0]
         sys.stdout.write(
             f"\n# {concept}: cosine {hit.cosine:.2f}, precision {hit.precision:.2f}, recall {hit.recall:.2f}\n"
         )
-        for role, latent in family(tree, hit.latent):
+        for role, latent in family(tree, hit.latent)[: 1 if options.alone else None]:
             node = tree.node(latent)
             report = dose_report(
                 Steering.from_latents(sae, {latent: node.maximum}),

@@ -170,7 +170,8 @@ def train_once(config: RunConfig, folder: Path) -> bool:
     if not (folder / "results.json").exists():
         train(config)
         return True
-    before, fields = yaml.safe_load((folder / "run.yaml").read_text()), config.to_dict()
+    before = RunConfig.from_dict(yaml.safe_load((folder / "run.yaml").read_text())).to_dict()
+    fields = config.to_dict()
     changed = [name for name in fields if name != "output_dir" and before.get(name) != fields[name]]
     if changed:
         raise ValueError(f"{folder} holds a run that differs in {', '.join(changed)}. Give another `output_dir`.")

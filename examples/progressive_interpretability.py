@@ -189,6 +189,31 @@ def at_equal_frequency(seeds: list[dict[str, Any]], widths: list[int]) -> list[d
     return rows
 
 
+def pooled_differences(seeds: list[dict[str, Any]], widths: list[int]) -> list[dict[str, Any]]:
+    """Return each plain SAE's difference to the Matryoshka, frequency held, over the latents of all seeds.
+
+    Ends of the 95% intervals: the halves of both SAEs' bootstrap intervals, as their latents are independent, added
+    in squares.
+    """
+    rows = []
+    for other in ("topk", "batch_topk"):
+        names = (other, "matryoshka")
+        pair = {name: objects([one for found in seeds for one in found["latents"][name]]) for name in names}
+        for width in widths:
+            both = {row["subject"]: row for row in matched(pair, SCORES, [width])}
+            if not both:
+                continue
+            row = {"other": other, "width": width}
+            row |= {key: [both[name][key] for name in names] for key in ("latents", "covered")}
+            for score in SCORES:
+                difference = both[other][score] - both["matryoshka"][score]
+                ends = [both[name][f"{score}_interval"] for name in names]
+                half = float(np.hypot(*((high - low) / 2 for low, high in ends))) if all(ends) else None
+                row |= {score: difference, f"{score}_half": half}
+            rows.append(row)
+    return rows
+
+
 def pooled(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the scores by frequency of each method, latents of all seeds together."""
     names = dict.fromkeys(name for found in seeds for name in found["latents"])
@@ -199,6 +224,7 @@ def pooled(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_report(root: Path, given: dict[str, Any], asked: dict[str, Any], seeds: list[dict[str, Any]]) -> None:
     """Write tables, differences at equal frequency, what they say, a plot, and every number."""
     widths, rows, bins = asked["groups"], at_equal_frequency(seeds, asked["groups"]), pooled(seeds)
+    together = pooled_differences(seeds, widths)
     raw = {
         score: {
             method: [
@@ -216,18 +242,38 @@ def write_report(root: Path, given: dict[str, Any], asked: dict[str, Any], seeds
         f"text; {asked['per_group']} latents drawn from each group between the widths {widths}. ± is half of the 95% "
         "t-interval over seeds; in brackets 95% bootstrap intervals over latents.",
         "## At equal frequency\n\nEach pruned SAE less the Matryoshka, as if the latents of both fired equally often. "
-        "Above 0 the pruned is easier to say; sure where 0 is outside the interval over seeds:\n\n"
-        + difference_table(rows, widths)
+        "Above 0 the pruned is easier to say. Latents of all seeds together, ± 95% by bootstrap over latents:\n\n"
+        + pooled_table(together, widths)
         + "\n\n"
-        + covered_text(rows, widths),
+        + covered_text(together, widths),
+        "Of each seed, and the mean over seeds; sure where 0 is outside the interval over seeds:\n\n"
+        + difference_table(rows, widths),
         "## By frequency, all seeds together\n\n" + frequency_table(bins),
         *(f"## By width: {title}\n\n" + width_table(raw[score], widths) for score, title in TITLES.items()),
         "## By width: mean frequency\n\n" + width_table(raw["frequency"], widths, ".4f"),
         "![By frequency, and differences at equal frequency](interpretability.png)",
     ]
-    write_json(root / "interpretability.json", {"settings": given, "asked": asked, "differences": rows, "bins": bins})
+    write_json(
+        root / "interpretability.json",
+        {"settings": given, "asked": asked, "differences": rows, "pooled": together, "bins": bins},
+    )
     write_text(root / "interpretability.md", "\n\n".join(parts) + "\n")
-    plot(bins, rows, widths, root / "interpretability.png")
+    plot(bins, together, widths, root / "interpretability.png")
+
+
+def pooled_table(rows: list[dict[str, Any]], widths: list[int]) -> str:
+    """Return the differences over the latents of all seeds."""
+    lines = []
+    for other in ("topk", "batch_topk"):
+        of_width = {row["width"]: row for row in rows if row["other"] == other}
+        for score in SCORES:
+            cells = []
+            for width in widths:
+                row = of_width.get(width)
+                half = row and row[f"{score}_half"]
+                cells.append("-" if row is None else f"{row[score]:+.3f}" + (f" ± {half:.3f}" if half else ""))
+            lines.append([METHODS[other], TITLES[score], *cells])
+    return markdown(["", "", *map(str, widths)], lines)
 
 
 def difference_table(rows: list[dict[str, Any]], widths: list[int]) -> str:
@@ -294,12 +340,9 @@ def plot(bins: list[dict[str, Any]], rows: list[dict[str, Any]], widths: list[in
             left.plot(places, [row["pair_f1"] for _, row in own], ":", color=f"C{number}")
     left.set(xlabel="share of tokens it fires on", ylabel="F1 (dotted: table of the last two tokens)", xscale="log")
     for number, other in enumerate(("topk", "batch_topk"), start=1):
-        points = []
-        for width in widths:
-            found = np.array([row["f1"] for row in rows if row["other"] == other and row["width"] == width])
-            points += [(width, Interval.of(found))] if len(found) else []
-        middle, half = [each.mean for _, each in points], [each.half or 0 for _, each in points]
-        places = [width * 1.03**number for width, _ in points]
+        own = [row for row in rows if row["other"] == other]
+        middle, half = [row["f1"] for row in own], [row["f1_half"] or 0 for row in own]
+        places = [row["width"] * 1.03**number for row in own]
         right.errorbar(places, middle, yerr=half, fmt="o-", capsize=3, color=f"C{number}", label=METHODS[other])
     right.axhline(0, color="black", linewidth=0.8)
     right.set(ylabel="F1 less the Matryoshka's, frequency held")

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.progressive import decode_progressive, encode_progressive, latent_statistics
+from hf_matryoshka_sae.retrieval.sparse_embedding import refined
+
+
+REFINE = 10  # steps
+HALF = "half-whitened "
 
 
 @dataclass
@@ -44,18 +49,31 @@ class Embedded:
     training: Tensor
 
 
+def half_whitened(data: Embedded) -> Embedded:
+    """The embeddings as `retrieval.half_whitened` makes them, from those that are learnt from."""
+    mean = data.training.mean(0)
+    values, axes = torch.linalg.eigh(torch.cov((data.training - mean).T))
+    matrix = axes * values.clamp(min=1e-6 * float(values.max())).pow(-0.25) @ axes.T
+    return Embedded(*(unit((rows - mean) @ matrix) for rows in (data.queries, data.documents, data.training)))
+
+
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1; a row of zeros stays."""
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def dense_rows(data: Embedded) -> Iterator[Row]:
-    """The embedding itself, with fewer bits, with fewer dimensions."""
+def plain_rows(data: Embedded, prefix: str = "") -> Iterator[Row]:
+    """The embedding itself, and with fewer bits."""
     queries, documents, dimension = data.queries, data.documents, data.queries.shape[1]
-    yield Row("dense", "float32", 4 * dimension, queries @ unit(documents).T)
+    yield Row(f"{prefix}dense", "float32", 4 * dimension, queries @ unit(documents).T)
     scale = documents.abs().amax(0) / 127
-    yield Row("int8", "", dimension, queries @ unit((documents / scale).round() * scale).T)
-    yield Row("binary", "", dimension / 8, queries @ unit((documents > 0).float() * 2 - 1).T)
+    yield Row(f"{prefix}int8", "", dimension, queries @ unit((documents / scale).round() * scale).T)
+    yield Row(f"{prefix}binary", "", dimension / 8, queries @ unit((documents > 0).float() * 2 - 1).T)
+
+
+def cut_rows(data: Embedded) -> Iterator[Row]:
+    """The embedding with fewer dimensions."""
+    queries, documents = data.queries, data.documents
     mean = data.training.mean(0)
     axes = torch.linalg.eigh(torch.cov((data.training - mean).T)).eigenvectors.flip(1)
     for kept in (8, 16, 32, 64, 96, 128, 192):
@@ -65,7 +83,7 @@ def dense_rows(data: Embedded) -> Iterator[Row]:
         )
 
 
-def pq_rows(data: Embedded) -> Iterator[Row]:
+def pq_rows(data: Embedded, prefix: str = "") -> Iterator[Row]:
     """Product quantisation with 256 centres a part (Jegou et al. 2011), after a random rotation."""
     dimension = data.queries.shape[1]
     sample = data.training[:: max(1, len(data.training) // 10_000)]  # enough for 256 centres
@@ -73,7 +91,9 @@ def pq_rows(data: Embedded) -> Iterator[Row]:
     for parts in (16, 48, 96):
         learnt, stored = ((rows @ rotation).chunk(parts, 1) for rows in (sample, data.documents))
         kept = [_nearest(rows, _centres(some)) for some, rows in zip(learnt, stored, strict=True)]
-        yield Row("product quantisation", f"{parts}", parts, data.queries @ unit(torch.cat(kept, 1) @ rotation.T).T)
+        yield Row(
+            f"{prefix}product quantisation", f"{parts}", parts, data.queries @ unit(torch.cat(kept, 1) @ rotation.T).T
+        )
 
 
 def _centres(rows: Tensor, count: int = 256, steps: int = 20) -> Tensor:
@@ -91,9 +111,9 @@ def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
     return centres[torch.cdist(rows, centres).argmin(1)]
 
 
-def sparse_bytes(codes: Tensor) -> float:
-    """Mean bytes of documents whose codes are `(N, F)`; the same count for every sparse code."""
-    return (codes > 0).float().sum(1).mean().item() * (8 + math.ceil(math.log2(codes.shape[1]))) / 8
+def sparse_bytes(codes: Tensor, num_latents: int) -> float:
+    """Mean bytes of documents whose codes are `(N, n)`; the same count for every sparse code of F latents."""
+    return (codes > 0).float().sum(1).mean().item() * (8 + math.ceil(math.log2(num_latents))) / 8
 
 
 def rounded(codes: Tensor) -> Tensor:
@@ -103,40 +123,53 @@ def rounded(codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sae_rows(name: str, sae: SAEModel, data: Embedded, widths: list[int]) -> Iterator[Row]:
-    """An SAE's codes at several widths, for queries that are codes too and for queries' projections."""
-    bits = 8 + math.ceil(math.log2(sae.config.num_latents))
-    documents = sae.encode(data.documents, selection="mask").to_dense()
-    queries = sae.encode(data.queries, selection="mask").to_dense()
-    projections = (data.queries - sae.b_dec) @ sae.W_dec.T
+def sparse_rows(
+    name: str, codes: tuple[Tensor, Tensor], decoder: Tensor, bias: Tensor, data: Embedded, widths: list[int]
+) -> Iterator[Row]:
+    """Rows of codes `(N, F)` of documents and `(Q, F)` of queries, cut to several widths.
+
+    As they are, for queries that are codes and for queries' projections; and refined, with documents' lengths those of
+    what their codes stand for.
+    """
+    documents, queries = codes
+    best = refined(documents, data.documents - bias, decoder, REFINE)
+    projections = (data.queries - bias) @ decoder.T
     for width in widths:
-        kept = rounded(documents[:, :width])
-        size = (kept > 0).float().sum(1).mean().item() * bits / 8
-        yield Row(name, f"{width}", size, projections[:, :width] @ unit(kept).T)
+        asked = projections[:, :width]
+        kept, fitted = rounded(documents[:, :width]), rounded(best[:, :width])
+        size, as_many = sparse_bytes(kept, len(decoder)), sparse_bytes(fitted, len(decoder))
         yield Row(f"{name}, queries as codes", f"{width}", size, unit(queries[:, :width]) @ unit(kept).T)
+        yield Row(f"{name}, not refined", f"{width}", size, asked @ unit(kept).T)
+        lengths = (fitted @ decoder[:width]).norm(dim=1).clamp(min=1e-12)
+        yield Row(name, f"{width}", as_many, asked @ fitted.T / lengths)
 
 
 @torch.no_grad()
-def byte_code_rows(sae: SAEModel, data: Embedded) -> Iterator[Row]:
+def sae_rows(name: str, sae: SAEModel, data: Embedded, widths: list[int]) -> Iterator[Row]:
+    """An SAE's codes at several widths; see [`sparse_rows`]."""
+    codes = tuple(sae.encode(rows, selection="mask").to_dense() for rows in (data.documents, data.queries))
+    yield from sparse_rows(name, codes, sae.W_dec, sae.b_dec, data, widths)
+
+
+@torch.no_grad()
+def byte_code_rows(name: str, sae: SAEModel, data: Embedded) -> Iterator[Row]:
     """The byte code of `progressive/` at each prefix width."""
     for width in sae.prefix_widths:
         kept = sae.truncate(width)
         statistics = latent_statistics(kept, [data.training], neighbours=0)
         code = encode_progressive(kept, data.documents, statistics)
         decoded = decode_progressive(kept, code, statistics)
-        yield Row("byte code", f"{width}", len(code) / len(data.documents), data.queries @ unit(decoded - sae.b_dec).T)
+        yield Row(name, f"{width}", len(code) / len(data.documents), data.queries @ unit(decoded - sae.b_dec).T)
 
 
 @torch.no_grad()
 def csr_rows(name: str, module: torch.nn.Module, data: Embedded) -> Iterator[Row]:
-    """CSR's codes, for queries that are codes too, as its library has them, and for queries' projections."""
-    with torch.inference_mode():
-        documents = rounded(module({"sentence_embedding": data.documents})["sentence_embedding"])
-        queries = module({"sentence_embedding": data.queries})["sentence_embedding"]
-        projections = (data.queries - module.pre_bias) @ module.encoder.weight.T
-        size = sparse_bytes(documents)
-        yield Row(name, f"k {module.k}", size, projections @ unit(documents).T)
-        yield Row(f"{name}, queries as codes", f"k {module.k}", size, unit(queries) @ unit(documents).T)
+    """CSR's codes, as its library has them ("queries as codes") and with all that ours get."""
+    codes = tuple(
+        module({"sentence_embedding": rows.clone()})["sentence_embedding"] for rows in (data.documents, data.queries)
+    )
+    decoder = module.encoder.weight.detach()
+    yield from sparse_rows(name, codes, decoder, module.pre_bias.detach(), data, [len(decoder)])
 
 
 def bm25_scores(queries: list[str], documents: list[str]) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ _BATCH = 256
 
 
 def trained_csr(
-    pairs: tuple[Tensor, Tensor], training: Tensor, num_latents: int, k: int, tokens: int, seed: int, lr: float = 1e-3
+    pairs: tuple[Tensor, Tensor], training: Tensor, num_latents: int, k: int, tokens: int, seed: int, lr: float
 ) -> SparseAutoEncoder:
     """A CSR module after as many embeddings as our SAEs see: its reconstruction and its contrastive loss.
 
@@ -21,7 +21,7 @@ def trained_csr(
         training (`Tensor` of shape `(N, D)`): All embeddings, for the reconstruction; a batch has as many of them as
             of pairs.
         num_latents (`int`), k (`int`), tokens (`int`), seed (`int`): Size, sparsity, embeddings seen, and seed.
-        lr (`float`, *optional*, defaults to 1e-3): Highest learning rate, not tuned.
+        lr (`float`): Highest learning rate.
     """
     torch.manual_seed(seed)
     module = SparseAutoEncoder(training.shape[1], num_latents, k=k)

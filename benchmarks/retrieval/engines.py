@@ -3,7 +3,7 @@
     python benchmarks/retrieval/engines.py --output runs/retrieval --corpora corpora    # after run.py, with its files
 
 Work is products of a query's and a document's numbers, as a share of what ranking every document by its whole code
-takes. Prints a table for each corpus, and for ten queries what was found and because of which latents.
+takes. Prints a table for each corpus, and for five queries of each what was found and because of which latents.
 """
 
 import argparse
@@ -14,20 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpora import load
-from run import CORPORA, MOST_QUERIES
+from contenders import REFINE, half_whitened
+from corpora import Corpus, load
+from run import CORPORA, embedded
 from transformers import AutoModel
 
 from hf_matryoshka_sae.common.files import write_json
 from hf_matryoshka_sae.models import SAEModel
-from hf_matryoshka_sae.retrieval import SparseIndex, name_latents, to_scipy
+from hf_matryoshka_sae.retrieval import SparseIndex, name_latents
+from hf_matryoshka_sae.retrieval.sparse_embedding import refined
 
 
 WAYS = {
-    "coarse {}, 100 candidates": {"candidates": 100},
     "coarse {}, 200 candidates": {"candidates": 200},
     "coarse {}, 64 values, 200 candidates": {"candidates": 200, "coarse_dims": 64},
-    "coarse {}, 128 values, 400 candidates": {"candidates": 400, "coarse_dims": 128},
 }
 
 
@@ -37,22 +37,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
     parser.add_argument("--output", type=Path, default=Path("runs/retrieval"))
-    parser.add_argument("--sae", default="seed-0-k-32/matryoshka/sentence_embedding", help="below the output folder")
+    parser.add_argument(
+        "--sae", default="seed-0-k-85/half/matryoshka/sentence_embedding", help="of half-whitened embeddings"
+    )
+    parser.add_argument("--only", nargs="+", choices=CORPORA, default=CORPORA)
+    parser.add_argument("--model", help="sentence-transformers model, where embeddings.pt has to be made")
     options = parser.parse_args()
-    rows = torch.load(options.output / "embeddings.pt", weights_only=True)
-    sae = AutoModel.from_pretrained(options.output / options.sae)
-    result = {}
-    for name in CORPORA:
-        queries, documents = rows[f"{name} queries"], rows[f"{name} documents"]
-        codes = to_scipy(sae.encode(documents, selection="mask").to_dense())
-        index, asked = SparseIndex(codes), (queries - sae.b_dec) @ sae.W_dec.T
-        result[name] = _engines(index, asked, queries, documents, sae)
-        sys.stdout.write(f"\n{name}: {len(queries)} queries, {len(documents)} documents\n")
+    corpora = {name: load(name, options.corpora) for name in CORPORA}
+    data, _ = embedded(corpora, options.model, options.output)
+    sae, result = AutoModel.from_pretrained(options.output / options.sae), {}
+    for name in options.only:
+        plain, part = data[name], half_whitened(data[name])
+        codes = sae.encode(part.documents, selection="mask").to_dense()
+        codes = refined(codes, part.documents - sae.b_dec, sae.W_dec, REFINE)
+        index, asked = SparseIndex(codes, decoder=sae.W_dec), (part.queries - sae.b_dec) @ sae.W_dec.T
+        _show(corpora[name], index, asked, sae)
+        sys.stdout.flush()
+        result[name] = _engines(index, asked, plain.queries, plain.documents, sae)
+        sys.stdout.write(f"\n{name}: {len(asked)} queries, {len(codes)} documents\n")
         for way, (ndcg, work, milliseconds) in result[name].items():
             sys.stdout.write(f"{way:<44} nDCG@10 {ndcg:.4f}  work {work:7.1%}  {milliseconds:8.3f} ms a query\n")
     write_json(options.output / "engines.json", result)
-    corpus = load("wordnet", options.corpora)
-    _show(corpus.queries[:MOST_QUERIES], corpus.documents[:MOST_QUERIES], rows, sae)
 
 
 def _engines(
@@ -89,17 +94,13 @@ def _ndcg(documents: np.ndarray) -> float:
     return float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean())
 
 
-def _show(queries: list[str], documents: list[str], rows: dict[str, torch.Tensor], sae: SAEModel) -> None:
-    """Ten queries: what was found, and because of which latents."""
-    texts = [*documents, *queries]
-    embedded = torch.cat([rows["wordnet documents"], rows["wordnet queries"]])
-    codes = to_scipy(sae.encode(embedded, selection="mask").to_dense())
-    names = name_latents(codes, texts, sae.latent_ids.tolist())
-    index = SparseIndex(codes[: len(documents)])
-    asked = (rows["wordnet queries"] - sae.b_dec) @ sae.W_dec.T
-    for number in range(0, 400, 40):
+def _show(corpus: Corpus, index: SparseIndex, asked: torch.Tensor, sae: SAEModel) -> None:
+    """Five queries: what was found, and because of which latents, named by the words of the documents."""
+    documents = corpus.documents[: len(index)]
+    names = name_latents(index.by_document, documents, sae.latent_ids.tolist())
+    for number in range(0, 400, 80):
         best = int(index.search(asked[number : number + 1], top_k=1).documents[0, 0])
-        sys.stdout.write(f"\nQ {queries[number]}\n{'=' if best == number else 'x'} {documents[best]}\n")
+        sys.stdout.write(f"\nQ {corpus.queries[number]}\n{'=' if best == number else 'x'} {documents[best][:200]}\n")
         for latent, share in index.explain(asked[number], best)[:4]:
             words = names.get(str(int(sae.latent_ids[latent])), {}).get("words", [])
             sys.stdout.write(f"    {share:5.0%}  latent {latent}: {', '.join(words)}\n")

@@ -2,7 +2,7 @@
 
     pip install mteb
     python benchmarks/retrieval/mteb_run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora \
-        --sae runs/retrieval/seed-0-k-32/matryoshka
+        --sae runs/retrieval/seed-0-k-85/matryoshka
 
 Prints nDCG@10 and recall@100 as MTEB measures them, beside those of sentence-transformers' own evaluator; writes
 MTEB's result files to `--output`.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+from contenders import REFINE
 from corpora import Corpus, load
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
@@ -31,16 +32,17 @@ def main() -> None:
     parser.add_argument("--sae", required=True, help="SAE of its embeddings")
     parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
     parser.add_argument("--queries", type=int, default=500)
-    parser.add_argument("--widths", type=int, nargs="*", default=[896])
+    parser.add_argument("--widths", type=int, nargs="*", default=[224])
     parser.add_argument("--output", type=Path, default=Path("runs/retrieval/mteb"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     corpus = load("python", options.corpora)
     corpus.queries, corpus.documents = corpus.queries[: options.queries], corpus.documents[: options.queries]
     dense = load_sentence_transformer(options.model)
-    models: dict[str, Any] = {"dense": dense, "sparse": sparse_encoder(dense, options.sae)}
-    models |= {f"sparse, width {width}": sparse_encoder(dense, options.sae, width=width) for width in options.widths}
-    models["sparse, queries as codes"] = sparse_encoder(dense, options.sae, queries="codes")
+    models: dict[str, Any] = {"dense": dense, "sparse": sparse_encoder(dense, options.sae, refine=REFINE)}
+    for width in options.widths:
+        models[f"sparse, width {width}"] = sparse_encoder(dense, options.sae, width=width, refine=REFINE)
+    models["sparse, not refined"] = sparse_encoder(dense, options.sae)
     for name, model in models.items():
         task = _task(corpus)
         (result,) = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results

@@ -4,11 +4,12 @@
     python benchmarks/retrieval/run.py --model sentence-transformers/all-MiniLM-L6-v2 --corpora corpora
 
 corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
-and CSR learn from the half that is not searched, with each seed. Prints nDCG@10 and recall@100 (one right document
+and CSR learn from the half that is not searched, with several seeds. Prints nDCG@10 and recall@100 (one right document
 for each query) with half of the 95% interval over seeds, against bytes; writes `retrieval.json`, `.md` and `.png`.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -17,12 +18,15 @@ from pathlib import Path
 import matplotlib
 import torch
 from contenders import (
+    HALF,
     Embedded,
     Row,
     bm25_scores,
     byte_code_rows,
     csr_rows,
-    dense_rows,
+    cut_rows,
+    half_whitened,
+    plain_rows,
     pq_rows,
     sae_rows,
 )
@@ -45,7 +49,7 @@ from matplotlib import pyplot as plt
 
 CORPORA = ("python", "wordnet")
 MOST_QUERIES, MOST_OTHERS = 4000, 20_000
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_975 = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
@@ -53,9 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="sentence-transformers model: folder or Hub id")
     parser.add_argument("--corpora", type=Path, required=True, help="folder in which the packages are unpacked")
-    parser.add_argument("--num_latents", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--more_ks", type=int, nargs="*", default=[16, 72], help="measured with the first seed alone")
+    parser.add_argument("--num_latents", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=85, help="latents of a document")
+    parser.add_argument("--more_ks", type=int, nargs="*", default=[24], help="measured with the first seed alone")
+    parser.add_argument("--csr_lr", type=float, default=1e-3, help="CSR's highest learning rate")
     parser.add_argument("--tokens", type=int, default=200_000, help="embeddings that an SAE learns from, with repeats")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/retrieval"))
@@ -63,19 +68,33 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     corpora = {name: load(name, options.corpora) for name in CORPORA}
     data, pairs = embedded(corpora, options.model, options.output)
-    points: list[dict] = []
-    for name, corpus in corpora.items():
-        kept = slice(0, MOST_QUERIES)
-        scores, size = bm25_scores(corpus.queries[kept], corpus.documents[kept])
-        fixed = [*dense_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
-        points += [point(row, name, None) for row in tqdm(fixed, desc=name)]
-    for seed in options.seeds:
-        for row, name in learnt_rows(data, pairs, options, seed):
-            points.append(point(row, name, seed))
+    whitened = {name: half_whitened(part) for name, part in data.items()}
+    points = fixed_points(corpora, data, options.output)
+    points += [point(row, name, None) for name, part in whitened.items() for row in plain_rows(part, HALF)]
+    first = options.seeds[0]
+    steps = [(our_rows, options.k, seed) for seed in options.seeds]
+    steps += [(csr_and_pruned_rows, options.k, seed) for seed in options.seeds]
+    steps += [(our_rows, k, first) for k in options.more_ks]
+    for make, k, seed in tqdm(steps):
+        points += [point(row, name, seed) for row, name in make(data, whitened, pairs, options, k, seed)]
         write_json(options.output / "retrieval.json", points)
         (options.output / "retrieval.md").write_text(summary(points), encoding="utf-8")
         plot(points, options.output / "retrieval.png")
     sys.stdout.write(summary(points))
+
+
+def fixed_points(corpora: dict[str, Corpus], data: dict[str, Embedded], folder: Path) -> list[dict]:
+    """Figures of what is the same with every seed; kept in `folder`."""
+    path = folder / "fixed.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    points = []
+    for name, corpus in corpora.items():
+        scores, size = bm25_scores(corpus.queries[:MOST_QUERIES], corpus.documents[:MOST_QUERIES])
+        rows = [*plain_rows(data[name]), *cut_rows(data[name]), *pq_rows(data[name]), Row("BM25", "", size, scores)]
+        points += [point(row, name, None) for row in tqdm(rows, desc=name)]
+    write_json(path, points)
+    return points
 
 
 def embedded(
@@ -101,46 +120,58 @@ def embedded(
     return {n: Embedded(rows[f"{n} queries"], rows[f"{n} documents"], training) for n in corpora}, pairs
 
 
-def learnt_rows(
-    data: dict[str, Embedded], pairs: tuple[Tensor, Tensor], options: argparse.Namespace, seed: int
+Data = dict[str, Embedded]
+Pairs = tuple[Tensor, Tensor]
+
+
+def our_rows(
+    data: Data, whitened: Data, _: Pairs, options: argparse.Namespace, k: int, seed: int
 ) -> Iterator[tuple[Row, str]]:
-    """What is learnt with a seed: our SAEs, the plain one pruned, its byte code, CSR."""
-    training = next(iter(data.values())).training
-    for k in [options.k, *(options.more_ks if seed == options.seeds[0] else [])]:
-        saes = trained(training, options, k, seed)
-        nested, plain = saes["matryoshka"], saes["topk"]
-        measured = latent_statistics(plain, [training], neighbours=0)
-        csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed) if k == options.k else None
-        for name, part in data.items():
-            rows = [*sae_rows(f"ours, k {k}", nested, part, nested.prefix_widths)]
-            rows += [] if csr is None else [*csr_rows(f"CSR, k {k}", csr, part)]
-            for width in nested.prefix_widths:
-                pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
-                rows += [
-                    Row(f"TopK pruned, k {k}", f"{width}", r.bytes, r.scores) for r in _first(pruned, part, width)
-                ]
-            if k == options.k:
-                rows += [*byte_code_rows(nested, part)]
-            yield from ((row, name) for row in rows)
-
-
-def _first(sae: SAEModel, part: Embedded, width: int) -> list[Row]:
-    return [next(iter(sae_rows("", sae, part, [width])))]
-
-
-def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int) -> dict[str, SAEModel]:
-    """A Matryoshka and a TopK SAE of the training embeddings; kept in the output folder."""
+    """Our SAEs of the embeddings and of the half-whitened ones."""
     folder = options.output / f"seed-{seed}-k-{k}"
-    specs = [
-        {"type": kind, "name": kind, "num_latents": options.num_latents, "k": k} for kind in ("matryoshka", "topk")
-    ]
+    for prefix, corpora in (("", data), (HALF, whitened)):
+        place = folder / "half" if prefix else folder
+        sae = trained(next(iter(corpora.values())).training, options, k, seed, place, "matryoshka")
+        for name, part in corpora.items():
+            yield from ((row, name) for row in sae_rows(f"{prefix}ours, k {k}", sae, part, sae.prefix_widths))
+
+
+def csr_and_pruned_rows(
+    data: Data, _: Data, pairs: Pairs, options: argparse.Namespace, k: int, seed: int
+) -> Iterator[tuple[Row, str]]:
+    """CSR, and with the first seed a plain TopK SAE that is sorted and pruned, and its byte code."""
+    training = next(iter(data.values())).training
+    csr = trained_csr(pairs, training, options.num_latents, k, options.tokens, seed, options.csr_lr)
+    for name, part in data.items():
+        yield from ((row, name) for row in csr_rows(f"CSR, k {k}", csr, part))
+    if seed != options.seeds[0]:
+        return
+    plain = trained(training, options, k, seed, options.output / f"seed-{seed}-k-{k}" / "plain", "topk")
+    measured = latent_statistics(plain, [training], neighbours=0)
+    for width in our_widths(options, k, seed):
+        pruned = prune(plain, width, statistics=measured) if width < options.num_latents else plain
+        for name, part in data.items():
+            yield from ((row, name) for row in sae_rows(f"TopK pruned, k {k}", pruned, part, [width]))
+    for name, part in data.items():
+        yield from ((row, name) for row in byte_code_rows(f"TopK byte code, k {k}", plain, part))
+
+
+def our_widths(options: argparse.Namespace, k: int, seed: int) -> list[int]:
+    """The prefix widths of our SAE of a seed."""
+    place = options.output / f"seed-{seed}-k-{k}" / "matryoshka" / "sentence_embedding"
+    return AutoModel.from_pretrained(place).prefix_widths
+
+
+def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int, folder: Path, kind: str) -> SAEModel:
+    """An SAE of the training embeddings; kept in the folder."""
+    specs = [{"type": kind, "name": kind, "num_latents": options.num_latents, "k": k}]
     fields = {"saes": specs, "tokens": options.tokens, "batch_size": 512, "seed": seed, "output_dir": str(folder)}
     if not (folder / "results.json").exists():
         train(
             RunConfig.from_dict(fields | {"hookpoints": ["sentence_embedding"], "checkpoint_every": 0}),
             states=training,
         )
-    return {kind: AutoModel.from_pretrained(folder / kind / "sentence_embedding") for kind in ("matryoshka", "topk")}
+    return AutoModel.from_pretrained(folder / kind / "sentence_embedding")
 
 
 def point(row: Row, corpus: str, seed: int | None) -> dict:
@@ -153,14 +184,14 @@ def point(row: Row, corpus: str, seed: int | None) -> dict:
 
 
 def grouped(points: list[dict]) -> Iterator[tuple[tuple, dict[str, tuple[float, float]]]]:
-    """Mean and half of the 95% interval over seeds of each row's figures."""
+    """Mean and half of the 95% interval over seeds of each row's figures; 0 with fewer than three seeds."""
     keys = list(dict.fromkeys((p["corpus"], p["name"], p["size"]) for p in points))
     for key in keys:
         same = [p for p in points if (p["corpus"], p["name"], p["size"]) == key]
         figures = {}
         for name in ("bytes", "ndcg", "recall"):
             values = [p[name] for p in same]
-            half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 2 else 0.0
             figures[name] = statistics.mean(values), half
         yield key, figures
 
@@ -188,8 +219,10 @@ def plot(points: list[dict], path: Path) -> None:
             if name_of_corpus == corpus:
                 lines.setdefault(name, []).append((figures["bytes"][0], *figures["ndcg"]))
         for name, line in lines.items():
+            if "not refined" in name or "as codes" in name:
+                continue  # in the table
             sizes, means, halves = zip(*sorted(line), strict=True)
-            style = "--" if "queries as codes" in name else "-"
+            style = "--" if name.startswith(HALF) else "-"
             axis.errorbar(sizes, means, yerr=halves, marker="o", markersize=3, linestyle=style, label=name)
         axis.set(xscale="log", xlabel="bytes of a document", ylabel="nDCG@10", title=corpus)
     axes[-1].legend(fontsize=6, ncol=2)

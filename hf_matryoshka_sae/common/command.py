@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .data_source import EMBEDDED, DatasetConfig, local_files
 from .logs import is_first_process
 
 
@@ -26,6 +27,37 @@ def whole_numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 64,128,256, got {text!r}") from None
+
+
+def add_subject_flags(
+    parser: argparse.ArgumentParser, tokens: int, text: str = "text", default: str = EMBEDDED, where: str = "reads"
+) -> None:
+    """Add the flags of commands that run a language model on text: model, hookpoint, text and how much of it.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's.
+        tokens (`int`): Default number of tokens.
+        text (`str`, *optional*, defaults to `"text"`): What the text is, in help.
+        default (`str`, *optional*, defaults to `"embedded"`): What text is taken by default, in help.
+        where (`str`, *optional*, defaults to `"reads"`): What the SAE does at the hookpoint, in help.
+    """
+    parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
+    parser.add_argument("--hookpoint", help=f"where the SAE {where} (default: what the SAE names)")
+    parser.add_argument("--dataset", metavar="PATH", help=f"{text}: file, folder or Hub id (default: {default})")
+    parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
+    parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=tokens, help="of it to look at (default: %(default)s)")
+
+
+def chosen_dataset(parsed: argparse.Namespace) -> DatasetConfig:
+    """Return the data set that [`add_subject_flags`] names; raise `OSError` where its files are missing."""
+    path = parsed.dataset or EMBEDDED
+    dataset = DatasetConfig(
+        path, split=parsed.split or ("heldout" if path == EMBEDDED else "train"), column=parsed.column
+    )
+    if path != EMBEDDED:
+        local_files(dataset)
+    return dataset
 
 
 def exit_status(work: Callable[[], int | None], interrupted: str = "Stopped.") -> int:

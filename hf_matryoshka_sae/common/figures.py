@@ -38,11 +38,14 @@ def draw_widths(
             # The mean of resamples can lie on either side of an end of the interval by rounding.
             below = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
             above = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
-            style |= {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "--" if name in dashed else "-"}
+            style |= {"marker": "o", "markersize": 4, "linestyle": "--" if name in dashed else "-"}
             if len(points) == 1:  # a dot alone: large, hollow and of a shape of its own, so that none hides another
                 style |= {"marker": _SHAPES[number % len(_SHAPES)], "markersize": 8, "markerfacecolor": "none"}
                 style["markeredgewidth"] = 1.5
-            axis.errorbar(widths, values, yerr=[below, above], **style)
+            if any(intervals):
+                axis.errorbar(widths, values, yerr=[below, above], capsize=3, **style)
+            else:  # no bars in the legend either
+                axis.plot(widths, values, **style)
     label_widths(axis, {width for name, points in lines.items() if name not in flat for width, *_ in points})
 
 

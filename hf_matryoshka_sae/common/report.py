@@ -130,10 +130,11 @@ class Report:
 
     @property
     def explanation(self) -> str:
-        """Return a sentence for each figure and one for the intervals."""
-        return " ".join(
-            filter(None, [*(f"{column.name}: {column.meaning}" for column in self.columns), self.intervals])
-        )
+        """Return a sentence for each figure, by its title and its name in JSON, and one for the intervals."""
+        same = {column.name: column.title.lower().replace(" ", "_") == column.name for column in self.columns}
+        names = (c.title + ("" if same[c.name] else f" ({c.name})") for c in self.columns)
+        told = (f"{name}: {column.meaning}" for name, column in zip(names, self.columns, strict=True))
+        return " ".join(filter(None, [*told, self.intervals]))
 
     def subject(self, name: str) -> list[dict[str, Any]]:
         """Return the records of one subject, narrowest first.
@@ -243,6 +244,9 @@ class Report:
         self.draw(axes)
         for axis in axes[count:]:
             axis.set_axis_off()
+        handles = axes[0].get_legend_handles_labels()
+        axes[0].get_legend().remove()  # inside it would hide intervals
+        figure.legend(*handles, loc="outside right upper", fontsize=8)
         colour = "tab:red" if self.warning else "black"
         figure.suptitle(self.warning or self.title, fontsize=9, color=colour, wrap=True)
         return figure

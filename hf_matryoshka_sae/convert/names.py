@@ -22,7 +22,7 @@ ABOUT = {
 }
 """One line about each format, in the order in which they are tried on a checkpoint."""
 
-WRITABLE = ("hf_matryoshka_sae", "saelens", "sparsify", "gemma_scope", "openai", "dictionary_learning")
+WRITABLE = ("hf_matryoshka_sae", "saelens", "sparsify", "gemma_scope", "openai", "dictionary_learning", "csr")
 """Formats that can be written too."""
 
 

@@ -150,7 +150,7 @@ def saes_in(
     if path is not None:
         source, where, configs = str(path), {}, _in_folder(path)
     else:
-        _check_repository_id(source)
+        check_repository_id(source)
         options = {"revision": revision, "token": token}
         where = {key: value for key, value in options.items() if value is not None}
         configs = _in_repository(source, inside, options)
@@ -179,7 +179,8 @@ def _here(source: str) -> Path | None:
         return None
 
 
-def _check_repository_id(source: str) -> None:
+def check_repository_id(source: str) -> None:
+    """Raise `ValueError` if a name, which is none of a file or folder here, is none of a repository either."""
     try:
         validate_repo_id(source)
     except HFValidationError as error:

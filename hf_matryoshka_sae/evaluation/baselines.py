@@ -24,6 +24,7 @@ from .similarity import TokenSample, checked_batches
 
 
 _BLOCK_ENTRIES = 2**23
+_LEAST_COMPONENTS = 2  # widths of principal components
 _SMALLEST_SCALE = 1e-3  # not 0, even where a group adds to the error: its latents must fire, to keep the L0
 
 
@@ -104,6 +105,16 @@ class PrincipalComponents:
         """Return the fraction of variance unexplained at each width on the fitted tokens."""
         widths = self.widths if widths is None else widths
         return [(self.variances[width:].sum() / self.variances.sum()).item() for width in widths]
+
+
+def component_widths(widths: Sequence[int], d_in: int) -> list[int]:
+    """Return widths at which principal components say something beside SAEs of these `widths`: those below `d_in`.
+
+    They end at `d_in`: where SAEs are wider than that, a few smaller numbers show how they get there.
+    """
+    below = [width for width in widths if width < d_in]
+    below += [max(1, d_in // part) for part in (8, 4, 2)] if len(below) < _LEAST_COMPONENTS else []
+    return sorted(set(below))
 
 
 @torch.no_grad()

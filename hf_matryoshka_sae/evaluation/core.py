@@ -6,7 +6,7 @@ from typing import Any
 
 from ..common.report import Column, Report
 from ..models import SAEModel
-from .baselines import Identity, PrincipalComponents, random_dictionary
+from .baselines import Identity, PrincipalComponents, component_widths, random_dictionary
 from .data import HeldOut
 from .fidelity import evaluate_fidelity
 from .firing import FiringSums, rare_share
@@ -23,8 +23,7 @@ ABOUT_ALL = (
     "weights of each prefix's latents. density: how often they fire."
 )
 
-IDENTITY = "identity"
-_LEAST_COMPONENTS = 2  # widths of principal components
+COMPONENTS, IDENTITY = "principal components", "identity"
 
 _COSINE = "mean over latents of the largest cosine to another's {} row."
 _DETAILS = (
@@ -74,10 +73,7 @@ def evaluate(
     if baselines:
         every = sorted({width for subject in subjects.values() for width in subject.widths})
         (d_in,) = {sae.config.d_in for sae in saes.values()}
-        below = [width for width in every if width < d_in]
-        # They end at d_in: where SAEs are wider than that, a few smaller numbers show how they get there.
-        below += [max(1, d_in // part) for part in (8, 4, 2)] if len(below) < _LEAST_COMPONENTS else []
-        subjects["principal components"] = PrincipalComponents.fit(data, sorted(set(below)))
+        subjects[COMPONENTS] = PrincipalComponents.fit(data, component_widths(every, d_in))
         subjects[IDENTITY] = Identity(every[-1:])
     result = evaluate_fidelity(data, subjects)
     rows = result.pop("subjects")

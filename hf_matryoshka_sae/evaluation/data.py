@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,12 @@ class HeldOut:
     def tokens(self) -> int:
         """Return the number of kept positions, over all processes."""
         return sum(int(batch.keep.sum()) for batch in self.batches)
+
+    def sample(self, tokens: int) -> "HeldOut":
+        """Return about so many of the tokens, whole batches from all over the text and one a process at least."""
+        whole, world = len(self.batches), processes()[1]
+        wanted = min(whole, max(world, round(whole * min(1.0, tokens / max(1, self.tokens)))))
+        return replace(self, batches=[self.batches[index * whole // wanted] for index in range(wanted)])
 
     def share(self) -> Iterator[TokenBatch]:
         """Yield this process's batches, on the model's device: in a run of W processes every W-th batch."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..common.distributed import processes, reduce_sum
+from ..common.logs import progress
 from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
 from .language_model import spliced_metrics
@@ -70,7 +70,7 @@ def evaluate_fidelity(
     excluded, batches = torch.zeros((), dtype=torch.int64), activation_batches(data)
     if isinstance(data, HeldOut):
         batches = _finite_states(data, excluded)
-    for states in tqdm(batches, desc="reconstruction", disable=not show, leave=False):
+    for states in progress(batches, desc="reconstruction", disable=not show, leave=False):
         for name, subject in subjects.items():
             if name not in sums:
                 sums[name] = ReconstructionSums.zeros(len(subject.widths), states.shape[1])
@@ -188,7 +188,7 @@ def _add_losses(
     show: bool,
 ) -> None:
     passes = sum(len(subject.widths) for subject in subjects.values()) * len(list(data.share()))
-    with tqdm(total=passes, desc="language-model loss", disable=not show, leave=False) as bar:
+    with progress(total=passes, desc="language-model loss", disable=not show, leave=False) as bar:
         baselines, metrics = spliced_metrics(data, mean, list(subjects.values()), bar.update)
     for (name, subject), entries in zip(subjects.items(), metrics, strict=True):
         by_width = {row["width"]: row for row in rows[name]}

@@ -62,7 +62,12 @@ ABOUT = Report("", "", [], _COLUMNS, {}, intervals=_SELECTION).explanation
 def records_of(result: dict[str, Any], several: bool = False) -> list[dict[str, Any]]:
     """Return records of a [`Report`] from a hookpoint's results; of `several` hookpoints names say which."""
     place = f" @ {result['hookpoint']}" if several else ""
-    return [{"subject": f"{name}{place}", **row} for name, rows in result["saes"].items() for row in rows]
+    subjects = {**result["saes"], **(result.get("baselines") or {})}
+    return [
+        {"subject": f"{name}{place}", "kind": "random" if name.startswith("random (") else "dictionary", **row}
+        for name, rows in subjects.items()
+        for row in rows
+    ]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -78,7 +83,13 @@ def report_of(result: dict[str, Any]) -> Report:
     """Return the [`Report`] of a hookpoint's results."""
     about = f"{result['tokens']} held-out tokens, {_losses(result)}, selection {result.get('selection', 'mask')}"
     title = f"{result['hookpoint']}: {about}"
-    return _report(title, records_of(result), excluded(result))
+    notes = excluded(result)
+    if result.get("baselines"):
+        notes.append(
+            f"on {result['baseline_tokens']} of the tokens, random: directions drawn at random that fire as often; "
+            "principal components: that many dense numbers per token, up to the width of the hidden states"
+        )
+    return _report(title, records_of(result), notes)
 
 
 def _report(title: str, records: list[dict[str, Any]], notes: list[str]) -> Report:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from ..common.distributed import processes, shared_group
 from ..common.intervals import middle_95, resampled_counts
+from ..common.logs import progress
 from .data import HasActivations, activation_batches
 
 
@@ -43,7 +43,7 @@ def checked_batches(
         `ValueError`: for a batch that is no `(n, D)` tensor of finite numbers.
     """
     has_bar = task is not None and processes()[0] == 0
-    batches = tqdm(activation_batches(activations), desc=task, unit="batch", disable=not has_bar, leave=False)
+    batches = progress(activation_batches(activations), desc=task, unit="batch", disable=not has_bar, leave=False)
     for number, x in enumerate(batches):
         d_in = d_in if d_in is not None or x.dim() != 2 else x.shape[1]
         if x.dim() != 2 or x.shape[1] != d_in:

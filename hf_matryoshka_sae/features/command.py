@@ -5,14 +5,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..common.checks import check_at_least
-from ..common.command import exit_status, measuring
-from ..common.data_source import EMBEDDED, DatasetConfig, local_files
+from ..common.command import add_subject_flags, chosen_dataset, exit_status, measuring
 from .sizes import FOLDER, IndexSizes
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..common.data_source import DatasetConfig
     from .index.store import FeatureIndex
 
 
@@ -29,11 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(parsed: argparse.Namespace) -> None:
     check_at_least(1, context_length=parsed.context_length, lm_batch_size=parsed.lm_batch_size)
-    path = parsed.dataset or EMBEDDED
-    split = parsed.split or ("heldout" if path == EMBEDDED else "train")
-    dataset = DatasetConfig(path, split=split, column=parsed.column)
-    if path != EMBEDDED:
-        local_files(dataset)  # raises where they are missing
+    dataset = chosen_dataset(parsed)
     sizes = IndexSizes(top_contexts=parsed.top_contexts, context_tokens=parsed.context_tokens)
     sizes.check()
     with measuring() as accelerator:
@@ -54,12 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REPO_OR_DIR",
         help="folder of an SAE of any format; or its file, or Hub id (then with --output_dir)",
     )
-    parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
-    parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
-    parser.add_argument("--dataset", metavar="PATH", help="text: file, folder or Hub id (default: embedded)")
-    parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
-    parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="to look at (default: %(default)s)")
+    add_subject_flags(parser, 1_000_000)
     parser.add_argument("--context_length", type=int, default=128, help="in tokens (default: %(default)s)")
     parser.add_argument("--lm_batch_size", type=int, default=32, help="windows in a batch (default: %(default)s)")
     parser.add_argument(
@@ -81,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(
-    parsed: argparse.Namespace, dataset: DatasetConfig, sizes: IndexSizes, accelerator: "Accelerator"
+    parsed: argparse.Namespace, dataset: "DatasetConfig", sizes: IndexSizes, accelerator: "Accelerator"
 ) -> "FeatureIndex":
     from .index.build import build_index
 

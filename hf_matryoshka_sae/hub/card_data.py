@@ -213,7 +213,8 @@ def _add_results(
         if result is None or name not in result["saes"]:
             continue
         facts.rows = result["saes"][name]
-        facts.measured = {key: value for key, value in result.items() if key not in ("saes", "weights")}
+        # The closing report's few baselines are on fewer tokens, and stay in its own table.
+        facts.measured = {key: value for key, value in result.items() if key not in ("saes", "baselines", "weights")}
         others = {"random": f"random ({name})", "principal components": "principal components", "identity": "identity"}
         for title, key in others.items():
             if key in result["saes"]:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from ..activations import load_language_model, resolve_hookpoints
+from ..activations.sentences import SENTENCE_EMBEDDING
 from ..common.figures import save_figure
 from ..common.files import write_json
 from ..evaluation import HeldOut
@@ -83,6 +84,9 @@ def measure_run(run_dir: str | Path, names: Sequence[str] | None = None, show: b
     config = _run_config(folder or Path(run_dir))
     if config.model is None or config.dataset is None:
         logger.info("The run in '%s' was given hidden states, which are not kept: nothing is measured.", run_dir)
+        return
+    if SENTENCE_EMBEDDING in config.hookpoints:
+        logger.info("The run in '%s' read embeddings of whole texts: its own closing figures stand.", run_dir)
         return
     groups: dict[str, list[SAEFolder]] = {}
     for sae in saes:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..activations.sentences import SENTENCE_EMBEDDING
 from ..training.config.run import RunConfig
 from .plan import LayoutPlan, Plan, what_would_fit, yaml_lines
 
@@ -35,10 +36,16 @@ def _heading(plan: Plan, devices: int) -> str:
         f"k {shape.k:g}, {shape.prefixes} prefix{'es' * (shape.prefixes > 1)}."
         for shape in work.dictionaries
     ]
+    of_texts = SENTENCE_EMBEDDING in work.lm.widths
     lines.append(
-        f"{work.tokens:,} tokens in {work.steps:,} steps of {work.batch_size:,}"
+        f"{work.tokens:,} {'embeddings' if of_texts else 'tokens'} in {work.steps:,} steps of {work.batch_size:,}"
         + (f" ({work.accumulation} micro-batches)" if work.accumulation > 1 else "")
-        + f", {work.product} products; language model: {work.lm.parameters:,} parameters."
+        + f", {work.product} products; "
+        + (
+            "each process embeds all texts once before the first step, which is not counted."
+            if of_texts
+            else f"language model: {work.lm.parameters:,} parameters."
+        )
     )
     lines.append(
         f"{devices} x {device.name}: {device.memory / 1e9:.1f} GB, of which {device.usable / 1e9:.1f} may be used."

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from ..activations import harvest, resolve_hookpoints
 from ..activations.hookpoints import hookpoint_widths
 from ..activations.language_model import EMBEDDED, model_class
+from ..activations.sentences import SENTENCE_EMBEDDING
 from ..assets import embedded_lm_path
 from ..training.config.fields import errors_named
 from ..training.config.run import RunConfig, shuffle_tokens, window_pool_tokens
@@ -106,7 +107,7 @@ class Workload:
         batch_size (`int`): Tokens of a step.
         accumulation (`int`): Micro-batches of a step.
         product (`str`): Type of the matmuls, `"float32"` or `"bfloat16"`.
-        buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold.
+        buffer_tokens (`int`): Hidden states that a process asks its shuffle buffer to hold; all of texts.
         window_tokens (`int`): Tokens of one forward pass of the language model.
         pool_tokens (`int`): Tokens of the pool of windows.
         overlap (`bool`, *optional*): The run's option `overlap`.
@@ -153,6 +154,7 @@ def read_workload(
         raise ValueError("--d_in and --lm_parameters stand in for the model's config together: give both.")
     if not 0 <= dead_share <= 1:
         raise ValueError(f"The share of dead latents must lie between 0 and 1, got {dead_share}.")
+    of_texts = SENTENCE_EMBEDDING in config.hookpoints
     lm = _given(config, d_in, lm_parameters) if d_in is not None else look_up(config)
     dictionaries = []
     for number, spec in enumerate(config.saes):
@@ -170,9 +172,11 @@ def read_workload(
         config.batch_size,
         config.gradient_accumulation_steps,
         "bfloat16" if config.mixed_precision == "bf16" else "float32",
-        shuffle_tokens(config),
-        config.lm_batch_size * config.context_length,
-        window_pool_tokens(config) if config.shuffle and config.pack else 0,
+        config.tokens
+        if of_texts
+        else shuffle_tokens(config),  # of texts all rows are held, from before the first step
+        1 if of_texts else config.lm_batch_size * config.context_length,
+        window_pool_tokens(config) if config.shuffle and config.pack and not of_texts else 0,
         config.overlap,
         config.capacity_factor,
         dead_share,
@@ -230,6 +234,9 @@ def look_up(config: RunConfig) -> LanguageModel:
             f"The config of the language model {config.model!r} cannot be read: {error} Give --d_in and "
             "--lm_parameters instead."
         ) from error
+    if SENTENCE_EMBEDDING in config.hookpoints:  # the model has run, and is gone, before the first step
+        width = lm_config.get_text_config().hidden_size
+        return LanguageModel(0, 4, 0.0, {SENTENCE_EMBEDDING: width}, 0, 0)
     named = _named_dtype(config)
     dtype = getattr(torch, named) if named else lm_config.dtype or torch.float32
     text = lm_config.get_text_config()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .names import name_latents
     from .search import Hits, SparseIndex, qdrant_index, to_scipy, to_torch
     from .sparse_embedding import SparseEmbedding
+    from .whitening import half_whitened
 
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LatentEncoder",
     "SparseEmbedding",
     "SparseIndex",
+    "half_whitened",
     "name_latents",
     "qdrant_index",
     "sparse_encoder",

@@ -101,6 +101,7 @@ def sparse_encoder(
     max_active_dims: int | None = None,
     pooling: str = "embedding",
     queries: str | None = None,
+    refine: int = 0,
 ) -> LatentEncoder:
     """The `SparseEncoder` made of a sentence-transformers model and an SAE of its embeddings.
 
@@ -113,6 +114,8 @@ def sparse_encoder(
             token, of whose latents the `max` is kept.
         queries (`str`, *optional*): What `encode_query` gives: `codes`, or `projections` on all latents, which rank
             better; see [`SparseEmbedding`].
+        refine (`int`, *optional*, defaults to 0): Steps by which codes of documents are fitted to their embeddings;
+            10 rank much better, and cost as many products with the dictionary.
 
     Raises:
         `ValueError`: if the SAE reads another width than the model's, or something else than embeddings of texts.
@@ -131,6 +134,6 @@ def sparse_encoder(
             f"texts. Train one with `hookpoints: [{SENTENCE_EMBEDDING}]`, or take its latents of tokens with "
             "`pooling='max'`."
         )
-    module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling, queries)
+    module = SparseEmbedding(loaded.eval(), width, max_active_dims, pooling, queries, refine=refine)
     encoder = LatentEncoder(modules=[*dense, module], prompts=dense.prompts, similarity_fn_name="cosine")
     return encoder.to(dense.device)

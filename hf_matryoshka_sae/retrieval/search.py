@@ -18,7 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 
-_QUERIES = 256  # that are scored at once
+_QUERIES = 256  # that are scored at once; documents that are decoded at once
 
 
 @dataclass
@@ -50,17 +50,22 @@ class SparseIndex:
         codes (`Tensor` of shape `(N, F)`, or a scipy sparse matrix): What `encode_document` gives.
         similarity (`str`, *optional*, defaults to `"cosine"`): `cosine` or `dot`. The cosine at
             a width is that of codes cut to it.
+        decoder (`Tensor` of shape `(F, D)`, *optional*): The SAE's decoder rows: the length of a document then is that
+            of what its code stands for, not that of the code, and ranks better where queries are projections.
 
     Raises:
-        `ValueError`: if codes are not finite, no matrix, or the similarity is unknown.
+        `ValueError`: if codes are not finite, no matrix, the similarity is unknown, or there are not F decoder rows.
     """
 
-    def __init__(self, codes: Any, similarity: str = "cosine") -> None:
+    def __init__(self, codes: Any, similarity: str = "cosine", decoder: Tensor | None = None) -> None:
         if similarity not in ("cosine", "dot"):
             raise ValueError(f"`similarity` must be 'cosine' or 'dot', got {similarity!r}.")
         self.similarity = similarity
         self.by_document = _checked_codes(codes)
         self.by_latent = self.by_document.tocsc()
+        if decoder is not None and len(decoder) != self.num_latents:
+            raise ValueError(f"Codes have {self.num_latents} latents, and there are {len(decoder)} decoder rows.")
+        self._decoder = None if decoder is None else decoder.detach().cpu().float().numpy()
         self._inverse: dict[int, np.ndarray] = {}  # of the documents' lengths, by width
 
     def __len__(self) -> int:
@@ -167,7 +172,7 @@ class SparseIndex:
         if self.similarity == "dot":
             return np.ones((rows.shape[0], len(self)), np.float32)
         if width not in self._inverse:
-            self._inverse[width] = _inverse_lengths(self.by_document[:, :width])
+            self._inverse[width] = _inverse_lengths(self.by_document[:, :width], self._decoder)
         return np.outer(_inverse_lengths(rows), self._inverse[width])
 
     def _checked(self, width: int | None, name: str) -> int:
@@ -183,9 +188,12 @@ def _checked_codes(codes: Any) -> sparse.csr_matrix:
     return matrix
 
 
-def _inverse_lengths(rows: sparse.csr_matrix) -> np.ndarray:
-    lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
-    return (1 / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+def _inverse_lengths(rows: sparse.csr_matrix, decoder: np.ndarray | None = None) -> np.ndarray:
+    if decoder is None:
+        squares = np.asarray(rows.multiply(rows).sum(1)).ravel()
+    else:
+        squares = np.concatenate([np.square(part @ decoder[: rows.shape[1]]).sum(1) for part in _pieces(rows)])
+    return (1 / np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny))).astype(np.float32)
 
 
 def _pieces(rows: sparse.csr_matrix) -> list[sparse.csr_matrix]:

@@ -7,6 +7,11 @@ A query need not be rounded to a few latents: the product of a query q with what
 W_dec^T a + b_dec, is (W_dec q).a up to a constant of the query. So a query's code may be its products with all rows of
 the decoder, W_dec (q - b_dec) ("projections"); documents are as sparse as ever, and the ranking is much better.
 
+An encoder finds a document's latents in one product, not the best ones. `refine` steps of normalised iterative hard
+thresholding (Blumensath & Davies 2010) start from its code a and keep the number of latents that are not 0:
+
+    a <- largest entries of max(0, a + mu W_dec (x - x^)),   mu = |g|^2 / |W_dec^T g|^2, g = W_dec (x - x^) where a > 0
+
 A folder that holds this module carries this file and those of `models/` in its root, so that
 `SparseEncoder(folder, trust_remote_code=True)` opens it where this package is not installed; what a saved module is
 saved from again carries them on.
@@ -47,13 +52,15 @@ class SparseEmbedding(Module):
             token, of whose latents the `"max"` is kept.
         queries (`str`, *optional*): What `encode_query` gives: a query's `"codes"`, or its `"projections"` on all
             latents. By default projections where the SAE reads pooled embeddings as they are.
+        refine (`int`, *optional*, defaults to 0): Steps by which codes are fitted to their embeddings; 10 find most
+            of what there is. Needs an SAE that reads pooled embeddings as they are.
         names (`dict[str, dict]`, *optional*): What latents mean by their `latent_ids`, see [`name_latents`].
 
     Raises:
         `ValueError`: if the width is not between 1 and F, or pooling and queries are unknown or do not go together.
     """
 
-    config_keys: ClassVar = ["width", "max_active_dims", "pooling", "queries"]
+    config_keys: ClassVar = ["width", "max_active_dims", "pooling", "queries", "refine"]
     config_file_name = _CONFIG_FILE
     forward_kwargs: ClassVar = {"max_active_dims", "width", "task"}
 
@@ -65,6 +72,7 @@ class SparseEmbedding(Module):
         pooling: str = "embedding",
         queries: str | None = None,
         names: dict[str, dict[str, Any]] | None = None,
+        refine: int = 0,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -76,13 +84,18 @@ class SparseEmbedding(Module):
                 "`queries` must be `codes`, or `projections` for an SAE that reads pooled embeddings as they are; "
                 f"got {queries!r}, with `pooling: {pooling}`, `input_normalization: {sae.config.input_normalization}`."
             )
+        if refine < 0 or (refine and not linear):
+            raise ValueError(
+                "`refine` is a number of steps, above 0 only for an SAE that reads pooled embeddings as they are; "
+                f"got {refine}, with `pooling: {pooling}`, `input_normalization: {sae.config.input_normalization}`."
+            )
         for name, value in (("width", width), ("max_active_dims", max_active_dims)):
             if value is not None and not 1 <= value <= sae.config.num_latents:
                 raise ValueError(
                     f"`{name}` must be between 1 and the SAE's {sae.config.num_latents} latents, got {value}."
                 )
         self.sae, self.width, self.max_active_dims = sae, width, max_active_dims
-        self.pooling, self.queries = pooling, queries
+        self.pooling, self.queries, self.refine = pooling, queries, refine
         self.names = names or {}
 
     def forward(
@@ -122,7 +135,10 @@ class SparseEmbedding(Module):
 
     def _encoded(self, rows: Tensor, width: int) -> Tensor:
         # "mask": a width is a slice of the whole code, so that stored codes can be cut later.
-        return self.sae.encode(rows, width=width, selection="mask").to_dense()[:, :width]
+        if not self.refine:
+            return self.sae.encode(rows, width=width, selection="mask").to_dense()[:, :width]
+        code = self.sae.encode(rows, selection="mask").to_dense()
+        return refined(code, rows.to(code) - self.sae.b_dec, self.sae.W_dec, self.refine)[:, :width]
 
     def _of_tokens(self, tokens: Tensor, mask: Tensor, width: int) -> Tensor:
         rows, _ = mask.bool().nonzero(as_tuple=True)
@@ -174,6 +190,30 @@ class SparseEmbedding(Module):
         return cls(sae, **fields, names=names and json.loads(Path(names).read_text(encoding="utf-8")))
 
 
+def refined(code: Tensor, rows: Tensor, decoder: Tensor, steps: int) -> Tensor:
+    """Codes that say more of what they stand for, with as many latents as before.
+
+    Args:
+        code (`Tensor` of shape `(N, F)`): Codes, not negative.
+        rows (`Tensor` of shape `(N, D)`): What they stand for, without the decoder's bias.
+        decoder (`Tensor` of shape `(F, D)`): Rows of the decoder.
+        steps (`int`): Of normalised iterative hard thresholding.
+    """
+    if not len(code):
+        return code
+    kept, begun, tiny = (code > 0).sum(1, keepdim=True), code, torch.finfo(code.dtype).tiny
+    most = max(1, int(kept.max()))
+    for _ in range(steps):
+        gradient = (rows - code @ decoder) @ decoder.T
+        inside = gradient * (code > 0)
+        size = inside.square().sum(1, keepdim=True) / (inside @ decoder).square().sum(1, keepdim=True).clamp(min=tiny)
+        code = (code + size * gradient).clamp(min=0)
+        code = code * (code >= code.topk(most).values.gather(1, (kept - 1).clamp(min=0)))
+    # Where latents are much alike a step may lead away.
+    errors = [(rows - each @ decoder).square().sum(1, keepdim=True) for each in (code, begun)]
+    return torch.where(errors[0] < errors[1], code, begun)
+
+
 def _largest(code: Tensor, kept: int | None) -> Tensor:
     """The `kept` entries of each row `(F,)` that are largest in size; of equal ones the first."""
     if kept is None or kept >= code.shape[1]:
@@ -202,4 +242,4 @@ def _write(path: Path, text: str) -> None:
     os.replace(staged, path)
 
 
-__all__ = ["POOLINGS", "QUERIES", "SparseEmbedding", "ship_code"]
+__all__ = ["POOLINGS", "QUERIES", "SparseEmbedding", "refined", "ship_code"]

@@ -16,6 +16,7 @@ from .subject.families import family_tree
 from .subject.library import Library
 from .subject.opened import Opened, Pruning
 from .subject.running import Runner
+from .subject.texts import MOST_TEXTS, check_reads_texts
 
 
 class Endpoints:
@@ -159,6 +160,22 @@ class Endpoints:
             raise ValueError(f"A text can be continued by up to 100 tokens, got {new_tokens}.")
         opened, pruning = self._pruning(sae, place, ranking, width, k)
         return self.runner.reconstruct(opened.source, opened.place, vars(pruning), text, new_tokens)
+
+    def search_texts(
+        self, texts: str, query: str, sae: str = "embedded", place: str = "", width: int = 0, top: int = 10
+    ) -> list[dict[str, Any]]:
+        """Of texts, one in each line, those that answer a query, and which latents of their embeddings answered."""
+        lines = tuple(line.strip() for line in checked_text(texts, "Paste some texts first.").splitlines())
+        lines = tuple(dict.fromkeys(line for line in lines if line))
+        query = checked_text(query, "Write what to look for.", 2_000)
+        if len(lines) > MOST_TEXTS or not 1 <= top <= MOST_TEXTS:
+            raise ValueError(
+                f"Up to {MOST_TEXTS} texts are searched here, got {len(lines)}, of which {top} are asked for."
+            )
+        opened = self.library.look(sae, place)
+        check_reads_texts(opened)
+        chosen = opened.check(Pruning(width=width)).width
+        return self.runner.search_texts(opened.source, opened.place, lines, query, chosen, top)
 
     def steer(
         self,

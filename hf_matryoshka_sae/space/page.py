@@ -1,4 +1,4 @@
-"""The page: what is open, six tabs, the endpoints, and links that open all of it."""
+"""The page: what is open, its tabs, the endpoints, and links that open all of it."""
 
 import inspect
 import re
@@ -23,6 +23,7 @@ from .tabs.inputs import BROWSER, LIGHT, Shown, area
 from .tabs.prune import PruneTab
 from .tabs.search import SearchTab
 from .tabs.text import TextTab
+from .tabs.texts import TextsTab
 
 
 WARMING = "warming"
@@ -31,7 +32,7 @@ WARMING = "warming"
 _LIGHT = ("describe", "feature", "latents", "family")
 """Endpoints that only read an index: many at once. The others run a language model, one at a time."""
 
-_HEAVY = ("measure", "search", "read_text", "activations", "reconstruct", "steer", "compare")
+_HEAVY = ("measure", "search", "read_text", "search_texts", "activations", "reconstruct", "steer", "compare")
 
 
 class Page:
@@ -67,6 +68,8 @@ class Page:
                     self.search = SearchTab(self.endpoints, shown)
                 with self._view("Text and steer", "text") as tab:
                     self.text = TextTab(self.endpoints, shown, tab)
+                with self._view("Texts", "texts", visible=False) as texts:
+                    TextsTab(self.endpoints, shown, texts)
                 with self._view("Compare", "compare"):
                     self.compare = CompareTab(self.endpoints, shown, self.prune.ranking)
             self.drawer = Drawer(self.endpoints, shown)
@@ -75,8 +78,8 @@ class Page:
             self._wire()
 
     @staticmethod
-    def _view(label: str, name: str) -> gr.Tab:
-        tab = gr.Tab(label, id=name)
+    def _view(label: str, name: str, visible: bool = True) -> gr.Tab:
+        tab = gr.Tab(label, id=name, visible=visible)
         tab.select(None, None, None, js=f"() => nested.show({{tab: '{name}'}})", **BROWSER)
         return tab
 

@@ -8,8 +8,9 @@ from ..common.lazy import imports_on_use
 if TYPE_CHECKING:
     from .adapters import to_peft
     from .artefact import Steering, steered
+    from .change import FORMATS, Change
     from .continuation import Steered, steer
-    from .exporting import FORMATS, export
+    from .exporting import export
     from .measuring import auto_dose, dose_report
     from .parts import Part
     from .reconstructed import ReconstructedText, reconstruct_text
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "Change",
     "DoseReport",
     "Part",
     "ReconstructedText",

@@ -16,13 +16,14 @@ from torch import nn
 from ..assets import embedded_lm_path
 from ..common.data_source import EMBEDDED
 from ..common.files import staged, write_json, write_text
-from ..convert.places import only_sae, saes_in
+from ..convert.places import check_repository_id, only_sae, saes_in
 from ..hub.public import hub_id
 from ..models import SAEModel
 from .applying import applied, check_width
 from .card import card_of, picture_of
-from .parts import MODES, Part, digest_of, part_of
-from .passes import POSITIONS, unwrapped
+from .change import Change
+from .parts import Part, digest_of, part_of
+from .passes import unwrapped
 
 
 if TYPE_CHECKING:
@@ -63,17 +64,13 @@ class Steering:
         sae: SAEModel | str | Path,
         values: Mapping[int, float] | Iterable[int],
         mode: str = "add",
-        hookpoint: str | None = None,
-        width: int | None = None,
-        positions: str = "all",
-        from_position: int = 0,
-        condition: int | None = None,
         sae_name: str | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         dose: str | None = None,
         data: "HeldOut | None" = None,
         max_cost: float = 0.1,
+        **options: Any,
     ) -> "Steering":
         """Make the steering of some latents of one SAE. Add others', or other hookpoints', with `+`.
 
@@ -81,16 +78,7 @@ class Steering:
             sae ([`SAEModel`], `str` or `Path`): The SAE; or its Hub id or folder, which is then its name.
             values (`dict[int, float]`): Value of each latent, in units of its activation (what `encode` gives). For
                 `"remove"` and `"erase"` the latents suffice.
-            mode (`str`, *optional*, defaults to `"add"`): `"add"` adds the latent's decoder row times the value to the
-                hidden state, whether the latent fires or not; `"clamp"` sets its activation to the value, `"remove"`
-                to 0; `"erase"` takes the direction of its decoder row out of the model's whole residual stream.
-            hookpoint (`str`, *optional*): Where the change is made; by default where the SAE reconstructs.
-            width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
-            positions (`str`, *optional*, defaults to `"all"`): Positions that are changed: `"all"`; `"new"`, from the
-                prompt's last token on, which decides the first new one; or `"generated"`, those of new tokens alone.
-                Outside `generate` the prompt is what is read with an empty cache.
-            from_position (`int`, *optional*, defaults to 0): First position that is changed; padding does not count.
-            condition (`int`, *optional*): Change only tokens on which this latent of the SAE fires.
+            mode (`str`, *optional*, defaults to `"add"`): `"add"`, `"clamp"`, `"remove"` or `"erase"`, see [`Change`].
             sae_name (`str`, *optional*): Hub id or folder of the SAE; by default that which it was loaded from.
             revision (`str`, *optional*): Commit, tag or branch of that repository.
             subfolder (`str`, *optional*): Folder of the SAE in there.
@@ -98,10 +86,12 @@ class Steering:
                 `max_cost` on `data`, see [`auto_dose`].
             data ([`HeldOut`], *optional*): Language model and text for `dose="auto"`.
             max_cost (`float`, *optional*, defaults to 0.1): Largest rise of the cross-entropy on `data`, in nats.
+            **options: Options of [`Change`]: `hookpoint`, `width`, `positions`, `from_position`, `condition`.
 
         Raises:
             `ValueError`: if there is no such latent, a value is not finite, or an option means nothing here.
         """
+        change = Change(mode, **options)
         if not isinstance(sae, SAEModel):
             sae_name = sae_name or str(sae)
             place = only_sae(saes_in(sae, subfolder, revision=revision))
@@ -109,12 +99,7 @@ class Steering:
         part = part_of(
             sae,
             values,
-            mode,
-            hookpoint,
-            width,
-            positions,
-            from_position,
-            condition,
+            change,
             sae_name=sae_name or sae.config.name_or_path or None,
             subfolder=subfolder or "",
             revision=revision or getattr(sae.config, "_commit_hash", None),
@@ -256,15 +241,18 @@ class Steering:
             token (`str` or `bool`, *optional*): Token of the Hub.
 
         Raises:
-            `ValueError`: if a file is damaged or of a newer format.
-            `OSError`: if the files are not there or cannot be fetched.
+            `ValueError`: if there is no such folder or steering, or a file is damaged or of a newer format.
+            `OSError`: if the files cannot be fetched.
         """
         folder = Path(repo_or_dir).expanduser()
         if folder.is_dir():
             config, vectors = folder / CONFIG, folder / VECTORS
+            if not config.is_file():
+                raise ValueError(f"{repo_or_dir} holds no steering: there is no {CONFIG} in it.")
         else:
             from huggingface_hub import hf_hub_download
 
+            check_repository_id(str(repo_or_dir))
             config, vectors = (
                 Path(hf_hub_download(str(repo_or_dir), name, revision=revision, token=token))
                 for name in (CONFIG, VECTORS)
@@ -282,15 +270,7 @@ class Steering:
 
 @contextmanager
 def steered(
-    model: nn.Module,
-    sae: SAEModel,
-    values: Mapping[int, float] | Iterable[int],
-    mode: str = "add",
-    hookpoint: str | None = None,
-    width: int | None = None,
-    positions: str = "all",
-    from_position: int = 0,
-    condition: int | None = None,
+    model: nn.Module, sae: SAEModel, values: Mapping[int, float] | Iterable[int], mode: str = "add", **options: Any
 ) -> Iterator[None]:
     """Steer every forward pass and `generate` of a model in this thread while the block runs.
 
@@ -302,14 +282,8 @@ def steered(
         sae ([`SAEModel`]): The SAE.
         values (`dict[int, float]`): Value of each latent, in units of its activation; for `"remove"` and `"erase"` the
             latents suffice.
-        mode (`str`, *optional*, defaults to `"add"`): `"add"`, `"clamp"`, `"remove"` or `"erase"`, as in
-            [`Steering.from_latents`].
-        hookpoint (`str`, *optional*): Where the change is made; by default where the SAE reconstructs.
-        width (`int`, *optional*): Encode with the first `width` latents alone; all by default.
-        positions (`str`, *optional*, defaults to `"all"`): `"all"`, `"new"` (from the prompt's last token on) or
-            `"generated"` (new tokens alone).
-        from_position (`int`, *optional*, defaults to 0): First position that is changed; padding does not count.
-        condition (`int`, *optional*): Change only tokens on which this latent of the SAE fires.
+        mode (`str`, *optional*, defaults to `"add"`): `"add"`, `"clamp"`, `"remove"` or `"erase"`, see [`Change`].
+        **options: Options of [`Change`]: `hookpoint`, `width`, `positions`, `from_position`, `condition`.
 
     Raises:
         `ValueError`: if there is no such latent, a value is not finite, or the SAE does not fit the model.
@@ -320,21 +294,14 @@ def steered(
         model.generate(**inputs, num_beams=4)
     ```
     """
-    part = part_of(sae, values, mode, hookpoint, width, positions, from_position, condition)
-    with applied(model, [part]):
+    with applied(model, [part_of(sae, values, Change(mode, **options))]):
         yield
 
 
 def _part(facts: dict[str, Any], vectors: Any) -> Part:
     names = {each.name for each in fields(Part)} - {"vectors", "sae"}
     listed = {name: tuple(facts[name]) for name in ("latents", "latent_ids", "values")}
-    part = Part(**{name: facts[name] for name in names & set(facts)} | listed, vectors=vectors)
-    if part.mode not in MODES or part.positions not in POSITIONS:
-        raise ValueError(f"unknown mode {part.mode!r} or positions {part.positions!r}")
-    sizes = {len(part.latents), len(part.latent_ids), len(part.values), len(vectors)}
-    if len(sizes) != 1 or not vectors.isfinite().all():
-        raise ValueError("latents, values and vectors do not fit each other, or are not finite")
-    return part
+    return Part(**{name: facts[name] for name in names & set(facts)} | listed, vectors=vectors)
 
 
 def _loaded(part: Part) -> Part:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.data_source import EMBEDDED
 from ..common.report import markdown_table
-from ..hub.public import hub_id
+from ..hub.public import LOCAL_MODEL, LOCAL_SAE, hub_id
 
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def card_of(steering: "Steering") -> str:
     base = next((hub_id(part.base_model) for part in steering.parts if hub_id(part.base_model)), None)
     head = ["---", "library_name: hf_matryoshka_sae", "tags: [steering, sparse-autoencoder]"]
     head += [f"base_model: {base}", "---"] if base else ["---"]
-    titles = ["latent", "value", "mode", "hookpoint", "positions", "SAE", "revision"]
+    titles = ["latent", "value", "mode", "hookpoint", "positions", "SAE", "revision", "digest", "base model"]
     rows = [
         [
             str(latent),
@@ -27,8 +28,10 @@ def card_of(steering: "Steering") -> str:
             part.mode,
             f"`{part.hookpoint}`" if part.mode != "erase" else "all writers of the residual stream",
             part.positions if not part.from_position else f"{part.positions}, from {part.from_position}",
-            hub_id(part.sae_name) or "a local SAE",
+            _public(part.sae_name, LOCAL_SAE),
             (part.revision or "-")[:12],
+            part.digest[:12],
+            _public(part.base_model, LOCAL_MODEL if part.base_model else "not named"),
         ]
         for part in steering.parts
         for latent, value in zip(part.latent_ids, part.values, strict=True)
@@ -39,7 +42,8 @@ def card_of(steering: "Steering") -> str:
         "# Steering",
         "",
         "Latents of sparse autoencoders that change what a language model does. Values are in units of the latents' "
-        "activations.",
+        "activations. The digest is that of the latents' weights: an SAE with another one has other latents there. In "
+        "another model than the base model they may mean something else.",
         "",
         markdown_table(titles, rows),
         "",
@@ -56,6 +60,10 @@ def card_of(steering: "Steering") -> str:
 
         text += ["", "## Dose", "", DoseReport.from_dict(steering.dose).markdown(), f"![Dose report]({PICTURE})"]
     return "\n".join(text) + "\n"
+
+
+def _public(name: str | None, stand_in: str) -> str:
+    return EMBEDDED if name == EMBEDDED else hub_id(name) or stand_in
 
 
 def picture_of(steering: "Steering", folder: Path) -> None:

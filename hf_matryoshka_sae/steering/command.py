@@ -1,28 +1,27 @@
 """`matryoshka-sae steer`: steer a language model by an SAE's latents, measure the dose, write the artefact."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.checks import check_at_least
-from ..common.command import exit_status, measuring, nearest
-from ..common.data_source import EMBEDDED, DatasetConfig, local_files
+from ..common.command import add_subject_flags, chosen_dataset, exit_status, measuring, nearest
+from .change import FORMATS, MODES, POSITIONS, Change
 
 
 if TYPE_CHECKING:
+    from ..common.data_source import DatasetConfig
     from ..evaluation.data import HeldOut
     from .artefact import Steering
 
 
-_MODES = ("add", "clamp", "remove", "erase")
-_POSITIONS = ("all", "new", "generated")
-_FORMATS = ("peft", "gguf", "vectors", "lm_eval")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run `matryoshka-sae steer` and return the exit status."""
-    parsed = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # argparse takes "-5=1" for a flag, and its own message for what it should say of a latent below 0.
+    parsed = _parser().parse_args([f" {each}" if re.match(r"-\d+=", each) else each for each in given])
     return exit_status(lambda: _run(parsed))
 
 
@@ -40,14 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LATENT=VALUE",
         help="latents with their values, in units of their activations, such as 1203=4.0; to remove or erase: 1203",
     )
-    parser.add_argument("--mode", default="add", choices=_MODES, help="kind of change (default: %(default)s)")
+    parser.add_argument("--mode", default="add", choices=MODES, help="kind of change (default: %(default)s)")
     parser.add_argument("--subfolder", help="folder of the SAE in its repository")
     parser.add_argument("--revision", help="branch, tag or commit of its repository")
-    parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
-    parser.add_argument("--hookpoint", help="where the change is made (default: where the SAE reconstructs)")
+    add_subject_flags(parser, 20_000, "other text", where="reconstructs and is changed")
     parser.add_argument("--width", type=int, help="encode with the first latents alone (default: all)")
     parser.add_argument(
-        "--positions", default="all", choices=_POSITIONS, help="positions that are changed (default: %(default)s)"
+        "--positions", default="all", choices=POSITIONS, help="positions that are changed (default: %(default)s)"
     )
     parser.add_argument("--condition", type=int, metavar="LATENT", help="change only tokens on which it fires")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue both ways; may be repeated")
@@ -56,11 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="measure effect and cost at several doses")
     parser.add_argument("--max_cost", type=float, default=0.1, help="in nats on other text (default: %(default)s)")
     parser.add_argument("--wanted", metavar="REGEX", help="tokens to bring (default: those on which the latents fire)")
-    parser.add_argument("--dataset", metavar="PATH", help="other text: file, folder or Hub id (default: embedded)")
-    parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of it to read (default: %(default)s)")
     parser.add_argument("--output_dir", help="folder to save the steering in")
-    parser.add_argument("--export", nargs="+", default=[], metavar="FORMAT", help=f"also as {', '.join(_FORMATS)}")
+    parser.add_argument("--export", nargs="+", default=[], metavar="FORMAT", help=f"also as {', '.join(FORMATS)}")
     parser.add_argument("--push", metavar="REPO", help="user/name on the Hub to push the steering to")
     return parser
 
@@ -69,14 +64,15 @@ def _run(parsed: argparse.Namespace) -> None:
     values = _values(parsed.latents, parsed.mode)
     check_at_least(1, width=parsed.width, new_tokens=parsed.new_tokens, tokens=parsed.tokens)
     for name in parsed.export:
-        if name not in _FORMATS:
-            raise ValueError(f"Unknown format {name!r}.{nearest(name, _FORMATS)}")
+        if name not in FORMATS:
+            raise ValueError(f"Unknown format {name!r}.{nearest(name, FORMATS)}")
     if parsed.export and not parsed.output_dir:
         raise ValueError("--export writes into a folder: pass --output_dir.")
-    if parsed.dataset not in (None, EMBEDDED):
-        local_files(DatasetConfig(parsed.dataset))  # raises where they are missing
+    options = {name: getattr(parsed, name) for name in ("hookpoint", "width", "positions", "condition")}
+    Change(parsed.mode, **options)  # raises where they do not go together
+    dataset = chosen_dataset(parsed)
     with measuring():
-        _steer(parsed, values)
+        _steer(parsed, values, options, dataset)
 
 
 def _values(latents: list[str], mode: str) -> dict[int, float]:
@@ -93,7 +89,9 @@ def _values(latents: list[str], mode: str) -> dict[int, float]:
     return values
 
 
-def _steer(parsed: argparse.Namespace, values: dict[int, float]) -> None:
+def _steer(
+    parsed: argparse.Namespace, values: dict[int, float], options: dict[str, Any], dataset: "DatasetConfig"
+) -> None:
     from dataclasses import replace
 
     from ..convert.places import only_sae, saes_in
@@ -107,10 +105,7 @@ def _steer(parsed: argparse.Namespace, values: dict[int, float]) -> None:
         sae,
         values,
         parsed.mode,
-        parsed.hookpoint,
-        parsed.width,
-        parsed.positions,
-        condition=parsed.condition,
+        **options,
         sae_name=parsed.sae,
         revision=parsed.revision,
         subfolder=place.subfolder,
@@ -118,9 +113,6 @@ def _steer(parsed: argparse.Namespace, values: dict[int, float]) -> None:
     model = parsed.model or sae.config.base_model
     if model is None:
         raise ValueError("The SAE names no language model: pass --model.")
-    dataset = (
-        parsed.dataset if parsed.dataset in (None, EMBEDDED) else {"path": parsed.dataset, "column": parsed.column}
-    )
     data = open_heldout(model, steering.parts[0].hookpoint, dataset, parsed.tokens)
     if parsed.auto_dose:
         factor = auto_dose(steering, data, parsed.max_cost)

@@ -17,6 +17,7 @@ from ..features.text import checked_latent, longest, own_hookpoint
 from ..models import SAEModel
 from ..progressive.statistics import encoded
 from .applying import applied
+from .change import Change
 from .parts import part_of
 
 
@@ -118,7 +119,7 @@ def steer(
                 "known there: pass `unit`, its largest activation on data."
             )
     amount = 0.0 if mode == "remove" else strength * unit
-    part = part_of(sae, {latent: amount}, mode, hookpoint, positions=positions)
+    part = part_of(sae, {latent: amount}, Change(mode, hookpoint, positions=positions))
     steered = generate(applied(model, [part], quiet=True))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (plain, steered)]
     return Steered(prompt, *texts, plain, steered, latent, mode, amount)

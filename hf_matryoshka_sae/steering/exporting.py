@@ -10,7 +10,6 @@
 
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from ..activations.hookpoints import split_hookpoint
 from ..common.command import nearest
 from ..common.files import staged, write_json
 from .adapters import check_expressible
+from .change import FORMATS
 from .residual import blocks_of, writers_of
 
 
@@ -55,7 +55,8 @@ def export(steering: "Steering", folder: Path, format: str, model: nn.Module | N
             raise ValueError("The SAE names no language model: pass the `model` whose blocks are steered.")
         model, _ = load_language_model(name)
     steering.check(model)
-    return FORMATS[format](steering, folder, model)
+    writers = {"peft": _peft, "gguf": _gguf, "vectors": _vectors, "lm_eval": _lm_eval}
+    return writers[format](steering, folder, model)
 
 
 def _peft(steering: "Steering", folder: Path, model: nn.Module) -> Path:
@@ -176,12 +177,3 @@ def _by_layer(steering: "Steering", model: nn.Module) -> dict[int, Tensor]:
             )
         vectors[layer] = vectors.get(layer, 0) + part.vector
     return vectors
-
-
-FORMATS: dict[str, Callable[["Steering", Path, nn.Module], Path]] = {
-    "peft": _peft,
-    "gguf": _gguf,
-    "vectors": _vectors,
-    "lm_eval": _lm_eval,
-}
-"""Writers by the name of their format."""

@@ -12,8 +12,8 @@ Shapes: P prompts, S tokens, V vocabulary.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 RELATIVE_DOSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _OWN_TOKENS, _RESAMPLES = 20, 500
+_BEGINNING = 8  # tokens of a window with which a prompt begins
 _SMALLEST, _HALVINGS = 1e-3, 7  # of the search for a dose: first relative dose, and steps of the bisection
 
 
@@ -90,8 +91,9 @@ def dose_report(
     """
     steering = _prepared(steering, data, encoding=True)
     chosen = _Wanted(steering, data, wanted)
-    sampling = (prompts if getattr(data.model, "can_generate", lambda: False)() else 0, new_tokens, seed)
-    plain = _effect(None, steering, data, chosen, *sampling)
+    prompts = prompts if getattr(data.model, "can_generate", lambda: False)() else 0
+    bench = _Bench(data, steering.parts[0].hookpoint, chosen, prompts, new_tokens, seed)
+    plain = bench.effect(None)
     factors = _factors(steering, plain, factors)
     directions = [("latent", steering)]
     directions += [("random", _at_random(steering, derived_seed(seed, str(n)))) for n in range(random_directions)]
@@ -101,11 +103,11 @@ def dose_report(
             for kind in dict.fromkeys(name for name, _ in directions):
                 effects = []
                 for _, direction in (each for each in directions if each[0] == kind):
-                    effects.append(_effect(direction.scaled(factor), steering, data, chosen, *sampling))
+                    effects.append(bench.effect(direction.scaled(factor)))
                     bar.update()
                 records.append(_record(kind, factor, effects, plain))
-    if prompt is not None and sampling[0]:
-        asked = _effect(None, steering, data, chosen, *sampling, prompt=prompt)
+    if prompt is not None and prompts:
+        asked = bench.effect(None, prompt)
         records.append(_record("prompt", 0.0, [asked], asked) | {"cost": None})
     about = {
         "latents": [list(part.latent_ids) for part in steering.parts],
@@ -114,7 +116,7 @@ def dose_report(
         "prompt": prompt,
         "max_cost": max_cost,
         "tokens": data.tokens,
-        "prompts": sampling[0],
+        "prompts": prompts,
         "new_tokens": new_tokens,
         "random_directions": random_directions,
         "seed": seed,
@@ -139,11 +141,12 @@ def auto_dose(steering: "Steering", data: HeldOut, max_cost: float = 0.1, show: 
     if not max_cost > 0:
         raise ValueError(f"`max_cost` must be above 0 nats, got {max_cost!r}.")
     steering = _prepared(steering, data)
-    plain = _effect(None, steering, data)
+    bench = _Bench(data, steering.parts[0].hookpoint)
+    plain = bench.effect(None)
 
     def costs_too_much(factor: float) -> bool:
         bar.update()
-        cost = _effect(steering.scaled(factor), steering, data).loss - plain.loss
+        cost = bench.effect(steering.scaled(factor)).loss - plain.loss
         return not cost <= max_cost  # NaN is too much
 
     with tqdm(desc="dose", unit="pass", disable=not show, leave=False) as bar:
@@ -220,119 +223,83 @@ class _Wanted:
 # Measuring
 
 
-def _effect(
-    steering: "Steering | None",
-    of: "Steering",
-    data: HeldOut,
-    wanted: _Wanted | None = None,
-    prompts: int = 0,
-    new_tokens: int = 0,
-    seed: int = 0,
-    prompt: str | None = None,
-) -> _Effect:
-    """Measure a steering, or with `None` the plain model at the hookpoint of another one."""
-    doses = _Doses()
-    total, count = 0.0, 0
-    erased = [] if steering is None else [part for part in steering.parts if part.mode == "erase"]
-    for batch in data.share():
-        with doses.measured(data.model, steering, of.parts[0].hookpoint, batch.keep):
-            logits, targets = spliced_logits(
-                data.model, batch, of.parts[0].hookpoint, None, mask_token_id=data.mask_token_id
-            )
-        if erased:  # long before the hookpoint; how much of a plain state that is
-            states = data.states(batch)
-            doses.add(states, sum((part.difference(states) for part in erased), torch.zeros_like(states)))
-        total += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
-        count += len(targets)
-    counts = None
-    if prompts and wanted is not None:
-        counts = _sampled_counts(steering, data, wanted, prompts, new_tokens, seed, prompt)
-    return _Effect(total / max(1, count), doses.relative, doses.norm, counts)
+@dataclass(frozen=True)
+class _Bench:
+    """Where steerings are measured: text for the dose and the cost; prompts that are continued for the effect."""
 
+    data: HeldOut
+    hookpoint: str
+    wanted: _Wanted | None = None
+    prompts: int = 0
+    new_tokens: int = 0
+    seed: int = 0
 
-class _Doses:
-    """Sums of ||change|| / ||state|| and of ||state|| over the kept tokens."""
+    def effect(self, steering: "Steering | None", prompt: str | None = None) -> _Effect:
+        """Measure a steering, or with `None` the plain model."""
+        data, sums, count = self.data, torch.zeros(3, dtype=torch.float64), [0, 0]
+        erased = [] if steering is None else [part for part in steering.parts if part.mode == "erase"]
+        for batch in data.share():
+            seen: list[Tensor] = []
 
-    def __init__(self) -> None:
-        self.sums, self.tokens = [0.0, 0.0], 0
+            def look(_: str, value: Any, keep: Tensor = batch.keep, seen: list[Tensor] = seen) -> None:
+                seen.append(first_tensor(value)[keep].detach().float())
 
-    @property
-    def relative(self) -> float:
-        return self.sums[0] / max(1, self.tokens)
+            with ExitStack() as stack:
+                stack.enter_context(hooked(data.model, [(self.hookpoint, look)]))
+                if steering is not None:
+                    stack.enter_context(steering.applied(data.model, quiet=True))
+                    stack.enter_context(hooked(data.model, [(self.hookpoint, look)]))
+                logits, targets = spliced_logits(
+                    data.model, batch, self.hookpoint, None, mask_token_id=data.mask_token_id
+                )
+            states, change = seen[0], seen[-1] - seen[0]
+            if erased:  # long before the hookpoint; how much of a plain state that is
+                states = data.states(batch)
+                change = sum((part.difference(states) for part in erased), torch.zeros_like(states))
+            norms = states.norm(dim=-1).clamp(min=1e-30)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            sums += torch.tensor([float(loss), float((change.norm(dim=-1) / norms).sum()), float(norms.sum())])
+            count = [count[0] + len(targets), count[1] + len(norms)]
+        means = sums / torch.tensor([max(1, count[0]), max(1, count[1]), max(1, count[1])])
+        counts = self._counts(steering, prompt) if self.prompts and self.wanted is not None else None
+        return _Effect(*means.tolist(), counts)
 
-    @property
-    def norm(self) -> float:
-        return self.sums[1] / max(1, self.tokens)
-
-    @contextmanager
-    def measured(self, model: Any, steering: "Steering | None", hookpoint: str, keep: Tensor) -> Iterator[None]:
-        """Apply a steering, and take the hidden states before and after its hooks."""
-        seen: list[Tensor] = []
-
-        def look(_: str, value: Any) -> None:
-            seen.append(first_tensor(value)[keep].detach().float())
-
+    def _counts(self, steering: "Steering | None", prompt: str | None) -> np.ndarray:
+        """Return for each prompt the number of new tokens, of wanted ones, and of those on which the latents fire."""
+        data, wanted, starts = self.data, self.wanted, self._starts(prompt)
+        assert wanted is not None
+        pad = data.tokenizer.pad_token_id if data.tokenizer is not None else None
         with ExitStack() as stack:
-            stack.enter_context(hooked(model, [(hookpoint, look)]))
+            stack.enter_context(torch.random.fork_rng([starts.device] if starts.device.type == "cuda" else []))
+            torch.manual_seed(self.seed)
             if steering is not None:
-                stack.enter_context(steering.applied(model, quiet=True))
-                stack.enter_context(hooked(model, [(hookpoint, look)]))
-            yield
-        if steering is None or all(part.mode != "erase" for part in steering.parts):
-            self.add(seen[0], seen[-1] - seen[0])
+                stack.enter_context(steering.applied(data.model, quiet=True))
+            whole = data.model.generate(
+                starts,
+                attention_mask=torch.ones_like(starts),
+                max_new_tokens=self.new_tokens,
+                min_new_tokens=self.new_tokens,
+                do_sample=True,
+                top_k=0,
+                temperature=1.0,
+                pad_token_id=pad or 0,
+            )
+        new = whole[:, starts.shape[1] :].cpu()
+        fires = wanted.fires(data, whole)[:, starts.shape[1] :] > 0
+        counts = [torch.full((len(new),), new.shape[1]), wanted.ids[new].sum(1), fires.sum(1)]
+        return torch.stack(counts, 1).double().numpy()
 
-    def add(self, states: Tensor, change: Tensor) -> None:
-        """Take in hidden states `(M, D)` and what is added to them."""
-        norms = states.norm(dim=-1).clamp(min=1e-30)
-        self.sums[0] += float((change.norm(dim=-1) / norms).sum())
-        self.sums[1] += float(norms.sum())
-        self.tokens += len(norms)
-
-
-def _sampled_counts(
-    steering: "Steering | None",
-    data: HeldOut,
-    wanted: _Wanted,
-    prompts: int,
-    new_tokens: int,
-    seed: int,
-    prompt: str | None,
-) -> np.ndarray:
-    """Return for each prompt the number of new tokens, of wanted ones, and of those on which the latents fire."""
-    starts = _prompts(data, prompts, prompt)
-    pad = data.tokenizer.pad_token_id if data.tokenizer is not None else None
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([starts.device] if starts.device.type == "cuda" else []))
-        torch.manual_seed(seed)
-        if steering is not None:
-            stack.enter_context(steering.applied(data.model, quiet=True))
-        whole = data.model.generate(
-            starts,
-            attention_mask=torch.ones_like(starts),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=True,
-            top_k=0,
-            temperature=1.0,
-            pad_token_id=pad if pad is not None else 0,
-        )
-    new = whole[:, starts.shape[1] :].cpu()
-    fires = wanted.fires(data, whole)[:, starts.shape[1] :] > 0
-    counts = [torch.full((len(new),), new.shape[1]), wanted.ids[new].sum(1), fires.sum(1)]
-    return torch.stack(counts, 1).double().numpy()
-
-
-def _prompts(data: HeldOut, count: int, prompt: str | None) -> Tensor:
-    """Return the beginnings of windows, `(P, S)`; behind their first token comes the prompt, where one is given."""
-    length = 8
-    rows = [batch.input_ids[:, :length] for batch in data.batches if batch.input_ids.shape[1] >= length]
-    if not rows:
-        raise ValueError(f"The text has no window of {length} tokens, with which a prompt could begin.")
-    starts = torch.cat(rows)[:count].to(data.device)
-    if prompt is None:
-        return starts
-    asked = torch.tensor(data.tokenizer(prompt, add_special_tokens=False)["input_ids"], device=starts.device)
-    return torch.cat([starts[:, :1], asked.expand(len(starts), -1), starts[:, 1:]], 1)
+    def _starts(self, prompt: str | None) -> Tensor:
+        """Return beginnings of windows, `(P, S)`; behind their first token comes the prompt, where one is given."""
+        data = self.data
+        rows = [batch.input_ids[:, :_BEGINNING] for batch in data.batches if batch.input_ids.shape[1] >= _BEGINNING]
+        if not rows:
+            raise ValueError(f"The text has no window of {_BEGINNING} tokens, with which a prompt could begin.")
+        starts = torch.cat(rows)[: self.prompts].to(data.device)
+        if prompt is None:
+            return starts
+        asked = torch.tensor(data.tokenizer(prompt, add_special_tokens=False)["input_ids"], device=starts.device)
+        return torch.cat([starts[:, :1], asked.expand(len(starts), -1), starts[:, 1:]], 1)
 
 
 def _unit(steering: "Steering", plain: _Effect) -> float:

@@ -29,19 +29,14 @@ from ..models import SAEModel
 from ..models.outputs import normalized
 from ..models.sparse_ops import row_norms
 from ..progressive.statistics import encoded
-from .passes import POSITIONS
+from .change import Change
 
 
-MODES = ("add", "clamp", "remove", "erase")
-
-
-@dataclass(frozen=True)
-class Part:
+@dataclass(frozen=True, kw_only=True)
+class Part(Change):
     """The change of some latents of one SAE at one hookpoint.
 
     Args:
-        hookpoint (`str`): Module whose output is changed, or `"path:input"`.
-        mode (`str`): One of `MODES`.
         latents (`tuple[int, ...]`): The n latents, by their place in the SAE.
         latent_ids (`tuple[int, ...]`): What they were called before the SAE was sorted or pruned.
         values (`tuple[float, ...]`): Value of each, in units of its activation; 0 for `"remove"` and `"erase"`.
@@ -51,16 +46,12 @@ class Part:
         subfolder (`str`, *optional*): Its folder in there.
         revision (`str`, *optional*): Commit of the repository.
         base_model (`str`, *optional*): The language model that the SAE was trained on.
-        width (`int`, *optional*): Encode with the first `width` latents alone.
-        condition (`int`, *optional*): Change only tokens on which this latent of the SAE fires.
-        positions (`str`, *optional*, defaults to `"all"`): One of `POSITIONS`.
-        from_position (`int`, *optional*, defaults to 0): First position that is changed.
         normalization (`str`, *optional*): The SAE's `input_normalization`, by which changes are scaled token by token.
         sae ([`SAEModel`], *optional*): The SAE, where it is at hand.
+
+    The other arguments are those of [`Change`]; `hookpoint` is given.
     """
 
-    hookpoint: str
-    mode: str
     latents: tuple[int, ...]
     latent_ids: tuple[int, ...]
     values: tuple[float, ...]
@@ -70,23 +61,21 @@ class Part:
     subfolder: str = ""
     revision: str | None = None
     base_model: str | None = None
-    width: int | None = None
-    condition: int | None = None
-    positions: str = "all"
-    from_position: int = 0
     normalization: str | None = None
     sae: SAEModel | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def needs_sae(self) -> bool:
-        """Return whether the change depends on activations, so that the SAE has to encode."""
-        return self.mode in ("clamp", "remove") or self.condition is not None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = {len(self.latents), len(self.latent_ids), len(self.values), len(self.vectors)}
+        if len(sizes) != 1 or not self.vectors.isfinite().all():
+            raise ValueError(
+                f"The decoder rows of latents {list(self.latents)} are not finite, or not one for each value."
+            )
 
     @property
     def is_constant(self) -> bool:
         """Return whether the same vector is added to every token."""
-        everywhere = self.positions == "all" and not self.from_position and self.condition is None
-        return self.mode == "add" and everywhere and self.normalization is None
+        return self.mode == "add" and self.is_everywhere and self.normalization is None
 
     @property
     def vector(self) -> Tensor:
@@ -145,48 +134,43 @@ class Part:
         return values
 
 
-def part_of(
-    sae: SAEModel,
-    values: Mapping[int, float] | Iterable[int],
-    mode: str = "add",
-    hookpoint: str | None = None,
-    width: int | None = None,
-    positions: str = "all",
-    from_position: int = 0,
-    condition: int | None = None,
-    **source: Any,
-) -> Part:
-    """Return the change of some latents of an SAE; arguments are those of [`Steering.from_latents`].
+def part_of(sae: SAEModel, values: Mapping[int, float] | Iterable[int], change: Change, **source: Any) -> Part:
+    """Return the change of some latents of an SAE.
+
+    Args:
+        sae ([`SAEModel`]): The SAE.
+        values (`dict[int, float]`): Value of each latent, in units of its activation; for `"remove"` and `"erase"` the
+            latents suffice.
+        change ([`Change`]): How and where.
+        **source: Where the SAE is from: `sae_name`, `subfolder` and `revision` of [`Part`].
 
     Raises:
-        `ValueError`: if there is no such latent, a value is not finite, or an option means nothing.
+        `ValueError`: if there is no such latent, a value is not finite, or the SAE does not see what it would change.
     """
-    _check_options(sae, values, mode, positions, from_position, condition)
     config = sae.config
-    sae = sae if width is None else sae.truncate(width)
+    if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
+        raise ValueError(f"Expected latents with their values, such as {{1203: 4.0}}, got {values!r}.")
+    if change.has_values and not isinstance(values, Mapping):
+        raise ValueError(f"Mode {change.mode!r} needs a value for each latent, such as {{1203: 4.0}}, got {values!r}.")
+    if change.needs_sae and config.output_hookpoint not in (None, config.hookpoint):
+        raise ValueError(
+            f"This SAE reads {config.hookpoint} and writes {config.output_hookpoint}: what fires is not seen where "
+            "the change is made. Use mode 'add' without a condition."
+        )
+    sae = sae if change.width is None else sae.truncate(change.width)
     latents = [checked_latent(latent, sae.config.num_latents) for latent in values]
-    amounts = [values[latent] for latent in values] if isinstance(values, Mapping) else [0.0] * len(latents)
-    amounts = [_checked_value(*each) for each in zip(latents, amounts, strict=True)]
-    if condition is not None:
-        condition = checked_latent(condition, sae.config.num_latents)
+    condition = None if change.condition is None else checked_latent(change.condition, sae.config.num_latents)
     rows = sae.W_dec.detach()[latents].cpu()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    rows = rows / row_norms(rows)[:, None] if config.scale_by_decoder_norm else rows
-    if not rows.isfinite().all():
-        raise ValueError(f"The decoder rows of latents {latents} hold numbers that are not finite: the SAE is broken.")
+    hookpoint = change.hookpoint or config.output_hookpoint or own_hookpoint(sae, None)
     return Part(
-        hookpoint=config.output_hookpoint or own_hookpoint(sae, hookpoint) if hookpoint is None else hookpoint,
-        mode=mode,
+        **{**vars(change), "hookpoint": hookpoint, "condition": condition},
         latents=tuple(latents),
-        latent_ids=tuple(int(sae.latent_ids[latent]) for latent in latents),
-        values=tuple(amounts if mode in ("add", "clamp") else [0.0] * len(amounts)),
-        vectors=rows,
+        latent_ids=tuple(sae.latent_ids[latents].tolist()),
+        values=tuple(_checked_value(n, values[n]) if change.has_values else 0.0 for n in values),
+        vectors=rows / row_norms(rows)[:, None] if config.scale_by_decoder_norm else rows,
         digest=digest_of(sae, latents),
         base_model=config.base_model,
-        width=width,
-        condition=condition,
-        positions=positions,
-        from_position=from_position,
         normalization=config.input_normalization,
         sae=sae,
         **source,
@@ -200,27 +184,6 @@ def digest_of(sae: SAEModel, latents: Iterable[int]) -> str:
         rows = getattr(sae, name).detach()[chosen]
         digest.update(rows.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_options(
-    sae: SAEModel, values: Any, mode: str, positions: str, from_position: int, condition: int | None
-) -> None:
-    if mode not in MODES or positions not in POSITIONS:
-        raise ValueError(f"Expected `mode` in {MODES} and `positions` in {POSITIONS}, got {mode!r} and {positions!r}.")
-    if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
-        raise ValueError(f"Expected latents with their values, such as {{1203: 4.0}}, got {values!r}.")
-    if mode in ("add", "clamp") and not isinstance(values, Mapping):
-        raise ValueError(f"Mode {mode!r} needs a value for each latent, such as {{1203: 4.0}}, got {values!r}.")
-    if isinstance(from_position, bool) or not isinstance(from_position, int) or from_position < 0:
-        raise ValueError(f"`from_position` must be a whole number of at least 0, got {from_position!r}.")
-    if mode == "erase" and (positions != "all" or from_position or condition is not None):
-        raise ValueError("Mode 'erase' takes a direction out of the whole model: it has no positions or condition.")
-    transcodes = sae.config.output_hookpoint not in (None, sae.config.hookpoint)
-    if transcodes and (mode in ("clamp", "remove") or condition is not None):
-        raise ValueError(
-            f"This SAE reads {sae.config.hookpoint} and writes {sae.config.output_hookpoint}; what fires is not seen "
-            "where the change is made. Use mode 'add' without a condition."
-        )
 
 
 def _checked_value(latent: int, value: object) -> float:

@@ -20,9 +20,6 @@ import torch
 from torch import Tensor, nn
 
 
-POSITIONS = ("all", "new", "generated")
-"""Positions that may be changed: all; from the prompt's last token on, which decides the first new one; new ones."""
-
 _Entered = TypeVar("_Entered")
 
 
@@ -113,7 +110,7 @@ class Passes:
 
         Args:
             shape (`torch.Size`): B and S of the hidden states.
-            positions (`str`): One of `POSITIONS`.
+            positions (`str`): One of [`Change`]'s.
             from_position (`int`): First position that may be changed; padding does not count.
         """
         chosen = None

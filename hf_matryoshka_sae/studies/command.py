@@ -3,7 +3,7 @@
 import argparse
 
 from ..common.checks import check_at_least
-from ..common.command import exit_status, measuring, whole_numbers
+from ..common.command import add_subject_flags, exit_status, measuring, whole_numbers
 from ..common.data_source import EMBEDDED, DatasetConfig, local_files
 
 
@@ -23,14 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         "sae", metavar="REPO_OR_DIR", help="folder of an SAE, or of several; file of weights; Hub id; or 'embedded'"
     )
     parser.add_argument("--subfolder", help="of the repository or folder")
-    parser.add_argument("--model", help="language model: Hub id, folder or 'embedded' (default: what the SAE names)")
-    parser.add_argument("--hookpoint", help="where the SAE reads (default: what the SAE names)")
-    parser.add_argument(
-        "--dataset", metavar="PATH", help="held-out text: file, folder or Hub id (default: that of the SAE's run)"
-    )
-    parser.add_argument("--split", help="of the data set (default: train; of the embedded text: heldout)")
-    parser.add_argument("--column", default="text", help="with the text (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=60_000, help="of it, to measure on (default: %(default)s)")
+    add_subject_flags(parser, 60_000, "held-out text", "that of the SAE's run")
     parser.add_argument("--context_length", type=int, help="in tokens (default: that of the SAE's run, else 128)")
     parser.add_argument("--widths", type=whole_numbers, help="such as 64,128,256 (default: the SAE's prefix widths)")
     parser.add_argument(
@@ -49,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         help="core: fidelity. full: also probes, explainability, downstream effects and more, as one report",
     )
     suite = parser.add_argument_group("with --suite full")
-    suite.add_argument("--minutes", type=float, help="to spend; smaller samples are taken where they have to be")
+    suite.add_argument(
+        "--minutes",
+        type=float,
+        help="to spend; smaller samples are taken where needed",
+    )
     suite.add_argument("--labelled", metavar="PATH", help="texts with labels, to probe for: file, folder or Hub id")
     suite.add_argument("--label", default="label", help="their column of labels (default: %(default)s)")
     suite.add_argument(

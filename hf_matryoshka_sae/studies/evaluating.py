@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .suite.sections import SECTIONS
 
 def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
     """Measure the SAEs that the arguments name, print the tables and write the reports."""
+    began = time.monotonic()
     scaling = None if parsed.lm_exponent is None else LossScaling(parsed.lm_exponent, parsed.lm_irreducible)
     labelled = [_labelled(parsed)] if parsed.labelled else []
     judge = open_judge(parsed.judge)
@@ -52,7 +54,9 @@ def run(parsed: argparse.Namespace, accelerator: Accelerator) -> None:
             continue
         bench = Bench(data, group, parsed.widths, parsed.selection, labelled, scaling, judge, parsed.prompts)
         bench.seed, bench.answers = parsed.seed, output / FOLDER / "answers.jsonl"
-        places.append({**about, **_suite(parsed, bench, about, output)})
+        minutes = None if parsed.minutes is None else parsed.minutes / len(groups)
+        places.append({**about, **_suite(parsed, bench, about, output, minutes, time.monotonic() - began)})
+        began = time.monotonic()
     if not accelerator.is_main_process:
         return
     if parsed.suite == "full":
@@ -67,15 +71,22 @@ def _labelled(parsed: argparse.Namespace) -> LabelledTask:
     return LabelledTask.from_dataset(dataset, parsed.column, parsed.label, Path(parsed.labelled).stem)
 
 
-def _suite(parsed: argparse.Namespace, bench: Bench, about: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Measure all sections for the SAEs of one hookpoint."""
+def _suite(
+    parsed: argparse.Namespace,
+    bench: Bench,
+    about: dict[str, Any],
+    output: Path,
+    minutes: float | None,
+    spent: float,
+) -> dict[str, Any]:
+    """Measure all sections for the SAEs of one hookpoint in `minutes`, of which so many seconds are `spent`."""
     options = ("widths", "selection", "tokens", "context_length", "split", "column", "labelled", "label", "seed")
     law = ("lm_exponent", "lm_irreducible", "minutes", "judge", "prompts")
     key = {name: getattr(parsed, name) for name in (*options, *law)}
     digests = {name: weights_digest(sae) for name, sae in bench.saes.items()}
     inside = bench.data.hookpoint.replace(":", "-")
     sections = run_sections(
-        bench, output / FOLDER / inside, SECTIONS, {**about, **key, "saes": digests}, parsed.minutes
+        bench, output / FOLDER / inside, SECTIONS, {**about, **key, "saes": digests}, minutes, spent=spent
     )
     return {
         "hookpoint": bench.data.hookpoint,

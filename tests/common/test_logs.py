@@ -6,6 +6,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from hf_matryoshka_sae import train as command
+from hf_matryoshka_sae.common.logs import OutOfTime, progress, within
 from hf_matryoshka_sae.training.run import trainer
 
 from ..training.run.test_trainer import RUN
@@ -34,3 +35,15 @@ def test_only_the_first_process_logs_what_all_know(rank, said, monkeypatch, tmp_
         transformers_logging.set_verbosity(verbosity)
         package.setLevel(logging.NOTSET)
     assert heard == said
+
+
+def test_a_bar_ends_at_the_deadline_shown_or_not(capsys):
+    with within(None):
+        assert list(progress(range(3), disable=True)) == [0, 1, 2]
+    for disable in (True, False):
+        with within(-1.0):
+            with pytest.raises(OutOfTime):
+                list(progress(range(3), disable=disable))
+            with pytest.raises(OutOfTime), progress(total=3, disable=disable) as bar:
+                bar.update()
+    assert list(progress(range(3), disable=True)) == [0, 1, 2]

@@ -24,6 +24,8 @@ VARIANTS = {
     "topk added": {"type": "topk", "k": 3, "apply_b_dec_to_input": False},
     "topk scaled": {"type": "topk", "k": 3, "scale_by_decoder_norm": True},
     "topk layer_norm": {"type": "topk", "k": 3, "input_normalization": "layer_norm"},
+    "topk tied": {"type": "topk", "k": 3, "tied": True},
+    "topk tied layer_norm": {"type": "topk", "k": 3, "tied": True, "input_normalization": "layer_norm"},
     "topk groups": {"type": "topk", "k": 2, "groups": 2},
     "topk transcoder": {"type": "topk", "k": 3, "output_hookpoint": "model.layers.1.mlp"},
     "batch_topk": {"type": "batch_topk", "k": 2.5},
@@ -39,38 +41,40 @@ VARIANTS = {
     "matryoshka jumprelu": {"type": "matryoshka", "activation": "jumprelu"},
 }
 
-# saelens, dictionary_learning, sparsify, openai, gemma_scope
+# saelens, dictionary_learning, sparsify, openai, gemma_scope, csr
 EXPRESSED = {
-    "relu": "sd-o-",
-    "relu added": "sd-o-",
-    "relu scaled": "sd-o-",
-    "relu layer_norm": "s----",
-    "relu constant_norm": "s----",
-    "relu transcoder": "s----",
-    "topk": "sdp--",
-    "topk added": "sdp--",
-    "topk scaled": "sdp--",
-    "topk layer_norm": "s--o-",
-    "topk groups": "--p--",
-    "topk transcoder": "--p--",
-    "batch_topk": "s----",
-    "batch_topk one threshold": "sd---",
-    "jumprelu": "sd--g",
-    "jumprelu added": "sd--g",
-    "jumprelu transcoder": "s----",
-    "gated": "sd---",
-    "gated added scaled": "sd---",
-    "matryoshka batch_topk": "sd---",
-    "matryoshka relu": "s----",
-    "matryoshka topk": "s----",
-    "matryoshka jumprelu": "s----",
+    "relu": "sd-o--",
+    "relu added": "sd-o--",
+    "relu scaled": "sd-o--",
+    "relu layer_norm": "s-----",
+    "relu constant_norm": "s-----",
+    "relu transcoder": "s-----",
+    "topk": "sdp---",
+    "topk added": "sdp---",
+    "topk scaled": "sdp---",
+    "topk layer_norm": "s--o--",
+    "topk tied": "sdp--c",
+    "topk tied layer_norm": "s--o-c",
+    "topk groups": "--p---",
+    "topk transcoder": "--p---",
+    "batch_topk": "s-----",
+    "batch_topk one threshold": "sd----",
+    "jumprelu": "sd--g-",
+    "jumprelu added": "sd--g-",
+    "jumprelu transcoder": "s-----",
+    "gated": "sd----",
+    "gated added scaled": "sd----",
+    "matryoshka batch_topk": "sd----",
+    "matryoshka relu": "s-----",
+    "matryoshka topk": "s-----",
+    "matryoshka jumprelu": "s-----",
 }
-FORMATS = ("saelens", "dictionary_learning", "sparsify", "openai", "gemma_scope")
+FORMATS = ("saelens", "dictionary_learning", "sparsify", "openai", "gemma_scope", "csr")
 
 
 def random_sae(variant: str, d_in: int = 16, num_latents: int = 64):
     fields = {"d_in": d_in, "num_latents": num_latents, "hookpoint": "model.layers.1"} | VARIANTS[variant]
-    kind, threshold, groups = (fields.pop(name, None) for name in ("type", "threshold", "groups"))
+    kind, threshold, groups, tied = (fields.pop(name, None) for name in ("type", "threshold", "groups", "tied"))
     if groups:
         fields["group_size"] = num_latents // groups
     if kind == "matryoshka":
@@ -84,6 +88,8 @@ def random_sae(variant: str, d_in: int = 16, num_latents: int = 64):
                     tensor.fill_(threshold)
             elif name != "latent_ids":
                 tensor.copy_(torch.randn(tensor.shape) * (d_in**-0.5 if tensor.dim() == 2 else 0.3))
+        if tied:
+            sae.W_dec.copy_(sae.W_enc)
     return sae
 
 
@@ -120,6 +126,7 @@ def test_reasons(tmp_path):
         ("topk", "openai", "normalise each hidden state"),
         ("relu", "sparsify", "this SAE is relu"),
         ("gated", "gemma_scope", "this one is gated"),
+        ("topk", "csr", "this SAE's are two matrices"),
     ):
         with pytest.raises(ValueError, match=reason):
             convert.save(random_sae(variant), tmp_path / name, name)
@@ -195,3 +202,15 @@ def test_hints_that_contradict_the_files_are_said(tmp_path, caplog):
     loaded = convert.load(tmp_path, k=3, prefix_widths=[4, 8])
     assert loaded.prefix_widths == [4, 8] and loaded.k == 3
     assert "says k = 2; it is loaded with k = 3" in caplog.text and "was trained at widths [2, 8]" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["topk tied", "topk tied layer_norm"])
+def test_sentence_transformers_computes_the_same(tmp_path, variant):
+    module = pytest.importorskip("sentence_transformers.sparse_encoder.modules").SparseAutoEncoder
+    sae, x = random_sae(variant), inputs(16)
+    convert.save(sae, tmp_path, "csr")
+    loaded = module.load(str(tmp_path)).eval()
+    found = loaded({"sentence_embedding": x.clone()})
+    torch.testing.assert_close(found["sentence_embedding"], sae.encode(x).to_dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["decoded_embedding_k"], sae.decode(sae.encode(x)), rtol=1e-4, atol=1e-5)

@@ -38,6 +38,7 @@ def test_without_its_tokenizer_tokens_are_numbers(index):
     told = FeatureIndex(index.about | {"base_model": "/nowhere/at/all"}, index._locate)
     top = told.feature(5).top_contexts[0]
     assert f"«#{top.token_ids[top.peak]}»" in repr(told.contexts(5))
+    assert f"«#{top.token_ids[top.peak]}»" in str(told.contexts(5)[0]) and "array" not in str(told.contexts(5)[:2])
 
 
 def test_labels_are_kept_by_id_through_pruning_and_in_the_folder(tmp_path):

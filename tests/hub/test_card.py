@@ -323,7 +323,9 @@ def test_an_sae_from_memory_says_what_its_config_knows():
 
 def test_an_sae_of_sentence_embeddings_is_shown_with_texts():
     fields = {"base_model": "org/encoder", "hookpoint": "sentence_embedding"}
-    ours, alone = snippets(str(sae_card(TopKSAE(TopKSAEConfig(d_in=8, num_latents=32, k=2, **fields)), REPO)))
+    card = str(sae_card(TopKSAE(TopKSAEConfig(d_in=8, num_latents=32, k=2, **fields)), REPO))
+    assert "for the embeddings of whole texts" in card and "takes raw embeddings" in card
+    ours, alone = snippets(card)
     assert 'model = load_sentence_transformer("org/encoder")' in ours and "harvest" not in ours
     assert 'model = SentenceTransformer("org/encoder")' in alone and "register_forward_hook" not in alone
     for each in (ours, alone):

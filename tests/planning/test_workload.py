@@ -107,3 +107,8 @@ def test_nothing_is_computed():
     assert torch.get_default_dtype() == torch.float32
     entry = {"type": "topk", "num_latents": 2**34, "k": 8}
     assert workload(entry).dictionaries[0].parameters > 10**12
+
+
+def test_embeddings_of_texts_are_made_before_the_first_step():
+    work = workload({"type": "topk", "num_latents": 64, "k": 4}, hookpoints=["sentence_embedding"])
+    assert work.dictionaries[0].d_in == 128 and not work.lm.parameters and work.buffer_tokens == work.tokens

@@ -127,6 +127,25 @@ def test_a_query_is_its_products_with_the_decoder(dense, encoder, codes) -> None
     assert torch.equal(sparse_encoder(dense, sae, queries="codes").encode_query(TEXTS).to_dense(), codes)
 
 
+@torch.no_grad()
+def test_refined_codes_say_more_with_as_many_latents_and_keep_their_slices(dense, tmp_path: Path) -> None:
+    sae = an_sae()
+    rows = dense.encode(TEXTS, convert_to_tensor=True) - sae.b_dec
+    codes = [sparse_encoder(dense, sae, refine=steps).encode(TEXTS).to_dense() for steps in (0, 1, 10)]
+    errors = [(rows - code @ sae.W_dec).square().sum(1) for code in codes]
+    assert (errors[1] < errors[0]).all() and (errors[2] <= errors[1]).all()
+    assert all(torch.equal((code > 0).sum(1), (codes[0] > 0).sum(1)) and (code >= 0).all() for code in codes)
+    # With the support that was found, values are nearly those of least squares.
+    on = codes[2][0] > 0
+    fitted = torch.linalg.lstsq(sae.W_dec[on].T.double(), rows[0].double()).solution
+    best = (rows[0].double() - fitted @ sae.W_dec[on].double()).square().sum()
+    assert best <= errors[2][0] <= 1.05 * best
+    encoder = sparse_encoder(dense, sae, refine=10)
+    assert torch.equal(encoder.encode(TEXTS, width=40).to_dense()[:, :40], codes[2][:, :40])
+    encoder.save_pretrained(str(tmp_path))
+    assert torch.equal(LatentEncoder(str(tmp_path)).encode(TEXTS).to_dense(), codes[2])
+
+
 @pytest.mark.parametrize("text", [" ", "word " * 5000])
 def test_any_text_has_a_code(encoder, text: str) -> None:
     assert encoder.encode(text).to_dense().isfinite().all()
@@ -152,5 +171,7 @@ def test_what_does_not_fit_is_refused(dense, encoder) -> None:
         sparse_encoder(dense, an_sae(), pooling="mean")
     with pytest.raises(ValueError, match="`projections` for an SAE that reads pooled embeddings"):
         sparse_encoder(dense, an_sae(), pooling="max", queries="projections")
+    with pytest.raises(ValueError, match="`refine` is a number of steps"):
+        sparse_encoder(dense, an_sae(), pooling="max", refine=3)
     with pytest.raises(ValueError, match="between 1 and 96, the latents of this encoder; got 0"):
         encoder.encode(TEXTS, width=0)

@@ -40,6 +40,18 @@ def test_scores_are_those_of_dense_products(data, similarity: str, width: int) -
         np.testing.assert_allclose(row[found[found >= 0]], values[found >= 0], atol=1e-6)
 
 
+def test_lengths_may_be_those_of_what_codes_stand_for(data) -> None:
+    documents, queries = data
+    decoder = torch.randn(F, 20, generator=torch.Generator().manual_seed(3))
+    hits = SparseIndex(documents, decoder=decoder).search(queries, top_k=3, width=12)
+    lengths = (documents[:, :12].double() @ decoder[:12].double()).norm(dim=1).clamp(min=1e-15)
+    expected = dense_scores(documents, queries, "dot", 12) / lengths.numpy()
+    expected /= queries[:, :12].double().norm(dim=1, keepdim=True).clamp(min=1e-15).numpy()
+    for row, found, values in zip(expected, hits.documents, hits.scores, strict=True):
+        np.testing.assert_allclose(row[found[found >= 0]], values[found >= 0], atol=1e-6)
+        np.testing.assert_allclose(np.sort(row)[::-1][: (found >= 0).sum()], values[found >= 0], atol=1e-6)
+
+
 def test_a_coarse_search_that_keeps_every_document_changes_nothing(data, monkeypatch) -> None:
     documents, queries = data
     monkeypatch.setattr(search, "_QUERIES", 4)  # in several pieces
@@ -103,6 +115,7 @@ def test_qdrant_finds_the_same_through_sentence_transformers(data) -> None:
         (lambda index: SparseIndex(torch.full((1, F), torch.nan)), "not finite"),
         (lambda index: SparseIndex(torch.zeros(F)), r"must be a tensor \(N, F\)"),
         (lambda index: SparseIndex(torch.zeros(1, F), "l2"), "'cosine' or 'dot'"),
+        (lambda index: SparseIndex(torch.zeros(1, F), decoder=torch.zeros(3, 2)), "there are 3 decoder rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(data, wrong, message: str) -> None:

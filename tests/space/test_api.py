@@ -18,6 +18,7 @@ ENDPOINTS = {
     "family": "latent sae place",
     "read_text": "text sae place width top",
     "activations": "text latent sae place width",
+    "search_texts": "texts query sae place width top",
     "reconstruct": "text sae place ranking width k new_tokens",
     "steer": "text latent mode strength sae place width new_tokens temperature seed",
     "compare": "sae place ranking width other other_place other_ranking other_width",

@@ -33,6 +33,7 @@ def test_what_was_saved_does_the_same(llama, tmp_path):
     ]
     card = (tmp_path / "README.md").read_text()
     assert "| 3 | 1.5 | add | `model.layers.1` |" in card and "| 7 | - | erase |" in card
+    assert made.parts[0].digest[:12] in card and "base model" in card
 
 
 @pytest.mark.parametrize("mode", ["clamp", "remove"])
@@ -112,5 +113,11 @@ def test_damaged_files_and_other_saes_are_told(llama, tmp_path):
     (tmp_path / "vectors.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read"):
         Steering.from_pretrained(tmp_path)
+    for place, message in [
+        ("/nope", "There is no folder or file '/nope' here"),
+        (tmp_path.parent, "holds no steering"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Steering.from_pretrained(place)
     with pytest.raises(ValueError, match="needs `data`"):
         Steering.from_latents(sae, {3: 1.5}, dose="auto")

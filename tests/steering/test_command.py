@@ -23,6 +23,8 @@ def test_mistakes_are_told_in_a_line(tmp_path, capsys):
     for flags, message in [
         (["--latents", "99999=1"], "got 99999"),
         (["--latents", "5", "--mode", "remove", "--tokens", "300", "--auto_dose"], "no value that could be larger"),
+        (["--latents", "-5=1"], "got -5"),
+        (["--latents", "5", "--mode", "erase", "--positions", "new"], "has no positions"),
         (["--latents", "5=1", "--export", "peft"], "pass --output_dir"),
     ]:
         assert cli.main(["steer", "embedded", *flags]) == 2

@@ -25,7 +25,7 @@ from torch import Tensor
 from ...common.files import as_json
 from ...models import SAEModel
 from ..bands import EDGES, Band
-from ..telling import Spell, feature_html, feature_text
+from ..telling import Spell, context_line, feature_html, feature_text, speller
 
 
 INDEX, LATENTS, CONTEXTS, SHOWCASE = "index.json", "latents.parquet", "contexts.parquet", "showcase.json"
@@ -84,9 +84,9 @@ CONTEXT_SCHEMA = pa.schema(
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Context:
-    """A run of tokens around one on which a latent fires.
+    """A run of tokens around one on which a latent fires; it prints as text.
 
     Args:
         kind (`str`): `"top"`, the number of the context's quantile of activation (`"0"` is the weakest), or `"band"`
@@ -97,6 +97,7 @@ class Context:
         value (`float`): Activation on that token.
         window (`int`): Number of the window of the text that holds that token.
         position (`int`): Position of that token in the window.
+        spell (`Spell`, *optional*): Gives token ids their text; by default they are shown as `#id`.
     """
 
     kind: str
@@ -106,6 +107,10 @@ class Context:
     value: float
     window: int
     position: int
+    spell: Spell | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return context_line(self, self.spell or speller(None)).strip()
 
 
 @dataclass(repr=False)

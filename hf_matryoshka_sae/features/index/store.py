@@ -205,8 +205,8 @@ class FeatureIndex:
         table = self._read(lambda: self._contexts.read_row_group(group))
         rows = table.filter(pc.equal(table["latent"], place)).drop_columns("latent").to_pylist()
         arrays = {"token_ids": np.int32, "activations": np.float32}
-        found = (Context(**row | {key: np.array(row[key], kind) for key, kind in arrays.items()}) for row in rows)
-        return Contexts(found, self.spell)
+        rows = (row | {key: np.array(row[key], kind) for key, kind in arrays.items()} for row in rows)
+        return Contexts((Context(**row, spell=self.spell) for row in rows), self.spell)
 
     def showcase(self) -> dict[str, Any] | None:
         """Return what the SAE is worth at twelve widths and a sample text, see [`showcase`].

@@ -9,7 +9,7 @@ from ...activations.language_model import EMBEDDED
 from ..subject.opened import RANKINGS
 
 
-TABS = ("prune", "explore", "search", "text", "compare")
+TABS = ("prune", "explore", "search", "text", "texts", "compare")
 _FORMER_TABS = {"features": "explore", "tree": "explore", "try": "text"}
 """Names of tabs in links that were sent on before."""
 

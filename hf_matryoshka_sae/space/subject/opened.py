@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ...activations import TokenBatch
+from ...activations.sentences import SENTENCE_EMBEDDING
 from ...evaluation import HeldOut
 from ...features import FeatureIndex
 from ...features.tree.picture import nested_picture
@@ -36,6 +37,7 @@ from .indexes import FoundIndex, find_index
 from .lanes import NoLongerWantedError
 from .prunings import Pruning, at_k, cut, worth
 from .reader import Reader
+from .texts import coded
 
 
 if TYPE_CHECKING:
@@ -113,14 +115,29 @@ class Opened:
 
     @property
     def data(self) -> HeldOut:
-        """Its language model with the held-out text, at its hookpoint; loaded by the first who asks."""
+        """Its language model with the held-out text, at its hookpoint; loaded by the first who asks.
+
+        Raises:
+            `ValueError`: if it reads embeddings of whole texts.
+        """
         self.load()
-        assert self._data is not None
+        if self._data is None:
+            raise ValueError(
+                "This SAE reads embeddings of whole texts: nothing happens token by token, and no text is continued. "
+                "Search texts with it on the tab “Texts”."
+            )
         return self._data
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether it reads embeddings of whole texts."""
+        return self.sae.config.hookpoint == SENTENCE_EMBEDDING
 
     def load(self) -> None:
         """Load the language model, unless it is there; raises `ValueError` as [`Library.heldout`]."""
-        if self._data is None:
+        if self.of_texts:
+            self.reader.encoder()
+        elif self._data is None:
             data = self.library.heldout(self)
             self.sae.to(data.device)
             self._data = data
@@ -211,6 +228,10 @@ class Opened:
         """What the index knows of every latent, as arrays `(F,)`; raises `ValueError` without an index."""
         index = self.require_index()
         return self._once("columns", lambda: _arrays(index))
+
+    def texts(self, texts: tuple[str, ...]) -> tuple[Any, Any, dict[str, Any]]:
+        """Texts as its latents code them, see [`coded`]; the last few are kept."""
+        return self._once(("texts", texts), lambda: coded(self, texts), most=4)
 
     # Rankings
 

@@ -1,6 +1,7 @@
 """A language model of SAEs that are open: its tokenizer and config at once, its weights when something runs it."""
 
 import os
+import re
 import threading
 from typing import Any
 
@@ -9,11 +10,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ...activations import DatasetConfig, heldout_batches
 from ...activations.language_model import model_class
+from ...activations.sentences import load_sentence_transformer
 from ...evaluation import HeldOut
 from ...evaluation.data import as_config
 from .hub import Repository
 
 
+_OF_MODULE = re.compile(r"\d+_\w+/[^/]+\.(json|safetensors)")  # of sentence-transformers, in folders such as 1_Pooling
 _WINDOWS = 32  # of text in a batch, as in `matryoshka-sae evaluate`
 _KEPT_STATES = 25_000_000  # numbers of the hidden states of the held-out text that are kept
 
@@ -43,6 +46,22 @@ class Reader:
         kind = model_class(self._config)
         self.generates, self.has_loss = kind is AutoModelForCausalLM, kind is not AutoModel
         self._text: HeldOut | None = None
+        self._encoder: Any = None
+
+    def encoder(self) -> Any:
+        """Return the model as sentence-transformers opens it, which pools; loaded by the first who asks.
+
+        Raises:
+            `ValueError`, `OSError`, `httpx.HTTPError`: if it cannot be fetched or loaded.
+        """
+        with self._lock:
+            if self._encoder is None:
+                if self._repository is not None:
+                    modules = [file for file in self._repository.sizes if _OF_MODULE.fullmatch(file)]
+                    self._repository.fetch([*self._repository.files_of_model(), *modules])
+                with self._loading:
+                    self._encoder = load_sentence_transformer(self._folder)
+            return self._encoder
 
     def renew_locks(self, loading: Any) -> None:
         """Take new locks that nobody holds."""

@@ -9,10 +9,11 @@ import torch
 
 from ...features import PatternHit, search_latents, search_words, text_features
 from ...steering import Steered, reconstruct_text, steer
-from ..limits import on_gpu
+from ..limits import on_gpu, wanted
 from .indexes import build
 from .library import Library
 from .opened import Opened, Pruning
+from .texts import search_texts
 
 
 _ALL: list["Runner"] = []
@@ -106,6 +107,15 @@ class Runner:
         find = search_latents if isinstance(query, str) else search_words
         with opened.running("search") as data:
             return find(query, opened.sae, data, top, width, show=True)
+
+    @on_gpu
+    def search_texts(
+        self, sae: str, place: str, texts: tuple[str, ...], query: str, width: int, top: int
+    ) -> list[dict[str, Any]]:
+        """Texts that answer a query, and the latents that answered."""
+        opened = self.library.look(sae, place)
+        with self.library.lanes["text"].turn(wanted):
+            return search_texts(opened, texts, query, width, top)
 
     @on_gpu(seconds=300)
     def build_index(self, sae: str, place: str, tokens: int) -> int:

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ...activations import hookpoint_widths, resolve_hookpoints
 from ...common.distributed import processes
+from ...common.logs import progress
 from ...evaluation.geometry import checked_widths
 from ...features.firings import joined_pairs, values_of
 from ...models import SAEModel
@@ -168,7 +168,7 @@ def absorption_on_task(
     selected = Classes([LETTERS[c] for c in classes[usable].tolist()], targets[:, usable], right[:, usable], probe)
     rows = [
         row_of_width(sae, task.states, task.heldout, selected, width, selection, thresholds)
-        for width in tqdm(widths, desc="absorption", leave=False, disable=processes()[0] != 0)
+        for width in progress(widths, desc="absorption", leave=False, disable=processes()[0] != 0)
     ]
     notes = []
     if sae.config.num_latents < _PUBLISHED_LATENTS:

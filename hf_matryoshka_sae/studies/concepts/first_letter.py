@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...activations import harvest, resolve_hookpoints
 from ...common.distributed import processes
+from ...common.logs import progress
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -229,7 +229,7 @@ def _read(
     limit = getattr(model.config, "max_position_embeddings", None)
     states = []
     batches = range(0, len(texts), batch_size)
-    for begin in tqdm(batches, desc="first-letter task", leave=False, disable=processes()[0] != 0):
+    for begin in progress(batches, desc="first-letter task", leave=False, disable=processes()[0] != 0):
         some = slice(begin, begin + batch_size)
         rows, covering = _tokenise(tokenizer, texts[some], spans[some])
         length = max(map(len, rows))

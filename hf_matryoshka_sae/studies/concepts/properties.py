@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...common.distributed import processes
+from ...common.logs import progress
 from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
@@ -108,7 +108,7 @@ def property_absorption(
         dictionaries |= random_dictionaries(dictionaries, data, seed)
     rows, properties = {}, {}
     todo = [(name, one, width) for name, one in dictionaries.items() for width in one.widths]
-    for name, one, width in tqdm(todo, desc="absorption", leave=False, disable=not show or processes()[0] != 0):
+    for name, one, width in progress(todo, desc="absorption", leave=False, disable=not show or processes()[0] != 0):
         one.check(name, tokens.states)
         row = row_of_width(
             one.sae, tokens.states, tokens.heldout, classes, width, one.selection, thresholds, tokens.holes(classes)

@@ -38,11 +38,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...common.checks import check_at_least
 from ...common.distributed import processes
 from ...common.intervals import CrossedBootstrap
+from ...common.logs import progress
 from ...common.report import Report
 from ...evaluation.data import HeldOut
 from ...evaluation.subjects import Dictionary
@@ -251,7 +251,7 @@ def _scored_splits(
     """Return a score for each split by subject and width, and the accuracies without ablation by pair or class."""
     scores: dict[tuple[str, int], list[Tensor]] = {}
     facts: dict[str, list[dict[str, float]]] = {}
-    for seed, test in tqdm(splits.items(), desc=title, disable=not options.show, leave=False):
+    for seed, test in progress(splits.items(), desc=title, disable=not options.show, leave=False):
         generator = torch.Generator().manual_seed(seed)
         fitted = list(_fitted(examples, chosen, test, options.most, generator))
         for name, fact in (item for concepts in fitted for item in concepts.facts().items()):

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...activations import is_masked_lm
 from ...activations.hookpoints import first_tensor, hooked
 from ...common.checks import check_at_least
 from ...common.distributed import processes, reduce_sum
 from ...common.intervals import ratio_interval, resampled_rows
+from ...common.logs import progress
 from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
@@ -98,7 +98,7 @@ def ablation_sparsity(
         ablations = _Ablations(sae, chosen, per_group, seed)
         rank, world = processes()
         own = range(rank, len(places), world)
-        for number in tqdm(own, desc=f"ablating {name}", disable=not show, leave=False):
+        for number in progress(own, desc=f"ablating {name}", disable=not show, leave=False):
             ablations.add(number, data, *places[number], positions)
         table = ablations.table(len(places))
         rows[name], latents[name] = _rows(table, chosen, logits, resamples, seed), _by_latent(table, logits)

@@ -12,10 +12,9 @@ reported.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from ...common.checks import check_at_least
 from ...common.distributed import gathered, processes
+from ...common.logs import progress
 from ...common.report import Column, Report
 from ...evaluation.data import HeldOut
 from ...models import SAEModel
@@ -114,7 +113,9 @@ def explainability(
         )
         weights = drawn.weights
         rank, world = processes()
-        bar = tqdm(drawn.latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False)
+        bar = progress(
+            drawn.latents[rank::world], desc=f"explaining {name}", disable=not show or rank != 0, leave=False
+        )
         own = []
         for one in bar:
             found_here = score(one, explainer.explain(one, from_text), on_text, len(from_text.fired[one][0]))

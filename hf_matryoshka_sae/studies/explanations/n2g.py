@@ -32,9 +32,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...common.distributed import processes
+from ...common.logs import progress
 from ...evaluation.data import HeldOut
 from ...features.firings import Firings, joined, span
 from ...models import SAEModel
@@ -115,7 +115,7 @@ def firing_examples(sae: SAEModel, data: HeldOut, latents: Iterable[int], show: 
     chosen[wanted] = True
     parts, keeps, first = [], [], 0
     sae.eval()
-    for batch in tqdm(data.batches, desc="examples", disable=not show or processes()[0] != 0, leave=False):
+    for batch in progress(data.batches, desc="examples", disable=not show or processes()[0] != 0, leave=False):
         batch = batch.to(data.device)
         pairs = sae.encode_pairs(data.states(batch).to(sae.W_enc))
         read = batch.keep.flatten().nonzero().flatten().to(sae.W_enc.device)

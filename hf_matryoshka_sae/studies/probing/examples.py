@@ -13,10 +13,10 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...activations import TokenBatch, TokenStream
 from ...common.distributed import processes, reduce_sum
+from ...common.logs import progress
 from ...evaluation.data import HeldOut, windows_of
 from ...evaluation.subjects import Dictionary
 from .columns import LatentColumns, PairCollector
@@ -223,7 +223,7 @@ def _read(
         for name, of in dictionaries.items()
     }
     hidden: Tensor | None = None
-    for batch, ids, counts in tqdm(batches, desc="probes: activations", disable=not show, leave=False):
+    for batch, ids, counts in progress(batches, desc="probes: activations", disable=not show, leave=False):
         states = data.states(batch)
         if not states.isfinite().all():
             raise ValueError(

@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...common.logs import check_time
 from ...features.firings import values_of
 from ...models.sparse_ops import LatentPairs, PairIndex, gather_sum
 
@@ -71,7 +72,10 @@ def fit_logistic(x: Tensor, targets: Tensor, l2: float = 1.0, own_units: bool = 
     z, penalty = (z - mean) / scale, penalty / scale.square()
     classes = zip(targets.cpu().double().T, weights.T, strict=True)
     with _one_thread():
-        solutions = [_minimum(z, y, c / len(z), penalty) for y, c in classes]
+        solutions = []
+        for y, c in classes:
+            check_time()
+            solutions.append(_minimum(z, y, c / len(z), penalty))
     weight = torch.stack([solution[:-1] for solution in solutions]) / scale
     bias = torch.stack([solution[-1] for solution in solutions]) - weight @ mean
     return LogisticProbe(weight.to(x.device), bias.to(x.device))

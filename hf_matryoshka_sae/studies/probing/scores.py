@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...common.distributed import reduce_sum
+from ...common.logs import progress
 from ...evaluation.subjects import Dictionary
 from .columns import LatentColumns, own_latents
 from .examples import Examples
@@ -72,7 +72,7 @@ class Probing:
             alone[:, own] = examples.hidden[:, own]
             work.append((CHANNELS, LatentColumns.of_dense(alone), [d_in]))
         total = len(tests) * sum(len(own_latents(columns.num_latents)) for _, columns, _ in work)
-        with tqdm(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
+        with progress(total=total, desc="probes: latents", disable=not self.show, leave=False) as bar:
             for name, columns, widths in work:
                 self._of_columns(name, columns, widths, examples.labels, tests, results, bar)
         if self.channels:
@@ -87,7 +87,7 @@ class Probing:
         labels: Tensor,
         tests: Sequence[Tensor],
         results: dict[Key, Scores],
-        bar: tqdm,
+        bar: progress,
     ) -> None:
         own, probes = own_latents(columns.num_latents), None
         for test in tests:
@@ -109,7 +109,9 @@ class Probing:
     def _all_channels(self, examples: Examples, tests: Sequence[Tensor], results: dict[Key, Scores]) -> None:
         labels = examples.labels
         at = results.setdefault((ALL_CHANNELS, examples.hidden.shape[1]), Scores())
-        for number, test in enumerate(tqdm(tests, desc="probes: all channels", disable=not self.show, leave=False)):
+        for number, test in enumerate(
+            progress(tests, desc="probes: all channels", disable=not self.show, leave=False)
+        ):
             validation = ~test & examples.held_out(test.double().mean().item(), _VALIDATION + number)
             scores = dense_probes(examples.hidden, labels, test, validation)
             at.loss.append(cross_entropy(scores, labels, class_weights(labels, test)))

@@ -146,7 +146,8 @@ class Sweep:
         """Return the run that trains the SAEs of these (F, k) on this number of tokens."""
         saes = [self._entry(*pair) for pair in pairs]
         place = {} if folder is None else {"output_dir": str(folder)}
-        same = {"eval_tokens": LARGEST_EVALUATION}  # laws compare losses on the same held-out tokens
+        # Laws compare losses on the same held-out tokens, of many SAEs with each other.
+        same = {"eval_tokens": LARGEST_EVALUATION, "eval_baselines": False}
         return RunConfig.read({**same, **self.fields, **place, "tokens": tokens, "saes": saes})
 
 

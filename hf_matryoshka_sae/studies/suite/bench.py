@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...activations import TokenBatch
 from ...common.report import Report
 from ...evaluation.data import HeldOut, windows_of
 from ...evaluation.language_model import LossScaling
@@ -51,10 +50,6 @@ class Bench:
         if isinstance(self.data, HeldOut) and self.data.kept_states is None:
             self.data = replace(self.data, kept_states={})
 
-    def tokens(self, count: int) -> HeldOut:
-        """About so many of the tokens, from all over the text."""
-        return replace(self.data, batches=_spread(self.data.batches, count))
-
     @cached_property
     def halves(self) -> tuple[HeldOut, HeldOut]:
         """Text to explain latents by, and other text to test that on."""
@@ -69,12 +64,6 @@ class Bench:
                 "There is too little held-out text to explain latents by one half and test it on another."
             )
         return tuple(replace(self.data, batches=list(part)) for part in parts)
-
-
-def _spread(batches: Sequence[TokenBatch], count: int) -> list[TokenBatch]:
-    total = sum(int(batch.keep.sum()) for batch in batches)
-    wanted = max(1, round(len(batches) * min(1.0, count / max(1, total))))
-    return [batches[index * len(batches) // wanted] for index in range(wanted)]
 
 
 @dataclass

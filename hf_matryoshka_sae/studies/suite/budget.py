@@ -1,10 +1,11 @@
 """Running the sections: what is done is kept, what time is left is shared out, and what was cut is told.
 
-With a budget every section is first run at its least size, cheap ones first: no section gets more before each has had
-its least. Then the time that is left is shared among those that a larger size would do good, and what one does not use
-goes to the others; a section is run again at the size that fits, if that is half as much again, else the first result
-stands. A section that runs is not cut off, so a budget below what the least sizes need leaves out the dear ones, and
-the report says so. What is not defined for these SAEs or this text says so itself, and costs next to nothing.
+With a budget every section is first run at its least size, fidelity before all and cheap ones before dear: no section
+gets more before each has had its least. Then the time that is left is shared among those that a larger size would do
+good, and what one does not use goes to the others; a section is run again at the size that fits, if that is half as
+much again, else the first result stands. A section ends when the time does (of several processes none does: they would
+stop at different places): a budget below what the least sizes need leaves out the dear ones, and the report says so.
+What is not defined for these SAEs or this text says so itself, and costs next to nothing.
 """
 
 import hashlib
@@ -19,11 +20,13 @@ from tqdm.auto import tqdm
 
 from ...common.distributed import processes
 from ...common.files import write_json
+from ...common.logs import OutOfTime, within
 from .bench import Bench, Found
 from .sections import Section
 
 
 _WORTH_IT = 1.5  # times the least size; below that another run only costs time
+_AIM, _MOST = 0.8, 1.5  # of a section's share of time: what a larger size is chosen to take, and where it is given up
 
 
 def run_sections(
@@ -33,6 +36,7 @@ def run_sections(
     key: dict[str, Any],
     minutes: float | None = None,
     show: bool = True,
+    spent: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Run the sections whose results are not in the folder yet.
 
@@ -43,6 +47,7 @@ def run_sections(
         key (`dict`): What the results depend on, JSON-able; results of another key are made anew.
         minutes (`float`, *optional*): To spend, those of results in the folder included. By default full sizes.
         show (`bool`, *optional*, defaults to `True`): Show progress bars in the main process.
+        spent (`float`, *optional*, defaults to 0.0): Seconds of the budget that are gone already.
 
     Returns:
         `list[dict]`: For each section `name`, `title`, `about`, `columns`, `rows`, `text`, `notes`, `facts`, `size`,
@@ -54,12 +59,14 @@ def run_sections(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"`minutes` must be above 0, got {minutes:g}.")
-    run = _Run(bench, folder, key, minutes)
+    run = _Run(bench, folder, key, minutes, spent)
     kept = {section.name: _read(folder, section, key) for section in sections} if run.main else {}
     (kept,) = broadcast_object_list([kept]) if run.several else [kept]
     run.results = {name: found for name, found in kept.items() if found}
+    run.before += sum(found["seconds"] for found in run.results.values())
     show = show and run.main
-    bar = tqdm(sorted(sections, key=lambda section: section.cost), disable=not show, unit="section")
+    cheap_first = sorted(sections, key=lambda section: (section is not sections[0], section.cost))
+    bar = tqdm(cheap_first, disable=not show, unit="section")
     for section in bar:
         bar.set_description(section.title)
         if section.name not in run.results:
@@ -77,15 +84,18 @@ def run_sections(
 class _Run:
     """What was found so far, and what may still be spent."""
 
-    def __init__(self, bench: Bench, folder: Path, key: dict[str, Any], minutes: float | None) -> None:
+    def __init__(
+        self, bench: Bench, folder: Path, key: dict[str, Any], minutes: float | None, spent: float = 0.0
+    ) -> None:
         self.bench, self.folder, self.key, self.minutes = bench, folder, key, minutes
+        self.before, self.began = spent, time.monotonic()
         self.main, self.several = processes()[0] == 0, processes()[1] > 1
         self.results: dict[str, dict[str, Any]] = {}
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are not spent; the main process's clock counts."""
-        spent = sum(found["seconds"] for found in self.results.values())
+        """Seconds of the budget that are not spent, drawing included; the main process's clock counts."""
+        spent = self.before + time.monotonic() - self.began
         return _told(60 * (self.minutes or 0) - spent, self.several)
 
     def least(self, section: Section, needed: bool) -> None:
@@ -96,12 +106,14 @@ class _Run:
         began = time.monotonic()
         size = section.full if self.minutes is None else section.least
         try:
-            found = section.run(self.bench, size)
-        except ValueError as error:
-            if needed:
+            with within(self._until(1.0)):
+                found = section.run(self.bench, size)
+        except (ValueError, OutOfTime) as error:
+            if needed and isinstance(error, ValueError):
                 raise
             taken = time.monotonic() - began
-            self.results[section.name] = self._about(section, 0, taken) | {"rows": {}, "left_out": str(error)}
+            reason = str(error) or f"it was not done in the {taken:.0f} s that were left"
+            self.results[section.name] = self._about(section, 0, taken) | {"rows": {}, "left_out": reason}
             return
         self._keep(section, size, time.monotonic() - began, found, grown=self.minutes is None or size == section.full)
 
@@ -114,11 +126,22 @@ class _Run:
         """Run a section again at the size that its share of the time allows; `waiting` shares are not spent yet."""
         found = self.results[section.name]
         allowed = self.left * section.share / waiting
-        larger = min(section.full, int(found["size"] * allowed / max(found["seconds"], 1e-9)))
-        if larger >= _WORTH_IT * found["size"]:
-            began = time.monotonic()
-            anew = section.run(self.bench, larger)
-            self._keep(section, larger, found["seconds"] + time.monotonic() - began, anew, grown=True)
+        times = max(0.0, _AIM * allowed / max(found["seconds"], 1e-9)) ** (1 / section.growth)
+        larger = int(min(section.full, found["size"] * times))
+        if larger < _WORTH_IT * found["size"]:
+            return
+        began = time.monotonic()
+        try:
+            with within(self._until(_MOST * allowed / self.left)):
+                anew = section.run(self.bench, larger)
+        except OutOfTime:
+            found["seconds"] += time.monotonic() - began
+            return
+        self._keep(section, larger, found["seconds"] + time.monotonic() - began, anew, grown=True)
+
+    def _until(self, share: float) -> float | None:
+        """Return the seconds after which a section is given up: a share of those left, and no more than these."""
+        return None if self.minutes is None or self.several else min(1.0, share) * self.left
 
     def _about(self, section: Section, size: int, seconds: float) -> dict[str, Any]:
         return {
@@ -129,6 +152,7 @@ class _Run:
             "about": section.about,
             "columns": section.columns,
             "better": section.better,
+            "beats_random": section.beats_random,
             "unit": section.unit,
             "full": section.full,
             "size": size,

@@ -23,7 +23,7 @@ from ..weights.meta_sae import meta_sae
 from .bench import Bench, Found, Rows
 
 
-_FEW_LATENTS, _LITTLE_EFFORT = 16, 0.08
+_EFFORT, _MOST_EFFORT, _SUBSTITUTES_FROM = 0.01, 0.5, 32  # of a latent of each group; latents of a group
 _FULL_STEPS = 1500
 _SEVERAL_SPLITS = 4_000  # tokens from which on probes are fitted to several splits
 _WORDS_TO_CHECK, _SPELLS = 600, 0.5
@@ -35,7 +35,7 @@ _REMOVAL = (
 
 def fidelity(bench: Bench, tokens: int) -> Found:
     """Reconstruction, loss, similarity, weights and firing."""
-    data = bench.tokens(tokens)
+    data = bench.data.sample(tokens)
     result = evaluate(data, bench.saes, bench.widths, bench.selection, scaling=bench.scaling)
     drawn = result | {"saes": {name: rows for name, rows in result["saes"].items() if name != IDENTITY}}
     text = f"{report.table([result])}\n\n{details([result])}"
@@ -67,8 +67,8 @@ def probes(bench: Bench, tokens: int) -> Found:
 
 def patterns(bench: Bench, per_group: int) -> Found:
     """N2G; of few latents with little effort."""
-    effort = _LITTLE_EFFORT if per_group <= _FEW_LATENTS else 0.5
-    options = {"effort": effort, "substitutes": 0 if effort == _LITTLE_EFFORT else 2, "seed": bench.seed}
+    options = {"effort": min(_MOST_EFFORT, _EFFORT * per_group), "seed": bench.seed}
+    options["substitutes"] = 2 if per_group >= _SUBSTITUTES_FROM else 0
     return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
 
 
@@ -165,7 +165,7 @@ def comparison(bench: Bench, tokens: int) -> Found:
     """Several SAEs at equal sparsity, and how alike their latents are."""
     if len(bench.saes) < 2:
         raise NotDefined("there is one SAE; name a folder of several to compare them")
-    found = sparsity_frontier(bench.tokens(tokens), bench.saes, seed=bench.seed)
+    found = sparsity_frontier(bench.data.sample(tokens), bench.saes, seed=bench.seed)
     lines = [["", "width", "matched cosine", "random rows"]]
     for row in agreement(bench.saes):
         names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]

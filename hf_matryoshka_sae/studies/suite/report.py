@@ -1,5 +1,6 @@
 """The report of a full evaluation: a page of verdict, a page with every table, and `suite.json` for cards."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ def write_report(folder: Path, places: Sequence[dict[str, Any]], minutes: float 
     Returns:
         `Path`: That of `report.md`.
     """
-    kept = ("name", "title", "question", "about", "columns", "better", "rows", "facts", "size", "full", "unit")
-    kept += ("seconds", "notes", "left_out", "plot")
+    kept = (
+        "name title question about columns better beats_random rows facts size full unit seconds notes left_out plot"
+    )
     told = [
-        {**place, "sections": [{key: each[key] for key in kept if key in each} for each in place["sections"]]}
+        {**place, "sections": [{key: each[key] for key in kept.split() if key in each} for each in place["sections"]]}
         for place in places
     ]
     write_json(folder / SUITE_FILE, {"minutes": minutes, "places": told})
@@ -112,13 +114,13 @@ def verdict(place: dict[str, Any], name: str) -> str:
     words: dict[str, list[str]] = {}
     for section in sections.values():
         word = _compared(section, name)
-        if word and section["name"] != "fidelity":
-            words.setdefault(word, []).append(section["title"].lower())
+        if word and section["name"] != "fidelity" and section.get("beats_random", True):
+            words.setdefault(word, []).append(_inside(section["title"]))
     parts = [
         f"{word} than random directions in {'; '.join(titles)}" for word, titles in words.items() if word != "even"
     ]
-    parts += [f"no clear difference from them in {'; '.join(words['even'])}"] if "even" in words else []
     told += [f"It does {', '.join(parts)}."] if parts else []
+    told += [f"No clear difference from random directions in {'; '.join(words['even'])}."] if "even" in words else []
     if "patterns" in sections:
         row = sections["patterns"]["rows"][name][-1]
         best = max(
@@ -133,6 +135,11 @@ def verdict(place: dict[str, Any], name: str) -> str:
             f"million; {rows[-1]['dead']:.1%} on none of the {sections['fidelity']['facts']['tokens']:,} seen."
         )
     return " ".join(told)
+
+
+def _inside(title: str) -> str:
+    """Return a title as it stands inside a sentence."""
+    return title if title[1].isupper() else title[0].lower() + title[1:]
 
 
 def _keeps(row: dict[str, Any], who: str) -> str:
@@ -225,10 +232,12 @@ def _overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
         }
         random = [subject for subject in lines if subject.startswith("random (")]
         flat = [subject for subject, points in lines.items() if subject in FLAT or any(w is None for w, *_ in points)]
+        # What does not depend on width is a line: its interval, in the details, can be wider than all else.
+        lines |= {name: [(*point[:2], None) for point in lines[name]] for name in flat}
         draw_widths(axis, lines, flat, random)
-        axis.set_title(section["question"], fontsize=10)
+        axis.set_title(textwrap.fill(section["question"], 46), fontsize=10)
         axis.set_ylabel(f"{title} ({section.get('better', 'higher')} is better)", fontsize=8)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, framealpha=0.6)
     for axis in axes[len(sections) :]:
         axis.remove()
     save_figure(figure, path)

@@ -40,6 +40,8 @@ class Section:
         least (`int`), full (`int`): Sizes; the same where there is no choice.
         share (`float`): Of a budget of time, relative to the other sections'.
         cost (`float`): Seconds that the least size takes or so, on one core and an SAE of 4,096; cheap ones run first.
+        beats_random (`bool`): Whether it says something to be better than random directions; these absorb nothing.
+        growth (`float`): Seconds grow with this power of the size.
         better (`str`): Which values of the first column are better, `"higher"` or `"lower"`.
     """
 
@@ -55,6 +57,8 @@ class Section:
     share: float
     cost: float = 1.0
     better: str = "higher"
+    growth: float = 1.0
+    beats_random: bool = True
 
 
 SECTIONS = (
@@ -102,6 +106,7 @@ SECTIONS = (
         share=2.5,
         cost=8,
         better="lower",
+        growth=2.0,  # more tokens, more tasks, and from some size on of several splits
     ),
     Section(
         "patterns",
@@ -123,7 +128,7 @@ SECTIONS = (
         48,
         share=4,
         cost=25,
-        better="higher",
+        growth=2.0,  # more latents, and more of the places of each
     ),
     Section(
         "autointerp",
@@ -144,7 +149,6 @@ SECTIONS = (
         16,
         share=4,
         cost=30,
-        better="higher",
     ),
     Section(
         "ablation",
@@ -176,7 +180,6 @@ SECTIONS = (
         10_000,
         share=2,
         cost=15,
-        better="higher",
     ),
     Section(
         "absorption",
@@ -198,6 +201,7 @@ SECTIONS = (
         share=1.5,
         cost=20,
         better="lower",
+        beats_random=False,
     ),
     Section(
         "spelling",
@@ -216,6 +220,7 @@ SECTIONS = (
         share=1,
         cost=5,
         better="lower",
+        beats_random=False,
     ),
     Section(
         "comparison",

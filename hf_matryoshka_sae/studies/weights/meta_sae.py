@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...common.checks import check_at_least
 from ...common.distributed import processes
 from ...common.intervals import seed_interval
+from ...common.logs import progress
 from ...common.report import Column, Report
 from ...common.seeds import derived_seed
 from ...evaluation.geometry import checked_widths, unit_rows
@@ -97,7 +97,9 @@ def meta_sae(
     decoders = {(name, width): _directions(name, saes[name], width) for name in saes for width in chosen[name]}
     runs = len(decoders) * len(seeds) * (1 + baselines) * steps
     rows, random = [], {}
-    with tqdm(total=runs, desc="meta-SAEs", unit="step", disable=not show or processes()[0] != 0, leave=False) as bar:
+    with progress(
+        total=runs, desc="meta-SAEs", unit="step", disable=not show or processes()[0] != 0, leave=False
+    ) as bar:
 
         def explained(decoder: Tensor, seed: int) -> float:
             return explained_variance(decoder, steps, batch_size, lr, seed, bar)
@@ -138,7 +140,7 @@ def _random_rows(shape: torch.Size, seed: int) -> Tensor:
 
 
 def explained_variance(
-    rows: Tensor, steps: int, batch_size: int, lr: float, seed: int = 0, bar: tqdm | None = None
+    rows: Tensor, steps: int, batch_size: int, lr: float, seed: int = 0, bar: progress | None = None
 ) -> float:
     """Train a meta-SAE; return the fraction of the variance of rows `(F, D)` about their mean that it explains.
 
@@ -150,7 +152,7 @@ def explained_variance(
         batch_size (`int`): Rows in a step.
         lr (`float`): Learning rate of Adam.
         seed (`int`, *optional*, defaults to 0): Seed of first weights and batches.
-        bar (`tqdm`, *optional*): Progress bar of steps.
+        bar (`progress`, *optional*): Progress bar of steps.
     """
     middle, count = rows.mean(0), len(rows) // _SHARE
     fields = {"type": "batch_topk", "num_latents": count, "k": min(K, count), "lr": lr, **_RECIPE}

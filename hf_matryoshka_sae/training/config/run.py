@@ -112,6 +112,9 @@ class RunConfig:
     """Share of `dataset`'s documents that are held out where there is no `eval_dataset`."""
     eval_tokens: int | None = None
     """Held-out tokens of the closing report; by default a quarter of `tokens`, 4,096 to 60,000."""
+    eval_baselines: bool = True
+    """Put random directions that fire as often beside each SAE of the closing report, at its first and last width, and
+    principal components, on 8,192 tokens; no random ones beside SAEs that are sharded or of over 2**26 weights."""
     calibration_tokens: int | None = None
     """Hidden states to solve thresholds on (of all but TopK), kept evenly over the run; by default a fifth of
     `tokens`, 4,096 to 32,768."""

@@ -181,7 +181,8 @@ class Closing:
                 if one.hookpoint == hookpoint
             }
             if saes:
-                results.append(evaluate(heldout, saes) | self._by_source(heldout, saes))
+                result = evaluate(heldout, saes, baselines=self.config.eval_baselines)
+                results.append(result | self._by_source(heldout, saes))
         return results
 
     def _by_source(self, heldout: Any, saes: dict[str, Dictionary]) -> dict[str, Any]:
@@ -206,10 +207,13 @@ class Closing:
             subject = ShardedDictionary(sae, layout, learner.config.widths) if layout.shards > 1 else Dictionary(sae)
             with among(layout.replica, layout.replicas, layout.replica_group):
                 first = self.accelerator.process_index == place.ranks[0]
-                place_told[learner.name] = evaluate(heldout, {learner.name: subject}, show=first)
+                found = evaluate(heldout, {learner.name: subject}, first, self.config.eval_baselines)
+                place_told[learner.name] = found
         results: dict[str, dict[str, Any]] = {}
         for _, found in self._everywhere(told):
-            results.setdefault(found["hookpoint"], found)["saes"] |= found["saes"]
+            of_hookpoint = results.setdefault(found["hookpoint"], found)
+            for part in ("saes", "baselines"):
+                of_hookpoint[part] |= found[part]
         return [results[name] for name in self.harvest.hookpoints if name in results]
 
     def _load(self, learner: Learner, folder: Path, device: torch.device) -> SAEModel:

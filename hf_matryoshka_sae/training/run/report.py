@@ -1,15 +1,20 @@
 """The closing report of a run: every dictionary on held-out rows, as numbers, text and a plot, and what it missed."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from ...common.files import write_json
-from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
+from ...evaluation import Dictionary, HeldOut, PrincipalComponents, evaluate_fidelity, random_dictionary
+from ...evaluation.baselines import component_widths
+from ...evaluation.core import COMPONENTS
 from ...evaluation.report import ABOUT, plot, table
 from ...evaluation.sources import sources_report
+from ...evaluation.subjects import ShardedDictionary, Subject
 from ..data.harvest import HeldOutStates
 from ..sae.learner import Learner
 from ..sae.schedules import peak_rate
@@ -19,26 +24,55 @@ _TOLERANCE = 0.1  # of the wanted L0
 LARGEST_SHIFT = 0.2  # of it too: training that ends further off is told of
 _MOST_DEAD = 0.1  # of the latents
 _LOOK_BACK = 100_000  # tokens of training
+_BASELINE_TOKENS = 8_192
+_LARGEST_RANDOM = 2**26  # weights of a decoder that a random one is made beside
 
 
-def evaluate(data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show: bool = True) -> dict[str, Any]:
-    """Reconstruction and recaptured language-model loss of the SAEs of one hookpoint.
+def evaluate(
+    data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show: bool = True, baselines: bool = True
+) -> dict[str, Any]:
+    """Return reconstruction and recaptured language-model loss of the SAEs of one hookpoint, beside baselines.
 
     Args:
         data ([`HeldOut`] or [`HeldOutStates`]): The language model and held-out tokens, or held-out rows; every
             process evaluates its share.
         saes (`dict[str, Dictionary]`): By name; taking raw hidden states.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar.
+        baselines (`bool`, *optional*, defaults to `True`): Measure what is cheap of the baselines: see
+            `eval_baselines` of [`RunConfig`].
 
     Returns:
-        `dict`: What [`evaluate_fidelity`] gives, with the rows under `saes`, and the `hookpoint`.
+        `dict`: What [`evaluate_fidelity`] gives, with the rows under `saes` and `baselines`, and the `hookpoint`.
 
     Raises:
         `ValueError`: if there are no held-out tokens.
     """
     result = evaluate_fidelity(data, saes, show=show)
     rows = result.pop("subjects")
-    return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows}
+    found = _baselines(data, saes, show) if baselines else {"baselines": {}, "baseline_tokens": 0}
+    return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows, **found}
+
+
+def _baselines(data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show: bool) -> dict[str, Any]:
+    """Return rows of random dictionaries at the first and last width of each SAE, and of principal components."""
+    if isinstance(data, HeldOut):
+        data = replace(data.sample(_BASELINE_TOKENS), kept_states={})
+    subjects: dict[str, Subject] = {}
+    for name, dictionary in saes.items():
+        sae, ends = dictionary.sae, sorted({dictionary.widths[0], dictionary.widths[-1]})
+        if isinstance(dictionary, ShardedDictionary) or sae.W_dec.numel() > _LARGEST_RANDOM:
+            continue
+        with suppress(ValueError):  # nothing fires, or no state is finite: the SAE's own row says so
+            subjects[f"random ({name})"] = Dictionary(random_dictionary(sae, data, ends), ends)
+    every = sorted({width for dictionary in saes.values() for width in dictionary.widths})
+    (d_in,) = {dictionary.sae.config.d_in for dictionary in saes.values()}
+    with suppress(ValueError):  # hidden states that do not vary
+        subjects[COMPONENTS] = PrincipalComponents.fit(data, component_widths(every, d_in))
+    if not subjects:
+        return {"baselines": {}, "baseline_tokens": 0}
+    widest = {name: subject.widths[-1:] for name, subject in subjects.items()}
+    result = evaluate_fidelity(data, subjects, loss_widths=widest, show=show)
+    return {"baselines": result["subjects"], "baseline_tokens": result["tokens"]}
 
 
 def write_report(

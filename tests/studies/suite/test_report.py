@@ -63,7 +63,7 @@ def test_the_paragraph_says_what_the_numbers_say(place):
     assert "All 32 latents, 4.0 of them on a token, leave 10.0% of the variance unexplained" in told
     assert "recapture 95.0% of the language model's loss" in told and "Its first 8 alone" in told
     assert "better than random directions in the patterns" in told
-    assert "no clear difference from them in the effects" in told
+    assert "No clear difference from random directions in the effects" in told
     assert "Patterns (F1 0.40) say less than a table of the last two tokens (0.55)." in told
     assert "About 2.0% of its latents (1.0% to 5.0%)" in told and "25.0% on none of the 4,096 seen" in told
 

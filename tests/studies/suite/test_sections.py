@@ -67,10 +67,10 @@ def test_halves_share_no_window(bench):
 
 
 def test_tokens_are_taken_from_all_over_the_text(bench):
-    part = bench.tokens(bench.data.tokens // 3)
+    part = bench.data.sample(bench.data.tokens // 3)
     assert len(part.batches) == 2
     assert part.batches[0] is bench.data.batches[0] and part.batches[1] is bench.data.batches[3]
-    assert bench.tokens(10**9).tokens == bench.data.tokens
+    assert bench.data.sample(10**9).tokens == bench.data.tokens
 
 
 def test_fidelity_is_what_evaluate_fidelity_gives(bench):

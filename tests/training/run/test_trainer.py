@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_matryoshka_sae import MatryoshkaSAE
+from hf_matryoshka_sae.evaluation.report import table
 from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.training import Interrupted, RunConfig, train
 from hf_matryoshka_sae.training.data.text import lm_device, overlaps
@@ -78,6 +79,20 @@ def test_a_run_leaves_its_files_and_loads_with_auto_model(finished):
     assert json.loads((folder / "results.json").read_text())["results"] == results
     assert all(a["fvu"] > b["fvu"] for a, b in zip(rows, rows[1:], strict=False))
     assert results[0]["clean_ce"] < rows[-1]["ce"] < results[0]["zero_ce"]
+
+
+def test_the_closing_report_has_baselines_on_some_of_the_tokens(finished):
+    _, (result,) = finished
+    nested, random = result["saes"]["nested"], result["baselines"]["random (nested)"]
+    assert [row["width"] for row in random] == [nested[0]["width"], nested[-1]["width"]]
+    for row, own in zip(random, (nested[0], nested[-1]), strict=True):
+        assert row["l0"] == pytest.approx(own["l0"], rel=0.2) and row["fvu"] > own["fvu"]
+    assert random[0]["ce"] is None and random[1]["ce"] > nested[-1]["ce"]
+    components = result["baselines"]["principal components"]
+    assert [row["width"] for row in components] == sorted(row["width"] for row in components)
+    assert all(row["width"] < 128 for row in components) and 0 < components[-1]["fvu"] < components[0]["fvu"]
+    assert 0 < result["baseline_tokens"] <= result["tokens"]
+    assert "random (nested)" in table([result])
 
 
 def test_the_folder_of_a_run_loads_like_a_repository_of_it(finished, tmp_path):

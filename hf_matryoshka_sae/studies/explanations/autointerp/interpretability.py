@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ....common.checks import check_at_least
 from ....common.distributed import processes
+from ....common.logs import progress
 from ....common.report import Report
 from ....evaluation.data import HeldOut
 from ....models import SAEModel
@@ -133,7 +133,7 @@ def automated_interpretability(
                 _read_by_judge, partial(JudgeReader, judge, answers, templates, texts), from_text, counts, seed
             )
         work = partial(_examined, read, from_text, on_text, scores, counts, seed)
-        bar = tqdm(total=len(drawn.latents), desc=f"interpreting {name}", disable=not show, leave=False)
+        bar = progress(total=len(drawn.latents), desc=f"interpreting {name}", disable=not show, leave=False)
         found[name] = _each(work, drawn.latents, 1 if judge is None else workers, answers, bar)
         rows[name] = _rows(drawn, found[name], scores, resamples, seed)
 
@@ -196,7 +196,7 @@ def _least_active(from_text: Examples, latent: int) -> float:
 
 
 def _each(
-    work: Callable[[int], Interpreted], latents: list[int], workers: int, answers: AnswerCache, bar: tqdm
+    work: Callable[[int], Interpreted], latents: list[int], workers: int, answers: AnswerCache, bar: progress
 ) -> list[Interpreted]:
     """Every latent's scores, in order; an error ends all threads at their next question."""
     with bar, ThreadPoolExecutor(workers) as pool:
