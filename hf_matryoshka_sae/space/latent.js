@@ -57,7 +57,12 @@
   new MutationObserver(() => {
     if (asked) return;
     asked = true;
-    requestAnimationFrame(() => { asked = false; names.show(); });
+    requestAnimationFrame(() => {
+      asked = false;
+      names.show();
+      // Gradio's own field for searching a table has no name but its tooltip.
+      document.querySelector("#latents .search-input:not([aria-label])")?.setAttribute("aria-label", "Search the table");
+    });
   }).observe(document.body, { childList: true, subtree: true });
 
   const download = (blob, name) => {

@@ -163,7 +163,12 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
     "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
     "jumprelu": dict(
-        _PENALISED, lr_steps=_FEW_STEPS, topk_fraction=_PLAIN_TOPK, sparsity_coefficient=10.0, threshold_lr_scale=0.3
+        _PENALISED,
+        lr_steps=_FEW_STEPS,
+        topk_fraction=_PLAIN_TOPK,
+        sparsity_coefficient=10.0,
+        threshold_lr_scale=0.3,
+        dead_threshold_decay=0.1,
     ),
     "gated": _PENALISED,
 }

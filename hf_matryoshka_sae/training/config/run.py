@@ -20,7 +20,7 @@ from .trackers import check_installed, check_names
 
 
 _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
-_NEWER_DEFAULTS = {"lr_steps", "level_weights_steps", "topk_fraction"}
+_NEWER_DEFAULTS = {"lr_steps", "level_weights_steps", "topk_fraction", "dead_threshold_decay"}
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000

@@ -163,6 +163,8 @@ class SAESpec:
     """BatchTopK and TopK: begin with this k."""
     k_anneal_steps: int | None = None
     """Reach `k` after so many steps; a tenth of the run by default."""
+    dead_threshold_decay: float = 0.0
+    """JumpReLU: share of its threshold that a dead latent loses at each step, until it fires again."""
     topk_fraction: float = 0.0
     """BatchTopK, and JumpReLU with a `target_l0`: share of the steps, from the first on, in which each token keeps its
     own `k` or `target_l0` largest, as in TopK."""
@@ -206,12 +208,9 @@ class SAESpec:
                 )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if not 0 <= self.nested_penalty <= 1:
-            raise ValueError(f"`nested_penalty` must lie between 0 and 1, got {self.nested_penalty}.")
-        if not 0 <= self.lr_decay_fraction <= 1:
-            raise ValueError(f"`lr_decay_fraction` must lie between 0 and 1, got {self.lr_decay_fraction}.")
-        if not 0 <= self.topk_fraction <= 1:
-            raise ValueError(f"`topk_fraction` must lie between 0 and 1, got {self.topk_fraction}.")
+        for name in ("nested_penalty", "lr_decay_fraction", "topk_fraction", "dead_threshold_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
         if self.random_prefixes and self.type != "matryoshka":
             raise ValueError("`random_prefixes` needs `type: matryoshka`.")
         if self.grow_from is not None:

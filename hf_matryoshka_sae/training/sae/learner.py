@@ -268,6 +268,10 @@ class Learner(LearnerState):
         self._skipped = torch.stack(
             [self._skipped[0] + states, self._skipped[1] + (~finite & ~states), (self._skipped[2] + 1) * ~finite]
         )
+        if self.spec.dead_threshold_decay and not self.competition.holds(step):
+            # Below its kernel's window a latent has no gradient, and nothing else brings it back.
+            dead = (self.tokens_since_fired[self.fixed :] >= self.dead_tokens) & finite
+            self.sae.threshold[self.fixed :] *= 1 - self.spec.dead_threshold_decay * dead
         self.sparsity.follow(self.last["l0"], step, finite)
         if self.energy is not None:
             self.energy = torch.where(finite, torch.lerp(self.energy, mean["energy"], 0.05), self.energy)

@@ -39,8 +39,10 @@ def copy(folder, tmp_path):
 
 def _plain(feature):
     """A feature as something that `==` compares."""
-    found = vars(feature) | {name: [vars(one) for one in getattr(feature, name)] for name in ("contexts", "bands")}
-    del found["spell"]
+    parts = {name: [dict(vars(one)) for one in getattr(feature, name)] for name in ("contexts", "bands")}
+    found = vars(feature) | parts
+    for one in (found, *found["contexts"]):
+        one.pop("spell")
     return json.loads(json.dumps(found, default=lambda array: array.tolist()))
 
 

@@ -155,6 +155,22 @@ def test_batch_topk_begins_with_places_for_each_token_and_goes_on_with_those_of_
     assert one.sae.k == K and one.finished().family is learner(**fields).sae.family
 
 
+def test_the_threshold_of_a_dead_latent_comes_down_until_it_fires():
+    fields = {"type": "jumprelu", "k": None, "target_l0": float(K), "topk_fraction": 0.0}
+    one = learner(lr=1e-6, dead_tokens=2 * N, dead_threshold_decay=0.5, **fields)
+    with torch.no_grad():
+        one.sae.threshold[5] = 100.0
+    (x,) = batches(1)
+    heights = []
+    for step in range(16):
+        one.accumulate(x, step)
+        one.step(step)
+        heights.append(one.sae.threshold[5].item())
+    assert heights[0] == pytest.approx(100)
+    assert heights[1:4] == pytest.approx([50, 25, 12.5], rel=1e-4)
+    assert one.tokens_since_fired[5] < 2 * N and heights[-1] == pytest.approx(heights[-2], rel=1e-3)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_jumprelu_begins_as_topk_and_its_thresholds_take_over_at_the_target(nested):
     fields = {"type": "matryoshka", "activation": "jumprelu"} if nested else {"type": "jumprelu"}

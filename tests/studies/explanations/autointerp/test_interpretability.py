@@ -220,7 +220,7 @@ def test_an_error_ends_all_threads_soon(sae, text):
 
 
 def test_an_interruption_ends_all_threads_soon(sae, text, monkeypatch):
-    class Interrupted(module.tqdm):
+    class Interrupted(module.progress):
         def update(self, n=1):
             raise KeyboardInterrupt
 
@@ -229,7 +229,7 @@ def test_an_interruption_ends_all_threads_soon(sae, text, monkeypatch):
         return oracle(question)
 
     judge = Called(slow)
-    monkeypatch.setattr(module, "tqdm", Interrupted)
+    monkeypatch.setattr(module, "progress", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(sae, text, judge, workers=1)
     assert 18 <= len(judge.asked) <= 30  # of 52; the next latent had begun
