@@ -167,7 +167,7 @@ class PruneTab:
         self.halt(todo)
         rows = self._stored(current, ranking, k)
         curve = self._curve(current, opened, ranking, k, rows, first=True)
-        state = {"key": _key(opened, ranking, k), "rows": rows}
+        state = {"key": self._key(current, opened, ranking, k), "rows": rows}
         return state, curve, None, gr.update(visible=len(rows) < 2), gr.update(visible=False)
 
     def _stored(self, current: tuple[str, str], ranking: str, k: int) -> list[dict[str, Any]]:
@@ -175,8 +175,14 @@ class PruneTab:
         stored = showcase is not None and self._trained_k(current, k)
         return showcase["curve"].get(ranking, []) if stored else []
 
+    def _key(self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int) -> str:
+        """What figures are of, but for the width; where k cannot be chosen its slider says nothing."""
+        trained = self.endpoints.describe(*current)["k"]
+        return f"{opened['time']} {ranking} {0 if trained is None else int(k) or trained}"
+
     def _trained_k(self, current: tuple[str, str], k: int) -> bool:
-        return int(k) in (0, self.endpoints.describe(*current)["k"] or 0)
+        trained = self.endpoints.describe(*current)["k"]
+        return trained is None or int(k) in (0, trained)
 
     def _curve(
         self,
@@ -193,7 +199,7 @@ class PruneTab:
         return html.data(
             "nested-curve",
             {
-                "key": _key(opened, ranking, k),
+                "key": self._key(current, opened, ranking, k),
                 "first": first,
                 "latents": about["num_latents"],
                 "prefixes": about["prefix_widths"],
@@ -234,7 +240,7 @@ class PruneTab:
         self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
     ) -> list[dict[str, Any]]:
         # What was measured last may be of the ranking before, if it came late.
-        ours = known is not None and known["key"] == _key(opened, ranking, k)
+        ours = known is not None and known["key"] == self._key(current, opened, ranking, k)
         return known["rows"] if ours else self._stored(current, ranking, k)
 
     def _measured(
@@ -251,7 +257,7 @@ class PruneTab:
         else:
             row = self.endpoints.measure(*self._chosen(current, ranking, width, k))
         rows = with_row(rows, row | {"selection": SELECTION})
-        known = {"key": _key(opened, ranking, k), "rows": rows}
+        known = {"key": self._key(current, opened, ranking, k), "rows": rows}
         return known, self._curve(current, opened, ranking, k, rows)
 
     def plan(
@@ -261,7 +267,7 @@ class PruneTab:
         about = self.endpoints.describe(*current)
         done = [row["width"] for row in self._known(current, opened, ranking, k, known)]
         widths = [width for width in curve_widths(about["num_latents"], about["prefix_widths"]) if width not in done]
-        plan = {"key": _key(opened, ranking, k), "widths": widths, "stopped": False}
+        plan = {"key": self._key(current, opened, ranking, k), "widths": widths, "stopped": False}
         return plan, gr.update(visible=False), gr.update(visible=True)
 
     def measure_next(
@@ -274,7 +280,12 @@ class PruneTab:
         plan: dict[str, Any] | None,
     ) -> tuple[Any, ...]:
         """Measure the next width of a curve; what is left starts the next."""
-        if plan is None or plan["stopped"] or plan["key"] != _key(opened, ranking, k) or not plan["widths"]:
+        if (
+            plan is None
+            or plan["stopped"]
+            or plan["key"] != self._key(current, opened, ranking, k)
+            or not plan["widths"]
+        ):
             return gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)
         width, *widths = plan["widths"]
         rows = self._known(current, opened, ranking, k, known)
@@ -328,11 +339,6 @@ class PruneTab:
         if visitor is None:
             raise ValueError("Log in with Hugging Face first: the button is above.")
         return self.push_with_token(current, ranking, width, k, repo, visitor.token, private)
-
-
-def _key(opened: dict[str, Any], ranking: str, k: int) -> str:
-    """What figures are of, but for the width."""
-    return f"{opened['time']} {ranking} {int(k)}"
 
 
 def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
