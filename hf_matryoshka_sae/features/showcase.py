@@ -1,6 +1,8 @@
 """What an SAE is worth at twelve widths, and what is left of a sample text at each: stored with its feature index.
 
-    {"format_version": 1, "tokens": 4096, "selection": "mask",
+    {"format_version": 1, "tokens": 10000, "selection": "mask",
+     "source": {"path": "embedded", "name": None, "split": "heldout", "column": "text", "context_length": 128,
+                "exclude": "special"},
      "curve": {"trained": [{"width": 64, "fvu": .61, "l0": 9.1, "recaptured_zero": .78, "recaptured_mean": .72,
                             "ce": 4.2, "kl": .9, "pooled_cosine": None, "neighbours": None, "size_mb": .07}, ...],
                "energy": [...]},
@@ -9,10 +11,11 @@
                 "continuations": [...], "plain": "..."},
      "largest": {"71": 12.3}}
 
-`energy` orders the latents by E[a^2], within the groups between prefix widths. A model that predicts no tokens has no
-losses (`None`); of it there are `pooled_cosine` and `neighbours`, see `evaluation.pooled`. Continuations are `None`
-for a model that generates no text. Under selection mask the latents of the whole SAE compete, then those past a width
-are dropped.
+`source` says which text was read, for other figures to be held against these; of files, whose paths are nobody's
+business, and in indexes of earlier versions it is missing or `None`. `energy` orders the latents by E[a^2], within the
+groups between prefix widths. A model that predicts no tokens has no losses (`None`); of it there are `pooled_cosine`
+and `neighbours`, see `evaluation.pooled`. Continuations are `None` for a model that generates no text. Under selection
+mask the latents of the whole SAE compete, then those past a width are dropped.
 """
 
 import logging
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 from ..activations import DatasetConfig, heldout_batches
 from ..activations.hookpoints import hooked
 from ..activations.language_model import EMBEDDED
+from ..common.data_source import local_files
 from ..common.distributed import gathered, processes
 from ..evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ..evaluation.data import as_config
@@ -44,7 +48,7 @@ from .text import longest, read_text, strongest, text_features
 
 logger = logging.getLogger(__name__)
 
-WIDTHS, TOKENS = 12, 4096
+WIDTHS, TOKENS = 12, 10_000  # as many as the page reads: what it measures more stands on the same curve
 _SPAN = 64  # the narrowest width is at most this part of the whole
 _NEW_TOKENS, _LATENTS_OF_TOKEN, _LONGEST = 24, 3, 96
 _ROW = ("fvu", "l0", "recaptured_zero", "recaptured_mean", "ce", "kl", "pooled_cosine", "neighbours")
@@ -155,11 +159,20 @@ def index_showcase(
     try:
         batches = heldout_batches(heldout, tokenizer, context_length, tokens, exclude=exclude)
         data = HeldOut(model, batches, hookpoint, tokenizer.mask_token_id, tokenizer)
-        return measure_showcase(sae, data, energy, largest, show)
+        source = source_of(heldout, context_length, exclude)
+        return measure_showcase(sae, data, energy, largest, show) | {"source": source}
     except ValueError as error:
         if processes()[0] == 0:
             logger.warning("The index holds no figures of the SAE at several widths: %s", error)
         return None
+
+
+def source_of(dataset: DatasetConfig | list[str], context_length: int, exclude: str) -> dict[str, Any] | None:
+    """Return what tells one held-out text from another; `None` of texts and files that are nobody else's."""
+    if not isinstance(dataset, DatasetConfig) or (dataset.path != EMBEDDED and local_files(dataset) is not None):
+        return None
+    fields = {name: getattr(dataset, name) for name in ("path", "name", "split", "column")}
+    return {**fields, "context_length": context_length, "exclude": exclude}
 
 
 # The sample text

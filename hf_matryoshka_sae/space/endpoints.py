@@ -248,10 +248,18 @@ class Endpoints:
         return self.library.look(sae, place).num_latents
 
     def showcase(self, sae: str, place: str) -> dict[str, Any] | None:
-        """What is stored with the index for a first look, and what its latents are called; `None` without it."""
+        """What is stored with the index for a first look, and what its latents are called; `None` without it.
+
+        `comparable`: whether what is measured here belongs on the same curve.
+        """
         opened = self.library.look(sae, place)
         stored = None if opened.index is None else opened.index.showcase()
-        return stored and stored | {"labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]}}
+        if stored is None:
+            return None
+        return stored | {
+            "labels": {latent: opened.labels[int(latent)] for latent in stored["largest"]},
+            "comparable": self.library.measures_like(stored, opened.sae.config.activation_name),
+        }
 
     def picture(self, sae: str, place: str, threshold: float, most: int = 1500) -> str:
         """The picture of the prefixes, nested in each other, as SVG; of at most so many latents."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_matryoshka_sae.activations import harvest, heldout_batches, spliced_losses
+from hf_matryoshka_sae.activations import DatasetConfig, harvest, heldout_batches, spliced_losses
 from hf_matryoshka_sae.evaluation import HeldOut
 from hf_matryoshka_sae.features import FeatureIndex
-from hf_matryoshka_sae.features.showcase import measure_showcase, showcase_widths
+from hf_matryoshka_sae.features.showcase import measure_showcase, showcase_widths, source_of
 from hf_matryoshka_sae.models import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_matryoshka_sae.steering import reconstruct_text
 
@@ -127,3 +127,12 @@ def test_an_index_keeps_it(tmp_path, caplog):
         FeatureIndex.open(tmp_path).showcase()
     assert small.build(tmp_path, resume=False).showcase() is None
     assert not (tmp_path / "features" / "showcase.json").exists()
+
+
+def test_its_source_names_text_that_others_can_read_and_no_file(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("words")
+    assert source_of(DatasetConfig(str(file)), 128, "special") is None
+    assert source_of(["words"], 128, "special") is None
+    named = source_of(DatasetConfig("somebody/text", split="test"), 64, "first")
+    assert (named["path"], named["split"], named["context_length"]) == ("somebody/text", "test", 64)

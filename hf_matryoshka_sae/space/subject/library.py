@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,12 +20,15 @@ from ...activations.language_model import EMBEDDED
 from ...assets import embedded_lm_path, embedded_sae_path
 from ...convert.places import SAEPlace, saes_in
 from ...evaluation import HeldOut
+from ...evaluation.data import as_config
+from ...features.showcase import TOKENS, source_of
 from ...models import SAEModel
 from ..limits import UNREACHABLE
 from .hub import Hub, Repository
 from .lanes import LANES, Keyed, Lane
 from .opened import Opened
-from .reader import Reader
+from .prunings import SELECTION
+from .reader import EXCLUDED, Reader
 
 
 ROOT = "(the root)"
@@ -57,7 +61,7 @@ class Library:
     def __init__(
         self,
         dataset: str | DatasetConfig | None = None,
-        tokens: int = 10_000,
+        tokens: int = TOKENS,
         context_length: int = 128,
         model: str | None = None,
         keep: int = 4,
@@ -274,6 +278,12 @@ class Library:
         if not ours:
             self._check_size(repository, repository.files_of_model(), f"The language model '{name}'")
         return Reader(name, self._loading, str(repository.fetch(repository.files_of_model(weights=False))), repository)
+
+    def measures_like(self, stored: dict[str, Any], activation: str) -> bool:
+        """Whether what the page measures of an SAE is of the text, tokens and selection of its stored curve."""
+        text = source_of(as_config(self.dataset), self.context_length, EXCLUDED)
+        same = stored.get("source") is not None and stored["source"] == text and stored["tokens"] == self.tokens
+        return same and (activation != "topk" or stored["selection"] == SELECTION)  # else the two select alike
 
     def heldout(self, opened: Opened) -> HeldOut:
         """Load the language model of an SAE, and the text in its tokens, at the SAE's hookpoint.

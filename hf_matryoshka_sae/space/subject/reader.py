@@ -16,6 +16,9 @@ from ...evaluation.data import as_config
 from .hub import Repository
 
 
+EXCLUDED = "special"
+"""Positions that are left out of the text, as in `matryoshka-sae evaluate`."""
+
 _OF_MODULE = re.compile(r"\d+_\w+/[^/]+\.(json|safetensors)")  # of sentence-transformers, in folders such as 1_Pooling
 _WINDOWS = 32  # of text in a batch, as in `matryoshka-sae evaluate`
 _KEPT_STATES = 25_000_000  # numbers of the hidden states of the held-out text that are kept
@@ -79,7 +82,7 @@ class Reader:
                     self._repository.fetch(self._repository.files_of_model())
                 model = self._model(device)
                 batches = heldout_batches(
-                    as_config(dataset), self.tokenizer, context_length, tokens, _WINDOWS, exclude="special"
+                    as_config(dataset), self.tokenizer, context_length, tokens, _WINDOWS, exclude=EXCLUDED
                 )
                 batches = [batch.to(torch.device(device)) for batch in batches]
                 width = model.get_input_embeddings().weight.shape[1]

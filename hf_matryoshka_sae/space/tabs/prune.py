@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -25,6 +25,21 @@ PARENT = 0.6
 
 LARGEST = 260
 """Latents that the picture shows here, of the largest families; Explore shows more."""
+
+
+class Asked(NamedTuple):
+    """What figures are of, but for the width.
+
+    Args:
+        current (`tuple[str, str]`): Source and place of the SAE.
+        opened (`dict`): What was opened, and when.
+        ranking (`str`), k (`int`): Of the pruning.
+    """
+
+    current: tuple[str, str]
+    opened: dict[str, Any]
+    ranking: str
+    k: int
 
 
 class PruneTab:
@@ -165,41 +180,34 @@ class PruneTab:
     ) -> tuple[Any, ...]:
         """What is stored of a ranking, where another one was."""
         self.halt(todo)
-        rows = self._stored(current, ranking, k)
-        curve = self._curve(current, opened, ranking, k, rows, first=True)
-        state = {"key": self._key(current, opened, ranking, k), "rows": rows}
-        return state, curve, None, gr.update(visible=len(rows) < 2), gr.update(visible=False)
+        asked = Asked(current, opened, ranking, k)
+        rows = self._stored(asked)
+        state = {"key": self._key(asked), "rows": rows}
+        enough = gr.update(visible=len(rows) < 2)
+        return state, self._curve(asked, rows, first=True), None, enough, gr.update(visible=False)
 
-    def _stored(self, current: tuple[str, str], ranking: str, k: int) -> list[dict[str, Any]]:
-        showcase = self.endpoints.showcase(*current)
-        stored = showcase is not None and self._trained_k(current, k)
-        return showcase["curve"].get(ranking, []) if stored else []
+    def _stored(self, asked: Asked) -> list[dict[str, Any]]:
+        showcase = self.endpoints.showcase(*asked.current)
+        stored = showcase is not None and self._trained_k(asked)
+        return showcase["curve"].get(asked.ranking, []) if stored else []
 
-    def _key(self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int) -> str:
-        """What figures are of, but for the width; where k cannot be chosen its slider says nothing."""
-        trained = self.endpoints.describe(*current)["k"]
-        return f"{opened['time']} {ranking} {0 if trained is None else int(k) or trained}"
+    def _key(self, asked: Asked) -> str:
+        """A name for what figures are of; where k cannot be chosen its slider says nothing."""
+        trained = self.endpoints.describe(*asked.current)["k"]
+        return f"{asked.opened['time']} {asked.ranking} {0 if trained is None else int(asked.k) or trained}"
 
-    def _trained_k(self, current: tuple[str, str], k: int) -> bool:
-        trained = self.endpoints.describe(*current)["k"]
-        return trained is None or int(k) in (0, trained)
+    def _trained_k(self, asked: Asked) -> bool:
+        trained = self.endpoints.describe(*asked.current)["k"]
+        return trained is None or int(asked.k) in (0, trained)
 
-    def _curve(
-        self,
-        current: tuple[str, str],
-        opened: dict[str, Any],
-        ranking: str,
-        k: int,
-        rows: list[dict[str, Any]],
-        first: bool = False,
-    ) -> str:
+    def _curve(self, asked: Asked, rows: list[dict[str, Any]], first: bool = False) -> str:
         """What is measured, for the browser, which leaves it out if it has gone on to another ranking or SAE."""
-        about, showcase = self.endpoints.describe(*current), self.endpoints.showcase(*current)
-        trained_k = self._trained_k(current, k)
+        about, showcase = self.endpoints.describe(*asked.current), self.endpoints.showcase(*asked.current)
+        trained_k = self._trained_k(asked)
         return html.data(
             "nested-curve",
             {
-                "key": self._key(current, opened, ranking, k),
+                "key": self._key(asked),
                 "first": first,
                 "latents": about["num_latents"],
                 "prefixes": about["prefix_widths"],
@@ -207,8 +215,8 @@ class PruneTab:
                 "tokens": about["tokens"] if showcase is None else showcase["tokens"],
                 "selection": SELECTION if showcase is None else showcase["selection"],
                 "hookpoint": about["hookpoint"],
-                "about": f"{ranking} ranking" + ("" if trained_k else f", k = {int(k)}"),
-                "command": self._command(about) if ranking == "trained" and trained_k else "",
+                "about": f"{asked.ranking} ranking" + ("" if trained_k else f", k = {int(asked.k)}"),
+                "command": self._command(about) if asked.ranking == "trained" and trained_k else "",
             },
         )
 
@@ -231,43 +239,40 @@ class PruneTab:
         progress: Any = BARS,  # noqa: ARG002 (gradio draws its bars there)
     ) -> tuple[Any, ...]:
         """The figures at a width, added to those that are known."""
-        rows = self._known(current, opened, ranking, k, known)
+        asked = Asked(current, opened, ranking, k)
+        rows = self._known(asked, known)
         if any(row["width"] == int(width) for row in rows):
             return gr.skip(), gr.skip()
-        return self._measured(current, opened, ranking, k, rows, int(width))
+        return self._measured(asked, rows, int(width))
 
-    def _known(
-        self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+    def _known(self, asked: Asked, known: dict[str, Any] | None) -> list[dict[str, Any]]:
         # What was measured last may be of the ranking before, if it came late.
-        ours = known is not None and known["key"] == self._key(current, opened, ranking, k)
-        return known["rows"] if ours else self._stored(current, ranking, k)
+        ours = known is not None and known["key"] == self._key(asked)
+        return known["rows"] if ours else self._stored(asked)
 
-    def _measured(
-        self,
-        current: tuple[str, str],
-        opened: dict[str, Any],
-        ranking: str,
-        k: int,
-        rows: list[dict[str, Any]],
-        width: int,
-    ) -> tuple[dict[str, Any], str]:
-        if self._trained_k(current, k):
-            row = self.endpoints.curve_point(*current, ranking, width)
+    def _measured(self, asked: Asked, rows: list[dict[str, Any]], width: int) -> tuple[dict[str, Any], str]:
+        if self._trained_k(asked):
+            row = self.endpoints.curve_point(*asked.current, asked.ranking, width)
         else:
-            row = self.endpoints.measure(*self._chosen(current, ranking, width, k))
-        rows = with_row(rows, row | {"selection": SELECTION})
-        known = {"key": self._key(current, opened, ranking, k), "rows": rows}
-        return known, self._curve(current, opened, ranking, k, rows)
+            row = self.endpoints.measure(*self._chosen(asked.current, asked.ranking, width, asked.k))
+        rows = with_row(self._beside_measured(asked, rows), row | {"selection": SELECTION})
+        return {"key": self._key(asked), "rows": rows}, self._curve(asked, rows)
+
+    def _beside_measured(self, asked: Asked, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows that are of the text, tokens and selection of what is measured here: one curve has one measure."""
+        showcase = self.endpoints.showcase(*asked.current)
+        if showcase is None or showcase["comparable"]:
+            return rows
+        return [row for row in rows if "selection" in row]  # those that were measured here
 
     def plan(
         self, current: tuple[str, str], opened: dict[str, Any], ranking: str, k: int, known: dict[str, Any]
     ) -> tuple[Any, ...]:
         """The widths to measure, each a job of its own, so that others' questions come in between."""
-        about = self.endpoints.describe(*current)
-        done = [row["width"] for row in self._known(current, opened, ranking, k, known)]
+        asked, about = Asked(current, opened, ranking, k), self.endpoints.describe(*current)
+        done = [row["width"] for row in self._beside_measured(asked, self._known(asked, known))]
         widths = [width for width in curve_widths(about["num_latents"], about["prefix_widths"]) if width not in done]
-        plan = {"key": self._key(current, opened, ranking, k), "widths": widths, "stopped": False}
+        plan = {"key": self._key(asked), "widths": widths, "stopped": False}
         return plan, gr.update(visible=False), gr.update(visible=True)
 
     def measure_next(
@@ -280,16 +285,11 @@ class PruneTab:
         plan: dict[str, Any] | None,
     ) -> tuple[Any, ...]:
         """Measure the next width of a curve; what is left starts the next."""
-        if (
-            plan is None
-            or plan["stopped"]
-            or plan["key"] != self._key(current, opened, ranking, k)
-            or not plan["widths"]
-        ):
+        asked = Asked(current, opened, ranking, k)
+        if plan is None or plan["stopped"] or plan["key"] != self._key(asked) or not plan["widths"]:
             return gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)
         width, *widths = plan["widths"]
-        rows = self._known(current, opened, ranking, k, known)
-        found, curve = self._measured(current, opened, ranking, k, rows, width)
+        found, curve = self._measured(asked, self._known(asked, known), width)
         if plan["stopped"]:  # meanwhile
             return found, curve, gr.skip(), gr.update(visible=False)
         return found, curve, plan | {"widths": widths}, gr.update(visible=bool(widths))

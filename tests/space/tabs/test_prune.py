@@ -13,8 +13,11 @@ gr = pytest.importorskip("gradio")
 from gradio import oauth  # noqa: E402
 
 from hf_matryoshka_sae.assets import embedded_sae_path  # noqa: E402
+from hf_matryoshka_sae.features import FeatureIndex  # noqa: E402
+from hf_matryoshka_sae.space.endpoints import Endpoints  # noqa: E402
 from hf_matryoshka_sae.space.page import Page  # noqa: E402
 from hf_matryoshka_sae.space.subject.exporting import export  # noqa: E402
+from hf_matryoshka_sae.space.subject.library import Library  # noqa: E402
 from hf_matryoshka_sae.space.subject.opened import Pruning  # noqa: E402
 
 
@@ -82,3 +85,34 @@ def test_strangers_push_with_a_token_of_their_own(tab, monkeypatch):
     monkeypatch.setattr(tab.endpoints.library, "public", True)
     with pytest.raises(ValueError, match="Give a token"):
         tab.push_with_token(OPEN, "trained", 64, 16, "somebody/small", " ", True)
+
+
+def test_one_curve_has_one_measure(tab, monkeypatch):
+    """The fixture's page reads other tokens than the stored curve is of: what it measures stands apart."""
+    asked = OPEN, {"time": 0}, "trained", 0
+    (state, *_) = tab.start_over(*asked, None)
+    assert len(state["rows"]) == 12
+    monkeypatch.setattr(tab.endpoints, "curve_point", lambda *_: {"width": 137, "fvu": 0.3})
+    known, _ = tab.measure_width(*asked, state, 137)
+    assert [row["width"] for row in known["rows"]] == [137]
+    monkeypatch.setattr(tab.endpoints.library, "measures_like", lambda *_: True)
+    known, _ = tab.measure_width(*asked, state, 137)
+    assert [row["width"] for row in known["rows"]] == sorted([137, *(row["width"] for row in state["rows"])])
+
+
+def test_the_page_measures_on_what_the_shipped_index_is_of():
+    stored = FeatureIndex.open(embedded_sae_path()).showcase()
+    assert Library().measures_like(stored, "batch_topk")
+    assert not Library().measures_like(stored, "topk")  # selects otherwise at each width
+    assert not Library(tokens=3000).measures_like(stored, "batch_topk")
+    assert not Library("somebody/text").measures_like(stored, "batch_topk")
+    assert not Library().measures_like(stored | {"source": None}, "batch_topk")
+
+
+@pytest.mark.slow
+def test_a_measured_width_is_the_stored_one():
+    endpoints = Endpoints(Library())
+    (stored,) = (row for row in endpoints.showcase(*OPEN)["curve"]["trained"] if row["width"] == 192)
+    measured = endpoints.measure(*OPEN, "trained", 192)
+    for name in ("fvu", "l0", "ce", "recaptured_zero"):
+        assert measured[name] == pytest.approx(stored[name], rel=1e-4)
