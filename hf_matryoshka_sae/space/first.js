@@ -221,15 +221,14 @@
       const fitting = sample.widths.filter(width => width <= this.width).length - 1, at = Math.max(0, fitting);
       if (this.at === at && this.childElementCount) return;
       this.at = at;
-      const colours = new Map();  // of the whole, so that a latent keeps its colour at every width
-      for (const [strongest] of sample.firings.at(-1)) if (strongest && !colours.has(strongest[0])) colours.set(strongest[0], colours.size % 6);
       const sentence = text("p", "", "tokens");
       sample.tokens.forEach((token, n) => {
         const firing = sample.firings[at][n];
         if (!firing.length) return sentence.append(text("span", token));
         const [latent, value] = firing[0];
-        const made = Object.assign(text("button", token, `token c${colours.get(latent) ?? 6}`), { type: "button" });
+        const made = Object.assign(text("button", token, "token"), { type: "button" });
         made.dataset.latent = latent;
+        made.style.setProperty("--hue", nested.hue(latent));
         made.style.setProperty("--share", Math.min(1, value / (sample.largest[latent] || value)).toFixed(2));
         made.title = firing.map(([one, much]) => `${one} ${sample.labels[one] ?? ""}: ${much.toPrecision(3)}`).join("\n");
         sentence.append(made);

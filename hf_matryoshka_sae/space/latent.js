@@ -201,7 +201,7 @@
       const fires = firing(state, number);
       const chosen = state.latent === null ? fires[0] : fires.find(([latent]) => latent === state.latent);
       token.style.setProperty("--share", chosen ? share(state, ...chosen).toFixed(2) : 0);
-      if (chosen) token.style.setProperty("--hue", Math.round((chosen[0] * 137.508) % 360));
+      if (chosen) token.style.setProperty("--hue", nested.hue(chosen[0]));
       token.setAttribute("aria-pressed", state.pinned === number);
     });
     const written = reading.querySelector(".goes-on");

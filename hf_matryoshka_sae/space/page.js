@@ -31,6 +31,9 @@
   };
   window.addEventListener("popstate", () => location.reload());
 
+  // A latent's colour in every view, in degrees (looks/reading.py has the same): those of neighbours are far apart.
+  nested.hue = latent => Math.round((latent * 137.508) % 360);
+
   // Say something short beside a button, and to those who hear the page.
   const say = (button, words) => {
     const before = button.textContent;
