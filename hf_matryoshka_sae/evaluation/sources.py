@@ -39,7 +39,7 @@ def texts_by_source(dataset: DatasetConfig, characters: int) -> dict[str, list[s
     Raises:
         `ValueError`: if the data set cannot be read or has no such column.
     """
-    found: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     size: dict[str, int] = {}
     for row in islice(open_dataset(dataset), _MOST_ROWS):
         if dataset.source_column not in row or dataset.column not in row:
@@ -47,12 +47,12 @@ def texts_by_source(dataset: DatasetConfig, characters: int) -> dict[str, list[s
             raise missing_column(str(wanted), list(row))
         source = str(row[dataset.source_column])
         if size.get(source, 0) < characters and (text := render(row[dataset.column], dataset.column, None)).strip():
-            found.setdefault(source, []).append(text)
+            texts.setdefault(source, []).append(text)
             size[source] = size.get(source, 0) + len(text)
-    kept = sorted(found, key=lambda source: -size[source])[:_MOST_SOURCES]
-    if len(kept) < len(found):
-        logger.warning("%d sources have figures, %d with less text are left out.", len(kept), len(found) - len(kept))
-    return {source: found[source] for source in sorted(kept)}
+    kept = sorted(texts, key=lambda source: -size[source])[:_MOST_SOURCES]
+    if len(kept) < len(texts):
+        logger.warning("%d sources have figures, %d with less text are left out.", len(kept), len(texts) - len(kept))
+    return {source: texts[source] for source in sorted(kept)}
 
 
 def heldout_by_source(
@@ -107,10 +107,10 @@ def figures_by_source(
     wanted = {name: (targets or {}).get(name, getattr(sae.config, "k", None)) for name, sae in saes.items()}
     for source, data in sources.items():
         subjects = {name: Dictionary(sae, [sae.config.num_latents]) for name, sae in saes.items()}
-        found = evaluate_fidelity(data, subjects, language_model=False, similarity_tokens=0, show=False)
-        for name, (row,) in found["subjects"].items():
+        result = evaluate_fidelity(data, subjects, language_model=False, similarity_tokens=0, show=False)
+        for name, (row,) in result["subjects"].items():
             target = wanted[name]
-            figures = {"width": row["width"], "tokens": found["tokens"], "l0": row["l0"], "fvu": row["fvu"]}
+            figures = {"width": row["width"], "tokens": result["tokens"], "l0": row["l0"], "fvu": row["fvu"]}
             off = row["l0"] / target - 1 if target else None
             rows.append({"subject": name, "source": source, **figures, "off": off})
     return rows

@@ -13,7 +13,7 @@ from .endpoints import Endpoints
 from .limits import UNREACHABLE, typed
 from .looks.html import data, escape
 from .looks.links import View
-from .looks.messages import told, warn
+from .looks.messages import shows_errors, warn
 from .looks.theme import TITLE
 from .subject.library import Library
 from .tabs.compare import CompareTab
@@ -88,17 +88,19 @@ class Page:
         if name in _HEAVY:
             limits = {"concurrency_limit": None}
         method = getattr(self.endpoints, name)
-        gr.api(told(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
+        gr.api(shows_errors(typed(method)), api_name=name, api_description=inspect.getdoc(method), **limits)
 
     def _wire(self) -> None:
         shown = self.shown
         everything = [self.source, self.place, self.about, shown.current, shown.width, shown.opened]
         # Not among what runs a language model: what is open already opens at once, whatever others wait for.
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 20}
-        self.blocks.load(told(self.start), None, [*everything, shown.tabs], **options)
-        gr.on([self.open.click, self.source.submit], told(self.open_source), self.source, everything, **options)
-        self.place.input(told(self.open_place), [shown.current, self.place], everything, **options)
-        shown.opened.change(told(self.describe), [shown.current, shown.opened], self.about, **LIGHT)
+        self.blocks.load(shows_errors(self.start), None, [*everything, shown.tabs], **options)
+        gr.on(
+            [self.open.click, self.source.submit], shows_errors(self.open_source), self.source, everything, **options
+        )
+        self.place.input(shows_errors(self.open_place), [shown.current, self.place], everything, **options)
+        shown.opened.change(shows_errors(self.describe), [shown.current, shown.opened], self.about, **LIGHT)
         shown.width.change(None, shown.width, None, js="width => nested.chooseWidth(width)", **BROWSER)
 
     def warm(self) -> None:

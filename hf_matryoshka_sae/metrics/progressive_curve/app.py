@@ -9,7 +9,6 @@ import gradio as gr
 from hf_matryoshka_sae.metrics.uploads import read_array, read_arrays, read_numbers, read_statistics
 from hf_matryoshka_sae.space import launch
 from hf_matryoshka_sae.space.looks.charts import Axis, line_chart
-from hf_matryoshka_sae.space.looks.messages import told
 from hf_matryoshka_sae.space.tabs.inputs import area
 
 
@@ -39,7 +38,7 @@ numbers are those of `hf_matryoshka_sae.evaluation`.
 """
 
 
-@told
+@shows_errors
 def measure_arrays(
     states_file: str | None,
     states_text: str,
@@ -59,7 +58,7 @@ def measure_arrays(
     return _outcome(reconstructions.swapaxes(0, 1), states, widths, fvu_targets)
 
 
-@told
+@shows_errors
 def measure_statistics(file: str | None, text: str, widths: str, fvu_targets: str) -> tuple[str, dict[str, Any], str]:
     """Compute the curve from sums over tokens: `ReconstructionSums.to_dict()` as JSON."""
     sums = read_statistics(file, text)

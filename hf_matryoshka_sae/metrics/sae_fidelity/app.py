@@ -8,7 +8,6 @@ import gradio as gr
 
 from hf_matryoshka_sae.metrics.uploads import read_array, read_statistics
 from hf_matryoshka_sae.space import launch
-from hf_matryoshka_sae.space.looks.messages import told
 
 
 MODULE = str(Path(__file__).with_name("sae_fidelity.py"))
@@ -39,7 +38,7 @@ How well does a sparse autoencoder reconstruct hidden states? The numbers are th
 """
 
 
-@told
+@shows_errors
 def measure_arrays(
     states_file: str | None, states_text: str, reconstructions_file: str | None, reconstructions_text: str
 ) -> list[list[Any]]:
@@ -49,7 +48,7 @@ def measure_arrays(
     return _table(predictions=reconstructions, references=states)
 
 
-@told
+@shows_errors
 def measure_statistics(file: str | None, text: str) -> list[list[Any]]:
     """Compute the fidelity from sums over tokens: `ReconstructionSums.to_dict()` as JSON."""
     sums = read_statistics(file, text)

@@ -21,7 +21,7 @@ def family_card(picture: str, title: str, verdict: str, address: str) -> str:
     width = max([_LEAST, *(int(x) + int(across) + 14 for x, across in blocks)])
     height = int(re.search(r'height="(\d+)"', picture)[1])  # type: ignore[index]  # its own
     lines = textwrap.wrap(verdict, width // 7)
-    told = "".join(
+    lines = "".join(
         f'<text x="14" y="{_HEAD + 14 + number * _LINE}" font-size="13">{escape(line)}</text>'
         for number, line in enumerate(lines)
     )
@@ -32,6 +32,6 @@ def family_card(picture: str, title: str, verdict: str, address: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="nested card" width="{width}" height="{whole}" '
         f'viewBox="0 0 {width} {whole}" role="img" aria-label="{escape(title, quote=True)} and its family">'
-        f'<text class="quiet" x="14" y="28" font-size="18" font-weight="700">{escape(title)}</text>{told}{inner}'
+        f'<text class="quiet" x="14" y="28" font-size="18" font-weight="700">{escape(title)}</text>{lines}{inner}'
         f'<text class="quiet" x="14" y="{whole - 10}" font-size="11">{escape(address)}</text></svg>'
     )

@@ -12,7 +12,7 @@ import gradio as gr
 from ..limits import UNREACHABLE
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+def shows_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A handler, also one that yields, whose `ValueError` or failure to reach the Hub the visitor reads as a message.
 
     Their text is written for people, and says what to do; any other error is a fault of ours and stays one.
@@ -20,22 +20,22 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
-        def told_generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            with _told():
+        def shown_generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with _as_message():
                 yield from handler(*args, **kwargs)
 
-        return told_generator
+        return shown_generator
 
     @functools.wraps(handler)
-    def told_handler(*args: Any, **kwargs: Any) -> Any:
-        with _told():
+    def shown_handler(*args: Any, **kwargs: Any) -> Any:
+        with _as_message():
             return handler(*args, **kwargs)
 
-    return told_handler
+    return shown_handler
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_message() -> Iterator[None]:
     try:
         yield
     except (ValueError, *UNREACHABLE) as error:

@@ -64,8 +64,8 @@ def reading(
     )
     goes_on = ""
     if written:
-        told = "With the hidden states that these latents leave, the model goes on:"
-        goes_on = f'<p>{told} <span class="goes-on">{escape(written[now])}</span></p>'
+        lead = "With the hidden states that these latents leave, the model goes on:"
+        goes_on = f'<p>{lead} <span class="goes-on">{escape(written[now])}</span></p>'
     return (
         f'<div class="reading" data-reading="{escape(json.dumps(known), quote=True)}">'
         f'<p class="toks" role="toolbar" aria-label="Tokens of the text: arrow keys move, Enter chooses">{buttons}'

@@ -8,7 +8,7 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..looks import html
 from ..looks.charts import Axis, Mark, line_chart
-from ..looks.messages import told
+from ..looks.messages import shows_errors
 from ..subject.opened import RANKINGS
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 from .prune import LARGEST, PARENT
@@ -53,13 +53,13 @@ class CompareTab:
         self.outcome = area("comparison")
         right = [self.other, self.other_place, self.other_ranking, self.other_width]
         sides = [shown.current, ranking, shown.width, *right]
-        measured = self.compare.click(told(self.measure), sides, self.outcome, **HEAVY)
-        gr.on([self.other.submit, self.other_place.submit], told(self.measure), sides, self.outcome, **HEAVY)
-        opened = shown.opened.change(told(self.refresh), [shown.current, shown.opened], right, **LIGHT)
-        opened.success(told(self.show), sides, self.outcome, cancels=measured, **LIGHT)
+        measured = self.compare.click(shows_errors(self.measure), sides, self.outcome, **HEAVY)
+        gr.on([self.other.submit, self.other_place.submit], shows_errors(self.measure), sides, self.outcome, **HEAVY)
+        opened = shown.opened.change(shows_errors(self.refresh), [shown.current, shown.opened], right, **LIGHT)
+        opened.success(shows_errors(self.show), sides, self.outcome, cancels=measured, **LIGHT)
         gr.on(
             [shown.width.release, ranking.input, self.other_ranking.input, self.other_width.input],
-            told(self.show),
+            shows_errors(self.show),
             sides,
             self.outcome,
             cancels=measured,

@@ -13,7 +13,7 @@ from ..endpoints import Endpoints
 from ..limits import UNREACHABLE
 from ..looks import html
 from ..looks.chips import problem
-from ..looks.messages import told
+from ..looks.messages import shows_errors
 from ..subject.answers import SORTS
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 
@@ -75,7 +75,7 @@ class ExploreTab:
         current = shown.current
         for moved in (self.threshold.release, self.threshold.input):
             moved(self.draw, [current, self.threshold], self.picture, trigger_mode="always_last", **LIGHT)
-        self.sort.input(told(self.list), [current, self.sort], self.table, **LIGHT)
+        self.sort.input(shows_errors(self.list), [current, self.sort], self.table, **LIGHT)
         self.table.select(self.pick, None, shown.latent, **LIGHT).then(
             None, shown.latent, None, js="latent => latentDrawer.openLatent(latent)", **BROWSER
         )
@@ -84,7 +84,7 @@ class ExploreTab:
         )
         self.build.click(self.build_index, [current, shown.opened, self.tokens], [shown.opened, self.problem], **HEAVY)
         refreshed = [self.without, self.known, self.picture, self.table, self.names]
-        shown.opened.change(told(self.refresh), [current, self.sort, self.threshold], refreshed, **LIGHT)
+        shown.opened.change(shows_errors(self.refresh), [current, self.sort, self.threshold], refreshed, **LIGHT)
 
     def refresh(self, current: tuple[str, str], sort: str, threshold: float) -> tuple[Any, ...]:
         """What the tab shows of an SAE that was just opened."""

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..endpoints import Endpoints
 from ..looks import html
-from ..looks.messages import told, warn
+from ..looks.messages import shows_errors, warn
 from ..subject.opened import RANKINGS
 from ..subject.prunings import SELECTION
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area, on_a_space
@@ -116,25 +116,29 @@ class PruneTab:
         known = [self.rows, self.curve]
         progress = {"show_progress": "minimal", "show_progress_on": self.figures}
         step = self.todo.change(
-            told(self.measure_next), [*asked, self.todo], [*known, self.todo, self.stop], **HEAVY | progress
+            shows_errors(self.measure_next), [*asked, self.todo], [*known, self.todo, self.stop], **HEAVY | progress
         )
         measured = [
             event(
-                told(self.measure_width), [*asked, shown.width], known, trigger_mode="always_last", **HEAVY | progress
+                shows_errors(self.measure_width),
+                [*asked, shown.width],
+                known,
+                trigger_mode="always_last",
+                **HEAVY | progress,
             )
             for event in (shown.width.release, self.measure.click)
         ]
         start = [*known, self.todo, self.whole_curve, self.stop]
         shown.opened.change(
-            told(self.refresh),
+            shows_errors(self.refresh),
             [shown.current, shown.opened, self.todo],
             [self.ranking, self.k, *start, self.sample, self.picture],
             cancels=[step, *measured],
             **LIGHT,
         )
         for event in (self.ranking.input, self.k.release):
-            event(told(self.start_over), [*asked[:-1], self.todo], start, cancels=[step, *measured], **LIGHT)
-        self.whole_curve.click(told(self.plan), asked, [self.todo, self.whole_curve, self.stop], **LIGHT)
+            event(shows_errors(self.start_over), [*asked[:-1], self.todo], start, cancels=[step, *measured], **LIGHT)
+        self.whole_curve.click(shows_errors(self.plan), asked, [self.todo, self.whole_curve, self.stop], **LIGHT)
         self.stop.click(self.halt, self.todo, [self.stop, self.whole_curve], cancels=step, **LIGHT)
         self.ranking.input(None, self.ranking, None, js="ranking => nested.show({ranking})", **BROWSER)
         self.k.input(None, self.k, None, js="k => nested.show({k})", **BROWSER)
@@ -143,16 +147,16 @@ class PruneTab:
             event(lambda: ("", ""), None, [self.reconstructed, self.pushed], js="() => ['', '']", **BROWSER)
         gr.on(
             [self.read.click, self.text.submit],
-            told(self.reconstruct),
+            shows_errors(self.reconstruct),
             [*pruning, self.text],
             self.reconstructed,
             **HEAVY,
         )
-        self.download.click(told(self.make_download), pruning, self.file, **HEAVY).success(
+        self.download.click(shows_errors(self.make_download), pruning, self.file, **HEAVY).success(
             None, None, None, js="() => setTimeout(() => nested.download('zip'), 100)", **BROWSER
         )
         pushing = self.push_logged_in if on_a_space() else self.push_with_token
-        self.push.click(told(pushing), [*pruning, self.repo, self.token, self.private], self.pushed, **HEAVY)
+        self.push.click(shows_errors(pushing), [*pruning, self.repo, self.token, self.private], self.pushed, **HEAVY)
 
     # What is known
 
@@ -289,10 +293,10 @@ class PruneTab:
         if plan is None or plan["stopped"] or plan["key"] != self._key(asked) or not plan["widths"]:
             return gr.skip(), gr.skip(), gr.skip(), gr.update(visible=False)
         width, *widths = plan["widths"]
-        found, curve = self._measured(asked, self._known(asked, known), width)
+        known, curve = self._measured(asked, self._known(asked, known), width)
         if plan["stopped"]:  # meanwhile
-            return found, curve, gr.skip(), gr.update(visible=False)
-        return found, curve, plan | {"widths": widths}, gr.update(visible=bool(widths))
+            return known, curve, gr.skip(), gr.update(visible=False)
+        return known, curve, plan | {"widths": widths}, gr.update(visible=bool(widths))
 
     @staticmethod
     def halt(plan: dict[str, Any] | None) -> tuple[Any, Any]:

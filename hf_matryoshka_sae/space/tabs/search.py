@@ -9,7 +9,7 @@ import gradio as gr
 from ..endpoints import Endpoints
 from ..limits import UNREACHABLE
 from ..looks.chips import bar, chip, percent, problem
-from ..looks.messages import told
+from ..looks.messages import shows_errors
 from .drawer import Drawer
 from .inputs import BARS, BROWSER, HEAVY, LIGHT, Shown, area
 
@@ -84,7 +84,7 @@ class SearchTab:
         """Let the drawer ask for latents like the one it shows."""
         asked = [self.shown.current, self.query, self.kind, self.shown.width]
         outputs = [self.query, self.kind, self.hits, self.shown.tabs]
-        like = drawer.like.click(told(self.like), [self.shown.current, self.shown.latent], outputs, **LIGHT)
+        like = drawer.like.click(shows_errors(self.like), [self.shown.current, self.shown.latent], outputs, **LIGHT)
         self._searches(like.success(self.find, asked, self.hits, **_FINDING))
         # What was found belongs to what was asked: a change clears it.
         for changed in (self.query.input, self.kind.input):

@@ -35,7 +35,7 @@ class TextTab:
         with gr.Row(elem_classes="ask-row"):
             self.text = gr.Textbox(SAMPLE, label="Text", lines=2, max_lines=10, scale=5, min_width=260, elem_id="text")
             self.read = gr.Button("Read it", variant="primary", scale=0, min_width=110)
-        self.found = area("text-features")
+        self.reading = area("text-features")
         with gr.Column(elem_id="steering") as self.steering:
             gr.HTML("<h2>Steer</h2>", elem_classes="space-html", js_on_load=None)
             with gr.Row(elem_classes="ask-row"):
@@ -79,12 +79,12 @@ class TextTab:
             [self.read.click, self.text.submit],
             self.show,
             reading_of,
-            self.found,
+            self.reading,
             trigger_mode="always_last",
             js="(current, text, width) => { nested.show({text, tab: 'text'}); return [current, text, width]; }",
             **HEAVY,
         )
-        shown.width.release(self.again, reading_of, self.found, trigger_mode="always_last", **quiet)
+        shown.width.release(self.again, reading_of, self.reading, trigger_mode="always_last", **quiet)
         how = [self.mode, self.new_tokens, self.temperature, self.seed]
         steering = self.steer.click(
             self.continue_all,
@@ -96,16 +96,16 @@ class TextTab:
         )
         self.duel.click(self.relative, [shown.current, self.latent], [self.rival, self.steered], **LIGHT)
         # What is shown belongs to what the controls say: a change clears it, and what comes too late is dropped.
-        self.text.input(None, None, self.found, js=f"() => {_ASK!r}", **BROWSER)
+        self.text.input(None, None, self.reading, js=f"() => {_ASK!r}", **BROWSER)
         fitting = f"(text, found) => nested.fitting(found, text) || {_ASK!r}"
-        read.then(None, [self.text, self.found], self.found, js=fitting, **BROWSER)
+        read.then(None, [self.text, self.reading], self.reading, js=fitting, **BROWSER)
         steering.then(None, self.steered, self.steered, js="steered => nested.answered(steered)", **BROWSER)
         controls = (self.text, self.latent, self.rival, self.strength, shown.width, *how)
         gr.on([one.input for one in controls], None, None, self.steered, js="() => nested.changed()", **BROWSER)
-        refreshed = [self.tab, self.text, self.found, self.steering, self.latent, self.rival, self.steered]
+        refreshed = [self.tab, self.text, self.reading, self.steering, self.latent, self.rival, self.steered]
         opened = [shown.current, shown.opened]
         shown.opened.change(self.refresh, opened, refreshed, **LIGHT).then(
-            self.show_linked, [*opened, shown.width], self.found, **quiet
+            self.show_linked, [*opened, shown.width], self.reading, **quiet
         )
 
     def connect(self, drawer: Drawer, shown: Shown) -> None:

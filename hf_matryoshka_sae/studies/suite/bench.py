@@ -67,7 +67,7 @@ class Bench:
 
 
 @dataclass
-class Found:
+class Outcome:
     """What a section found.
 
     Args:
@@ -87,6 +87,6 @@ class Found:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: Report) -> "Found":
+    def of(cls, report: Report) -> "Outcome":
         """What a report says."""
         return cls(report.flat(), str(report), report.to_dict(), report.plot, report.notes)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ...common.distributed import processes
 from ...common.files import write_json
 from ...common.logs import OutOfTime, within
-from .bench import Bench, Found
+from .bench import Bench, Outcome
 from .sections import Section
 
 
@@ -62,8 +62,8 @@ def run_sections(
     run = _Run(bench, folder, key, minutes, spent)
     kept = {section.name: _read(folder, section, key) for section in sections} if run.main else {}
     (kept,) = broadcast_object_list([kept]) if run.several else [kept]
-    run.results = {name: found for name, found in kept.items() if found}
-    run.before += sum(found["seconds"] for found in run.results.values())
+    run.results = {name: result for name, result in kept.items() if result}
+    run.before += sum(result["seconds"] for result in run.results.values())
     show = show and run.main
     cheap_first = sorted(sections, key=lambda section: (section is not sections[0], section.cost))
     bar = tqdm(cheap_first, disable=not show, unit="section")
@@ -96,7 +96,7 @@ class _Run:
     def left(self) -> float:
         """Seconds of the budget that are not spent, drawing included; the main process's clock counts."""
         spent = self.before + time.monotonic() - self.began
-        return _told(60 * (self.minutes or 0) - spent, self.several)
+        return _agreed(60 * (self.minutes or 0) - spent, self.several)
 
     def least(self, section: Section, needed: bool) -> None:
         """Run a section at its least size, or without a budget at its full one."""
@@ -107,7 +107,7 @@ class _Run:
         size = section.full if self.minutes is None else section.least
         try:
             with within(self._until(1.0)):
-                found = section.run(self.bench, size)
+                outcome = section.run(self.bench, size)
         except (ValueError, OutOfTime) as error:
             if needed and isinstance(error, ValueError):
                 raise
@@ -115,29 +115,30 @@ class _Run:
             reason = str(error) or f"it was not done in the {taken:.0f} s that were left"
             self.results[section.name] = self._about(section, 0, taken) | {"rows": {}, "left_out": reason}
             return
-        self._keep(section, size, time.monotonic() - began, found, grown=self.minutes is None or size == section.full)
+        grown = self.minutes is None or size == section.full
+        self._keep(section, size, time.monotonic() - began, outcome, grown)
 
     def can_grow(self, section: Section) -> bool:
         """Return whether a section has been run at its least size alone."""
-        found = self.results[section.name]
-        return not found.get("left_out") and not found["grown"]
+        result = self.results[section.name]
+        return not result.get("left_out") and not result["grown"]
 
     def grow(self, section: Section, waiting: float) -> None:
         """Run a section again at the size that its share of the time allows; `waiting` shares are not spent yet."""
-        found = self.results[section.name]
+        result = self.results[section.name]
         allowed = self.left * section.share / waiting
-        times = max(0.0, _AIM * allowed / max(found["seconds"], 1e-9)) ** (1 / section.growth)
-        larger = int(min(section.full, found["size"] * times))
-        if larger < _WORTH_IT * found["size"]:
+        times = max(0.0, _AIM * allowed / max(result["seconds"], 1e-9)) ** (1 / section.growth)
+        larger = int(min(section.full, result["size"] * times))
+        if larger < _WORTH_IT * result["size"]:
             return
         began = time.monotonic()
         try:
             with within(self._until(_MOST * allowed / self.left)):
                 anew = section.run(self.bench, larger)
         except OutOfTime:
-            found["seconds"] += time.monotonic() - began
+            result["seconds"] += time.monotonic() - began
             return
-        self._keep(section, larger, found["seconds"] + time.monotonic() - began, anew, grown=True)
+        self._keep(section, larger, result["seconds"] + time.monotonic() - began, anew, grown=True)
 
     def _until(self, share: float) -> float | None:
         """Return the seconds after which a section is given up: a share of those left, and no more than these."""
@@ -159,44 +160,44 @@ class _Run:
             "seconds": seconds,
         }
 
-    def _keep(self, section: Section, size: int, seconds: float, found: Found, grown: bool) -> None:
+    def _keep(self, section: Section, size: int, seconds: float, outcome: Outcome, grown: bool) -> None:
         result = self._about(section, size, seconds) | {"grown": grown}
         if self.main:
-            _write(self.folder, result, found)
-        self.results[section.name] = {**result, **_kept(result, found)}
+            _write(self.folder, result, outcome)
+        self.results[section.name] = {**result, **_kept(result, outcome)}
 
 
 def _read(folder: Path, section: Section, key: dict[str, Any]) -> dict[str, Any] | None:
     """A section's result, if it is one of this key and whole."""
     try:
-        found = json.loads((folder / f"{section.name}.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / f"{section.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("key") != digest(key, section):
+    if not isinstance(result, dict) or result.get("key") != digest(key, section):
         return None
-    if found["plot"] is not None and not (folder / found["plot"]).is_file():
+    if result["plot"] is not None and not (folder / result["plot"]).is_file():
         return None
-    return {name: value for name, value in found.items() if name != "details"}
+    return {name: value for name, value in result.items() if name != "details"}
 
 
 def digest(key: dict[str, Any], section: Section) -> str:
     """Of what a section's result depends on."""
-    told = json.dumps([key, section.name, section.least, section.full], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()
+    content = json.dumps([key, section.name, section.least, section.full], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _told(value: Any, several: bool) -> Any:
+def _agreed(value: Any, several: bool) -> Any:
     """The main process's value: clocks differ, and all must do the same."""
     return broadcast_object_list([value])[0] if several else value
 
 
-def _kept(result: dict[str, Any], found: Found) -> dict[str, Any]:
-    plot = None if found.plot is None else f"{result['name']}.png"
-    return {"rows": found.rows, "text": found.text, "notes": found.notes, "facts": found.facts, "plot": plot}
+def _kept(result: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    plot = None if outcome.plot is None else f"{result['name']}.png"
+    return {"rows": outcome.rows, "text": outcome.text, "notes": outcome.notes, "facts": outcome.facts, "plot": plot}
 
 
-def _write(folder: Path, result: dict[str, Any], found: Found) -> None:
-    kept = _kept(result, found)
-    if found.plot is not None:
-        found.plot(folder / kept["plot"])
-    write_json(folder / f"{result['name']}.json", {**result, **kept, "details": found.details})
+def _write(folder: Path, result: dict[str, Any], outcome: Outcome) -> None:
+    kept = _kept(result, outcome)
+    if outcome.plot is not None:
+        outcome.plot(folder / kept["plot"])
+    write_json(folder / f"{result['name']}.json", {**result, **kept, "details": outcome.details})

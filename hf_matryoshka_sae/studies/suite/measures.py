@@ -20,7 +20,7 @@ from ..frontier import agreement, sparsity_frontier
 from ..probing.logistic import f1_scores, fit_logistic
 from ..probing.probe_losses import probe_losses
 from ..weights.meta_sae import meta_sae
-from .bench import Bench, Found, Rows
+from .bench import Bench, Outcome, Rows
 
 
 _EFFORT, _MOST_EFFORT, _SUBSTITUTES_FROM = 0.01, 0.5, 32  # of a latent of each group; latents of a group
@@ -33,14 +33,14 @@ _REMOVAL = (
 )
 
 
-def fidelity(bench: Bench, tokens: int) -> Found:
+def fidelity(bench: Bench, tokens: int) -> Outcome:
     """Reconstruction, loss, similarity, weights and firing."""
     data = bench.data.sample(tokens)
     result = evaluate(data, bench.saes, bench.widths, bench.selection, scaling=bench.scaling)
     drawn = result | {"saes": {name: rows for name, rows in result["saes"].items() if name != IDENTITY}}
     text = f"{report.table([result])}\n\n{details([result])}"
     facts = {key: value for key, value in result.items() if key != "saes"}
-    return Found(_flat(result["saes"]), text, result, lambda path: report.plot([drawn], path), facts=facts)
+    return Outcome(_flat(result["saes"]), text, result, lambda path: report.plot([drawn], path), facts=facts)
 
 
 def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
@@ -52,29 +52,29 @@ def _flat(rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
                 for key, value in row.items()
                 if key == "rsa" or not isinstance(value, dict)
             }
-            for row in found
+            for row in each
         ]
-        for name, found in rows.items()
+        for name, each in rows.items()
     }
 
 
-def probes(bench: Bench, tokens: int) -> Found:
+def probes(bench: Bench, tokens: int) -> Outcome:
     """Probe loss and k-sparse probes; on few tokens of one split."""
     options = {"selection": bench.selection, "max_tokens": tokens, "seed": bench.seed}
     options["splits"] = 1 if tokens < _SEVERAL_SPLITS else 3
-    return Found.of(probe_losses(bench.data, bench.saes, [None, *bench.labelled], bench.widths, **options))
+    return Outcome.of(probe_losses(bench.data, bench.saes, [None, *bench.labelled], bench.widths, **options))
 
 
-def patterns(bench: Bench, per_group: int) -> Found:
+def patterns(bench: Bench, per_group: int) -> Outcome:
     """N2G; of few latents with little effort."""
     options = {"effort": min(_MOST_EFFORT, _EFFORT * per_group), "seed": bench.seed}
     options["substitutes"] = 2 if per_group >= _SUBSTITUTES_FROM else 0
-    return Found.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
+    return Outcome.of(explainability(bench.saes, *bench.halves, bench.widths, per_group, **options))
 
 
-def explanations(bench: Bench, per_group: int) -> Found:
+def explanations(bench: Bench, per_group: int) -> Outcome:
     """Automated interpretability; only the main process has it."""
-    found = automated_interpretability(
+    report = automated_interpretability(
         bench.saes,
         *bench.halves,
         bench.judge,
@@ -84,22 +84,22 @@ def explanations(bench: Bench, per_group: int) -> Found:
         prompts=bench.prompts,
         seed=bench.seed,
     )
-    return Found({}, "", {}) if found is None else Found.of(found)
+    return Outcome({}, "", {}) if report is None else Outcome.of(report)
 
 
-def ablation(bench: Bench, tokens: int) -> Found:
+def ablation(bench: Bench, tokens: int) -> Outcome:
     """Ablation sparsity."""
     if not bench.data.has_loss:
         raise NotDefined("the language model predicts no tokens, so there are no logits for latents to act on")
-    return Found.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
+    return Outcome.of(ablation_sparsity(bench.saes, bench.data, bench.widths, tokens, seed=bench.seed))
 
 
-def absorption(bench: Bench, tokens: int) -> Found:
+def absorption(bench: Bench, tokens: int) -> Outcome:
     """Absorption and splitting of properties of tokens."""
-    return Found.of(property_absorption(bench.data, bench.saes, bench.widths, max_tokens=tokens, seed=bench.seed))
+    return Outcome.of(property_absorption(bench.data, bench.saes, bench.widths, max_tokens=tokens, seed=bench.seed))
 
 
-def spelling(bench: Bench, words: int) -> Found:
+def spelling(bench: Bench, words: int) -> Outcome:
     """Absorption and splitting of first letters, where the language model knows them."""
     data = bench.data
     _check_spelling(data, bench.seed)
@@ -114,10 +114,10 @@ def spelling(bench: Bench, words: int) -> Found:
         name: [{k: v for k, v in row.items() if k != "letters"} for row in each["rows"]]
         for name, each in results.items()
     }
-    notes = list(dict.fromkeys(note for found in results.values() for note in found["notes"]))
+    notes = list(dict.fromkeys(note for result in results.values() for note in result["notes"]))
     columns = [column for column in COLUMNS if column.name not in ("hole_share", "main_f1")]
-    told = Report("spelling", "First letters", as_records(rows), columns, {}, ["absorption_fraction"], notes=notes)
-    return Found(rows, str(told), results, told.plot, notes)
+    report = Report("spelling", "First letters", as_records(rows), columns, {}, ["absorption_fraction"], notes=notes)
+    return Outcome(rows, str(report), results, report.plot, notes)
 
 
 def _check_spelling(data: HeldOut, seed: int) -> None:
@@ -137,7 +137,7 @@ def _check_spelling(data: HeldOut, seed: int) -> None:
         )
 
 
-def removal(bench: Bench, tokens: int) -> Found:
+def removal(bench: Bench, tokens: int) -> Outcome:
     """SCR and TPP at their headline number of latents."""
     options = {"selection": bench.selection, "latents": [HEADLINE], "max_tokens": tokens, "seed": bench.seed}
     scr = spurious_correlation_removal(bench.data, bench.saes, widths=bench.widths, **options)
@@ -152,27 +152,27 @@ def removal(bench: Bench, tokens: int) -> Found:
         "removal", "Concept removal", list(records.values()), _REMOVAL, {}, ["scr", "tpp"], warning=WARNING
     )
     everything = {part.name: part.to_dict() for part in (scr, tpp)}
-    return Found(merged.flat(), f"{scr}\n\n{tpp}", everything, merged.plot, [WARNING])
+    return Outcome(merged.flat(), f"{scr}\n\n{tpp}", everything, merged.plot, [WARNING])
 
 
-def composition(bench: Bench, steps: int) -> Found:
+def composition(bench: Bench, steps: int) -> Outcome:
     """Meta-SAEs of one seed; on few steps those of an SAE and of random rows are both unfinished, and comparable."""
     batch = 1024 if steps >= _FULL_STEPS else 512
-    return Found.of(meta_sae(bench.saes, bench.widths, steps=steps, batch_size=batch, seeds=[bench.seed]))
+    return Outcome.of(meta_sae(bench.saes, bench.widths, steps=steps, batch_size=batch, seeds=[bench.seed]))
 
 
-def comparison(bench: Bench, tokens: int) -> Found:
+def comparison(bench: Bench, tokens: int) -> Outcome:
     """Several SAEs at equal sparsity, and how alike their latents are."""
     if len(bench.saes) < 2:
         raise NotDefined("there is one SAE; name a folder of several to compare them")
-    found = sparsity_frontier(bench.data.sample(tokens), bench.saes, seed=bench.seed)
+    report = sparsity_frontier(bench.data.sample(tokens), bench.saes, seed=bench.seed)
     lines = [["", "width", "matched cosine", "random rows"]]
     for row in agreement(bench.saes):
         names, cosine = f"{row['first']}, {row['second']}", row["matched_cosine"]
         lines.append([names, str(row["width"]), "-" if cosine is None else f"{cosine:.3f}", f"{row['random']:.3f}"])
-    found.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(
+    report.more = "How alike their decoder rows are, matched one to one:\n" + "\n".join(
         text_table(*lines[:1], lines[1:])
     )
-    own = {record["subject"]: [record] for record in found.records if record["fvu_equal"] is not None}
+    own = {record["subject"]: [record] for record in report.records if record["fvu_equal"] is not None}
     rows = {name: [{key: row[key] for key in ("width", "own_l0", "fvu_equal")}] for name, (row,) in own.items()}
-    return Found(rows, str(found), found.to_dict(), found.plot, found.notes)
+    return Outcome(rows, str(report), report.to_dict(), report.plot, report.notes)

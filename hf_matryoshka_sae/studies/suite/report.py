@@ -40,11 +40,11 @@ def write_report(folder: Path, places: Sequence[dict[str, Any]], minutes: float 
     kept = (
         "name title question about columns better beats_random rows facts size full unit seconds notes left_out plot"
     )
-    told = [
+    stored = [
         {**place, "sections": [{key: each[key] for key in kept.split() if key in each} for each in place["sections"]]}
         for place in places
     ]
-    write_json(folder / SUITE_FILE, {"minutes": minutes, "places": told})
+    write_json(folder / SUITE_FILE, {"minutes": minutes, "places": stored})
     details = ["# Every table and plot", _time(places, minutes)]
     page = ["# What these SAEs are worth"]
     for place in places:
@@ -105,12 +105,12 @@ def _verdict_page(place: dict[str, Any], folder: Path) -> list[str]:
 def verdict(place: dict[str, Any], name: str) -> str:
     """Return a paragraph on one SAE: what it keeps, what it does better than random directions, what to beware of."""
     sections = {section["name"]: section for section in place["sections"] if section["rows"].get(name)}
-    told = [f"**{name}.**"]
+    sentences = [f"**{name}.**"]
     if "fidelity" in sections:
         rows = sections["fidelity"]["rows"][name]
-        told.append(_keeps(rows[-1], f"All {rows[-1]['width']:,} latents"))
+        sentences.append(_keeps(rows[-1], f"All {rows[-1]['width']:,} latents"))
         if len(rows) > 1:
-            told.append(_keeps(rows[0], f"Its first {rows[0]['width']:,} alone"))
+            sentences.append(_keeps(rows[0], f"Its first {rows[0]['width']:,} alone"))
     words: dict[str, list[str]] = {}
     for section in sections.values():
         word = _compared(section, name)
@@ -119,22 +119,24 @@ def verdict(place: dict[str, Any], name: str) -> str:
     parts = [
         f"{word} than random directions in {'; '.join(titles)}" for word, titles in words.items() if word != "even"
     ]
-    told += [f"It does {', '.join(parts)}."] if parts else []
-    told += [f"No clear difference from random directions in {'; '.join(words['even'])}."] if "even" in words else []
+    sentences += [f"It does {', '.join(parts)}."] if parts else []
+    sentences += (
+        [f"No clear difference from random directions in {'; '.join(words['even'])}."] if "even" in words else []
+    )
     if "patterns" in sections:
         row = sections["patterns"]["rows"][name][-1]
         best = max(
             (row[key], what) for key, what in (("token_f1", "the last token"), ("pair_f1", "the last two tokens"))
         )
         than = "say less than" if row["f1"] < best[0] else "say more than"
-        told.append(f"Patterns (F1 {row['f1']:.2f}) {than} a table of {best[1]} ({best[0]:.2f}).")
+        sentences.append(f"Patterns (F1 {row['f1']:.2f}) {than} a table of {best[1]} ({best[0]:.2f}).")
     if "fidelity" in sections and rows[-1].get("rare") is not None:
         low, high = rows[-1]["rare_interval"] or (rows[-1]["rare"],) * 2
-        told.append(
+        sentences.append(
             f"About {rows[-1]['rare']:.1%} of its latents ({low:.1%} to {high:.1%}) fire on less than one token in a "
             f"million; {rows[-1]['dead']:.1%} on none of the {sections['fidelity']['facts']['tokens']:,} seen."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def _inside(title: str) -> str:
@@ -143,12 +145,12 @@ def _inside(title: str) -> str:
 
 
 def _keeps(row: dict[str, Any], who: str) -> str:
-    told = f"{who}, {row['l0']:.1f} of them on a token, leave {row['fvu']:.1%} of the variance unexplained"
+    beginning = f"{who}, {row['l0']:.1f} of them on a token, leave {row['fvu']:.1%} of the variance unexplained"
     if row.get("recaptured_zero") is not None:
-        return f"{told} and recapture {row['recaptured_zero']:.1%} of the language model's loss."
+        return f"{beginning} and recapture {row['recaptured_zero']:.1%} of the language model's loss."
     if row.get("neighbours") is not None:
-        return f"{told} and keep {row['neighbours']:.0%} of each text's nearest texts."
-    return f"{told}."
+        return f"{beginning} and keep {row['neighbours']:.0%} of each text's nearest texts."
+    return f"{beginning}."
 
 
 def _compared(section: dict[str, Any], name: str) -> str | None:
@@ -266,16 +268,16 @@ def metric_lines(
     """Return one metric of an SAE, of its random dictionary, and of baselines with one number for all widths."""
     lines = []
     for subject, label in ((name, "**SAE**"), (f"random ({name})", "random"), *FLAT.items()):
-        found = {row["width"]: row for row in rows.get(subject, []) if row.get(key) is not None}
-        if not found:
+        by_width = {row["width"]: row for row in rows.get(subject, []) if row.get(key) is not None}
+        if not by_width:
             continue
         if subject in FLAT:
-            (last, *_) = list(found.values())[::-1]
+            (last, *_) = list(by_width.values())[::-1]
             cells = ["", *[""] * (len(widths) - 2), cell(last, key, form)][-len(widths) :]
         else:
-            cells = [cell(found[width], key, form) if width in found else "" for width in widths]
+            cells = [cell(by_width[width], key, form) if width in by_width else "" for width in widths]
         if subject in FLAT:
-            label = f"{label} ({list(found)[-1]:,})"
+            label = f"{label} ({list(by_width)[-1]:,})"
         lines.append(["" if lines else title, label, *cells])
     return lines
 

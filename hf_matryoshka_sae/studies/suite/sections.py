@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...evaluation.core import ABOUT_ALL
-from .bench import Bench, Found
+from .bench import Bench, Outcome
 from .measures import (
     ablation,
     absorption,
@@ -35,7 +35,7 @@ class Section:
         name (`str`), title (`str`), about (`str`): Of it, for files, headings and readers.
         question (`str`): What a reader wants to know, for the first page.
         columns (`tuple[Column, ...]`): The metrics that the summary and the model card show.
-        run (`Callable[[Bench, int], Found]`): Takes the size.
+        run (`Callable[[Bench, int], Outcome]`): Takes the size.
         unit (`str`): What the size counts.
         least (`int`), full (`int`): Sizes; the same where there is no choice.
         share (`float`): Of a budget of time, relative to the other sections'.
@@ -50,7 +50,7 @@ class Section:
     title: str
     about: str
     columns: tuple[Column, ...]
-    run: Callable[[Bench, int], Found]
+    run: Callable[[Bench, int], Outcome]
     unit: str
     least: int
     full: int

@@ -71,14 +71,14 @@ class Closing:
         calibration, tokens = self._calibration(feed)
         left_out = feed.num_not_finite()
         feed.close()  # from here on the language model is the evaluation's
-        told: list[dict[str, Any]] = [{} for _ in self.own]
-        for place_told, (place, learner) in zip(told, self.own, strict=True):
+        descriptions: list[dict[str, Any]] = [{} for _ in self.own]
+        for described, (place, learner) in zip(descriptions, self.own, strict=True):
             if learner is not None:
                 batches = calibration.get((learner.hookpoint, place.streams_of(self.accelerator.process_index)), [])
-                place_told.update(self._save(learner, folder, batches, tokens))
+                described.update(self._save(learner, folder, batches, tokens))
         self.accelerator.wait_for_everyone()
-        for path, found in self._everywhere(told):
-            self.provenance.add_sae(folder / path, found)
+        for path, description in self._everywhere(descriptions):
+            self.provenance.add_sae(folder / path, description)
         if self.accelerator.is_main_process:
             _write_collection(folder)
         world = self.accelerator.num_processes
@@ -94,37 +94,37 @@ class Closing:
 
     def _left_out(self, skipped: int, left_out: int, results: list[dict[str, Any]]) -> list[str]:
         """Sentences about what is not in the figures and weights because it is not finite."""
-        told = []
+        sentences = []
         if left_out:
-            told.append(
+            sentences.append(
                 f"{left_out:,} hidden states with NaN or infinite values were left out of training on "
                 f"{self.config.steps * self.config.batch_size:,}. `model_dtype: float32` may have none."
             )
         if skipped:
-            told.append(f"{skipped:,} of {self.config.steps:,} steps were skipped: NaN or infinite values.")
-        return told + [sentence for result in results for sentence in excluded(result)]
+            sentences.append(f"{skipped:,} of {self.config.steps:,} steps were skipped: NaN or infinite values.")
+        return sentences + [sentence for result in results for sentence in excluded(result)]
 
     def _missed_targets(self, results: list[dict[str, Any]]) -> list[str]:
         """Sentences about the dictionaries of all processes that are not what was asked for."""
         of_hookpoint = {result["hookpoint"]: result for result in results}
-        told: list[dict[str, Any]] = [{} for _ in self.own]
-        for place_told, (_, learner) in zip(told, self.own, strict=True):
+        by_place: list[dict[str, Any]] = [{} for _ in self.own]
+        for of_place, (_, learner) in zip(by_place, self.own, strict=True):
             if learner is not None:
                 result = of_hookpoint[learner.hookpoint]
-                place_told[place_of(learner)] = missed_targets(learner, result, self.config.tokens)
-        return [sentence for _, missed in self._everywhere(told) for sentence in missed]
+                of_place[place_of(learner)] = missed_targets(learner, result, self.config.tokens)
+        return [sentence for _, missed in self._everywhere(by_place) for sentence in missed]
 
-    def _everywhere(self, told: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    def _everywhere(self, by_place: list[dict[str, Any]]) -> list[tuple[str, Any]]:
         """What the first process of each dictionary tells, by path, in all processes."""
-        parts = [told] * self.accelerator.num_processes
+        parts = [by_place] * self.accelerator.num_processes
         if self.accelerator.num_processes > 1:
-            dist.all_gather_object(parts, told)
+            dist.all_gather_object(parts, by_place)
         joined = (parts[place.ranks[0]][i] for i, (place, _) in enumerate(self.own))
-        return [item for found in joined for item in found.items()]
+        return [item for items in joined for item in items.items()]
 
     def _calibration(self, feed: Feed) -> tuple[dict[tuple, list[Tensor]], int]:
         """Batches for the thresholds of this process's dictionaries, and the tokens in all streams' batches."""
-        rank, found = self.accelerator.process_index, {}
+        rank, rows = self.accelerator.process_index, {}
         mine = [(place, learner) for place, learner in self.own if learner is not None]
         wanting = [(place, one) for place, one in mine if _wanted_l0(one) is not None]
         anyone = torch.tensor(float(bool(wanting)), device=self.accelerator.device)
@@ -141,21 +141,21 @@ class Closing:
             except EndOfStates:  # an iterator that gives hardly more than is trained on
                 if self.accelerator.num_processes > 1:
                     raise
-                found = found or {key: [self.harvest.sample[key[0]]] for key in keys}
-                return found, number * in_batch or len(next(iter(self.harvest.sample.values())))
+                rows = rows or {key: [self.harvest.sample[key[0]]] for key in keys}
+                return rows, number * in_batch or len(next(iter(self.harvest.sample.values())))
             for key in keys:
-                found.setdefault(key, []).append(feed.rows(*key))
-        return found, batches * in_batch
+                rows.setdefault(key, []).append(feed.rows(*key))
+        return rows, batches * in_batch
 
     def _save(self, learner: Learner, folder: Path, calibration: list[Tensor], tokens: int) -> dict[str, Any]:
         """Save a dictionary as it is used; what is to be said of it, by its path in the run's folder."""
         sae: SAEModel = learner.finished()
-        found, path, wanted = {}, place_of(learner), _wanted_l0(learner)
+        solved, path, wanted = {}, place_of(learner), _wanted_l0(learner)
         batches = _Normalised(calibration, learner)
         if sae.config.activation_name == "batch_topk":
-            found = {"threshold": calibrate_threshold(sae, batches, wanted, learner.layout)}
+            solved = {"threshold": calibrate_threshold(sae, batches, wanted, learner.layout)}
         elif wanted is not None and _may_move(learner, wanted):
-            found = {"threshold_shift": calibrate_l0(sae, batches, wanted, learner.layout, learner.fixed)}
+            solved = {"threshold_shift": calibrate_l0(sae, batches, wanted, learner.layout, learner.fixed)}
         sae.fold_normalization_(learner.mean, learner.scale)
         if learner.base is not None:
             learner.base.restore(sae)
@@ -168,7 +168,7 @@ class Closing:
                 sae.save_pretrained(folder / path)
             except SafetensorError as error:  # how that library tells of a full disk
                 raise OSError(f"{folder / path} could not be saved: {error}") from error
-        return {path: describe_sae(learner, folder / path, found, wanted, tokens)} if first else {}
+        return {path: describe_sae(learner, folder / path, solved, wanted, tokens)} if first else {}
 
     def _evaluate_together(self, folder: Path) -> list[dict[str, Any]]:
         """All processes share the held-out tokens."""
@@ -198,8 +198,8 @@ class Closing:
 
     def _evaluate_apart(self, folder: Path) -> list[dict[str, Any]]:
         """The processes of each dictionary evaluate it; all get all results."""
-        told: list[dict[str, Any]] = [{} for _ in self.own]
-        for place_told, (place, learner) in zip(told, self.own, strict=True):
+        by_place: list[dict[str, Any]] = [{} for _ in self.own]
+        for of_place, (place, learner) in zip(by_place, self.own, strict=True):
             if learner is None:
                 continue
             layout, heldout = learner.layout, self.harvest.heldout(place.hookpoint)
@@ -207,13 +207,13 @@ class Closing:
             subject = ShardedDictionary(sae, layout, learner.config.widths) if layout.shards > 1 else Dictionary(sae)
             with among(layout.replica, layout.replicas, layout.replica_group):
                 first = self.accelerator.process_index == place.ranks[0]
-                found = evaluate(heldout, {learner.name: subject}, first, self.config.eval_baselines)
-                place_told[learner.name] = found
+                result = evaluate(heldout, {learner.name: subject}, first, self.config.eval_baselines)
+                of_place[learner.name] = result
         results: dict[str, dict[str, Any]] = {}
-        for _, found in self._everywhere(told):
-            of_hookpoint = results.setdefault(found["hookpoint"], found)
+        for _, result in self._everywhere(by_place):
+            of_hookpoint = results.setdefault(result["hookpoint"], result)
             for part in ("saes", "baselines"):
-                of_hookpoint[part] |= found[part]
+                of_hookpoint[part] |= result[part]
         return [results[name] for name in self.harvest.hookpoints if name in results]
 
     def _load(self, learner: Learner, folder: Path, device: torch.device) -> SAEModel:

@@ -49,8 +49,8 @@ def evaluate(
     """
     result = evaluate_fidelity(data, saes, show=show)
     rows = result.pop("subjects")
-    found = _baselines(data, saes, show) if baselines else {"baselines": {}, "baseline_tokens": 0}
-    return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows, **found}
+    references = _baselines(data, saes, show) if baselines else {"baselines": {}, "baseline_tokens": 0}
+    return {"hookpoint": data.hookpoint, "selection": "mask", **result, "saes": rows, **references}
 
 
 def _baselines(data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show: bool) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def write_report(
         folder (`Path`): The run's.
         accelerator (`Accelerator`): Prints in one process.
     """
-    found = {"about": ABOUT, "selection": "mask", "warnings": list(warnings), "results": list(results)}
-    write_json(folder / "results.json", found)
+    content = {"about": ABOUT, "selection": "mask", "warnings": list(warnings), "results": list(results)}
+    write_json(folder / "results.json", content)
     plot(results, folder / "results.png")
     accelerator.print(table(results))
     for rows in (result["sources"] for result in results if result.get("sources")):

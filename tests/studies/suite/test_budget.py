@@ -6,7 +6,7 @@ import time
 import pytest
 
 from hf_matryoshka_sae.common.logs import progress
-from hf_matryoshka_sae.studies.suite import Found, Section, budget, run_sections
+from hf_matryoshka_sae.studies.suite import Outcome, Section, budget, run_sections
 
 
 class Clock:
@@ -42,7 +42,7 @@ def section(
         if calls is not None:
             calls.append((name, size))
         clock.now += seconds * size
-        return Found({"it": [{"width": 4, "score": size}]}, f"{name} at {size}", {"size": size}, draw)
+        return Outcome({"it": [{"width": 4, "score": size}]}, f"{name} at {size}", {"size": size}, draw)
 
     def draw(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def test_a_section_ends_when_the_time_does(tmp_path):
         raise AssertionError("the bar moved on past the deadline")
 
     def small(bench, size):
-        return endless(bench, size) if size > 1 else Found({"it": [{"width": 4, "score": 1}]}, "", {})
+        return endless(bench, size) if size > 1 else Outcome({"it": [{"width": 4, "score": 1}]}, "", {})
 
     def make(name, run, cost):
         return Section(name, "?", name, "", (("score", "score", ".1f"),), run, "units", 1, 100, 1.0, cost)
