@@ -9,6 +9,7 @@ import gradio as gr
 from hf_matryoshka_sae.metrics.uploads import read_array, read_arrays, read_numbers, read_statistics
 from hf_matryoshka_sae.space import launch
 from hf_matryoshka_sae.space.looks.charts import Axis, line_chart
+from hf_matryoshka_sae.space.looks.messages import shows_errors
 from hf_matryoshka_sae.space.tabs.inputs import area
 
 

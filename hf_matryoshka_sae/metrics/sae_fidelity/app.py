@@ -8,6 +8,7 @@ import gradio as gr
 
 from hf_matryoshka_sae.metrics.uploads import read_array, read_statistics
 from hf_matryoshka_sae.space import launch
+from hf_matryoshka_sae.space.looks.messages import shows_errors
 
 
 MODULE = str(Path(__file__).with_name("sae_fidelity.py"))
