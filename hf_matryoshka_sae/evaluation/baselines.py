@@ -17,9 +17,10 @@ from torch import Tensor
 from ..common.distributed import reduce_sum
 from ..common.seeds import derived_seed
 from ..models import BatchTopKSAEConfig, SAEConfig, SAEModel, TopKSAEConfig, build_sae
+from ..models.sparse_ops import row_norms
 from .data import HasActivations
 from .firing import firings_of
-from .geometry import checked_widths, groups, unit_rows
+from .geometry import checked_widths, groups
 from .similarity import TokenSample, checked_batches
 
 
@@ -161,7 +162,8 @@ def random_dictionary(
     # Not the seed itself: an SAE trained with it may have begun with the same directions.
     generator = torch.Generator().manual_seed(derived_seed(seed, "random dictionary"))
     directions = torch.randn(random.W_dec.shape, generator=generator)
-    random.W_dec.copy_(unit_rows(directions)[0])
+    random.W_dec.copy_(directions.div_(row_norms(directions)[:, None]))
+    del directions
     random.b_dec.copy_(x.double().mean(0))
     thresholds, scales = x.new_zeros(len(random.W_dec)), x.new_ones(len(random.W_dec))
     bounds = widths if widths[-1] == len(scales) else [*widths, len(scales)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..training.data.text import overlaps
+from ..training.run.report import LARGEST_RANDOM
 from .counts import (
     Mesh,
     block_latents,
@@ -68,6 +69,9 @@ def memory(work: Workload, mesh: Mesh, device: Device) -> Memory:
     evaluated = {"saved dictionary": (1 if mapped else 2) * sum(matrices), "evaluation": _EVALUATION}
     if mesh.shards > 1 and device.kind == "cpu":  # a shard's rows are read, then copied into its model
         evaluated["evaluation"] = max(_EVALUATION, 2 * max(matrices))
+    beside = [_matrix(shape, mesh) for shape in work.dictionaries if work.baselines and mesh.shards == 1]
+    beside = [4 * weights for weights in beside if weights <= LARGEST_RANDOM]
+    evaluated["random dictionaries"] = 2 * sum(beside) + max(beside, default=0)  # one is being drawn
     if work.lm_processes:  # those that hold dictionaries load it only now
         evaluated["language model"] = _language_model(work)
     return Memory(

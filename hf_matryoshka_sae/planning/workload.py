@@ -114,6 +114,7 @@ class Workload:
         capacity_factor (`float`): The run's option `capacity_factor`.
         lm_processes (`int`, *optional*): Processes that run the language model and hold no dictionaries.
         dead_share (`float`): Share of the latents that AuxK finds dead.
+        baselines (`bool`): The run's option `eval_baselines`.
     """
 
     dictionaries: tuple[DictionaryShape, ...]
@@ -129,6 +130,7 @@ class Workload:
     capacity_factor: float
     dead_share: float
     lm_processes: int | None = None
+    baselines: bool = True
 
     @property
     def steps(self) -> int:
@@ -181,6 +183,7 @@ def read_workload(
         config.capacity_factor,
         dead_share,
         getattr(config, "lm_processes", None),
+        config.eval_baselines,
     )
 
 

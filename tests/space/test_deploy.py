@@ -125,7 +125,7 @@ def test_the_app_is_made_where_nothing_else_is(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     where, made, latents, closed = done.stdout.splitlines()
     assert Path(where) == folder / "hf_matryoshka_sae" / "__init__.py"
-    assert (made, latents) == ("Blocks True", "2048") and "no folders of its machine" in closed
+    assert (made, latents) == ("Blocks True", "2048") and "no name of a repository on the Hub" in closed
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -66,11 +66,8 @@ def test_the_smallest_width_for_a_target_is_measured_and_downloaded(desktop, sto
     assert shown["cross-entropy, nats per token"] == f"{row['ce']:.4f}"
     assert shown["L0: latents that fire per token"] == f"{row['l0']:.2f}"
     assert shown["RSA: similarities kept (Spearman)"] == f"{row['rsa']['spearman']:.4f}"
-    assert (
-        page.locator("#answer .here")
-        .inner_text()
-        .startswith(f"The first {width} keep {100 * row['recaptured_zero']:.1f}")
-    )
+    # The curve is of other tokens than these figures, so its own sentence goes on interpolating.
+    assert page.locator("#answer .here").inner_text().startswith(f"The first {width} keep about 95.0%")
     assert f"width={width}" in page.url
     rest(page)
     with page.expect_download() as started:

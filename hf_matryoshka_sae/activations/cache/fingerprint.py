@@ -88,7 +88,8 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 def _text(dataset: DatasetConfig) -> dict[str, Any]:
     fields = asdict(dataset)
-    del fields["streaming"]  # how it is read does not change what is read
+    for name in ("streaming", "source_column"):  # how it is read, and by what it is reported, change no state
+        del fields[name]
     return {**fields, "files": _digest(*_file_ends(Path(dataset.path)))}
 
 

@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 
 from ...activations.language_model import EMBEDDED
-from ...common.data_source import local_files
+from ...common.data_source import DatasetConfig, local_files
 from ...common.files import write_text
 from ...models.places import is_collection
 from ..config.fields import read_yaml
@@ -258,10 +258,12 @@ def differing(before: dict[str, Any], fields: dict[str, Any]) -> list[str]:
             wrote them did not know it, has its default.
         fields (`dict`): Fields of [`RunConfig.to_dict`] now.
     """
-    entry = _defaults(SAESpec)
+    entry, text = _defaults(SAESpec), _defaults(DatasetConfig)
 
     def essence(data: dict[str, Any], key: str) -> Any:
         value = data.get(key)
+        if key in ("dataset", "eval_dataset") and isinstance(value, dict):
+            return text | value
         if key != "saes" or not isinstance(value, list):
             return value
         return [{k: v for k, v in (entry | one).items() if k not in _PLACES} for one in value]

@@ -25,7 +25,7 @@ LARGEST_SHIFT = 0.2  # of it too: training that ends further off is told of
 _MOST_DEAD = 0.1  # of the latents
 _LOOK_BACK = 100_000  # tokens of training
 _BASELINE_TOKENS = 8_192
-_LARGEST_RANDOM = 2**26  # weights of a decoder that a random one is made beside
+LARGEST_RANDOM = 2**26  # weights of a decoder that a random one is made beside
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def _baselines(data: HeldOut | HeldOutStates, saes: dict[str, Dictionary], show:
     subjects: dict[str, Subject] = {}
     for name, dictionary in saes.items():
         sae, ends = dictionary.sae, sorted({dictionary.widths[0], dictionary.widths[-1]})
-        if isinstance(dictionary, ShardedDictionary) or sae.W_dec.numel() > _LARGEST_RANDOM:
+        if isinstance(dictionary, ShardedDictionary) or sae.W_dec.numel() > LARGEST_RANDOM:
             continue
         with suppress(ValueError):  # nothing fires, or no state is finite: the SAE's own row says so
             subjects[f"random ({name})"] = Dictionary(random_dictionary(sae, data, ends), ends)
