@@ -19,7 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before 
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
+from hf_matryoshka_sae.common import figures  # noqa: E402
 from hf_matryoshka_sae.models import dense_ops  # noqa: E402
 
 from . import tiny_run  # noqa: E402
@@ -78,6 +80,15 @@ def hub(tmp_path, monkeypatch) -> HubServer:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return SERVER
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures() -> Iterator[None]:
+    """Small pictures without a layout: most of the time of a small run would go into them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 30)
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

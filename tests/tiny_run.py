@@ -16,6 +16,7 @@ RUN = {
     "shuffle_tokens": 1024,
     "normalization_tokens": 1024,
     "eval_tokens": 600,
+    "eval_baselines": False,
     "calibration_tokens": 1000,
     "saes": [
         {"type": "matryoshka", "name": "nested", "num_latents": 160, "k": 4, "prefix_widths": [32, 160]},

@@ -10,6 +10,8 @@ from typing import Any
 Point = tuple[int | None, float, Sequence[float] | None]
 """Width, value, and the ends of the value's interval where it has one."""
 
+DPI = 150
+"""Pixels per inch of a saved figure."""
 
 _SHAPES = "sD^vPX*p"
 
@@ -63,7 +65,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib `Figure`, which needs no backend and leaves a notebook's alone, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp" + path.suffix)
-    figure.savefig(temporary, dpi=150)
+    figure.savefig(temporary, dpi=DPI)
     temporary.replace(path)
 
 

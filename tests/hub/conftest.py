@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hf_matryoshka_sae.hub import measure
 
@@ -15,10 +14,9 @@ from ..conftest import made_once
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_measurements() -> Iterator[None]:
-    """Most of the time of a small measurement would go into p-values, and into the layout of its pictures."""
+    """Most of the time of a small measurement would go into p-values."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "fit_power_law", partial(measure.fit_power_law, resamples=20))
-        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
         yield
 
 

@@ -23,6 +23,7 @@ RUN = {
     "lm_batch_size": 8,
     "shuffle_tokens": 2048,
     "eval_tokens": 1000,
+    "eval_baselines": False,
     "calibration_tokens": 1000,
     "checkpoint_every": 5,
     "log_every": 1,

@@ -17,6 +17,7 @@ RUN = {
     "batch_size": BATCH,
     "shuffle_tokens": 1024,
     "eval_tokens": 500,
+    "eval_baselines": False,
     "checkpoint_every": 10,
     "saes": [{"type": "matryoshka", "name": "nested", "num_latents": 32, "k": 4}],
 }

@@ -27,6 +27,7 @@ SMALL = {
     "context_length": 32,
     "checkpoint_every": 2,
     "eval_tokens": 600,
+    "eval_baselines": False,
     "calibration_tokens": 1000,
 }
 SMALL["saes"] = [{"type": "matryoshka", "name": "nested", "num_latents": 64, "k": 4}]

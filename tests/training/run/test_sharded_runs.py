@@ -19,6 +19,7 @@ RUN = {
     "shuffle_tokens": 2048,
     "normalization_tokens": 2048,
     "eval_tokens": 1000,
+    "eval_baselines": False,
     "calibration_tokens": 4000,
     "checkpoint_every": 4,
     "log_every": 1,

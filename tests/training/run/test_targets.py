@@ -112,6 +112,7 @@ def test_a_runs_last_lines_and_its_files_say_what_was_missed(tmp_path, caplog):
         "batch_size": 256,
         "lm_batch_size": 8,
         "eval_tokens": 1000,
+        "eval_baselines": False,
         "saes": saes,
     }
     (result,) = train(RunConfig.from_dict({**run, "output_dir": str(tmp_path)}))

@@ -40,7 +40,8 @@ RUN = {
     "lm_batch_size": 8,
     "shuffle_tokens": 4096,
     "normalization_tokens": 2048,
-    "eval_tokens": 2000,
+    "eval_tokens": 1000,
+    "eval_baselines": False,
     "calibration_tokens": 4000,
     "checkpoint_every": 5,
     "saes": [{"type": "matryoshka", "name": "nested", "num_latents": 128, "k": 8}],
@@ -62,7 +63,7 @@ def equal(one, other):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    return folder, train(config(folder))
+    return folder, train(config(folder, eval_baselines=True))
 
 
 def test_a_run_leaves_its_files_and_loads_with_auto_model(finished):

@@ -46,6 +46,7 @@ RUN = {
     "window_pool_tokens": 100_000,
     "normalization_tokens": 1024,
     "eval_tokens": 300,
+    "eval_baselines": False,
     "calibration_tokens": 2000,
     "checkpoint_every": 0,
 }
