@@ -8,7 +8,7 @@ WHEEL ?= .venv-wheel
 RELEASE ?= .venv-release
 DOCS ?= .venv-docs
 
-.PHONY: install demo test test-slow test-latest lock lint docs notebooks wheel test-lowest release-check
+.PHONY: install demo test test-slow test-release test-latest lock lint docs notebooks wheel test-lowest release-check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -26,7 +26,10 @@ test: install
 	$(VENV)/bin/python -m pytest -m "not slow"
 
 test-slow: install
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m "slow and not release"
+
+test-release: install
+	$(VENV)/bin/python -m pytest -m release
 
 # The quick tests with the newest versions that pyproject.toml admits, in an environment of their own.
 test-latest:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before 
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from hf_matryoshka_sae.common import figures  # noqa: E402
 from hf_matryoshka_sae.models import dense_ops  # noqa: E402
@@ -54,7 +57,8 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Pa
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """A run of two families at two hookpoints that has ended, with nothing measured; not to be changed."""
-    return made_once(tmp_path_factory, "finished", tiny_run.run)
+    with blank_pictures():
+        return made_once(tmp_path_factory, "finished", tiny_run.run)
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +90,23 @@ def hub(tmp_path, monkeypatch) -> HubServer:
 def quick_pictures() -> Iterator[None]:
     """Small pictures without a layout: most of the time of a small run would go into them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "DPI", 30)
+        patch.setattr(figures, "DPI", 50)
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is kept for releases is slow."""
+    for item in items:
+        if item.get_closest_marker("release"):
+            item.add_marker("slow")
+
+
+@contextmanager
+def blank_pictures() -> Iterator[None]:
+    """Pictures of one pixel, for folders of tests whose runs draw what the tests of other folders look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **options: Image.new("L", (1, 1)).save(path))
         yield
 
 

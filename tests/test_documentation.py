@@ -202,8 +202,14 @@ def reader(demo_folder, tmp_path, monkeypatch, request) -> Path:
     return folder
 
 
+def _quick(page: Path) -> Any:
+    """The README runs in continuous integration; pages of docs/, a minute and more in all, before a release."""
+    marks = () if page.name == "README.md" else pytest.mark.release
+    return pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", [_quick(page) for page in PAGES])
 def test_every_block_of_a_page_runs(page, reader, monkeypatch):
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):

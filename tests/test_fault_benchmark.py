@@ -9,7 +9,7 @@ from benchmarks.fault_kinds.checkpoint_mutations import Fault
 from benchmarks.fault_kinds.outcome import Outcome
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_broken_checkpoints_are_survived():
     outcome = checkpoints.run(seed=7, count=80, workers=1)
     assert outcome == Outcome("mutated checkpoints", 80, 80, [])

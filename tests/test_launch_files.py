@@ -54,7 +54,7 @@ def test_examples_are_runs(name):
     assert config.latent_shards > 1 and config.saes[0].sae_config(4096, "", "").num_latents >= 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_one_process_that_is_asked_stops_all(tmp_path):
     """What examples/slurm/train.sbatch relies on: any process takes the request, all write the checkpoint. No GPU."""
     fields = {

@@ -144,7 +144,7 @@ def test_wrong_settings_are_named(capsys):
     assert main(["--model", "embedded", "--seeds", "1", "1"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_small_run_is_reported_and_not_done_twice(tmp_path, monkeypatch, capsys):
     arguments = ["--model", "embedded", "--widths", "32", "64", "--k", "4", "--seeds", "3", "4", "--tokens", "2048"]
     arguments += ["--eval_tokens", "600", "--statistics_tokens", "600", "--batch_size", "256"]

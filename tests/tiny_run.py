@@ -15,7 +15,7 @@ RUN = {
     "lm_batch_size": 4,
     "shuffle_tokens": 1024,
     "normalization_tokens": 1024,
-    "eval_tokens": 600,
+    "eval_tokens": 240,
     "eval_baselines": False,
     "calibration_tokens": 1000,
     "saes": [

@@ -226,7 +226,7 @@ def test_no_thread_outlives_its_use():
     assert not _threads()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_process_ends_without_close():
     lines = [
         "from hf_matryoshka_sae.activations import PrefetchedStream",

@@ -38,7 +38,7 @@ def close(found, right) -> None:
         assert found == (pytest.approx(right, rel=1e-3, abs=1e-6) if isinstance(right, float) else right)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_find_what_one_finds(two_processes):
     alone = measured(open_heldout("embedded", EMBEDDING, tokens=4000, lm_batch_size=4))
     for found in two_processes.run(_one_of_two):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +10,21 @@ import pytest
 
 from hf_matryoshka_sae.hub import measure
 
-from ..conftest import made_once
+from ..conftest import blank_pictures, made_once
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_measurements() -> Iterator[None]:
-    """Most of the time of a small measurement would go into p-values."""
-    with pytest.MonkeyPatch.context() as patch:
+@contextmanager
+def quick() -> Iterator[None]:
+    """Most of the time of a small measurement would go into p-values and pictures."""
+    with blank_pictures(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "fit_power_law", partial(measure.fit_power_law, resamples=20))
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_measurements() -> Iterator[None]:
+    """Every test here measures so."""
+    with quick():
         yield
 
 
@@ -26,7 +34,8 @@ def measured_run(finished_run, tmp_path_factory) -> Path:
 
     def measured(folder: Path) -> None:
         shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
-        measure.measure_run(folder, show=False)
+        with quick():  # a session's fixtures come before those of a folder
+            measure.measure_run(folder, show=False)
 
     return made_once(tmp_path_factory, "measured", measured)
 

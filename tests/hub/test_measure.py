@@ -38,7 +38,7 @@ def test_the_held_out_text_is_that_of_the_closing_report(measured_run):
     closing = {each["hookpoint"]: each for each in json.loads((measured_run / "results.json").read_text())["results"]}
     for result in json.loads((measured_run / "evaluation.json").read_text())["results"]:
         report = closing[result["hookpoint"]]
-        assert result["tokens"] == report["tokens"] == 600
+        assert result["tokens"] == report["tokens"] == 240
         for name, rows in report["saes"].items():
             for row, again in zip(rows, result["saes"][name], strict=True):
                 assert again["fvu"] == pytest.approx(row["fvu"], rel=1e-6)
@@ -109,7 +109,7 @@ def test_what_was_deleted_or_damaged_is_measured_again_and_nothing_else(run_copy
     (place / "power_law.json").unlink()
     (run_copy / "evaluation.json").write_text("[]")
     measure_run(place, show=False)
-    assert LatentStatistics.load(place).tokens == 600
+    assert LatentStatistics.load(place).tokens == 240
     assert times(run_copy)[place / "progressive_curve.json"] == before[place / "progressive_curve.json"]
     (result,) = json.loads((run_copy / "evaluation.json").read_text())["results"]
     assert list(result["weights"]) == ["plain/model.layers.0"] and "plain" in result["saes"]

@@ -139,7 +139,7 @@ def test_text_that_an_evaluation_names_is_linked_where_it_has_an_owner():
     assert "`embedded`, split `heldout`" in text_words("embedded")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_of_local_files_alone_is_pushed_without_their_names(tmp_path, monkeypatch):
     place = tmp_path / f"{MARK}-place"
     names = {

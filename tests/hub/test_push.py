@@ -390,7 +390,7 @@ def test_a_push_into_a_repository_that_fails_leaves_the_old_one_working(hub, tmp
     assert is_whole(hub, new)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_push_killed_in_the_middle_is_completed_by_the_next(hub, tmp_path):
     saes = save_run(tmp_path / "run")
     reached = threading.Event()

@@ -107,7 +107,7 @@ def test_every_family_gives_equal_outputs_without_the_package_and_none_unasked(h
                 assert torch.equal(found[f"{place}-{width}{name}"], value), (place, width, name)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_cards_snippets_run_as_printed(hub, tmp_path):
     sae = make_sae("matryoshka-batch_topk", torch.float32, d_in=128, hookpoint="model.layers.1", base_model="embedded")
     sae.save_pretrained(tmp_path / "run" / "sae" / "model.layers.1")

@@ -19,7 +19,7 @@ NESTED = "nested/model.layers.0"
 def evaluated(folder, *flags):
     """`evaluate --suite full` with two of its sections, at their least size."""
     small = [replace(each, full=each.least) for each in SECTIONS if each.name in ("fidelity", "ablation")]
-    flags = ("--tokens", "600", "--context_length", "32", *flags)
+    flags = ("--tokens", "240", "--context_length", "32", *flags)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluating, "SECTIONS", small)
         assert command.main([str(folder), "--suite", "full", *flags]) == 0

@@ -396,7 +396,7 @@ def test_processes_that_pull_at_once_get_the_same_and_fetch_it_once(hub, tmp_pat
     assert weights_sent(hub) <= row_bytes(sae, 0, 4096)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_process_killed_in_the_middle_leaves_a_cache_that_goes_on(hub, tmp_path, monkeypatch):
     sae = large(latents=4096)
     put(hub, sae, tmp_path / "saved")

@@ -472,13 +472,13 @@ def _grown(act: Callable, *arguments) -> int:
         return pool.apply(act, arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("what", ["file", "pieces"])
 def test_writing_needs_a_chunk_of_memory_not_a_copy(tmp_path, what):
     assert _grown(_write, tmp_path, what) < 150 * 2**20  # of 307 MB; the transposed half goes in chunks of 64 MB
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("size", ["40MB", "5GB"], ids=["pieces", "one file"])
 def test_reading_needs_the_rows_and_no_more_than_a_piece_besides(tmp_path, size):
     sae = TopKSAE(TopKSAEConfig(d_in=128, num_latents=300_000))

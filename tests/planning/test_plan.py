@@ -155,7 +155,7 @@ def test_the_document_is_up_to_date(monkeypatch):
     sys.modules.pop("plan_tables")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_peak_memory_of_a_real_run(tmp_path, monkeypatch):
     """Within 15% of what a training of 131,072 latents takes, from its start to its report."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

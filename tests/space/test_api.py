@@ -61,6 +61,7 @@ def test_a_feature_is_what_the_page_shows(client):
     assert client.predict(latent=best["latent"], api_name="/feature")["max"] == pytest.approx(best["max"])
 
 
+@pytest.mark.release
 def test_many_clients_at_once_see_no_error(address):
     def visit(number: int) -> list[int]:
         client = connect(address)

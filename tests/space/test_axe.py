@@ -12,7 +12,13 @@ VIEWS = ("Prune", "Explore", "Search", "Text and steer", "Compare")
 SERIOUS = ("serious", "critical")
 
 
-@pytest.mark.parametrize("query", ["?latent=5", "?latent=5&__theme=dark"], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        pytest.param("?latent=5", id="light"),
+        pytest.param("?latent=5&__theme=dark", id="dark", marks=pytest.mark.release),
+    ],
+)
 def test_no_view_has_a_serious_finding(open_page, query):
     page = open_page(query)
     page.locator("#picture svg").first.wait_for(state="attached")

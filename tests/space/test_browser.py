@@ -36,6 +36,7 @@ def test_nothing_is_wider_than_a_phone(visits):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
 
 
+@pytest.mark.release
 def test_markup_in_a_link_is_text(open_page):
     for names in (["sae", "tab", "width", "latent", "ranking", "kind"], ["place"]):
         page = open_page(f"?{urlencode(dict.fromkeys(names, MARKUP))}")
@@ -57,6 +58,7 @@ def test_a_link_that_is_sent_on_opens_what_was_shown(open_page, visits):
     assert other.get_by_label("number input for Width: the first n latents").input_value() == "192"
 
 
+@pytest.mark.release
 def test_an_old_link_opens_and_carries_only_what_is_open(open_page):
     page = open_page("?sae=embedded&width=192&ranking=frequency&tab=try&q=the&kind=words&utm_source=x")
     page.wait_for_function("!location.search.includes('utm')")
@@ -88,6 +90,7 @@ def test_the_page_is_used_by_keyboard_alone(open_page):
     page.wait_for_function("location.search.includes('tab=explore')")
 
 
+@pytest.mark.release
 def test_saes_of_other_families_and_sizes_open(open_page, tmp_path):
     place = {"base_model": "embedded", "hookpoint": "model.layers.2"}
     ReluSAE(ReluSAEConfig(d_in=128, num_latents=300, **place)).save_pretrained(tmp_path / "a" / "model.layers.2")
@@ -120,6 +123,7 @@ def test_a_repository_that_cannot_be_opened_is_told_and_what_was_open_stays(open
     assert broken.url.endswith("/")
 
 
+@pytest.mark.release
 def test_going_back_leads_to_the_sae_before(open_page, tmp_path):
     AutoModel.from_pretrained(embedded_sae_path(), width=48).save_pretrained(tmp_path)
     page = open_page("?width=192")

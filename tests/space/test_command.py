@@ -53,7 +53,7 @@ def test_arguments_there_are_not_are_refused(capsys, arguments):
     assert ended.value.code == 2 and "usage: matryoshka-sae space" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_without_gradio_it_says_what_to_install():
     script = (
         "import sys; sys.modules['gradio'] = None\n"

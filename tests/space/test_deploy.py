@@ -103,7 +103,7 @@ def test_a_folder_with_something_in_it_is_left_alone(deploy, tmp_path, capsys):
     assert deploy.main(["your-name/space", "--dry_run", str(tmp_path / "empty")]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_app_is_made_where_nothing_else_is(folder):
     for needed in ("gradio", "itsdangerous", "authlib"):  # the Hub installs gradio[oauth]
         if importlib.util.find_spec(needed) is None:

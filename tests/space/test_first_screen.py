@@ -81,6 +81,7 @@ def test_the_smallest_width_for_a_target_is_measured_and_downloaded(desktop, sto
     assert torch.equal(pruned.W_dec, whole.W_dec[:width])
 
 
+@pytest.mark.release
 def test_what_is_shown_is_of_the_width_that_is_chosen(desktop):
     page = desktop
     set_width(page, 300)
@@ -101,6 +102,7 @@ def test_what_is_shown_is_of_the_width_that_is_chosen(desktop):
     assert "with 32 latents" in page.locator("#sample dl").inner_text()
 
 
+@pytest.mark.release
 def test_a_click_in_the_curve_is_a_width(desktop):
     page = desktop
     choose_tab(page, "Prune")
@@ -111,6 +113,7 @@ def test_a_click_in_the_curve_is_a_width(desktop):
     assert "448: " in page.locator("#answer nested-chart .hover text").text_content()
 
 
+@pytest.mark.release
 def test_another_order_is_shown_and_downloaded(desktop, tmp_path):
     page = desktop
     set_width(page, 192)
@@ -134,6 +137,7 @@ def test_another_order_is_shown_and_downloaded(desktop, tmp_path):
     page.locator("#answer .answer", has_text="keep 95").wait_for()
 
 
+@pytest.mark.release
 def test_a_text_is_reconstructed_and_its_markup_stays_text(desktop):
     page = desktop
     set_width(page, 448)
@@ -148,6 +152,7 @@ def test_a_text_is_reconstructed_and_its_markup_stays_text(desktop):
     page.wait_for_function("!document.querySelector('#reconstructed').innerText.trim()")
 
 
+@pytest.mark.release
 def test_a_pruned_sae_is_pushed_opened_and_shows_what_is_known(open_page):
     SERVER.reset()
     page = open_page("?width=64")

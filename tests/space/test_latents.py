@@ -85,6 +85,7 @@ def test_the_table_opens_a_latent_and_escape_closes_it(desktop):
     page.locator("#latents .search-input").fill("")
 
 
+@pytest.mark.release
 def test_a_latent_of_the_picture_gets_the_focus_back(desktop):
     page = desktop
     close_drawer(page)
@@ -98,6 +99,7 @@ def test_a_latent_of_the_picture_gets_the_focus_back(desktop):
     assert page.evaluate("document.activeElement.matches('a.block')")
 
 
+@pytest.mark.release
 def test_a_name_that_a_reader_gives_is_shown_wherever_the_latent_is(open_page):
     page = open_page("?latent=42&tab=explore")
     page.locator("#latent-head h2", has_text="Latent 42").wait_for()
@@ -114,6 +116,7 @@ def test_a_name_that_a_reader_gives_is_shown_wherever_the_latent_is(open_page):
     page.evaluate("localStorage.clear()")
 
 
+@pytest.mark.release
 def test_names_of_a_file_are_shown(open_page, tmp_path):
     (tmp_path / "names.csv").write_text("latent_id,label\n42,all the digits\n99999,nobody\n")
     page = open_page("?tab=explore")
@@ -126,6 +129,7 @@ def test_names_of_a_file_are_shown(open_page, tmp_path):
     page.evaluate("localStorage.clear()")
 
 
+@pytest.mark.release
 def test_a_family_is_saved_as_a_picture(open_page, tmp_path):
     page = open_page("?latent=42&tab=explore")
     page.locator("#latent-head h2", has_text="Latent 42").wait_for()
@@ -223,6 +227,7 @@ def test_a_latents_link_lands_on_the_latent_on_a_phone(visits):
     page.close()
 
 
+@pytest.mark.release
 def test_a_damaged_index_is_said_and_built_anew(open_page, tmp_path):
     sae, (model, tokenizer) = AutoModel.from_pretrained(embedded_sae_path(), width=48), load_embedded_lm()
     sae.save_pretrained(tmp_path)

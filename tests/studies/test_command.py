@@ -170,7 +170,7 @@ def _printed(rank: int, command: list[str]) -> str:
     return output.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_report_what_one_does(tmp_path, two_processes):
     saved(tmp_path / "sae")
     command = ["evaluate", str(tmp_path / "sae"), "--tokens", "1500", "--context_length", "40", "--output_dir"]

@@ -1,11 +1,20 @@
 """What the tests of training share."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from hf_matryoshka_sae.training.run.trainer import Trainer
+
+from ..conftest import blank_pictures
+
+
+@pytest.fixture(scope="package", autouse=True)
+def runs_draw_nothing() -> Iterator[None]:
+    """The closing plot of a run is a quarter of the time of a small one; test_report.py of the evaluation draws it."""
+    with blank_pictures():
+        yield
 
 
 @pytest.fixture

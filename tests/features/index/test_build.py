@@ -240,7 +240,7 @@ def _one_of_two(rank, folder):
     assert len(small.build(folder)) == small.LATENTS
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_give_the_index_of_one(built, tmp_path, two_processes):
     two_processes.run(_one_of_two, tmp_path)
     assert _bytes(tmp_path) == _bytes(built[1])

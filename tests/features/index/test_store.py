@@ -286,7 +286,7 @@ def test_a_feature_is_seen_in_under_100_ms(folder):
     assert sorted(times)[len(times) // 2] < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_threads_read_the_same_index():
     index = FeatureIndex.open(embedded_sae_path())
     wanted = {latent: _plain(index.feature(latent)) for latent in range(0, 2048, 64)}

@@ -118,7 +118,7 @@ def test_activations_of_runs_are_those_of_the_model_alone(trained):
         assert float(latent_values(sae, states, 2)) == pytest.approx(float(dense[2]), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_trained_sae_is_explained_better_than_random_directions_and_neurons():
     demo = AutoModel.from_pretrained(embedded_sae_path()).eval()
     text = {"path": "embedded", "split": "train"}

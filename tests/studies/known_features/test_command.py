@@ -39,14 +39,14 @@ def test_a_seed_trains_the_same_sae():
     assert not a.cosine.equal(c.cosine)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_parents_go_silent_in_the_vanilla_sae_alone():
     vanilla, matryoshka = trained("vanilla", 800), trained("matryoshka", 400)
     assert vanilla.parents_fire < 0.05
     assert matryoshka.parents_fire > 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_matryoshka_sae_recovers_the_tree():
     # From the published 0.2 the coefficient takes 15,000 steps to where it is led.
     found = trained("matryoshka", 1_500, seed=1, sparsity_coefficient=1.0)

@@ -57,7 +57,7 @@ def test_all_but_beta_n_stand_four_times_the_noise(seed):
     assert np.delete(abs(values(law) / TRUE - 1), 2).max() < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("ks, resampled", [(KS, "points"), ([8, 64, 512], "residuals")])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(ks, resampled):
     held = []

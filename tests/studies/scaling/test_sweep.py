@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_message(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_processes_train_what_one_trains(tmp_path):
     grid = {"num_latents": [32, 64, 128, 256], "k": [4], "tokens": [1024], "hold_out": 0.0}
     assert sweep(tmp_path, "--processes", "2", sweep=grid) == 0
@@ -184,7 +184,7 @@ def idle(run, slot, processes):
     return subprocess.Popen(["sleep", "600"])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_failing_run_stops_the_others_and_its_message_is_shown(tmp_path, monkeypatch):
     runs = planned(tmp_path)
     broken = tmp_path / "out" / "tokens-1024" / "run.yaml"
@@ -215,7 +215,7 @@ def test_a_termination_request_is_passed_on_to_the_processes(tmp_path, monkeypat
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_process_whose_parent_is_killed_ends_with_a_checkpoint(tmp_path):
     path, folder = write(tmp_path, sweep={"tokens": [128_000]}, checkpoint_every=20)
     plan_runs(load_sweep(path))

@@ -31,7 +31,7 @@ def sums_of_pairs() -> torch.Tensor:
     return atoms[pairs[:, 0]] + atoms[pairs[:, 1]]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_sums_of_few_atoms_are_explained_and_random_rows_less():
     composed = meta_sae(with_decoder(sums_of_pairs()), steps=400, lr=3e-3, seeds=(0,), show=False)
     dictionary, random = composed.records

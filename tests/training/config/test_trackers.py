@@ -77,7 +77,7 @@ def test_curves_are_called_by_prefix_widths_and_held_out_results_follow(tmp_path
     }
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_curves_of_several_hookpoints_are_kept_apart_and_random_prefixes_make_one(tmp_path, recorder):
     saes = [{"type": "matryoshka", "name": "drawn", "num_latents": 64, "k": 4, "random_prefixes": 3}]
     hookpoints = ["model.layers.0", "model.layers.1"]

@@ -64,7 +64,7 @@ def assert_same_run(run, alone):
                 assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_shards_give_the_run_of_one_process(alone, tmp_path):
     assert_same_run(Launch(tmp_path, 2, **RUN, latent_shards=2).finish(), alone)
 
@@ -74,13 +74,13 @@ def test_language_model_and_shards_on_different_processes_give_the_run_of_one(al
     assert_same_run(Launch(tmp_path, 3, **RUN, latent_shards=2, lm_processes=1).finish(), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_dictionaries_on_different_processes_give_the_run_of_one(alone, tmp_path):
     saes = [{**entry, "processes": [rank]} for rank, entry in enumerate(RUN["saes"])]
     assert_same_run(Launch(tmp_path, 2, **{**RUN, "saes": saes}).finish(), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_killed_process_ends_the_run_everywhere_and_half_as_many_go_on(alone, tmp_path):
     before = Launch(tmp_path, 4, **RUN, latent_shards=2)
     before.wait_for_step(9)

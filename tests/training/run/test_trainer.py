@@ -194,7 +194,7 @@ def test_processes_do_not_share_a_language_models_device(tmp_path, monkeypatch):
     assert lm_device(config(tmp_path), several) == several.device
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_starts_over_goes_on_as_itself_and_leaves_the_earlier_one_whole(finished, tmp_path, interrupt):
     train(config(tmp_path / "alone", seed=1))
     folder = tmp_path / "again"
@@ -352,7 +352,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, finished):
     assert equal(weights(finished[0]), weights(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path):
     fields = {**RUN, "tokens": 60 * 256}
     train(RunConfig.from_dict({**fields, "output_dir": str(tmp_path / "whole")}))

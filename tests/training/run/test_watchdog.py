@@ -135,7 +135,7 @@ def test_the_process_that_was_killed_is_the_one_that_is_named(killed, start, tmp
     assert f"The last checkpoint is {path}: run the same command again to go on from there." in run.log(others[0])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_whoever_looks_late_still_names_the_first_that_was_killed(start):
     """A process that slept while the others noticed, told each other and ended."""
     run = start(4, "reduce_for_ever")
@@ -147,7 +147,7 @@ def test_whoever_looks_late_still_names_the_first_that_was_killed(start):
     assert_named(run, 1, [0, 2, 3])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_process_that_waits_for_ever_is_ended(start):
     run = start(2, "sleep_for_ever")
     run.send(1, signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_a_process_that_waits_for_ever_is_ended(start):
     assert "No checkpoint was saved yet" in run.log(0)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_machine_of_which_nothing_is_heard_is_gone_where_an_error_points_to_a_loss(start):
     """Process 1, alone on its machine, is killed: nobody there can say so, but a connection to it breaks."""
     run = start(3, "reduce_for_ever", machines=["one", "two", "one"])

@@ -177,7 +177,7 @@ def _one_of_two(rank, run):
     train(run)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_keep_the_base_too(runs, tmp_path, two_processes):
     names = ["batch_topk", "jumprelu"]
     two_processes.run(_one_of_two, config(tmp_path / "run", [grown_spec(runs[0], name) for name in names]))

@@ -288,7 +288,7 @@ def test_baselines_stand_beside_and_are_worse(text):
         assert last["planted"] == pytest.approx(1.0) and max(last["neurons"], last["random (planted)"]) < 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_trained_sae_is_interpreted_better_than_random_directions_and_neurons(trained):
     demo, *texts = trained
     found = automated_interpretability({"demo": demo}, *texts, widths=[64, 448], per_group=8, show=False)
