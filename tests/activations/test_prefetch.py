@@ -47,7 +47,7 @@ def _live(model, num_epochs=None, pack=True, **options):
     return ActivationStream(copy.deepcopy(model), tokens, HOOKPOINTS, BATCH, BUFFER, **options)
 
 
-@pytest.fixture(params=["live", "not packed", "outliers left out", "cached"])
+@pytest.fixture(params=["not packed", "outliers left out", "cached"])
 def make(request, tmp_path):
     """Makes a plain stream, the same each time."""
     model = tiny.llama()

@@ -21,6 +21,7 @@ def digest(documents: list[str]) -> str:
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_interpreter_reads_the_same_text_and_imports_nothing_it_reads():
     """`text.py` runs there alone, so that nothing but it can import a module."""
     code = (

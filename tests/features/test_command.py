@@ -3,6 +3,7 @@ from hf_matryoshka_sae.features.command import main
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig
 
 
+@pytest.mark.slow
 def test_the_command_builds_and_tells(tmp_path, capsys):
     config = TopKSAEConfig(d_in=128, num_latents=64, k=4, base_model="embedded", hookpoint="model.layers.1")
     TopKSAE(config).save_pretrained(tmp_path)

@@ -354,7 +354,9 @@ def is_whole(hub: HubServer, saes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("how", ["drop", "lost answer", "503", "truncate"])
+@pytest.mark.parametrize(
+    "how", ["lost answer", *(pytest.param(how, marks=pytest.mark.slow) for how in ("drop", "503", "truncate"))]
+)
 def test_each_request_of_a_push_failed_once_leaves_all_or_nothing(hub, tmp_path, monkeypatch, how):
     saes = save_run(tmp_path / "run", hookpoints=["layers.0"])
     hub.watch(None)

@@ -190,6 +190,7 @@ def _write_one_of_two(rank: int, staging: Path, size: str) -> None:
     write_part(staging, *((0, 230), (230, 512))[rank], size)
 
 
+@pytest.mark.slow
 def test_processes_that_write_their_latents_at_once_make_the_files_that_one_makes(tmp_path, two_processes):
     sae, size = large(), "20KB"
     sae.load_state_dict(by_rule())

@@ -134,7 +134,7 @@ def test_decoding_all_prefixes_equals_decoding_each_and_its_gradients_match_fini
         assert gradcheck(function, (values, W_dec))
 
 
-@pytest.mark.parametrize("widths", [[7], [1, 7], [2, 3, 7], [1, 2, 3, 4, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize("widths", [[7], [2, 3, 7]], ids=str)
 @pytest.mark.parametrize(("num_rows", "density"), [(5, 0.4), (5, 0.0), (1, 1.0)])
 def test_prefix_errors_are_those_of_each_prefix_and_their_gradients_match_finite_differences(
     widths, num_rows, density

@@ -113,6 +113,7 @@ def test_the_count_is_that_of_the_tokens_read(tmp_path, monkeypatch, spoiled):
     assert json.loads((tmp_path / "provenance.json").read_text())["states_left_out"] == bad
 
 
+@pytest.mark.slow
 def test_a_run_with_bad_states_goes_on_bit_for_bit(tmp_path, interrupt, spoiled):
     train(config(tmp_path / "whole", overlap=True))
     interrupt(7)

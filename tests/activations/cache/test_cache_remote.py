@@ -27,7 +27,7 @@ def memory():
     fsspec.filesystem("memory").store.clear()
 
 
-@pytest.fixture(params=["fp32", "int8"])
+@pytest.fixture(params=["int8"])
 def local(request, tmp_path):
     """A cache in a folder, and what was asked for."""
     model = tiny.llama()

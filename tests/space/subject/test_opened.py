@@ -232,6 +232,7 @@ def test_an_index_of_other_weights_is_not_taken(library, embedded, tmp_path):
             asked()
 
 
+@pytest.mark.slow
 def test_an_index_that_was_built_is_there_also_tomorrow(library, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MATRYOSHKA_SAE_CACHE", str(tmp_path / "cache"))
     folder = topk(tmp_path / "topk")

@@ -133,6 +133,7 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
     assert (finished / "sweep.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_larger_grid_trains_only_what_is_new(finished, monkeypatch):
     trained = []
     monkeypatch.setattr(running, "train_runs", lambda runs, processes: trained.extend(runs))
