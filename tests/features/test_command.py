@@ -1,3 +1,5 @@
+import pytest
+
 from hf_matryoshka_sae.features import FeatureIndex
 from hf_matryoshka_sae.features.command import main
 from hf_matryoshka_sae.models import TopKSAE, TopKSAEConfig

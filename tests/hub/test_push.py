@@ -355,7 +355,7 @@ def is_whole(hub: HubServer, saes) -> bool:
 
 
 @pytest.mark.parametrize(
-    "how", ["lost answer", *(pytest.param(how, marks=pytest.mark.slow) for how in ("drop", "503", "truncate"))]
+    "how", ["lost answer", *(pytest.param(how, marks=pytest.mark.release) for how in ("drop", "503", "truncate"))]
 )
 def test_each_request_of_a_push_failed_once_leaves_all_or_nothing(hub, tmp_path, monkeypatch, how):
     saes = save_run(tmp_path / "run", hookpoints=["layers.0"])

@@ -75,7 +75,7 @@ def test_results_of_other_weights_are_left_out(run_copy, tmp_path):
     assert "suite-ablation" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_evaluation_goes_on_where_it_was_killed(run_copy, capsys):
     first = evaluated(run_copy)
     file = run_copy / "evaluation_suite/model.layers.0/ablation.json"

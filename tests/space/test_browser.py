@@ -29,6 +29,7 @@ def query_of(page) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(page.url).query))
 
 
+@pytest.mark.release
 def test_nothing_is_wider_than_a_phone(visits):
     page = visits.shared(360)
     for name in VIEWS:
@@ -69,6 +70,7 @@ def test_an_old_link_opens_and_carries_only_what_is_open(open_page):
     assert "q=the" in page.url and "ranking" not in page.url
 
 
+@pytest.mark.release
 def test_the_page_is_used_by_keyboard_alone(open_page):
     page = open_page("?width=450")
     page.locator("#answer nested-chart .mark").wait_for()
@@ -111,6 +113,7 @@ def test_saes_of_other_families_and_sizes_open(open_page, tmp_path):
     assert query_of(page) == {"sae": str(tmp_path), "place": "b/model.layers.2"}
 
 
+@pytest.mark.release
 def test_a_repository_that_cannot_be_opened_is_told_and_what_was_open_stays(open_page):
     page = open_page("?width=192")
     open_source(page, "nobody/nothing")

@@ -214,6 +214,7 @@ def test_the_sample_follows_the_width_without_the_server(open_page):
     assert asked == []
 
 
+@pytest.mark.release
 def test_a_latents_link_lands_on_the_latent_on_a_phone(visits):
     page = visits.open("?latent=42", width=360)
     heading = page.locator("#latent-head h2", has_text="Latent 42")

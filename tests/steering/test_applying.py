@@ -203,7 +203,7 @@ def test_half_precision_keeps_its_type(llama):
     assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_compiled_model_is_steered_and_forgets_it(llama):
     model, hookpoint, sae = llama
     compiled, ids = torch.compile(copy.deepcopy(model), backend="eager"), tokens()

@@ -168,7 +168,7 @@ def _one_of_two(rank, folder):
         train(config(folder, data_streams=2))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_leave_out_what_one_does(tmp_path, spoiled, two_processes):
     two_processes.run(_one_of_two, tmp_path / "two")
     train(config(tmp_path / "one", data_streams=2))

@@ -250,7 +250,7 @@ def _shown_by_two(rank, folder):
     assert small.build(folder, showcase=True).showcase() is not None
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_measure_what_one_measures(tmp_path, two_processes):
     two_processes.run(_shown_by_two, tmp_path / "two")
     one, two = small.build(tmp_path / "one", showcase=True).showcase(), FeatureIndex.open(tmp_path / "two").showcase()

@@ -51,7 +51,7 @@ def planted_texts() -> tuple[ReluSAE, HeldOut, HeldOut]:
     return sae, *texts
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_equally_explainable_latents_score_the_same_at_every_frequency():
     sae, examples, test = planted_texts()
     found = explainability(

@@ -35,7 +35,7 @@ def test_the_command_trains_writes_and_prints(tmp_path, capsys):
     assert (tmp_path / "synthetic.png").stat().st_size > 20_000
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):
     world = World(features=16, d_in=8, trees=1, p_min=0.05)
     trained = []

@@ -73,7 +73,7 @@ def test_the_command_trains_writes_and_prints(tmp_path, capsys):
         assert f"{row['mean_max_cosine']:.4f}" in printed and f"{row['recovered']}/20" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_another_tree_is_trained_to_its_own_l0(tmp_path):
     flags = ["--steps", "3", "--seeds", "0", "--output_dir"]
     tree = random_tree(7, num_top=2, depth=2)

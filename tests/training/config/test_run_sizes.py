@@ -88,7 +88,7 @@ def _counting(loaded, read):
     return loaded
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_begun_with_sizes_in_its_file_goes_on_with_them(tmp_path, interrupt):
     given = {"normalization_tokens": 3000, "calibration_tokens": 1500, "eval_tokens": 1000, "shuffle_tokens": 6000}
     given["window_pool_tokens"] = 20_000

@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_a_status(tmp_path, capsys,
     assert f"error: `output_dir` {tmp_path / place} cannot be written to" in said and "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_process_of_a_launch_is_refused(tmp_path):
     holder = RunLock(tmp_path / "run")
     holder.acquire()

@@ -69,7 +69,7 @@ def test_two_shards_give_the_run_of_one_process(alone, tmp_path):
     assert_same_run(Launch(tmp_path, 2, **RUN, latent_shards=2).finish(), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_language_model_and_shards_on_different_processes_give_the_run_of_one(alone, tmp_path):
     assert_same_run(Launch(tmp_path, 3, **RUN, latent_shards=2, lm_processes=1).finish(), alone)
 

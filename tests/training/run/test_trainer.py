@@ -118,7 +118,7 @@ def readers():
     return [thread for thread in threading.enumerate() if thread.name == "activation-reader"]
 
 
-@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.release)])
 def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_ends_the_same(finished, tmp_path, monkeypatch, overlap):
     """Reading ahead before or after: it changes no weight."""
     threads = []

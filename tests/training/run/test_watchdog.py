@@ -166,7 +166,7 @@ def test_a_machine_of_which_nothing_is_heard_is_gone_where_an_error_points_to_a_
         assert f"Process 1 of 3 (pid {run.processes[1].pid} on two) has ended without a word" in run.log(rank)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_error_is_told_to_all(start):
     run = start(2, "fail_in_one")
     assert run.finish(40) == [1, 1]
@@ -180,7 +180,7 @@ def test_who_ends_well_first_is_not_missed(start):
     assert not any("rror" in run.log(rank) or "WARNING" in run.log(rank) for rank in range(3))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_is_stopped_is_named_and_waited_for(stopped, start):
     other = 1 - stopped

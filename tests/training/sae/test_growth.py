@@ -141,7 +141,7 @@ def test_new_thresholds_are_one_number_for_the_l0_of_base_and_new_latents(runs):
         assert grown.encode(states, width=32).l0.float().mean().item() == pytest.approx(6, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_base_that_is_not_frozen_trains_along(runs, tmp_path):
     saes = [grown_spec(runs[0], name, freeze_base=False) for name in ("batch_topk", "nested-jumprelu", "relu")]
     (free,) = train(config(tmp_path, saes, seed=3))
@@ -154,7 +154,7 @@ def test_a_base_that_is_not_frozen_trains_along(runs, tmp_path):
         assert free["saes"][name][-1]["fvu"] < runs[1][name][-1]["fvu"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_an_interrupted_run_ends_the_same_even_if_the_source_has_changed(runs, tmp_path, interrupt):
     names, source = ["nested-batch_topk", "jumprelu"], tmp_path / "sources"
     for name in names:
