@@ -243,6 +243,13 @@ class Endpoints:
         """The figures of one width of a curve, measured in a turn of its own, so that others come in between."""
         return self.measure(sae, place, ranking, width)
 
+    def is_measured(self, sae: str, place: str, ranking: str, width: int) -> bool:
+        """Whether the figures of a width are there, and the order they belong to."""
+        opened = self.library.look(sae, place)
+        pruning = opened.check(Pruning(ranking, width))
+        ordered = ranking == "trained" or opened.has("statistics", pruning)
+        return ordered and opened.has("measured", pruning)
+
     def num_latents(self, sae: str, place: str) -> int:
         """How many latents an SAE has."""
         return self.library.look(sae, place).num_latents

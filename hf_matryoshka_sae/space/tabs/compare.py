@@ -57,15 +57,11 @@ class CompareTab:
         gr.on([self.other.submit, self.other_place.submit], shows_errors(self.measure), sides, self.outcome, **HEAVY)
         opened = shown.opened.change(shows_errors(self.refresh), [shown.current, shown.opened], right, **LIGHT)
         opened.success(shows_errors(self.show), sides, self.outcome, cancels=measured, **LIGHT)
-        gr.on(
-            [shown.width.release, ranking.input, self.other_ranking.input, self.other_width.input],
-            shows_errors(self.show),
-            sides,
-            self.outcome,
-            cancels=measured,
-            trigger_mode="always_last",
-            **LIGHT,
-        )
+        # A width is told last of all that it changes, perhaps after the button was pressed; an outcome knows its own.
+        show = {"fn": shows_errors(self.show), "inputs": sides, "outputs": self.outcome, "trigger_mode": "always_last"}
+        shown.width.release(**show, **LIGHT)
+        orders = [ranking.input, self.other_ranking.input, self.other_width.input]
+        gr.on(orders, **show, cancels=measured, **LIGHT)
         names = "other, other_place, other_ranking, other_width"
         for changed in (self.other, self.other_place, self.other_ranking, self.other_width):
             changed.input(None, right, None, js=f"({names}) => nested.show({{{names}}})", **BROWSER)
@@ -99,10 +95,12 @@ class CompareTab:
         return (*current, ranking, left), (sae, place, other_ranking, right)
 
     def show(self, *given: Any) -> str:
-        """Both sides from what is stored; another SAE, or another order, waits for the button."""
+        """Both sides from what is stored, or was measured; another SAE, or another order, waits for the button."""
         left, right = self._sides(*given)
         if left[:2] != right[:2]:
             return '<p class="note">Press “Measure and compare”: nothing is stored of these two together.</p>'
+        if all(self.endpoints.is_measured(*side) for side in (left, right)):
+            return self.measure(*given)
         figures = [self._stored(side) for side in (left, right)]
         shown = self._outcome(left, right, figures)
         if None in figures:
