@@ -5,7 +5,8 @@
 
 corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
 and CSR learn from the half that is not searched, with several seeds. Prints nDCG@10 and recall@100 (one right document
-for each query) with half of the 95% interval over seeds, against bytes; writes `retrieval.json`, `.md` and `.png`.
+for each query) with half of the 95% interval over seeds, against bytes; writes `retrieval.json`, `.md` and `.png`. What
+is in `retrieval.json` is not measured again: stop the command when you like and run it once more.
 """
 
 import argparse
@@ -71,13 +72,19 @@ def main() -> None:
     whitened = {name: half_whitened(part) for name, part in data.items()}
     points = fixed_points(corpora, data, options.output)
     points += [point(row, name, None) for name, part in whitened.items() for row in plain_rows(part, HALF)]
-    first = options.seeds[0]
+    path, first = options.output / "retrieval.json", options.seeds[0]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    points += [one for one in before if one["step"]]
+    done = {one["step"] for one in before}
     steps = [(our_rows, options.k, seed) for seed in options.seeds]
     steps += [(csr_and_pruned_rows, options.k, seed) for seed in options.seeds]
     steps += [(our_rows, k, first) for k in options.more_ks]
     for make, k, seed in tqdm(steps):
-        points += [point(row, name, seed) for row, name in make(data, whitened, pairs, options, k, seed)]
-        write_json(options.output / "retrieval.json", points)
+        step = f"{make.__name__}, k {k}, seed {seed}"
+        if step in done:
+            continue
+        points += [point(row, name, seed, step) for row, name in make(data, whitened, pairs, options, k, seed)]
+        write_json(path, points)
         (options.output / "retrieval.md").write_text(summary(points), encoding="utf-8")
         plot(points, options.output / "retrieval.png")
     sys.stdout.write(summary(points))
@@ -174,13 +181,14 @@ def trained(training: Tensor, options: argparse.Namespace, k: int, seed: int, fo
     return AutoModel.from_pretrained(folder / kind / "sentence_embedding")
 
 
-def point(row: Row, corpus: str, seed: int | None) -> dict:
+def point(row: Row, corpus: str, seed: int | None, step: str = "") -> dict:
     """Figures of a row: the i-th document is the right one of the i-th query; ties count against it."""
     right = row.scores.diagonal()[:, None]
     rank = (row.scores >= right).sum(1) - 1
     gain = torch.where(rank < 10, 1 / torch.log2(rank + 2.0), 0.0)
     figures = {"ndcg": gain.mean().item(), "recall": (rank < 100).float().mean().item()}
-    return {"corpus": corpus, "seed": seed, "name": row.name, "size": row.size, "bytes": row.bytes, **figures}
+    about = {"step": step, "corpus": corpus, "seed": seed}
+    return {**about, "name": row.name, "size": row.size, "bytes": row.bytes, **figures}
 
 
 def grouped(points: list[dict]) -> Iterator[tuple[tuple, dict[str, tuple[float, float]]]]:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ..n2g import HALF
-from ..n2g_trie import START, WILDCARD, PatternTrie
+from ..n2g_trie import HERE, START, WILDCARD, PatternTrie
 from .answers import AnswerCache, Judge
 from .contexts import Context, TokenTexts
 from .parsing import choices, refuses, sentence, strengths
@@ -20,6 +20,7 @@ from .questions import Questions
 
 STAND_IN = "no judge: N2G patterns stand in"
 _SHOWN = 5
+_SIGNS = {WILDCARD: "*", START: "^", HERE: "|"}
 T = TypeVar("T")
 
 
@@ -113,7 +114,7 @@ class PatternReader:
     """Patterns of tokens in a judge's place.
 
     A passage is said to be active where a pattern ends in it, marks to be right where patterns end on at least half of
-    the marked tokens, and activations to be what the patterns predict. Patterns see a window up to the token.
+    the marked tokens, and activations to be what the patterns predict. Patterns see whole windows.
 
     Args:
         trie ([`PatternTrie`]): The latent's patterns.
@@ -129,8 +130,8 @@ class PatternReader:
         self.explanation = f"patterns {', '.join(shown)}{more}"
 
     def _predicted(self, context: Context) -> np.ndarray:
-        # What follows a token has no say in it, and START is a window's first place.
-        return self._trie.predict(self._windows[context.row : context.row + 1, : context.stop])[0, context.start :]
+        # Not of the passage alone: a pattern may begin before it, and where the model sees ahead go on after it.
+        return self._trie.predict(self._windows[context.row : context.row + 1])[0, context.start : context.stop]
 
     def detect(self, contexts: Sequence[Context]) -> list[bool]:
         """Return in which contexts a pattern matches."""
@@ -147,13 +148,13 @@ class PatternReader:
 
 
 def _written(pattern: list[int], texts: TokenTexts) -> str:
-    """A pattern as text: its tokens with * for any token, ^ for the start of a context."""
+    """A pattern as text: its tokens, * for any token, ^ for the start of a context, | where it fires if more follows."""
     runs: list[list[int]] = [[]]
     written = ""
     for key in [*pattern, WILDCARD]:
-        if key in (WILDCARD, START):
+        if key in _SIGNS:
             written += "".join(texts.of(tuple(runs[-1]))) if runs[-1] else ""
-            written += "^" if key == START else "*"
+            written += _SIGNS[key]
             runs.append([])
         else:
             runs[-1].append(key)
