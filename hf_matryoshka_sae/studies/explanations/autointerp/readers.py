@@ -148,7 +148,7 @@ class PatternReader:
 
 
 def _written(pattern: list[int], texts: TokenTexts) -> str:
-    """A pattern as text: its tokens, * for any token, ^ for the start of a context, | where it fires if more follows."""
+    """A pattern as text: tokens, * for any token, ^ for a context's start, | where it fires if more follows."""
     runs: list[list[int]] = [[]]
     written = ""
     for key in [*pattern, WILDCARD]:
