@@ -74,8 +74,8 @@ def main() -> None:
     points += [point(row, name, None) for name, part in whitened.items() for row in plain_rows(part, HALF)]
     path, first = options.output / "retrieval.json", options.seeds[0]
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    points += [one for one in before if one["step"]]
-    done = {one["step"] for one in before}
+    before = [one for one in before if one.get("step")]
+    points, done = points + before, {one["step"] for one in before}
     steps = [(our_rows, options.k, seed) for seed in options.seeds]
     steps += [(csr_and_pruned_rows, options.k, seed) for seed in options.seeds]
     steps += [(our_rows, k, first) for k in options.more_ks]
@@ -226,12 +226,25 @@ def plot(points: list[dict], path: Path) -> None:
         for (name_of_corpus, name, _), figures in grouped(points):
             if name_of_corpus == corpus:
                 lines.setdefault(name, []).append((figures["bytes"][0], *figures["ndcg"]))
-        for name, line in lines.items():
-            if "not refined" in name or "as codes" in name:
-                continue  # in the table
+        # The rest is in the table; CSR is better as it was trained than refined.
+        kept = {
+            name: line
+            for name, line in lines.items()
+            if "as codes" not in name and ("not refined" in name) == name.startswith("CSR")
+        }
+        for number, (name, line) in enumerate(kept.items()):
             sizes, means, halves = zip(*sorted(line), strict=True)
             style = "--" if name.startswith(HALF) else "-"
-            axis.errorbar(sizes, means, yerr=halves, marker="o", markersize=3, linestyle=style, label=name)
+            axis.errorbar(
+                sizes,
+                means,
+                yerr=halves,
+                marker="o",
+                markersize=3,
+                linestyle=style,
+                label=name,
+                color=plt.cm.tab20(number),
+            )
         axis.set(xscale="log", xlabel="bytes of a document", ylabel="nDCG@10", title=corpus)
     axes[-1].legend(fontsize=6, ncol=2)
     figure.tight_layout()

@@ -122,8 +122,9 @@
       document.getElementById("steering").scrollIntoView({ block: "start", behavior: "smooth" });
     },
     copyLink: async () => {
-      const link = new URL(drawer.element().querySelector(".latent-head").dataset.link, location.href).href;
-      const button = document.getElementById("latent-link");
+      const address = new URL(drawer.element().querySelector(".latent-head").dataset.link, location.href);
+      if (nested.view.width) address.searchParams.set("width", nested.view.width);  // the family is drawn at it
+      const link = address.href, button = document.getElementById("latent-link");
       try { await navigator.clipboard.writeText(link); button.textContent = "Copied"; } catch { prompt("The link:", link); }
       setTimeout(() => { button.textContent = "Copy link"; }, 2000);
     },

@@ -19,6 +19,7 @@ from hf_matryoshka_sae.space.looks import html
 from hf_matryoshka_sae.space.looks.labels import Labels
 from hf_matryoshka_sae.space.looks.links import View, latent_link
 from hf_matryoshka_sae.space.subject.comparing import _matches, compare
+from hf_matryoshka_sae.space.subject.library import ROOT
 from hf_matryoshka_sae.space.subject.opened import Pruning
 
 
@@ -94,6 +95,7 @@ def test_a_link_opens_what_it_was_made_of(view):
 
 def test_a_latents_link_has_the_latent_even_if_it_is_0():
     assert dict(parse_qsl(latent_link("a/b", "p", 0).lstrip("?")))["latent"] == "0"
+    assert "place" not in latent_link("a/b", ROOT, 0)
     assert View.of({"latent": "0"})[0] == View(latent=0, tab="explore")
     assert View.of({"latent": "3", "tab": "tree"})[0].tab == "explore"
 

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ...activations.language_model import EMBEDDED
+from ..subject.library import ROOT
 from ..subject.opened import RANKINGS
 
 
@@ -77,5 +78,5 @@ class View:
 
 
 def latent_link(sae: str, place: str, latent: int) -> str:
-    """Where a link to a latent leads."""
-    return View(sae, place, "explore", latent=latent).query()
+    """Where a link to a latent leads; the SAE at the root is the first, which a link need not name."""
+    return View(sae, "" if place == ROOT else place, "explore", latent=latent).query()

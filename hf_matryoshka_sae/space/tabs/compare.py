@@ -133,7 +133,7 @@ class CompareTab:
         return next((row for row in self._rows(side) if row["width"] == side[3]), None)
 
     def _outcome(self, left: Side, right: Side, figures: list[dict[str, Any] | None]) -> str:
-        """The curves of both with a mark at each, and their figures."""
+        """The curves of both with a mark at each, and their figures; nothing where none are known."""
         key, label = "recaptured_zero", "loss kept (1: as the model alone)"
         if any(row.get(key) is None for side in (left, right) for row in self._rows(side)):
             key, label = "fvu", "FVU: variance left unexplained"
@@ -148,6 +148,8 @@ class CompareTab:
                 width = row["width"]
                 curves[name] = sorted({*curves[name], (width, row[key])})
                 marks.append(Mark(name, width, row[key], f"{letter}: {width:,}"))
+        if not any(curves.values()):
+            return ""
         chart = line_chart(curves, Axis("width (latents)", log=True), Axis(label), marks)
         table = [
             [title, *(html.number((row or {}).get(key), form) for row in figures)]
