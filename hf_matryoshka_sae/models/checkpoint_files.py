@@ -99,19 +99,19 @@ def read_latents(
     unknown = where.keys() - set(_FILE_KEYS)
     if unknown:
         raise TypeError(f"read_latents() got unexpected arguments: {sorted(unknown)}.")
-    found, commit = pinned(source, where)
-    fields, _ = SAEConfig.get_config_dict(source, **found)
+    place, commit = pinned(source, where)
+    fields, _ = SAEConfig.get_config_dict(source, **place)
     kinds = {config.model_type: config for config in CONFIGS.values()}
     if fields.get("model_type") not in kinds:
         raise ValueError(f"{source} is no SAE: its config names the model type {fields.get('model_type')!r}.")
-    config = kinds[fields["model_type"]].from_pretrained(source, **found)
+    config = kinds[fields["model_type"]].from_pretrained(source, **place)
     if not 0 <= start < stop <= config.num_latents:
         raise ValueError(
             f"`start` and `stop` must be a range of latents between 0 and num_latents ({config.num_latents}), got "
             f"{start!r} and {stop!r}."
         )
     with failures_named(source, where):
-        state = _read_rows(source, found, commit, start, stop, config)
+        state = _read_rows(source, place, commit, start, stop, config)
         check_numbers(state, config, source)
         return config, state
 
@@ -315,11 +315,11 @@ def _published_digests(source: str | os.PathLike, where: dict, again: bool) -> d
     """The digests that were pushed with the weights; `None` where there are none. A damaged file is fetched anew."""
     for force in (again, True):
         asked = where | {"force_download": force}
-        found = optional_file(source, DIGESTS_NAME, asked)
-        if found is None:
+        file = optional_file(source, DIGESTS_NAME, asked)
+        if file is None:
             return None
         try:
-            digests = json.loads(Path(found).read_text(encoding="utf-8"))
+            digests = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError:
             continue
         if isinstance(digests, dict):

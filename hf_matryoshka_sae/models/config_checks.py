@@ -64,13 +64,13 @@ def check_content(content: object) -> None:
 
 def _entries(value: object) -> int:
     """How many values are in a list or dictionary, also in those inside it."""
-    found, held = 0, [value]
+    count, held = 0, [value]
     while held:
         inner = held.pop()
         if isinstance(inner, list | tuple | dict):
-            found += len(inner)
+            count += len(inner)
             held += inner.values() if isinstance(inner, dict) else inner
-    return found
+    return count
 
 
 class CheckedConfig:

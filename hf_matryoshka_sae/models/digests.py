@@ -106,18 +106,18 @@ def first_wrong_row(
 
 def weights_digest(sae: nn.Module) -> str:
     """SHA-256 over an SAE's tensors, by name: says of which weights a result is."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
-        found.update(name.encode())
-        found.update(as_bytes(tensor))
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
 
 
 def folder_digest(folder: Path) -> str | None:
     """SHA-256 of the files of an SAE's weights, over all shards or pieces; `None` where there are none."""
-    found, files = hashlib.sha256(), tensor_files(folder)
+    digest, files = hashlib.sha256(), tensor_files(folder)
     for path in files:
         with open(path, "rb") as file:
             while block := file.read(2**22):
-                found.update(block)
-    return found.hexdigest() if files else None
+                digest.update(block)
+    return digest.hexdigest() if files else None

@@ -17,14 +17,14 @@ def forward_method(method: Method) -> Method:
     """
 
     @wraps(method)
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
         fsdp = sys.modules.get("torch.distributed.fsdp")  # who has wrapped a module has imported it
         if fsdp is not None and method.__name__ not in vars(self) and isinstance(self, fsdp.FSDPModule):
             fsdp.register_fsdp_forward_method(self, method.__name__)
             return getattr(self, method.__name__)(*args, **kwargs)
         return method(self, *args, **kwargs)
 
-    return told
+    return sharded
 
 
 def refuse_quantization(quantization: Any) -> None:

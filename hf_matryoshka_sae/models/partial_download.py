@@ -97,8 +97,8 @@ class PartialFile:
 
     def whole(self) -> Path | None:
         """The whole file, where it is in the cache."""
-        found = try_to_load_from_cache(self.repo_id, self.filename, self.cache_dir, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.repo_id, self.filename, self.cache_dir, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
     def sibling_cached(self, name: str) -> bool:
         """Whether another file of the same folder is in the cache."""
@@ -189,12 +189,12 @@ class PartialFile:
             return etag, None
         if self.offline:
             raise NotInCache(f"{self.filename} of {self.repo_id} is not in the cache, and this is offline.")
-        found = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
-        if found.etag is None or found.size is None:
+        metadata = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
+        if metadata.etag is None or metadata.size is None:
             raise RangesRefused("the server gives no etag or size")
         self._reference.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self._reference, found.etag)
-        return found.etag, found.size
+        replace_text(self._reference, metadata.etag)
+        return metadata.etag, metadata.size
 
     def _fetch_missing(
         self, record: PartialRecord, width: int | None, whole_tensors: set[str], published: Digests
@@ -329,11 +329,11 @@ def _check_sum(record: PartialRecord) -> None:
     if len(record.etag) != 64:  # a small file's etag is git's, not the sha256 of LFS
         return
     with open(record.weights, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != record.etag:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != record.etag:
         record.drop()
         raise ValueError(
-            f"The sha256 of {record.weights.name} is {found}, the Hub's is {record.etag}: damaged on the way. It was "
+            f"The sha256 of {record.weights.name} is {digest}, the Hub's is {record.etag}: damaged on the way. It was "
             "dropped; the same call fetches it again."
         )
 

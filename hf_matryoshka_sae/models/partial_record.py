@@ -21,15 +21,15 @@ class PartialRecord:
         self.start, self.rows = 0, {}
         self._noted, self.noted_bytes = {}, 0
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            weights = folder / found["weights"]
+            record = json.loads(self._path.read_text(encoding="utf-8"))
+            weights = folder / record["weights"]
             with open(weights, "rb") as file:
-                text = file.read(found["start"])[8:]
+                text = file.read(record["start"])[8:]
             # A file whose header was damaged since cannot be read; its rows are fetched again with it.
-            if weights.stat().st_size == found["size"] and json.loads(text) == found["header"]:
-                self.size, self.weights = found["size"], weights
-                self.begin(found["header"], found["start"])
-                self.rows = {str(name): int(rows) for name, rows in found["rows"].items()}
+            if weights.stat().st_size == record["size"] and json.loads(text) == record["header"]:
+                self.size, self.weights = record["size"], weights
+                self.begin(record["header"], record["start"])
+                self.rows = {str(name): int(rows) for name, rows in record["rows"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.header, self.rows = None, {}  # none yet, or a damaged one: start over
 

@@ -70,13 +70,13 @@ class FilePlan:
 
     def specs_of(self, piece: Piece) -> Specs:
         """Type and shape of each tensor of a file."""
-        rows, found = piece.stop - piece.start, {}
+        rows, specs = piece.stop - piece.start, {}
         for name, (dtype, shape) in self.specs.items():
             if name not in WHOLE_TENSORS:
-                found[name] = (dtype, (rows, *shape[1:]))
+                specs[name] = (dtype, (rows, *shape[1:]))
             elif piece.start == 0:
-                found[name] = (dtype, shape)
-        return found
+                specs[name] = (dtype, shape)
+        return specs
 
 
 def plan_files(tensors: Mapping[str, Tensor], num_latents: int, max_bytes: int | str) -> FilePlan:

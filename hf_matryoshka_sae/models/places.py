@@ -51,7 +51,7 @@ def saes_below(folder: str | os.PathLike, depth: int | None = None) -> dict[str,
             what a run moved aside are left out.
         depth (`int`, *optional*): How many levels of folders are looked at; all where not given.
     """
-    found = {}
+    configs = {}
     for path, folders, _ in os.walk(folder):
         place = Path(path).relative_to(folder)
         folders[:] = [name for name in folders if not NO_SAE.match(name)]
@@ -59,8 +59,8 @@ def saes_below(folder: str | os.PathLike, depth: int | None = None) -> dict[str,
             folders.clear()
         config = sae_config(path) if place.parts else None
         if config is not None:
-            found[place.as_posix()] = config
-    return dict(sorted(found.items()))
+            configs[place.as_posix()] = config
+    return dict(sorted(configs.items()))
 
 
 def collection_index(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:

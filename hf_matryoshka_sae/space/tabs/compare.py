@@ -69,10 +69,12 @@ class CompareTab:
             changed.input(None, None, self.outcome, js="() => ''", **BROWSER)
 
     def refresh(self, current: tuple[str, str], opened: dict[str, Any]) -> tuple[Any, ...]:
-        """The other side of a link; else the open SAE at a quarter."""
-        quarter = max(1, self.endpoints.num_latents(*current) // 4)
+        """The other side of a link; else the open SAE at a quarter, or whole where it is at a quarter itself."""
+        latents = self.endpoints.num_latents(*current)
+        quarter = max(1, latents // 4)
         stored = [row["width"] for row in self._rows((*current, "trained", 0))]
         near = min(stored or [quarter], key=lambda width: abs(math.log(width / quarter)))
+        near = latents if near == opened["width"] else near
         width = opened["other_width"] or (0 if opened["other"] else near)
         return opened["other"], opened["other_place"], opened["other_ranking"], width
 

@@ -36,7 +36,7 @@ class ExploreTab:
 
     def __init__(self, endpoints: Endpoints, shown: Shown) -> None:
         self.endpoints = endpoints
-        with gr.Group(visible=False) as self.without:
+        with gr.Column(visible=False) as self.without:
             gr.Markdown("### This SAE has no feature index yet\nIt says what latents fire on; the page can build one.")
             self.tokens = gr.Slider(10_000, 1_000_000, 200_000, step=10_000, label="Tokens of text to look at")
             self.build = gr.Button("Build the index", variant="primary")

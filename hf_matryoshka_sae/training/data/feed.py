@@ -117,7 +117,7 @@ class Feed:
     def _send(self) -> tuple[dict, list]:
         """Draw from this process's streams, and have what others need on its way."""
         drawn = {number: self._drawn.pop(number, None) or self._next(number) for number in self._iterators}
-        batch = {(number, name): rows for number, found in drawn.items() for name, rows in found.items()}
+        batch = {(number, name): rows for number, own in drawn.items() for name, rows in own.items()}
         operations = []
         for number, name, source, target in self._routes:
             if source == self._rank:
@@ -150,12 +150,12 @@ class Feed:
     def state_dict(self) -> dict[int, Any]:
         """The state of each of this process's streams, with the rows that are on their way."""
         on_the_way = {} if self._pending is None else self._pending[0]
-        found = {}
+        states = {}
         for number, stream in self.streams.items():
             drawn = {name: rows for (of, name), rows in on_the_way.items() if of == number}
             kept = {"rows": _joined(self._kept[number]), "seen": self._seen[number]}
-            found[number] = {"stream": stream.state_dict(), "drawn": drawn or self._drawn.get(number), "kept": kept}
-        return found
+            states[number] = {"stream": stream.state_dict(), "drawn": drawn or self._drawn.get(number), "kept": kept}
+        return states
 
     def load_state_dict(self, states: dict[int, Any]) -> None:
         """Go on from what [`state_dict`] gave, here or in the processes that owned these streams."""

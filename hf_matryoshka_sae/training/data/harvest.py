@@ -263,10 +263,10 @@ def open_harvest(
 def _agree(sample: dict[str, list[Tensor]], accelerator: Accelerator) -> tuple[dict, dict[str, Tensor]]:
     """The widths and types of the first process's sample, and the sample itself, in all processes."""
     joined = {name: torch.cat(parts) for name, parts in sample.items()}
-    told = [{name: (len(rows), rows.shape[1], rows.dtype) for name, rows in joined.items()}]
+    shared = [{name: (len(rows), rows.shape[1], rows.dtype) for name, rows in joined.items()}]
     if accelerator.num_processes > 1:
-        dist.broadcast_object_list(told, 0)
-    for name, (count, width, _) in told[0].items():
+        dist.broadcast_object_list(shared, 0)
+    for name, (count, width, _) in shared[0].items():
         rows = joined.get(name, torch.empty(count, width, device=accelerator.device)).float()
         joined[name] = broadcast(rows) if accelerator.num_processes > 1 else rows
-    return {name: shape[1:] for name, shape in told[0].items()}, {name: joined[name] for name in told[0]}
+    return {name: shape[1:] for name, shape in shared[0].items()}, {name: joined[name] for name in shared[0]}

@@ -95,11 +95,11 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118  (no mapping)
                         parts.setdefault(key, []).append(file.get_slice(key)[low - first : high - first])
-        found = {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in parts.items()}
-        for key, tensor in found.items():
+        tensors = {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in parts.items()}
+        for key, tensor in tensors.items():
             if len(tensor) != stop - start:
                 raise ValueError(f"{key} of {name} in {self.path} lacks rows of latents {start} to {stop}.")
-        return found
+        return tensors
 
     def _pieces(self, name: str) -> list[tuple[int, int, Path]]:
         named = ((_ROWS.fullmatch(path.name), path) for path in self.path.glob(f"{name}-rows-*.safetensors"))

@@ -100,12 +100,12 @@ class RunFolder:
             `ValueError`: if the folder holds another run's checkpoints.
         """
         known, new, candidates = in_main_process(self.accelerator, self._survey)
-        found = self.checkpoints.load(candidates) if candidates else None
-        if found is not None:
-            in_main_process(self.accelerator, lambda: self._check_seed(found[1]))
-        self.run_id = new if found is None or known is None else known
+        checkpoint = self.checkpoints.load(candidates) if candidates else None
+        if checkpoint is not None:
+            in_main_process(self.accelerator, lambda: self._check_seed(checkpoint[1]))
+        self.run_id = new if checkpoint is None or known is None else known
         self.checkpoints.about = {"run_id": self.run_id, "fields": self.config.to_dict()}
-        return found
+        return checkpoint
 
     def _survey(self) -> tuple[str | None, str, list[tuple[int, Path]]]:
         """The id of the run that is here, one for a new run, and the checkpoints that may be gone on from."""
@@ -149,10 +149,10 @@ class RunFolder:
             return
         _check_places(self.config, changed)
         kind = "a finished" if self._is_finished(step, before) else "an unfinished"
-        told = ", ".join(_change(key, before, fields) for key in changed)
+        changes = ", ".join(_change(key, before, fields) for key in changed)
         raise ValueError(
-            f"{self.path} holds {kind} run that differs in {told} (see {record}). Give another `output_dir`, or start "
-            "over with --resume false, which moves aside what is there."
+            f"{self.path} holds {kind} run that differs in {changes} (see {record}). Give another `output_dir`, or "
+            "start over with --resume false, which moves aside what is there."
         )
 
     def _check_seed(self, checkpoint: Checkpoint) -> None:
@@ -274,13 +274,13 @@ def differing(before: dict[str, Any], fields: dict[str, Any]) -> list[str]:
 
 def _defaults(cls: type) -> dict[str, Any]:
     """The values of a dataclass's fields that have a default."""
-    found = {}
+    values = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
+            values[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
-    return found
+            values[field.name] = field.default_factory()
+    return values
 
 
 def _change(key: str, before: dict[str, Any], fields: dict[str, Any]) -> str:

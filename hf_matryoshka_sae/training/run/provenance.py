@@ -85,9 +85,9 @@ class Provenance:
         if before.get("run_id") != self.run_id:
             self.save(step, 0, 0)
 
-    def add_sae(self, folder: Path, found: dict[str, Any]) -> None:
+    def add_sae(self, folder: Path, description: dict[str, Any]) -> None:
         """Write down what [`describe_sae`] told of a saved SAE."""
-        self.record["saes"][folder.relative_to(self.path.parent).as_posix()] = found
+        self.record["saes"][folder.relative_to(self.path.parent).as_posix()] = description
 
     def save(self, step: int, skipped: int, left_out: int, warnings: Sequence[str] = ()) -> None:
         """Write the file whole, with the time so far.
@@ -117,7 +117,7 @@ def describe_sae(
         l0 (`float`, *optional*): Latents per token that it was solved for.
         tokens (`int`): That it was solved for on.
     """
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "hookpoint": learner.hookpoint,
         "input_scaling": learner.spec.input_scaling,
         "mean_norm": float(learner.mean.norm()),
@@ -125,13 +125,13 @@ def describe_sae(
         "weights": folder_digest(folder),
     }
     if solved:
-        found["calibration"] = {
+        description["calibration"] = {
             **{name: value * float(learner.scale) for name, value in solved.items()},  # in the units of the saved SAE
             "l0": float(l0),
             "tokens": tokens,
             "from_latent": learner.fixed,  # a frozen base keeps its own
         }
-    return found
+    return description
 
 
 def _is_here(path: str | None) -> bool:
@@ -141,27 +141,27 @@ def _is_here(path: str | None) -> bool:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What a run's `provenance.json` says; empty where it has none, or a damaged one."""
     try:
-        found = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        record = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Class and size of a language model."""
     config = getattr(model, "config", None)
     sizes = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "vocab_size": "vocab_size"}
-    found = {name: getattr(config, field, None) for name, field in sizes.items()}
+    known = {name: getattr(config, field, None) for name, field in sizes.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, **{k: v for k, v in found.items() if v}}
+    return {"class": type(model).__name__, "parameters": parameters, **{k: v for k, v in known.items() if v}}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries under it."""
     from ... import __version__
 
-    found = {"python": platform.python_version(), "hf_matryoshka_sae": __version__}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    own = {"python": platform.python_version(), "hf_matryoshka_sae": __version__}
+    return own | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def hardware(accelerator: Accelerator) -> dict[str, Any]:

@@ -131,10 +131,10 @@ class Trainer:
         self.accelerator = accelerator = accelerator or make_accelerator(config)
         self.run_folder = run_folder or RunFolder(config, accelerator)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
-        found = self.run_folder.open()
+        checkpoint = self.run_folder.open()
         self.provenance = Provenance(self.folder, config, accelerator, self.run_folder.run_id)
         rank, world = accelerator.process_index, accelerator.num_processes
-        begun_with = None if found is None else found[1].tree("run")["streams"]
+        begun_with = None if checkpoint is None else checkpoint[1].tree("run")["streams"]
         self.processes = processes = Processes.of(config, rank, world, begun_with)
         self.harvest = harvest = open_harvest(config, accelerator, processes, states, heldout)
         self.placements = placements = processes.place(config, harvest.hookpoints)
@@ -155,7 +155,7 @@ class Trainer:
         self.skipped = self._skipped_for_states = 0  # steps of the whole run that were left out
         self.left_out = 0  # hidden states that are not finite
         self.last_saved: int | None = None  # steps done at the newest checkpoint
-        self.start = 0 if found is None else self._resume(*found)
+        self.start = 0 if checkpoint is None else self._resume(*checkpoint)
 
     def run(self) -> list[dict[str, Any]]:
         """Train from the newest checkpoint, or the start, to the end."""
@@ -242,23 +242,23 @@ class Trainer:
     def _statistics(self, step: int) -> dict[str, dict[str, Any]]:
         """What each dictionary's last step told, in the main process; of dictionaries elsewhere too."""
         several = len(self.harvest.hookpoints) > 1
-        found = {
+        own = {
             f"{learner.name}/{learner.hookpoint}" if several else learner.name: asdict(learner.statistics(step))
             for learner in self.learners
         }
         if all(0 in placement.ranks for placement in self.placements):
-            return found
-        told: list[Any] = [None] * self.accelerator.num_processes
-        dist.all_gather_object(told, found)
-        return {name: statistics for part in told for name, statistics in part.items()}
+            return own
+        parts: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(parts, own)
+        return {name: statistics for part in parts for name, statistics in part.items()}
 
     def _look_for_skips(self) -> bool:
         """Warn of steps that were left out, and end a run that has only such; whether the last one was.
 
         The host waits for the device here, so on a GPU this is done when metrics are logged.
         """
-        found = [learner.skipped() for learner in self.learners] or [(0, 0, 0)]
-        states, gradients, in_a_row = (max(counts) for counts in zip(*found, strict=True))
+        skipped = [learner.skipped() for learner in self.learners] or [(0, 0, 0)]
+        states, gradients, in_a_row = (max(counts) for counts in zip(*skipped, strict=True))
         if any(len(placement.ranks) < self.accelerator.num_processes for placement in self.placements):
             counts = torch.tensor([states, gradients, in_a_row], device=self.accelerator.device)
             dist.all_reduce(counts, dist.ReduceOp.MAX)

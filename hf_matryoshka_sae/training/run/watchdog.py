@@ -122,12 +122,12 @@ class Watchdog:
     def _open_store(self) -> dist.TCPStore:
         """A store of the run's own: torch's is busy while a process waits for another."""
         address, store, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), None, timedelta(seconds=60)
-        told = [None]
+        port = [None]
         if self.rank == 0:
             store = dist.TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-            told = [store.port]
-        dist.broadcast_object_list(told, 0)
-        return store or dist.TCPStore(address, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
+            port = [store.port]
+        dist.broadcast_object_list(port, 0)
+        return store or dist.TCPStore(address, port[0], is_master=False, timeout=timeout, wait_for_workers=False)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if self._before is not None:

@@ -189,11 +189,11 @@ def _written(state: dict[str, Tensor], name: str, moment: Tensor, dice: "_Dice",
         return {name: _to_bfloat16(moment, dice(kind))}
     # A row of zeros has scale 0, with which any code gives zeros.
     largest = moment.abs().amax(1)
-    shown = moment / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    scaled = moment / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     if dtype == torch.int8:
-        shown = _rounded(shown.mul_(_E4M3_MAX), dice(kind), 20).to(_E4M3).view(torch.int8)
-        return {name: shown, f"{name}_scale": largest / _E4M3_MAX}
-    codes = (_bits(shown, dice(kind), 20) >> 20) - _LOWEST
+        scaled = _rounded(scaled.mul_(_E4M3_MAX), dice(kind), 20).to(_E4M3).view(torch.int8)
+        return {name: scaled, f"{name}_scale": largest / _E4M3_MAX}
+    codes = (_bits(scaled, dice(kind), 20) >> 20) - _LOWEST
     return {name: codes.clamp_(min=0).to(torch.uint8), f"{name}_scale": largest}
 
 

@@ -61,15 +61,15 @@ def save_own_rows(
 def _agreed(layout: Layout, value: Any, error: OSError | None) -> list:
     """What each process says; raises everywhere where one failed."""
     said = (value, None if error is None else str(error))
-    told = [said] * layout.processes
+    answers = [said] * layout.processes
     if layout.shards > 1:
-        dist.all_gather_object(told, said, group=layout.group)
+        dist.all_gather_object(answers, said, group=layout.group)
     if error is not None:
         raise error
-    for rank, (_, reason) in enumerate(told):
+    for rank, (_, reason) in enumerate(answers):
         if reason is not None:
             raise OSError(f"Process {rank} of those that hold this dictionary could not write its latents: {reason}")
-    return [value for value, _ in told]
+    return [value for value, _ in answers]
 
 
 def load_own_rows(

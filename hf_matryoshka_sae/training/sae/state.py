@@ -12,15 +12,15 @@ class LearnerState:
     def _rows(self) -> dict[str, Tensor]:
         """Every tensor of which each latent has a row, by name; not copies."""
         size = self.sae.config.num_latents
-        found = {f"weights/{name}": tensor for name, tensor in self.sae.state_dict().items() if name != "b_dec"}
+        rows = {f"weights/{name}": tensor for name, tensor in self.sae.state_dict().items() if name != "b_dec"}
         for name, tensor in self._moments().items():
             if not name.startswith("b_dec/") and tensor.ndim and len(tensor) == size:
-                found[f"optimizer/{name}"] = tensor
+                rows[f"optimizer/{name}"] = tensor
         if self.average is not None:
-            found |= {f"average/{name}": tensor for name, tensor in self.average.items() if name != "b_dec"}
+            rows |= {f"average/{name}": tensor for name, tensor in self.average.items() if name != "b_dec"}
         if self.energy is not None:
-            found["energy"] = self.energy
-        return found | {"tokens_since_fired": self.tokens_since_fired}
+            rows["energy"] = self.energy
+        return rows | {"tokens_since_fired": self.tokens_since_fired}
 
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's state as `<parameter>/<key>`."""
