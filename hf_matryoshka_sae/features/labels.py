@@ -80,8 +80,8 @@ def _first(record: Any, names: tuple[str, ...]) -> Any:
     """Return the first of some fields that a record has, whatever the case of its name."""
     if not isinstance(record, dict):
         return None
-    found = {str(name).strip().lower(): value for name, value in record.items()}
-    return next((found[name] for name in names if found.get(name) not in (None, "")), None)
+    fields = {str(name).strip().lower(): value for name, value in record.items()}
+    return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
 
 
 def short_labels(index: "FeatureIndex") -> dict[int, str]:

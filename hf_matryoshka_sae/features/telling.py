@@ -54,11 +54,11 @@ def verdict(feature: "Feature", spell: Spell) -> str:
     if not feature.count:
         return "Never fires on the text of the index."
     often = "often: " if feature.frequency > _OFTEN else "seldom: " if feature.frequency < _SELDOM else ""
-    told = f"Fires {often}on {feature.frequency:.3%} of tokens"
+    sentence = f"Fires {often}on {feature.frequency:.3%} of tokens"
     if feature.first_position_share > _MOST:
-        return f"{told}, nearly always the first of a window."
+        return f"{sentence}, nearly always the first of a window."
     about = band_verdict(feature, spell)
-    return f"{told}. {about}" if about else f"{told}{_peaks(feature, spell)}."
+    return f"{sentence}. {about}" if about else f"{sentence}{_peaks(feature, spell)}."
 
 
 def _peaks(feature: "Feature", spell: Spell) -> str:

@@ -129,20 +129,20 @@ class SparseIndex:
     ) -> Hits:
         """The best by the first latents of those that a narrower prefix finds."""
         coarse = _largest(rows[:, :coarse_width], dims)
-        found = self._whole(coarse, coarse_width, kept)
-        number, place = np.nonzero(found.documents >= 0)
-        document = found.documents[number, place]
+        candidates = self._whole(coarse, coarse_width, kept)
+        number, place = np.nonzero(candidates.documents >= 0)
+        document = candidates.documents[number, place]
         postings = self.by_document[document, :width].tocoo()
         query, done = rows[:, :width].toarray(), coarse.toarray()
         values = query[number[postings.row], postings.col]
-        fine = np.full(found.documents.shape, -np.inf, np.float32)
+        fine = np.full(candidates.documents.shape, -np.inf, np.float32)
         fine[number, place] = np.bincount(postings.row, values * postings.data, len(number))
         fine[number, place] *= self._scale(rows[:, :width], width)[number, document]
         seen = postings.col < coarse_width  # what the coarse search has multiplied is not multiplied again
         seen[seen] = done[number[postings.row[seen]], postings.col[seen]] != 0
-        work = found.work + float(((values != 0) & ~seen).sum()) / max(1, len(found.scores))
-        order = np.lexsort((found.documents, -fine), axis=1)[:, :top_k]
-        scores, documents = np.take_along_axis(fine, order, 1), np.take_along_axis(found.documents, order, 1)
+        work = candidates.work + float(((values != 0) & ~seen).sum()) / max(1, len(candidates.scores))
+        order = np.lexsort((candidates.documents, -fine), axis=1)[:, :top_k]
+        scores, documents = np.take_along_axis(fine, order, 1), np.take_along_axis(candidates.documents, order, 1)
         return Hits(documents, np.where(documents >= 0, scores, 0), work)
 
     def explain(self, query: Any, document: int, width: int | None = None) -> list[tuple[int, float]]:

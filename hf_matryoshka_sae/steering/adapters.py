@@ -232,11 +232,11 @@ def _logits(model: nn.Module, parts: Sequence[Part] = ()) -> Tensor:
     inner = unwrapped(model)[-1]
     with torch.no_grad(), applied(model, parts, quiet=True):
         output = run_model(inner, probe_tokens(inner), None)
-    found = getattr(output, "logits", None)
-    return found if found is not None else output[0]
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else output[0]
 
 
-def _error(found: Tensor, expected: Tensor, plain: Tensor) -> float:
+def _error(logits: Tensor, expected: Tensor, plain: Tensor) -> float:
     """Return the largest difference of two results relative to the largest effect, or to a 1000th of the plain one."""
     effect = (expected - plain).abs().max().clamp(min=1e-3 * plain.abs().max())
-    return float((found - expected).abs().max() / effect)
+    return float((logits - expected).abs().max() / effect)

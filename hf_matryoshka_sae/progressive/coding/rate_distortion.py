@@ -149,13 +149,13 @@ def rate_distortion(
     linear = QuantisedComponents(components, [share * unit for share in component_steps], sample)
     subjects: dict[str, Any] = {"principal components": linear}
     subjects |= {f"code, step {step:.3g}": CodedDictionary(sae, widths, statistics, step) for step in steps}
-    found = evaluate_fidelity(data, subjects, language_model, similarity_tokens=0, show=show)
+    result = evaluate_fidelity(data, subjects, language_model, similarity_tokens=0, show=show)
     coded = torch.cat([x.cpu() for x in data.activations()])
     records = []
     for name, subject in subjects.items():
         components_alone = subject is linear
         rates = linear.bits(coded) if components_alone else subject.rates(data.activations())
-        for row, bits in zip(found["subjects"][name], rates, strict=True):
+        for row, bits in zip(result["subjects"][name], rates, strict=True):
             records.append(
                 {
                     "subject": name,
@@ -166,7 +166,7 @@ def rate_distortion(
                     "recaptured": row["recaptured_zero"],
                 }
             )
-    about = {"hookpoint": data.hookpoint, "tokens": found["tokens"], "steps": list(steps)}
+    about = {"hookpoint": data.hookpoint, "tokens": result["tokens"], "steps": list(steps)}
     return RateDistortion("rate_distortion", "Rate and distortion, ideal entropy codes", records, COLUMNS, about)
 
 

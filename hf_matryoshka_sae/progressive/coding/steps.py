@@ -49,12 +49,12 @@ class StepCost:
         return self.fvu_coded[-1] / self.fvu[-1] - 1 if self.fvu[-1] else 0.0
 
     def __str__(self) -> str:
-        told = (
+        sentence = (
             f"step {self.step:.4g}: {self.bits[-1]:.1f} bits a token, FVU {self.fvu_coded[-1]:.4f} instead of "
             f"{self.fvu[-1]:.4f} ({self.growth:+.1%})"
         )
         bad = [str(width) for width, fvu in zip(self.widths, self.fvu_coded, strict=True) if fvu > 1]
-        return told + (f"; cut at {', '.join(bad)} latents it is worse than the mean" if bad else "")
+        return sentence + (f"; cut at {', '.join(bad)} latents it is worse than the mean" if bad else "")
 
 
 @torch.no_grad()

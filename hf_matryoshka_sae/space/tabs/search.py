@@ -143,8 +143,8 @@ class SearchTab:
             above = {hit["latent"]: self._above(current, about, hit["latent"]) for hit in hits}
         except (ValueError, *UNREACHABLE) as error:
             return f"{of}{problem(error)}</div>"
-        found = hits_html(hits, above, current, f"Read as {_READ_AS[kind]} {query}", about["tokens"], width)
-        return f"{of}{found}</div>"
+        hits_shown = hits_html(hits, above, current, f"Read as {_READ_AS[kind]} {query}", about["tokens"], width)
+        return f"{of}{hits_shown}</div>"
 
     def _above(self, current: tuple[str, str], about: dict[str, Any], latent: int) -> list[int]:
         if about["index_tokens"] is None:

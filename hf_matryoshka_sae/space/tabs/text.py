@@ -118,11 +118,11 @@ class TextTab:
     def refresh(self, current: tuple[str, str], view: dict[str, Any]) -> tuple[Any, ...]:
         """What the tab shows of an SAE that was just opened: the text of the link, else the sample that is stored."""
         about, stored = self.endpoints.describe(*current), self.endpoints.showcase(*current)
-        text, found = view.get("text") or "", _ASK
+        text, reading = view.get("text") or "", _ASK
         if not text and stored is not None:
-            text, found = stored["sample"]["text"], sample_html(stored, view.get("width") or about["num_latents"])
+            text, reading = stored["sample"]["text"], sample_html(stored, view.get("width") or about["num_latents"])
         label = "Text and steer" if about["generates"] else "Text"
-        shows = gr.update(label=label), text or SAMPLE, found, gr.update(visible=about["generates"])
+        shows = gr.update(label=label), text or SAMPLE, reading, gr.update(visible=about["generates"])
         return *shows, None, None, ""
 
     def show_linked(self, current: tuple[str, str], view: dict[str, Any], width: float) -> Any:

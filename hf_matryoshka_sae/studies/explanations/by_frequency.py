@@ -142,9 +142,9 @@ def frequency_text(rows: Sequence[dict[str, Any]], columns: Sequence[Column], na
 
 def matched_text(rows: Sequence[dict[str, Any]], columns: Sequence[Column], names: Sequence[str]) -> str:
     """Return what [`matched`] found as a table in plain text."""
-    told = [{**row, "covered": f"{row['covered']:.0%}"} for row in rows]
+    lines = [{**row, "covered": f"{row['covered']:.0%}"} for row in rows]
     title = "At equal frequency (every bin that all SAEs have latents in weighs the same for each):"
-    return _text(title, told, columns, names, ("width", "width"), ("covered", "of its latents"))
+    return _text(title, lines, columns, names, ("width", "width"), ("covered", "of its latents"))
 
 
 def _text(

@@ -97,7 +97,7 @@ def explainability(
     """
     check_at_least(1, per_group=per_group, least=least, least_test=least_test)
     saes = {"sae": saes} if isinstance(saes, SAEModel) else saes
-    rows, found = {}, {}
+    rows, latents = {}, {}
     for name, (sae, chosen) in with_baselines(saes, examples, widths, baselines, seed).items():
         often = (firing_counts(sae, examples) >= least) & (firing_counts(sae, test) >= least_test)
         drawn = DrawnLatents.of(often, chosen, per_group, seed)
@@ -120,7 +120,7 @@ def explainability(
         for one in bar:
             found_here = score(one, explainer.explain(one, from_text), on_text, len(from_text.fired[one][0]))
             own.append(Scored(**vars(found_here), **tables.score(one), weight=weights[one]))
-        explained = found[name] = sorted(gathered(own), key=lambda one: one.latent)
+        explained = latents[name] = sorted(gathered(own), key=lambda one: one.latent)
         values = {one.latent: [getattr(one, key) for key in ("frequency", *SCORES)] for one in explained}
         rows[name] = drawn.rows(values, ("frequency", *SCORES), resamples, seed)
     about = {
@@ -134,8 +134,8 @@ def explainability(
         "least_test": least_test,
         "seed": seed,
     }
-    about["by_frequency"] = by_frequency(found, SCORES, resamples, seed)
-    own = {name: found[name] for name in saes}
+    about["by_frequency"] = by_frequency(latents, SCORES, resamples, seed)
+    own = {name: latents[name] for name in saes}
     every = sorted({row["width"] for name in saes for row in rows[name]})
     about["at_equal_frequency"] = matched(own, SCORES, every, resamples, seed) if len(own) > 1 else []
     more = [frequency_text(about["by_frequency"], _COLUMNS, _BY_FREQUENCY)]
@@ -148,7 +148,7 @@ def explainability(
         about,
         ["f1"],
         intervals="Intervals: 95%, bootstrap over the drawn latents within groups; none over fewer than eight.",
-        latents=found,
+        latents=latents,
         grouped=True,
         more="\n\n".join(more),
     )

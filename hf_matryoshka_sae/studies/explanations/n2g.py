@@ -150,28 +150,28 @@ class Explainer:
         self.reader = RunReader(sae, data)
         self._text: tuple[Examples, np.ndarray, np.ndarray] | None = None  # windows, and where documents go on
 
-    def explain(self, latent: int, found: Examples) -> PatternTrie:
+    def explain(self, latent: int, examples: Examples) -> PatternTrie:
         """Return the patterns of a latent.
 
         Raises:
             `ValueError`: if there are no examples of it.
         """
-        if latent not in found.fired or not len(found.fired[latent][0]):
+        if latent not in examples.fired or not len(examples.fired[latent][0]):
             raise ValueError(f"There are no examples of latent {latent}: it does not fire, or was not looked for.")
-        places, values = (each.numpy() for each in found.fired[latent])
+        places, values = (each.numpy() for each in examples.fired[latent])
         generator = np.random.default_rng([self.seed, latent])
         trie = PatternTrie()
         left = evenly(values, self.places, generator)
         for size, most in ((1, self.places), (2, self.pairs)):
             left = left[evenly(values[left], most, generator)]
             if size == 1:
-                runs: list[Run] = [((token,), 0) for token in found.windows.flatten()[places[left]].tolist()]
+                runs: list[Run] = [((token,), 0) for token in examples.windows.flatten()[places[left]].tolist()]
             else:
-                runs = [self._run(self._context(found, place), size) for place in places[left]]
+                runs = [self._run(self._context(examples, place), size) for place in places[left]]
             left = left[self._short(trie, latent, runs, values[left])]
         count = min(self.followed, max(_LEAST_FOLLOWED, round(_SHARE_FOLLOWED * len(left))))
         followed = left[evenly(values[left], count, generator)]
-        self._follow(trie, latent, [self._context(found, place) for place in places[followed]], values[followed])
+        self._follow(trie, latent, [self._context(examples, place) for place in places[followed]], values[followed])
         return trie
 
     def _short(self, trie: PatternTrie, latent: int, runs: list[Run], values: np.ndarray) -> np.ndarray:
@@ -184,11 +184,11 @@ class Explainer:
         )
         return np.flatnonzero(~enough)
 
-    def _context(self, found: Examples, place: int) -> tuple[list[int], list[int]]:
+    def _context(self, examples: Examples, place: int) -> tuple[list[int], list[int]]:
         """Return the tokens up to a place, and those after it; what lies past a separator is of another document."""
-        if self._text is None or self._text[0] is not found:
+        if self._text is None or self._text[0] is not examples:
             separators = [*self.reader.prefix, *self.reader.suffix]
-            self._text = found, found.windows.numpy(), ~np.isin(found.windows.numpy(), separators)
+            self._text = examples, examples.windows.numpy(), ~np.isin(examples.windows.numpy(), separators)
         _, windows, inside = self._text
         row, column = divmod(int(place), windows.shape[1])
         start, stop = span(inside[row], column, _SIZES[-1] - 1, _SIZES[-1] // 2 if self.reader.sees_ahead else 0)
@@ -208,10 +208,10 @@ class Explainer:
         waiting = np.arange(len(contexts))
         for size in _SIZES:
             tried = [self._run(contexts[one], size) for one in waiting]
-            found = self.reader.activations(latent, tried)
-            enough = found >= HALF * values[waiting]
+            activations = self.reader.activations(latent, tried)
+            enough = activations >= HALF * values[waiting]
             for number in np.flatnonzero(enough):
-                runs[int(waiting[number])], wholes[waiting[number]] = tried[number], found[number]
+                runs[int(waiting[number])], wholes[waiting[number]] = tried[number], activations[number]
             waiting = waiting[~enough]
         for number in waiting:  # what it saw reaches further
             run = self._run(contexts[number], _SIZES[-1])

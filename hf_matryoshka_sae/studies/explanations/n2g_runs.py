@@ -67,11 +67,11 @@ class RunReader:
     def activations(self, latent: int, runs: Sequence[Run]) -> np.ndarray:
         """Return the latent's activation on a token of each run, a text of its own; equal runs are read once."""
         distinct = sorted(set(runs), key=lambda run: len(run[0]))
-        found = []
+        values = []
         for part in _in_parts([run[0] for run in distinct], len(self.prefix) + len(self.suffix)):
-            these = distinct[len(found) : len(found) + len(part)]
-            found += self._read(latent, these).tolist()
-        by_run = dict(zip(distinct, found, strict=True))
+            these = distinct[len(values) : len(values) + len(part)]
+            values += self._read(latent, these).tolist()
+        by_run = dict(zip(distinct, values, strict=True))
         return np.array([by_run[run] for run in runs], dtype=np.float64)
 
     @torch.no_grad()

@@ -82,8 +82,10 @@ class EndpointJudge:
         started = time.monotonic()
         for attempt in range(self._retries + 1):
             try:
-                found = self._client.chat_completion([dict(m) for m in messages], model=self._model, **self._options)
-                return self._reply(found, time.monotonic() - started)
+                completion = self._client.chat_completion(
+                    [dict(m) for m in messages], model=self._model, **self._options
+                )
+                return self._reply(completion, time.monotonic() - started)
             except HfHubHTTPError as error:
                 status, trouble = error.response.status_code, self._told(error)
                 if status in _REFUSED_TOKEN:
@@ -107,10 +109,10 @@ class EndpointJudge:
                 time.sleep(min(_LONGEST_WAIT, max(pause, self._wait * 2**attempt)))
         raise self._failure(f"fails {self._retries + 1} times, the last time with {trouble}")
 
-    def _reply(self, found: Any, seconds: float) -> Reply:
-        choice = found.choices[0]
+    def _reply(self, completion: Any, seconds: float) -> Reply:
+        choice = completion.choices[0]
         refusal = choice.message.get("refusal") or choice.finish_reason == "content_filter"
-        usage = found.usage
+        usage = completion.usage
         return Reply(
             choice.message.content or "",
             usage.prompt_tokens if usage else None,

@@ -119,22 +119,22 @@ def examine(
             marked.append((one, marks, right))
     marked = _shuffled(marked, generator)
 
-    found, constant = {}, 0
+    results, constant = {}, 0
     if "detection" in scores:
-        found |= zip(SCORES["detection"], agreement(reader.detect(passages), truth), strict=False)
-        found["detection_all_no"] = 1 - sum(truth) / len(truth)
+        results |= zip(SCORES["detection"], agreement(reader.detect(passages), truth), strict=False)
+        results["detection_all_no"] = 1 - sum(truth) / len(truth)
     if "fuzzing" in scores:
         shown, marks, right = zip(*marked, strict=True) if marked else ((), (), ())
-        found["fuzzing"] = agreement(reader.check_marks(shown, marks), right)[0] if marked else 0.5
+        results["fuzzing"] = agreement(reader.check_marks(shown, marks), right)[0] if marked else 0.5
     if "simulation" in scores:
         predicted = np.concatenate([reader.simulate(one) for one in passages])
         correlation = pearson(predicted, np.concatenate([one.values for one in passages]))
         constant = int(correlation is None)
-        found["simulation"] = correlation or 0.0
+        results["simulation"] = correlation or 0.0
     return Interpreted(
         latent,
         reader.explanation,
-        found,
+        results,
         reader.questions,
         reader.refusals,
         reader.malformed,

@@ -114,7 +114,7 @@ def automated_interpretability(
 
     texts = TokenTexts(examples.tokenizer)
     rows: dict[str, list[dict[str, Any]]] = {}
-    found: dict[str, list[Interpreted]] = {}
+    latents: dict[str, list[Interpreted]] = {}
     for name, (sae, chosen) in subjects.items():
         eligible = (firing_counts(sae, examples) >= least) & (firing_counts(sae, test) >= counts.firing)
         drawn = DrawnLatents.of(eligible, chosen, per_group, seed)
@@ -134,8 +134,8 @@ def automated_interpretability(
             )
         work = partial(_examined, read, from_text, on_text, scores, counts, seed)
         bar = progress(total=len(drawn.latents), desc=f"interpreting {name}", disable=not show, leave=False)
-        found[name] = _each(work, drawn.latents, 1 if judge is None else workers, answers, bar)
-        rows[name] = _rows(drawn, found[name], scores, resamples, seed)
+        latents[name] = _each(work, drawn.latents, 1 if judge is None else workers, answers, bar)
+        rows[name] = _rows(drawn, latents[name], scores, resamples, seed)
 
     cost = vars(answers.cost) | ({} if price is None else {"money": answers.cost.money(price)})
     about = {
@@ -152,7 +152,7 @@ def automated_interpretability(
         "least": least,
         "seed": seed,
     }
-    return interpretability_report(rows, found, about)
+    return interpretability_report(rows, latents, about)
 
 
 def _checked_scores(scores: Sequence[str]) -> list[str]:
@@ -187,8 +187,8 @@ def _examined(
 ) -> Interpreted:
     contexts = LatentContexts(on_text, latent, _least_active(from_text, latent))
     generator = np.random.default_rng([seed, latent, _TEST])
-    found = examine(latent, read(latent), contexts, scores, counts, generator)
-    return replace(found, frequency=len(on_text.fired[latent][0]) / int(on_text.keep.sum()))
+    interpreted = examine(latent, read(latent), contexts, scores, counts, generator)
+    return replace(interpreted, frequency=len(on_text.fired[latent][0]) / int(on_text.keep.sum()))
 
 
 def _least_active(from_text: Examples, latent: int) -> float:
@@ -213,9 +213,9 @@ def _each(
 
 
 def _rows(
-    drawn: DrawnLatents, found: Iterable[Interpreted], scores: list[str], resamples: int, seed: int
+    drawn: DrawnLatents, latents: Iterable[Interpreted], scores: list[str], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    by_latent = {one.latent: one for one in found}
+    by_latent = {one.latent: one for one in latents}
     names = [name for score in scores for name in SCORES[score]]
     values = {latent: [one.scores[name] for name in names] for latent, one in by_latent.items()}
     rows = drawn.rows(values, names, resamples, seed)

@@ -48,11 +48,11 @@ def choices(text: str, count: int) -> list[bool] | None:
         text (`str`): `[2, 5]`, or for every number a line such as `2: yes`.
         count (`int`): How many there are.
     """
-    found = _listed(text)
-    if found is not None:
-        if not all(type(number) is int and 1 <= number <= count for number in found):
+    listed = _listed(text)
+    if listed is not None:
+        if not all(type(number) is int and 1 <= number <= count for number in listed):
             return None
-        return [number in found for number in range(1, count + 1)]
+        return [number in listed for number in range(1, count + 1)]
     lines = _numbered(text, count)
     words = None if lines is None else [line.strip(".*").lower() for line in lines]
     return None if words is None or not set(words) <= set(_WORDS) else [_WORDS[word] for word in words]
@@ -65,14 +65,14 @@ def strengths(text: str, count: int) -> list[float] | None:
         text (`str`): A JSON list of `count` numbers, or for every token a line such as `2: 7`.
         count (`int`): How many there are.
     """
-    found = _listed(text)
-    if found is None:
+    listed = _listed(text)
+    if listed is None:
         try:
-            found = [float(line) for line in _numbered(text, count) or []]
+            listed = [float(line) for line in _numbered(text, count) or []]
         except ValueError:
             return None
-    right = [number for number in found if type(number) in (int, float) and 0 <= number <= STRONGEST]  # NaN is not
-    return [float(number) for number in right] if len(right) == len(found) == count else None
+    right = [number for number in listed if type(number) in (int, float) and 0 <= number <= STRONGEST]  # NaN is not
+    return [float(number) for number in right] if len(right) == len(listed) == count else None
 
 
 def _listed(text: str) -> list | None:
@@ -80,11 +80,11 @@ def _listed(text: str) -> list | None:
     text = said(text)
     for part in (text, text.rsplit("\n", 1)[-1]):
         try:
-            found = json.loads(part)
+            values = json.loads(part)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, list):
-            return found
+        if isinstance(values, list):
+            return values
     return None
 
 

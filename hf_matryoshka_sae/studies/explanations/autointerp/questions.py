@@ -53,11 +53,11 @@ class Questions:
 def _checked(name: str, path: Path) -> Template:
     text = path.read_text(encoding="utf-8").strip()
     known = PLACEHOLDERS[name]
-    found = {braced or plain for braced, plain in _PLACEHOLDER.findall(text.replace("$$", ""))}
-    wrong = sorted(found - known) + sorted(known - found - _OPTIONAL)
+    names = {braced or plain for braced, plain in _PLACEHOLDER.findall(text.replace("$$", ""))}
+    wrong = sorted(names - known) + sorted(known - names - _OPTIONAL)
     if wrong or not Template(text).is_valid():
         expected = ", ".join(f"${one}" for one in sorted(known))
-        what = f"${wrong[0]} is {'unknown' if wrong[0] in found else 'missing'}" if wrong else "a lone $ stands there"
+        what = f"${wrong[0]} is {'unknown' if wrong[0] in names else 'missing'}" if wrong else "a lone $ stands there"
         raise ValueError(
             f"The prompt '{path.name}' takes {expected}; {what}. Write $$ for a dollar sign, and every placeholder "
             "but $count at least once."

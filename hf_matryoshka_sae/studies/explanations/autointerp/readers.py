@@ -83,14 +83,14 @@ class JudgeReader:
         """Ask the judge for the activation on each token of a context."""
         tokens = "\n".join(f"{number}: {text}" for number, text in enumerate(self._texts.of(context.ids), start=1))
         count = len(context.ids)
-        found = self._examined("simulation", lambda text: strengths(text, count), count=count, tokens=tokens)
-        return [0.0] * count if found is None else found
+        answers = self._examined("simulation", lambda text: strengths(text, count), count=count, tokens=tokens)
+        return [0.0] * count if answers is None else answers
 
     def _choose(self, name: str, passages: list[str]) -> list[bool]:
         count = len(passages)
         listed = "\n".join(f"{number}: {passage}" for number, passage in enumerate(passages, start=1))
-        found = self._examined(name, lambda text: choices(text, count), count=count, passages=listed)
-        return [False] * count if found is None else found
+        answers = self._examined(name, lambda text: choices(text, count), count=count, passages=listed)
+        return [False] * count if answers is None else answers
 
     def _examined(self, name: str, parse: Callable[[str], T | None], **values: str | int) -> T | None:
         return self._answer(name, parse, explanation=self.explanation, **values) if self.explanation else None
