@@ -126,9 +126,7 @@ def text_features(
 def checked_latent(latent: int, width: int) -> int:
     """Return a latent's number as `int`; raise `ValueError` if there is no such latent."""
     if isinstance(latent, bool) or not isinstance(latent, Integral) or not 0 <= latent < width:
-        raise ValueError(
-            f"At this width latents are numbered 0 to {width - 1}, got {latent!r}. A wider prefix has more of them."
-        )
+        raise ValueError(f"At this width latents are numbered 0 to {width - 1}, got {latent!r}.")
     return int(latent)
 
 

@@ -251,12 +251,16 @@ class Steering:
                 raise ValueError(f"{repo_or_dir} holds no steering: there is no {CONFIG} in it.")
         else:
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import LocalEntryNotFoundError
 
             check_repository_id(str(repo_or_dir))
-            config, vectors = (
-                Path(hf_hub_download(str(repo_or_dir), name, revision=revision, token=token))
-                for name in (CONFIG, VECTORS)
-            )
+            try:
+                config, vectors = (
+                    Path(hf_hub_download(str(repo_or_dir), name, revision=revision, token=token))
+                    for name in (CONFIG, VECTORS)
+                )
+            except LocalEntryNotFoundError as error:
+                raise OSError(f"There is no folder '{repo_or_dir}' here, and the Hub cannot be reached.") from error
         try:
             data = json.loads(config.read_text(encoding="utf-8"))
             if data["format_version"] > FORMAT_VERSION:

@@ -38,10 +38,9 @@ class Change:
     condition: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES or self.positions not in POSITIONS:
-            raise ValueError(
-                f"Expected `mode` in {MODES} and `positions` in {POSITIONS}, got {self.mode!r} and {self.positions!r}."
-            )
+        for name, known in (("mode", MODES), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` should be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         first = self.from_position
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise ValueError(f"`from_position` must be a whole number of at least 0, got {first!r}.")
