@@ -31,6 +31,7 @@ MISTAKES = {
     "train --config run.yaml --context_lenght 64": "Did you mean 'context_length'?",
     "train --config run.yaml --saes.0.kk 8": "Unknown field `saes.0.kk`",
     "train --config run.yaml --saes.0.type topkk": "`saes.0`: Unknown SAE family `type: topkk`. Did you mean 'topk'?",
+    "train --config run.yaml --saes.0.k 1600": "`saes.0`: `k` must lie between 1 and num_latents (64), got 1600",
     "train --config run.yaml --saes.0.activation batchtopk": "Did you mean 'batch_topk'?",
     "train --config run.yaml --saes.0.preset papr": "Did you mean 'paper'?",
     "train --config run.yaml --model_dtype float23": "Did you mean 'float32'?",

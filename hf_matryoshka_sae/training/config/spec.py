@@ -211,6 +211,8 @@ class SAESpec:
         for name in ("nested_penalty", "lr_decay_fraction", "topk_fraction", "dead_threshold_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        if None not in (self.k, self.num_latents) and not 0 < self.k <= self.num_latents:
+            raise ValueError(f"`k` must lie between 1 and num_latents ({self.num_latents}), got {self.k}.")
         if self.random_prefixes and self.type != "matryoshka":
             raise ValueError("`random_prefixes` needs `type: matryoshka`.")
         if self.grow_from is not None:
