@@ -6,7 +6,7 @@
 corpora.py says where the corpora come from. Embeddings of all texts are made once and kept in the output folder; SAEs
 and CSR learn from the half that is not searched, with several seeds. Prints nDCG@10 and recall@100 (one right document
 for each query) with half of the 95% interval over seeds, against bytes; writes `retrieval.json`, `.md` and `.png`.
-What is in `retrieval.json` is not measured again: stop the command when you like and run it once more.
+What is in `retrieval.json` is not measured again: stop the command and run it once more, with the same options.
 """
 
 import argparse

@@ -162,7 +162,7 @@ def random_dictionary(
     # Not the seed itself: an SAE trained with it may have begun with the same directions.
     generator = torch.Generator().manual_seed(derived_seed(seed, "random dictionary"))
     directions = torch.randn(random.W_dec.shape, generator=generator)
-    random.W_dec.copy_(directions.div_(row_norms(directions)[:, None]))
+    random.W_dec.copy_(directions.div_(row_norms(directions)[:, None]))  # in place: it is as large as the dictionary
     del directions
     random.b_dec.copy_(x.double().mean(0))
     thresholds, scales = x.new_zeros(len(random.W_dec)), x.new_ones(len(random.W_dec))

@@ -16,8 +16,11 @@ def test_two_prunings_are_compared(desktop):
     outcome.locator("p", has_text="448 are in both; A alone keeps 1,600, B alone 0").wait_for()
     assert [text[0] for text in outcome.locator("nested-chart .mark text").all_text_contents()] == ["A", "B"]
     page.wait_for_function(
-        """[...document.querySelectorAll("#comparison a.block")]
-            .every(block => block.classList.contains("dim") == block.dataset.latent >= 448)"""
+        """() => {
+            const blocks = [...document.querySelectorAll("#comparison a.block")];
+            return blocks.length > 50 && blocks.every(
+                block => block.classList.contains("dim") == block.dataset.latent >= 448);
+        }"""
     )
     page.locator("#other-order").get_by_role("radio", name="energy").click()
     outcome.locator("th", has_text="B: 448, energy").wait_for()
