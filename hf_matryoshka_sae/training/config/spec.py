@@ -116,7 +116,7 @@ class SAESpec:
     auxk_coefficient: float = 1 / 32
     """Weight of the loss by which dead latents learn what the others leave (AuxK); 0: none."""
     auxk_k: int | None = None
-    """Dead latents that fit a token's residual; half of d_in by default."""
+    """Dead latents that fit a token's residual; half of d_in by default, and 8 for `gated`."""
     auxk_normalize: bool = True
     """Divide that loss by the variance of what is left."""
     auxk_detach_residual: bool = True
@@ -152,7 +152,8 @@ class SAESpec:
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """What `W_enc` and `W_dec`, and so their gradients, are kept in, in training and in the saved file."""
     lr_warmup_steps: int | None = None
-    """Steps of linear warm-up; by default a twentieth of the run, at most 1,000. Never more than half of it."""
+    """Steps of linear warm-up; by default a twentieth of the run, or more where `lr_steps` raises the rate, at most
+    1,000. Never more than half of the run."""
     lr_decay_fraction: float = 1.0
     """Share of the steps at the end over which the rate falls to `lr_end`."""
     lr_end: float = 0.0

@@ -41,6 +41,15 @@ def test_a_short_run_gets_a_higher_rate_but_not_one_that_kills():
     assert peak_rate(spec(), sizes(4096), 20) == pytest.approx(3e-4)  # a published recipe stays as it is
 
 
+def test_warm_up_is_half_as_long_again_where_the_rate_is_twice_as_high():
+    one = SAESpec.from_dict({"type": "batch_topk"}, "")
+    for steps, warmup in ((2000, 100), (350, 26)):  # a twentieth; 1.5 twentieths
+        rates = [learning_rate(one, sizes(4096), step, steps) for step in range(warmup + 1)]
+        falls = [1 - step / steps for step in range(warmup + 1)]
+        climbs = [rate / fall / peak_rate(one, sizes(4096), steps) for rate, fall in zip(rates, falls, strict=True)]
+        assert climbs == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup + 1)])
+
+
 def test_level_weights_of_a_short_run_stay_near_their_beginning():
     one = SAESpec.from_dict({}, "")
     assert weights_progress(one, 350, 700) == pytest.approx(0.25)
