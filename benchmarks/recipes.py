@@ -222,7 +222,7 @@ def plot_courses(folders: dict[str, Path], setting: str, path: Path) -> None:
         for axis in row:
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
-    axes[0, 2].legend(fontsize=7)
+    axes[-1, 2].legend(fontsize=7)  # the last row has every recipe
     save_figure(figure, path)
 
 

@@ -163,7 +163,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
     "batch_topk": dict(_SELECTED, topk_fraction=_PLAIN_TOPK),
     # A latent that is below 0 on every token has no gradient but from what it would add were it not rectified.
-    "relu": dict(_PENALISED, sparsity_penalty="log", nested_penalty=0.5, auxk_rectify=False),
+    "relu": dict(_PENALISED, sparsity_penalty="log", auxk_rectify=False),
     "jumprelu": dict(
         _PENALISED,
         lr_steps=_FEW_STEPS,

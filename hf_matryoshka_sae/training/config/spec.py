@@ -110,7 +110,7 @@ class SAESpec:
     """ReLU and Gated: change of the coefficient's logarithm in a step, for each unit of log(L0 / target)."""
     nested_penalty: float = 1.0
     """Matryoshka over ReLU: share of the penalty that a latent pays in every prefix that holds it, by the prefix's
-    weight; the rest is the same for all latents. By default 0.5, but for presets."""
+    weight; the rest is the same for all latents."""
     multi_topk: bool = False
     """TopK: add the loss at 4k latents, weighted 1/8."""
     auxk_coefficient: float = 1 / 32
