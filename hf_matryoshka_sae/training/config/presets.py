@@ -159,8 +159,8 @@ _PENALISED = dict(
     encoder_lr_scale=0.5,
     encoder_bias_lr_scale=0.15,
 )
-# Where no latents compete, a batch with some huge states has a gradient ten times as long as others. Without clipping a
-# quarter of a Gated dictionary fell silent within 25 steps (benchmarks/README.md).
+# Where no latents compete, a batch with some huge states has a gradient ten times as long as others. Without clipping
+# a quarter of a Gated dictionary fell silent within 25 steps (benchmarks/README.md).
 _SPIKES = 0.2
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "topk": _SELECTED,
