@@ -25,6 +25,8 @@ from recipes import SETTINGS, Setting, entry, hidden_states
 from hf_matryoshka_sae.common.files import write_json, write_text
 from hf_matryoshka_sae.common.intervals import seed_interval
 from hf_matryoshka_sae.convert import load
+from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity
+from hf_matryoshka_sae.models import SAEModel
 from hf_matryoshka_sae.progressive import calibrate_thresholds, with_threshold
 from hf_matryoshka_sae.training import RunConfig, train
 
@@ -54,21 +56,15 @@ def run_cell(variant: str, setting: Setting, seed: int, states: torch.Tensor, he
             sae = load(next(Path(folder).rglob("config.json")).parent)
             thresholds = calibrate_thresholds(sae, states[:_CALIBRATION].split(_BATCH), float(setting.target))
             cell["alone"] = [
-                {"width": width, **measured(with_threshold(sae, width, threshold), heldout)}
-                for width, threshold in thresholds.items()
+                _worth(with_threshold(sae, width, threshold), heldout) for width, threshold in thresholds.items()
             ]
     return cell
 
 
-@torch.no_grad()
-def measured(sae: Any, heldout: torch.Tensor) -> dict[str, float]:
-    """Return FVU and L0 of an SAE on held-out hidden states `(N, D)`."""
-    error = fired = 0.0
-    for rows in heldout.split(4096):
-        error += (rows - sae(rows).reconstruction).double().square().sum().item()
-        fired += (sae.encode(rows).values > 0).sum().item()
-    total = (heldout - heldout.mean(0)).double().square().sum().item()
-    return {"fvu": error / total, "l0": fired / len(heldout)}
+def _worth(sae: SAEModel, heldout: torch.Tensor) -> dict[str, float]:
+    """Return width, FVU and L0 of a whole SAE on held-out hidden states `(N, D)`."""
+    row = evaluate_fidelity([heldout], {"sae": Dictionary(sae)}, show=False)["subjects"]["sae"][-1]
+    return {key: row[key] for key in ("width", "fvu", "l0")}
 
 
 def table(cells: dict[str, list[dict[str, Any]]]) -> str:

@@ -159,8 +159,7 @@ class SAESpec:
     lr_end: float = 0.0
     """Learning rate at the end, as a share of its peak."""
     grad_clip: float | None = None
-    """Largest norm of the gradient; by default it is not clipped, but 0.2 for `gated` and
-    `relu`."""
+    """Largest norm of the gradient; by default it is not clipped, but 0.2 for `gated` and `relu`."""
     k_start: float | None = None
     """BatchTopK and TopK: begin with this k."""
     k_anneal_steps: int | None = None

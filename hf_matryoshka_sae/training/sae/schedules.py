@@ -14,7 +14,7 @@ _MOST_HASTE = 2.0
 
 def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> float:
     """Learning rate of a step counted from 0: linear warm-up to the peak, constant, linear decay to `lr_end`."""
-    rate = min(1.0, (step + 1) / (_lr_warmup_steps(spec, steps) + 1))
+    rate = min(1.0, (step + 1) / (warmup_steps(spec, steps) + 1))
     decay = spec.lr_decay_fraction * steps
     left = (steps - step) / decay if decay else math.inf
     return peak_rate(spec, config, steps) * rate * (spec.lr_end + (1 - spec.lr_end) * min(1.0, left))
@@ -37,17 +37,10 @@ def peak_rate(spec: SAESpec, config: SAEConfig, steps: int) -> float:
 
 
 def _haste(spec: SAESpec, steps: int) -> float:
-    """How many times the rate of a long run one of so many steps gets, from 1 to 2."""
+    """How many times the rate of a long run one of so many steps gets, from 1 to 2; 1 where the spec says a rate."""
+    if spec.lr is not None or spec.lr_base is not None:
+        return 1.0
     return min(_MOST_HASTE, max(1.0, math.sqrt(spec.lr_steps / max(1, steps))))
-
-
-def _lr_warmup_steps(spec: SAESpec, steps: int) -> int:
-    """Steps of warm-up: what the spec says, or a twentieth of the run and more where the rate is higher.
-
-    At twice the rate it takes half as long again: with less latents die in it (benchmarks/README.md).
-    """
-    longer = (1 + _haste(spec, steps)) / 2 if spec.lr is None and spec.lr_base is None else 1.0
-    return warmup_steps(spec.lr_warmup_steps, steps, longer)
 
 
 def weights_progress(spec: SAESpec, step: int, steps: int) -> float:
@@ -66,9 +59,14 @@ def dead_window(spec: SAESpec, tokens: int, batch_size: int) -> int:
     return min(10_000_000, max(tokens // 150, 10 * batch_size))
 
 
-def warmup_steps(given: int | None, steps: int, longer: float = 1.0) -> int:
-    """`given`, or a twentieth of the run times `longer` and at most 1000; never more than half of it."""
-    return min(given if given is not None else min(1000, int(longer * steps / 20)), steps // 2)
+def warmup_steps(spec: SAESpec, steps: int) -> int:
+    """Steps of warm-up: what the spec says, or a twentieth of the run and at most 1000; never more than half of it.
+
+    At twice the rate it takes half as long again: fewer latents die (benchmarks/README.md).
+    """
+    if spec.lr_warmup_steps is not None:
+        return min(spec.lr_warmup_steps, steps // 2)
+    return min(1000, int((1 + _haste(spec, steps)) / 2 * steps / 20), steps // 2)
 
 
 def annealed_k(spec: SAESpec, k: float | None, step: int, steps: int) -> float | None:
