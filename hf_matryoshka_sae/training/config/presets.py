@@ -138,27 +138,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # What measures best for the families as this package trains them (benchmarks/quality.py). Short memories let Adam
-# follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive.
-# Both were found on runs of 1,464 steps; shorter ones need higher rates, and weights that stay on inner prefixes.
+# follow latents that fire rarely; an encoder that moves slower than its decoder keeps latents alive. All tokens pull
+# at `b_dec`, and those with huge states most: at the others' rate it swings, and what fires swings with it.
+# Found on runs of 1,464 steps; shorter ones need higher rates, shorter memories and weights that stay on inner
+# prefixes.
 _FEW_STEPS = 1400
+_RATES = dict(encoder_lr_scale=0.5, encoder_bias_lr_scale=0.15, decoder_bias_lr_scale=0.03)
+_MEMORY = dict(betas=[0.7, 0.99], betas_steps=600)
 # How long every token keeps places of its own where later a threshold decides: the longer, the fewer latents die; but
 # inner prefixes gain by places of the batch.
-_PLAIN_TOPK, _NESTED_TOPK = 0.7, 0.2
-_SELECTED = dict(
-    lr_steps=_FEW_STEPS,
-    betas=[0.7, 0.99],
-    encoder_lr_scale=0.5,
-    encoder_bias_lr_scale=0.15,
-)
+_PLAIN_TOPK, _NESTED_TOPK = 0.7, 0.3
+_SELECTED = dict(_RATES, lr_steps=_FEW_STEPS)
 # The same rates for families whose latents pay for firing, from a start at which as many fire as should: whatever
 # fires at random in the first steps is pulled down, and with long memories Adam goes on pulling until it is dead.
-_PENALISED = dict(
-    target_l0=32.0,
-    start_at_target=True,
-    betas=[0.7, 0.99],
-    encoder_lr_scale=0.5,
-    encoder_bias_lr_scale=0.15,
-)
+_PENALISED = dict(_RATES, target_l0=32.0, start_at_target=True)
 # Where no latents compete, a batch with some huge states has a gradient ten times as long as others. Without clipping
 # a quarter of a Gated dictionary fell silent within 25 steps (benchmarks/README.md).
 _SPIKES = 0.2
@@ -199,13 +192,17 @@ def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     family, new = fields.get("type", "matryoshka"), fields.get("init_from") is None and fields.get("grow_from") is None
     activation = fields.get("activation") or "batch_topk" if family == "matryoshka" else family
     defaults = dict(_FAMILY_DEFAULTS.get(activation, {}))
+    if defaults and fields.get("betas") is None:
+        defaults |= _MEMORY
     if not new:
         for start in ("start_at_target", "topk_fraction"):
             defaults.pop(start, None)
     if family != "matryoshka":
         return defaults
     if "topk_fraction" in defaults:
-        defaults["topk_fraction"] = _NESTED_TOPK
+        defaults |= dict(topk_fraction=_NESTED_TOPK, decoder_bias_lr_scale=0.1)  # inner prefixes stand on it more
+    if "betas_steps" in defaults:
+        defaults["betas_steps"] = _FEW_STEPS
     if fields.get("level_weights") is None and fields.get("level_weights_end") is None:
         defaults |= dict(level_weights="inner", level_weights_end="whole", level_weights_steps=_FEW_STEPS)
     if new:

@@ -20,7 +20,8 @@ from .trackers import check_installed, check_names
 
 
 _SIZES = ("normalization_tokens", "calibration_tokens", "eval_tokens", "shuffle_tokens", "window_pool_tokens")
-_NEWER_DEFAULTS = {"lr_steps", "level_weights_steps", "topk_fraction", "dead_threshold_decay"}
+_BEFORE = dict.fromkeys(("lr_steps", "betas_steps", "level_weights_steps", "topk_fraction", "dead_threshold_decay"), 0)
+_BEFORE |= {"decoder_bias_lr_scale": 1.0}  # of fields that an earlier version did not have
 _SMALLEST = 4096
 LARGEST_POOL = 4_000_000
 LARGEST_EVALUATION = 60_000
@@ -293,10 +294,9 @@ def with_sizes_of(config: RunConfig, before: Mapping[str, Any]) -> RunConfig:
 
 def _as_of_then(spec: SAESpec, entry: Mapping[str, Any]) -> SAESpec:
     """An SAE's fields with what an earlier version took where its entry, all of whose fields it wrote, lacks some."""
-    missing = _NEWER_DEFAULTS - entry.keys()
-    if "betas" not in entry or not missing:
+    stated = {name: value for name, value in _BEFORE.items() if name not in entry}
+    if "betas" not in entry or not stated:
         return spec
-    stated = dict.fromkeys(missing, 0)
     if spec.controller_rate == SAESpec.controller_rate and "controller_rate" in entry:
         stated["controller_rate"] = entry["controller_rate"]
     return dataclasses.replace(spec, **stated)

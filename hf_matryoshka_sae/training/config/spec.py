@@ -141,10 +141,15 @@ class SAESpec:
     """Learning rate of `W_enc` relative to the others'."""
     encoder_bias_lr_scale: float = 1.0
     """Learning rate of `b_enc` relative to the others'."""
+    decoder_bias_lr_scale: float = 1.0
+    """Learning rate of `b_dec` relative to the others'."""
     threshold_lr_scale: float = 1.0
     """JumpReLU: learning rate of the thresholds relative to the others'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of Adam's two moments per step."""
+    betas_steps: int = 0
+    """Steps of a run for which `betas` are meant: in a shorter one the second moment forgets `betas_steps` / steps
+    times as fast, at most five times (0: all runs are alike)."""
     adam_eps: float = 1e-8
     """Added to the root of Adam's second moment."""
     optimizer_dtype: Literal["float32", "bfloat16", "int8"] = "float32"

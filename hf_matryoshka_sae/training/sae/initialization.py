@@ -106,6 +106,8 @@ def start_at_target(
             sae.config.bandwidth = _RELATIVE_BANDWIDTH * threshold
     else:
         sae.b_enc.fill_(-threshold)
+        if sae.config.activation_name == "gated":  # as ReLU begins: whole magnitudes add up to far more than x
+            sae.b_mag.fill_(-threshold)
     return threshold
 
 

@@ -102,7 +102,7 @@ class Learner(LearnerState):
         if base is not None:
             base.hold(self.sae)
         scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
-        scales["threshold"] = spec.threshold_lr_scale
+        scales |= {"threshold": spec.threshold_lr_scale, "b_dec": spec.decoder_bias_lr_scale}
         groups = [
             {
                 "params": [parameter],
@@ -113,7 +113,7 @@ class Learner(LearnerState):
             for name, parameter in self._parameters()
             if parameter.requires_grad
         ]
-        optimizer = build_optimizer(groups, spec, seed)
+        optimizer = build_optimizer(groups, spec, steps, seed)
         self.objective, self.optimizer = Objective(self.sae, spec, layout), accelerator.prepare(optimizer)
         self._reduces = not wrapped and layout.processes > 1
         if wrapped:

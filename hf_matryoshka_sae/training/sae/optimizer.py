@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...models import SAEModel
 from ..config.spec import SAESpec
+from .schedules import adam_betas
 
 
 # Entries updated at once: what fits a CPU's cache; few launches on a GPU.
@@ -35,17 +36,19 @@ _E4M3_MAX = torch.finfo(_E4M3).max
 _M, _V, _W = range(3)
 
 
-def build_optimizer(groups: list[dict[str, Any]], spec: SAESpec, seed: int = 0) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], spec: SAESpec, steps: int, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer of a dictionary: PyTorch's fused Adam, or [`LowPrecisionAdam`] where the spec wants less memory.
 
     Args:
         groups (`list[dict]`): Parameter groups. [`LowPrecisionAdam`] reads `unit_rows` and `first_row` of them.
-        spec ([`SAESpec`]): Its `betas`, `adam_eps`, `optimizer_dtype` and `weights_dtype` are read.
+        spec ([`SAESpec`]): Its `betas`, `betas_steps`, `adam_eps`, `optimizer_dtype` and `weights_dtype` are read.
+        steps (`int`): Of the run.
         seed (`int`, *optional*, defaults to 0): Of the dice.
     """
+    betas = adam_betas(spec, steps)
     if spec.optimizer_dtype == spec.weights_dtype == "float32":
-        return torch.optim.Adam(groups, lr=1.0, betas=tuple(spec.betas), eps=spec.adam_eps, fused=True)
-    return LowPrecisionAdam(groups, 1.0, tuple(spec.betas), spec.adam_eps, spec.optimizer_dtype, seed)
+        return torch.optim.Adam(groups, lr=1.0, betas=betas, eps=spec.adam_eps, fused=True)
+    return LowPrecisionAdam(groups, 1.0, betas, spec.adam_eps, spec.optimizer_dtype, seed)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from ..config.spec import SAESpec
 
 # Beyond twice the rate latents die, however short the run (benchmarks/README.md).
 _MOST_HASTE = 2.0
+# A second moment that forgets faster still kills latents.
+_MOST_FORGETFUL = 5.0
 
 
 def learning_rate(spec: SAESpec, config: SAEConfig, step: int, steps: int) -> float:
@@ -41,6 +43,16 @@ def _haste(spec: SAESpec, steps: int) -> float:
     if spec.lr is not None or spec.lr_base is not None:
         return 1.0
     return min(_MOST_HASTE, max(1.0, math.sqrt(spec.lr_steps / max(1, steps))))
+
+
+def adam_betas(spec: SAESpec, steps: int) -> tuple[float, float]:
+    """Decay of Adam's two moments in a run of so many steps.
+
+    A batch with some huge states lengthens the second moment, and so shortens the steps of all latents, until it is
+    forgotten: with 0.99 half of a run of 195 steps (benchmarks/README.md).
+    """
+    first, second = spec.betas
+    return first, 1 - (1 - second) * min(_MOST_FORGETFUL, max(1.0, spec.betas_steps / max(1, steps)))
 
 
 def weights_progress(spec: SAESpec, step: int, steps: int) -> float:

@@ -143,7 +143,7 @@ def test_only_new_saes_without_a_preset_begin_with_places_for_each_token():
     def fraction(**fields):
         return SAESpec.from_dict(fields, "").topk_fraction
 
-    assert fraction() == fraction(activation="jumprelu") == 0.2
+    assert fraction() == fraction(activation="jumprelu") == 0.3
     assert fraction(type="batch_topk") == fraction(type="jumprelu") == 0.7
     assert fraction(type="topk") == fraction(type="gated") == fraction(preset="paper") == 0
     assert fraction(init_from="runs/one") == fraction(grow_from="runs/one", num_latents=8) == 0

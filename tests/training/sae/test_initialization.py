@@ -49,6 +49,12 @@ def test_a_new_dictionary_begins_with_its_target_l0(fields, d_in):
         assert sae.config.initial_threshold == threshold
 
 
+def test_gated_magnitudes_begin_as_those_of_relu():
+    sae, x, _ = begun(16, type="gated")
+    relu = begun(16, type="relu")[0].eval().encode(x).to_dense()
+    assert torch.equal(sae.eval().encode(x).to_dense(), relu)
+
+
 def test_what_a_run_gives_itself_wins():
     sae, _, threshold = begun(type="jumprelu", initial_threshold=0.7, bandwidth=0.3)
     assert threshold == 0.7

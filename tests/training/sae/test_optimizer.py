@@ -74,11 +74,11 @@ def assert_same(a, b):
 
 def test_float32_is_the_fused_adam():
     parameter = weights()
-    built = build_optimizer([{"params": [parameter]}], SAESpec(betas=[0.5, 0.9], adam_eps=1e-6))
+    built = build_optimizer([{"params": [parameter]}], SAESpec(betas=[0.5, 0.9], adam_eps=1e-6), steps=9)
     assert type(built) is torch.optim.Adam
     assert built.defaults["fused"] and built.defaults["betas"] == (0.5, 0.9) and built.defaults["eps"] == 1e-6
     for fields in ({"optimizer_dtype": "int8"}, {"weights_dtype": "bfloat16"}):
-        assert type(build_optimizer([{"params": [parameter]}], SAESpec(**fields))) is LowPrecisionAdam
+        assert type(build_optimizer([{"params": [parameter]}], SAESpec(**fields), steps=9)) is LowPrecisionAdam
 
 
 @pytest.mark.parametrize("moments", MOMENTS)

@@ -7,6 +7,7 @@ import pytest
 from hf_matryoshka_sae import TopKSAEConfig
 from hf_matryoshka_sae.training.config.spec import SAESpec
 from hf_matryoshka_sae.training.sae.schedules import (
+    adam_betas,
     annealed_k,
     dead_window,
     learning_rate,
@@ -48,6 +49,14 @@ def test_warm_up_is_half_as_long_again_where_the_rate_is_twice_as_high():
         falls = [1 - step / steps for step in range(warmup + 1)]
         climbs = [rate / fall / peak_rate(one, sizes(4096), steps) for rate, fall in zip(rates, falls, strict=True)]
         assert climbs == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup + 1)])
+
+
+def test_a_short_run_forgets_faster_unless_betas_are_given():
+    one = SAESpec.from_dict({"type": "topk", "betas_steps": 1000}, "")
+    for steps, forgets in ((4000, 0.01), (1000, 0.01), (500, 0.02), (200, 0.05), (20, 0.05)):
+        assert adam_betas(one, steps) == pytest.approx((0.7, 1 - forgets))
+    for given in ({"type": "topk", "betas": [0.9, 0.999]}, {"preset": "paper"}):
+        assert adam_betas(SAESpec.from_dict(given, ""), 20) == pytest.approx((0.9, 0.999))
 
 
 def test_level_weights_of_a_short_run_stay_near_their_beginning():
