@@ -138,9 +138,9 @@ class SAESpec:
     """Steps of a run for which the default rate is meant: a shorter one gets it times root(`lr_steps` / steps), at
     most twice (0: all runs are alike)."""
     encoder_lr_scale: float = 1.0
-    """Learning rate of `W_enc` relative to the others'."""
+    """Learning rate of `W_enc`, and of Gated's `r_mag`, relative to the others'."""
     encoder_bias_lr_scale: float = 1.0
-    """Learning rate of `b_enc` relative to the others'."""
+    """Learning rate of `b_enc`, and of Gated's `b_mag`, relative to the others'."""
     decoder_bias_lr_scale: float = 1.0
     """Learning rate of `b_dec` relative to the others'."""
     threshold_lr_scale: float = 1.0

@@ -101,7 +101,8 @@ class Learner(LearnerState):
         self.base, self.fixed = base, 0 if base is None else base.width
         if base is not None:
             base.hold(self.sae)
-        scales = {"W_enc": spec.encoder_lr_scale, "b_enc": spec.encoder_bias_lr_scale}
+        scales = dict.fromkeys(("W_enc", "r_mag"), spec.encoder_lr_scale)
+        scales |= dict.fromkeys(("b_enc", "b_mag"), spec.encoder_bias_lr_scale)
         scales |= {"threshold": spec.threshold_lr_scale, "b_dec": spec.decoder_bias_lr_scale}
         groups = [
             {

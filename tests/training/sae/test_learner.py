@@ -349,3 +349,10 @@ def test_bfloat16_weights_are_saved_as_they_are(fields, tmp_path):
         assert torch.allclose(wide(x).reconstruction, expected, atol=1e-4)
         error = (loaded(x).reconstruction.float() - expected).norm() / expected.norm()
         assert error < 0.03
+
+
+def test_every_tensor_of_a_gated_encoder_has_the_encoders_rates():
+    one = learner(type="gated", k=None, target_l0=float(K), encoder_lr_scale=0.4, encoder_bias_lr_scale=0.2)
+    rates = {id(group["params"][0]): group["lr_scale"] for group in one.optimizer.param_groups}
+    names = {name: rates[id(parameter)] for name, parameter in one.sae.named_parameters()}
+    assert names == {"W_enc": 0.4, "r_mag": 0.4, "b_enc": 0.2, "b_mag": 0.2, "b_dec": 0.03, "W_dec": 1.0}
