@@ -151,6 +151,16 @@ def test_only_new_saes_without_a_preset_begin_with_places_for_each_token():
         fraction(grow_from="runs/one", num_latents=8, topk_fraction=0.1)
 
 
+def test_b_dec_is_slow_except_in_a_preset():
+    def scale(**fields):
+        return SAESpec.from_dict(fields, "").decoder_bias_lr_scale
+
+    assert scale() == scale(activation="jumprelu") == 0.1
+    assert scale(type="topk") == scale(type="gated") == scale(activation="relu") == 0.03
+    assert scale(preset="paper") == 1
+    assert scale(type="topk", decoder_bias_lr_scale=0.5) == 0.5
+
+
 @pytest.mark.parametrize("field", ["level_weights", "level_weights_end"])
 def test_an_unknown_scheme_of_weights_is_named_before_anything_is_loaded(field):
     with pytest.raises(ValueError, match=rf"`{field}` must be .* mean, sum.* got 'inne'.*'inner'"):
