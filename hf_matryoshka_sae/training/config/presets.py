@@ -200,7 +200,9 @@ def defaults_for(fields: dict[str, Any]) -> dict[str, Any]:
     if family != "matryoshka":
         return defaults
     if "topk_fraction" in defaults:
-        defaults |= dict(topk_fraction=_NESTED_TOPK, decoder_bias_lr_scale=0.1)  # inner prefixes stand on it more
+        defaults["topk_fraction"] = _NESTED_TOPK
+    if "lr_steps" in defaults:  # of latents that compete, those of inner prefixes stand on it more
+        defaults["decoder_bias_lr_scale"] = 0.1
     if "betas_steps" in defaults:
         defaults["betas_steps"] = _FEW_STEPS
     if fields.get("level_weights") is None and fields.get("level_weights_end") is None:

@@ -155,7 +155,7 @@ def test_b_dec_is_slow_except_in_a_preset():
     def scale(**fields):
         return SAESpec.from_dict(fields, "").decoder_bias_lr_scale
 
-    assert scale() == scale(activation="jumprelu") == 0.1
+    assert scale() == scale(activation="topk") == scale(activation="jumprelu") == 0.1
     assert scale(type="topk") == scale(type="gated") == scale(activation="relu") == 0.03
     assert scale(preset="paper") == 1
     assert scale(type="topk", decoder_bias_lr_scale=0.5) == 0.5
