@@ -168,8 +168,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         threshold_lr_scale=0.3,
         dead_threshold_decay=0.1,
     ),
-    # The same of a gate; of many at once that fit the residual, few come to fire.
-    "gated": dict(_PENALISED, auxk_rectify=False, auxk_k=8, grad_clip=_SPIKES),
+    # AuxK would teach dead gates to fit the residual, but hardly any of them to fire.
+    "gated": dict(_PENALISED, auxk_coefficient=0.0, grad_clip=_SPIKES),
 }
 
 
