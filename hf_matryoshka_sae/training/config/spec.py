@@ -21,6 +21,10 @@ LEVEL_WEIGHTS = ("mean", "sum", "mean_squared", "balance", "inner", "whole")
 """Schemes by which prefixes are weighed, see [`SAESpec`]."""
 
 
+_RATES = ("encoder_lr_scale", "encoder_bias_lr_scale", "decoder_bias_lr_scale", "threshold_lr_scale")
+_NOT_NEGATIVE = (*_RATES, "lr_steps", "betas_steps", "level_weights_steps")
+
+
 @dataclass
 class SAESpec:
     """One dictionary of a run (an entry of `saes:`); it is trained at each of the run's hookpoints.
@@ -212,17 +216,23 @@ class SAESpec:
                     f"`{name}` must be a list of numbers or one of {', '.join(LEVEL_WEIGHTS)}; got {scheme!r}."
                     f"{nearest(scheme, LEVEL_WEIGHTS)}"
                 )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        for name in ("nested_penalty", "lr_decay_fraction", "topk_fraction", "dead_threshold_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        self._check_numbers()
         if None not in (self.k, self.num_latents) and not 0 < self.k <= self.num_latents:
             raise ValueError(f"`k` must lie between 1 and num_latents ({self.num_latents}), got {self.k}.")
         if self.random_prefixes and self.type != "matryoshka":
             raise ValueError("`random_prefixes` needs `type: matryoshka`.")
         if self.grow_from is not None:
             self._check_growth()
+
+    def _check_numbers(self) -> None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        for name in ("nested_penalty", "lr_decay_fraction", "topk_fraction", "dead_threshold_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
 
     def _check_growth(self) -> None:
         if self.init_from is not None:

@@ -161,6 +161,12 @@ def test_b_dec_is_slow_except_in_a_preset():
     assert scale(type="topk", decoder_bias_lr_scale=0.5) == 0.5
 
 
+@pytest.mark.parametrize("field", ["decoder_bias_lr_scale", "betas_steps"])
+def test_rates_and_steps_are_not_negative(field):
+    with pytest.raises(ValueError, match=f"`{field}` must be 0 or more, got -1"):
+        SAESpec.from_dict({field: -1}, "")
+
+
 @pytest.mark.parametrize("field", ["level_weights", "level_weights_end"])
 def test_an_unknown_scheme_of_weights_is_named_before_anything_is_loaded(field):
     with pytest.raises(ValueError, match=rf"`{field}` must be .* mean, sum.* got 'inne'.*'inner'"):
