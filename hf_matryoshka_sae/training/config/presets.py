@@ -144,6 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # prefixes.
 _FEW_STEPS = 1400
 _RATES = dict(encoder_lr_scale=0.5, encoder_bias_lr_scale=0.15, decoder_bias_lr_scale=0.03)
+# Of memories as short as Matryoshka SAEs have in 195 steps, plain ones die.
 _MEMORY = dict(betas=[0.7, 0.99], betas_steps=600)
 # How long every token keeps places of its own where later a threshold decides: the longer, the fewer latents die; but
 # inner prefixes gain by places of the batch.
