@@ -120,7 +120,7 @@ class SAESpec:
     auxk_coefficient: float = 1 / 32
     """Weight of the loss by which dead latents learn what the others leave (AuxK); 0: none."""
     auxk_k: int | None = None
-    """Dead latents that fit a token's residual; half of d_in by default, and 8 for `gated`."""
+    """Dead latents that fit a token's residual; half of d_in by default."""
     auxk_normalize: bool = True
     """Divide that loss by the variance of what is left."""
     auxk_detach_residual: bool = True
