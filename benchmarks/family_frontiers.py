@@ -34,14 +34,14 @@ _TARGETS = (10, 16, 24, 40)
 # Trainers of dictionary-learning: class, what sets the L0 and its values, learning rates.
 _DICTIONARY_LEARNING = {
     "jumprelu": ("jumprelu.JumpReluTrainer", "target_l0", _TARGETS, (7e-5, 1e-3, 4e-3)),
-    "gated": ("gdm.GatedSAETrainer", "l1_penalty", (0.02, 0.04, 0.08, 0.16), (5e-5, 1e-3, 4e-3)),
-    "relu": ("standard.StandardTrainerAprilUpdate", "l1_penalty", (0.02, 0.04, 0.08, 0.16), (1e-3, 4e-3)),
+    "gated": ("gdm.GatedSAETrainer", "l1_penalty", (0.04, 0.08, 0.16, 0.32, 0.64), (5e-5, 1e-3, 4e-3)),
+    "relu": ("standard.StandardTrainerAprilUpdate", "l1_penalty", (0.04, 0.08, 0.16, 0.32, 0.64), (1e-3, 4e-3)),
 }
 # Configs of sae-lens, likewise.
 _SAE_LENS = {
     "jumprelu": ("JumpReLU", "target_l0", _TARGETS, (3e-4, 1e-3)),
-    "gated": ("Gated", "l1_coefficient", (0.5, 1.0, 2.0, 4.0), (3e-4, 1e-3)),
-    "relu": ("Standard", "l1_coefficient", (0.5, 1.0, 2.0, 4.0), (3e-4, 1e-3)),
+    "gated": ("Gated", "l1_coefficient", (2.0, 4.0, 8.0, 16.0), (3e-4, 1e-3)),
+    "relu": ("Standard", "l1_coefficient", (2.0, 4.0, 8.0, 16.0), (3e-4, 1e-3)),
 }
 
 

@@ -14,7 +14,8 @@ into a file under `<output>/states`, and shared by all its cells.
 
 `--text` is a folder with `train.parquet` and `heldout.parquet`. `--fields lr=0.003 --label slow` tries other fields,
 with results under the recipe's name and the label. FVU, L0 (at the threshold that the run calibrates, where the family
-has one) and the share of latents that never fire are of up to 60,000 held-out tokens, mask selection. `<output>` gets
+has one) and the share of latents that never fire are of up to 60,000 held-out tokens, mask selection; of TopK inside
+Matryoshka also where each prefix chooses its own k latents (`restrict`, what `width=` gives). `<output>` gets
 `recipes.json`, `recipes.md` and, for each setting, `first-steps-<setting>.png`: what dies, fires and is left
 unexplained over the first 500 steps.
 """
@@ -36,7 +37,8 @@ import yaml
 
 from hf_matryoshka_sae.common.figures import save_figure
 from hf_matryoshka_sae.common.files import write_json, write_text
-from hf_matryoshka_sae.evaluation import open_heldout
+from hf_matryoshka_sae.convert import load
+from hf_matryoshka_sae.evaluation import Dictionary, evaluate_fidelity, open_heldout
 from hf_matryoshka_sae.training import RunConfig, train
 
 
@@ -145,6 +147,11 @@ def run_cell(spec: dict[str, Any], setting: Setting, seed: int, train_states: An
         (result,) = train(config, states=train_states, heldout=heldout)
         seconds = time.monotonic() - began
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        restrict = None
+        if spec.get("activation") == "topk":
+            sae = load(next(Path(folder).rglob("config.json")).parent)
+            told = evaluate_fidelity([heldout], {"sae": Dictionary(sae, selection="restrict")}, show=False)
+            restrict = _kept(told["subjects"]["sae"])
     course = [
         {"step": line["step"], **{key: told[key] for key in ("l0", "dead", "sparsity")}, "fvu": told["fvu"][-1]}
         for line in lines
@@ -152,8 +159,12 @@ def run_cell(spec: dict[str, Any], setting: Setting, seed: int, train_states: An
         for told in line["saes"].values()
     ]
     (rows,) = result["saes"].values()
-    kept = [{key: row[key] for key in ("width", "l0", "fvu", "dead")} for row in rows]
-    return {"spec": spec, "seed": seed, "tokens": result["tokens"], "seconds": seconds, "rows": kept, "course": course}
+    cell = {"spec": spec, "seed": seed, "tokens": result["tokens"], "seconds": seconds}
+    return {**cell, "rows": _kept(rows), "restrict": restrict, "course": course}
+
+
+def _kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in ("width", "l0", "fvu", "dead")} for row in rows]
 
 
 def summary(cells: dict[tuple[str, str], list[dict]], seeds: list[int]) -> list[dict[str, Any]]:
@@ -264,7 +275,10 @@ def main() -> int:
                     states, heldout = (hidden_states(setting, split, paths, folder) for split in ("train", "heldout"))
                     spec = entry(recipe, setting, parsed_fields(known.fields))
                     write_json(path, run_cell(spec, setting, seed, states, heldout))
-                cells.setdefault((name, full), []).append(json.loads(path.read_text()))
+                cell = json.loads(path.read_text())
+                cells.setdefault((name, full), []).append(cell)
+                if cell.get("restrict"):  # as a reader of the prefix alone has it
+                    cells.setdefault((name, f"{full} (restrict)"), []).append({**cell, "rows": cell["restrict"]})
         if known.label:
             _add_bars(cells, name, known)
         folders = {"before": known.before} if known.before else {}
