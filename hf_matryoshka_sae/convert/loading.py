@@ -12,7 +12,7 @@ from ..models.weight_checks import check_numbers
 from .base import Format
 from .checkpoint import Checkpoint, Hints
 from .names import check_name
-from .registry import FORMATS, able_to_write, recognized
+from .registry import FORMATS, able_to_write, objection, recognized
 from .source import find_weights, locate
 
 
@@ -103,7 +103,7 @@ def save(sae: SAEModel, path: str | Path, format: str = "hf_matryoshka_sae") -> 
     check_name(format, writable=True)
     library_format = FORMATS[format]
     _check_target(Path(path).expanduser(), library_format)
-    reason = library_format.objection(sae)
+    reason = objection(library_format, sae)
     if reason is not None:
         raise ValueError(f"{format} cannot express this SAE: {reason}. What can: {', '.join(able_to_write(sae))}.")
     ids = sae.latent_ids.cpu()

@@ -60,4 +60,11 @@ def recognized(checkpoint: Checkpoint) -> Format:
 
 def able_to_write(sae: SAEModel) -> list[str]:
     """Return names of the formats that can express an SAE."""
-    return [name for name, format in FORMATS.items() if format.write and format.objection(sae) is None]
+    return [name for name, format in FORMATS.items() if format.write and objection(format, sae) is None]
+
+
+def objection(format: Format, sae: SAEModel) -> str | None:
+    """Return why a format that can be written cannot express an SAE; `None` where it can."""
+    if sae.config.refine_steps and format is not own.FORMAT:
+        return "its encoder is one product, and this SAE has `refine_steps` (`progressive.refined(sae, ..., steps=0)`)"
+    return format.objection(sae)

@@ -203,6 +203,8 @@ def to_saebench(
     config = sae.config
     if config.output_hookpoint is not None:
         raise ValueError("This is a transcoder; SAEBench replaces hidden states by their own reconstruction.")
+    if config.refine_steps:
+        raise ValueError("SAEBench encodes by one product, and this SAE has `refine_steps`: pass the one before.")
     model_name = model_name or transformer_lens_model(config.base_model)
     if hook_name is None and config.hookpoint is not None:
         hook_name = to_transformer_lens(config.hookpoint, config.base_model)

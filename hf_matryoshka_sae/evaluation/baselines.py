@@ -179,6 +179,7 @@ def random_dictionary(
 def _config(config: SAEConfig, l0: float) -> SAEConfig:
     """Return the same config, or where each token keeps k latents that of thresholds with as many on average."""
     config = copy.deepcopy(config)
+    config.refine_steps = 0  # the thresholds are those of one product
     if isinstance(config, TopKSAEConfig):
         shared = ("d_in", "num_latents", "apply_b_dec_to_input", "scale_by_decoder_norm", "base_model", "hookpoint")
         config = BatchTopKSAEConfig(**{name: getattr(config, name) for name in shared}, k=l0)

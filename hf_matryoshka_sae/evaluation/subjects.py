@@ -29,8 +29,8 @@ class Dictionary:
         sae ([`SAEModel`]): The SAE in `eval` mode, for raw hidden states.
         widths (`Sequence[int]`, *optional*): Any widths up to F; by default the SAE's prefix widths.
         selection (`str`, *optional*, defaults to `"mask"`): `"mask"` encodes once and drops latents past a width;
-            `"restrict"` lets latents compete inside the width alone, which for TopK means encoding at each width. For
-            all other families the two are the same.
+            `"restrict"` lets latents compete inside the width alone, which for TopK and for refined codes means
+            encoding at each width. For all others the two are the same.
 
     Raises:
         `ValueError`: for widths that the SAE does not have, or a transcoder, which reconstructs another place.
@@ -50,7 +50,8 @@ class Dictionary:
         if selection not in ("mask", "restrict"):
             raise ValueError(f"`selection` must be 'mask' or 'restrict', got {selection!r}.")
         self.selection = selection
-        self.encodes_once = selection == "mask" or sae.config.activation_name != "topk"
+        alone = sae.config.activation_name == "topk" or sae.config.refine_steps > 0
+        self.encodes_once = selection == "mask" or not alone
         self.firing = [FiringSums(num_latents) for _ in self.encodings]
 
     @property

@@ -100,6 +100,10 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
         screening (`bool`, *optional*, defaults to `True`):
             Whether bf16 products may say which latents can fire, where the hardware makes them fast; the latents that
             do fire, and their values, are those of float32 dot products (models/screening.py).
+        refine_steps (`int`, *optional*, defaults to 0):
+            How often the encoder looks again at what its code leaves out (models/refinement.py). Each step costs about
+            as much as encoding and decoding; [`progressive.refined`] sets thresholds to go with it.
+        refine_step_size (`float`, *optional*, defaults to 0.2): How far a step goes towards that; above 1 it diverges.
         format_version (`int`, *optional*): Version of the checkpoint's format.
 
     Raises:
@@ -120,6 +124,8 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
     output_hookpoint: str | None = None
     input_normalization: str | None = None
     screening: bool = True
+    refine_steps: int = 0
+    refine_step_size: int | float = 0.2
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -144,6 +150,13 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
         kind = self.input_normalization
         if kind is not None and kind not in INPUT_NORMALIZATIONS:
             raise ValueError(f"Unknown `input_normalization` {kind!r}.{nearest(kind, INPUT_NORMALIZATIONS)}")
+        if self.refine_steps < 0 or not 0 < self.refine_step_size <= 1:
+            raise ValueError(
+                "`refine_steps` must be at least 0 and `refine_step_size` lie in (0, 1], got "
+                f"{self.refine_steps} and {self.refine_step_size}."
+            )
+        if self.refine_steps and self.scale_by_decoder_norm:
+            raise ValueError("`refine_steps` needs latents in their own units: `fold_decoder_norm_()` the SAE first.")
 
     @property
     def widths(self) -> list[int]:

@@ -28,11 +28,11 @@ from .configuration_sae import (
     TopKSAEConfig,
     check_width,
 )
-from .encoder_blocks import EncoderBlocks
 from .families import FAMILIES
 from .integration import Integration, forward_method, refuse_quantization
 from .outputs import InputNorm, SAEOutput, SparseLatents, normalized
 from .places import place_of_sae
+from .refinement import select_pairs
 from .reshaping import Reshaping
 from .saving import Saving
 from .selection import with_nan_rows
@@ -143,10 +143,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
         scale = row_norms(self.W_dec) if self.config.scale_by_decoder_norm else None
         x, input_norm = self.normalized(x)
         with torch.no_grad():
-            factors = None if scale is None else scale[:encoded]
-            W_enc, b_enc = self.W_enc[:encoded], self.b_enc[:encoded]
-            blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, factors, screening=self.config.screening)
-            rows, cols, pre = self.family.select(self, blocks, layout)
+            rows, cols, pre = select_pairs(self, x, encoded, layout)
             if layout is None:  # training sees to it that hidden states are finite, and looks at none
                 rows, cols, pre = with_nan_rows((rows, cols, pre), x)
             if encoded > width:

@@ -12,6 +12,7 @@ from .power_law_plot import plot_power_laws
 from .pruning import prune
 from .ranking import RANKINGS, rank_latents, sort_latents
 from .rate import RateSums, bits_per_token, default_step, naive_bits
+from .refining import refined
 from .refit import Refit, refit
 from .statistics import LatentStatistics, latent_statistics
 from .thresholds import calibrate_thresholds, with_threshold
@@ -49,6 +50,7 @@ __all__ = [
     "prune",
     "rank_latents",
     "rate_distortion",
+    "refined",
     "refit",
     "sort_latents",
     "step_cost",

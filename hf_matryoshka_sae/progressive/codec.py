@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from ..common.distributed import processes
 from ..models import SAEModel, SparseLatents
 from ..models.sparse_ops import LatentPairs, PairIndex
+from .coding.packets import Packet, WholePackets, read_packet, write_packet
 from .coding.steps import choose_step, step_cost
-from .packets import Packet, WholePackets, read_packet, write_packet
 from .rate import CodeModel, Moments, bins, checked_step, checked_widths
 
 

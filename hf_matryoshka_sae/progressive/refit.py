@@ -130,6 +130,8 @@ def _check(
         return
     if not hasattr(sae, "threshold"):
         raise ValueError(f"`l0` rescales thresholds, and a {sae.config.activation_name} SAE has none.")
+    if sae.config.refine_steps:
+        raise ValueError("`l0` rescales thresholds of one product; `refined(sae, l0=...)` sets those of this SAE.")
     if not 0 < l0 <= sae.config.num_latents:
         raise ValueError(f"`l0` must lie between 0 and num_latents ({sae.config.num_latents}), got {l0}.")
     check_rereadable(activations, "Rescaling thresholds")

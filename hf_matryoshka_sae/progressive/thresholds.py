@@ -53,6 +53,8 @@ def calibrate_thresholds(
             f"`calibrate_thresholds` needs an SAE whose latents fire above a calibrated threshold (batch_topk), got "
             f"{sae.config.activation_name}."
         )
+    if sae.config.refine_steps:
+        raise ValueError("`calibrate_thresholds` reads what an encoder says at first. Calibrate, then `refined(sae)`.")
     widths = sorted(set(sae.prefix_widths if widths is None else widths))
     if not widths or widths[0] < 1 or widths[-1] > sae.config.num_latents:
         raise ValueError(f"`widths` must lie between 1 and {sae.config.num_latents}, got {widths}.")

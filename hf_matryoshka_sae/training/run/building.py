@@ -168,8 +168,8 @@ def find_start(source: str, spec: SAESpec, hookpoint: str, d_in: int, field: str
     kind = config.model_type.removesuffix("_sae")
     if kind != spec.type and field == "init_from":
         raise ValueError(f"{asked} holds an SAE of type {kind}, but the run asks for {spec.type}.")
-    for unlike in ("input_normalization", "output_hookpoint"):
-        if getattr(config, unlike) is not None:
+    for unlike in ("input_normalization", "output_hookpoint", "refine_steps"):
+        if getattr(config, unlike):
             raise ValueError(
                 f"{asked} holds an SAE with `{unlike}: {getattr(config, unlike)}`. Such can be loaded, measured "
                 "and pruned, but not trained on."

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rate import RAREST, CodeModel
+from ..rate import RAREST, CodeModel
 
 
 _GRID = (
