@@ -5,7 +5,7 @@ from typing import Any
 
 from ...evaluation import Dictionary, HeldOut, evaluate_fidelity
 from ...models import SAEModel
-from ...progressive import calibrate_thresholds, with_threshold
+from ...progressive import calibrate_thresholds, refined, with_threshold
 
 
 SELECTION = "restrict"
@@ -36,6 +36,10 @@ def cut(ranked: SAEModel, width: int, k: int | None) -> SAEModel:
 
 def at_k(ranked: SAEModel, data: HeldOut, width: int, k: int) -> SAEModel:
     """The first latents of an SAE whose threshold lets k through per token, on average."""
+    config = ranked.config
+    if config.refine_steps:
+        part = ranked.truncate(width)
+        return _with_k(refined(part, data, config.refine_steps, config.refine_step_size, l0=float(k)), k)
     threshold = calibrate_thresholds(ranked, data, float(k), [width])[width]
     return _with_k(with_threshold(ranked, width, threshold), k)
 
