@@ -42,6 +42,9 @@ class DenseSAE(nn.Module):
         centred = x - sae.b_dec if config.apply_b_dec_to_input else x
         norms = row_norms(sae.W_dec) if config.scale_by_decoder_norm else torch.ones_like(sae.b_enc)
         products = centred @ sae.W_enc.T
+        for _ in range(config.refine_steps):  # refinement.py; there are no norms to scale by
+            left = x - self._activation(products + sae.b_enc, products, norms) @ sae.W_dec - sae.b_dec
+            products = products + config.refine_step_size * (left @ sae.W_dec.T) / row_norms(sae.W_dec).square()
         latents = self._activation((products + sae.b_enc) * norms, products * norms, norms)
         reconstruction = (latents / norms) @ sae.W_dec + sae.b_dec
         if input_norm is not None:

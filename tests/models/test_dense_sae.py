@@ -10,7 +10,12 @@ from .test_fast_path import make_sae
 
 
 FAMILIES = ["relu", "topk", "batch_topk", "jumprelu", "gated", "matryoshka-topk", "matryoshka-batch_topk"]
-CONFIGS = {"plain": {}, "layer norm": {"input_normalization": "layer_norm"}, "norms": {"scale_by_decoder_norm": True}}
+CONFIGS = {
+    "plain": {},
+    "layer norm": {"input_normalization": "layer_norm"},
+    "norms": {"scale_by_decoder_norm": True},
+    "refined": {"refine_steps": 2, "input_normalization": "layer_norm"},
+}
 
 
 def case(variant: str, **fields) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -36,6 +41,13 @@ def test_it_is_exported_for_any_number_of_tokens(variant):
     more = torch.randn(17, x.shape[-1])
     for got, expected in zip(exported(more), DenseSAE(sae)(more), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_refined_codes_are_those_of_the_model(variant):
+    sae, x = case(variant, refine_steps=2)
+    _, latents = DenseSAE(sae)(x)
+    torch.testing.assert_close(latents, sae.encode(x).to_dense(), rtol=1e-5, atol=1e-5)
 
 
 def test_it_compiles_without_a_break():
