@@ -66,5 +66,5 @@ def able_to_write(sae: SAEModel) -> list[str]:
 def objection(format: Format, sae: SAEModel) -> str | None:
     """Return why a format that can be written cannot express an SAE; `None` where it can."""
     if sae.config.refine_steps and format is not own.FORMAT:
-        return "its encoder is one product, and this SAE has `refine_steps` (`progressive.refined(sae, ..., steps=0)`)"
+        return "its encoder is one product; `progressive.refined(sae, data, steps=0)` takes `refine_steps` back"
     return format.objection(sae)

@@ -173,31 +173,26 @@ def progressive_curve(
         statistics = statistics or latent_statistics(sae, data)
         statistics.check(sae)
         step = gathered([choose_step(sae, _some(data), statistics)])[0] if step is None else step
-        sums = RateSums(statistics, plain.widths, step)
+        sums = [RateSums(statistics, part, step) for part in plain.encodings]
         coded = subjects["coded"] = _Coded(plain, sums)
-
-    def watch(name: str, pairs: LatentPairs) -> None:
-        if sums is not None and name == "sae":
-            sums.add(pairs)
-
     result = evaluate_fidelity(
         data,
         subjects,
         similarity_tokens=similarity_tokens,
         seed=seed,
-        watch=watch,
         show=show,
         loss_widths={"sae": plain.widths if loss_widths is None else list(loss_widths), "coded": []},
     )
     subject_rows = result.pop("subjects")
     rows = subject_rows["sae"]
     if sums is not None and coded is not None:
-        bits = sums.bits_per_token()
+        parts = [one.bits_per_token() for one in sums]
+        bits = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         for number, (row, other) in enumerate(zip(rows, subject_rows["coded"], strict=True)):
             row.update({key: bits[key][number].item() for key in ("bits", "index_bits", "value_bits")})
             row["fvu_coded"] = other["fvu"]
     hookpoint = data.hookpoint if isinstance(data, HeldOut) else sae.config.hookpoint or "activations"
-    about = {"hookpoint": hookpoint, "selection": selection, "step": sums.step if sums else None}
+    about = {"hookpoint": hookpoint, "selection": selection, "step": sums[0].step if sums else None}
     return ProgressiveCurve(rows, {**about, **result})
 
 
@@ -215,11 +210,17 @@ def _some(data: HeldOut | HasActivations | Iterable[Tensor]) -> Tensor:
 class _Coded(Dictionary):
     """A dictionary with the values of the bit stream, which are quantised."""
 
-    def __init__(self, plain: Dictionary, sums: RateSums) -> None:
+    def __init__(self, plain: Dictionary, sums: list[RateSums]) -> None:
         super().__init__(plain.sae, plain.widths, plain.selection)
         self.sums = sums
+
+    def count(self, pairs: list[LatentPairs]) -> None:
+        """Count the latents that fire in a batch, and their bits: of each encoding its own."""
+        super().count(pairs)
+        for sums, part in zip(self.sums, pairs, strict=True):
+            sums.add(part)
 
     def decode(self, pairs: list[LatentPairs]) -> Tensor:
         """Return the reconstructions `(P, N, D)` from quantised latents."""
         fired = [part.keep(part.values > 0) for part in pairs]
-        return super().decode([read_back(part, self.sums.model, self.sums.step) for part in fired])
+        return super().decode([read_back(part, self.sums[0].model, self.sums[0].step) for part in fired])

@@ -10,6 +10,7 @@ from ..models import SAEModel
 from .budget import Budget, width_for_budget
 from .merging import merge_latents
 from .ranking import MAY_NEED_ACTIVATIONS, sort_latents
+from .refining import refined
 from .refit import check_rereadable
 from .refit import refit as refit_sae
 from .statistics import LatentStatistics, latent_statistics
@@ -75,8 +76,10 @@ def prune(
         logger.info("%d of %d latents keep the budget %s.", width, sae.config.num_latents, budget)
     pruned = ordered.truncate(width)
     if refit:
-        competes = pruned.config.activation_name == "batch_topk"
-        result = refit_sae(pruned, activations, l0=min(pruned.config.k, width) if competes else None)
+        config, k = pruned.config, getattr(pruned.config, "k", None)
+        l0 = min(k, width) if config.activation_name == "batch_topk" else None
+        # Thresholds that go with refined codes are set last: they hang on the bias.
+        result = refit_sae(pruned, activations, l0=None if config.refine_steps else l0)
         logger.info(
             "Refitted %d latents: L0 %.2f -> %.2f, FVU %.4f -> %.4f on %d %s tokens.",
             width,
@@ -88,6 +91,8 @@ def prune(
             "held-out" if result.held_out else "fitted",
         )
         pruned = result.sae
+        if config.refine_steps and l0 is not None:
+            pruned = refined(pruned, activations, config.refine_steps, config.refine_step_size, l0=l0)
     return pruned
 
 

@@ -1,6 +1,7 @@
 """SAEs whose codes look again at what they left out, as sparse as before: less error without training."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,6 +12,8 @@ from ..evaluation.firing import firings_of
 from ..evaluation.similarity import TokenSample
 from ..models import SAEModel
 
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 1024  # tokens encoded at once
 _TOLERANCE = 1e-3  # of the L0
@@ -34,10 +37,12 @@ def refined(
 
     Args:
         sae ([`SAEModel`]): The SAE, which is not changed; ours or another library's, refined before or not.
-        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states, for all families
-            but TopK.
-        steps (`int`, *optional*, defaults to 1): How often; 0 undoes it. Encoding costs about as much again for each.
-        step_size (`float`, *optional*, defaults to 0.2): How far a step goes. Four of 0.1 do more than two of 0.2.
+        activations ([`HeldOut`] or an iterable of `(n, D)` tensors, *optional*): Raw hidden states of training text,
+            for all families but TopK.
+        steps (`int`, *optional*, defaults to 1): How often; 0 goes back to one product. Encoding costs about as much
+            again for each.
+        step_size (`float`, *optional*, defaults to 0.2): How far a step goes. Four of 0.1 do more than two of 0.2;
+            where many latents fire together, larger ones overshoot, and a warning says so.
         tokens (`int`, *optional*, defaults to 8192): Tokens, drawn from all hidden states, that thresholds are set on.
         l0 (`float`, *optional*): Latents per token to aim at; by default those of `sae` on these tokens.
 
@@ -45,7 +50,8 @@ def refined(
         [`SAEModel`] of the same class, in `eval` mode, whose config has `refine_steps` and `refine_step_size`.
 
     Raises:
-        `ValueError`: for a step or a size that the config refuses, no hidden states, or an L0 out of reach.
+        `ValueError`: for a step or a size that the config refuses, no hidden states or some of another width, or an L0
+            out of reach.
     """
     result = copy.deepcopy(sae).eval()
     if result.config.scale_by_decoder_norm:
@@ -53,21 +59,42 @@ def refined(
     config = copy.deepcopy(result.config)
     config.refine_steps, config.refine_step_size = steps, step_size
     config.validate_fields()
-    if config.activation_name == "topk":
-        result.config = config
-        return result
-    if activations is None:
+    thresholds = config.activation_name != "topk"
+    if l0 is not None and not thresholds:
+        raise ValueError(f"A TopK SAE keeps k = {config.k} latents per token, so that `l0` has no meaning; got {l0}.")
+    if activations is None and thresholds:
         raise ValueError(
             f"Pass hidden states as `activations`: the thresholds of a {config.activation_name} SAE have to move with "
-            "its codes, or more latents fire than before."
+            "its codes, or another number of latents fires than before."
         )
-    parts = TokenSample.of(activations, tokens).tokens().to(sae.W_enc).split(_ROWS)
+    if activations is None:
+        result.config = config
+        return result
+    sample = TokenSample.of(activations, tokens).tokens().to(sae.W_enc)
+    if sample.shape[1] != config.d_in:
+        raise ValueError(f"`activations` must be of width d_in = {config.d_in}, got {tuple(sample.shape)}.")
+    parts, before = sample.split(_ROWS), _error(result, sample)
     wanted = _l0(result, parts) if l0 is None else l0
-    if not 0 < wanted < config.num_latents:
+    if thresholds and not 0 < wanted < config.num_latents:
         raise ValueError(f"`l0` must lie between 0 and num_latents ({config.num_latents}), got {wanted:g}.")
     result.config = config
-    _move_thresholds(result, wanted, parts)
+    if thresholds:
+        _move_thresholds(result, wanted, parts)
+    after = _error(result, sample)
+    if after > before and steps and l0 is None:
+        logger.warning(
+            "With `steps=%s` and `step_size=%s` the error is %.3g times what it was: take a smaller `step_size`.",
+            steps,
+            step_size,
+            after / before,
+        )
     return result
+
+
+def _error(sae: SAEModel, sample: Tensor) -> float:
+    """Return the squared error of the first hidden states of a sample."""
+    x = sample[:_ROWS]
+    return (sae(x, return_loss=False).reconstruction - x).square().sum().item()
 
 
 def _l0(sae: SAEModel, parts: Iterable[Tensor]) -> float:
@@ -89,7 +116,10 @@ def _move_thresholds(sae: SAEModel, wanted: float, parts: tuple[Tensor, ...]) ->
     values = sae.encode(parts[0]).values
     width = 0.1 * values[values > 0].mean().item() if (values > 0).any() else 1.0
     if not _bisect(l0_at, wanted, width):
-        raise ValueError(f"No threshold lets {wanted:g} latents fire per token. Pass an `l0` that fires now, or none.")
+        raise ValueError(
+            f"No threshold lets {wanted:g} latents fire per token with such codes. Take fewer steps or a smaller "
+            "`step_size`, or pass another `l0`."
+        )
 
 
 def _bisect(l0_at: Callable[[float], float], wanted: float, width: float) -> bool:
@@ -108,4 +138,4 @@ def _bisect(l0_at: Callable[[float], float], wanted: float, width: float) -> boo
         else:
             outer, halving = amount, True
     # Equal pre-activations of many tokens may leave no amount that is nearer.
-    return abs(found / wanted - 1) < 20 * _TOLERANCE
+    return abs(found / wanted - 1) < 10 * _TOLERANCE

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "--selection",
         choices=("mask", "restrict"),
         default="mask",
-        help="whether latents past the width compete for places (mask, the default) or not; matters to TopK alone",
+        help="whether latents past the width compete for places (mask, the default) or not (TopK, refined codes)",
     )
     parser.add_argument("--no_baselines", action="store_true", help="measure the SAEs only")
     parser.add_argument("--lm_exponent", type=float, help="of the language model's loss over its training compute")

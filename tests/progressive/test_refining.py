@@ -14,7 +14,15 @@ from hf_matryoshka_sae.models import (
     TopKSAEConfig,
     build_sae,
 )
-from hf_matryoshka_sae.progressive import calibrate_thresholds, refined, refit
+from hf_matryoshka_sae.progressive import (
+    RateSums,
+    calibrate_thresholds,
+    latent_statistics,
+    progressive_curve,
+    prune,
+    refined,
+    refit,
+)
 
 
 D, F = 16, 64
@@ -79,8 +87,41 @@ def test_what_reads_an_encoder_as_one_product_says_so(tmp_path):
         to_saebench(better, model_name="gpt2-small", hook_name="blocks.0.hook_resid_post")
 
 
+def test_a_pruned_one_is_refitted_to_its_k():
+    sae, x = sae_and_states("batch_topk")
+    better = refined(sae, x, steps=2)
+    smaller = prune(better, width=40, activations=[x], refit=True)
+    l0, error = l0_and_error(smaller, x)
+    assert smaller.config.refine_steps == 2 and l0 == pytest.approx(5, rel=2e-2)
+    assert error < l0_and_error(prune(sae, width=40, activations=[x], refit=True), x)[1]
+
+
+def test_a_curve_counts_the_bits_of_each_width_s_own_codes():
+    sae, x = sae_and_states("matryoshka")
+    better = refined(sae, x, steps=2)
+    statistics = latent_statistics(better, [x])
+    curve = progressive_curve(better, [x], [24, F], "restrict", statistics, step=0.1, show=False)
+    masked = progressive_curve(better, [x], [24, F], "mask", statistics, step=0.1, show=False)
+    sums = RateSums(statistics, [24, F], 0.1)
+    sums.add(better.encode_pairs(x, 24))
+    assert curve.rows[0]["bits"] == pytest.approx(sums.bits_per_token()["bits"][0].item())
+    assert curve.rows[0]["bits"] > 1.02 * masked.rows[0]["bits"] and curve.rows[1]["bits"] == masked.rows[1]["bits"]
+
+
+def test_steps_that_overshoot_are_told(caplog):
+    sae, x = sae_and_states("topk")
+    refined(sae, x, steps=1)
+    assert not caplog.text
+    refined(sae, x, steps=8, step_size=1.0)
+    assert "smaller `step_size`" in caplog.text
+
+
 def test_bad_requests_are_refused():
     sae, x = sae_and_states("batch_topk")
+    with pytest.raises(ValueError, match="width d_in = 16"):
+        refined(sae, x[:, :8])
+    with pytest.raises(ValueError, match="keeps k = 5"):
+        refined(sae_and_states("topk")[0], l0=3.0)
     with pytest.raises(ValueError, match="Pass hidden states"):
         refined(sae)
     with pytest.raises(ValueError, match="between 0 and"):
