@@ -1,7 +1,7 @@
 """The core evaluation: reconstruction, firing, spliced language-model loss and similarity at each width."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,16 +10,12 @@ from torch import Tensor
 
 from ..common.distributed import processes, reduce_sum
 from ..common.logs import progress
-from ..models.sparse_ops import LatentPairs
 from .data import HasActivations, HeldOut, activation_batches
 from .language_model import spliced_metrics
 from .pooled import pooled_metrics
 from .reconstruction import ReconstructionSums
 from .similarity import TokenSample, representational_similarity
 from .subjects import Dictionary, Subject
-
-
-Watch = Callable[[str, LatentPairs], None]
 
 
 @torch.no_grad()
@@ -29,7 +25,6 @@ def evaluate_fidelity(
     language_model: bool = True,
     similarity_tokens: int = 500,
     seed: int = 0,
-    watch: Watch | None = None,
     loss_widths: Mapping[str, Sequence[int]] | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
@@ -45,7 +40,6 @@ def evaluate_fidelity(
         language_model (`bool`, *optional*, defaults to `True`): Measure spliced losses where that can be done.
         similarity_tokens (`int`, *optional*, defaults to 500): Tokens of the similarity analysis (0: leave it out).
         seed (`int`, *optional*, defaults to 0): Seed of the choice of these tokens.
-        watch (`Callable`, *optional*): Called with name and latents of every dictionary and batch.
         loss_widths (`Mapping[str, Sequence[int]]`, *optional*): Widths at which a subject's losses are measured; by
             default all.
         show (`bool`, *optional*, defaults to `True`): Show a progress bar in the main process.
@@ -74,7 +68,7 @@ def evaluate_fidelity(
         for name, subject in subjects.items():
             if name not in sums:
                 sums[name] = ReconstructionSums.zeros(len(subject.widths), states.shape[1])
-            _add(name, subject, states, sums[name], watch)
+            _add(name, subject, states, sums[name])
         if sample is not None:
             sample.add(states)
     _check_tokens(sums, excluded)
@@ -137,15 +131,13 @@ def _finite_states(data: HeldOut, excluded: Tensor) -> Iterator[Tensor]:
         yield states
 
 
-def _add(name: str, subject: Subject, states: Tensor, sums: ReconstructionSums, watch: Watch | None) -> None:
+def _add(name: str, subject: Subject, states: Tensor, sums: ReconstructionSums) -> None:
     if not isinstance(subject, Dictionary):
         sums.add(states, subject.reconstruct(states))
         return
     subject.check(name, states)
     pairs = subject.encode(states)
     subject.count(pairs)
-    if watch is not None:
-        watch(name, pairs[-1])
     sums.add(states, subject.decode(pairs).float())
 
 
