@@ -103,7 +103,7 @@ class SAEConfig(CheckedConfig, PreTrainedConfig):
         refine_steps (`int`, *optional*, defaults to 0):
             How often the encoder looks again at what its code leaves out (models/refinement.py). Each step costs about
             as much as encoding and decoding; [`progressive.refined`] sets thresholds to go with it.
-        refine_step_size (`float`, *optional*, defaults to 0.2): How far a step goes towards that; above 1 it diverges.
+        refine_step_size (`float`, *optional*, defaults to 0.2): How far a step goes towards that; far ones overshoot.
         format_version (`int`, *optional*): Version of the checkpoint's format.
 
     Raises:

@@ -143,7 +143,7 @@ class SAEModel(Reshaping, Saving, Integration, PreTrainedModel):
         scale = row_norms(self.W_dec) if self.config.scale_by_decoder_norm else None
         x, input_norm = self.normalized(x)
         with torch.no_grad():
-            rows, cols, pre = select_pairs(self, x, encoded, layout)
+            rows, cols, pre = select_pairs(self, x, encoded, scale, layout)
             if layout is None:  # training sees to it that hidden states are finite, and looks at none
                 rows, cols, pre = with_nan_rows((rows, cols, pre), x)
             if encoded > width:

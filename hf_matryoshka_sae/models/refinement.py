@@ -24,22 +24,24 @@ from .sharding import Layout
 from .sparse_ops import LatentPairs, PairIndex, row_norms
 
 
-def select_pairs(sae: Any, x: Tensor, width: int, layout: Layout | None) -> Selection:
+def select_pairs(sae: Any, x: Tensor, width: int, scale: Tensor | None, layout: Layout | None) -> Selection:
     """Select which of the first `width` latents fire, after the config's `refine_steps`.
 
     Args:
         sae ([`SAEModel`]): The SAE.
         x (`Tensor` of shape `(N, D)`): Hidden states as the encoder sees them.
         width (`int`): Latents past it are not computed.
+        scale (`Tensor` of shape `(F,)`, *optional*): Factor of each latent, where the config scales by the decoder's
+            norms.
         layout ([`Layout`], *optional*): Processes that share one batch or one dictionary.
 
     Returns:
         Tokens, latents and pre-activations, `(M,)` each, as the family selects them.
     """
     config, b_dec = sae.config, sae.b_dec if sae.config.apply_b_dec_to_input else None
-    scale = row_norms(sae.W_dec)[:width] if config.scale_by_decoder_norm else None
     W_enc, b_enc = sae.W_enc[:width], sae.b_enc[:width]
-    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, scale, screening=config.screening)
+    factors = None if scale is None else scale[:width]
+    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, factors, screening=config.screening)
     chosen = sae.family.select(sae, blocks, layout)
     if not config.refine_steps:
         return chosen

@@ -119,6 +119,8 @@ def _check(
         raise ValueError("Merging changes which latents there are: give `merge` or an `order`, not both.")
     if refit and activations is None:
         raise ValueError("Refitting needs `activations`: statistics of latents hold no residuals.")
+    if refit and sae.config.refine_steps:
+        check_rereadable(activations, "Refitting an SAE with `refine_steps`")
     measures = by in MAY_NEED_ACTIVATIONS and order is None
     ranking = measures and activations is not None and (statistics is None or by == "greedy" or merge is not None)
     passes = refit + ranking + (merge is not None and statistics is None and activations is not None)

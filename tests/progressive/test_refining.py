@@ -120,6 +120,8 @@ def test_bad_requests_are_refused():
     sae, x = sae_and_states("batch_topk")
     with pytest.raises(ValueError, match="width d_in = 16"):
         refined(sae, x[:, :8])
+    with pytest.raises(ValueError, match="more than once"):
+        prune(refined(sae, x), width=40, order=torch.arange(F), activations=iter([x]), refit=True)
     with pytest.raises(ValueError, match="keeps k = 5"):
         refined(sae_and_states("topk")[0], l0=3.0)
     with pytest.raises(ValueError, match="Pass hidden states"):
